@@ -1,0 +1,143 @@
+"""Records as bytes: the header block, the checksum of a section, and chunks.
+
+A header block makes a record self-describing on disk; `Checksums` travel beside the bytes; chunks cut a body for the wire. Knows nothing of
+files or calls.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import xxhash
+
+from ooc_moe_wire.errors import CorruptRecord, InvalidRequest
+from ooc_moe_wire.layout import BLOCK_BYTES, Layout
+from ooc_moe_wire.v1 import expert_pb2
+
+CHUNK_BYTES = 1 << 20  # 1-2 MiB messages are the fastest for Python gRPC.
+MESSAGE_BYTES_MAX = 4 << 20
+
+MAGIC = b"OOCMOE\r\n"
+FORMAT = 1
+# magic, format, bank id, expert, version, parameter bytes, optimizer bytes, parameter xxh3, optimizer xxh3
+_HEADER = struct.Struct("<8sI16sQQQQQQ")
+_CHECK = struct.Struct("<Q")
+
+
+@dataclass(frozen=True, slots=True)
+class Checksums:
+    """xxh3_64 of each section, padding included; the optimizer's is 0 where there is none."""
+
+    parameters: int
+    optimizer: int
+
+    @staticmethod
+    def of(layout: Layout, body: memoryview) -> Checksums:
+        """Reads `body` once. A body of `parameter_bytes` only has an optimizer checksum of 0."""
+        head, tail = body[: layout.parameter_bytes], body[layout.parameter_bytes :]
+        return Checksums(xxhash.xxh3_64_intdigest(head), xxhash.xxh3_64_intdigest(tail) if len(tail) else 0)
+
+
+def verify(layout: Layout, body: memoryview, expected: Checksums, *, what: str) -> None:
+    """Compares the sections of `body` (both, or parameters only) with their checksums.
+
+    Raises:
+        CorruptRecord: they differ; the message starts with `what` and names the section.
+    """
+    actual = Checksums.of(layout, body)
+    if actual.parameters != expected.parameters:
+        raise CorruptRecord(f"{what}: the parameter section's checksum is {actual.parameters:#x}, expected {expected.parameters:#x}")
+    if len(body) > layout.parameter_bytes and actual.optimizer != expected.optimizer:
+        raise CorruptRecord(f"{what}: the optimizer section's checksum is {actual.optimizer:#x}, expected {expected.optimizer:#x}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordHeader:
+    """What a record says of itself: whose it is (at its origin: forks and restores share it), and its checksums."""
+
+    bank_id: bytes  # 16 bytes
+    expert: int
+    version: int
+    parameter_bytes: int
+    optimizer_bytes: int
+    checksums: Checksums
+
+    def pack_into(self, block: memoryview) -> None:
+        """Writes the header block (4 KiB, zero padded, checksummed) into `block`."""
+        fields = _HEADER.pack(
+            MAGIC,
+            FORMAT,
+            self.bank_id,
+            self.expert,
+            self.version,
+            self.parameter_bytes,
+            self.optimizer_bytes,
+            self.checksums.parameters,
+            self.checksums.optimizer,
+        )
+        check = _CHECK.pack(xxhash.xxh3_64_intdigest(fields))
+        block[:BLOCK_BYTES] = (fields + check).ljust(BLOCK_BYTES, b"\0")
+
+    @staticmethod
+    def unpack(block: memoryview, *, what: str) -> RecordHeader:
+        """Reads a header block.
+
+        Raises:
+            CorruptRecord: it is not one, or is damaged; the message starts with `what`.
+        """
+        fields = bytes(block[: _HEADER.size])
+        magic, version_of_format, bank_id, expert, version, *rest = _HEADER.unpack(fields)
+        (check,) = _CHECK.unpack(block[_HEADER.size : _HEADER.size + _CHECK.size])
+        if magic != MAGIC or check != xxhash.xxh3_64_intdigest(fields):
+            raise CorruptRecord(f"{what}: the header block is damaged")
+        if version_of_format != FORMAT:
+            raise CorruptRecord(f"{what}: record format {version_of_format} is not {FORMAT}")
+        parameter_bytes, optimizer_bytes, parameters, optimizer = rest
+        return RecordHeader(
+            bank_id=bank_id,
+            expert=expert,
+            version=version,
+            parameter_bytes=parameter_bytes,
+            optimizer_bytes=optimizer_bytes,
+            checksums=Checksums(parameters, optimizer),
+        )
+
+
+def chunks(body: memoryview) -> Iterator[expert_pb2.Chunk]:
+    """Cuts a body into messages. Each holds a copy of its bytes (protobuf owns what it sends)."""
+    for offset in range(0, len(body), CHUNK_BYTES):
+        yield expert_pb2.Chunk(offset=offset, payload=bytes(body[offset : offset + CHUNK_BYTES]))
+
+
+class Assembler:
+    """Puts chunks back together, straight into the receiver's memory.
+
+    `add` must see the chunks of one body in order and without gaps; `complete` says when all have come.
+    """
+
+    def __init__(self, body: memoryview, *, what: str) -> None:
+        self.body = body
+        self._received = 0
+        self._what = what
+
+    @property
+    def complete(self) -> bool:
+        """All bytes are there."""
+        return self._received == len(self.body)
+
+    def add(self, chunk: expert_pb2.Chunk) -> None:
+        """Takes the next chunk.
+
+        Raises:
+            InvalidRequest: it is empty, out of order, or runs past the end.
+        """
+        end = chunk.offset + len(chunk.payload)
+        if chunk.offset != self._received or not chunk.payload or end > len(self.body):
+            raise InvalidRequest(
+                f"{self._what}: chunk of {len(chunk.payload)} bytes at offset {chunk.offset}, "
+                f"expected offset {self._received} of {len(self.body)}"
+            )
+        self.body[chunk.offset : end] = chunk.payload
+        self._received = end

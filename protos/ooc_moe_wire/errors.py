@@ -1,0 +1,158 @@
+"""Every error of the project, and the one table that carries them over gRPC.
+
+    OocMoeError
+      InvalidRequest      the call itself is wrong: shape, dtype, size, layout, name     fix the call
+      NotFound
+        UnknownBank       no bank of that name                                           create it
+        UnknownExpert     the id is not in the bank                                      grow the bank
+        UnknownSnapshot   no snapshot of that id
+      AlreadyExists
+        BankExists        the name belongs to a bank with another spec                   use it, or another name
+        SnapshotExists    the name belongs to a snapshot of other banks
+      StaleVersion        the update started from a version that is no longer current    re-read, redo the update
+      NotTheWriter        another writer has the bank open                               wait, or stop it
+      TierFull            no room: everything pinned, or the disk is full                back off, unpin, add space
+      CorruptRecord       a checksum does not match                                      restore a snapshot; never retry
+      Unavailable         the daemon is starting, draining or away                       retry with jitter
+      DeadlineExceeded    the daemon did not answer in time                              retry, or allow more time
+      Internal            a fault of ours; the daemon's log has the traceback            report it
+
+Knows nothing of who raises them. A class added without a row in `STATUS` fails `tests/wire/test_errors.py`.
+"""
+
+from __future__ import annotations
+
+import grpc
+
+ERROR_KEY = "ooc-moe-error"
+RETRY_AFTER_KEY = "ooc-moe-retry-after-ms"
+
+
+class OocMoeError(Exception):
+    """Any error this project raises on purpose; its message names the field and the value."""
+
+
+class InvalidRequest(OocMoeError):
+    """The call itself is wrong, and will be wrong again: a shape, dtype, size, layout or name."""
+
+
+class NotFound(OocMoeError):
+    """The thing named does not exist."""
+
+
+class UnknownBank(NotFound):
+    """No bank has that name."""
+
+
+class UnknownExpert(NotFound):
+    """The expert id lies outside the bank."""
+
+
+class UnknownSnapshot(NotFound):
+    """No snapshot has that id."""
+
+
+class AlreadyExists(OocMoeError):
+    """The name is taken by something else."""
+
+
+class BankExists(AlreadyExists):
+    """A bank with another spec has that name."""
+
+
+class SnapshotExists(AlreadyExists):
+    """A snapshot of other banks has that name."""
+
+
+class StaleVersion(OocMoeError):
+    """The update started from a version that is no longer current."""
+
+
+class NotTheWriter(OocMoeError):
+    """Another writer has the bank open."""
+
+
+class TierFull(OocMoeError):
+    """A tier has no room: everything is pinned, or the disk is full."""
+
+    def __init__(self, message: str, *, retry_after_ms: int = 100) -> None:
+        super().__init__(message)
+        self.retry_after_ms = retry_after_ms
+
+
+class CorruptRecord(OocMoeError):
+    """A checksum does not match: the bytes are not those that were written."""
+
+
+class Unavailable(OocMoeError):
+    """The daemon is starting, draining or away."""
+
+
+class DeadlineExceeded(OocMoeError):
+    """The daemon did not answer in time."""
+
+
+class Internal(OocMoeError):
+    """A fault of the daemon; its log has the traceback."""
+
+
+STATUS: dict[type[OocMoeError], grpc.StatusCode] = {
+    InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
+    NotFound: grpc.StatusCode.NOT_FOUND,
+    UnknownBank: grpc.StatusCode.NOT_FOUND,
+    UnknownExpert: grpc.StatusCode.NOT_FOUND,
+    UnknownSnapshot: grpc.StatusCode.NOT_FOUND,
+    AlreadyExists: grpc.StatusCode.ALREADY_EXISTS,
+    BankExists: grpc.StatusCode.ALREADY_EXISTS,
+    SnapshotExists: grpc.StatusCode.ALREADY_EXISTS,
+    StaleVersion: grpc.StatusCode.ABORTED,
+    NotTheWriter: grpc.StatusCode.FAILED_PRECONDITION,
+    TierFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    CorruptRecord: grpc.StatusCode.DATA_LOSS,
+    Unavailable: grpc.StatusCode.UNAVAILABLE,
+    DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
+    Internal: grpc.StatusCode.INTERNAL,
+}
+
+_BY_NAME = {kind.__name__: kind for kind in STATUS}
+# What a status means when no name came with it: gRPC itself made it.
+_BY_STATUS: dict[grpc.StatusCode, type[OocMoeError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
+    grpc.StatusCode.NOT_FOUND: NotFound,
+    grpc.StatusCode.ALREADY_EXISTS: AlreadyExists,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: TierFull,
+    grpc.StatusCode.DATA_LOSS: CorruptRecord,
+    grpc.StatusCode.UNAVAILABLE: Unavailable,
+    grpc.StatusCode.CANCELLED: Unavailable,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
+}
+
+
+def error_named(kind: str, message: str) -> OocMoeError:
+    """Makes the error of that class name; an unknown name (a newer daemon's) becomes Internal and keeps it in the message."""
+    if kind in _BY_NAME:
+        return _BY_NAME[kind](message)
+    return Internal(f"{kind}: {message}")
+
+
+def trailing_metadata(error: OocMoeError) -> tuple[tuple[str, str], ...]:
+    """The metadata that tells the caller which error it was."""
+    pairs: tuple[tuple[str, str], ...] = ((ERROR_KEY, type(error).__name__),)
+    if isinstance(error, TierFull):
+        pairs += ((RETRY_AFTER_KEY, str(error.retry_after_ms)),)
+    return pairs
+
+
+def from_rpc_error(error: grpc.RpcError) -> OocMoeError:
+    """Translates a failed call: by the name in its trailing metadata, else by its status."""
+    if not isinstance(error, grpc.Call):
+        return Internal(str(error))
+    status, message = error.code(), error.details() or ""
+    metadata = dict(error.trailing_metadata() or ())
+    kind = metadata.get(ERROR_KEY)
+    if kind is None:
+        return _BY_STATUS.get(status, Internal)(message or status.name)
+    translated = error_named(str(kind), message)
+    if isinstance(translated, TierFull) and RETRY_AFTER_KEY in metadata:
+        translated.retry_after_ms = int(metadata[RETRY_AFTER_KEY])
+    return translated

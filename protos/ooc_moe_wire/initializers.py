@@ -1,0 +1,53 @@
+"""Initial values of experts: a named algorithm on raw Philox words, the same on every machine and for ever.
+
+Nothing here uses numpy's distributions, whose streams may change between versions: the words are Philox 4x64-10's own
+(Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), and what is made of them is exact in float32. Golden values stand in
+`tests/wire/test_initializers.py`; a new algorithm gets a new name, an old one never changes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ooc_moe_wire.errors import InvalidRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Initializer:
+    """How a tensor begins: `zeros_v1`, `constant_v1` (every element is `value`) or `uniform_v1` (uniform on [-value, value))."""
+
+    algorithm: str = "zeros_v1"
+    value: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.algorithm not in ("zeros_v1", "constant_v1", "uniform_v1"):
+            raise InvalidRequest(f"initializer.algorithm: {self.algorithm!r} is not one of zeros_v1, constant_v1, uniform_v1")
+        if not np.isfinite(self.value):
+            raise InvalidRequest(f"initializer.value: {self.value} is not finite")
+
+
+def initialize(out: NDArray[np.generic], initializer: Initializer, *, seed: int, expert: int, tensor: int) -> None:
+    """Fills `out` with its initial values, which depend on nothing but the arguments.
+
+    Args:
+        out: C-contiguous array, written in place. `uniform_v1` needs float32.
+        initializer: the algorithm and its value.
+        seed: the bank's seed, 64 bits.
+        expert: the expert's id in its bank.
+        tensor: the tensor's index among all tensors of the expert, parameters first.
+    """
+    if initializer.algorithm == "uniform_v1":
+        out.reshape(-1)[:] = _uniform(out.size, np.float32(initializer.value), seed=seed, expert=expert, tensor=tensor)
+    else:
+        out[...] = initializer.value if initializer.algorithm == "constant_v1" else 0
+
+
+def _uniform(count: int, bound: np.float32, *, seed: int, expert: int, tensor: int) -> NDArray[np.float32]:
+    """`count` floats on [-bound, bound): each the top 24 bits of a 32-bit word, scaled exactly, then one rounded product."""
+    words = np.random.Philox(key=[seed, expert], counter=[0, 0, 0, tensor]).random_raw((count + 1) // 2)
+    halves = words.astype("<u8").view("<u4")[:count]
+    unit = (halves >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-23) - np.float32(1.0)
+    return unit * bound

@@ -1,0 +1,227 @@
+"""What an expert looks like: tensors, the sections they are stored in, and the offsets of a record.
+
+    record = | header block, 4 KiB | parameter section, n x 4 KiB | optimizer section, m x 4 KiB |
+    body   =                       | parameter section            | optimizer section            |
+
+A record lies in the daemon's files and arena; its body lies in a trainer's HBM slot and travels in chunks. Tensors start at multiples of
+64 bytes inside their section; the padding is zero, and covered by the section's checksum. Knows nothing of where records are kept.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ooc_moe_wire.errors import InvalidRequest
+from ooc_moe_wire.initializers import Initializer, initialize
+from ooc_moe_wire.v1 import bank_pb2
+
+BLOCK_BYTES = 4096
+TENSOR_ALIGN_BYTES = 64
+RECORD_BYTES_MAX = 1 << 31
+
+# bfloat16 has no numpy dtype: its raw words stand in.
+_NUMPY_DTYPE = {
+    "float32": "<f4",
+    "float16": "<f2",
+    "bfloat16": "<u2",
+    "int64": "<i8",
+    "int32": "<i4",
+    "uint8": "|u1",
+}
+_FLOAT_DTYPES = ("float32", "float16", "bfloat16")
+_TENSOR_NAME = re.compile(r"[A-Za-z0-9_.]{1,64}")
+_BANK_NAME = re.compile(r"[A-Za-z0-9_\-./]{1,128}")
+
+# Any contiguous bytes: bytes, bytearray, memoryview, a uint8 array.
+Buffer = bytes | bytearray | memoryview | NDArray[np.uint8]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorSpec:
+    """One tensor of an expert: its name, shape, dtype name and how it begins."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    initializer: Initializer = Initializer()
+
+    def __post_init__(self) -> None:
+        if not _TENSOR_NAME.fullmatch(self.name):
+            raise InvalidRequest(f"tensor.name: {self.name!r} is not 1 to 64 letters, digits, '_' or '.'")
+        if self.dtype not in _NUMPY_DTYPE:
+            raise InvalidRequest(f"tensor {self.name!r}: dtype {self.dtype!r} is not one of {', '.join(_NUMPY_DTYPE)}")
+        if not self.shape or any(size < 1 for size in self.shape):
+            raise InvalidRequest(f"tensor {self.name!r}: shape {self.shape} needs at least one dimension, each at least 1")
+        if self.initializer.algorithm == "uniform_v1" and self.dtype != "float32":
+            raise InvalidRequest(f"tensor {self.name!r}: uniform_v1 makes float32, not {self.dtype}")
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensor, without padding."""
+        return math.prod(self.shape) * self.numpy_dtype.itemsize
+
+    @property
+    def numpy_dtype(self) -> np.dtype[np.generic]:
+        """The little-endian numpy dtype; uint16 words for bfloat16."""
+        return np.dtype(_NUMPY_DTYPE[self.dtype])
+
+    @property
+    def is_float(self) -> bool:
+        """Whether NaN and infinity can occur in it."""
+        return self.dtype in _FLOAT_DTYPES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The tensors of an expert and where they lie. Equal layouts mean interchangeable records."""
+
+    parameters: tuple[TensorSpec, ...]
+    optimizer: tuple[TensorSpec, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.parameters:
+            raise InvalidRequest("parameters: a layout needs at least one parameter tensor")
+        names = [tensor.name for tensor in self.tensors]
+        if len(set(names)) != len(names):
+            raise InvalidRequest(f"tensor names repeat: {', '.join(sorted(names))}")
+        if self.record_bytes > RECORD_BYTES_MAX:
+            raise InvalidRequest(f"record: {self.record_bytes} bytes are more than {RECORD_BYTES_MAX}")
+
+    @property
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        """All tensors in order of storage."""
+        return self.parameters + self.optimizer
+
+    @cached_property
+    def parameter_bytes(self) -> int:
+        """Bytes of the parameter section, a multiple of 4 KiB."""
+        return _section_bytes(self.parameters)
+
+    @cached_property
+    def optimizer_bytes(self) -> int:
+        """Bytes of the optimizer section, a multiple of 4 KiB; zero when it has no tensors."""
+        return _section_bytes(self.optimizer)
+
+    @property
+    def body_bytes(self) -> int:
+        """Bytes of both sections."""
+        return self.parameter_bytes + self.optimizer_bytes
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of a record: header block and body."""
+        return BLOCK_BYTES + self.body_bytes
+
+    @cached_property
+    def offsets(self) -> dict[str, int]:
+        """Offset of each tensor from the start of the body."""
+        starts = dict(_placed(self.parameters))
+        starts.update((name, self.parameter_bytes + offset) for name, offset in _placed(self.optimizer))
+        return starts
+
+    def arrays(self, body: Buffer) -> dict[str, NDArray[np.generic]]:
+        """Views of a body's tensors, by name; no copies. A body of `parameter_bytes` has only the parameters' views.
+
+        Raises:
+            InvalidRequest: `body` is neither `body_bytes` nor `parameter_bytes` long.
+        """
+        flat = np.frombuffer(body, dtype=np.uint8)
+        if flat.size not in (self.body_bytes, self.parameter_bytes):
+            raise InvalidRequest(f"body: {flat.size} bytes, the layout has {self.parameter_bytes} or {self.body_bytes}")
+        tensors = self.tensors if flat.size == self.body_bytes else self.parameters
+        return {
+            tensor.name: flat[offset : offset + tensor.num_bytes].view(tensor.numpy_dtype).reshape(tensor.shape)
+            for tensor in tensors
+            for offset in (self.offsets[tensor.name],)
+        }
+
+    def initialize(self, body: memoryview | bytearray | NDArray[np.uint8], *, seed: int, expert: int) -> None:
+        """Writes the initial value of an expert into `body` (`body_bytes` long, writable)."""
+        np.frombuffer(body, dtype=np.uint8)[:] = 0
+        arrays = self.arrays(body)
+        for index, tensor in enumerate(self.tensors):
+            initialize(arrays[tensor.name], tensor.initializer, seed=seed, expert=expert, tensor=index)
+
+    def nonfinite_tensor(self, body: Buffer) -> str | None:
+        """The name of the first float tensor that holds a NaN or an infinity, or None."""
+        arrays = self.arrays(body)
+        for tensor in self.tensors:
+            if tensor.is_float and tensor.name in arrays and not _all_finite(arrays[tensor.name], tensor.dtype):
+                return tensor.name
+        return None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BankSpec:
+    """A bank: its name, its number of experts, their layout, and the seed of their initial values."""
+
+    name: str
+    num_experts: int
+    layout: Layout
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not _BANK_NAME.fullmatch(self.name):
+            raise InvalidRequest(f"bank name: {self.name!r} is not 1 to 128 letters, digits, '_', '-', '.' or '/'")
+        if not 1 <= self.num_experts < 1 << 40:
+            raise InvalidRequest(f"num_experts: {self.num_experts} is not between 1 and 2^40")
+        if not 0 <= self.seed < 1 << 64:
+            raise InvalidRequest(f"seed: {self.seed} is not an unsigned 64-bit number")
+
+    def to_proto(self) -> bank_pb2.BankSpec:
+        """The message of this spec."""
+        return bank_pb2.BankSpec(
+            name=self.name,
+            num_experts=self.num_experts,
+            parameters=[_tensor_to_proto(tensor) for tensor in self.layout.parameters],
+            optimizer=[_tensor_to_proto(tensor) for tensor in self.layout.optimizer],
+            seed=self.seed,
+        )
+
+    @staticmethod
+    def from_proto(message: bank_pb2.BankSpec) -> BankSpec:
+        """The spec of a message. Raises InvalidRequest for whatever is not well formed."""
+        layout = Layout(
+            parameters=tuple(_tensor_from_proto(tensor) for tensor in message.parameters),
+            optimizer=tuple(_tensor_from_proto(tensor) for tensor in message.optimizer),
+        )
+        return BankSpec(name=message.name, num_experts=message.num_experts, layout=layout, seed=message.seed)
+
+
+def _placed(tensors: Sequence[TensorSpec]) -> Iterator[tuple[str, int]]:
+    offset = 0
+    for tensor in tensors:
+        yield tensor.name, offset
+        offset += _round_up(tensor.num_bytes, TENSOR_ALIGN_BYTES)
+
+
+def _section_bytes(tensors: Sequence[TensorSpec]) -> int:
+    return _round_up(sum(_round_up(tensor.num_bytes, TENSOR_ALIGN_BYTES) for tensor in tensors), BLOCK_BYTES)
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _all_finite(array: NDArray[np.generic], dtype: str) -> bool:
+    if dtype == "bfloat16":  # An exponent of all ones is NaN or infinity.
+        words = array.view(np.uint16)
+        return not bool(((words & 0x7F80) == 0x7F80).any())
+    return bool(np.isfinite(array).all())
+
+
+def _tensor_to_proto(tensor: TensorSpec) -> bank_pb2.Tensor:
+    initializer = bank_pb2.Initializer(algorithm=tensor.initializer.algorithm, value=tensor.initializer.value)
+    return bank_pb2.Tensor(name=tensor.name, shape=tensor.shape, dtype=tensor.dtype, initializer=initializer)
+
+
+def _tensor_from_proto(message: bank_pb2.Tensor) -> TensorSpec:
+    initializer = Initializer(message.initializer.algorithm or "zeros_v1", message.initializer.value)
+    return TensorSpec(name=message.name, shape=tuple(message.shape), dtype=message.dtype, initializer=initializer)
