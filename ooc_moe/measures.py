@@ -1,0 +1,155 @@
+"""Measures of continual learning, and of how games share experts: pure functions of numpy arrays.
+
+Shapes: P phases (one per game trained, in order), G games, E experts. A score matrix `scores_PG` holds in [k, i] the score of game i after
+phase k, NaN where it was not evaluated; `trained_P` holds the column of the game each phase trained, so a game may come back.
+What cannot be said (never trained, never evaluated, nothing learned to forget) is NaN, never 0. Knows nothing of runs and files.
+
+Forgetting is only half of a measure: a method that never learns forgets nothing. Show it beside `learning`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Floats = NDArray[np.float64]
+
+
+def normalise(scores: ArrayLike, floor_G: ArrayLike, ceiling_G: ArrayLike) -> Floats:
+    """(score - floor) / (ceiling - floor) by game: 0 is the floor, 1 the ceiling; NaN where the ceiling is not above the floor.
+
+    With floor = random play and ceiling = `best_own` it is the normalised score of this run; with ceiling = a human's score it is the
+    human-normalised score (Mnih et al. 2015, "Human-level control", extended data table 2).
+
+    Args:
+        scores: (..., G).
+        floor_G: the score that counts as nothing.
+        ceiling_G: the score that counts as all.
+    """
+    floor, ceiling = np.asarray(floor_G, float), np.asarray(ceiling_G, float)
+    span = np.where(ceiling > floor, ceiling - floor, np.nan)
+    return np.asarray((np.asarray(scores, float) - floor) / span)
+
+
+def best_own(scores_PG: ArrayLike, trained_P: Sequence[int]) -> Floats:
+    """(G,) the best score of each game from its own first phase on: max over k >= first(i) of A[k, i]."""
+    scores = np.asarray(scores_PG, float)
+    return np.array([_max(scores[first:, game]) if first is not None else np.nan for game, first in _first_phases(scores, trained_P)])
+
+
+def learning(scores_PG: ArrayLike, trained_P: Sequence[int]) -> Floats:
+    """(G,) the score of each game right after it was last trained: A[last(i), i].
+
+    Its mean is LA, the learning accuracy (Riemer et al. 2019).
+    """
+    scores = np.asarray(scores_PG, float)
+    last = {game: phase for phase, game in enumerate(trained_P) if phase < len(scores)}
+    return np.array([scores[last[game], game] if game in last else np.nan for game in range(scores.shape[1])])
+
+
+def final(scores_PG: ArrayLike) -> Floats:
+    """(G,) the last score of each game: A[P-1, i]. Its mean is ACC, the average performance (Lopez-Paz & Ranzato 2017, eq. 2)."""
+    scores = np.asarray(scores_PG, float)
+    return scores[-1].copy() if len(scores) else np.full(scores.shape[1], np.nan)
+
+
+def forgetting(scores_PG: ArrayLike, trained_P: Sequence[int]) -> Floats:
+    """(G,) max over first(i) <= k < P-1 of A[k, i], less A[P-1, i] (Chaudhry et al. 2018, eq. 3); negative when it got better since.
+
+    NaN for games trained in the last phase: nothing came after that could have made the agent forget.
+    """
+    scores = np.asarray(scores_PG, float)
+    before = np.array([_max(scores[first:-1, game]) if first is not None else np.nan for game, first in _first_phases(scores, trained_P)])
+    return np.where(_trained_last(scores, trained_P), np.nan, before - final(scores))
+
+
+def retention(scores_PG: ArrayLike, trained_P: Sequence[int], floor_G: ArrayLike) -> Floats:
+    """(G,) the share of what was learned that is still there: (A[P-1, i] - floor) / (A[last(i), i] - floor).
+
+    NaN for games trained in the last phase, and where learning is not above the floor: of nothing, everything is retained.
+    """
+    scores = np.asarray(scores_PG, float)
+    kept = normalise(final(scores), floor_G, learning(scores, trained_P))
+    return np.where(_trained_last(scores, trained_P), np.nan, kept)
+
+
+def forward_transfer(scores_PG: ArrayLike, trained_P: Sequence[int], untrained_G: ArrayLike) -> Floats:
+    """(G,) what the earlier games gave to a game before its own: A[first(i)-1, i] - untrained[i] (Lopez-Paz & Ranzato 2017, eq. 4).
+
+    NaN for the first game.
+    """
+    scores, untrained = np.asarray(scores_PG, float), np.asarray(untrained_G, float)
+    return np.array([scores[first - 1, game] - untrained[game] if first else np.nan for game, first in _first_phases(scores, trained_P)])
+
+
+def clearly_above(returns: Sequence[float], floor: float) -> bool:
+    """Whether the mean of `returns` lies more than two standard errors above `floor`; False for fewer than two returns."""
+    if len(returns) < 2:
+        return False
+    values = np.asarray(returns, float)
+    return bool(values.mean() - 2 * values.std(ddof=1) / np.sqrt(len(values)) > floor)
+
+
+def usage_shares(counts: ArrayLike) -> Floats:
+    """Token counts (..., E) as shares that sum to 1; NaN where nothing was routed."""
+    values = np.asarray(counts, float)
+    total = values.sum(axis=-1, keepdims=True)
+    return np.asarray(values / np.where(total > 0, total, np.nan))
+
+
+def mass_overlap(counts_GE: ArrayLike) -> Floats:
+    """(G, G) the routed mass two games have in common: sum over e of min(p_i(e), p_j(e)), 1 less their total variation distance."""
+    shares = usage_shares(counts_GE)
+    return np.asarray(np.minimum(shares[:, None, :], shares[None, :, :]).sum(axis=-1))
+
+
+def top_overlap(counts_GE: ArrayLike, top: int = 10) -> Floats:
+    """(G, G) Jaccard index |T_i & T_j| / |T_i | T_j| of the `top` most used experts of each game; NaN for a game that used none.
+
+    Experts without tokens are not among them; ties go to the lower id.
+    """
+    counts = np.asarray(counts_GE, float)
+    sets = [{int(e) for e in np.argsort(-row, kind="stable")[:top] if row[e] > 0} for row in counts]
+    return np.array([[_jaccard(a, b) for b in sets] for a in sets]).reshape(len(sets), len(sets))
+
+
+def mean_off_diagonal(matrix_GG: ArrayLike) -> float:
+    """The mean over pairs of different games; NaN for fewer than two games."""
+    matrix = np.asarray(matrix_GG, float)
+    return mean(matrix[~np.eye(len(matrix), dtype=bool)])
+
+
+def confusion(believed: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> Floats:
+    """(G, C) rows: the game played; columns: the share of its steps in which the detector believed that name. Rows sum to 1, or are NaN."""
+    counts = np.array([[float(row.get(name, 0)) for name in columns] for row in believed]).reshape(len(believed), len(columns))
+    return usage_shares(counts)
+
+
+def mean(values: ArrayLike) -> float:
+    """The mean of what is not NaN; NaN when nothing is."""
+    known = np.asarray(values, float)
+    known = known[~np.isnan(known)]
+    return float(known.mean()) if known.size else float("nan")
+
+
+def _first_phases(scores: Floats, trained_P: Sequence[int]) -> list[tuple[int, int | None]]:
+    """(game, its first phase) for every game; None when none of the evaluated phases trained it."""
+    trained = list(trained_P)[: len(scores)]
+    return [(game, trained.index(game) if game in trained else None) for game in range(scores.shape[1])]
+
+
+def _trained_last(scores: Floats, trained_P: Sequence[int]) -> NDArray[np.bool_]:
+    last = trained_P[len(scores) - 1] if len(scores) else -1
+    return np.asarray(np.arange(scores.shape[1]) == last)
+
+
+def _max(values: Floats) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.max()) if known.size else float("nan")
+
+
+def _jaccard(a: set[int], b: set[int]) -> float:
+    return len(a & b) / len(a | b) if a and b else float("nan")

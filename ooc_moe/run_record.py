@@ -1,0 +1,197 @@
+"""A run as its directory tells it: config.json and metrics.jsonl read into arrays, whole or half-finished.
+
+What figures and tables are made from. Computes nothing but differences and sums; measures.py says what the numbers mean.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ooc_moe.measures import Floats
+from ooc_moe.metrics import METRICS_FILE, Event, read_metrics
+from ooc_moe_wire.errors import InvalidRequest
+
+CONFIG_FILE = "config.json"
+UNSAID = float("nan")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What evaluation found, by phase (rows) and game (columns); NaN where it did not look."""
+
+    games: tuple[str, ...]
+    trained_P: tuple[int, ...]
+    """The column of the game that each phase trained."""
+    mean_PG: Floats
+    random_G: Floats
+    untrained_G: Floats
+    """The agent's own score before any training."""
+    returns: dict[tuple[int, int], list[float]]
+    """The single returns behind `mean_PG[phase, game]`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """A run's configuration and events."""
+
+    run_dir: Path
+    config: dict[str, Any]
+    events: list[Event]
+
+    @staticmethod
+    def read(run_dir: Path) -> RunRecord:
+        """Raises InvalidRequest when the directory holds no run, or a damaged one."""
+        config_file = run_dir / CONFIG_FILE
+        if not config_file.exists() and not (run_dir / METRICS_FILE).exists():
+            raise InvalidRequest(f"run directory: {run_dir} holds no run (neither {CONFIG_FILE} nor {METRICS_FILE})")
+        try:
+            config = json.loads(config_file.read_text()) if config_file.exists() else {}
+        except ValueError as error:
+            raise InvalidRequest(f"{config_file}: not JSON ({error})") from error
+        return RunRecord(run_dir=run_dir, config=config, events=read_metrics(run_dir))
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.run_dir.resolve().name
+
+    @cached_property
+    def schedule(self) -> tuple[str, ...]:
+        """The games in order of training; a game may come back."""
+        return tuple(self.config.get("games") or [event["to"] for event in self.switches])
+
+    @cached_property
+    def games(self) -> tuple[str, ...]:
+        """The distinct games, in order of first training."""
+        return tuple(dict.fromkeys(self.schedule))
+
+    @cached_property
+    def updates(self) -> list[Event]:
+        """The PPO updates."""
+        return self._of("update")
+
+    @cached_property
+    def switches(self) -> list[Event]:
+        """The beginnings of games."""
+        return self._of("switch")
+
+    @cached_property
+    def evaluations(self) -> list[Event]:
+        """One per phase and evaluated game."""
+        return self._of("evaluation")
+
+    @property
+    def done(self) -> bool:
+        """Whether the run came to its end."""
+        return bool(self._of("done"))
+
+    @cached_property
+    def steps_U(self) -> Floats:
+        """Environment steps at each update."""
+        return np.array([event["step"] for event in self.updates], float)
+
+    def series(self, *path: str) -> Floats:
+        """(U,) the number below `path` at each update; NaN where there is none."""
+        return np.array([_number(event, path) for event in self.updates], float)
+
+    def increments(self, *path: str) -> Floats:
+        """(U,) how much the counter below `path` grew in each update, what an evaluation before it added left out.
+
+        A counter that fell began anew (the process or the daemon was started again). A counter of the daemon may be older than the run, so
+        where the daemon is not the run's own, its first value says nothing: NaN.
+        """
+        before = UNSAID if path[0] == "store" and self.config.get("store") else 0.0
+        grown = []
+        for event in self.events:
+            value = _number(event, path)
+            if event["event"] == "evaluation" and path[0] == "cache" and not np.isnan(value):
+                before += value  # An evaluation logs how much it added.
+            if event["event"] == "update":
+                grown.append(value - before if not value < before else value)
+                before = value
+        return np.array(grown, float)
+
+    def total(self, *path: str) -> float:
+        """How much a counter grew over the training of the run; NaN when it was never logged."""
+        grown = self.increments(*path)
+        known = grown[~np.isnan(grown)]
+        return float(known.sum()) if known.size else UNSAID
+
+    def last(self, *path: str) -> float:
+        """The newest known value below `path`; NaN when there is none."""
+        known = [value for value in self.series(*path) if not np.isnan(value)]
+        return float(known[-1]) if known else UNSAID
+
+    @cached_property
+    def scores(self) -> Scores:
+        """The evaluations as a matrix."""
+        phases = max((int(event["phase"]) for event in self.evaluations), default=-1) + 1
+        column = {game: index for index, game in enumerate(self.games)}
+        mean_PG = np.full((phases, len(column)), UNSAID)
+        random_G, untrained_G = np.full(len(column), UNSAID), np.full(len(column), UNSAID)
+        returns = {}
+        for event in self.evaluations:
+            phase, game, mean = int(event["phase"]), column.get(event["evaluated"]), _number(event, ("return_mean",))
+            if game is None:
+                continue
+            random_G[game] = _number(event, ("random_mean",))
+            if phase < 0:
+                untrained_G[game] = mean
+            else:
+                mean_PG[phase, game] = mean
+                returns[phase, game] = [float(value) for value in event.get("returns") or () if value is not None]
+        return Scores(
+            games=self.games,
+            trained_P=tuple(column[game] for game in self.schedule[:phases]),
+            mean_PG=mean_PG,
+            random_G=random_G,
+            untrained_G=untrained_G,
+            returns=returns,
+        )
+
+    def training_usage(self) -> Floats:
+        """(G, E) tokens per game and expert over all updates of the game; see `_usage`."""
+        return self._usage([(event["game"], event.get("usage") or {}) for event in self.updates])
+
+    def evaluation_usage(self) -> Floats:
+        """(G, E) the same over the evaluations of the last phase, in which the agent itself said which game it saw."""
+        return self._usage([(event["evaluated"], event.get("usage") or {}) for event in self.last_evaluations])
+
+    @property
+    def last_evaluations(self) -> list[Event]:
+        """The evaluations after the newest evaluated phase."""
+        newest = max((event["phase"] for event in self.evaluations), default=None)
+        return [event for event in self.evaluations if event["phase"] == newest]
+
+    def _usage(self, rows: Sequence[tuple[str, dict[str, dict[str, int]]]]) -> Floats:
+        """Token counts by game and expert: layers are added up where they share a bank, and stand side by side where each has its own."""
+        shared = self.config.get("agent", {}).get("banks", "shared") == "shared"
+        experts = int(self.config.get("agent", {}).get("num_experts", 0))
+        seen = [(int(layer), int(expert)) for _, usage in rows for layer, counts in usage.items() for expert in counts]
+        experts = max([experts, *(expert + 1 for _, expert in seen)])
+        layers = 1 if shared else max((layer + 1 for layer, _ in seen), default=1)
+        counts_GE = np.zeros((len(self.games), layers * experts))
+        row = {game: index for index, game in enumerate(self.games)}
+        for game, usage in rows:
+            for layer, counts in usage.items():
+                for expert, count in counts.items():
+                    counts_GE[row[game], (0 if shared else int(layer) * experts) + int(expert)] += count
+        return counts_GE
+
+    def _of(self, kind: str) -> list[Event]:
+        return [event for event in self.events if event["event"] == kind]
+
+
+def _number(event: Event, path: Sequence[str]) -> float:
+    value: Any = event
+    for key in path:
+        value = value.get(key) if isinstance(value, dict) else None
+    # Protobuf's JSON writes 64-bit counters as strings.
+    return UNSAID if value is None or isinstance(value, dict | list) else float(value)
