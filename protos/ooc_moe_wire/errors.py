@@ -120,7 +120,7 @@ _BY_STATUS: dict[grpc.StatusCode, type[OocMoeError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
     grpc.StatusCode.NOT_FOUND: NotFound,
     grpc.StatusCode.ALREADY_EXISTS: AlreadyExists,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: TierFull,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: InvalidRequest,  # A message beyond its size limit; waiting would not help.
     grpc.StatusCode.DATA_LOSS: CorruptRecord,
     grpc.StatusCode.UNAVAILABLE: Unavailable,
     grpc.StatusCode.CANCELLED: Unavailable,

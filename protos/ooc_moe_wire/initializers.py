@@ -17,7 +17,10 @@ from ooc_moe_wire.errors import InvalidRequest
 
 @dataclass(frozen=True, slots=True)
 class Initializer:
-    """How a tensor begins: `zeros_v1`, `constant_v1` (every element is `value`) or `uniform_v1` (uniform on [-value, value))."""
+    """How a tensor begins: `zeros_v1`, `constant_v1` (every element is `value`) or `uniform_v1` (uniform on [-value, value)).
+
+    `value` is rounded to float32 at once, because that is what the wire carries: both sides hold equal initializers.
+    """
 
     algorithm: str = "zeros_v1"
     value: float = 0.0
@@ -25,8 +28,11 @@ class Initializer:
     def __post_init__(self) -> None:
         if self.algorithm not in ("zeros_v1", "constant_v1", "uniform_v1"):
             raise InvalidRequest(f"initializer.algorithm: {self.algorithm!r} is not one of zeros_v1, constant_v1, uniform_v1")
-        if not np.isfinite(self.value):
-            raise InvalidRequest(f"initializer.value: {self.value} is not finite")
+        with np.errstate(over="ignore"):
+            value = float(np.float32(self.value))
+        if not np.isfinite(value):
+            raise InvalidRequest(f"initializer.value: {self.value} is not a finite float32")
+        object.__setattr__(self, "value", value)
 
 
 def initialize(out: NDArray[np.generic], initializer: Initializer, *, seed: int, expert: int, tensor: int) -> None:
@@ -47,7 +53,8 @@ def initialize(out: NDArray[np.generic], initializer: Initializer, *, seed: int,
 
 def _uniform(count: int, bound: np.float32, *, seed: int, expert: int, tensor: int) -> NDArray[np.float32]:
     """`count` floats on [-bound, bound): each the top 24 bits of a 32-bit word, scaled exactly, then one rounded product."""
-    words = np.random.Philox(key=[seed, expert], counter=[0, 0, 0, tensor]).random_raw((count + 1) // 2)
+    key = np.array([seed, expert], dtype=np.uint64)  # A plain list would pass through float64, and seeds beyond 2^53 would collide.
+    words = np.random.Philox(key=key, counter=[0, 0, 0, tensor]).random_raw((count + 1) // 2)
     halves = words.astype("<u8").view("<u4")[:count]
     unit = (halves >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-23) - np.float32(1.0)
     return unit * bound

@@ -36,6 +36,7 @@ _NUMPY_DTYPE = {
     "uint8": "|u1",
 }
 _FLOAT_DTYPES = ("float32", "float16", "bfloat16")
+_FLOAT16_MAX = 65504.0
 _TENSOR_NAME = re.compile(r"[A-Za-z0-9_.]{1,64}")
 _BANK_NAME = re.compile(r"[A-Za-z0-9_\-./]{1,128}")
 
@@ -61,6 +62,8 @@ class TensorSpec:
             raise InvalidRequest(f"tensor {self.name!r}: shape {self.shape} needs at least one dimension, each at least 1")
         if self.initializer.algorithm == "uniform_v1" and self.dtype != "float32":
             raise InvalidRequest(f"tensor {self.name!r}: uniform_v1 makes float32, not {self.dtype}")
+        if self.initializer.algorithm == "constant_v1" and not _holds(self.dtype, self.initializer.value):
+            raise InvalidRequest(f"tensor {self.name!r}: constant_v1 cannot begin {self.dtype} with {self.initializer.value:g}")
 
     @property
     def num_bytes(self) -> int:
@@ -208,6 +211,14 @@ def _section_bytes(tensors: Sequence[TensorSpec]) -> int:
 
 def _round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
+
+
+def _holds(dtype: str, value: float) -> bool:
+    """Whether a constant can be written in `dtype`; bfloat16, whose raw words numpy takes for integers, begins with zeros only."""
+    if dtype in _FLOAT_DTYPES:
+        return dtype == "float32" or (dtype == "float16" and abs(value) <= _FLOAT16_MAX)
+    limits = np.iinfo(_NUMPY_DTYPE[dtype])
+    return value.is_integer() and int(limits.min) <= value <= int(limits.max)
 
 
 def _all_finite(array: NDArray[np.generic], dtype: str) -> bool:

@@ -32,7 +32,9 @@ class Initializer(google.protobuf.message.Message):
     algorithm: builtins.str
     """"zeros_v1" | "constant_v1" | "uniform_v1". Empty means "zeros_v1"."""
     value: builtins.float
-    """constant_v1: the value. uniform_v1: the bound b of the half-open interval [-b, b). Ignored by zeros_v1."""
+    """constant_v1: the value; the tensor's dtype must hold it, and bfloat16 begins with zeros only. uniform_v1, for float32 only: the bound b of
+    the half-open interval [-b, b). Ignored by zeros_v1.
+    """
     def __init__(
         self,
         *,

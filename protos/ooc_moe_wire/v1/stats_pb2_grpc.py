@@ -62,7 +62,7 @@ class StatsServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def WatchStats(self, request, context):
-        """A message now and then one per interval, until the caller hangs up. Has no deadline. UNAVAILABLE when the daemon drains.
+        """A message now and then one per interval, until the caller hangs up. Has no deadline. Retry: yes. UNAVAILABLE when the daemon drains.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

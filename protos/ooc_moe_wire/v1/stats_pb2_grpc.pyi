@@ -29,7 +29,7 @@ class StatsServiceStub:
         ooc_moe_wire.v1.stats_pb2.WatchStatsRequest,
         ooc_moe_wire.v1.stats_pb2.Stats,
     ]
-    """A message now and then one per interval, until the caller hangs up. Has no deadline. UNAVAILABLE when the daemon drains."""
+    """A message now and then one per interval, until the caller hangs up. Has no deadline. Retry: yes. UNAVAILABLE when the daemon drains."""
 
     ReportTrainer: grpc.UnaryUnaryMultiCallable[
         ooc_moe_wire.v1.stats_pb2.ReportTrainerRequest,
@@ -48,7 +48,7 @@ class StatsServiceAsyncStub:
         ooc_moe_wire.v1.stats_pb2.WatchStatsRequest,
         ooc_moe_wire.v1.stats_pb2.Stats,
     ]
-    """A message now and then one per interval, until the caller hangs up. Has no deadline. UNAVAILABLE when the daemon drains."""
+    """A message now and then one per interval, until the caller hangs up. Has no deadline. Retry: yes. UNAVAILABLE when the daemon drains."""
 
     ReportTrainer: grpc.aio.UnaryUnaryMultiCallable[
         ooc_moe_wire.v1.stats_pb2.ReportTrainerRequest,
@@ -71,7 +71,7 @@ class StatsServiceServicer(metaclass=abc.ABCMeta):
         request: ooc_moe_wire.v1.stats_pb2.WatchStatsRequest,
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[ooc_moe_wire.v1.stats_pb2.Stats], collections.abc.AsyncIterator[ooc_moe_wire.v1.stats_pb2.Stats]]:
-        """A message now and then one per interval, until the caller hangs up. Has no deadline. UNAVAILABLE when the daemon drains."""
+        """A message now and then one per interval, until the caller hangs up. Has no deadline. Retry: yes. UNAVAILABLE when the daemon drains."""
 
     @abc.abstractmethod
     def ReportTrainer(
