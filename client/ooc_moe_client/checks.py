@@ -1,0 +1,56 @@
+"""What is checked before anything reaches a store: ids of a call, bodies of a push.
+
+Both stores call these, so that a mistake is the same error with either. Knows nothing of where the bytes go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from ooc_moe_wire.errors import InvalidRequest
+from ooc_moe_wire.layout import Layout
+
+from ooc_moe_client.store import Push
+
+
+def check_distinct(bank: str, experts: Sequence[int]) -> None:
+    """Raises InvalidRequest for an empty list, a negative id, or a repeated one."""
+    if not experts:
+        raise InvalidRequest(f"bank {bank!r}: experts is empty")
+    seen: set[int] = set()
+    for expert in experts:
+        if expert < 0:
+            raise InvalidRequest(f"bank {bank!r}: expert {expert} is negative")
+        if expert in seen:
+            raise InvalidRequest(f"bank {bank!r}: expert {expert} is repeated")
+        seen.add(expert)
+
+
+def check_known_versions(bank: str, experts: Sequence[int], known_versions: Sequence[int | None] | None) -> None:
+    """Raises InvalidRequest when there is not one known version per expert."""
+    if known_versions is not None and len(known_versions) != len(experts):
+        raise InvalidRequest(f"bank {bank!r}: {len(known_versions)} known_versions for {len(experts)} experts")
+
+
+def checked_bodies(bank: str, layout: Layout, pushes: Sequence[Push]) -> list[memoryview]:
+    """The bodies of a push as flat bytes, in order.
+
+    Raises:
+        InvalidRequest: no push, a repeated expert, a body of the wrong length, or NaN or infinity in a tensor, which it names.
+    """
+    check_distinct(bank, [push.expert for push in pushes])
+    bodies = [np.frombuffer(push.body, dtype=np.uint8).data for push in pushes]
+    for push, body in zip(pushes, bodies, strict=True):
+        if len(body) != layout.body_bytes:
+            raise InvalidRequest(f"bank {bank!r}, expert {push.expert}: body is {len(body)} bytes, the layout has {layout.body_bytes}")
+        tensor = layout.nonfinite_tensor(body)
+        if tensor is not None:
+            raise InvalidRequest(f"bank {bank!r}, expert {push.expert}: tensor {tensor!r} holds NaN or infinity; nothing was pushed")
+    return bodies
+
+
+def check_memory(bank: str, expert: int, memory: memoryview, num_bytes: int) -> None:
+    """Raises InvalidRequest when the memory given for a fetched expert has another size than what arrives."""
+    if len(memory) != num_bytes:
+        raise InvalidRequest(f"bank {bank!r}, expert {expert}: {len(memory)} bytes of memory for {num_bytes} bytes")
