@@ -1,0 +1,170 @@
+import pytest
+import xxhash
+from hypothesis import given
+from hypothesis import strategies as st
+from ooc_moe_wire.codec import CHUNK_BYTES, FORMAT, Assembler, Checksums, RecordHeader, chunks, verify
+from ooc_moe_wire.errors import CorruptRecord, InvalidRequest
+from ooc_moe_wire.layout import BLOCK_BYTES, Layout, TensorSpec
+from ooc_moe_wire.v1 import expert_pb2
+
+LAYOUT = Layout(
+    parameters=(TensorSpec(name="w", shape=(900,)),),
+    optimizer=(TensorSpec(name="w.exp_avg", shape=(1500,)), TensorSpec(name="step", shape=(1,), dtype="int64")),
+)
+HEADER_BYTES_USED = 84  # 76 of fields, 8 of checksum.
+
+words = st.integers(0, 2**64 - 1)
+headers = st.builds(
+    RecordHeader,
+    bank_id=st.binary(min_size=16, max_size=16),
+    expert=words,
+    version=words,
+    parameter_bytes=words,
+    optimizer_bytes=words,
+    checksums=st.builds(Checksums, words, words),
+)
+
+
+def filled_body() -> memoryview:
+    return memoryview(bytearray((index * 37 + index // 256) % 256 for index in range(LAYOUT.body_bytes)))
+
+
+def some_header(**changes) -> RecordHeader:
+    fields = {"bank_id": bytes(range(16)), "expert": 7, "version": 11, "parameter_bytes": 4096, "optimizer_bytes": 8192}
+    return RecordHeader(**(fields | changes), checksums=Checksums(0x0123456789ABCDEF, 2**64 - 1))
+
+
+def packed(header: RecordHeader) -> memoryview:
+    block = memoryview(bytearray(b"\xff" * BLOCK_BYTES))
+    header.pack_into(block)
+    return block
+
+
+@given(headers)
+def test_a_header_survives_its_block(header):
+    assert RecordHeader.unpack(packed(header), what="slot 3") == header
+
+
+def test_a_header_block_keeps_its_golden_bytes():
+    """What lies on disks: a change here is a new FORMAT."""
+    block = bytes(packed(some_header()))
+    assert block[:HEADER_BYTES_USED].hex() == (
+        "4f4f434d4f450d0a"  # magic
+        "01000000"  # format
+        "000102030405060708090a0b0c0d0e0f"  # bank id
+        "0700000000000000"  # expert
+        "0b00000000000000"  # version
+        "0010000000000000"  # parameter bytes
+        "0020000000000000"  # optimizer bytes
+        "efcdab8967452301"  # parameter xxh3
+        "ffffffffffffffff"  # optimizer xxh3
+        "d8c3668281dbefe2"  # xxh3 of the above
+    )
+    assert not any(block[HEADER_BYTES_USED:])
+
+
+@pytest.mark.parametrize("mask", [0x01, 0x80, 0xFF])
+def test_every_damaged_byte_of_a_header_is_noticed(mask):
+    block = packed(some_header())
+    for position in range(HEADER_BYTES_USED):
+        block[position] ^= mask
+        with pytest.raises(CorruptRecord, match="slot 3: the header block is damaged"):
+            RecordHeader.unpack(block, what="slot 3")
+        block[position] ^= mask
+    assert RecordHeader.unpack(block, what="slot 3") == some_header()
+
+
+@pytest.mark.parametrize("fill", [0x00, 0xFF])
+def test_a_block_that_never_held_a_header_is_corrupt(fill):
+    with pytest.raises(CorruptRecord, match="slot 9"):
+        RecordHeader.unpack(memoryview(bytes([fill]) * BLOCK_BYTES), what="slot 9")
+
+
+def test_a_sound_header_of_another_format_is_refused_by_its_number():
+    block = packed(some_header())
+    block[8] = FORMAT + 1
+    fields = HEADER_BYTES_USED - 8
+    block[fields:HEADER_BYTES_USED] = xxhash.xxh3_64_intdigest(block[:fields]).to_bytes(8, "little")
+    with pytest.raises(CorruptRecord, match=f"slot 3: record format {FORMAT + 1} is not {FORMAT}"):
+        RecordHeader.unpack(block, what="slot 3")
+
+
+def test_each_section_has_its_own_checksum():
+    body = filled_body()
+    whole, parameters_only = Checksums.of(LAYOUT, body), Checksums.of(LAYOUT, body[: LAYOUT.parameter_bytes])
+    assert parameters_only == Checksums(whole.parameters, 0)
+    assert whole.optimizer == xxhash.xxh3_64_intdigest(bytes(body[LAYOUT.parameter_bytes :]))
+
+
+@given(st.integers(0, LAYOUT.body_bytes - 1), st.integers(1, 255))
+def test_a_damaged_byte_is_noticed_and_its_section_named(position, mask):
+    body = filled_body()
+    expected = Checksums.of(LAYOUT, body)
+    body[position] ^= mask
+    section = "parameter" if position < LAYOUT.parameter_bytes else "optimizer"
+    with pytest.raises(CorruptRecord, match=f"expert 5: the {section} section's checksum"):
+        verify(LAYOUT, body, expected, what="expert 5")
+
+
+def test_parameters_alone_are_verified_without_the_optimizers_checksum():
+    body = filled_body()
+    expected = Checksums.of(LAYOUT, body)
+    verify(LAYOUT, body, expected, what="expert 5")
+    verify(LAYOUT, body[: LAYOUT.parameter_bytes], expected, what="expert 5")
+
+
+@pytest.mark.parametrize("size", [1, 4096, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 2 * CHUNK_BYTES + 4096])
+def test_chunks_put_together_are_the_body_again(size):
+    body = memoryview((b"0123456789abcdef" * (size // 16 + 1))[:size])
+    received = bytearray(size)
+    assembler = Assembler(memoryview(received), what="expert 5")
+    sizes = []
+    for chunk in chunks(body):
+        assert not assembler.complete
+        assembler.add(expert_pb2.Chunk.FromString(chunk.SerializeToString()))
+        sizes.append(len(chunk.payload))
+    assert assembler.complete
+    assert received == body
+    assert max(sizes) <= CHUNK_BYTES
+    assert len(sizes) == -(-size // CHUNK_BYTES)
+
+
+@given(st.binary(min_size=1, max_size=100), st.data())
+def test_an_assembler_takes_pieces_of_any_size(body, data):
+    received = bytearray(len(body))
+    assembler = Assembler(memoryview(received), what="expert 5")
+    offset = 0
+    while not assembler.complete:
+        end = data.draw(st.integers(offset + 1, len(body)))
+        assembler.add(expert_pb2.Chunk(offset=offset, payload=body[offset:end]))
+        offset = end
+    assert received == body
+
+
+@pytest.mark.parametrize(
+    ("offset", "payload"),
+    [
+        (4, b""),  # nothing in it
+        (0, b"again"),
+        (5, b"gap"),
+        (3, b"overlap"),
+        (4, b"past end"),
+        (2**64 - 1, b"far"),
+    ],
+)
+def test_a_chunk_that_does_not_follow_is_refused_and_writes_nothing(offset, payload):
+    received = bytearray(10)
+    assembler = Assembler(memoryview(received), what="expert 5")
+    assembler.add(expert_pb2.Chunk(offset=0, payload=b"good"))
+    with pytest.raises(InvalidRequest, match=f"expert 5: chunk of {len(payload)} bytes at offset {offset}, expected offset 4 of 10"):
+        assembler.add(expert_pb2.Chunk(offset=offset, payload=payload))
+    assert received == b"good" + bytes(6)
+    assembler.add(expert_pb2.Chunk(offset=4, payload=b"follow"))
+    assert assembler.complete
+
+
+def test_a_complete_body_takes_no_more_chunks():
+    assembler = Assembler(memoryview(bytearray(4)), what="expert 5")
+    assembler.add(expert_pb2.Chunk(offset=0, payload=b"full"))
+    with pytest.raises(InvalidRequest, match="expected offset 4 of 4"):
+        assembler.add(expert_pb2.Chunk(offset=4, payload=b"!"))
