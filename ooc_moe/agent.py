@@ -1,0 +1,357 @@
+"""The agent: frames in, action logits and values out, with its experts behind a cache.
+
+    frames -> stem (shared) -> + embedding -> [causal attention -> tiered MoE] x layers -> norm -> logits, value
+
+Everything dense but the stem belongs to one game. Knows nothing of environments, losses or checkpoints' files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+from urllib.parse import quote
+
+import torch
+from ooc_moe_client.cache import ExpertCache
+from ooc_moe_client.cache_stats import CacheStats
+from ooc_moe_wire.errors import InvalidRequest
+from torch import Tensor, nn
+
+from ooc_moe.config import AgentConfig
+from ooc_moe.encoder import Stem
+from ooc_moe.moe import ExpertGradients, TieredExperts, TieredMoE
+from ooc_moe.pools import GamePools, PoolBook
+from ooc_moe.routing import Router
+from ooc_moe.seeds import derived_seed, seeded
+from ooc_moe.transformer import Block, CausalAttention, GameNetwork, KeysValues, episode_mask
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentOutput:
+    """What the agent says of B segments of T frames."""
+
+    logits_BTA: Tensor
+    value_BT: Tensor
+    aux_loss: Tensor
+    """The load-balancing loss, mean over layers, to be weighted by `balance_weight`; 1 when the load is even."""
+    experts_used: list[dict[int, int]]
+    """Per layer: tokens by expert id, of those that got any."""
+    routing_BTLK: Tensor
+    """The experts chosen, int32: what `forward(routing=...)` repeats."""
+    cache_stats: list[CacheStats]
+    """The counters of each cache after this call."""
+    prediction: Any = None
+    """What `predictor` says of each segment's last frames, when asked."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActOutput:
+    """What the agent does with one frame of each of N environments."""
+
+    actions_N: Tensor
+    log_probs_N: Tensor
+    values_N: Tensor
+    experts_NLK: Tensor
+    """The experts chosen, int32."""
+    prediction: Any = None
+
+
+@dataclass(slots=True)
+class Segment:
+    """The past that acting remembers: keys and values of the frames of one segment of one game."""
+
+    game: str
+    num_envs: int
+    memories: list[KeysValues] = field(repr=False)
+    length: int = 0
+    """Frames seen."""
+    episode_from_N: Tensor | None = None
+    """Where the present episode began in this segment; None while no episode began inside it."""
+
+
+class Agent(nn.Module):
+    """Plays any of the games it was told of, each with experts and dense parameters of its own.
+
+    Args:
+        config: all sizes.
+        caches: one for a shared bank, or one per layer, on the agent's device. The caller made the banks (`config.bank_specs`).
+        seed: of all initial values; each game's depend on the seed and the game's name only, not on the order of games.
+
+    Raises:
+        InvalidRequest: the number of caches, or a bank's layout, is not what `config` needs.
+    """
+
+    def __init__(self, config: AgentConfig, caches: Sequence[ExpertCache], *, seed: int) -> None:
+        super().__init__()
+        if len(caches) != config.num_banks:
+            raise InvalidRequest(f"caches: {len(caches)} given, banks {config.banks!r} needs {config.num_banks}")
+        for cache in caches:
+            if cache.layout != config.expert_layout():
+                raise InvalidRequest(f"bank {cache.bank!r}: its layout is not that of dim {config.dim}, hidden {config.hidden}")
+        self.config = config
+        self.caches = list(caches)
+        self.predictor: Callable[[Tensor], Any] | None = None
+        """Asked with frames (N, S, H, W) when `predict=True`; usually `detector.predict`. No submodule: it is trained apart."""
+        self._experts = [TieredExperts(cache) for cache in caches]
+        self._seed = seed
+        self._book = PoolBook(config)
+        self.networks = cast("dict[str, GameNetwork]", nn.ModuleDict())
+        with seeded(derived_seed(seed, "stem")):
+            self.stem = Stem(config)
+        # With token routing the routers choose from whole banks and belong to all games.
+        with seeded(derived_seed(seed, "routers")):
+            token = config.routing == "token"
+            routers = [self._router(range(config.num_experts)) for _ in range(config.num_layers if token else 0)]
+        self.routers = cast("Sequence[Router]", nn.ModuleList(routers))
+
+    # -- games -----------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def games(self) -> list[str]:
+        """The games known, in the order in which they came."""
+        return list(self._book.games)
+
+    @property
+    def gradients(self) -> list[ExpertGradients]:
+        """What backward leaves for the experts, one per cache."""
+        return [experts.gradients for experts in self._experts]
+
+    def add_game(self, game: str) -> GamePools:
+        """Makes a game known: its network, and pools of unowned experts; banks grow when there are too few. A known one is answered."""
+        if game in self._book.games:
+            return self._book.games[game]
+        return self._build(self._book.assign(game))
+
+    def pools(self, game: str) -> GamePools:
+        """The experts a game routes to. Raises InvalidRequest for an unknown game."""
+        self._network(game)
+        return self._book.games[game]
+
+    def prefetch_set(self, game: str) -> list[int]:
+        """The experts of a game's pools in all banks, numbered as the detector does: expert * banks + bank."""
+        num_banks = self.config.num_banks
+        by_bank = self.pools(game).by_bank(num_banks)
+        return sorted(expert * num_banks + bank for bank, experts in enumerate(by_bank) for expert in experts)
+
+    def usage(self, experts_LK: Tensor) -> dict[str, dict[str, int]]:
+        """Tokens by expert in each layer, of routings (..., layers, top_k); keys are text, as JSON has them."""
+        layers = [torch.unique(experts, return_counts=True) for experts in experts_LK.unbind(-2)]
+        return {
+            str(layer): {str(expert): count for expert, count in zip(ids.tolist(), counts.tolist(), strict=True)}
+            for layer, (ids, counts) in enumerate(layers)
+        }
+
+    def game_parameters(self, game: str) -> Iterator[nn.Parameter]:
+        """A game's own dense parameters that are to be trained (with token routing, the shared routers too)."""
+        return (parameter for parameter in self._network(game).parameters() if parameter.requires_grad)
+
+    def stem_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters that all games share."""
+        return self.stem.parameters()
+
+    # -- seeing whole segments -----------------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        frames_BTSHW: Tensor,
+        *,
+        game: str,
+        starts_BT: Tensor | None = None,
+        routing: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        predict: bool = False,
+    ) -> AgentOutput:
+        """Sees B segments of T frames at once.
+
+        Args:
+            frames_BTSHW: uint8, T at most `context + 1`.
+            game: whose they are.
+            starts_BT: True where a frame begins a new episode; attention never crosses it. None: nowhere.
+            routing: experts (B, T, layers, top_k) to repeat; their weights are computed anew from clean logits. None: routes now.
+            generator: draws the router's noise, in training mode.
+            predict: also ask `predictor`.
+
+        Raises:
+            InvalidRequest: an unknown game, or an argument of another shape or dtype.
+        """
+        network = self._network(game)
+        batch, time = self._check_segments(frames_BTSHW, starts_BT, routing)
+        x_BTD = self.stem(frames_BTSHW.flatten(0, 1)).view(batch, time, -1) + network.embedding_TD[:time]
+        mask = None if starts_BT is None else episode_mask(starts_BT)
+        chosen, losses, used = [], [], []
+        for layer, block in enumerate(network.blocks):
+            replay_NK = None if routing is None else routing[:, :, layer].flatten(0, 1).long()
+            output = block(x_BTD, mask=mask, experts_NK=replay_NK, noisy=True, generator=generator)
+            x_BTD = output.y
+            chosen.append(output.experts_NK)
+            losses.append(output.balance_loss)
+            used.append(output.tokens_by_expert)
+        logits_BTA, value_BT = network.heads(x_BTD)
+        return AgentOutput(
+            logits_BTA=logits_BTA,
+            value_BT=value_BT,
+            aux_loss=torch.stack(losses).mean(),
+            experts_used=used,
+            routing_BTLK=torch.stack(chosen, dim=1).to(torch.int32).view(batch, time, len(chosen), -1),
+            cache_stats=[cache.stats() for cache in self.caches],
+            prediction=self._predict(frames_BTSHW[:, -1]) if predict else None,
+        )
+
+    # -- acting frame by frame -----------------------------------------------------------------------------------------------------------
+
+    def segment(self, game: str, num_envs: int) -> Segment:
+        """An empty past for `num_envs` environments of a game."""
+        self._network(game)
+        config, device = self.config, self._device
+        shape = (num_envs, config.num_heads, config.context + 1, config.dim // config.num_heads)
+        memories = [KeysValues(torch.zeros(shape, device=device), torch.zeros(shape, device=device)) for _ in range(config.num_layers)]
+        return Segment(game, num_envs, memories)
+
+    @torch.no_grad()
+    def act(
+        self,
+        frames_NSHW: Tensor,
+        segment: Segment,
+        *,
+        starts_N: Tensor | None = None,
+        deterministic: bool = False,
+        generator: torch.Generator | None = None,
+        predict: bool = False,
+    ) -> ActOutput:
+        """Sees one more frame of each environment and chooses actions; says what `forward` would say of the same frames.
+
+        Args:
+            frames_NSHW: uint8, one stack per environment of the segment.
+            segment: the past, extended by these frames; full after `context + 1` of them.
+            starts_N: True where the frame begins a new episode.
+            deterministic: the likeliest action, and no router noise; otherwise actions are drawn, with router noise in training mode.
+            generator: draws actions and noise, on the agent's device.
+            predict: also ask `predictor`.
+
+        Raises:
+            InvalidRequest: a frame or `starts_N` of another shape or dtype, or a full segment.
+        """
+        network = self._network(segment.game)
+        self._check_step(frames_NSHW, segment, starts_N)
+        mask = self._extend(segment, starts_N)
+        position = segment.length
+        x_BTD = (self.stem(frames_NSHW) + network.embedding_TD[position]).unsqueeze(1)
+        chosen = []
+        for block, memory in zip(network.blocks, segment.memories, strict=True):
+            output = block.step(x_BTD, memory, position, mask=mask, noisy=not deterministic, generator=generator)
+            x_BTD = output.y
+            chosen.append(output.experts_NK)
+        segment.length += 1
+        logits_NA, values_N = network.heads(x_BTD.squeeze(1))
+        log_probs_NA = torch.log_softmax(logits_NA, dim=-1)
+        draw = log_probs_NA.argmax(-1, keepdim=True) if deterministic else log_probs_NA.exp().multinomial(1, generator=generator)
+        return ActOutput(
+            actions_N=draw.squeeze(-1),
+            log_probs_N=log_probs_NA.gather(-1, draw).squeeze(-1),
+            values_N=values_N,
+            experts_NLK=torch.stack(chosen, dim=1).to(torch.int32),
+            prediction=self._predict(frames_NSHW) if predict else None,
+        )
+
+    @staticmethod
+    def _extend(segment: Segment, starts_N: Tensor | None) -> Tensor | None:
+        """Notes episodes that begin now; returns the mask (envs, 1, 1, frames), or None where all frames may be seen."""
+        if starts_N is not None and segment.length > 0 and starts_N.any():
+            before_N = torch.zeros_like(starts_N, dtype=torch.long) if segment.episode_from_N is None else segment.episode_from_N
+            segment.episode_from_N = before_N.masked_fill(starts_N, segment.length)
+        if segment.episode_from_N is None:
+            return None
+        frames_T = torch.arange(segment.length + 1, device=segment.episode_from_N.device)
+        return (frames_T >= segment.episode_from_N.unsqueeze(1))[:, None, None]
+
+    # -- checkpoints -----------------------------------------------------------------------------------------------------------------
+
+    def get_extra_state(self) -> dict[str, list[list[int]]]:
+        """Games and pools, in order: what `load_state_dict` needs to build the networks before it fills them."""
+        return {game: [list(layer) for layer in pools.layers] for game, pools in self._book.games.items()}
+
+    def set_extra_state(self, state: dict[str, list[list[int]]]) -> None:
+        """Builds the games of a state; torch calls it before it loads the children."""
+        for game, layers in state.items():
+            pools = GamePools(game, tuple(tuple(layer) for layer in layers))
+            if game not in self._book.games:
+                self._build(self._book.record(pools))
+            elif self._book.games[game] != pools:
+                raise InvalidRequest(f"state: game {game!r} has pools {layers}, this agent gave it others")
+
+    # -- parts ---------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.stem.parameters()).device
+
+    def _build(self, pools: GamePools) -> GamePools:
+        for cache, experts in zip(self.caches, pools.by_bank(len(self.caches)), strict=True):
+            if experts[-1] >= cache.num_experts:
+                cache.grow(experts[-1] + 1)
+        first = next(iter(self.networks.values()), None)
+        with seeded(derived_seed(self._seed, "game", pools.game)):
+            blocks = [self._block(layer, experts, first) for layer, experts in enumerate(pools.layers)]
+            network = GameNetwork(self.config, blocks).to(self._device)
+        self.networks[_key(pools.game)] = network.train(self.training)
+        if self.config.attention == "first-game" and len(self.networks) == 2:
+            for block in network.blocks:
+                block.attention.requires_grad_(False)
+        return pools
+
+    def _block(self, layer: int, experts: Sequence[int], first: GameNetwork | None) -> Block:
+        config = self.config
+        attention = CausalAttention(config.dim, config.num_heads)
+        if config.attention == "first-game" and first is not None:
+            attention = first.blocks[layer].attention
+        router = self.routers[layer] if config.routing == "token" else self._router(experts)
+        moe = TieredMoE(self._experts[layer % len(self._experts)], router, dim=config.dim, dropout=config.dropout)
+        return Block(attention, moe, dim=config.dim, dropout=config.dropout)
+
+    def _router(self, experts: Sequence[int]) -> Router:
+        return Router(self.config.dim, experts, top_k=self.config.top_k, noise=self.config.router_noise)
+
+    def _network(self, game: str) -> GameNetwork:
+        if game not in self._book.games:
+            raise InvalidRequest(f"game: {game!r} is unknown to the agent, which knows {', '.join(self.games) or 'none'}")
+        return self.networks[_key(game)]
+
+    def _predict(self, frames_NSHW: Tensor) -> Any:
+        if self.predictor is None:
+            raise InvalidRequest("predict: True, but the agent has no predictor")
+        return self.predictor(frames_NSHW)
+
+    def _check_segments(self, frames_BTSHW: Tensor, starts_BT: Tensor | None, routing: Tensor | None) -> tuple[int, int]:
+        config = self.config
+        self._check_frames(frames_BTSHW, "(batch, time, stack, height, width)", 5)
+        batch, time = frames_BTSHW.shape[:2]
+        if not 1 <= time <= config.context + 1:
+            raise InvalidRequest(f"frames: {time} of time, a segment has 1 to {config.context + 1} (context + 1)")
+        _check("starts", starts_BT, (batch, time), torch.bool)
+        _check("routing", routing, (batch, time, config.num_layers, config.top_k))
+        return batch, time
+
+    def _check_step(self, frames_NSHW: Tensor, segment: Segment, starts_N: Tensor | None) -> None:
+        self._check_frames(frames_NSHW, "(envs, stack, height, width)", 4)
+        if len(frames_NSHW) != segment.num_envs:
+            raise InvalidRequest(f"frames: of {len(frames_NSHW)} environments, the segment has {segment.num_envs}")
+        if segment.length > self.config.context:
+            raise InvalidRequest(f"segment: full after {segment.length} frames (context + 1); begin another")
+        _check("starts", starts_N, (segment.num_envs,), torch.bool)
+
+    def _check_frames(self, frames: Tensor, names: str, num_axes: int) -> None:
+        config = self.config
+        want = (config.frame_stack, config.frame_size, config.frame_size)
+        if frames.dtype != torch.uint8 or frames.ndim != num_axes or frames.shape[-3:] != want:
+            raise InvalidRequest(f"frames: got {frames.dtype} {tuple(frames.shape)}, expected torch.uint8 {names} ending in {want}")
+
+
+def _check(name: str, value: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:
+    if value is not None and (value.shape != shape or value.dtype != (dtype or value.dtype)):
+        raise InvalidRequest(f"{name}: got {value.dtype} {tuple(value.shape)}, expected {dtype or 'whole numbers'} {shape}")
+
+
+def _key(game: str) -> str:
+    """A game's name as a module's: no dots, and no clash with ModuleDict's own attributes."""
+    return "game:" + quote(game, safe="").replace(".", "%2E")

@@ -1,0 +1,96 @@
+"""Which experts a token goes to, and with what weight: noisy top-k, and the loss that keeps the load even.
+
+Knows only the experts it was given to choose from (a game's pool, or a whole bank), not where they are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from ooc_moe_wire.errors import InvalidRequest
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """The router's answer: global expert ids `(tokens, k)`, their weights `(tokens, k)`, and the balancing loss (a scalar)."""
+
+    experts_NK: Tensor
+    gates_NK: Tensor
+    balance_loss: Tensor
+
+
+class Router(nn.Module):
+    """Sends each token to `top_k` of the given experts.
+
+    Noise moves the choice in training only (Shazeer et al. 2017, eq. 4, but with a fixed standard deviation); the weights are a softmax
+    over the clean logits of the chosen. So the weights of a choice can be computed again without the noise, and PPO's ratios are
+    exactly those of the policy that acted.
+
+    Args:
+        dim: width of a token.
+        experts: ascending ids of the experts to choose from.
+        top_k: how many of them a token gets.
+        noise: standard deviation of the noise on the logits.
+    """
+
+    experts: Tensor
+
+    def __init__(self, dim: int, experts: Sequence[int], *, top_k: int, noise: float) -> None:
+        super().__init__()
+        self.top_k, self.noise = top_k, noise
+        self.weight = nn.Parameter(torch.randn(len(experts), dim) * (0.1 * dim**-0.5))
+        # Not in the state: the book of pools owns this.
+        self.register_buffer("experts", torch.tensor(experts), persistent=False)
+
+    def forward(
+        self, x_ND: Tensor, *, experts_NK: Tensor | None = None, noisy: bool = False, generator: torch.Generator | None = None
+    ) -> Routed:
+        """Chooses, or weighs a choice made before.
+
+        Args:
+            x_ND: normalised tokens.
+            experts_NK: global ids chosen earlier; None chooses now.
+            noisy: whether the noise is on, in training mode.
+            generator: draws the noise.
+
+        Raises:
+            InvalidRequest: `experts_NK` names an expert outside this router's, or has another shape.
+        """
+        logits_NE = x_ND @ self.weight.t()
+        if experts_NK is None:
+            chosen_NK = self._choose(logits_NE.detach(), noisy, generator)
+            experts_NK = self.experts[chosen_NK]
+        else:
+            chosen_NK = self._places(experts_NK, len(x_ND))
+        gates_NK = torch.softmax(logits_NE.gather(1, chosen_NK), dim=1)
+        return Routed(experts_NK, gates_NK, balance_loss(logits_NE, chosen_NK))
+
+    def _choose(self, logits_NE: Tensor, noisy: bool, generator: torch.Generator | None) -> Tensor:
+        if noisy and self.training and self.noise > 0:
+            noise_NE = torch.randn(logits_NE.shape, generator=generator, device=logits_NE.device)
+            logits_NE = logits_NE + self.noise * noise_NE
+        return logits_NE.topk(self.top_k, dim=1).indices
+
+    def _places(self, experts_NK: Tensor, num_tokens: int) -> Tensor:
+        """Where the given ids stand among this router's."""
+        if experts_NK.shape != (num_tokens, self.top_k):
+            raise InvalidRequest(f"routing: shape {tuple(experts_NK.shape)} is not ({num_tokens}, {self.top_k}) (tokens, top_k)")
+        places_NK = torch.searchsorted(self.experts, experts_NK.to(self.experts.dtype)).clamp_(max=len(self.experts) - 1)
+        wrong_NK = self.experts[places_NK] != experts_NK
+        if wrong_NK.any():
+            raise InvalidRequest(f"routing: expert {int(experts_NK[wrong_NK][0])} is not one of this router's {self.experts.tolist()}")
+        return places_NK
+
+
+def balance_loss(logits_NE: Tensor, chosen_NK: Tensor) -> Tensor:
+    """Fedus et al. 2021 (Switch), eq. 4: E * sum_i f_i P_i over the experts to choose from; 1 when the load is even.
+
+    f_i is expert i's share of the assignments, P_i its mean probability; only P_i carries a gradient.
+    """
+    num_experts = logits_NE.shape[1]
+    counts_E = torch.bincount(chosen_NK.flatten(), minlength=num_experts).to(logits_NE.dtype)
+    probabilities_E = torch.softmax(logits_NE, dim=1).mean(dim=0)
+    return num_experts * (counts_E / chosen_NK.numel() * probabilities_E).sum()
