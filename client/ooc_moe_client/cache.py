@@ -1,0 +1,396 @@
+"""`ExpertCache`: the trainer's cache of experts, in HBM (or in host memory: device "cpu" runs the same code).
+
+    with cache.reading([3, 7]) as slots:              # pinned; misses are fetched in one call
+        w1_SDH = cache.views["w1"]                     # expert 3 is w1_SDH[slots[0]]
+    with cache.updating([3, 7]) as slots: ...          # the optimizer writes; dirty afterwards
+    cache.flush()                                      # everything is durable
+
+This file is what the training thread does: ask, wait, pin, mark. Behind it work write_back.py and prefetch.py; table.py knows who may be
+evicted, slab.py where the bytes lie. Deliberately knows nothing of layers, routing or optimizers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from types import TracebackType
+from typing import Any
+
+import torch
+from ooc_moe_wire.errors import InvalidRequest, TierFull, UnknownExpert
+from ooc_moe_wire.layout import Layout
+from torch import Tensor
+
+from ooc_moe_client.cache_stats import CacheStats
+from ooc_moe_client.core import Core
+from ooc_moe_client.prefetch import Prefetcher
+from ooc_moe_client.slab import make_slab
+from ooc_moe_client.store import ExpertStore, Priority, Sections
+from ooc_moe_client.table import Resident, State
+from ooc_moe_client.write_back import WriteBack
+
+PREFETCH_EXPERTS_MAX = 64
+
+
+class ExpertCache:
+    """A fixed number of slots for the experts of one bank, read, changed and pushed back here.
+
+    One training thread uses it; `stats` may be called from any. Errors of background work (a refused push, say) are raised, once, by the
+    next call; what could not be pushed is kept.
+
+    Args:
+        store: where the experts live.
+        bank: the bank's name; it must exist.
+        capacity_experts: the number of slots.
+        device: "cpu", "cuda" or "cuda:N".
+        prefetch_experts_max: the most experts that wait in the prefetch queue.
+
+    Raises:
+        InvalidRequest: capacity_experts is below 1.
+        UnknownBank: there is no such bank.
+    """
+
+    def __init__(
+        self,
+        store: ExpertStore,
+        bank: str,
+        *,
+        capacity_experts: int,
+        device: str | torch.device = "cpu",
+        prefetch_experts_max: int = PREFETCH_EXPERTS_MAX,
+    ) -> None:
+        if capacity_experts < 1:
+            raise InvalidRequest(f"capacity_experts: {capacity_experts} slots cannot hold one expert of bank {bank!r}")
+        if prefetch_experts_max < 0:
+            raise InvalidRequest(f"prefetch_experts_max: {prefetch_experts_max} is negative")
+        spec = store.get_bank(bank).spec
+        self.bank = bank
+        self.layout: Layout = spec.layout
+        self.capacity_experts = capacity_experts
+        self.device = torch.device(device)
+        self._num_experts = spec.num_experts
+        self._slab = make_slab(spec.layout, capacity_experts, self.device)
+        self._core = Core(store, bank, spec.layout, self._slab, capacity_experts)
+        self._table = self._core.table
+        self._counters = self._core.counters
+        self._write_back = WriteBack(self._core)
+        self._prefetcher = Prefetcher(self._core, self._write_back, experts_max=prefetch_experts_max)
+
+    @property
+    def views(self) -> dict[str, Tensor]:
+        """By tensor name (parameters and optimizer): a strided view (slots, *shape) of the slab. Only pinned slots may be touched."""
+        return self._slab.views
+
+    @property
+    def num_experts(self) -> int:
+        """Experts in the bank."""
+        return self._num_experts
+
+    def grow(self, num_experts: int) -> None:
+        """Raises the bank's number of experts to at least `num_experts`."""
+        self._num_experts = self._core.store.grow_bank(self.bank, num_experts).spec.num_experts
+
+    # The working set
+
+    @contextmanager
+    def reading(self, experts: Sequence[int], *, sections: Sections = Sections.ALL, counted: bool = True) -> Iterator[list[int]]:
+        """Pins experts for reading; gives their slots, in the same order. Misses are fetched in one call.
+
+        Args:
+            experts: distinct ids, at most `capacity_experts` (see `waves`).
+            sections: PARAMETERS fetches only these; a later reading of ALL fetches the expert anew.
+            counted: False for a second look at what was already counted (backward, optimizer): not in accesses, hits or misses.
+
+        Raises:
+            InvalidRequest: an expert is repeated, or they are more than the slots.
+            UnknownExpert: an id outside the bank, before anything is fetched.
+            TierFull: too many slots are pinned.
+            And what the store raises, or raised behind (CorruptRecord, Unavailable, StaleVersion, NotTheWriter).
+        """
+        residents = self._pin(experts, sections, counted)
+        try:
+            yield [resident.slot for resident in residents]
+        finally:
+            self._unpin(residents)
+
+    @contextmanager
+    def updating(self, experts: Sequence[int]) -> Iterator[list[int]]:
+        """Pins experts for writing, both sections; they are dirty afterwards, also after an exception. Raises as `reading`."""
+        residents = self._pin(experts, Sections.ALL, counted=False, updating=True)
+        try:
+            yield [resident.slot for resident in residents]
+        finally:
+            self._unpin(residents, updated=True)
+
+    def waves(self, experts: Sequence[int]) -> Iterator[list[int]]:
+        """Cuts a list into pieces that fit the slots, in ascending order of ids, so that sums over them never depend on residency."""
+        ordered = sorted(experts)
+        for start in range(0, len(ordered), self.capacity_experts):
+            yield ordered[start : start + self.capacity_experts]
+
+    def new_working_set(self) -> None:
+        """Says that what was read until now is no longer needed: prefetches may take its slots once it is clean (see `write_back`)."""
+        with self._core.changed:
+            self._core.raise_error()
+            self._table.new_working_set()
+            self._core.changed.notify_all()
+
+    # Behind
+
+    def prefetch(self, experts: Sequence[int], *, sections: Sections = Sections.ALL) -> None:
+        """Asks for experts that will be needed, the most urgent first; returns at once.
+
+        The daemon promotes them to DRAM; then they are fetched into slots that are free or hold something clean and outside the working set
+        (see `new_working_set`). What is resident or queued already is not asked for twice.
+
+        Raises:
+            UnknownExpert: an id outside the bank.
+        """
+        self._check_ids(experts)
+        with self._core.changed:
+            self._core.raise_error()
+            self._prefetcher.enqueue(experts, sections)
+
+    def cancel_prefetch(self) -> None:
+        """Forgets what is still queued, here and in the daemon."""
+        with self._core.changed:
+            self._core.raise_error()
+            self._prefetcher.cancel()
+
+    def write_back(self, experts: Sequence[int] | None = None) -> None:
+        """Asks for the dirty ones of `experts` (of all) to be pushed behind; returns at once."""
+        with self._core.changed:
+            self._core.raise_error()
+            self._write_back.retry()
+            self._write_back.request(list(self._table.residents) if experts is None else experts)
+
+    def flush(self) -> None:
+        """Returns when nothing is dirty and everything is durable.
+
+        Raises what went wrong on the way; nothing is lost then, and the next flush tries again.
+        """
+        with self._core.changed:
+            self._core.raise_error()
+            if any(resident.updating for resident in self._table.residents.values()):
+                raise InvalidRequest(f"bank {self.bank!r}: flush inside an updating block")
+            self._write_back.retry()
+            while self._table.num_dirty or not self._write_back.idle:
+                self._write_back.request(list(self._table.residents))
+                self._core.changed.wait()
+                self._core.raise_error()
+
+    def forget(self) -> None:
+        """Drops every resident, after the bank changed underneath (a snapshot was restored).
+
+        Raises:
+            InvalidRequest: an expert is pinned, or has changes that the store does not have.
+        """
+        with self._core.changed:
+            self._core.raise_error()
+            self._prefetcher.cancel()
+            while any(resident.state is State.LOADING for resident in self._table.residents.values()):
+                self._core.changed.wait()
+            for resident in self._table.residents.values():
+                if resident.pins or resident.dirty:
+                    raise InvalidRequest(
+                        f"bank {self.bank!r}: forget while expert {resident.expert} is {'pinned' if resident.pins else 'dirty'}"
+                    )
+            if not self._write_back.idle:
+                raise InvalidRequest(f"bank {self.bank!r}: forget while evicted experts are not written; flush first")
+            for resident in list(self._table.residents.values()):
+                self._table.remove(resident)
+            self._core.acknowledged.clear()
+
+    def stats(self) -> CacheStats:
+        """The cache at this moment. From any thread."""
+        with self._core.changed:
+            counts: dict[str, Any] = {item.name: getattr(self._counters, item.name) for item in fields(self._counters)}
+            counts["fetched_from"] = dict(self._counters.fetched_from)
+            return CacheStats(
+                bank=self.bank,
+                capacity=self.capacity_experts,
+                resident=len(self._table.residents),
+                dirty=self._table.num_dirty,
+                expert_bytes=self.layout.body_bytes,
+                **counts,
+            )
+
+    def close(self) -> None:
+        """Flushes, and ends the threads, also when the flush fails. The store stays open."""
+        if self._core.closed:
+            return
+        try:
+            self.flush()
+        finally:
+            with self._core.changed:
+                self._core.closed = True
+                self._core.changed.notify_all()
+            self._prefetcher.join()
+            self._write_back.join()
+
+    def __enter__(self) -> ExpertCache:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+    # Pinning
+
+    def _check_ids(self, experts: Sequence[int]) -> None:
+        for expert in experts:
+            if not 0 <= expert < self._num_experts:
+                raise UnknownExpert(f"bank {self.bank!r}: expert {expert} is not between 0 and {self._num_experts - 1}")
+
+    def _check_reading(self, experts: Sequence[int]) -> None:
+        self._check_ids(experts)
+        if len(set(experts)) < len(experts):
+            repeated = next(expert for expert in experts if experts.count(expert) > 1)
+            raise InvalidRequest(f"bank {self.bank!r}: expert {repeated} is repeated")
+        if len(experts) > self.capacity_experts:
+            raise InvalidRequest(
+                f"bank {self.bank!r}: {len(experts)} experts at once, capacity_experts is {self.capacity_experts}; use waves()"
+            )
+
+    def _pin(self, experts: Sequence[int], sections: Sections, counted: bool, updating: bool = False) -> list[Resident]:
+        self._check_reading(experts)
+        pinned: dict[int, Resident] = {}
+        with self._core.changed:
+            self._core.raise_error()
+            self._count(experts, sections, counted)
+            try:
+                self._pin_ready(experts, sections, pinned)
+                if len(pinned) < len(experts):
+                    self._bring(experts, sections, pinned)
+            except BaseException:
+                for resident in pinned.values():
+                    resident.pins -= 1
+                self._core.changed.notify_all()
+                raise
+            residents = [pinned[expert] for expert in experts]
+            for resident in residents:
+                resident.updating += updating
+            self._slab.acquire([resident.slot for resident in residents], writing=updating)
+        return residents
+
+    def _unpin(self, residents: Sequence[Resident], *, updated: bool = False) -> None:
+        with self._core.changed:
+            self._slab.release([resident.slot for resident in residents])
+            for resident in residents:
+                resident.pins -= 1
+                if updated:
+                    resident.updating -= 1
+                    resident.generation += 1
+                    resident.dirty = True
+            if self._prefetcher.waiting or self._write_back.waiting:
+                self._core.changed.notify_all()
+
+    def _count(self, experts: Sequence[int], sections: Sections, counted: bool) -> None:
+        """Notes the demand, and whether each expert is there for it."""
+        ready = 0
+        for expert in experts:
+            resident = self._table.residents.get(expert)
+            if resident is None:
+                self._prefetcher.take(expert)
+            else:
+                self._table.demand(resident)
+                ready += resident.holds(sections)
+        if counted:
+            self._counters.accesses += len(experts)
+            self._counters.hits += ready
+            self._counters.misses += len(experts) - ready
+        else:
+            self._counters.refetches += len(experts) - ready
+
+    def _pin_ready(self, experts: Sequence[int], sections: Sections, pinned: dict[int, Resident]) -> None:
+        for expert in experts:
+            resident = self._table.residents.get(expert)
+            if expert not in pinned and resident is not None and resident.holds(sections):
+                resident.pins += 1
+                pinned[expert] = resident
+
+    def _bring(self, experts: Sequence[int], sections: Sections, pinned: dict[int, Resident]) -> None:
+        """Fetches and waits until all are pinned. Enters and leaves with the lock, and lets go of it to fetch and to wait."""
+        started = time.perf_counter()
+        try:
+            while len(pinned) < len(experts):
+                missing = [expert for expert in experts if expert not in pinned and not self._is_loading(expert)]
+                if missing:
+                    self._fetch_missing(missing, sections, pinned)
+                else:
+                    self._core.changed.wait()
+                self._pin_ready(experts, sections, pinned)
+        finally:
+            self._counters.stall_s += time.perf_counter() - started
+
+    def _is_loading(self, expert: int) -> bool:
+        resident = self._table.residents.get(expert)
+        return resident is not None and resident.state is State.LOADING
+
+    def _fetch_missing(self, missing: Sequence[int], sections: Sections, pinned: dict[int, Resident]) -> None:
+        for expert in missing:
+            self._wait_for_push(expert)
+        claimed: list[Resident] = []
+        try:
+            for expert in missing:
+                self._claim(expert, sections, claimed)
+        except BaseException:
+            for resident in claimed:
+                resident.pins = 0
+                self._table.remove(resident)
+            raise
+        if not claimed:
+            return
+        self._core.changed.release()
+        try:
+            self._core.load(claimed, sections, Priority.DEMAND)
+        finally:
+            self._core.changed.acquire()
+            pinned.update((resident.expert, resident) for resident in claimed if resident.state is State.READY)
+
+    def _wait_for_push(self, expert: int) -> None:
+        """Until the store has what was last changed in the expert, if it was evicted: fetching it earlier would bring an older version."""
+        while expert not in self._table.residents and (outgoing := self._write_back.pending(expert)) is not None:
+            if outgoing.error is not None:
+                raise outgoing.error
+            self._core.changed.wait()
+
+    def _claim(self, expert: int, sections: Sections, claimed: list[Resident]) -> None:
+        """Takes a slot for a missing expert, unless it came back while we waited for the slot (then the caller looks again)."""
+        resident = self._table.residents.get(expert)
+        if resident is not None and resident.state is State.READY and not resident.holds(sections):
+            if resident.pins:
+                raise InvalidRequest(f"bank {self.bank!r}: expert {expert} is pinned with its parameters only")
+            self._table.remove(resident)
+        self._wait_for_room(claimed)
+        if expert in self._table.residents or self._write_back.pending(expert) is not None:
+            return
+        resident = self._table.insert(expert, sections)
+        self._table.demand(resident)
+        resident.pins = 1
+        claimed.append(resident)
+
+    def _wait_for_room(self, claimed: Sequence[Resident]) -> None:
+        """Until a slot is free: evicts the least recently used resident that is idle and saved."""
+        while not self._table.num_free:
+            victim = next((resident for resident in self._table.idle() if self._write_back.try_save(resident)), None)
+            if victim is not None:
+                was_dirty = victim.dirty
+                self._table.evict(victim)
+                if was_dirty:
+                    self._clean_ahead()
+                return
+            if (error := self._write_back.failed()) is not None:
+                raise error
+            mine = {resident.expert for resident in claimed}
+            loading = any(resident.state is State.LOADING and resident.expert not in mine for resident in self._table.residents.values())
+            if not (self._write_back.busy or loading):
+                raise TierFull(f"bank {self.bank!r}: all {self.capacity_experts} slots are pinned")
+            self._core.changed.wait()
+
+    def _clean_ahead(self) -> None:
+        """A dirty victim had to be saved while demand waited: have the next ones written before they are needed."""
+        ahead = max(1, self.capacity_experts // 4)
+        dirty = [resident.expert for resident in self._table.idle() if resident.dirty]
+        self._write_back.request(dirty[:ahead])

@@ -1,0 +1,135 @@
+"""What a cache counts, and the snapshot of it that reports and metrics read.
+
+Invariants that tests hold: accesses = hits + misses; every prefetch issued ends as exactly one of useful, late, wasted or cancelled, or is
+still queued, loading, or resident and unused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from ooc_moe_wire.v1 import stats_pb2
+
+
+@dataclass(slots=True)
+class Counters:
+    """The running counts of one cache; changed under its lock."""
+
+    accesses: int = 0
+    hits: int = 0
+    misses: int = 0
+    refetches: int = 0
+    prefetch_issued: int = 0
+    prefetch_useful: int = 0
+    prefetch_late: int = 0
+    prefetch_wasted: int = 0
+    prefetch_cancelled: int = 0
+    evictions: int = 0
+    write_backs: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    stall_s: float = 0.0
+    fetched_from: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheStats:
+    """A cache at one moment, in experts unless a name says otherwise. The first group are gauges; the rest count from the cache's start.
+
+    Attributes:
+        bank: the bank's name; of a sum, the names joined with "+".
+        expert_bytes: bytes of one slot (both sections).
+        accesses: experts asked for by counted readings.
+        hits: of the accesses, those that were ready in their slot.
+        misses: the others; those that a prefetch was just bringing are among them, and in `prefetch_late`.
+        refetches: fetched again for a reading that was not counted (backward, optimizer).
+        prefetch_issued: accepted into the prefetch queue.
+        prefetch_useful: ready when first asked for.
+        prefetch_late: asked for while still queued or loading.
+        prefetch_wasted: evicted or forgotten before anybody asked.
+        prefetch_cancelled: left the queue unread, or could not be fetched.
+        bytes_in: fetched, on demand and by prefetch.
+        bytes_out: pushed and acknowledged.
+        stall_s: time the training thread waited for experts.
+        fetched_from: experts fetched, by the daemon's tier that held them: "dram", "nvme", "seed".
+    """
+
+    bank: str
+    capacity: int
+    resident: int
+    dirty: int
+    expert_bytes: int
+
+    accesses: int = 0
+    hits: int = 0
+    misses: int = 0
+    refetches: int = 0
+    prefetch_issued: int = 0
+    prefetch_useful: int = 0
+    prefetch_late: int = 0
+    prefetch_wasted: int = 0
+    prefetch_cancelled: int = 0
+    evictions: int = 0
+    write_backs: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    stall_s: float = 0.0
+    fetched_from: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def hit_rate(self) -> float:
+        """Hits per access; 0 before the first."""
+        return self.hits / self.accesses if self.accesses else 0.0
+
+    def __add__(self, other: CacheStats) -> CacheStats:
+        """The sum over two caches (of two layers, say). `expert_bytes` is the larger."""
+        return CacheStats(
+            bank=self.bank if self.bank == other.bank else f"{self.bank}+{other.bank}",
+            capacity=self.capacity + other.capacity,
+            resident=self.resident + other.resident,
+            dirty=self.dirty + other.dirty,
+            expert_bytes=max(self.expert_bytes, other.expert_bytes),
+            **self._combined(other, 1),
+        )
+
+    def __sub__(self, earlier: CacheStats) -> CacheStats:
+        """What was counted since `earlier`; the gauges are the present ones."""
+        return replace(self, **self._combined(earlier, -1))
+
+    def _combined(self, other: CacheStats, sign: int) -> dict[str, Any]:
+        counts: dict[str, Any] = {name: getattr(self, name) + sign * getattr(other, name) for name in _NUMBERS}
+        tiers = sorted({*self.fetched_from, *other.fetched_from})
+        counts["fetched_from"] = {tier: self.fetched_from.get(tier, 0) + sign * other.fetched_from.get(tier, 0) for tier in tiers}
+        return counts
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {item.name: getattr(self, item.name) for item in fields(self)} | {"fetched_from": dict(self.fetched_from)}
+
+    def to_proto(self) -> stats_pb2.HbmStats:
+        """The message a trainer reports."""
+        return stats_pb2.HbmStats(
+            bank=self.bank,
+            capacity_experts=self.capacity,
+            resident_experts=self.resident,
+            dirty_experts=self.dirty,
+            expert_bytes=self.expert_bytes,
+            hits=self.hits,
+            misses=self.misses,
+            evictions=self.evictions,
+            write_backs=self.write_backs,
+            prefetch_issued=self.prefetch_issued,
+            prefetch_useful=self.prefetch_useful,
+            prefetch_late=self.prefetch_late,
+            prefetch_wasted=self.prefetch_wasted,
+            prefetch_cancelled=self.prefetch_cancelled,
+            bytes_in=self.bytes_in,
+            bytes_out=self.bytes_out,
+            stall_s=self.stall_s,
+        )
+
+
+# What adds up: every counter but the mapping.
+_NUMBERS = [item.name for item in fields(Counters) if item.name != "fetched_from"]

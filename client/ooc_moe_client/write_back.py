@@ -1,0 +1,201 @@
+"""Write-back: the thread that brings changed experts to the store, and the buffers of those that had to leave their slots first.
+
+An expert on its way is an `Outgoing`: a host copy and the version it started from. There is at most one per expert, so pushes of one expert
+never overtake each other. While it exists the expert is not fetched again; when it fails after the expert was evicted it stays, because
+its buffer is then the only copy. Nothing leaves a slot while the optimizer writes it (`Resident.updating`).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ooc_moe_wire.errors import InvalidRequest
+from torch import Tensor
+
+from ooc_moe_client.core import Core
+from ooc_moe_client.slab import CopyOut
+from ooc_moe_client.store import Push
+from ooc_moe_client.table import Resident, State
+
+logger = logging.getLogger(__name__)
+
+BATCH_EXPERTS_MAX = 8  # in one push call: one group commit
+BUFFERS_MAX = 2 * BATCH_EXPERTS_MAX  # one batch in flight, one being copied
+
+
+@dataclass(slots=True, eq=False)
+class Outgoing:
+    """One expert's bytes on their way to the store."""
+
+    expert: int
+    base_version: int
+    generation: int
+    buffer: Tensor  # (body_bytes,) uint8, on the host
+    copied: CopyOut
+    queued: bool = True  # False while it is being pushed
+    error: Exception | None = None  # why the last try was refused; only of an expert that was evicted
+
+
+class WriteBack:
+    """Pushes dirty experts behind the training thread. All but `join` needs the cache's lock."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._outgoing: dict[int, Outgoing] = {}
+        self._wanted: dict[int, None] = {}  # dirty residents to be copied out, in order
+        self._spare: list[Tensor] = []
+        self._num_buffers = 0
+        self._thread = threading.Thread(target=self._run, name=f"write-back {core.bank}", daemon=True)
+        self._thread.start()
+
+    def join(self) -> None:
+        """Waits for the thread, after `core.closed` was set."""
+        self._thread.join()
+
+    @property
+    def busy(self) -> bool:
+        """Something is queued or being pushed (not counting what failed)."""
+        return any(outgoing.error is None for outgoing in self._outgoing.values())
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is on its way, and nothing has failed."""
+        return not self._outgoing
+
+    def pending(self, expert: int) -> Outgoing | None:
+        """The expert's bytes that the store has not acknowledged."""
+        return self._outgoing.get(expert)
+
+    def failed(self) -> Exception | None:
+        """Why an evicted expert could not be written, if one could not."""
+        return next((outgoing.error for outgoing in self._outgoing.values() if outgoing.error is not None), None)
+
+    @property
+    def waiting(self) -> bool:
+        """A resident is to be written, perhaps as soon as its update is over."""
+        return bool(self._wanted)
+
+    def request(self, experts: Iterable[int]) -> None:
+        """Asks for these residents, where they are dirty, to be written soon."""
+        for expert in experts:
+            resident = self._core.table.residents.get(expert)
+            if resident is not None and resident.dirty:
+                self._wanted[expert] = None
+        self._core.changed.notify_all()
+
+    def retry(self) -> None:
+        """Tries once more what failed after it was evicted."""
+        for outgoing in self._outgoing.values():
+            if outgoing.error is not None:
+                outgoing.queued, outgoing.error = True, None
+        self._core.changed.notify_all()
+
+    def try_save(self, resident: Resident) -> bool:
+        """Whether its slot may be given away now: it is clean, or its last change is in a buffer."""
+        outgoing = self._outgoing.get(resident.expert)
+        if not resident.dirty:
+            return True
+        if outgoing is not None:
+            return outgoing.generation == resident.generation
+        return self._copy_out(resident) is not None
+
+    def _copy_out(self, resident: Resident) -> Outgoing | None:
+        buffer = self._take_buffer()
+        if buffer is None:
+            return None
+        outgoing = self._outgoing[resident.expert] = Outgoing(
+            expert=resident.expert,
+            base_version=resident.version,
+            generation=resident.generation,
+            buffer=buffer,
+            copied=self._core.slab.copy_out(resident.slot, buffer),
+        )
+        self._wanted.pop(resident.expert, None)
+        self._core.changed.notify_all()
+        return outgoing
+
+    def _take_buffer(self) -> Tensor | None:
+        if self._spare:
+            return self._spare.pop()
+        if self._num_buffers == BUFFERS_MAX:
+            return None
+        self._num_buffers += 1
+        return self._core.slab.host_buffer()
+
+    def _try_next(self) -> Outgoing | None:
+        """The next expert to push: those without a slot first."""
+        for outgoing in self._outgoing.values():
+            if outgoing.queued:
+                outgoing.queued = False
+                return outgoing
+        for expert in list(self._wanted):
+            resident = self._core.table.residents.get(expert)
+            if resident is None or not resident.dirty:
+                del self._wanted[expert]
+            elif resident.state is State.READY and not resident.updating and expert not in self._outgoing:
+                copied = self._copy_out(resident)
+                if copied is not None:
+                    copied.queued = False
+                return copied
+        return None
+
+    # The thread
+
+    def _run(self) -> None:
+        while batch := self._next_batch():
+            outcomes = self._push(batch)
+            with self._core.changed:
+                for outgoing, outcome in zip(batch, outcomes, strict=True):
+                    self._settle(outgoing, outcome)
+                self._core.changed.notify_all()
+
+    def _next_batch(self) -> list[Outgoing]:
+        """Waits for something to push. Takes the lock anew for each copy, so that the training thread gets in between. Empty at the end."""
+        batch: list[Outgoing] = []
+        while len(batch) < BATCH_EXPERTS_MAX:
+            with self._core.changed:
+                following = self._try_next()
+                if following is None and not batch:
+                    if self._core.closed:
+                        return []
+                    self._core.changed.wait()
+                    continue
+            if following is None:
+                break
+            batch.append(following)
+        return batch
+
+    def _push(self, batch: list[Outgoing]) -> list[int | Exception]:
+        """One outcome per expert. An error of the whole call becomes everyone's; when one body spoils the call, each is tried alone."""
+        try:
+            for outgoing in batch:
+                outgoing.copied.synchronize()
+            pushes = [Push(expert=item.expert, base_version=item.base_version, body=item.buffer.numpy()) for item in batch]
+            return self._core.store.push(self._core.bank, pushes)
+        except InvalidRequest as error:
+            if len(batch) == 1:
+                return [error]
+            return [outcome for outgoing in batch for outcome in self._push([outgoing])]
+        except Exception as error:
+            logger.info("bank %s: pushing %d experts failed: %s", self._core.bank, len(batch), error)
+            return [error] * len(batch)
+
+    def _settle(self, outgoing: Outgoing, outcome: int | Exception) -> None:
+        resident = self._core.table.residents.get(outgoing.expert)
+        if isinstance(outcome, Exception):
+            self._core.fail(outcome)
+            if resident is None:
+                outgoing.error = outcome
+                return
+        else:
+            self._core.acknowledged[outgoing.expert] = outcome
+            self._core.counters.write_backs += 1
+            self._core.counters.bytes_out += self._core.layout.body_bytes
+            if resident is not None:
+                resident.version = outcome
+                resident.dirty = resident.generation != outgoing.generation
+        del self._outgoing[outgoing.expert]
+        self._spare.append(outgoing.buffer)
