@@ -1,0 +1,56 @@
+"""A storage host has the base install: no torch, no gymnasium, no ale-py. Here they are blocked."""
+
+import signal
+import subprocess
+import sys
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+BLOCK = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"torch", "gymnasium", "ale_py", "matplotlib", "tensorboard", "jinja2", "tenacity", "psutil"}:
+            raise ImportError(f"{name} is blocked")
+
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", BLOCK + code]
+
+
+def test_the_blocker_blocks():
+    run = subprocess.run(python("import torch"), capture_output=True, text=True, check=False)
+    assert "torch is blocked" in run.stderr
+
+
+def test_every_module_of_the_daemon_and_the_wire_imports_without_torch():
+    code = """
+import importlib, pkgutil, ooc_moe_server, ooc_moe_wire
+names = [module.name for package in (ooc_moe_server, ooc_moe_wire)
+         for module in pkgutil.walk_packages(package.__path__, package.__name__ + ".") if not module.name.endswith("__main__")]
+for name in names:
+    importlib.import_module(name)
+assert {"ooc_moe_server.cli", "ooc_moe_wire.codec", "ooc_moe_wire.v1.expert_pb2_grpc"} <= set(names), names
+"""
+    run = subprocess.run(python(code), capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+def test_the_daemon_starts_serves_and_stops_without_torch(tmp_path):
+    socket = f"unix:{tmp_path}/daemon.sock"
+    flags = ["--data-dir", str(tmp_path / "store"), "--dram-bytes", "16MiB", "--listen", socket]
+    daemon = subprocess.Popen([*python("from ooc_moe_server.cli import main; main()"), *flags])
+    try:
+        with grpc.insecure_channel(socket) as channel:
+            answers = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=30, wait_for_ready=True)
+            serving = health_pb2.HealthCheckResponse.SERVING
+            assert next(answer.status for answer in answers if answer.status == serving) == serving
+        daemon.send_signal(signal.SIGTERM)
+        assert daemon.wait(timeout=60) == 0
+    finally:
+        daemon.kill()
