@@ -1,0 +1,213 @@
+"""Changes of what exists: banks made, grown, deleted, forked; snapshots taken, restored, deleted.
+
+Each is one index transaction between two commit rounds, shown in the catalog once it is durable, and carried to its end even when the
+caller hangs up. Bytes are never copied: records share slots.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Coroutine, Iterable, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from ooc_moe_wire.errors import BankExists, InvalidRequest, NotTheWriter, SnapshotExists, UnknownSnapshot
+from ooc_moe_wire.layout import BankSpec
+
+from ooc_moe_server.catalog import UNWRITTEN, Bank, BankState, Catalog, Record, Snapshot, unix_ms
+from ooc_moe_server.commits import Committer
+from ooc_moe_server.dram import DramTier
+from ooc_moe_server.index import Write
+from ooc_moe_server.nvme import NvmeTier
+
+log = logging.getLogger(__name__)
+Result = TypeVar("Result")
+NAME_BYTES_MAX = 128
+
+
+class Changes:
+    """The calls of BankService and SnapshotService that change something."""
+
+    def __init__(self, catalog: Catalog, committer: Committer, dram: DramTier, nvme: NvmeTier) -> None:
+        self._catalog, self._committer, self._dram, self._nvme = catalog, committer, dram, nvme
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    async def create_bank(self, spec: BankSpec) -> Bank:
+        """Makes a bank, or answers it when its spec is equal. Raises BankExists, InvalidRequest (a record larger than the DRAM tier)."""
+        return await self._to_the_end(self._create_bank(spec))
+
+    async def grow_bank(self, name: str, num_experts: int) -> Bank:
+        """Raises the number of experts to at least `num_experts`. Raises UnknownBank, InvalidRequest."""
+        return await self._to_the_end(self._grow_bank(name, num_experts))
+
+    async def delete_bank(self, name: str) -> None:
+        """Removes a bank and its part of every snapshot. Raises UnknownBank, NotTheWriter."""
+        await self._to_the_end(self._delete_bank(name))
+
+    async def fork_bank(self, source: str, name: str, snapshot_id: int) -> Bank:
+        """Makes bank `name` from a snapshot of `source`, or from its present state (0). Raises BankExists, UnknownBank, UnknownSnapshot."""
+        return await self._to_the_end(self._fork_bank(source, name, snapshot_id))
+
+    async def create_snapshot(self, names: Sequence[str], name: str) -> Snapshot:
+        """Takes the committed state of banks in one cut. Raises UnknownBank, SnapshotExists, InvalidRequest."""
+        return await self._to_the_end(self._create_snapshot(names, name))
+
+    async def restore_snapshot(self, snapshot_id: int, writer_id: str) -> Snapshot:
+        """Brings the banks of a snapshot back to it, under new versions. Raises UnknownSnapshot, NotTheWriter."""
+        return await self._to_the_end(self._restore_snapshot(snapshot_id, writer_id))
+
+    async def delete_snapshot(self, snapshot_id: int) -> None:
+        """Raises UnknownSnapshot."""
+        await self._to_the_end(self._delete_snapshot(snapshot_id))
+
+    async def drain(self) -> None:
+        """Returns when nothing is under way."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    async def _to_the_end(self, change: Coroutine[Any, Any, Result]) -> Result:
+        """Runs a change in a task of its own: index and catalog must not part when the caller leaves in between."""
+        task = asyncio.create_task(self._alone(change))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return await asyncio.shield(task)
+
+    async def _alone(self, change: Coroutine[Any, Any, Result]) -> Result:
+        async with self._committer.exclusive():
+            return await change
+
+    async def _create_bank(self, spec: BankSpec) -> Bank:
+        if spec.name in self._catalog.banks:
+            bank = self._catalog.banks[spec.name]
+            if replace(bank.spec, num_experts=spec.num_experts) != spec:
+                raise BankExists(f"bank {spec.name!r} exists with another spec")
+            return bank
+        capacity = self._dram.stats.capacity_bytes
+        if spec.layout.record_bytes > capacity:
+            raise InvalidRequest(
+                f"bank {spec.name!r}: a record of {spec.layout.record_bytes} bytes exceeds the DRAM tier of {capacity} bytes"
+            )
+        return await self._add_bank(_new_bank(spec))
+
+    async def _grow_bank(self, name: str, num_experts: int) -> Bank:
+        bank = self._catalog.bank(name)
+        if num_experts > bank.num_experts:
+            replace(bank.spec, num_experts=num_experts)  # Checks the number.
+            await self._committer.on_index(lambda index: index.grow_bank(bank.id, num_experts))
+            bank.num_experts = num_experts
+            log.info("bank %r grown to %d experts", name, num_experts)
+        return bank
+
+    async def _delete_bank(self, name: str) -> None:
+        bank = self._catalog.bank(name)
+        self._refuse_other_writer(bank, "")
+        await self._committer.on_index(lambda index: index.delete_bank(bank.id))
+        bank.deleted = True
+        del self._catalog.banks[name]
+        snapshots = [snapshot for snapshot in self._catalog.snapshots.values() if bank.id in snapshot.banks]
+        released = list(bank.records.values())
+        for snapshot in snapshots:
+            released += snapshot.banks.pop(bank.id).records.values()
+            if not snapshot.banks:
+                del self._catalog.snapshots[snapshot.id]
+        self._let_go(released)
+        self._dram.discard_seeds(bank.id)
+        log.info("bank %r deleted", name)
+
+    async def _fork_bank(self, source: str, name: str, snapshot_id: int) -> Bank:
+        origin = self._catalog.bank(source)
+        if name in self._catalog.banks:
+            raise BankExists(f"bank {name!r} exists")
+        state = self._state(origin, snapshot_id)
+        bank = _new_bank(replace(origin.spec, name=name, num_experts=state.num_experts))
+        bank.forked_from = source
+        for expert, record in sorted(state.records.items()):
+            if record.slot:  # A seeded value needs no row: the fork has the same seed.
+                bank.put(expert, self._renewed(record))
+        return await self._add_bank(bank)
+
+    async def _create_snapshot(self, names: Sequence[str], name: str) -> Snapshot:
+        if not names or len(set(names)) != len(names):
+            raise InvalidRequest(f"banks: {list(names)} is not a list of one or more different banks")
+        if len(name.encode()) > NAME_BYTES_MAX:
+            raise InvalidRequest(f"name: {len(name.encode())} bytes are more than {NAME_BYTES_MAX}")
+        banks = [self._catalog.bank(bank) for bank in names]
+        taken = {snapshot.name: snapshot for snapshot in self._catalog.snapshots.values()}
+        if name in taken:
+            if set(taken[name].banks) == {bank.id for bank in banks}:
+                return taken[name]
+            raise SnapshotExists(f"snapshot {name!r} exists, of other banks")
+        snapshot_id = self._catalog.next_snapshot_id
+        while not name and f"snapshot-{snapshot_id}" in taken:  # Somebody chose that name.
+            snapshot_id += 1
+        states = {bank.id: BankState(num_experts=bank.num_experts, records=dict(bank.records)) for bank in banks}
+        snapshot = Snapshot(id=snapshot_id, name=name or f"snapshot-{snapshot_id}", created_unix_ms=unix_ms(), banks=states)
+        await self._committer.on_index(lambda index: index.create_snapshot(snapshot))
+        self._catalog.next_snapshot_id = snapshot_id + 1
+        self._catalog.snapshots[snapshot_id] = snapshot
+        self._hold(record for state in states.values() for record in state.records.values())
+        log.info("snapshot %d %r taken of %s", snapshot_id, snapshot.name, ", ".join(names))
+        return snapshot
+
+    async def _restore_snapshot(self, snapshot_id: int, writer_id: str) -> Snapshot:
+        snapshot = self._catalog.snapshot(snapshot_id)
+        banks = {self._catalog.bank_by_id(bank_id): state for bank_id, state in snapshot.banks.items()}
+        for bank in banks:
+            self._refuse_other_writer(bank, writer_id)
+        restored = [
+            (bank, expert, self._renewed(state.records.get(expert, UNWRITTEN)))
+            for bank, state in banks.items()
+            for expert in sorted(bank.records.keys() | state.records.keys())
+        ]
+        writes = [Write(bank_id=bank.id, expert=expert, record=record) for bank, expert, record in restored]
+        await self._committer.on_index(lambda index: index.put_records(writes, self._catalog.next_version))
+        self._hold(record for _, _, record in restored)
+        self._let_go([bank.put(expert, record) for bank, expert, record in restored])
+        log.info("snapshot %d %r restored", snapshot_id, snapshot.name)
+        return snapshot
+
+    async def _delete_snapshot(self, snapshot_id: int) -> None:
+        snapshot = self._catalog.snapshot(snapshot_id)
+        await self._committer.on_index(lambda index: index.delete_snapshot(snapshot_id))
+        del self._catalog.snapshots[snapshot_id]
+        self._let_go([record for state in snapshot.banks.values() for record in state.records.values()])
+        log.info("snapshot %d %r deleted", snapshot_id, snapshot.name)
+
+    async def _add_bank(self, bank: Bank) -> Bank:
+        bank.id = await self._committer.on_index(lambda index: index.create_bank(bank, self._catalog.next_version))
+        self._catalog.banks[bank.name] = bank
+        self._hold(bank.records.values())
+        log.info("bank %r created: %d experts of %d bytes", bank.name, bank.num_experts, bank.layout.record_bytes)
+        return bank
+
+    def _state(self, bank: Bank, snapshot_id: int) -> BankState:
+        if not snapshot_id:
+            return BankState(num_experts=bank.num_experts, records=bank.records)
+        snapshot = self._catalog.snapshot(snapshot_id)
+        if bank.id not in snapshot.banks:
+            raise UnknownSnapshot(f"snapshot {snapshot_id} {snapshot.name!r} is not of bank {bank.name!r}")
+        return snapshot.banks[bank.id]
+
+    def _renewed(self, record: Record) -> Record:
+        """The same bytes under a new version; no push is remembered, so that none is answered as a repeat."""
+        return Record(version=self._catalog.take_version(), slot=record.slot, checksums=record.checksums)
+
+    def _refuse_other_writer(self, bank: Bank, writer_id: str) -> None:
+        if bank.writer and bank.writer.writer_id != writer_id:
+            raise NotTheWriter(f"bank {bank.name!r}: writer {bank.writer.writer_id!r} has it open")
+
+    def _hold(self, records: Iterable[Record]) -> None:
+        for record in records:
+            if record.slot:
+                self._nvme.hold(record.slot)
+
+    def _let_go(self, records: Iterable[Record]) -> None:
+        for record in records:
+            if record.slot:
+                self._nvme.let_go(record.slot)
+
+
+def _new_bank(spec: BankSpec) -> Bank:
+    return Bank(id=0, uuid=uuid.uuid4().bytes, spec=spec, num_experts=spec.num_experts, created_unix_ms=unix_ms(), forked_from="")

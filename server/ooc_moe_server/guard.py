@@ -1,0 +1,86 @@
+"""The one place where calls meet the daemon's state: refused while it starts or drains, counted while they run, errors translated.
+
+An `OocMoeError` becomes its status with its name in the trailing metadata; anything else is a fault of ours: INTERNAL, logged once with its
+traceback. Health and reflection pass untouched. Streams are coroutines that write to the context, so that a caller who hangs up ends them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import grpc.aio
+from ooc_moe_wire.errors import STATUS, Internal, OocMoeError, Unavailable, trailing_metadata
+
+log = logging.getLogger(__name__)
+
+_PREFIX = "/ooc_moe_wire.v1."
+
+
+class Guard(grpc.aio.ServerInterceptor):
+    """Wraps every call of our services. `refusal` is why calls are refused now, or None."""
+
+    def __init__(self) -> None:
+        self.refusal: str | None = "the daemon is starting"
+        self.num_open = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def wait_idle(self) -> None:
+        """Returns when no call is under way."""
+        await self._idle.wait()
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """Puts the guard around the method's behaviour."""
+        handler = await continuation(details)
+        if handler is None or not details.method.startswith(_PREFIX):
+            return handler
+        kind = {
+            (False, False): grpc.unary_unary_rpc_method_handler,
+            (False, True): grpc.unary_stream_rpc_method_handler,
+            (True, True): grpc.stream_stream_rpc_method_handler,
+        }[handler.request_streaming, handler.response_streaming]
+        behaviour: Any = handler.unary_unary or handler.unary_stream or handler.stream_stream
+        return kind(self._guarded(behaviour, details.method), handler.request_deserializer, handler.response_serializer)
+
+    def _guarded(self, behaviour: Callable[..., Awaitable[Any]], method: str) -> Callable[..., Awaitable[Any]]:
+        async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+            try:
+                async with self._counted():
+                    return await behaviour(request, context)
+            except OocMoeError as error:
+                await _abort(context, error)
+            except grpc.aio.AbortError:
+                raise
+            except Exception as error:
+                if context.done():  # The caller hung up; writing to it failed.
+                    raise asyncio.CancelledError from error
+                log.exception("%s failed", method)
+                await _abort(context, Internal(f"{type(error).__name__}: {error}"))
+
+        return call
+
+    @asynccontextmanager
+    async def _counted(self) -> AsyncIterator[None]:
+        if self.refusal is not None:
+            raise Unavailable(self.refusal)
+        self.num_open += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self.num_open -= 1
+            if self.num_open == 0:
+                self._idle.set()
+
+
+async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: OocMoeError) -> None:
+    await context.abort(STATUS[type(error)], str(error), trailing_metadata(error))

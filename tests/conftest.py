@@ -1,0 +1,109 @@
+"""A real daemon process for any test: `daemon` is one, `start_daemon` makes more, with other sizes or directories."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+
+class DaemonProcess:
+    """`ooc-moe-server` as a child, on a free port and a Unix socket. After `kill`, `start` comes back on the same addresses."""
+
+    def __init__(
+        self, data_dir: Path, *, dram_bytes: str = "32MiB", arguments: tuple[str, ...] = (), command: tuple[str, ...] = ()
+    ) -> None:
+        self.data_dir = data_dir
+        self.log: list[str] = []
+        # Socket paths are limited to 107 bytes; pytest's own directories can be longer.
+        self._socket_dir = tempfile.mkdtemp(prefix="ooc-moe-")
+        self._command = command or (sys.executable, "-m", "ooc_moe_server.cli")
+        self._arguments = ("--data-dir", str(data_dir), "--dram-bytes", dram_bytes, *arguments)
+        self._port = 0
+        self._process: subprocess.Popen[str] | None = None
+
+    @property
+    def target(self) -> str:
+        """The TCP address, for a channel or a RemoteStore."""
+        return f"127.0.0.1:{self._port}"
+
+    @property
+    def unix_target(self) -> str:
+        """The Unix socket's address."""
+        return f"unix:{self._socket_dir}/daemon.sock"
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def channel(self) -> grpc.Channel:
+        """A new TCP channel; the caller closes it."""
+        return grpc.insecure_channel(self.target)
+
+    def start(self) -> DaemonProcess:
+        """Returns when the daemon is ready."""
+        listen = ("--listen", self.target, "--listen", self.unix_target)
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        self._process = subprocess.Popen([*self._command, *self._arguments, *listen], stderr=subprocess.PIPE, text=True, env=environment)
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            self.log.append(line)
+            if " ready: listening on " in line:
+                self._port = int(line.partition("127.0.0.1:")[2].partition(",")[0])
+                threading.Thread(target=self.log.extend, args=(self._process.stderr,), daemon=True).start()
+                return self
+        raise AssertionError(f"the daemon ended with {self._process.wait()}: {''.join(self.log)}")
+
+    def kill(self) -> None:
+        """kill -9, as a crash would."""
+        self._end(signal.SIGKILL)
+
+    def stop(self) -> int:
+        """SIGTERM; returns the exit code."""
+        return self._end(signal.SIGTERM)
+
+    def restart(self) -> DaemonProcess:
+        """kill -9 and start again on the same addresses."""
+        self.kill()
+        return self.start()
+
+    def close(self) -> None:
+        """Ends it, if it runs, and removes the socket."""
+        if self._process is not None:
+            self._end(signal.SIGKILL)
+        shutil.rmtree(self._socket_dir, ignore_errors=True)
+
+    def _end(self, number: signal.Signals) -> int:
+        assert self._process is not None
+        self._process.send_signal(number)
+        return self._process.wait(timeout=30)
+
+
+@pytest.fixture()
+def start_daemon(tmp_path: Path) -> Iterator[Callable[..., DaemonProcess]]:
+    """Starts daemons: `start_daemon(data_dir=..., dram_bytes="1MiB", arguments=(...))`; all end with the test."""
+    daemons: list[DaemonProcess] = []
+
+    def start(data_dir: Path | None = None, **options: object) -> DaemonProcess:
+        daemons.append(DaemonProcess(data_dir or tmp_path / f"store{len(daemons)}", **options))  # type: ignore[arg-type]
+        return daemons[-1].start()
+
+    yield start
+    for daemon in daemons:
+        daemon.close()
+
+
+@pytest.fixture()
+def daemon(start_daemon: Callable[..., DaemonProcess]) -> DaemonProcess:
+    """A daemon of 32 MiB on an empty directory."""
+    return start_daemon()
