@@ -1,0 +1,75 @@
+"""The games: real Atari games and small pixel games behind one interface, made by name.
+
+    envs = make("krull", 16, frame_size=42, seed=1)
+    observations = envs.reset(seed=1)
+    step = envs.step(actions)
+
+`game.py` says what a step means, `atari.py` and `pixel.py` play. Knows nothing of agents or learning.
+"""
+
+from __future__ import annotations
+
+import difflib
+
+from ooc_moe.envs.atari import ATARI_GAMES, ATARI_SCORES, AtariEnvs
+from ooc_moe.envs.game import NUM_ACTIONS, GameEnvs, Step
+from ooc_moe.envs.pixel import PIXEL_GAMES, PixelEnvs, pixel_game
+from ooc_moe_wire.errors import InvalidRequest
+
+__all__ = ["ATARI_GAMES", "NUM_ACTIONS", "PIXEL_GAMES", "REFERENCE_SCORES", "GameEnvs", "Step", "check_name", "make"]
+
+REFERENCE_SCORES: dict[str, tuple[float, float]] = ATARI_SCORES | {
+    name: (pixel_game(name)[0].random_return, pixel_game(name)[0].optimal_return) for name in PIXEL_GAMES
+}
+"""Raw returns of (random play, a human) for Atari games, of (random play, best play) for pixel games. Not every game is here."""
+
+
+def make(
+    game: str,
+    num_envs: int,
+    *,
+    frame_size: int = 84,
+    frame_stack: int = 4,
+    num_threads: int = 2,
+    max_episode_steps: int | None = None,
+) -> GameEnvs:
+    """Makes environments of a game; `reset(seed)` starts them.
+
+    Args:
+        game: a name of `ATARI_GAMES` or `PIXEL_GAMES`; a pixel game's may end in @1, @2, ... for another background.
+        num_envs: how many.
+        frame_size: height and width of a frame, in pixels.
+        frame_stack: frames in an observation.
+        num_threads: threads that emulate Atari; results do not depend on it.
+        max_episode_steps: the step limit of a game in the agent's steps; None: the game's own.
+
+    Raises:
+        InvalidRequest: an unknown game, a size that cannot be, or ale-py is missing.
+    """
+    check_name(game)
+    sizes = {"num_envs": num_envs, "frame_size": frame_size, "frame_stack": frame_stack, "num_threads": num_threads}
+    for name, value in (sizes | {"max_episode_steps": max_episode_steps or 1}).items():
+        if value < 1:
+            raise InvalidRequest(f"{name}: {value} is less than 1")
+    if game in ATARI_GAMES:
+        return AtariEnvs(
+            game,
+            num_envs,
+            frame_size=frame_size,
+            frame_stack=frame_stack,
+            num_threads=num_threads,
+            max_episode_steps=max_episode_steps,
+        )
+    return PixelEnvs(game, num_envs, frame_size=frame_size, frame_stack=frame_stack, max_episode_steps=max_episode_steps)
+
+
+def check_name(game: str) -> None:
+    """Raises InvalidRequest, naming the closest games, unless `make` knows the game."""
+    if game in ATARI_GAMES:
+        return
+    if game.startswith("pixel/"):
+        pixel_game(game)
+        return
+    close = difflib.get_close_matches(game.lower(), ATARI_GAMES + PIXEL_GAMES, n=3)
+    hint = f"did you mean {', '.join(close)}?" if close else f"Atari games are named as in {', '.join(ATARI_GAMES[:3])}, ..."
+    raise InvalidRequest(f"game: {game!r} is unknown; {hint}")

@@ -1,0 +1,144 @@
+"""Atari games, on ale-py's native vector environment.
+
+`AtariEnvs` says every setting aloud, because the defaults clip rewards and play without sticky actions, and it keeps away what hangs the
+emulator. Knows nothing of agents. ale-py is an optional dependency, imported when the first game is made.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ooc_moe.envs.game import NUM_ACTIONS, Array, Episodes, Step, check_actions
+from ooc_moe_wire.errors import InvalidRequest
+
+ATARI_GAMES: tuple[str, ...] = (
+    "alien", "amidar", "assault", "asterix", "asteroids", "atlantis", "bank_heist", "battle_zone", "beam_rider", "berzerk", "bowling",
+    "boxing", "breakout", "centipede", "chopper_command", "crazy_climber", "defender", "demon_attack", "double_dunk", "enduro",
+    "fishing_derby", "freeway", "frostbite", "gopher", "gravitar", "hero", "ice_hockey", "jamesbond", "kangaroo", "krull",
+    "kung_fu_master", "montezuma_revenge", "ms_pacman", "name_this_game", "phoenix", "pitfall", "pong", "private_eye", "qbert",
+    "riverraid", "road_runner", "robotank", "seaquest", "skiing", "solaris", "space_invaders", "star_gunner", "surround", "tennis",
+    "time_pilot", "tutankham", "up_n_down", "venture", "video_pinball", "wizard_of_wor", "yars_revenge", "zaxxon",
+)  # fmt: skip
+"""The 57 games of the benchmark (Hessel et al. 2018, Rainbow, table 6), by their ROM names."""
+
+ATARI_SCORES: dict[str, tuple[float, float]] = {
+    "freeway": (0.0, 29.6),
+    "krull": (1598.0, 2665.5),
+    "crazy_climber": (10780.5, 35829.4),
+    "road_runner": (11.5, 7845.0),
+    "assault": (222.4, 742.0),
+    "pong": (-20.7, 14.6),
+    "breakout": (1.7, 30.5),
+    "boxing": (0.1, 12.1),
+    "space_invaders": (148.0, 1668.7),
+    "ms_pacman": (307.3, 6951.6),
+    "qbert": (163.9, 13455.0),
+    "hero": (1027.0, 30826.4),
+    "beam_rider": (363.9, 16926.5),
+    "star_gunner": (664.0, 10250.0),
+    "kung_fu_master": (258.5, 22736.3),
+    "seaquest": (68.4, 42054.7),
+    "asterix": (210.0, 8503.3),
+    "enduro": (0.0, 860.5),
+}
+"""Raw scores of (random play, a human) over whole games, from Wang et al. 2016 (Dueling Networks), where we checked them."""
+
+FRAMES_PER_STEP = 4
+STICKY_PROBABILITY = 0.25
+NOOPS_MAX = 30
+STEPS_MAX = 108_000 // FRAMES_PER_STEP
+"""Half an hour of play, the limit of the benchmark (Machado et al. 2018)."""
+
+
+class AtariEnvs:
+    """A batch of environments of one Atari game; sticky actions, all 18 actions, raw rewards.
+
+    Args:
+        game: one of `ATARI_GAMES`.
+        num_envs: how many.
+        frame_size: height and width of a frame, in pixels.
+        frame_stack: frames in an observation.
+        num_threads: threads that emulate; results do not depend on it.
+        max_episode_steps: the step limit of a game, in the agent's steps of four frames each.
+
+    Raises:
+        InvalidRequest: ale-py is not installed.
+    """
+
+    def __init__(
+        self, game: str, num_envs: int, *, frame_size: int, frame_stack: int, num_threads: int, max_episode_steps: int | None
+    ) -> None:
+        try:
+            from ale_py.vector_env import AtariVectorEnv
+        except ImportError as missing:
+            raise InvalidRequest(f'game: {game!r} needs ale-py; install it with: pip install "ooc-moe[atari]"') from missing
+        self.game = game
+        self.num_envs = num_envs
+        self.num_actions = NUM_ACTIONS
+        self.observation_shape = (frame_stack, frame_size, frame_size)
+        self._ale = AtariVectorEnv(
+            game,
+            num_envs,
+            num_threads=num_threads,
+            repeat_action_probability=STICKY_PROBABILITY,
+            full_action_space=True,
+            frameskip=FRAMES_PER_STEP,
+            stack_num=frame_stack,
+            img_height=frame_size,
+            img_width=frame_size,
+            reward_clipping=False,
+            episodic_life=False,
+            life_loss_info=True,
+            noop_max=NOOPS_MAX,
+            use_fire_reset=True,
+            max_num_frames_per_episode=(max_episode_steps or STEPS_MAX) * FRAMES_PER_STEP,
+        )
+        self._legal_A = _legal_actions([action.value for action in self._ale.ale.get_action_set()])
+        self._ended_N = np.zeros(num_envs, dtype=bool)
+        self._episodes = Episodes(num_envs)
+
+    def reset(self, seed: int) -> Array:
+        """Starts all games anew, each from a seed of its own drawn from `seed`."""
+        # Consecutive seeds, ale-py's way with an int, would give neighbouring calls the same games.
+        seeds_N = np.random.SeedSequence(seed).generate_state(self.num_envs) >> 1
+        observations, _ = self._ale.reset(seed=seeds_N.astype(np.int32))
+        self._ended_N[:] = False
+        self._episodes.reset()
+        return np.asarray(observations)
+
+    def step(self, actions: Array) -> Step:
+        """Plays one action in each environment."""
+        check_actions(actions, self.num_envs)
+        observations, rewards, terminated, truncated, info = self._ale.step(self._legal_A[actions])
+        rewards = rewards.astype(np.float32)
+        played = ~self._ended_N
+        # Terminated with lives left is a lost life: that game goes on, and the next action is played.
+        self._ended_N = truncated | (terminated & (info["lives"] == 0))
+        returns, lengths = self._episodes.add(rewards, played, self._ended_N)
+        return Step(
+            observations=observations,
+            rewards=rewards,
+            terminated=terminated,
+            truncated=truncated & ~terminated,
+            played=played,
+            episode_returns=returns,
+            episode_lengths=lengths,
+        )
+
+    def close(self) -> None:
+        """Stops the emulators. Dropping the last reference joins their threads; ale-py's own close() does not."""
+        if hasattr(self, "_ale"):
+            del self._ale
+
+
+def _legal_actions(legal: list[int]) -> Array:
+    """Of each of the 18 actions, its index among the emulator's legal ones: itself, or itself without the button.
+
+    Skiing has 9 legal actions even when asked for all, and an index beyond them hangs the emulator for ever.
+    """
+    first_with_button = 10
+    index_A = np.zeros(NUM_ACTIONS, dtype=np.int32)
+    for action in range(NUM_ACTIONS):
+        without_button = action - 8 if action >= first_with_button else 0
+        index_A[action] = legal.index(action if action in legal else without_button)
+    return index_A
