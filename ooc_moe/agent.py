@@ -13,18 +13,18 @@ from typing import Any, cast
 from urllib.parse import quote
 
 import torch
-from ooc_moe_client.cache import ExpertCache
-from ooc_moe_client.cache_stats import CacheStats
-from ooc_moe_wire.errors import InvalidRequest
 from torch import Tensor, nn
 
 from ooc_moe.config import AgentConfig
 from ooc_moe.encoder import Stem
 from ooc_moe.moe import ExpertGradients, TieredExperts, TieredMoE
 from ooc_moe.pools import GamePools, PoolBook
-from ooc_moe.routing import Router
+from ooc_moe.routing import Router, balance_loss
 from ooc_moe.seeds import derived_seed, seeded
 from ooc_moe.transformer import Block, CausalAttention, GameNetwork, KeysValues, episode_mask
+from ooc_moe_client.cache import ExpertCache
+from ooc_moe_client.cache_stats import CacheStats
+from ooc_moe_wire.errors import InvalidRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,8 +184,8 @@ class Agent(nn.Module):
             replay_NK = None if routing is None else routing[:, :, layer].flatten(0, 1).long()
             output = block(x_BTD, mask=mask, experts_NK=replay_NK, noisy=True, generator=generator)
             x_BTD = output.y
-            chosen.append(output.experts_NK)
-            losses.append(output.balance_loss)
+            chosen.append(output.routed.experts_NK)
+            losses.append(balance_loss(output.routed))
             used.append(output.tokens_by_expert)
         logits_BTA, value_BT = network.heads(x_BTD)
         return AgentOutput(
@@ -241,7 +241,7 @@ class Agent(nn.Module):
         for block, memory in zip(network.blocks, segment.memories, strict=True):
             output = block.step(x_BTD, memory, position, mask=mask, noisy=not deterministic, generator=generator)
             x_BTD = output.y
-            chosen.append(output.experts_NK)
+            chosen.append(output.routed.experts_NK)
         segment.length += 1
         logits_NA, values_N = network.heads(x_BTD.squeeze(1))
         log_probs_NA = torch.log_softmax(logits_NA, dim=-1)

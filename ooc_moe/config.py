@@ -9,11 +9,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from ooc_moe.seeds import derived_seed
 from ooc_moe_wire.errors import InvalidRequest
 from ooc_moe_wire.initializers import Initializer
 from ooc_moe_wire.layout import BankSpec, Layout, TensorSpec
-
-from ooc_moe.seeds import derived_seed
 
 Routing = Literal["pool", "token"]
 Scope = Literal["shared", "per-layer"]

@@ -26,13 +26,12 @@ class Stem(nn.Module):
             layers += [orthogonal(nn.Conv2d(*sizes), gain=2**0.5), nn.ReLU()]
         features = config.stem_channels[-1] * config.stem_output_size**2
         self.layers = nn.Sequential(*layers, nn.Flatten(), orthogonal(nn.Linear(features, config.dim), gain=2**0.5))
-        # A third faster than the default on a CPU, forward and backward.
+        # Weights in this format make the convolutions use it: a quarter faster on a CPU, forward and backward.
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, frames_MSHW: Tensor) -> Tensor:
         """uint8 frames `(frames, stack, height, width)` -> tokens `(frames, dim)`."""
-        pixels = frames_MSHW.to(dtype=torch.float32, memory_format=torch.channels_last)
-        tokens: Tensor = self.layers(pixels * (1 / 255))
+        tokens: Tensor = self.layers(frames_MSHW.to(torch.float32) * (1 / 255))
         return tokens
 
 

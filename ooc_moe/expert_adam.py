@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
-from ooc_moe_client.cache import ExpertCache
 from torch import Tensor
 
 from ooc_moe.moe import PARAMETERS, ExpertGradients
+from ooc_moe_client.cache import ExpertCache
 
 
 class ExpertAdam:

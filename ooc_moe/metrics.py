@@ -66,7 +66,9 @@ class MetricsWriter:
         return self._file.tell()
 
     def truncate(self, position: int) -> None:
-        """Takes back every event beyond `position` (a checkpoint's), here and in TensorBoard. Call it before the first `log`.
+        """Takes back every event beyond `position` (a checkpoint's), here and in TensorBoard, and logs that the run was "resumed".
+
+        Call it before the first `log`.
 
         Raises:
             InvalidRequest: the file is shorter than `position`.
@@ -76,8 +78,11 @@ class MetricsWriter:
         self._file.truncate(position)
         self._file.seek(position)
         events = read_metrics(self._run_dir)
+        last: Event = events[-1] if events else {"step": -1, "update": 0, "game": None}
         # TensorBoard drops what an earlier writer logged at this step or later.
-        self._purge_step = int(events[-1]["step"]) + 1 if events else 0
+        self._purge_step = int(last["step"]) + 1
+        # A reader of counters needs to know: those of the process begin again at zero.
+        self.log("resumed", step=max(last["step"], 0), update=last["update"], game=last["game"])
 
     def close(self) -> None:
         """Flushes and closes both files."""

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from ooc_moe_client.cache import ExpertCache
-from ooc_moe_client.store import Sections
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ooc_moe.routing import Router
+from ooc_moe.routing import Routed, Router
+from ooc_moe_client.cache import ExpertCache
+from ooc_moe_client.store import Sections
 
 PARAMETERS = ("w1", "b1", "w2", "b2")
 
@@ -88,6 +88,7 @@ class TieredExperts:
     def __init__(self, cache: ExpertCache) -> None:
         self.cache = cache
         self.gradients = ExpertGradients(cache)
+        self._parameters = [{name: cache.views[name][slot] for name in PARAMETERS} for slot in range(cache.capacity_experts)]
         # Makes autograd call backward even where no dense parameter before this layer is trained.
         self._anchor = torch.zeros((), requires_grad=True)
 
@@ -104,7 +105,7 @@ class TieredExperts:
         for wave in self.cache.waves(list(spans)):
             with self.cache.reading(wave, sections=Sections.PARAMETERS, counted=counted) as slots:
                 for expert, slot in zip(wave, slots, strict=True):
-                    work(expert, spans[expert], {name: self.cache.views[name][slot] for name in PARAMETERS})
+                    work(expert, spans[expert], self._parameters[slot])
 
 
 class _ExpertGemms(torch.autograd.Function):
@@ -118,7 +119,7 @@ class _ExpertGemms(torch.autograd.Function):
 
         def work(_: int, span: slice, p: dict[str, Tensor]) -> None:
             torch.addmm(p["b1"], rows_MD[span], p["w1"], out=before_MH[span])
-            after_MH[span] = torch.nn.functional.gelu(before_MH[span])
+            torch.ops.aten.gelu.out(before_MH[span], out=after_MH[span])
             torch.addmm(p["b2"], after_MH[span], p["w2"], out=out_MD[span])
 
         experts.visit(spans, work, counted=True)
@@ -149,11 +150,10 @@ class _ExpertGemms(torch.autograd.Function):
 
 @dataclass(frozen=True, slots=True)
 class MoEOutput:
-    """A layer's output, shaped as its input; the experts chosen `(tokens, k)`; the balancing loss; tokens by expert."""
+    """A layer's output, shaped as its input; how its tokens were routed; the number of tokens of each expert that got any."""
 
     y: Tensor
-    experts_NK: Tensor
-    balance_loss: Tensor
+    routed: Routed
     tokens_by_expert: dict[int, int]
 
 
@@ -182,4 +182,4 @@ class TieredMoE(nn.Module):
         routed = self.router(normal_ND, experts_NK=experts_NK, noisy=noisy, generator=generator)
         each_NKD, tokens_by_expert = self._experts(normal_ND, routed.experts_NK)
         mixed_ND = torch.bmm(routed.gates_NK.unsqueeze(1), each_NKD).squeeze(1)
-        return MoEOutput(x + self.dropout(mixed_ND.view_as(x)), routed.experts_NK, routed.balance_loss, tokens_by_expert)
+        return MoEOutput(x + self.dropout(mixed_ND.view_as(x)), routed, tokens_by_expert)

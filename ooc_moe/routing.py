@@ -9,17 +9,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from ooc_moe_wire.errors import InvalidRequest
 from torch import Tensor, nn
+
+from ooc_moe_wire.errors import InvalidRequest
 
 
 @dataclass(frozen=True, slots=True)
 class Routed:
-    """The router's answer: global expert ids `(tokens, k)`, their weights `(tokens, k)`, and the balancing loss (a scalar)."""
+    """The router's answer.
 
+    Attributes:
+        logits_NE: clean logits of the experts to choose from.
+        chosen_NK: places of the chosen among them.
+        experts_NK: their global ids.
+        gates_NK: their weights, which sum to 1.
+    """
+
+    logits_NE: Tensor
+    chosen_NK: Tensor
     experts_NK: Tensor
     gates_NK: Tensor
-    balance_loss: Tensor
 
 
 class Router(nn.Module):
@@ -66,7 +75,7 @@ class Router(nn.Module):
         else:
             chosen_NK = self._places(experts_NK, len(x_ND))
         gates_NK = torch.softmax(logits_NE.gather(1, chosen_NK), dim=1)
-        return Routed(experts_NK, gates_NK, balance_loss(logits_NE, chosen_NK))
+        return Routed(logits_NE, chosen_NK, experts_NK, gates_NK)
 
     def _choose(self, logits_NE: Tensor, noisy: bool, generator: torch.Generator | None) -> Tensor:
         if noisy and self.training and self.noise > 0:
@@ -85,12 +94,12 @@ class Router(nn.Module):
         return places_NK
 
 
-def balance_loss(logits_NE: Tensor, chosen_NK: Tensor) -> Tensor:
-    """Fedus et al. 2021 (Switch), eq. 4: E * sum_i f_i P_i over the experts to choose from; 1 when the load is even.
+def balance_loss(routed: Routed) -> Tensor:
+    """Fedus et al. 2021 (Switch), eq. 4: E * sum_i f_i P_i over the experts to choose from, a scalar; 1 when the load is even.
 
     f_i is expert i's share of the assignments, P_i its mean probability; only P_i carries a gradient.
     """
-    num_experts = logits_NE.shape[1]
-    counts_E = torch.bincount(chosen_NK.flatten(), minlength=num_experts).to(logits_NE.dtype)
-    probabilities_E = torch.softmax(logits_NE, dim=1).mean(dim=0)
-    return num_experts * (counts_E / chosen_NK.numel() * probabilities_E).sum()
+    num_experts = routed.logits_NE.shape[1]
+    shares_E = torch.bincount(routed.chosen_NK.flatten(), minlength=num_experts) / routed.chosen_NK.numel()
+    probabilities_E = torch.softmax(routed.logits_NE, dim=1).mean(dim=0)
+    return num_experts * (shares_E * probabilities_E).sum()

@@ -97,24 +97,34 @@ class RunRecord:
         """Environment steps at each update."""
         return np.array([event["step"] for event in self.updates], float)
 
+    @cached_property
+    def spans(self) -> list[tuple[str, float, float]]:
+        """(game, first step, last step) of each phase begun, up to the newest update."""
+        starts = [float(event["step"]) for event in self.switches]
+        ends = [*starts[1:], float(self.steps_U[-1]) if len(self.steps_U) else 0.0]
+        return [(event["to"], start, max(start, end)) for event, start, end in zip(self.switches, starts, ends, strict=False)]
+
     def series(self, *path: str) -> Floats:
         """(U,) the number below `path` at each update; NaN where there is none."""
         return np.array([_number(event, path) for event in self.updates], float)
 
     def increments(self, *path: str) -> Floats:
-        """(U,) how much the counter below `path` grew in each update, what an evaluation before it added left out.
+        """(U,) how much the counter below `path` grew in each update; what an evaluation before it added is left out.
 
-        A counter that fell began anew (the process or the daemon was started again). A counter of the daemon may be older than the run, so
-        where the daemon is not the run's own, its first value says nothing: NaN.
+        The trainer's counters begin at zero, and again when a run is resumed. So do those of a daemon that the run started itself; another
+        daemon's may be older than the run, and then the first value says nothing: NaN. A counter that fell began anew.
         """
-        before = UNSAID if path[0] == "store" and self.config.get("store") else 0.0
-        grown = []
+        own = path[0] != "store" or self.config.get("store") is None
+        before, grown = (0.0 if own else UNSAID), []
         for event in self.events:
-            value = _number(event, path)
-            if event["event"] == "evaluation" and path[0] == "cache" and not np.isnan(value):
+            # A counter that is not among those logged has not counted anything yet.
+            value = np.nan_to_num(_number(event, path)) if isinstance(event.get(path[0]), dict) else UNSAID
+            if event["event"] == "resumed" and own:
+                before = 0.0
+            elif event["event"] == "evaluation" and path[0] == "cache" and not np.isnan(value):
                 before += value  # An evaluation logs how much it added.
-            if event["event"] == "update":
-                grown.append(value - before if not value < before else value)
+            elif event["event"] == "update":
+                grown.append(value if value < before else value - before)
                 before = value
         return np.array(grown, float)
 
@@ -156,6 +166,12 @@ class RunRecord:
             returns=returns,
         )
 
+    @cached_property
+    def num_experts(self) -> int:
+        """Experts of each bank: as configured, or more if it grew."""
+        seen = (int(expert) for event in self.updates for counts in (event.get("usage") or {}).values() for expert in counts)
+        return max(int(self.config.get("agent", {}).get("num_experts", 1)), max(seen, default=0) + 1)
+
     def training_usage(self) -> Floats:
         """(G, E) tokens per game and expert over all updates of the game; see `_usage`."""
         return self._usage([(event["game"], event.get("usage") or {}) for event in self.updates])
@@ -173,16 +189,13 @@ class RunRecord:
     def _usage(self, rows: Sequence[tuple[str, dict[str, dict[str, int]]]]) -> Floats:
         """Token counts by game and expert: layers are added up where they share a bank, and stand side by side where each has its own."""
         shared = self.config.get("agent", {}).get("banks", "shared") == "shared"
-        experts = int(self.config.get("agent", {}).get("num_experts", 0))
-        seen = [(int(layer), int(expert)) for _, usage in rows for layer, counts in usage.items() for expert in counts]
-        experts = max([experts, *(expert + 1 for _, expert in seen)])
-        layers = 1 if shared else max((layer + 1 for layer, _ in seen), default=1)
-        counts_GE = np.zeros((len(self.games), layers * experts))
+        layers = 1 if shared else max((int(layer) + 1 for _, usage in rows for layer in usage), default=1)
+        counts_GE = np.zeros((len(self.games), layers * self.num_experts))
         row = {game: index for index, game in enumerate(self.games)}
         for game, usage in rows:
             for layer, counts in usage.items():
                 for expert, count in counts.items():
-                    counts_GE[row[game], (0 if shared else int(layer) * experts) + int(expert)] += count
+                    counts_GE[row[game], (0 if shared else int(layer) * self.num_experts) + int(expert)] += count
         return counts_GE
 
     def _of(self, kind: str) -> list[Event]:

@@ -14,12 +14,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import grpc
-from ooc_moe_wire.codec import Checksums, chunks
-from ooc_moe_wire.errors import OocMoeError, Unavailable, error_named
-from ooc_moe_wire.v1 import expert_pb2, expert_pb2_grpc
 from tenacity import RetryCallState
 
 from ooc_moe_client.connection import Connection
+from ooc_moe_wire.codec import Checksums, chunks
+from ooc_moe_wire.errors import OocMoeError, Unavailable, error_named
+from ooc_moe_wire.v1 import expert_pb2, expert_pb2_grpc
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

@@ -19,8 +19,6 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from ooc_moe_wire.errors import InvalidRequest, TierFull, UnknownExpert
-from ooc_moe_wire.layout import Layout
 from torch import Tensor
 
 from ooc_moe_client.cache_stats import CacheStats
@@ -30,6 +28,8 @@ from ooc_moe_client.slab import make_slab
 from ooc_moe_client.store import ExpertStore, Priority, Sections
 from ooc_moe_client.table import Resident, State
 from ooc_moe_client.write_back import WriteBack
+from ooc_moe_wire.errors import InvalidRequest, TierFull, UnknownExpert
+from ooc_moe_wire.layout import Layout
 
 PREFETCH_EXPERTS_MAX = 64
 

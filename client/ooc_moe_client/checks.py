@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from ooc_moe_wire.errors import InvalidRequest
-from ooc_moe_wire.layout import Layout
 
 from ooc_moe_client.store import Push
+from ooc_moe_wire.errors import InvalidRequest
+from ooc_moe_wire.layout import Layout
 
 
 def check_distinct(bank: str, experts: Sequence[int]) -> None:

@@ -13,9 +13,10 @@ from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
 import grpc
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, sleep_using_event, wait_random_exponential
+
 from ooc_moe_wire.codec import MESSAGE_BYTES_MAX
 from ooc_moe_wire.errors import DeadlineExceeded, InvalidRequest, TierFull, Unavailable, from_rpc_error
-from tenacity import RetryCallState, Retrying, retry_if_exception_type, sleep_using_event, wait_random_exponential
 
 TRAINER_KEY = "ooc-moe-trainer"
 TRAINER_CHARACTERS_MAX = 128

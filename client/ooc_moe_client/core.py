@@ -9,13 +9,12 @@ import logging
 import threading
 from collections.abc import Sequence
 
-from ooc_moe_wire.errors import InvalidRequest, StaleVersion
-from ooc_moe_wire.layout import Layout
-
 from ooc_moe_client.cache_stats import Counters
 from ooc_moe_client.slab import Slab
 from ooc_moe_client.store import ExpertStore, Fetched, Priority, Sections
 from ooc_moe_client.table import Resident, State, Table
+from ooc_moe_wire.errors import InvalidRequest, StaleVersion
+from ooc_moe_wire.layout import Layout
 
 logger = logging.getLogger(__name__)
 

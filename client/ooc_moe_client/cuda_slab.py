@@ -12,10 +12,10 @@ import threading
 from collections.abc import Sequence
 
 import torch
-from ooc_moe_wire.layout import Layout
 from torch import Tensor
 
 from ooc_moe_client.slab import CopyOut, allocate, strided_views
+from ooc_moe_wire.layout import Layout
 
 # Two fetches (demand and prefetch), each with one expert arriving and one being copied.
 STAGING_BUFFERS = 4

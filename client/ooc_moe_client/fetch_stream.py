@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
+from ooc_moe_client.checks import check_memory
+from ooc_moe_client.connection import Connection, Responses
+from ooc_moe_client.store import Fetched, Priority, Sections, Tier
 from ooc_moe_wire.codec import Assembler, Checksums, verify
 from ooc_moe_wire.errors import CorruptRecord, Internal, InvalidRequest, OocMoeError, error_named
 from ooc_moe_wire.layout import Layout
 from ooc_moe_wire.v1 import expert_pb2, expert_pb2_grpc
-
-from ooc_moe_client.checks import check_memory
-from ooc_moe_client.connection import Connection, Responses
-from ooc_moe_client.store import Fetched, Priority, Sections, Tier
 
 HOLDS_NONE = (1 << 64) - 1
 # A stream's deadline allows for the slowest disk and network worth using.

@@ -12,6 +12,8 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+from ooc_moe_client.checks import check_distinct, check_known_versions, check_memory, checked_bodies
+from ooc_moe_client.store import Bank, ExpertInfo, Fetched, PrefetchState, Priority, Push, Sections, Snapshot, Tier
 from ooc_moe_wire.codec import Checksums
 from ooc_moe_wire.errors import (
     BankExists,
@@ -26,9 +28,6 @@ from ooc_moe_wire.errors import (
 )
 from ooc_moe_wire.layout import BankSpec
 from ooc_moe_wire.v1 import stats_pb2
-
-from ooc_moe_client.checks import check_distinct, check_known_versions, check_memory, checked_bodies
-from ooc_moe_client.store import Bank, ExpertInfo, Fetched, PrefetchState, Priority, Push, Sections, Snapshot, Tier
 
 
 @dataclass(slots=True)

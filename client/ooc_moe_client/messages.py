@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from ooc_moe_client.store import Bank, ExpertInfo, Snapshot, Tier
 from ooc_moe_wire.layout import BankSpec
 from ooc_moe_wire.v1 import bank_pb2, expert_pb2, snapshot_pb2
-
-from ooc_moe_client.store import Bank, ExpertInfo, Snapshot, Tier
 
 
 def bank_from(message: bank_pb2.Bank) -> Bank:

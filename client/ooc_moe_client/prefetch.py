@@ -15,12 +15,11 @@ import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from ooc_moe_wire.errors import DeadlineExceeded, TierFull, Unavailable
-
 from ooc_moe_client.core import Core
 from ooc_moe_client.store import Priority, Sections
 from ooc_moe_client.table import Resident
 from ooc_moe_client.write_back import WriteBack
+from ooc_moe_wire.errors import DeadlineExceeded, TierFull, Unavailable
 
 logger = logging.getLogger(__name__)
 

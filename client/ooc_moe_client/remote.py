@@ -13,6 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 
 import grpc
+
+from ooc_moe_client.bank_writer import BankWriter, Item
+from ooc_moe_client.checks import check_distinct, check_known_versions, checked_bodies
+from ooc_moe_client.connection import Connection, Responses
+from ooc_moe_client.fetch_stream import FetchStream
+from ooc_moe_client.messages import bank_from, expert_from, snapshot_from
+from ooc_moe_client.store import Bank, ExpertInfo, Fetched, PrefetchState, Priority, Push, Sections, Snapshot
 from ooc_moe_wire.codec import Checksums
 from ooc_moe_wire.errors import TierFull, Unavailable, UnknownBank, UnknownSnapshot
 from ooc_moe_wire.layout import BankSpec, Layout
@@ -26,13 +33,6 @@ from ooc_moe_wire.v1 import (
     stats_pb2,
     stats_pb2_grpc,
 )
-
-from ooc_moe_client.bank_writer import BankWriter, Item
-from ooc_moe_client.checks import check_distinct, check_known_versions, checked_bodies
-from ooc_moe_client.connection import Connection, Responses
-from ooc_moe_client.fetch_stream import FetchStream
-from ooc_moe_client.messages import bank_from, expert_from, snapshot_from
-from ooc_moe_client.store import Bank, ExpertInfo, Fetched, PrefetchState, Priority, Push, Sections, Snapshot
 
 
 class RemoteStore:

@@ -10,10 +10,9 @@ import threading
 from collections.abc import Sequence
 from types import TracebackType
 
-from ooc_moe_wire.errors import DeadlineExceeded, OocMoeError, Unavailable
-
 from ooc_moe_client.cache import ExpertCache
 from ooc_moe_client.store import ExpertStore
+from ooc_moe_wire.errors import DeadlineExceeded, OocMoeError, Unavailable
 
 logger = logging.getLogger(__name__)
 

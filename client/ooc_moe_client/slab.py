@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from ooc_moe_wire.layout import BLOCK_BYTES, Layout, TensorSpec
 from torch import Tensor
+
+from ooc_moe_wire.layout import BLOCK_BYTES, Layout, TensorSpec
 
 
 class Slab(Protocol):

@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
-from ooc_moe_wire.policy import LRU
-
 from ooc_moe_client.cache_stats import Counters
 from ooc_moe_client.store import Sections
+from ooc_moe_wire.policy import LRU
 
 NEVER = -1
 

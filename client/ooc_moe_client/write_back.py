@@ -12,13 +12,13 @@ import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ooc_moe_wire.errors import InvalidRequest
 from torch import Tensor
 
 from ooc_moe_client.core import Core
 from ooc_moe_client.slab import CopyOut
 from ooc_moe_client.store import Push
 from ooc_moe_client.table import Resident, State
+from ooc_moe_wire.errors import InvalidRequest
 
 logger = logging.getLogger(__name__)
 

@@ -17,6 +17,12 @@ from pathlib import Path
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+
+from ooc_moe_server import data_dir
+from ooc_moe_server.config import ServerConfig, split_address
+from ooc_moe_server.engine import Engine
+from ooc_moe_server.guard import Guard
+from ooc_moe_server.services import BankService, ExpertService, SnapshotService, StatsService
 from ooc_moe_wire.codec import MESSAGE_BYTES_MAX
 from ooc_moe_wire.errors import InvalidRequest, Unavailable
 from ooc_moe_wire.v1 import (
@@ -29,12 +35,6 @@ from ooc_moe_wire.v1 import (
     stats_pb2,
     stats_pb2_grpc,
 )
-
-from ooc_moe_server import data_dir
-from ooc_moe_server.config import ServerConfig, split_address
-from ooc_moe_server.engine import Engine
-from ooc_moe_server.guard import Guard
-from ooc_moe_server.services import BankService, ExpertService, SnapshotService, StatsService
 
 log = logging.getLogger(__name__)
 

@@ -13,14 +13,13 @@ from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from ooc_moe_wire.errors import BankExists, InvalidRequest, NotTheWriter, SnapshotExists, UnknownSnapshot
-from ooc_moe_wire.layout import BankSpec
-
 from ooc_moe_server.catalog import UNWRITTEN, Bank, BankState, Catalog, Record, Snapshot, unix_ms
 from ooc_moe_server.commits import Committer
 from ooc_moe_server.dram import DramTier
 from ooc_moe_server.index import Write
 from ooc_moe_server.nvme import NvmeTier
+from ooc_moe_wire.errors import BankExists, InvalidRequest, NotTheWriter, SnapshotExists, UnknownSnapshot
+from ooc_moe_wire.layout import BankSpec
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")

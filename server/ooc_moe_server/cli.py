@@ -9,11 +9,11 @@ from typing import Annotated
 
 import click
 import typer
-from ooc_moe_wire.errors import OocMoeError
-from ooc_moe_wire.sizes import parse_size
 
 from ooc_moe_server.app import run
 from ooc_moe_server.config import ServerConfig
+from ooc_moe_wire.errors import OocMoeError
+from ooc_moe_wire.sizes import parse_size
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 

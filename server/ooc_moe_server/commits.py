@@ -18,14 +18,13 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from ooc_moe_wire.codec import Checksums, RecordHeader, verify
-from ooc_moe_wire.errors import CorruptRecord, Internal, OocMoeError, StaleVersion, TierFull, UnknownBank
-
 from ooc_moe_server.catalog import Bank, Catalog, Record, Slot
 from ooc_moe_server.dram import DramTier, Entry
 from ooc_moe_server.index import VERSION_RESERVE, Index, Write
 from ooc_moe_server.nvme import NvmeTier
 from ooc_moe_server.stats import Stats
+from ooc_moe_wire.codec import Checksums, RecordHeader, verify
+from ooc_moe_wire.errors import CorruptRecord, Internal, OocMoeError, StaleVersion, TierFull, UnknownBank
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")

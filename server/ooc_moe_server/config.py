@@ -6,9 +6,8 @@ import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ooc_moe_wire.errors import InvalidRequest
-
 from ooc_moe_server.arena import check_dram_bytes
+from ooc_moe_wire.errors import InvalidRequest
 
 UNIX_PATH_BYTES_MAX = 107
 

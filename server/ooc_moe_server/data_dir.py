@@ -13,9 +13,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from ooc_moe_wire.errors import InvalidRequest
-
 from ooc_moe_server.slab import sync_directory
+from ooc_moe_wire.errors import InvalidRequest
 
 FORMAT = "ooc-moe store 1\n"
 

@@ -12,15 +12,14 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable
 
+from ooc_moe_server.arena import Arena
+from ooc_moe_server.catalog import Seed, Source
+from ooc_moe_server.extents import Extent, Extents
 from ooc_moe_wire.codec import Checksums
 from ooc_moe_wire.errors import TierFull
 from ooc_moe_wire.layout import BLOCK_BYTES
 from ooc_moe_wire.policy import LRU, EvictionPolicy
 from ooc_moe_wire.v1 import stats_pb2
-
-from ooc_moe_server.arena import Arena
-from ooc_moe_server.catalog import Seed, Source
-from ooc_moe_server.extents import Extent, Extents
 
 
 class Entry:

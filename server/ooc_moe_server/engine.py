@@ -13,9 +13,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ooc_moe_wire.errors import InvalidRequest
-from ooc_moe_wire.v1 import expert_pb2, stats_pb2
-
 from ooc_moe_server.arena import Arena
 from ooc_moe_server.catalog import Bank, Catalog
 from ooc_moe_server.changes import Changes
@@ -27,6 +24,8 @@ from ooc_moe_server.nvme import NvmeTier
 from ooc_moe_server.promotions import Promotions
 from ooc_moe_server.pushes import Writer
 from ooc_moe_server.stats import Scopes, Stats
+from ooc_moe_wire.errors import InvalidRequest
+from ooc_moe_wire.v1 import expert_pb2, stats_pb2
 
 log = logging.getLogger(__name__)
 

@@ -12,13 +12,12 @@ from collections import deque
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass
 
-from ooc_moe_wire.errors import CorruptRecord, InvalidRequest
-from ooc_moe_wire.v1 import expert_pb2
-
 from ooc_moe_server.catalog import Bank, Record
 from ooc_moe_server.dram import DramTier, Entry
 from ooc_moe_server.promotions import Promotions
 from ooc_moe_server.stats import Scopes, Stats
+from ooc_moe_wire.errors import CorruptRecord, InvalidRequest
+from ooc_moe_wire.v1 import expert_pb2
 
 HOLDS_NONE = (1 << 64) - 1
 # Records that one call may have pinned or under way beyond the one it sends.

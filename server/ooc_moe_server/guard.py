@@ -14,6 +14,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
+
 from ooc_moe_wire.errors import STATUS, Internal, OocMoeError, Unavailable, trailing_metadata
 
 log = logging.getLogger(__name__)

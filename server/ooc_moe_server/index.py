@@ -11,12 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from ooc_moe_server.catalog import Bank, BankState, Catalog, Record, Slot, Snapshot
 from ooc_moe_wire.codec import Checksums
 from ooc_moe_wire.errors import CorruptRecord
 from ooc_moe_wire.layout import BankSpec
 from ooc_moe_wire.v1 import bank_pb2
-
-from ooc_moe_server.catalog import Bank, BankState, Catalog, Record, Slot, Snapshot
 
 # Versions this far beyond the newest committed one may stand in the header of a write that never committed; a start skips them,
 # so that no version is ever used twice. More than the pushes that can be in flight.

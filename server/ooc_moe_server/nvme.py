@@ -14,10 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-from ooc_moe_wire.v1 import stats_pb2
-
 from ooc_moe_server.catalog import Catalog, Slot
 from ooc_moe_server.slab import Slab, supports_direct_io
+from ooc_moe_wire.v1 import stats_pb2
 
 Result = TypeVar("Result")
 NUM_IO_THREADS = 8

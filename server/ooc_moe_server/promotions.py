@@ -15,13 +15,12 @@ from collections import OrderedDict
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from ooc_moe_wire.codec import Checksums, verify
-from ooc_moe_wire.errors import CorruptRecord, OocMoeError, TierFull
-
 from ooc_moe_server.catalog import Bank, Record, Slot, Source
 from ooc_moe_server.dram import DramTier, Entry
 from ooc_moe_server.nvme import NvmeTier
 from ooc_moe_server.stats import Scopes, Stats
+from ooc_moe_wire.codec import Checksums, verify
+from ooc_moe_wire.errors import CorruptRecord, OocMoeError, TierFull
 
 log = logging.getLogger(__name__)
 

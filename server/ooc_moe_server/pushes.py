@@ -13,14 +13,13 @@ import logging
 from collections.abc import Coroutine
 from typing import Any
 
-from ooc_moe_wire.codec import Assembler, Checksums
-from ooc_moe_wire.errors import InvalidRequest, NotTheWriter, OocMoeError, StaleVersion
-from ooc_moe_wire.v1 import expert_pb2
-
 from ooc_moe_server.catalog import Bank, PushUnderWay
 from ooc_moe_server.commits import Committer, Push, stale
 from ooc_moe_server.dram import DramTier
 from ooc_moe_server.stats import Scopes, Stats
+from ooc_moe_wire.codec import Assembler, Checksums
+from ooc_moe_wire.errors import InvalidRequest, NotTheWriter, OocMoeError, StaleVersion
+from ooc_moe_wire.v1 import expert_pb2
 
 log = logging.getLogger(__name__)
 

@@ -11,6 +11,12 @@ from collections.abc import Callable
 from typing import Any
 
 import grpc.aio
+
+from ooc_moe_server.catalog import Bank
+from ooc_moe_server.engine import Engine
+from ooc_moe_server.fetches import Served
+from ooc_moe_server.pushes import Writer, error_info
+from ooc_moe_server.stats import Scopes
 from ooc_moe_wire.codec import chunks
 from ooc_moe_wire.errors import InvalidRequest, Unavailable
 from ooc_moe_wire.layout import BankSpec
@@ -24,12 +30,6 @@ from ooc_moe_wire.v1 import (
     stats_pb2,
     stats_pb2_grpc,
 )
-
-from ooc_moe_server.catalog import Bank
-from ooc_moe_server.engine import Engine
-from ooc_moe_server.fetches import Served
-from ooc_moe_server.pushes import Writer, error_info
-from ooc_moe_server.stats import Scopes
 
 TRAINER_KEY = "ooc-moe-trainer"
 TRAINER_BYTES_MAX = 128

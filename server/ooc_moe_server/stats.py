@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
+
 from ooc_moe_wire.v1 import stats_pb2
 
 LATENCY_SAMPLES = 4096

@@ -1,29 +1,50 @@
-"""A storage host has the base install: no torch, no gymnasium, no ale-py. Here they are blocked."""
+"""A storage host has the base install: no torch, no gymnasium, no ale-py. Here whatever else is installed is blocked."""
 
 import signal
 import subprocess
 import sys
+from importlib.metadata import distribution, packages_distributions
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 BLOCK = """
 import sys
 
 class Blocker:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {"torch", "gymnasium", "ale_py", "matplotlib", "tensorboard", "jinja2", "tenacity", "psutil"}:
-            raise ImportError(f"{name} is blocked")
+        if name.partition(".")[0] in BLOCKED:
+            raise ModuleNotFoundError(f"{name} is blocked", name=name)
 
 sys.meta_path.insert(0, Blocker())
 """
 
 
+def brought_in(name: str, seen: set[str]) -> set[str]:
+    """The distributions that installing `name` without extras brings in, itself included."""
+    if name not in seen:
+        seen.add(name)
+        for requirement in map(Requirement, distribution(name).requires or []):
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                brought_in(canonicalize_name(requirement.name), seen)
+    return seen
+
+
+def blocked() -> set[str]:
+    """The modules that are installed here but not on a storage host."""
+    base = brought_in("ooc-moe", set())
+    return {module for module, owners in packages_distributions().items() if not base & set(map(canonicalize_name, owners))}
+
+
 def python(code: str) -> list[str]:
-    return [sys.executable, "-c", BLOCK + code]
+    return [sys.executable, "-c", f"BLOCKED = {blocked()!r}\n{BLOCK}\n{code}"]
 
 
 def test_the_blocker_blocks():
+    assert {"torch", "gymnasium", "ale_py", "matplotlib", "psutil"} <= blocked()
+    assert {"grpc", "numpy", "google", "typer", "ooc_moe_wire"} & blocked() == set()
     run = subprocess.run(python("import torch"), capture_output=True, text=True, check=False)
     assert "torch is blocked" in run.stderr
 

@@ -1,0 +1,67 @@
+"""A checkpoint: a dense file and a snapshot of the banks, which together are the whole state of a run.
+
+Order on saving: the experts are flushed, the snapshot is taken, the dense file that names it is written beside and renamed over the old
+one, and only then the older snapshot goes. So whatever the instant of a crash, the file on disk names a snapshot that exists.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ooc_moe_wire.errors import InvalidRequest
+
+LATEST = "latest.pt"
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """Where a run stands: the next thing to do is update `update_in_game` of game number `phase`."""
+
+    phase: int = 0
+    update_in_game: int = 0
+    update: int = 0
+    step: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """The dense file's content: tensors and plain values only, so that it loads with `weights_only`."""
+
+    progress: Progress
+    snapshot_id: int
+    state: dict[str, Any]
+
+
+def save(path: Path, saved: Checkpoint) -> None:
+    """Writes the dense file durably: either the old one or the new one is there, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".new")
+    with beside.open("wb") as file:
+        content = {"format": FORMAT, "progress": asdict(saved.progress), "snapshot_id": saved.snapshot_id, "state": saved.state}
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    os.fsync(directory)
+    os.close(directory)
+
+
+def load(path: Path) -> Checkpoint:
+    """Reads a dense file.
+
+    Raises:
+        InvalidRequest: there is none, or it has an unknown format.
+    """
+    if not path.exists():
+        raise InvalidRequest(f"resume: {path} does not exist; the run made no checkpoint")
+    content = torch.load(path, weights_only=True, map_location="cpu")
+    if content.get("format") != FORMAT:
+        raise InvalidRequest(f"resume: {path} has format {content.get('format')}, this version reads {FORMAT}")
+    return Checkpoint(progress=Progress(**content["progress"]), snapshot_id=content["snapshot_id"], state=content["state"])

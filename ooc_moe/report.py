@@ -1,0 +1,111 @@
+"""A run's report: one HTML file that needs nothing else, its pictures beside it, and the tables that the terminal shows.
+
+Everything comes from the run directory (config.json, metrics.jsonl), so a report can be made at any time, also of a run that is going on.
+What to draw is in charts.py, what to count in summary.py; this puts them on a page.
+
+Run: ooc-moe report runs/NAME
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from jinja2 import Environment, StrictUndefined
+from rich.box import SIMPLE_HEAD
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ooc_moe import summary
+from ooc_moe.charts import CHARTS, Chart
+from ooc_moe.drawing import STYLE
+from ooc_moe.run_record import RunRecord
+
+
+@dataclass(frozen=True, slots=True)
+class _Picture:
+    """A chart as it stands on the page; without `png_base64` it could not be drawn."""
+
+    chart: Chart
+    png_base64: str
+
+
+def write_report(run_dir: Path) -> Path:
+    """Writes `run_dir/report/index.html` and a PNG per chart beside it; returns the path of the HTML file.
+
+    Raises:
+        InvalidRequest: the directory holds no run, or a damaged one.
+    """
+    record = RunRecord.read(run_dir)
+    directory = run_dir / "report"
+    directory.mkdir(parents=True, exist_ok=True)
+    page = _template().render(
+        record=record,
+        headline=summary.headline(record),
+        missing=summary.missing(record),
+        facts=summary.facts(record),
+        tables=summary.tables(record),
+        pictures=[_picture(chart, record, directory) for chart in CHARTS],
+        settings=list(_flattened(record.config)),
+        written=time.strftime("%Y-%m-%d %H:%M %Z"),
+    )
+    path = directory / "index.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def summary_tables(run_dir: Path) -> list[RenderableType]:
+    """The tables of a run as Rich renderables, for the end of `train` and `eval`.
+
+    Raises:
+        InvalidRequest: the directory holds no run, or a damaged one.
+    """
+    record = RunRecord.read(run_dir)
+    notices = [Text(text, style="yellow") for text in summary.missing(record)]
+    return [*notices, *(_rich_table(table) for table in summary.tables(record))]
+
+
+def _rich_table(table: summary.TextTable) -> Table:
+    rich = Table(title=table.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    for index, column in enumerate(table.columns):
+        rich.add_column(Text(column), justify="right" if index else "left")
+    for row in table.rows:
+        rich.add_row(*(Text(cell) for cell in row))
+    return rich
+
+
+def _picture(chart: Chart, record: RunRecord, directory: Path) -> _Picture:
+    """Draws a chart into the directory; removes an older picture of what can no longer be drawn."""
+    path = directory / f"{chart.name}.png"
+    with mpl.rc_context(STYLE):
+        figure = chart.draw(record)
+        if figure is None:
+            path.unlink(missing_ok=True)
+            return _Picture(chart, "")
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png")
+    path.write_bytes(buffer.getvalue())
+    return _Picture(chart, base64.b64encode(buffer.getvalue()).decode())
+
+
+def _template() -> Any:
+    source = files("ooc_moe").joinpath("report.html.j2").read_text(encoding="utf-8")
+    return Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(source)
+
+
+def _flattened(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted name, value) of every setting."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _flattened(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value if isinstance(value, str) else json.dumps(value)

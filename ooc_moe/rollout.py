@@ -1,0 +1,136 @@
+"""Plays the agent in one game's environments and returns what PPO learns from.
+
+The unit is the segment: `context` consecutive steps of every environment, played with the keys and values of that segment only, so that
+training can repeat exactly what acting saw. Knows nothing of losses, optimizers or other games.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ooc_moe.agent import Agent
+from ooc_moe.envs import GameEnvs
+from ooc_moe.ppo import advantages
+from ooc_moe.run_config import PPOConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """Segments as rows: B = segments x environments, T = context. `experts_BTLK` is the routing that acted."""
+
+    frames_BTSHW: Tensor
+    starts_BT: Tensor
+    actions_BT: Tensor
+    log_probs_BT: Tensor
+    values_BT: Tensor
+    advantages_BT: Tensor
+    played_BT: Tensor
+    experts_BTLK: Tensor
+    episode_returns: list[float]
+    reward_per_step: float
+    """Mean raw reward of a step of one environment."""
+
+    @property
+    def returns_BT(self) -> Tensor:
+        """What the value function is fitted to."""
+        return self.advantages_BT + self.values_BT
+
+
+class Collector:
+    """Holds the environments of one game between rollouts.
+
+    Args:
+        agent: plays; its `context` is the segment's length.
+        envs: the game's environments.
+        config: rollout length, discount and lambda.
+        generator: draws actions and router noise.
+        on_segment: called with the observations (N, S, H, W) at the start of each segment, before anything acts on them.
+    """
+
+    def __init__(
+        self,
+        agent: Agent,
+        envs: GameEnvs,
+        config: PPOConfig,
+        *,
+        generator: torch.Generator,
+        on_segment: Callable[[Tensor], None],
+    ) -> None:
+        self.agent, self.envs, self.config = agent, envs, config
+        self._generator, self._on_segment = generator, on_segment
+
+    def reset(self, seed: int) -> None:
+        """Starts all episodes anew, from `seed`."""
+        self._frames_NSHW = torch.from_numpy(self.envs.reset(seed))
+        self._starts_N = torch.ones(self.envs.num_envs, dtype=torch.bool)
+
+    @torch.no_grad()
+    def collect(self) -> Rollout:
+        """Plays `rollout_steps` steps of every environment."""
+        pieces = [self._segment() for _ in range(self.config.rollout_steps // self.agent.config.context)]
+        time_first = {name: torch.cat([piece[name] for piece, _ in pieces]) for name in pieces[0][0]}
+        rewards_TN = time_first.pop("rewards")
+        advantages_TN = advantages(
+            rewards_TN=rewards_TN.clamp(-1.0, 1.0),
+            values_TN=time_first["values"],
+            next_values_TN=time_first.pop("next_values"),
+            terminated_TN=time_first.pop("terminated"),
+            truncated_TN=time_first.pop("truncated"),
+            played_TN=time_first["played"],
+            gamma=self.config.gamma,
+            gae_lambda=self.config.gae_lambda,
+        )
+        rows = {name: self._as_rows(x) for name, x in (time_first | {"advantages": advantages_TN}).items()}
+        return Rollout(
+            frames_BTSHW=rows["frames"],
+            starts_BT=rows["starts"],
+            actions_BT=rows["actions"],
+            log_probs_BT=rows["log_probs"],
+            values_BT=rows["values"],
+            advantages_BT=rows["advantages"],
+            played_BT=rows["played"],
+            experts_BTLK=rows["experts"],
+            episode_returns=[value for _, returns in pieces for value in returns],
+            reward_per_step=float(rewards_TN.mean()),
+        )
+
+    def _segment(self) -> tuple[dict[str, Tensor], list[float]]:
+        """One segment, time first; and the raw returns of the games that ended in it."""
+        self._on_segment(self._frames_NSHW)
+        segment = self.agent.segment(self.envs.game, self.envs.num_envs)
+        steps: dict[str, list[Tensor]] = {}
+        episode_returns: list[float] = []
+        for _ in range(self.agent.config.context):
+            acted = self.agent.act(self._frames_NSHW, segment, starts_N=self._starts_N, generator=self._generator)
+            step = self.envs.step(acted.actions_N.cpu().numpy())
+            now = {
+                "frames": self._frames_NSHW,
+                "starts": self._starts_N,
+                "actions": acted.actions_N.cpu(),
+                "log_probs": acted.log_probs_N.cpu(),
+                "values": acted.values_N.cpu(),
+                "experts": acted.experts_NLK.cpu(),
+                "rewards": torch.from_numpy(step.rewards),
+                "terminated": torch.from_numpy(step.terminated),
+                "truncated": torch.from_numpy(step.truncated),
+                "played": torch.from_numpy(step.played),
+            }
+            for name, value in now.items():
+                steps.setdefault(name, []).append(value)
+            episode_returns += step.episode_returns
+            self._frames_NSHW = torch.from_numpy(step.observations)
+            self._starts_N = ~now["played"]
+        # The value of what comes after the segment, seen with the segment's context.
+        last = self.agent.act(self._frames_NSHW, segment, starts_N=self._starts_N, deterministic=True)
+        piece = {name: torch.stack(values) for name, values in steps.items()}
+        piece["next_values"] = torch.cat([piece["values"][1:], last.values_N.cpu().unsqueeze(0)])
+        return piece, episode_returns
+
+    def _as_rows(self, x_TN: Tensor) -> Tensor:
+        """(segments * T, N, ...) -> (segments * N, T, ...)."""
+        context = self.agent.config.context
+        return x_TN.reshape(-1, context, *x_TN.shape[1:]).transpose(1, 2).reshape(-1, context, *x_TN.shape[2:])

@@ -1,0 +1,131 @@
+"""What a run is: its games, its budget, its agent and its PPO. Checked here, written to config.json, read back by --resume."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from ooc_moe.config import AgentConfig
+from ooc_moe_wire.errors import InvalidRequest
+
+PrefetchSource = Literal["off", "detector", "schedule"]
+StemProtection = Literal["replay", "freeze", "none"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PPOConfig:
+    """Proximal policy optimisation (Schulman et al. 2017), with the values common for Atari."""
+
+    num_envs: int = 16
+    """Environments played side by side."""
+    rollout_steps: int = 64
+    """Steps of each environment between updates; a multiple of the agent's context."""
+    epochs: int = 3
+    """Passes over a rollout."""
+    minibatch_segments: int = 16
+    """Segments (context steps of one environment) per optimizer step."""
+    learning_rate: float = 1e-3
+    """Adam's, falling linearly to zero within each game."""
+    gamma: float = 0.99
+    """Discount per step."""
+    gae_lambda: float = 0.95
+    """Generalised advantage estimation: 0 is one-step, 1 is Monte Carlo."""
+    clip: float = 0.2
+    """Probability ratios beyond 1 +- clip carry no gradient."""
+    entropy_coef: float = 0.01
+    """Weight of the entropy bonus."""
+    value_coef: float = 0.5
+    """Weight of the value loss."""
+    max_grad_norm: float = 0.5
+    """Global norm of all gradients, dense and experts'."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_envs", "rollout_steps", "epochs", "minibatch_segments"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("gamma", "gae_lambda"):
+            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")
+        for name in ("learning_rate", "clip", "max_grad_norm"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """One training run."""
+
+    run_dir: Path
+    """Everything the run writes; its last part names the run and its banks."""
+    games: tuple[str, ...]
+    """Learned one after another; a game may come back."""
+    agent: AgentConfig
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    steps_per_game: int = 20_480
+    """Environment steps in each game, over all environments (an Atari step is 4 frames)."""
+    seed: int = 0
+    store: str | None = None
+    """The daemon's address; None starts one on run_dir/store."""
+    prefetch: PrefetchSource = "detector"
+    """Who names the experts to bring ahead: nobody, the detector, or the schedule (which knows the next game)."""
+    stem_protection: StemProtection = "replay"
+    """How later games are kept from changing what the shared stem sees in earlier ones."""
+    stem_replay_weight: float = 0.05
+    """Weight of the feature replay loss (small: see StemReplay)."""
+    eval_envs: int = 8
+    eval_steps: int = 1000
+    """Evaluation plays the first episode of each environment, at most this many steps of it; 0 switches evaluation off."""
+    checkpoint_every: int = 0
+    """Updates between checkpoints inside a game; 0: only at the end of each game. A checkpoint resets the environments."""
+    from_bank: str | None = None
+    """Fork the experts' first values from this bank."""
+    device: str = "cpu"
+    threads: int = 2
+    """Threads of torch, and of the environments."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.games), "games", self.games, "at least one game")
+        for name in ("steps_per_game", "eval_envs", "threads"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("eval_steps", "checkpoint_every", "seed", "stem_replay_weight"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        _require(self.prefetch in get_args(PrefetchSource), "prefetch", self.prefetch, f"one of {get_args(PrefetchSource)}")
+        _require(
+            self.stem_protection in get_args(StemProtection), "stem_protection", self.stem_protection, f"one of {get_args(StemProtection)}"
+        )
+        context, steps = self.agent.context, self.ppo.rollout_steps
+        _require(steps % context == 0, "rollout_steps", steps, f"a multiple of the agent's context, {context}")
+
+    @property
+    def name(self) -> str:
+        """The run's name, which its banks carry."""
+        return self.run_dir.name
+
+    @property
+    def steps_per_update(self) -> int:
+        """Environment steps of one rollout."""
+        return self.ppo.num_envs * self.ppo.rollout_steps
+
+    @property
+    def updates_per_game(self) -> int:
+        """PPO updates in each game: the steps rounded up to whole rollouts."""
+        return -(-self.steps_per_game // self.steps_per_update)
+
+    def to_json(self) -> str:
+        """The configuration as text; run_dir is left out, so that a run may be moved."""
+        fields = dataclasses.asdict(self)
+        del fields["run_dir"]
+        return json.dumps(fields, indent=2)
+
+    @staticmethod
+    def from_json(text: str, run_dir: Path) -> RunConfig:
+        """Reads `to_json`'s text back."""
+        fields: dict[str, Any] = json.loads(text)
+        agent: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.pop("agent").items()}
+        ppo, games = PPOConfig(**fields.pop("ppo")), tuple(fields.pop("games"))
+        return RunConfig(run_dir=run_dir, agent=AgentConfig(**agent), ppo=ppo, games=games, **fields)
+
+
+def _require(holds: bool, name: str, value: object, want: str) -> None:
+    if not holds:
+        raise InvalidRequest(f"{name}: {value} is not {want}")

@@ -1,0 +1,112 @@
+"""The parts of a run put together: the store, the banks, the HBM caches, the agent, the detector; and what prefetches between them.
+
+Training and evaluation both open one. Knows nothing of PPO, phases or reports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from google.protobuf.json_format import MessageToDict
+from torch import Tensor
+
+from ooc_moe.agent import Agent
+from ooc_moe.daemon import embedded_daemon
+from ooc_moe.detector import Detector
+from ooc_moe.run_config import RunConfig
+from ooc_moe_client.cache import ExpertCache
+from ooc_moe_client.cache_stats import CacheStats
+from ooc_moe_client.remote import RemoteStore
+from ooc_moe_client.reporter import Reporter
+from ooc_moe_client.store import ExpertStore
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Session:
+    """What is open while a run trains or is evaluated."""
+
+    config: RunConfig
+    store: ExpertStore
+    caches: list[ExpertCache]
+    agent: Agent
+    detector: Detector
+    reporter: Reporter
+
+    def prefetch(self, experts: Iterable[int]) -> None:
+        """Asks every cache for its share of `experts` (numbered as the detector does: expert x banks + bank)."""
+        wanted: list[list[int]] = [[] for _ in self.caches]
+        for expert in experts:
+            wanted[expert % len(self.caches)].append(expert // len(self.caches))
+        for cache, ids in zip(self.caches, wanted, strict=True):
+            if ids:
+                cache.prefetch(ids)
+
+    def usage_of(self, experts_BTLK: Tensor) -> Tensor:
+        """How often each expert (numbered as the detector does) was used: counts, one per expert of all banks."""
+        num_banks = len(self.caches)
+        layers = torch.arange(experts_BTLK.shape[-2]) % num_banks
+        numbered = experts_BTLK.long() * num_banks + layers[:, None]
+        return torch.bincount(numbered.flatten(), minlength=self.num_experts)
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of all banks together."""
+        return sum(cache.num_experts for cache in self.caches)
+
+    def cache_stats(self) -> CacheStats:
+        """The HBM counters of all caches, added up."""
+        first, *rest = (cache.stats() for cache in self.caches)
+        return sum(rest, start=first)
+
+    def store_stats(self) -> dict[str, Any]:
+        """The daemon's tiers: what `ooc-moe stats --json` prints under dram, nvme and total."""
+        stats = MessageToDict(self.store.stats(), preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+        return {name: {key: _number(value) for key, value in stats[name].items()} for name in ("dram", "nvme", "total")}
+
+    def flush(self) -> None:
+        """Returns when every trained expert is durable."""
+        for cache in self.caches:
+            cache.flush()
+
+
+@contextmanager
+def open_session(config: RunConfig, store: ExpertStore, bank_names: Sequence[str]) -> Iterator[Session]:
+    """Opens caches on existing banks, and an agent and a detector that know no game yet."""
+    torch.set_num_threads(config.threads)
+    agent_config = config.agent
+    per_cache = agent_config.hbm_experts // len(bank_names)
+    with ExitStack() as stack:
+        caches = []
+        for bank in bank_names:
+            cache = ExpertCache(store, bank, capacity_experts=per_cache, device=config.device)
+            stack.callback(cache.close)
+            caches.append(cache)
+        agent = Agent(agent_config, caches, seed=config.seed).to(config.device)
+        detector = Detector(
+            frame_stack=agent_config.frame_stack,
+            frame_size=agent_config.frame_size,
+            num_experts=sum(cache.num_experts for cache in caches),
+            seed=config.seed,
+        )
+        reporter = stack.enter_context(Reporter(store, caches))
+        yield Session(config=config, store=store, caches=caches, agent=agent, detector=detector, reporter=reporter)
+
+
+@contextmanager
+def open_store(config: RunConfig) -> Iterator[ExpertStore]:
+    """Connects to the run's daemon, or starts one on run_dir/store and stops it after."""
+    with ExitStack() as stack:
+        target = config.store or stack.enter_context(embedded_daemon(Path(config.run_dir) / "store", dram_bytes=config.agent.dram_bytes))
+        store = RemoteStore(target, trainer=config.name)
+        stack.callback(store.close)
+        yield store
+
+
+def _number(value: Any) -> Any:
+    """JSON maps 64-bit numbers to strings; numbers read better."""
+    return int(value) if isinstance(value, str) and value.isdigit() else value

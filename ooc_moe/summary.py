@@ -1,0 +1,270 @@
+"""A run in numbers: the sentences and tables that the terminal and the HTML report share.
+
+Plain text cells made from a RunRecord; whoever prints them chooses how they look. A dash stands for what was not logged or cannot be said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import humanize
+import numpy as np
+
+from ooc_moe import measures
+from ooc_moe.run_record import RunRecord, Scores
+
+DASH = "–"
+# With more phases than this a table would not fit a terminal; only the own and the last one are shown.
+_PHASE_COLUMNS_MAX = 5
+
+
+@dataclass(frozen=True, slots=True)
+class TextTable:
+    """A table of text: the first column names its row, the others are numbers. `note` says how to read it."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    note: str
+
+
+def tables(record: RunRecord) -> list[TextTable]:
+    """All tables of a run, in order of reading."""
+    return [score_table(record), tier_table(record), prefetch_table(record), overlap_table(record), detector_table(record)]
+
+
+def headline(record: RunRecord) -> str:
+    """A few sentences: what is being run, or was."""
+    agent = record.config.get("agent", {})
+    games = f"learns {_listed(record.schedule)}" if record.schedule else "learns games"
+    budget = f", {record.config['steps_per_game']:,} steps each" if "steps_per_game" in record.config else ""
+    text = f"One agent {games}{', one after another' if len(record.schedule) > 1 else ''}{budget}."
+    if agent.get("num_experts"):
+        rooms = [f"{agent[key]} in {tier}" for key, tier in (("hbm_experts", "HBM"), ("dram_experts", "DRAM")) if agent.get(key)]
+        room = f"; room for {' and '.join(rooms)} at a time" if rooms else ""
+        per = " per layer" if agent.get("banks") == "per-layer" else ""
+        text += f" It has {agent['num_experts']} experts{per}, kept on NVMe by the storage daemon{room}."
+    if record.evaluations:
+        text += " After each game it plays all it knows, without being told which is on the screen."
+    return text
+
+
+def facts(record: RunRecord) -> list[tuple[str, str]]:
+    """(name, value) of what describes the run as a whole."""
+    if not record.updates:
+        return []
+    first, last = record.events[0], record.events[-1]
+    speed = record.series("steps_per_s")
+    return [
+        ("environment steps", f"{record.updates[-1]['step']:,}"),
+        ("PPO updates", f"{record.updates[-1]['update']:,}"),
+        ("wall time", _duration(max(last["time"] - first["time"], 0))),
+        ("steps per second", DASH if np.isnan(speed).all() else f"{np.nanmedian(speed):,.0f}"),
+        ("HBM hit rate", format_share(_ratio(record.total("cache", "hits"), record.total("cache", "accesses")))),
+        ("waited for experts", _seconds(record.total("cache", "stall_s"))),
+    ]
+
+
+def missing(record: RunRecord) -> list[str]:
+    """What a reader should know is not there; empty for a finished run."""
+    if record.done:
+        return []
+    begun = [event["to"] for event in record.switches]
+    said = [f"The run is not finished: {len(begun)} of {len(record.schedule)} games were begun."]
+    if not record.updates:
+        said.append("No update was logged yet.")
+    unseen = [game for game in record.games if game not in {event["evaluated"] for event in record.evaluations}]
+    if unseen:
+        said.append(f"Not evaluated: {_listed(unseen)}.")
+    return said
+
+
+def score_table(record: RunRecord) -> TextTable:
+    """Mean returns by game: random play, after each phase, what was learned and what is left of it."""
+    scores = record.scores
+    phases = len(scores.mean_PG)
+    own_G, final_G = measures.learning(scores.mean_PG, scores.trained_P), measures.final(scores.mean_PG)
+    kept_G = measures.retention(scores.mean_PG, scores.trained_P, scores.random_G)
+    wide = phases <= _PHASE_COLUMNS_MAX
+    middle = [f"after {game}" for game in record.schedule[:phases]] if wide else ["after its training", "at the end"]
+    human_G = [_human_normalised(record, game, own) for game, own in zip(scores.games, own_G, strict=True)]
+    has_human = not np.isnan(human_G).all()
+    rows = []
+    for column, game in enumerate(scores.games):
+        shown = scores.mean_PG[:, column] if wide else (own_G[column], final_G[column])
+        learned = own_G[column] - scores.random_G[column]
+        clear = learned_clearly(scores, column)
+        rows.append(
+            [
+                game,
+                format_score(scores.random_G[column]),
+                *(format_score(score) for score in shown),
+                (format_score(learned, sign=True) + ("" if clear else " (unclear)")) if not np.isnan(learned) else DASH,
+                format_share(float(kept_G[column])) if clear else DASH,
+                *([format_share(human_G[column])] if has_human else []),
+            ]
+        )
+    return TextTable(
+        "Returns",
+        ["game", "random", *middle, "learned", "kept", *(["of human"] if has_human else [])],
+        rows,
+        "Mean raw return of task-agnostic play. Learned: right after its own training, above random play; unclear within two standard "
+        "errors. Kept: the share of that which is left at the end."
+        + (
+            " Of human: 0 % is the published score of random play, 100 % a human's; only where whole episodes were played."
+            if has_human
+            else ""
+        ),
+    )
+
+
+def tier_table(record: RunRecord) -> TextTable:
+    """What each tier holds, serves and moves."""
+    accesses, hits = record.total("cache", "accesses"), record.total("cache", "hits")
+    fetched = {tier: record.total("cache", "fetched_from", tier) for tier in ("dram", "nvme", "seed")}
+    fetches = float(np.nansum(list(fetched.values())))
+    expert_bytes = record.last("cache", "expert_bytes")
+    rows = [
+        [
+            "HBM",
+            format_bytes(record.last("cache", "resident") * expert_bytes),
+            format_bytes(record.last("cache", "capacity") * expert_bytes),
+            format_count(hits),
+            f"{format_share(_ratio(hits, accesses))} of accesses",
+            format_bytes(record.total("cache", "bytes_in")),
+            format_bytes(record.total("cache", "bytes_out")),
+        ]
+    ]
+    for tier, name in (("dram", "DRAM"), ("nvme", "NVMe")):
+        rows.append(
+            [
+                name,
+                format_bytes(record.last("store", tier, "used_bytes")),
+                format_bytes(record.last("store", tier, "capacity_bytes")) if tier == "dram" else DASH,
+                format_count(fetched[tier]),
+                f"{format_share(_ratio(fetched[tier], fetches))} of fetches",
+                format_bytes(record.total("store", tier, "written_bytes")),
+                format_bytes(record.total("store", tier, "read_bytes")),
+            ]
+        )
+    seeded = f"{format_share(_ratio(fetched['seed'], fetches))} of fetches"
+    rows.append(["seed", DASH, DASH, format_count(fetched["seed"]), seeded, DASH, DASH])
+    return TextTable(
+        "Tiers",
+        ["tier", "holds", "capacity", "experts served", "hit rate", "bytes in", "bytes out"],
+        rows,
+        "HBM serves an access or has the expert fetched (or prefetched) from where the daemon finds it: DRAM, NVMe, or the seed of an "
+        "expert that was never trained. DRAM and NVMe bytes are the daemon's, of all its trainers.",
+    )
+
+
+def prefetch_table(record: RunRecord) -> TextTable:
+    """What became of prefetched experts."""
+    issued = record.total("cache", "prefetch_issued")
+    fates = {fate: record.total("cache", f"prefetch_{fate}") for fate in ("useful", "late", "wasted", "cancelled")}
+    rows = [["experts", format_count(issued), *(format_count(count) for count in fates.values())]]
+    if issued > 0:
+        rows.append(["share", "100 %", *(format_share(_ratio(count, issued)) for count in fates.values())])
+    return TextTable(
+        f"Prefetch into HBM (by {record.config['prefetch']})" if "prefetch" in record.config else "Prefetch into HBM",
+        ["", "issued", *fates],
+        rows,
+        "Useful: there when it was asked for. Late: asked for while still on its way. Wasted: evicted before anybody asked.",
+    )
+
+
+def overlap_table(record: RunRecord) -> TextTable:
+    """How much the games share experts, as means over pairs."""
+    usages = (record.training_usage(), record.evaluation_usage())
+    kinds = (("top-10 experts in common", measures.top_overlap), ("routed mass in common", measures.mass_overlap))
+    rows = [[name, *(format_share(measures.mean_off_diagonal(measure(usage))) for usage in usages)] for name, measure in kinds]
+    return TextTable(
+        "Overlap between games",
+        ["mean over pairs", "training", "last evaluation"],
+        rows,
+        "0 %: no two games use the same expert. 100 %: all use the same ones.",
+    )
+
+
+def detector_table(record: RunRecord) -> TextTable:
+    """How well the detector recognises the games it was not told."""
+    rows = []
+    for event in record.last_evaluations:
+        right = (event.get("believed") or {}).get(event["evaluated"], 0.0) if event.get("believed") else float("nan")
+        steps = event.get("steps_to_detect")
+        rows.append([event["evaluated"], format_share(right), DASH if steps is None else f"{steps:.1f}"])
+    return TextTable(
+        "Detector in the last evaluation",
+        ["game", "steps with the right belief", "steps to detect"],
+        rows,
+        "Steps to detect: mean over environments, from the game's first frame until its own pool of experts is in use.",
+    )
+
+
+def learned_clearly(scores: Scores, game: int) -> bool:
+    """Whether the returns right after a game's own training lie two standard errors above random play."""
+    phases = [phase for phase, trained in enumerate(scores.trained_P) if trained == game]
+    return bool(phases) and measures.clearly_above(scores.returns.get((phases[-1], game), []), float(scores.random_G[game]))
+
+
+def verdict(scores: Scores, game: int) -> str:
+    """What became of a game, in a few words."""
+    if not learned_clearly(scores, game):
+        return "not clearly learned"
+    gain = measures.learning(scores.mean_PG, scores.trained_P)[game] - scores.random_G[game]
+    kept = float(measures.retention(scores.mean_PG, scores.trained_P, scores.random_G)[game])
+    return f"learned {format_score(gain, sign=True)}" + ("" if np.isnan(kept) else f", kept {format_share(kept)}")
+
+
+def format_score(score: float, *, sign: bool = False) -> str:
+    """A raw return, as precise as it matters."""
+    if np.isnan(score):
+        return DASH
+    digits = 0 if abs(score) >= 100 else 1 if abs(score) >= 10 else 2
+    return f"{score:{'+' if sign else ''},.{digits}f}"
+
+
+def format_share(share: float) -> str:
+    """A share in percent."""
+    return DASH if np.isnan(share) else f"{100 * share:.1f} %"
+
+
+def format_count(count: float) -> str:
+    """A whole number."""
+    return DASH if np.isnan(count) else f"{count:,.0f}"
+
+
+def format_bytes(count: float) -> str:
+    """Bytes in binary units."""
+    return DASH if np.isnan(count) else humanize.naturalsize(count, binary=True)
+
+
+def _human_normalised(record: RunRecord, game: str, own: float) -> float:
+    """NaN unless the evaluation played whole episodes and a human's score is known."""
+    from ooc_moe.envs import REFERENCE_SCORES
+
+    cut = [event.get("episodes_truncated") for event in record.evaluations if event["evaluated"] == game]
+    if game not in REFERENCE_SCORES or not cut or any(cut):
+        return float("nan")
+    floor, human = REFERENCE_SCORES[game]
+    return float(measures.normalise([own], [floor], [human])[0])
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else float("nan")
+
+
+def _seconds(seconds: float) -> str:
+    return DASH if np.isnan(seconds) else f"{seconds:,.1f} s"
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds) // 60
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min {round(seconds) % 60:02d} s"
+
+
+def _listed(names: Sequence[str]) -> str:
+    if len(names) > 8:
+        return f"{', '.join(names[:6])} and {len(names) - 6} more"
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

@@ -1,0 +1,327 @@
+"""Learns games one after another with experts that live in the store: a run from its first step to its report.
+
+Read `Trainer.run` first: learn a game, leave it, evaluate, checkpoint, next game. What an update computes is in learner.py, what a
+checkpoint holds in checkpoint.py. Knows nothing of flags.
+
+Run: ooc-moe train --games krull,road_runner --preset demo
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ooc_moe import checkpoint, envs
+from ooc_moe.evaluate import Evaluator, random_score
+from ooc_moe.learner import Learner
+from ooc_moe.metrics import MetricsWriter
+from ooc_moe.report import summary_tables, write_report
+from ooc_moe.rollout import Collector, Rollout
+from ooc_moe.run_config import RunConfig
+from ooc_moe.session import Session, open_session, open_store
+from ooc_moe.stem_replay import FRAMES_PER_GAME, StemReplay
+from ooc_moe_client.store import ExpertStore
+from ooc_moe_wire.errors import InvalidRequest
+
+DETECTOR_FRAMES = 64
+
+
+class Interrupted(Exception):
+    """Ctrl-C: the run saved a checkpoint and stopped; `ooc-moe train --resume` goes on."""
+
+
+def train(config: RunConfig, console: Console) -> Path:
+    """Trains a new run; returns its directory.
+
+    Raises:
+        InvalidRequest: a game is unknown, the directory holds a run already, or its bank was already written.
+        Interrupted: after Ctrl-C, when the checkpoint is saved.
+    """
+    for game in config.games:
+        envs.check_name(game)
+    config_file = config.run_dir / "config.json"
+    if config_file.exists():
+        raise InvalidRequest(f"run_dir: {config.run_dir} already holds a run; go on with --resume, or choose another --name")
+    with open_store(config) as store:
+        _create_banks(config, store)
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        config_file.write_text(config.to_json())
+        _run(config, store, console)
+    return config.run_dir
+
+
+def resume(run_dir: Path, console: Console, *, store: str | None = None) -> Path:
+    """Goes on from the last checkpoint as if nothing had happened. `store`: the daemon's address, if it moved."""
+    config = load_config(run_dir)
+    if store is not None:
+        config = dataclasses.replace(config, store=store)
+    saved = checkpoint.load(run_dir / "checkpoints" / checkpoint.LATEST)
+    with open_store(config) as opened:
+        opened.restore_snapshot(saved.snapshot_id)
+        _run(config, opened, console, saved)
+    return run_dir
+
+
+def load_config(run_dir: Path) -> RunConfig:
+    """The configuration of an existing run. Raises InvalidRequest when there is none."""
+    path = run_dir / "config.json"
+    if not path.exists():
+        raise InvalidRequest(f"run_dir: {run_dir} holds no run (no config.json)")
+    return RunConfig.from_json(path.read_text(), run_dir)
+
+
+def _create_banks(config: RunConfig, store: ExpertStore) -> None:
+    """Makes the run's banks, or forks them; refuses banks that were written."""
+    for spec in config.agent.bank_specs(config.name, config.seed):
+        if config.from_bank is not None:
+            if store.get_bank(config.from_bank).spec.layout != spec.layout:
+                raise InvalidRequest(f"from_bank: the experts of {config.from_bank!r} have another layout than this agent's")
+            store.fork_bank(config.from_bank, spec.name)
+        elif store.create_bank(spec).num_written:
+            raise InvalidRequest(
+                f"bank: {spec.name!r} was already written; go on with --resume, begin from it with --from-bank, or choose another --name"
+            )
+
+
+def _run(config: RunConfig, store: ExpertStore, console: Console, saved: checkpoint.Checkpoint | None = None) -> None:
+    with ExitStack() as stack:
+        session = stack.enter_context(open_session(config, store, config.agent.bank_names(config.name)))
+        writer = MetricsWriter(config.run_dir)
+        stack.callback(writer.close)
+        trainer = Trainer(session, writer, console)
+        if saved is not None:
+            trainer.load(saved)
+        trainer.run()
+    report = write_report(config.run_dir)
+    console.print(*summary_tables(config.run_dir), sep="\n")
+    console.print(f"report: {report}", soft_wrap=True)
+
+
+class Trainer:
+    """One run in progress."""
+
+    def __init__(self, session: Session, writer: MetricsWriter, console: Console) -> None:
+        self.session, self.config, self.agent = session, session.config, session.agent
+        self.writer, self.console = writer, console
+        self.at = checkpoint.Progress()
+        self.generator = torch.Generator().manual_seed(self.config.seed)
+        self.stem_replay = StemReplay()
+        self._snapshot_id: int | None = None
+        self._dense_state: dict[str, Any] | None = None
+
+    def run(self) -> None:
+        """Plays the schedule to its end."""
+        with _interruptible() as interrupted, _progress(self.console) as progress:
+            for phase in range(self.at.phase, len(self.config.games)):
+                self._learn(self.config.games[phase], progress, interrupted)
+                self._evaluate(phase, progress)
+                self.at = dataclasses.replace(self.at, phase=phase + 1, update_in_game=0)
+                self.save(also=f"{phase}-{self.config.games[phase].replace('/', '-')}.pt")
+        self.writer.log("done", step=self.at.step, update=self.at.update)
+
+    def _learn(self, game: str, progress: Progress, interrupted: Callable[[], bool]) -> None:
+        """Plays and learns one game, then leaves it."""
+        if self.at.update_in_game == 0:
+            self._enter(game)
+        updates = self.config.updates_per_game
+        learner = Learner(self.agent, game, self.config, stem_replay=self.stem_replay, generator=self.generator)
+        if self._dense_state is not None:
+            learner.dense.load_state_dict(self._dense_state)
+            self._dense_state = None
+        game_envs = self._make_envs(game, self.config.ppo.num_envs)
+        collector = Collector(self.agent, game_envs, self.config.ppo, generator=self.generator, on_segment=self._on_segment)
+        collector.reset(self._env_seed())
+        bar = progress.add_task(game, total=updates, completed=self.at.update_in_game, note="")
+        while self.at.update_in_game < updates:
+            began = time.monotonic()
+            rollout = collector.collect()
+            losses = learner.update(rollout, remaining=1 - self.at.update_in_game / updates)
+            detected = self._teach_detector(game, rollout)
+            self._advance()
+            self._log_update(game, rollout, losses, detected, time.monotonic() - began)
+            self._show(progress, bar, game, rollout)
+            due = self.config.checkpoint_every and self.at.update_in_game % self.config.checkpoint_every == 0
+            if (due or interrupted()) and self.at.update_in_game < updates:
+                self.save(dense=learner.dense.state_dict())
+                collector.reset(self._env_seed())
+                if interrupted():
+                    raise Interrupted(f"stopped at step {self.at.step} of {game}; saved in {self.config.run_dir}")
+        game_envs.close()
+        self._leave(rollout)
+
+    def _enter(self, game: str) -> None:
+        """Gives a new game its pools, and tells the record that the game on the screen changed."""
+        games = self.config.games
+        previous = games[self.at.phase - 1] if self.at.phase else None
+        self.writer.log(
+            "switch", step=self.at.step, update=self.at.update, game=game, phase=self.at.phase, **{"from": previous, "to": game}
+        )
+        if game not in self.agent.games:
+            self.agent.add_game(game)
+            self.session.detector.add_game(game)
+            self.session.detector.grow_experts(self.session.num_experts)
+        if self.config.prefetch == "schedule":
+            self.session.prefetch(self.agent.prefetch_set(game))
+
+    def _leave(self, rollout: Rollout) -> None:
+        """Writes the game's experts back behind what follows, and remembers what the stem saw in it."""
+        for cache in self.session.caches:
+            cache.write_back()
+            cache.new_working_set()
+        if self.config.stem_protection == "replay":
+            frames_MSHW = rollout.frames_BTSHW.flatten(0, 1)
+            chosen = torch.randperm(len(frames_MSHW), generator=self.generator)[:FRAMES_PER_GAME]
+            self.stem_replay.store(frames_MSHW[chosen], self.agent.stem)
+
+    def _on_segment(self, frames_NSHW: torch.Tensor) -> None:
+        """Lets the detector look at what is on the screen, and bring what it expects to be needed."""
+        if self.config.prefetch == "detector":
+            self.session.prefetch(self.session.detector.predict(frames_NSHW).experts)
+
+    def _teach_detector(self, game: str, rollout: Rollout) -> dict[str, float]:
+        """One online step of the detector on frames of this rollout, each with the experts that it was routed to."""
+        frames_MSHW, experts_MLK = rollout.frames_BTSHW.flatten(0, 1), rollout.experts_BTLK.flatten(0, 1)
+        chosen = torch.randperm(len(frames_MSHW), generator=self.generator)[:DETECTOR_FRAMES]
+        return self.session.detector.learn(frames_MSHW[chosen], game, self.session.usage_of(experts_MLK[chosen]))
+
+    def _evaluate(self, phase: int, progress: Progress) -> None:
+        """Plays all games known so far, without telling the agent which; each beside random play under the same protocol."""
+        if not self.config.eval_steps:
+            return
+        known = list(dict.fromkeys(self.config.games[: phase + 1]))
+        bar = progress.add_task("evaluation", total=len(known), note="")
+        evaluator = Evaluator(self.session)
+        for index, game in enumerate(known):
+            game_envs = self._make_envs(game, self.config.eval_envs)
+            seed = self.config.seed + 10_000 + index
+            random = random_score(game_envs, steps=self.config.eval_steps, seed=seed)
+            before = self.session.cache_stats()
+            score = evaluator.play(game_envs, steps=self.config.eval_steps, seed=seed)
+            game_envs.close()
+            cache = (self.session.cache_stats() - before).to_dict()
+            fields = score.fields() | {"phase": phase, "random_mean": random.return_mean, "cache": cache}
+            self.writer.log("evaluation", step=self.at.step, update=self.at.update, game=self.config.games[phase], **fields)
+            progress.update(bar, advance=1, note=f"{game} {score.return_mean:.0f} (random {random.return_mean:.0f})")
+
+    def save(self, *, dense: dict[str, Any] | None = None, also: str | None = None) -> None:
+        """Makes a checkpoint. `also`: keep it, and its snapshot, under that name too (the end of a game)."""
+        self.session.flush()
+        banks = self.config.agent.bank_names(self.config.name)
+        snapshot = self.session.store.create_snapshot(banks, name=f"{self.config.name}/update-{self.at.update}")
+        saved = checkpoint.Checkpoint(progress=self.at, snapshot_id=snapshot.id, state=self._state(dense))
+        directory = self.config.run_dir / "checkpoints"
+        if also is not None:
+            checkpoint.save(directory / also, saved)
+        checkpoint.save(directory / checkpoint.LATEST, saved)
+        older, self._snapshot_id = self._snapshot_id, None if also else snapshot.id
+        if older is not None and older != snapshot.id:
+            self.session.store.delete_snapshot(older)
+
+    def _state(self, dense: dict[str, Any] | None) -> dict[str, Any]:
+        return {
+            "agent": self.agent.state_dict(),
+            "detector": self.session.detector.state_dict(),
+            "stem_replay": self.stem_replay.state_dict(),
+            "dense_optimizer": dense,
+            "generator": self.generator.get_state(),
+            "metrics_position": self.writer.position(),
+        }
+
+    def load(self, saved: checkpoint.Checkpoint) -> None:
+        """Takes up a checkpoint; the banks are already restored to its snapshot."""
+        self.at, state = saved.progress, saved.state
+        self.agent.load_state_dict(state["agent"])
+        self.session.detector.load_state_dict(state["detector"])
+        self.stem_replay.load_state_dict(state["stem_replay"])
+        self._dense_state = state["dense_optimizer"]
+        self.generator.set_state(state["generator"])
+        self.writer.truncate(state["metrics_position"])
+        # Only a checkpoint inside a game is dropped after the next one; those at the ends of games stay.
+        self._snapshot_id = saved.snapshot_id if self.at.update_in_game else None
+
+    def _make_envs(self, game: str, num_envs: int) -> envs.GameEnvs:
+        agent = self.config.agent
+        return envs.make(
+            game,
+            num_envs,
+            frame_size=agent.frame_size,
+            frame_stack=agent.frame_stack,
+            num_threads=self.config.threads,
+        )
+
+    def _env_seed(self) -> int:
+        """A function of run and update, so that a resumed run and an undisturbed one play the same episodes."""
+        return self.config.seed * 1_000_003 + self.at.update
+
+    def _advance(self) -> None:
+        self.at = dataclasses.replace(
+            self.at,
+            update=self.at.update + 1,
+            update_in_game=self.at.update_in_game + 1,
+            step=self.at.step + self.config.steps_per_update,
+        )
+
+    def _log_update(self, game: str, rollout: Rollout, losses: dict[str, float], detected: dict[str, float], seconds: float) -> None:
+        episodes = rollout.episode_returns
+        self.writer.log(
+            "update",
+            step=self.at.step,
+            update=self.at.update,
+            game=game,
+            losses=losses,
+            episode_return_mean=sum(episodes) / len(episodes) if episodes else None,
+            episodes=len(episodes),
+            reward_per_step=rollout.reward_per_step,
+            steps_per_s=self.config.steps_per_update / seconds,
+            cache=self.session.cache_stats().to_dict(),
+            store=self.session.store_stats(),
+            usage=self.agent.usage(rollout.experts_BTLK),
+            detector=detected,
+        )
+
+    def _show(self, progress: Progress, bar: TaskID, game: str, rollout: Rollout) -> None:
+        cache = self.session.cache_stats()
+        episodes = rollout.episode_returns
+        score = f"return {sum(episodes) / len(episodes):.0f}" if episodes else f"{1000 * rollout.reward_per_step:.0f} points/1000 steps"
+        progress.update(bar, completed=self.at.update_in_game, note=f"{score}, HBM hit rate {cache.hit_rate:.1%}")
+        self.session.reporter.activity = f"training {game}, step {self.at.step}"
+
+
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Turns the first Ctrl-C (or SIGTERM) into a wish that the loop fulfils at its next safe point; the second one stops at once."""
+    wish = False
+
+    def note(signum: int, frame: object) -> None:
+        nonlocal wish
+        if wish:
+            raise KeyboardInterrupt
+        wish = True
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: wish
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description:>14}"),
+        BarColumn(bar_width=30),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+    )

@@ -1,0 +1,236 @@
+"""The report of a made-up run: every picture and every number is there, also when half of the run is not."""
+
+import base64
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from ooc_moe import summary
+from ooc_moe.charts import CHARTS
+from ooc_moe.metrics import MetricsWriter
+from ooc_moe.report import summary_tables, write_report
+from ooc_moe.run_record import RunRecord
+from ooc_moe_wire.errors import InvalidRequest
+
+MakeRun = Callable[[int], Path]
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def text_of(run_dir: Path) -> str:
+    """What a reader sees, markup and pictures left out."""
+    html = re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", write_report(run_dir).read_text())
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", html))
+
+
+def printed(run_dir: Path) -> str:
+    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(*summary_tables(run_dir))
+    return console.export_text()
+
+
+def rows(table: summary.TextTable) -> dict[str, list[str]]:
+    return {name: cells for name, *cells in table.rows}
+
+
+class Sources(HTMLParser):
+    """Every address that the page would load or link."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found += [value or "" for name, value in attrs if name in ("src", "href")]
+
+
+def test_a_finished_run_shows_every_picture_in_the_page_and_beside_it(made_up_run: MakeRun) -> None:
+    page = write_report(made_up_run(3))
+    sources = Sources()
+    sources.feed(page.read_text())
+    embedded = {base64.b64decode(source.removeprefix("data:image/png;base64,")) for source in sources.found}
+    beside = {path.name: path.read_bytes() for path in page.parent.glob("*.png")}
+    assert set(beside) == {f"{chart.name}.png" for chart in CHARTS}
+    assert embedded == set(beside.values())
+    assert all(content.startswith(PNG) for content in embedded)
+
+
+def test_the_page_needs_nothing_but_itself(made_up_run: MakeRun) -> None:
+    html = write_report(made_up_run(3)).read_text()
+    sources = Sources()
+    sources.feed(html)
+    assert all(source.startswith("data:") for source in sources.found)
+    assert "@import" not in html
+    assert "url(" not in html
+
+
+def test_no_picture_is_blank(made_up_run: MakeRun) -> None:
+    for path in write_report(made_up_run(3)).parent.glob("*.png"):
+        pixels = np.asarray(Image.open(BytesIO(path.read_bytes())).convert("RGB"))
+        assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20, path.name
+
+
+def test_the_page_says_what_was_run(made_up_run: MakeRun) -> None:
+    text = text_of(made_up_run(3))
+    assert "One agent learns krull, road_runner and crazy_climber, one after another, 20,480 steps each." in text
+    assert "It has 32 experts, kept on NVMe by the storage daemon; room for 8 in HBM and 16 in DRAM at a time." in text
+    assert "not finished" not in text
+    assert "agent.hbm_experts 8" in text
+    for chart in CHARTS:
+        assert chart.title in text
+        assert chart.reading.replace("'", "&#39;") in text
+
+
+def test_returns_stand_beside_random_play_after_each_phase(made_up_run: MakeRun) -> None:
+    table = summary.score_table(RunRecord.read(made_up_run(3)))
+    assert table.columns == ["game", "random", "after krull", "after road_runner", "after crazy_climber", "learned", "kept"]
+    assert rows(table) == {
+        "krull": ["1,000", "2,600", "2,400", "2,200", "+1,600", "75.0 %"],
+        "road_runner": ["50.0", "–", "1,250", "1,250", "+1,200", "100.0 %"],
+        "crazy_climber": ["3,000", "–", "–", "6,000", "+3,000", "–"],
+    }
+
+
+def test_hit_rates_fetches_and_bytes_are_those_of_the_counters(made_up_run: MakeRun) -> None:
+    record = RunRecord.read(made_up_run(3))
+    cache = record.updates[-1]["cache"]
+    fetched = cache["fetched_from"]
+    table = rows(summary.tier_table(record))
+    assert table["HBM"][2:4] == [f"{cache['hits']:,}", f"{100 * cache['hits'] / cache['accesses']:.1f} % of accesses"]
+    assert table["DRAM"][3] == f"{100 * fetched['dram'] / (fetched['dram'] + fetched['seed']):.1f} % of fetches"
+    assert table["NVMe"][2:4] == ["0", "0.0 % of fetches"]
+    assert table["HBM"][4] == summary.format_bytes(cache["bytes_in"])
+    assert table["NVMe"][4] == summary.format_bytes(record.updates[-1]["store"]["nvme"]["written_bytes"])
+
+
+def test_prefetches_are_useful_late_or_wasted(made_up_run: MakeRun) -> None:
+    table = summary.prefetch_table(RunRecord.read(made_up_run(3)))
+    assert table.title == "Prefetch into HBM (by detector)"
+    assert rows(table) == {"experts": ["12", "6", "3", "3", "0"], "share": ["100 %", "50.0 %", "25.0 %", "25.0 %", "0.0 %"]}
+
+
+def test_overlap_is_measured_in_training_and_in_evaluation(made_up_run: MakeRun) -> None:
+    assert rows(summary.overlap_table(RunRecord.read(made_up_run(3)))) == {
+        # Evaluated, each game uses three experts, one of them the next game's: 1 of 5 in common, and 20 of 500 tokens.
+        "top-10 experts in common": ["0.0 %", "20.0 %"],
+        "routed mass in common": ["0.0 %", "4.0 %"],
+    }
+
+
+def test_the_detector_is_judged_by_the_games_it_was_not_told(made_up_run: MakeRun) -> None:
+    assert rows(summary.detector_table(RunRecord.read(made_up_run(3))))["krull"] == ["96.0 %", "12.5"]
+
+
+def test_the_terminal_shows_the_same_tables_as_the_page(made_up_run: MakeRun) -> None:
+    run_dir = made_up_run(3)
+    terminal, page = printed(run_dir), text_of(run_dir)
+    for table in summary.tables(RunRecord.read(run_dir)):
+        assert table.title in terminal
+        assert table.title in page
+        for row in table.rows:
+            for cell in row:
+                assert cell in terminal
+                assert cell in page
+
+
+def test_a_half_finished_run_says_what_is_missing_and_shows_the_rest(made_up_run: MakeRun) -> None:
+    run_dir = made_up_run(1)
+    text = text_of(run_dir)
+    assert "The run is not finished: 1 of 3 games were begun. Not evaluated: road_runner and crazy_climber." in text
+    assert (run_dir / "report" / "score_matrix.png").exists()
+    assert "The run is not finished" in printed(run_dir)
+
+
+def test_a_run_that_only_just_began_names_what_each_picture_needs(tmp_path: Path) -> None:
+    MetricsWriter(tmp_path / "young", tensorboard=False).close()
+    text = text_of(tmp_path / "young")
+    for chart in CHARTS:
+        assert f"Not drawn: it needs {chart.needs}." in text
+    assert "No update was logged yet." in text
+
+
+def test_a_report_made_anew_takes_away_pictures_that_can_no_longer_be_drawn(made_up_run: MakeRun) -> None:
+    run_dir = made_up_run(1)
+    write_report(run_dir)
+    (run_dir / "metrics.jsonl").write_text("")
+    write_report(run_dir)
+    assert list((run_dir / "report").glob("*.png")) == []
+
+
+def test_names_from_the_run_are_escaped(tmp_path: Path) -> None:
+    run_dir = tmp_path / "<script>alert(1)</script>".replace("/", "-")
+    writer = MetricsWriter(run_dir, tensorboard=False)
+    writer.log("switch", step=0, update=0, **{"from": None, "to": "<b>krull</b>"})
+    html = write_report(run_dir).read_text()
+    assert "<script>" not in html
+    assert "<b>krull" not in html
+    assert "&lt;b&gt;krull" in html
+
+
+def test_a_directory_without_a_run_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match=re.escape(str(tmp_path))):
+        write_report(tmp_path)
+
+
+def test_what_a_resumed_run_counts_begins_anew(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path, tensorboard=False)
+    writer.log("update", step=1, update=1, game="a", cache={"hits": 10})
+    position = writer.position()
+    writer.log("update", step=2, update=2, game="a", cache={"hits": 50})
+    writer.truncate(position)
+    writer.log("update", step=2, update=2, game="a", cache={"hits": 12})
+    assert RunRecord.read(tmp_path).increments("cache", "hits").tolist() == [10, 12]
+
+
+def test_what_an_evaluation_added_is_not_counted_as_training(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path, tensorboard=False)
+    writer.log("update", step=1, update=1, game="a", cache={"hits": 10})
+    writer.log("evaluation", step=1, update=1, phase=0, evaluated="a", return_mean=1.0, random_mean=0.0, cache={"hits": 30})
+    writer.log("update", step=2, update=2, game="a", cache={"hits": 45})
+    assert RunRecord.read(tmp_path).increments("cache", "hits").tolist() == [10, 5]
+
+
+def test_counters_of_a_daemon_older_than_the_run_count_from_its_first_update(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"games": ["a"], "store": "storage:50051"}')
+    writer = MetricsWriter(tmp_path, tensorboard=False)
+    for step, read in ((1, 1000), (2, 1600)):
+        writer.log("update", step=step, update=step, game="a", store={"nvme": {"read_bytes": read}})
+    record = RunRecord.read(tmp_path)
+    assert np.isnan(record.increments("store", "nvme", "read_bytes")[0])
+    assert record.total("store", "nvme", "read_bytes") == 600
+
+
+def test_experts_of_the_same_number_in_different_banks_are_different_experts(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"games": ["a", "b"], "agent": {"banks": "per-layer", "num_experts": 4}}')
+    writer = MetricsWriter(tmp_path, tensorboard=False)
+    writer.log("update", step=1, update=1, game="a", usage={"0": {"3": 5}})
+    writer.log("update", step=2, update=2, game="b", usage={"1": {"3": 5}})
+    usage_GE = RunRecord.read(tmp_path).training_usage()
+    assert usage_GE.shape == (2, 8)
+    assert np.argwhere(usage_GE).tolist() == [[0, 3], [1, 7]]
+
+
+def test_a_game_that_did_not_clearly_beat_random_keeps_nothing(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"games": ["a", "b"]}')
+    writer = MetricsWriter(tmp_path, tensorboard=False)
+    for phase, (score, returns) in enumerate(((12.0, [2.0, 22.0]), (12.0, [12.0, 12.0]))):
+        writer.log("evaluation", step=1, update=1, phase=phase, evaluated="a", returns=returns, return_mean=score, random_mean=10.0)
+    assert rows(summary.score_table(RunRecord.read(tmp_path)))["a"][-2:] == ["+2.00 (unclear)", "–"]
+
+
+def test_a_run_of_all_57_games_still_draws(tmp_path: Path) -> None:
+    games = [f"game_{number}" for number in range(57)]
+    writer = MetricsWriter(tmp_path, tensorboard=False)
+    for phase, game in enumerate(games):
+        where = {"step": phase + 1, "update": phase + 1, "game": game}
+        writer.log("switch", **{**where, "step": phase}, phase=phase, **{"from": None, "to": game})
+        writer.log("update", **where, reward_per_step=0.1, usage={"0": {str(phase): 1}})
+        writer.log("evaluation", **where, phase=phase, evaluated=game, returns=[1.0, 2.0], return_mean=1.5, random_mean=0.0)
+    write_report(tmp_path)
+    assert {"score_matrix.png", "forgetting.png", "expert_usage.png"} <= {path.name for path in (tmp_path / "report").iterdir()}

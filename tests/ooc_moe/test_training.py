@@ -1,0 +1,194 @@
+"""Whole short runs: real games, a real daemon process, everything through the store."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from ooc_moe import checkpoint
+from ooc_moe.config import PRESETS
+from ooc_moe.daemon import embedded_daemon
+from ooc_moe.metrics import read_metrics
+from ooc_moe.run_config import PPOConfig, RunConfig
+from ooc_moe.train import resume, train
+from ooc_moe_client.remote import RemoteStore
+from ooc_moe_wire.errors import InvalidRequest
+
+SILENT = Console(quiet=True)
+PPO = PPOConfig(num_envs=4, rollout_steps=8, epochs=2, minibatch_segments=4)
+
+
+def tiny_run(run_dir: Path, **changes) -> RunConfig:
+    """Two updates in each game, through all tiers: HBM holds half of the experts and so does DRAM."""
+    fields = {"games": ("krull", "road_runner"), "steps_per_game": 64, "eval_envs": 2, "eval_steps": 12, "threads": 1, "seed": 7}
+    return RunConfig(run_dir=run_dir, agent=PRESETS["tiny"], ppo=PPO, **(fields | changes))
+
+
+def stored_experts(run_dir: Path, *, snapshot_id: int | None = None):
+    """What the run's store holds: expert -> (parameter checksum, optimizer checksum), live or of a snapshot."""
+    config = RunConfig.from_json((run_dir / "config.json").read_text(), run_dir)
+    (bank,) = config.agent.bank_names(config.name)
+    with embedded_daemon(run_dir / "store", dram_bytes=1 << 20) as target:
+        store = RemoteStore(target)
+        if snapshot_id is not None:
+            store.fork_bank(bank, "look", snapshot_id=snapshot_id)
+            bank = "look"
+        found = {info.expert: (info.parameter_xxh3, info.optimizer_xxh3) for info in store.list_experts(bank) if info.version}
+        if bank == "look":
+            store.delete_bank(bank)
+        store.close()
+    return found
+
+
+def end_of(run_dir: Path, name: str) -> checkpoint.Checkpoint:
+    return checkpoint.load(run_dir / "checkpoints" / name)
+
+
+def without_clock(run_dir: Path):
+    """The run's events without what depends on time or on the order in which background work happened to run."""
+    kept = ("event", "step", "update", "game", "losses", "usage", "detector", "returns", "evaluated", "episode_return_mean", "believed")
+    return [{key: event[key] for key in kept if key in event} for event in read_metrics(run_dir)]
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    assert without_clock(first) == without_clock(second)
+    assert stored_experts(first) == stored_experts(second)
+    a, b = end_of(first, "latest.pt"), end_of(second, "latest.pt")
+    assert a.progress == b.progress
+    assert_same_state(a.state | {"metrics_position": 0}, b.state | {"metrics_position": 0})
+
+
+def assert_same_state(a, b, where="state") -> None:
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same_state(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for index, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same_state(x, y, f"{where}[{index}]")
+    else:
+        assert a == b, where
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    return train(tiny_run(tmp_path_factory.mktemp("runs") / "finished"), SILENT)
+
+
+def test_training_changes_the_experts_of_its_game_with_their_moments_and_no_others(finished):
+    first, second = end_of(finished, "0-krull.pt"), end_of(finished, "1-road_runner.pt")
+    after_krull = stored_experts(finished, snapshot_id=first.snapshot_id)
+    after_both = stored_experts(finished, snapshot_id=second.snapshot_id)
+    assert after_krull
+    assert all(optimizer for _, optimizer in after_krull.values())
+    assert len({optimizer for _, optimizer in after_krull.values()}) == len(after_krull)
+    assert {expert: after_both[expert] for expert in after_krull} == after_krull  # Cold experts, bit for bit.
+    assert after_both.keys() > after_krull.keys()
+
+
+def test_the_detector_learns_both_games(finished):
+    first, second = end_of(finished, "0-krull.pt").state["detector"], end_of(finished, "1-road_runner.pt").state["detector"]
+    assert first.keys() <= second.keys()
+    changed = [key for key, value in first.items() if isinstance(value, torch.Tensor) and value.dtype == torch.float32]
+    assert any(not torch.equal(first[key], second[key]) for key in changed if first[key].shape == second[key].shape)
+
+
+def test_all_three_tiers_work(finished):
+    last = [event for event in read_metrics(finished) if event["event"] == "update"][-1]
+    assert last["cache"]["hits"] > 0
+    assert last["cache"]["misses"] > 0
+    assert last["store"]["total"]["pushed_experts"] > 0
+    assert last["store"]["nvme"]["written_bytes"] > 0
+    assert (finished / "report" / "index.html").exists()
+
+
+def test_one_seed_run_twice_is_equal_bit_for_bit(finished, tmp_path):
+    train(tiny_run(tmp_path / "finished"), SILENT)
+    assert_same_run(finished, tmp_path / "finished")
+
+
+def test_another_seed_is_another_run(finished, tmp_path):
+    train(tiny_run(tmp_path / "other", seed=8, eval_steps=0), SILENT)
+    assert stored_experts(finished) != stored_experts(tmp_path / "other")
+
+
+def test_a_resumed_run_continues_bit_for_bit_after_kill_9(tmp_path):
+    """The trainer is killed somewhere after its first checkpoint; its daemon goes with it."""
+    changes = {"steps_per_game": 128, "checkpoint_every": 1}
+    undisturbed = train(tiny_run(tmp_path / "a" / "run", **changes), SILENT)
+    killed = tmp_path / "b" / "run"
+    config = tiny_run(killed, **changes)
+    (tmp_path / "config.json").write_text(config.to_json())
+    program = (
+        "import sys; from pathlib import Path; from rich.console import Console; from ooc_moe.train import train, RunConfig;"
+        "train(RunConfig.from_json(Path(sys.argv[1]).read_text(), Path(sys.argv[2])), Console(quiet=True))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "config.json"), str(killed)])
+    wait_for(lambda: len(updates(killed)) >= 6)
+    process.kill()
+    process.wait()
+    resume(killed, SILENT)
+    assert_same_run(undisturbed, killed)
+
+
+def test_ctrl_c_saves_and_resume_finishes(tmp_path):
+    command = [sys.executable, "-m", "ooc_moe.cli", "train", "--preset", "tiny", "--games", "pixel/catch", "--steps-per-game", "100000"]
+    process = subprocess.Popen(
+        [*command, "--run-dir", str(tmp_path / "run"), "--eval-steps", "0"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    wait_for(lambda: len(updates(tmp_path / "run")) >= 2)
+    process.send_signal(signal.SIGINT)
+    _, complaint = process.communicate(timeout=60)
+    assert process.returncode == 130, complaint
+    assert "Traceback" not in complaint
+    saved = end_of(tmp_path / "run", "latest.pt")
+    assert saved.progress.update >= 2
+
+
+def test_a_directory_that_holds_a_run_is_refused(finished):
+    with pytest.raises(InvalidRequest, match="--resume"):
+        train(tiny_run(finished), SILENT)
+
+
+def test_a_bank_that_was_written_is_refused_unless_forked(finished, tmp_path):
+    (tmp_path / "again").mkdir()
+    os.rename(finished / "store", tmp_path / "store")
+    try:
+        with embedded_daemon(tmp_path / "store", dram_bytes=1 << 20) as target:
+            with pytest.raises(InvalidRequest, match="already written"):
+                train(tiny_run(tmp_path / "again" / "finished", store=target), SILENT)
+            forked = tiny_run(tmp_path / "branch", store=target, from_bank="finished/experts", games=("pixel/catch",), eval_steps=0)
+            train(forked, SILENT)
+            store = RemoteStore(target)
+            assert store.get_bank("branch/experts").forked_from == "finished/experts"
+            store.close()
+    finally:
+        os.rename(tmp_path / "store", finished / "store")
+
+
+def updates(run_dir: Path):
+    return [event for event in read_metrics(run_dir) if event["event"] == "update"]
+
+
+def wait_for(condition, timeout_s: float = 90) -> None:
+    """Polls another process's files; fails loudly instead of waiting for ever."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "the run made no progress"
+        time.sleep(0.05)
+
+
+def test_the_configuration_survives_its_file(tmp_path):
+    config = tiny_run(tmp_path / "x", store="localhost:1", from_bank="b")
+    assert RunConfig.from_json(config.to_json(), tmp_path / "x") == config
+    assert "run_dir" not in json.loads(config.to_json())
