@@ -17,7 +17,7 @@ import pytest
 
 
 class DaemonProcess:
-    """`ooc-moe-server` as a child, on a free port and a Unix socket. After `kill`, `start` comes back on the same addresses."""
+    """`ooc-moe-server` on a free port and a Unix socket. After `kill` or `stop`, `start` comes back on the same addresses."""
 
     def __init__(
         self, data_dir: Path, *, dram_bytes: str = "32MiB", arguments: tuple[str, ...] = (), command: tuple[str, ...] = ()
@@ -89,7 +89,7 @@ class DaemonProcess:
         return self._process.wait(timeout=30)
 
 
-@pytest.fixture()
+@pytest.fixture
 def start_daemon(tmp_path: Path) -> Iterator[Callable[..., DaemonProcess]]:
     """Starts daemons: `start_daemon(data_dir=..., dram_bytes="1MiB", arguments=(...))`; all end with the test."""
     daemons: list[DaemonProcess] = []
@@ -103,7 +103,15 @@ def start_daemon(tmp_path: Path) -> Iterator[Callable[..., DaemonProcess]]:
         daemon.close()
 
 
-@pytest.fixture()
+@pytest.fixture
 def daemon(start_daemon: Callable[..., DaemonProcess]) -> DaemonProcess:
     """A daemon of 32 MiB on an empty directory."""
     return start_daemon()
+
+
+@pytest.fixture(scope="module")
+def shared_daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
+    """One daemon of 32 MiB for all tests of a module: use banks of your own, and leave it running."""
+    daemon = DaemonProcess(tmp_path_factory.mktemp("shared") / "store").start()
+    yield daemon
+    daemon.close()

@@ -7,41 +7,49 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import click
 import typer
 
 from ooc_moe_server.app import run
 from ooc_moe_server.config import ServerConfig
-from ooc_moe_wire.errors import OocMoeError
+from ooc_moe_wire.errors import InvalidRequest, OocMoeError
 from ooc_moe_wire.sizes import parse_size
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
-@app.command()
+# "\b" keeps the lines of a paragraph as they are.
+HELP = """Keeps the experts of out-of-core trainers in DRAM and in files, and serves them over gRPC.
+
+On the storage host:
+
+\b
+    ooc-moe-server --data-dir store --dram-bytes 8GiB --listen 127.0.0.1:50051
+
+On a trainer, and to look on:
+
+\b
+    ooc-moe train --store 127.0.0.1:50051 ...
+    ooc-moe stats --store 127.0.0.1:50051 --watch
+
+The bound addresses are logged, and written to daemon.json in the data directory. SIGTERM or Ctrl-C drains and exits with 0; an
+acknowledged push survives even kill -9. Health and reflection are served: grpcurl shows every call.
+"""
+
+
+@app.command(help=HELP)
 def serve(
-    data_dir: Annotated[Path, typer.Option(help="Where experts are kept; made if it does not exist. One daemon at a time.")],
+    data_dir: Annotated[Path, typer.Option(help="Where experts are kept; made if it does not exist. One daemon at a time.", metavar="DIR")],
     dram_bytes: Annotated[
         str, typer.Option(help="Memory of the DRAM tier, allocated in full at the start: 512MiB, 8GiB, ...", metavar="SIZE")
     ] = "1GiB",
     listen: Annotated[
         list[str] | None,
-        typer.Option(help="An address: host:port (port 0: any free one) or unix:PATH. May be repeated. [default: 127.0.0.1:50051]"),
+        typer.Option(help="host:port (port 0: any free one) or unix:PATH; may be repeated. [default: 127.0.0.1:50051]", metavar="ADDRESS"),
     ] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Allow addresses beyond loopback, open to whoever reaches them.")] = False,
-    grace: Annotated[float, typer.Option(help="Seconds that calls under way get to finish after SIGTERM.")] = 10.0,
+    grace: Annotated[float, typer.Option(help="Time that calls under way get to finish after SIGTERM.", metavar="SECONDS")] = 10.0,
 ) -> None:
-    """Keeps the experts of out-of-core trainers in DRAM and in files, and serves them over gRPC.
-
-    On the storage host:
-
-        ooc-moe-server --data-dir /var/lib/ooc-moe --dram-bytes 8GiB --listen 127.0.0.1:50051
-
-    On a trainer:  ooc-moe train --store 127.0.0.1:50051 ...   and to look on:  ooc-moe stats --store 127.0.0.1:50051 --watch
-
-    The bound addresses are logged, and written to DATA_DIR/daemon.json. SIGTERM or Ctrl-C drains and exits with 0; an
-    acknowledged push survives even kill -9. Health and reflection are served: try grpcurl.
-    """
+    """Runs the daemon until SIGTERM or Ctrl-C."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     run(
         ServerConfig(
@@ -57,23 +65,17 @@ def serve(
 def main() -> None:
     """The console script."""
     try:
-        app(standalone_mode=False)
-    except click.ClickException as error:
-        _refuse(error.format_message())
-    except (OocMoeError, ValueError) as error:
-        _refuse(str(error))
+        app()
+    except OocMoeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def _size(text: str) -> int:
     try:
         return parse_size(text)
     except ValueError as error:
-        raise click.BadParameter(f"--dram-bytes: {error}") from error
-
-
-def _refuse(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+        raise InvalidRequest(f"dram_bytes: {error}") from error
 
 
 if __name__ == "__main__":
