@@ -4,10 +4,10 @@ import sys
 
 import numpy as np
 import pytest
-from ooc_moe_wire.errors import InvalidRequest
 
 from ooc_moe import envs
 from ooc_moe.envs.atari import STEPS_MAX, AtariEnvs, _legal_actions
+from ooc_moe_wire.errors import InvalidRequest
 
 
 def make(game: str, num_envs: int = 2, **changes) -> AtariEnvs:

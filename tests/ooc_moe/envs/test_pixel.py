@@ -4,10 +4,10 @@ import time
 
 import numpy as np
 import pytest
-from ooc_moe_wire.errors import InvalidRequest
 
 from ooc_moe import envs
 from ooc_moe.envs.pixel import GRID, PixelEnvs, pixel_game
+from ooc_moe_wire.errors import InvalidRequest
 
 PAIRS = [("pixel/catch", "pixel/avoid"), ("pixel/toward", "pixel/away")]
 
