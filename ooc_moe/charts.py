@@ -37,6 +37,8 @@ from ooc_moe.summary import format_score, verdict
 
 WIDTH = 9.0
 _COLUMNS_MAX = 4
+# With more games than this, panels would be too small; they share one.
+_PANELS_MAX = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +61,8 @@ def learning_curves(record: RunRecord) -> Figure | None:
     curves = {title: values for title, values in curves.items() if not np.isnan(values).all()}
     if not curves:
         return None
-    if len(record.spans) > _COLUMNS_MAX:
-        curves = dict(list(curves.items())[:1])
+    if len(record.spans) > _PANELS_MAX:
+        return _many_learning_curves(record, *next(iter(curves.items())))
     columns = min(max(len(record.spans), 2), _COLUMNS_MAX)
     blocks = -(-len(record.spans) // columns)
     figure = Figure(figsize=(WIDTH, 2.3 * blocks * len(curves)))
@@ -85,6 +87,18 @@ def _learning_curve(ax: Axes, record: RunRecord, values: measures.Floats, game: 
     ax.xaxis.set_major_locator(MaxNLocator(3))
     ax.xaxis.set_major_formatter(COUNTS)
     ax.yaxis.set_major_formatter(COUNTS)
+
+
+def _many_learning_curves(record: RunRecord, title: str, values: measures.Floats) -> Figure:
+    figure = Figure(figsize=(WIDTH, 4))
+    ax = figure.subplots()
+    ax.set_yscale("symlog")
+    ax.set_title(title)
+    for game, start, end in record.spans:
+        inside = (record.steps_U > start) & (record.steps_U <= end) & ~np.isnan(values)
+        ax.plot(record.steps_U[inside], running_mean(values[inside]), color=game_colours(record.games)[game])
+    _over_steps((ax,), record)
+    return figure
 
 
 def score_matrix(record: RunRecord) -> Figure | None:
@@ -112,6 +126,8 @@ def forgetting(record: RunRecord) -> Figure | None:
     shown = [game for game in range(len(scores.games)) if not np.isnan(own_G[game])]
     if not shown:
         return None
+    if len(shown) > _PANELS_MAX:
+        return _many_learned_and_kept(record, shown)
     columns = min(max(len(shown), 2), _COLUMNS_MAX)
     rows = -(-len(shown) // columns)
     figure = Figure(figsize=(WIDTH, 2.9 * rows))
@@ -143,6 +159,26 @@ def _learned_and_kept(ax: Axes, record: RunRecord, game: int) -> None:
     )
     ax.yaxis.set_major_formatter(COUNTS)
     ax.grid(visible=False, axis="x")
+
+
+def _many_learned_and_kept(record: RunRecord, shown: list[int]) -> Figure:
+    """One row per game between random play (0) and the best of this run (1)."""
+    scores = record.scores
+    ceiling_G = measures.best_own(scores.mean_PG, scores.trained_P)
+    own_G, end_G = (
+        measures.normalise(of(scores.mean_PG), scores.random_G, ceiling_G)[shown]
+        for of in (lambda matrix_PG: measures.learning(matrix_PG, scores.trained_P), measures.final)
+    )
+    figure = Figure(figsize=(WIDTH, 1.2 + 0.17 * len(shown)))
+    ax = figure.subplots()
+    rows = np.arange(len(shown))
+    ax.barh(rows, own_G, 0.7, color=FAINT, alpha=0.5, label="after its training")
+    ax.plot(end_G, rows, "o", markersize=4, color=INK, label="at the end")
+    ax.set_yticks(rows, [scores.games[game] for game in shown], fontsize=7)
+    ax.set_xlabel("0: random play, 1: the best of this run; nothing: never better than random")
+    ax.invert_yaxis()
+    _legend(ax)
+    return figure
 
 
 def hit_rate(record: RunRecord) -> Figure | None:

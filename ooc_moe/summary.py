@@ -88,8 +88,8 @@ def score_table(record: RunRecord) -> TextTable:
     kept_G = measures.retention(scores.mean_PG, scores.trained_P, scores.random_G)
     wide = phases <= _PHASE_COLUMNS_MAX
     middle = [f"after {game}" for game in record.schedule[:phases]] if wide else ["after its training", "at the end"]
-    human_G = [_human_normalised(record, game, own) for game, own in zip(scores.games, own_G, strict=True)]
-    has_human = not np.isnan(human_G).all()
+    reference_G = [_of_reference(record, game, own) for game, own in zip(scores.games, own_G, strict=True)]
+    has_reference = not np.isnan(reference_G).all()
     rows = []
     for column, game in enumerate(scores.games):
         shown = scores.mean_PG[:, column] if wide else (own_G[column], final_G[column])
@@ -102,18 +102,18 @@ def score_table(record: RunRecord) -> TextTable:
                 *(format_score(score) for score in shown),
                 (format_score(learned, sign=True) + ("" if clear else " (unclear)")) if not np.isnan(learned) else DASH,
                 format_share(float(kept_G[column])) if clear else DASH,
-                *([format_share(human_G[column])] if has_human else []),
+                *([format_share(reference_G[column])] if has_reference else []),
             ]
         )
     return TextTable(
         "Returns",
-        ["game", "random", *middle, "learned", "kept", *(["of human"] if has_human else [])],
+        ["game", "random", *middle, "learned", "kept", *(["of reference"] if has_reference else [])],
         rows,
         "Mean raw return of task-agnostic play. Learned: right after its own training, above random play; unclear within two standard "
         "errors. Kept: the share of that which is left at the end."
         + (
             " Of human: 0 % is the published score of random play, 100 % a human's; only where whole episodes were played."
-            if has_human
+            if has_reference
             else ""
         ),
     )
@@ -240,15 +240,15 @@ def format_bytes(count: float) -> str:
     return DASH if np.isnan(count) else humanize.naturalsize(count, binary=True)
 
 
-def _human_normalised(record: RunRecord, game: str, own: float) -> float:
-    """NaN unless the evaluation played whole episodes and a human's score is known."""
+def _of_reference(record: RunRecord, game: str, own: float) -> float:
+    """The human-normalised score; NaN unless the evaluation played whole episodes and the references are known."""
     from ooc_moe.envs import REFERENCE_SCORES
 
     cut = [event.get("episodes_truncated") for event in record.evaluations if event["evaluated"] == game]
     if game not in REFERENCE_SCORES or not cut or any(cut):
         return float("nan")
-    floor, human = REFERENCE_SCORES[game]
-    return float(measures.normalise([own], [floor], [human])[0])
+    floor, ceiling = REFERENCE_SCORES[game]
+    return float(measures.normalise([own], [floor], [ceiling])[0])
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -1,7 +1,6 @@
 """A made-up run, logged through MetricsWriter as training logs a real one."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -121,17 +120,23 @@ class MadeUpRun:
         }
 
 
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run; read it, write nothing but its report."""
+    return _made_up(tmp_path_factory.mktemp("finished"), phases=3)
+
+
 @pytest.fixture
-def made_up_run(tmp_path: Path) -> Callable[[int], Path]:
-    """Makes a run of so many whole phases (3 finish it) and returns its directory."""
+def half_a_run(tmp_path: Path) -> Path:
+    """The first of three games, trained and evaluated."""
+    return _made_up(tmp_path, phases=1)
 
-    def make(phases: int) -> Path:
-        run = MadeUpRun(tmp_path / "made-up")
-        for phase in range(phases):
-            run.train(phase)
-            run.evaluate(phase)
-        if phases == len(GAMES):
-            run.finish()
-        return run.run_dir
 
-    return make
+def _made_up(directory: Path, *, phases: int) -> Path:
+    run = MadeUpRun(directory / "made-up")
+    for phase in range(phases):
+        run.train(phase)
+        run.evaluate(phase)
+    if phases == len(GAMES):
+        run.finish()
+    return run.run_dir
