@@ -2,6 +2,7 @@ import pytest
 import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
+
 from ooc_moe_wire.codec import CHUNK_BYTES, FORMAT, Assembler, Checksums, RecordHeader, chunks, verify
 from ooc_moe_wire.errors import CorruptRecord, InvalidRequest
 from ooc_moe_wire.layout import BLOCK_BYTES, Layout, TensorSpec

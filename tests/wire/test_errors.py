@@ -4,6 +4,7 @@ from threading import Event
 
 import grpc
 import pytest
+
 from ooc_moe_wire import errors
 from ooc_moe_wire.errors import (
     STATUS,

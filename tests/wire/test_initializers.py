@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from ooc_moe_wire.errors import InvalidRequest
 from ooc_moe_wire.initializers import Initializer, initialize
 

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from ooc_moe_wire.errors import InvalidRequest
 from ooc_moe_wire.initializers import Initializer
 from ooc_moe_wire.layout import BLOCK_BYTES, TENSOR_ALIGN_BYTES, BankSpec, Layout, TensorSpec

@@ -1,6 +1,7 @@
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
 from ooc_moe_wire.policy import LRU
 
 
