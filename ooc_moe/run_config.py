@@ -80,12 +80,14 @@ class RunConfig:
     from_bank: str | None = None
     """Fork the experts' first values from this bank."""
     device: str = "cpu"
-    threads: int = 2
-    """Threads of torch, and of the environments."""
+    threads: int = 1
+    """Torch's threads; small agents gain little from more, and lose much where other work shares the cores."""
+    env_threads: int = 2
+    """Threads that emulate Atari; results do not depend on it."""
 
     def __post_init__(self) -> None:
         _require(bool(self.games), "games", self.games, "at least one game")
-        for name in ("steps_per_game", "eval_envs", "threads"):
+        for name in ("steps_per_game", "eval_envs", "threads", "env_threads"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("eval_steps", "checkpoint_every", "seed", "stem_replay_weight"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")

@@ -255,7 +255,7 @@ class Trainer:
             num_envs,
             frame_size=agent.frame_size,
             frame_stack=agent.frame_stack,
-            num_threads=self.config.threads,
+            num_threads=self.config.env_threads,
         )
 
     def _env_seed(self) -> int:
