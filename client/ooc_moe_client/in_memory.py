@@ -47,12 +47,13 @@ class _Bank:
 
     def read(self, expert: int) -> _Record:
         """The present record; the seeded one (version 0) when it was never written."""
-        record = self.records.get(expert)
-        if record is None:
-            body = bytearray(self.spec.layout.body_bytes)
-            self.spec.layout.initialize(body, seed=self.spec.seed, expert=expert)
-            record = _Record(0, bytes(body))
-        return record
+        return self.records.get(expert) or _Record(0, self.seeded(expert))
+
+    def seeded(self, expert: int) -> bytes:
+        """The body it begins with."""
+        body = bytearray(self.spec.layout.body_bytes)
+        self.spec.layout.initialize(body, seed=self.spec.seed, expert=expert)
+        return bytes(body)
 
     def served_from(self, expert: int) -> Tier:
         """DRAM, or SEED the first time an unwritten expert is touched."""
@@ -319,8 +320,11 @@ class InMemoryStore:
                 if writer_id not in ("", self._writer_id):
                     raise NotTheWriter(f"bank {name!r} is open for writing by {writer_id!r}")
             for name, records in snapshot.records.items():
-                restored = {expert: _Record(self._state.next_version(), record.body) for expert, record in sorted(records.items())}
-                self._state.bank(name).records = restored
+                bank = self._state.bank(name)
+                bodies = {expert: bank.seeded(expert) for expert in bank.records} | {
+                    expert: record.body for expert, record in records.items()
+                }
+                bank.records = {expert: _Record(self._state.next_version(), body) for expert, body in sorted(bodies.items())}
             return snapshot.answer
 
     def delete_snapshot(self, snapshot_id: int) -> None:
