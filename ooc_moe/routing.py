@@ -87,7 +87,7 @@ class Router(nn.Module):
         """Where the given ids stand among this router's."""
         if experts_NK.shape != (num_tokens, self.top_k):
             raise InvalidRequest(f"routing: shape {tuple(experts_NK.shape)} is not ({num_tokens}, {self.top_k}) (tokens, top_k)")
-        places_NK = torch.searchsorted(self.experts, experts_NK.to(self.experts.dtype)).clamp_(max=len(self.experts) - 1)
+        places_NK = torch.searchsorted(self.experts, experts_NK.to(self.experts.dtype).contiguous()).clamp_(max=len(self.experts) - 1)
         wrong_NK = self.experts[places_NK] != experts_NK
         if wrong_NK.any():
             raise InvalidRequest(f"routing: expert {int(experts_NK[wrong_NK][0])} is not one of this router's {self.experts.tolist()}")

@@ -46,14 +46,26 @@ class DenseTwin(nn.Module):
         return torch.stack(tokens)
 
 
+class RecordingStore(InMemoryStore):
+    """Remembers which experts were fetched: (bank, id)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fetched: set[tuple[str, int]] = set()
+
+    def fetch(self, bank, experts, **options):
+        self.fetched |= {(bank, expert) for expert in experts}
+        return super().fetch(bank, experts, **options)
+
+
 class World:
     """Makes caches and agents on stores of their own, and closes them."""
 
     def __init__(self) -> None:
         self._caches: list[ExpertCache] = []
 
-    def store(self, config: AgentConfig, *, seed: int = 0) -> InMemoryStore:
-        store = InMemoryStore()
+    def store(self, config: AgentConfig, *, seed: int = 0) -> RecordingStore:
+        store = RecordingStore()
         for spec in config.bank_specs("test", seed):
             store.create_bank(spec)
         return store

@@ -23,7 +23,7 @@ def x_ND() -> torch.Tensor:
 def test_without_noise_the_largest_logits_win_and_share_by_softmax(router: Router, x_ND: torch.Tensor) -> None:
     routed = router(x_ND)
     for token, x_D in enumerate(x_ND):
-        logits = {expert: float(router.weight[place] @ x_D) for place, expert in enumerate(EXPERTS)}
+        logits = {expert: float(router.weight[place].detach() @ x_D) for place, expert in enumerate(EXPERTS)}
         best = sorted(logits, key=lambda expert: -logits[expert])[:2]
         assert routed.experts_NK[token].tolist() == best
         weights = torch.tensor([logits[expert] for expert in best]).softmax(0)
@@ -69,10 +69,10 @@ def test_a_replay_of_another_shape_is_refused(router: Router, x_ND: torch.Tensor
         router(x_ND, experts_NK=router(x_ND).experts_NK[1:])
 
 
+@torch.no_grad()
 def test_the_balancing_loss_is_one_for_an_even_load_and_the_number_of_experts_for_a_collapsed_one() -> None:
     router = Router(dim=4, experts=range(4), top_k=1, noise=0.0)
-    with torch.no_grad():
-        router.weight.copy_(torch.eye(4) * 50)
+    router.weight.copy_(torch.eye(4) * 50)
     assert float(balance_loss(router(torch.eye(4)))) == pytest.approx(1.0)
     assert float(balance_loss(router(torch.eye(4)[[0, 0, 0]]))) == pytest.approx(4.0)
 
