@@ -177,8 +177,9 @@ class Agent(nn.Module):
         """
         network = self._network(game)
         batch, time = self._check_segments(frames_BTSHW, starts_BT, routing)
+        frames_BTSHW = frames_BTSHW.to(self._device)
         x_BTD = self.stem(frames_BTSHW.flatten(0, 1)).view(batch, time, -1) + network.embedding_TD[:time]
-        mask = None if starts_BT is None else episode_mask(starts_BT)
+        mask = None if starts_BT is None else episode_mask(starts_BT.to(self._device))
         chosen, losses, used = [], [], []
         for layer, block in enumerate(network.blocks):
             replay_NK = None if routing is None else routing[:, :, layer].flatten(0, 1).long()
@@ -226,7 +227,7 @@ class Agent(nn.Module):
             segment: the past, extended by these frames; full after `context + 1` of them.
             starts_N: True where the frame begins a new episode.
             deterministic: the likeliest action, and no router noise; otherwise actions are drawn, with router noise in training mode.
-            generator: draws actions and noise, on the agent's device.
+            generator: draws actions and noise; may be on another device.
             predict: also ask `predictor`.
 
         Raises:
@@ -235,6 +236,7 @@ class Agent(nn.Module):
         network = self._network(segment.game)
         self._check_step(frames_NSHW, segment, starts_N)
         mask = self._extend(segment, starts_N)
+        frames_NSHW = frames_NSHW.to(self._device)
         position = segment.length
         x_BTD = (self.stem(frames_NSHW) + network.embedding_TD[position]).unsqueeze(1)
         chosen = []
@@ -245,10 +247,10 @@ class Agent(nn.Module):
         segment.length += 1
         logits_NA, values_N = network.heads(x_BTD.squeeze(1))
         log_probs_NA = torch.log_softmax(logits_NA, dim=-1)
-        draw = log_probs_NA.argmax(-1, keepdim=True) if deterministic else log_probs_NA.exp().multinomial(1, generator=generator)
+        draw_N1 = log_probs_NA.argmax(-1, keepdim=True) if deterministic else _draw(log_probs_NA, generator)
         return ActOutput(
-            actions_N=draw.squeeze(-1),
-            log_probs_N=log_probs_NA.gather(-1, draw).squeeze(-1),
+            actions_N=draw_N1.squeeze(-1),
+            log_probs_N=log_probs_NA.gather(-1, draw_N1).squeeze(-1),
             values_N=values_N,
             experts_NLK=torch.stack(chosen, dim=1).to(torch.int32),
             prediction=self._predict(frames_NSHW) if predict else None,
@@ -263,7 +265,7 @@ class Agent(nn.Module):
         if segment.episode_from_N is None:
             return None
         frames_T = torch.arange(segment.length + 1, device=segment.episode_from_N.device)
-        return (frames_T >= segment.episode_from_N.unsqueeze(1))[:, None, None]
+        return (frames_T >= segment.episode_from_N.unsqueeze(1))[:, None, None].to(segment.memories[0].keys.device)
 
     # -- checkpoints -----------------------------------------------------------------------------------------------------------------
 
@@ -345,6 +347,12 @@ class Agent(nn.Module):
         want = (config.frame_stack, config.frame_size, config.frame_size)
         if frames.dtype != torch.uint8 or frames.ndim != num_axes or frames.shape[-3:] != want:
             raise InvalidRequest(f"frames: got {frames.dtype} {tuple(frames.shape)}, expected torch.uint8 {names} ending in {want}")
+
+
+def _draw(log_probs_NA: Tensor, generator: torch.Generator | None) -> Tensor:
+    """One action of each row, (N, 1)."""
+    device = log_probs_NA.device if generator is None else generator.device
+    return log_probs_NA.exp().to(device).multinomial(1, generator=generator).to(log_probs_NA.device)
 
 
 def _check(name: str, value: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:

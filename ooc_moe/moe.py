@@ -7,6 +7,7 @@ any capacity of at least one expert gives the same bits: each expert is one GEMM
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,7 @@ class ExpertGradients:
 
     def __init__(self, cache: ExpertCache) -> None:
         self._shapes = {tensor.name: tensor.shape for tensor in cache.layout.parameters}
+        self._sizes = [math.prod(shape) for shape in self._shapes.values()]
         self._device = cache.device
         self._flat: dict[int, Tensor] = {}
         self._spare: list[Tensor] = []
@@ -42,8 +44,7 @@ class ExpertGradients:
     def of(self, expert: int) -> dict[str, Tensor]:
         """The expert's gradients by tensor name, as views to add to; zeros at first."""
         if expert not in self._flat:
-            sizes = [torch.Size(shape).numel() for shape in self._shapes.values()]
-            self._flat[expert] = self._spare.pop().zero_() if self._spare else torch.zeros(sum(sizes), device=self._device)
+            self._flat[expert] = self._spare.pop().zero_() if self._spare else torch.zeros(sum(self._sizes), device=self._device)
         return self._views(self._flat[expert])
 
     def flat(self, expert: int) -> Tensor:
@@ -56,19 +57,12 @@ class ExpertGradients:
         self._flat.clear()
 
     def _views(self, flat: Tensor) -> dict[str, Tensor]:
-        pieces = torch.split(flat, [torch.Size(shape).numel() for shape in self._shapes.values()])
+        pieces = torch.split(flat, self._sizes)
         return {name: piece.view(shape) for (name, shape), piece in zip(self._shapes.items(), pieces, strict=True)}
 
 
-@dataclass(frozen=True, slots=True)
-class _Groups:
-    """Assignments (token, k) sorted by expert. `order_M` sorts the flat assignments; expert e has rows `spans[e]`."""
-
-    order_M: Tensor
-    spans: dict[int, slice]
-
-
-def _group(experts_NK: Tensor) -> _Groups:
+def _sorted_by_expert(experts_NK: Tensor) -> tuple[Tensor, dict[int, slice]]:
+    """The permutation that sorts the flat assignments (token, k) by expert, and the rows that each expert then has."""
     flat_M = experts_NK.flatten()
     order_M = torch.argsort(flat_M, stable=True)
     ids, counts = torch.unique_consecutive(flat_M[order_M], return_counts=True)
@@ -76,7 +70,7 @@ def _group(experts_NK: Tensor) -> _Groups:
     for expert, rows in zip(ids.tolist(), counts.tolist(), strict=True):
         spans[expert] = slice(start, start + rows)
         start += rows
-    return _Groups(order_M, spans)
+    return order_M, spans
 
 
 class TieredExperts:
@@ -94,11 +88,9 @@ class TieredExperts:
 
     def __call__(self, x_ND: Tensor, experts_NK: Tensor) -> tuple[Tensor, dict[int, int]]:
         """What each chosen expert makes of each token `(tokens, k, dim)`, and the number of tokens of each expert that got any."""
-        groups = _group(experts_NK)
-        rows_MD = x_ND[groups.order_M // experts_NK.shape[1]]
-        sorted_MD: Tensor = _ExpertGemms.apply(rows_MD, self._anchor, self, groups.spans)  # type: ignore[no-untyped-call]
-        y_MD = torch.empty_like(sorted_MD).index_copy(0, groups.order_M, sorted_MD)
-        return y_MD.view(*experts_NK.shape, -1), {expert: span.stop - span.start for expert, span in groups.spans.items()}
+        order_M, spans = _sorted_by_expert(experts_NK)
+        y_NKD: Tensor = _ExpertGemms.apply(x_ND, self._anchor, self, order_M, spans)  # type: ignore[no-untyped-call]
+        return y_NKD, {expert: span.stop - span.start for expert, span in spans.items()}
 
     def visit(self, spans: dict[int, slice], work: Callable[[int, slice, dict[str, Tensor]], None], *, counted: bool) -> None:
         """Calls `work(expert, rows, parameters)` for each expert in order of ids, wave by wave, with the parameters in place."""
@@ -109,12 +101,17 @@ class TieredExperts:
 
 
 class _ExpertGemms(torch.autograd.Function):
-    """Rows sorted by expert -> what each row's expert makes of it. Elementwise work too is done expert by expert, never over a wave."""
+    """Tokens (N, D) and assignments sorted by expert -> what each token's experts make of it (N, K, D).
+
+    Elementwise work is done expert by expert too, never over a wave. Sorting back and summing over k are done here, because autograd's own
+    backward of an indexing adds up in an order that depends on threads.
+    """
 
     @staticmethod
-    def forward(ctx: Any, rows_MD: Tensor, anchor: Tensor, experts: TieredExperts, spans: dict[int, slice]) -> Tensor:
-        hidden = experts.cache.views["b1"].shape[1]
-        before_MH, after_MH = rows_MD.new_empty(2, len(rows_MD), hidden)
+    def forward(ctx: Any, x_ND: Tensor, anchor: Tensor, experts: TieredExperts, order_M: Tensor, spans: dict[int, slice]) -> Tensor:
+        top_k = len(order_M) // len(x_ND)
+        rows_MD = x_ND[order_M // top_k]
+        before_MH, after_MH = rows_MD.new_empty(2, len(rows_MD), experts.cache.views["b1"].shape[1])
         out_MD = torch.empty_like(rows_MD)
 
         def work(_: int, span: slice, p: dict[str, Tensor]) -> None:
@@ -123,15 +120,15 @@ class _ExpertGemms(torch.autograd.Function):
             torch.addmm(p["b2"], after_MH[span], p["w2"], out=out_MD[span])
 
         experts.visit(spans, work, counted=True)
-        ctx.save_for_backward(rows_MD, before_MH, after_MH)
+        ctx.save_for_backward(rows_MD, before_MH, after_MH, order_M)
         ctx.experts, ctx.spans = experts, spans
-        return out_MD
+        return torch.empty_like(out_MD).index_copy_(0, order_M, out_MD).view(len(x_ND), top_k, -1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor, None, None, None]:
-        rows_MD, before_MH, after_MH = ctx.saved_tensors
-        grad_MD = grad_MD.contiguous()
+    def backward(ctx: Any, grad_NKD: Tensor) -> tuple[Tensor | None, ...]:
+        rows_MD, before_MH, after_MH, order_M = ctx.saved_tensors
+        grad_MD = grad_NKD.flatten(0, 1)[order_M]
         grad_rows_MD = torch.empty_like(rows_MD)
 
         def work(expert: int, span: slice, p: dict[str, Tensor]) -> None:
@@ -145,7 +142,8 @@ class _ExpertGemms(torch.autograd.Function):
             gradients["b2"].add_(y.sum(0))
 
         ctx.experts.visit(ctx.spans, work, counted=False)
-        return grad_rows_MD, None, None, None
+        grad_x_ND = torch.empty_like(grad_rows_MD).index_copy_(0, order_M, grad_rows_MD).view_as(grad_NKD).sum(1)
+        return grad_x_ND, None, None, None, None
 
 
 @dataclass(frozen=True, slots=True)

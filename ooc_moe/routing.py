@@ -79,8 +79,9 @@ class Router(nn.Module):
 
     def _choose(self, logits_NE: Tensor, noisy: bool, generator: torch.Generator | None) -> Tensor:
         if noisy and self.training and self.noise > 0:
-            noise_NE = torch.randn(logits_NE.shape, generator=generator, device=logits_NE.device)
-            logits_NE = logits_NE + self.noise * noise_NE
+            device = logits_NE.device if generator is None else generator.device
+            noise_NE = torch.randn(logits_NE.shape, generator=generator, device=device)
+            logits_NE = logits_NE + self.noise * noise_NE.to(logits_NE.device)
         return logits_NE.topk(self.top_k, dim=1).indices
 
     def _places(self, experts_NK: Tensor, num_tokens: int) -> Tensor:

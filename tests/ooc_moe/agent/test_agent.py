@@ -106,6 +106,18 @@ def test_one_seed_twice_is_equal_bit_for_bit_and_another_is_not(world, frames, s
     assert run(1)[0] != run(2)[0]
 
 
+def test_two_threads_repeat_bit_for_bit_where_tensors_are_large_enough_to_be_split(world, frames) -> None:
+    def run() -> list[float]:
+        agent = world.agent(dim=64, hidden=64, top_k=4)
+        return train(agent, frames(agent, 64, CONTEXT), steps=2)
+
+    torch.set_num_threads(2)
+    try:
+        assert run() == run()
+    finally:
+        torch.set_num_threads(1)
+
+
 @pytest.mark.parametrize("changes", [{}, {"banks": "per-layer"}])
 def test_experts_of_other_games_stay_cold_bit_for_bit_and_are_never_fetched(world, frames, stored, changes: dict) -> None:
     agent = world.agent(games=("a", "b"), **changes)
