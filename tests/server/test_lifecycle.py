@@ -13,7 +13,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from ooc_moe_server import app
+from ooc_moe_server import app, cli
 from ooc_moe_server.config import ServerConfig
 from ooc_moe_server.engine import Engine
 from ooc_moe_wire.errors import NotTheWriter, Unavailable
@@ -22,14 +22,20 @@ from ooc_moe_wire.v1 import stats_pb2, stats_pb2_grpc
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 
 
-def refused(*arguments):
-    """The one line a daemon that cannot start leaves."""
-    run = subprocess.run([sys.executable, "-m", "ooc_moe_server.cli", *arguments], capture_output=True, text=True, check=False, timeout=60)
-    assert run.returncode == 2, run.stderr
-    lines = [line for line in run.stderr.splitlines() if " INFO " not in line]
-    assert len(lines) == 1, run.stderr
-    assert lines[0].startswith("error: ")
-    return lines[0]
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """Runs the command in this process; returns the one line it leaves when it cannot start."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["ooc-moe-server", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        assert caught.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ")
+        return line
+
+    return run
 
 
 def health(target):
@@ -131,7 +137,7 @@ def test_a_push_that_never_ends_does_not_outlive_the_grace(start_daemon, connect
     assert daemon.stop() == 0
 
 
-def test_a_second_daemon_on_the_same_directory_or_addresses_is_refused(daemon, tmp_path):
+def test_a_second_daemon_on_the_same_directory_or_addresses_is_refused(daemon, tmp_path, refused):
     assert "held by another daemon" in refused("--data-dir", str(daemon.data_dir), "--dram-bytes", "1MiB", "--listen", "127.0.0.1:0")
     elsewhere = ("--data-dir", str(tmp_path / "other"), "--dram-bytes", "1MiB")
     assert daemon.target in refused(*elsewhere, "--listen", daemon.target)
@@ -139,14 +145,14 @@ def test_a_second_daemon_on_the_same_directory_or_addresses_is_refused(daemon, t
     assert health(daemon.unix_target) == SERVING
 
 
-def test_a_writer_that_dies_gives_its_lease_back(daemon, connect):
+def test_a_writer_that_hangs_up_gives_its_lease_back(daemon, connect):
     client = connect(daemon.target)
     client.create("b")
     doomed = connect(daemon.target)
-    doomed.stream("b", "doomed")
+    held = doomed.stream("b", "doomed")
     with client.refused(NotTheWriter):
         client.stream("b", "heir")
-    doomed.channel.close()
+    held.hang_up()
     while next(bank.writer_id for bank in client.stats().banks):
         pass
     client.stream("b", "heir").close()
@@ -167,12 +173,19 @@ def test_a_writer_that_dies_gives_its_lease_back(daemon, connect):
         (["--grace", "-1"], "grace"),
     ],
 )
-def test_a_daemon_that_cannot_start_says_why_in_one_line(tmp_path, arguments, word):
+def test_a_daemon_that_cannot_start_says_why_in_one_line(tmp_path, refused, arguments, word):
     defaults = [] if "--dram-bytes" in arguments else ["--dram-bytes", "1MiB"]
     assert word in refused("--data-dir", str(tmp_path / "store"), *defaults, *arguments)
 
 
-def test_a_directory_of_an_unknown_format_or_of_other_things_is_refused_and_left_alone(tmp_path):
+def test_the_command_itself_exits_with_two_and_without_a_traceback(tmp_path):
+    command = [sys.executable, "-m", "ooc_moe_server.cli", "--data-dir", str(tmp_path), "--dram-bytes", "1MiB"]
+    run = subprocess.run([*command, "--listen", "unix:/nowhere/at/all"], capture_output=True, text=True, check=False, timeout=60)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert [line[:7] for line in run.stderr.splitlines() if " INFO " not in line] == ["error: "]
+
+
+def test_a_directory_of_an_unknown_format_or_of_other_things_is_refused_and_left_alone(tmp_path, refused):
     (tmp_path / "FORMAT").write_text("ooc-moe store 99\n")
     assert "ooc-moe store 99" in refused("--data-dir", str(tmp_path), "--dram-bytes", "1MiB")
     (tmp_path / "FORMAT").unlink()
@@ -181,7 +194,7 @@ def test_a_directory_of_an_unknown_format_or_of_other_things_is_refused_and_left
     assert not (tmp_path / "FORMAT").exists()
 
 
-def test_a_damaged_index_is_refused_in_one_line(daemon):
+def test_a_damaged_index_is_refused_in_one_line(daemon, refused):
     daemon.stop()
     for path in daemon.data_dir.glob("index.sqlite*"):
         path.write_bytes(b"damage" * 10_000)
@@ -195,7 +208,7 @@ def test_a_stale_socket_of_a_killed_daemon_is_no_obstacle(daemon):
     assert health(daemon.unix_target) == SERVING
 
 
-def test_a_file_in_the_sockets_place_is_not_replaced(tmp_path):
+def test_a_file_in_the_sockets_place_is_not_replaced(tmp_path, refused):
     path = tmp_path / "file"
     path.write_text("precious")
     assert "no socket" in refused("--data-dir", str(tmp_path / "s"), "--dram-bytes", "1MiB", "--listen", f"unix:{path}")
