@@ -112,7 +112,7 @@ def score_table(record: RunRecord) -> TextTable:
         "Mean raw return of task-agnostic play. Learned: right after its own training, above random play; unclear within two standard "
         "errors. Kept: the share of that which is left at the end."
         + (
-            " Of human: 0 % is the published score of random play, 100 % a human's; only where whole episodes were played."
+            " Of reference: 0 % is the published score of random play, 100 % a human's (pixel games: best play); for whole episodes only."
             if has_reference
             else ""
         ),

@@ -1,0 +1,233 @@
+"""The command `ooc-moe`: flags become configurations, errors become one line and exit code 2.
+
+The commands that speak to a daemon (stats, bank, snapshot) are in cli_store.py. torch and what needs it are imported inside the
+commands that use them, so that help and statistics answer at once.
+
+Run: ooc-moe --help
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import webbrowser
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from ooc_moe import cli_store
+from ooc_moe_wire.errors import InvalidRequest, OocMoeError
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, rich_markup_mode="rich")
+app.command()(cli_store.stats)
+app.add_typer(cli_store.bank_app, name="bank")
+app.add_typer(cli_store.snapshot_app, name="snapshot")
+
+INTERRUPTED_EXIT = 130
+_RESUME_FLAGS = {"resume", "run_dir", "name", "store", "quiet"}
+_AGENT, _PPO = "The agent", "Learning"
+
+
+@app.callback()
+def _program() -> None:
+    """Out-of-core mixture of experts: learns games one after another with experts that live in a storage daemon.
+
+    \b
+    $ ooc-moe train --games krull,road_runner --preset demo --name first
+    $ ooc-moe eval runs/first
+    $ ooc-moe report runs/first --open
+    $ ooc-moe stats --watch
+    """
+
+
+@app.command()
+def train(
+    context: typer.Context,
+    games: Annotated[str, typer.Option(help="Learned one after another.", metavar="A,B,C")] = "",
+    preset: Annotated[str, typer.Option(help="Sizes of the agent: tiny, demo or full.")] = "demo",
+    name: Annotated[str | None, typer.Option(help="The run is runs/NAME; made of preset and time if not given.")] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="The run's directory, instead of --name.", metavar="DIR")] = None,
+    steps_per_game: Annotated[int | None, typer.Option(help="Environment steps in each game.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            help="The storage daemon: HOST:PORT or unix:PATH. Without it, the run starts one of its own on its directory.",
+            metavar="ADDRESS",
+        ),
+    ] = None,
+    from_bank: Annotated[str | None, typer.Option(help="Begin with this bank's experts.", metavar="BANK")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of --name or --run-dir.")] = False,
+    checkpoint_every: Annotated[int | None, typer.Option(help="Updates between checkpoints; 0: at the end of each game only.")] = None,
+    eval_episodes: Annotated[int | None, typer.Option(help="Episodes per evaluated game, played side by side.")] = None,
+    eval_steps: Annotated[int | None, typer.Option(help="The most steps of an evaluation episode; 0: no evaluation.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of torch, and of the environments.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
+    frame_size: Annotated[int | None, typer.Option(help="Height and width of a frame in pixels.", rich_help_panel=_AGENT)] = None,
+    num_experts: Annotated[int | None, typer.Option("--experts", help="Experts of each bank at the start.", rich_help_panel=_AGENT)] = None,
+    hbm_experts: Annotated[int | None, typer.Option(help="Experts that fit into the HBM cache.", rich_help_panel=_AGENT)] = None,
+    dram_experts: Annotated[
+        int | None, typer.Option(help="Experts that fit into the DRAM of the run's own daemon.", rich_help_panel=_AGENT)
+    ] = None,
+    prefetch: Annotated[
+        str | None, typer.Option(help="Who names the experts to bring ahead.", metavar="off|detector|schedule", rich_help_panel=_AGENT)
+    ] = None,
+    routing: Annotated[
+        str | None, typer.Option(help="Inside the game's pool, or among all experts.", metavar="pool|token", rich_help_panel=_AGENT)
+    ] = None,
+    banks: Annotated[
+        str | None, typer.Option(help="One bank for all layers, or one each.", metavar="shared|per-layer", rich_help_panel=_AGENT)
+    ] = None,
+    envs: Annotated[int | None, typer.Option(help="Environments played side by side.", rich_help_panel=_PPO)] = None,
+    rollout: Annotated[int | None, typer.Option(help="Steps of each environment between updates.", rich_help_panel=_PPO)] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over a rollout.", rich_help_panel=_PPO)] = None,
+    lr: Annotated[float | None, typer.Option(help="Adam's learning rate, falling to zero in each game.", rich_help_panel=_PPO)] = None,
+) -> None:
+    """Learn games one after another, evaluate after each, and write a report.
+
+    Three Atari games, with a storage daemon that the run starts and stops itself:
+
+    \b
+    $ ooc-moe train --games krull,road_runner,crazy_climber --name first
+
+    The same against a daemon elsewhere; Ctrl-C saves, --resume goes on:
+
+    \b
+    $ ooc-moe train --games krull,road_runner --store host:50051 --name second
+    $ ooc-moe train --resume --name second
+    """
+    from ooc_moe import train as training
+
+    console = Console(quiet=quiet)
+    directory = _run_dir(name, run_dir, preset, resume=resume)
+    try:
+        if resume:
+            _refuse_flags_with_resume(context)
+            training.resume(directory, console, store=store)
+            return
+        agent = {
+            "frame_size": frame_size,
+            "num_experts": num_experts,
+            "hbm_experts": hbm_experts,
+            "dram_experts": dram_experts,
+            "routing": routing,
+            "banks": banks,
+        }
+        ppo = {"num_envs": envs, "rollout_steps": rollout, "epochs": epochs, "learning_rate": lr}
+        run = {
+            "steps_per_game": steps_per_game,
+            "seed": seed,
+            "store": store,
+            "prefetch": prefetch,
+            "eval_envs": eval_episodes,
+            "eval_steps": eval_steps,
+            "checkpoint_every": checkpoint_every,
+            "from_bank": from_bank,
+            "device": device,
+            "threads": threads,
+        }
+        training.train(_run_config(directory, _games(games), preset, agent=agent, ppo=ppo, run=run), console)
+    except training.Interrupted as stop:
+        console.print(str(stop), soft_wrap=True)
+        raise typer.Exit(INTERRUPTED_EXIT) from None
+
+
+@app.command(name="eval")
+def evaluate(
+    run_dir: Annotated[Path, typer.Argument(help="The run's directory.", metavar="RUN_DIR")],
+    store: Annotated[str | None, typer.Option(help="The daemon's address, if it moved.", metavar="ADDRESS")] = None,
+    eval_episodes: Annotated[int | None, typer.Option(help="Episodes per game, played side by side.")] = None,
+    eval_steps: Annotated[int | None, typer.Option(help="The most steps of an episode.")] = None,
+) -> None:
+    """Play the games of a run from its last checkpoint, without telling the agent which is which.
+
+    \b
+    $ ooc-moe eval runs/first --eval-episodes 16 --eval-steps 5000
+    """
+    from ooc_moe.evaluate import evaluate_run
+
+    evaluate_run(run_dir, Console(), store=store, **_given(eval_envs=eval_episodes, eval_steps=eval_steps))
+
+
+@app.command()
+def report(
+    run_dir: Annotated[Path, typer.Argument(help="The run's directory, finished or not.", metavar="RUN_DIR")],
+    show: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+) -> None:
+    """Write the report of a run: one HTML file that needs nothing else, and its pictures.
+
+    \b
+    $ ooc-moe report runs/first --open
+    """
+    from ooc_moe.report import write_report
+
+    path = write_report(run_dir)
+    Console().print(f"report: {path}", soft_wrap=True, highlight=False)
+    if show:
+        webbrowser.open(path.resolve().as_uri())
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The console script.
+
+    A mistake of the caller's, or trouble with the daemon, is one line and exit code 2; a fault of ours keeps its traceback.
+    """
+    try:
+        app(args=arguments if arguments is None else list(arguments))
+    except OocMoeError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _run_dir(name: str | None, run_dir: Path | None, preset: str, *, resume: bool) -> Path:
+    if name is not None and run_dir is not None:
+        raise InvalidRequest(f"name: {name!r} and run_dir: {run_dir} say two different things; give one")
+    if run_dir is not None:
+        return run_dir
+    if name is None and resume:
+        raise InvalidRequest("resume: which run? Give its --name or --run-dir")
+    return Path("runs") / (name if name is not None else f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}")
+
+
+def _games(text: str) -> tuple[str, ...]:
+    games = tuple(game.strip() for game in text.split(",") if game.strip())
+    if not games:
+        raise InvalidRequest(f"games: {text!r} names none; write for example --games krull,road_runner")
+    return games
+
+
+def _run_config(
+    run_dir: Path, games: tuple[str, ...], preset: str, *, agent: dict[str, Any], ppo: dict[str, Any], run: dict[str, Any]
+) -> Any:
+    """The configuration of the preset, with what was given in its place."""
+    from dataclasses import replace
+
+    from ooc_moe.config import PRESETS
+    from ooc_moe.run_config import PPOConfig, RunConfig
+
+    if preset not in PRESETS:
+        raise InvalidRequest(f"preset: {preset!r} is not one of {', '.join(PRESETS)}")
+    return RunConfig(
+        run_dir=run_dir, games=games, agent=replace(PRESETS[preset], **_given(**agent)), ppo=PPOConfig(**_given(**ppo)), **_given(**run)
+    )
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that were given."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _refuse_flags_with_resume(context: typer.Context) -> None:
+    """A run goes on as it began: flags that would be ignored are refused."""
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if name not in _RESUME_FLAGS and source is not None and source.name == "COMMANDLINE":
+            raise InvalidRequest(f"resume: a run goes on as it began; leave out --{name.replace('_', '-')}")
+
+
+if __name__ == "__main__":
+    main()
