@@ -7,18 +7,29 @@ over, so that the first steps of a game are played with the pool of the one befo
 
 from __future__ import annotations
 
+import dataclasses
+import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 from torch import Tensor
 
+from ooc_moe import checkpoint
 from ooc_moe.detector import Belief
 from ooc_moe.envs import GameEnvs
-from ooc_moe.session import Session
+from ooc_moe.run_config import RunConfig
+from ooc_moe.session import Session, open_session, open_store
+from ooc_moe_client.store import ExpertStore
+
+EVALUATION_SEED = 10_000
+"""Added to the run's seed: evaluation plays episodes that training does not."""
 
 
 @dataclass(slots=True)
@@ -69,24 +80,75 @@ def random_score(envs: GameEnvs, *, steps: int, seed: int) -> Score:
     return _play(envs, lambda frames, starts: rng.integers(0, envs.num_actions, envs.num_envs), steps=steps, seed=seed)
 
 
-class Evaluator:
-    """A stream of games played task-agnostically, beliefs carried from one to the next."""
+def evaluate(session: Session, games: Sequence[str], *, seed: int) -> Iterator[dict[str, Any]]:
+    """Plays `games` one after another; after each, yields what goes to metrics.jsonl: the score, random play's, and the cache's counters.
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
-        self._belief = Belief(session.config.eval_envs)
-
-    @torch.no_grad()
-    def play(self, envs: GameEnvs, *, steps: int, seed: int) -> Score:
-        """Plays one game; the agent is told neither its name nor that it changed."""
-        self._session.agent.eval()
-        player = _BelievingPlayer(self._session, self._belief, torch.Generator().manual_seed(seed))
-        score = _play(envs, player, steps=steps, seed=seed)
+    The agent is told neither the games' names nor when they change.
+    """
+    config = session.config
+    belief = Belief(config.eval_envs)
+    session.agent.eval()
+    for index, game in enumerate(games):
+        game_envs = session.make_envs(game, config.eval_envs)
+        random = random_score(game_envs, steps=config.eval_steps, seed=seed + index)
+        before = session.cache_stats()
+        player = _BelievingPlayer(session, belief, torch.Generator().manual_seed(seed + index))
+        score = _play(game_envs, player, steps=config.eval_steps, seed=seed + index)
+        game_envs.close()
         score.believed = player.believed
-        score.steps_to_detect = player.steps_to_detect(envs.game)
+        score.steps_to_detect = player.steps_to_detect(game)
         score.usage = player.usage()
-        self._session.agent.train()
-        return score
+        yield score.fields() | {"random_mean": random.return_mean, "cache": (session.cache_stats() - before).to_dict()}
+    session.agent.train()
+
+
+def evaluate_run(
+    run_dir: Path, console: Console, *, store: str | None = None, eval_envs: int | None = None, eval_steps: int | None = None
+) -> list[dict[str, Any]]:
+    """Evaluates a run as its last checkpoint has it, on a fork of its banks, which a trainer may be writing meanwhile.
+
+    Raises:
+        InvalidRequest: there is no run, or no checkpoint of it.
+    """
+    config = RunConfig.read(run_dir)
+    config = dataclasses.replace(
+        config, store=store or config.store, eval_envs=eval_envs or config.eval_envs, eval_steps=eval_steps or config.eval_steps
+    )
+    saved = checkpoint.load(run_dir / "checkpoints" / checkpoint.LATEST)
+    found = []
+    with (
+        open_store(config) as opened,
+        _forked_banks(config, opened, saved.snapshot_id) as banks,
+        open_session(config, opened, banks) as session,
+    ):
+        session.agent.load_state_dict(saved.state["agent"])
+        session.detector.load_state_dict(saved.state["detector"])
+        for fields in evaluate(session, session.agent.games, seed=config.seed + EVALUATION_SEED):
+            found.append(fields)
+            console.print(_in_words(fields), highlight=False)
+    return found
+
+
+@contextmanager
+def _forked_banks(config: RunConfig, store: ExpertStore, snapshot_id: int) -> Iterator[list[str]]:
+    """Forks the run's banks from the checkpoint's snapshot, without copying bytes, and deletes the forks afterwards."""
+    forks: list[str] = []
+    try:
+        for bank in config.agent.bank_names(config.name):
+            forks.append(store.fork_bank(bank, f"{bank}/eval-{uuid.uuid4().hex[:8]}", snapshot_id=snapshot_id).spec.name)
+        yield forks
+    finally:
+        for fork in forks:
+            store.delete_bank(fork)
+
+
+def _in_words(fields: dict[str, Any]) -> str:
+    believed = max(fields["believed"], key=fields["believed"].__getitem__)
+    return (
+        f"{fields['evaluated']}: mean return {fields['return_mean']:.1f} (random {fields['random_mean']:.1f}) over "
+        f"{len(fields['returns'])} episodes, {fields['episodes_truncated']} of them cut at the step limit; "
+        f"taken for {believed} in {fields['believed'][believed]:.0%} of the steps"
+    )
 
 
 class _BelievingPlayer:

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 from ooc_moe.config import AgentConfig
 from ooc_moe_wire.errors import InvalidRequest
 
+CONFIG_FILE = "config.json"
 PrefetchSource = Literal["off", "detector", "schedule"]
 StemProtection = Literal["replay", "freeze", "none"]
 
@@ -118,6 +119,14 @@ class RunConfig:
         fields = dataclasses.asdict(self)
         del fields["run_dir"]
         return json.dumps(fields, indent=2)
+
+    @staticmethod
+    def read(run_dir: Path) -> RunConfig:
+        """The configuration of an existing run. Raises InvalidRequest when there is none."""
+        path = run_dir / CONFIG_FILE
+        if not path.exists():
+            raise InvalidRequest(f"run_dir: {run_dir} holds no run (no {CONFIG_FILE})")
+        return RunConfig.from_json(path.read_text(), run_dir)
 
     @staticmethod
     def from_json(text: str, run_dir: Path) -> RunConfig:

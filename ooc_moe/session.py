@@ -15,9 +15,11 @@ import torch
 from google.protobuf.json_format import MessageToDict
 from torch import Tensor
 
+from ooc_moe import envs
 from ooc_moe.agent import Agent
 from ooc_moe.daemon import embedded_daemon
 from ooc_moe.detector import Detector
+from ooc_moe.envs import GameEnvs
 from ooc_moe.run_config import RunConfig
 from ooc_moe_client.cache import ExpertCache
 from ooc_moe_client.cache_stats import CacheStats
@@ -52,6 +54,11 @@ class Session:
         layers = torch.arange(experts_BTLK.shape[-2]) % num_banks
         numbered = experts_BTLK.long() * num_banks + layers[:, None]
         return torch.bincount(numbered.flatten(), minlength=self.num_experts)
+
+    def make_envs(self, game: str, num_envs: int) -> GameEnvs:
+        """Environments of a game, with the agent's frames."""
+        agent = self.config.agent
+        return envs.make(game, num_envs, frame_size=agent.frame_size, frame_stack=agent.frame_stack, num_threads=self.config.env_threads)
 
     @property
     def num_experts(self) -> int:
@@ -91,6 +98,7 @@ def open_session(config: RunConfig, store: ExpertStore, bank_names: Sequence[str
             frame_stack=agent_config.frame_stack,
             frame_size=agent_config.frame_size,
             num_experts=sum(cache.num_experts for cache in caches),
+            prefetch_experts=agent_config.prefetch_experts,
             seed=config.seed,
         )
         reporter = stack.enter_context(Reporter(store, caches))

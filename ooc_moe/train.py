@@ -21,12 +21,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ooc_moe import checkpoint, envs
-from ooc_moe.evaluate import Evaluator, random_score
+from ooc_moe.evaluate import EVALUATION_SEED, evaluate
 from ooc_moe.learner import Learner
 from ooc_moe.metrics import MetricsWriter
 from ooc_moe.report import summary_tables, write_report
 from ooc_moe.rollout import Collector, Rollout
-from ooc_moe.run_config import RunConfig
+from ooc_moe.run_config import CONFIG_FILE, RunConfig
 from ooc_moe.session import Session, open_session, open_store
 from ooc_moe.stem_replay import FRAMES_PER_GAME, StemReplay
 from ooc_moe_client.store import ExpertStore
@@ -48,7 +48,7 @@ def train(config: RunConfig, console: Console) -> Path:
     """
     for game in config.games:
         envs.check_name(game)
-    config_file = config.run_dir / "config.json"
+    config_file = config.run_dir / CONFIG_FILE
     if config_file.exists():
         raise InvalidRequest(f"run_dir: {config.run_dir} already holds a run; go on with --resume, or choose another --name")
     with open_store(config) as store:
@@ -61,7 +61,7 @@ def train(config: RunConfig, console: Console) -> Path:
 
 def resume(run_dir: Path, console: Console, *, store: str | None = None) -> Path:
     """Goes on from the last checkpoint as if nothing had happened. `store`: the daemon's address, if it moved."""
-    config = load_config(run_dir)
+    config = RunConfig.read(run_dir)
     if store is not None:
         config = dataclasses.replace(config, store=store)
     saved = checkpoint.load(run_dir / "checkpoints" / checkpoint.LATEST)
@@ -69,14 +69,6 @@ def resume(run_dir: Path, console: Console, *, store: str | None = None) -> Path
         opened.restore_snapshot(saved.snapshot_id)
         _run(config, opened, console, saved)
     return run_dir
-
-
-def load_config(run_dir: Path) -> RunConfig:
-    """The configuration of an existing run. Raises InvalidRequest when there is none."""
-    path = run_dir / "config.json"
-    if not path.exists():
-        raise InvalidRequest(f"run_dir: {run_dir} holds no run (no config.json)")
-    return RunConfig.from_json(path.read_text(), run_dir)
 
 
 def _create_banks(config: RunConfig, store: ExpertStore) -> None:
@@ -137,7 +129,7 @@ class Trainer:
         if self._dense_state is not None:
             learner.dense.load_state_dict(self._dense_state)
             self._dense_state = None
-        game_envs = self._make_envs(game, self.config.ppo.num_envs)
+        game_envs = self.session.make_envs(game, self.config.ppo.num_envs)
         collector = Collector(self.agent, game_envs, self.config.ppo, generator=self.generator, on_segment=self._on_segment)
         collector.reset(self._env_seed())
         bar = progress.add_task(game, total=updates, completed=self.at.update_in_game, note="")
@@ -199,18 +191,9 @@ class Trainer:
             return
         known = list(dict.fromkeys(self.config.games[: phase + 1]))
         bar = progress.add_task("evaluation", total=len(known), note="")
-        evaluator = Evaluator(self.session)
-        for index, game in enumerate(known):
-            game_envs = self._make_envs(game, self.config.eval_envs)
-            seed = self.config.seed + 10_000 + index
-            random = random_score(game_envs, steps=self.config.eval_steps, seed=seed)
-            before = self.session.cache_stats()
-            score = evaluator.play(game_envs, steps=self.config.eval_steps, seed=seed)
-            game_envs.close()
-            cache = (self.session.cache_stats() - before).to_dict()
-            fields = score.fields() | {"phase": phase, "random_mean": random.return_mean, "cache": cache}
-            self.writer.log("evaluation", step=self.at.step, update=self.at.update, game=self.config.games[phase], **fields)
-            progress.update(bar, advance=1, note=f"{game} {score.return_mean:.0f} (random {random.return_mean:.0f})")
+        for fields in evaluate(self.session, known, seed=self.config.seed + EVALUATION_SEED):
+            self.writer.log("evaluation", step=self.at.step, update=self.at.update, game=self.config.games[phase], phase=phase, **fields)
+            progress.update(bar, advance=1, note=f"{fields['evaluated']} {fields['return_mean']:.0f} (random {fields['random_mean']:.0f})")
 
     def save(self, *, dense: dict[str, Any] | None = None, also: str | None = None) -> None:
         """Makes a checkpoint. `also`: keep it, and its snapshot, under that name too (the end of a game)."""
@@ -247,16 +230,6 @@ class Trainer:
         self.writer.truncate(state["metrics_position"])
         # Only a checkpoint inside a game is dropped after the next one; those at the ends of games stay.
         self._snapshot_id = saved.snapshot_id if self.at.update_in_game else None
-
-    def _make_envs(self, game: str, num_envs: int) -> envs.GameEnvs:
-        agent = self.config.agent
-        return envs.make(
-            game,
-            num_envs,
-            frame_size=agent.frame_size,
-            frame_stack=agent.frame_stack,
-            num_threads=self.config.env_threads,
-        )
 
     def _env_seed(self) -> int:
         """A function of run and update, so that a resumed run and an undisturbed one play the same episodes."""
