@@ -82,7 +82,7 @@ class WriteBack:
         """Asks for these residents, where they are dirty, to be written soon."""
         for expert in experts:
             resident = self._core.table.residents.get(expert)
-            if resident is not None and resident.dirty:
+            if resident is not None and resident.dirty and not self._is_leaving(resident):
                 self._wanted[expert] = None
         self._core.changed.notify_all()
 
@@ -95,12 +95,14 @@ class WriteBack:
 
     def try_save(self, resident: Resident) -> bool:
         """Whether its slot may be given away now: it is clean, or its last change is in a buffer."""
-        outgoing = self._outgoing.get(resident.expert)
-        if not resident.dirty:
+        if not resident.dirty or self._is_leaving(resident):
             return True
-        if outgoing is not None:
-            return outgoing.generation == resident.generation
-        return self._copy_out(resident) is not None
+        return resident.expert not in self._outgoing and self._copy_out(resident) is not None
+
+    def _is_leaving(self, resident: Resident) -> bool:
+        """Its last change is on its way."""
+        outgoing = self._outgoing.get(resident.expert)
+        return outgoing is not None and outgoing.generation == resident.generation
 
     def _copy_out(self, resident: Resident) -> Outgoing | None:
         buffer = self._take_buffer()
