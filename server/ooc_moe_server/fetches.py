@@ -16,7 +16,7 @@ from ooc_moe_server.catalog import Bank, Record
 from ooc_moe_server.dram import DramTier, Entry
 from ooc_moe_server.promotions import Promotions
 from ooc_moe_server.stats import Scopes, Stats
-from ooc_moe_wire.errors import CorruptRecord, InvalidRequest
+from ooc_moe_wire.errors import CorruptRecord, InvalidRequest, TierFull
 from ooc_moe_wire.v1 import expert_pb2
 
 HOLDS_NONE = (1 << 64) - 1
@@ -31,10 +31,10 @@ class Served:
 
     expert: int
     version: int
-    tier: expert_pb2.Tier.ValueType
+    tier: expert_pb2.Tier.ValueType  # That held it when it was asked for.
     began: float = 0.0
     entry: Entry | None = None
-    error: CorruptRecord | None = None
+    error: CorruptRecord | TierFull | None = None
 
 
 class Fetch:
@@ -61,6 +61,7 @@ class Fetch:
         bank.check(experts)
         self._bank, self._demand, self._section_bytes, self._scopes = bank, demand, section_bytes, scopes
         self._dram, self._promotions, self._stats = dram, promotions, stats
+        self._num_ahead = READ_AHEAD
         self._known = dict(zip(experts, known_versions or [HOLDS_NONE] * len(experts), strict=True))
 
     async def experts(self) -> AsyncGenerator[Served, None]:
@@ -79,28 +80,39 @@ class Fetch:
             else:
                 wanted.append(expert)
         # Touched first, so that this call's own misses evict them last.
-        residents = {expert for expert in wanted if self._dram.touch(self._bank.source(expert, self._bank.record(expert)))}
-        missing = deque(expert for expert in wanted if expert not in residents)
+        residents: list[int] = []
+        missing: deque[int] = deque()
+        for expert in wanted:
+            resident = self._dram.touch(self._bank.source(expert, self._bank.record(expert)))
+            (residents if resident else missing).append(expert)
         ahead: set[asyncio.Task[Served]] = set()
         arrived: deque[asyncio.Task[Served]] = deque()
         try:
-            self._read_ahead(missing, ahead)
-            for expert in wanted:
-                if expert in residents:
-                    with self._lent(await self._acquire(expert)) as served:
-                        yield served
+            self._read_ahead(missing, ahead, self._num_ahead)
+            for expert in residents:
+                if self._tier(expert, self._bank.record(expert)) != expert_pb2.TIER_DRAM:
+                    missing.append(expert)  # Evicted meanwhile; to wait here would wait for pins that only this call can take back.
+                    continue
+                with self._lent(await self._acquire(expert)) as served:
+                    yield served
             while missing or ahead or arrived:
-                self._read_ahead(missing, ahead)
+                self._read_ahead(missing, ahead, self._num_ahead - len(arrived))
                 if not arrived:
                     done, ahead = await asyncio.wait(ahead, return_when=asyncio.FIRST_COMPLETED)
                     arrived.extend(done)
                 with self._lent(arrived.popleft().result()) as served:
-                    yield served
+                    if not isinstance(served.error, TierFull):
+                        yield served
+                    elif not ahead and not arrived:
+                        raise served.error
+                    else:  # The pins in the way may be our own: once more, and from now on one by one.
+                        self._num_ahead = 1
+                        missing.append(served.expert)
         finally:
             await self._abandon([*ahead, *arrived])
 
-    def _read_ahead(self, missing: deque[int], ahead: set[asyncio.Task[Served]]) -> None:
-        while missing and len(ahead) < READ_AHEAD:
+    def _read_ahead(self, missing: deque[int], ahead: set[asyncio.Task[Served]], limit: int) -> None:
+        while missing and len(ahead) < limit:
             ahead.add(asyncio.create_task(self._acquire(missing.popleft())))
 
     async def _acquire(self, expert: int) -> Served:
@@ -109,26 +121,24 @@ class Fetch:
         record = self._bank.record(expert)
         tier = self._tier(expert, record)
         entry = self._dram.take(self._bank.source(expert, record))
-        self._count(tier, entry)
-        if entry is None:
-            try:
-                entry = await self._promotions.bring(self._bank, expert, record, urgent=self._demand)
-            except CorruptRecord as error:
-                return Served(expert=expert, version=record.version, tier=tier, error=error)
-        return Served(expert=expert, version=record.version, tier=tier, began=began, entry=entry)
+        error: CorruptRecord | TierFull | None = None
+        was_prefetched = entry is not None and entry.wasted is not None
+        try:
+            entry = entry or await self._promotions.bring(self._bank, expert, record, urgent=self._demand)
+            entry.wasted = None
+        except (CorruptRecord, TierFull) as refusal:
+            error = refusal
+        if self._demand and not isinstance(error, TierFull):
+            self._count(tier, was_prefetched)
+        return Served(expert=expert, version=record.version, tier=tier, began=began, entry=entry, error=error)
 
     def _tier(self, expert: int, record: Record) -> expert_pb2.Tier.ValueType:
         if self._dram.holds(self._bank.source(expert, record)):
             return expert_pb2.TIER_DRAM
         return expert_pb2.TIER_NVME if record.slot else expert_pb2.TIER_SEED
 
-    def _count(self, tier: expert_pb2.Tier.ValueType, entry: Entry | None) -> None:
-        """Counts a demand by the tier that held it, and settles what a prefetch brought."""
-        was_prefetched = entry is not None and entry.wasted is not None
-        if entry is not None:
-            entry.wasted = None
-        if not self._demand:
-            return
+    def _count(self, tier: expert_pb2.Tier.ValueType, was_prefetched: bool) -> None:
+        """Counts a demand by the tier that held it."""
         if tier == expert_pb2.TIER_DRAM:
             self._scopes.count("hits")
             self._scopes.count("prefetch_hits", was_prefetched)

@@ -1,0 +1,468 @@
+"""The engine without gRPC: queues, faults and races, and random operations against a plain dict."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import itertools
+import sqlite3
+import tempfile
+import threading
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ooc_moe_server import promotions
+from ooc_moe_server.engine import Engine
+from ooc_moe_server.index import Index
+from ooc_moe_server.slab import Slab
+from ooc_moe_wire.codec import Checksums, chunks
+from ooc_moe_wire.errors import InvalidRequest, TierFull
+from ooc_moe_wire.layout import BankSpec, Layout, TensorSpec
+from ooc_moe_wire.v1 import expert_pb2
+
+LAYOUT = Layout(parameters=(TensorSpec(name="w", shape=(8,)),))
+RECORD = LAYOUT.record_bytes  # Two blocks.
+RESIDENT, QUEUED, REJECTED = expert_pb2.PREFETCH_RESIDENT, expert_pb2.PREFETCH_QUEUED, expert_pb2.PREFETCH_REJECTED
+
+
+def body_of(number: int) -> bytes:
+    return np.random.default_rng(number).bytes(LAYOUT.body_bytes)
+
+
+WRITER_NUMBERS = itertools.count()
+
+
+class Store:
+    """An engine with one bank, and the calls of a trainer in one line each."""
+
+    def __init__(self, engine: Engine, bank) -> None:
+        self.engine, self.bank = engine, bank
+        self.scopes = engine.stats.scopes("t", bank.access)
+        self.push_number = 0
+        self.writer_id = f"writer {next(WRITER_NUMBERS)}"
+
+    def fetch(self, *experts: int, demand: bool = True):
+        return self.engine.fetch(
+            self.bank, experts, known_versions=(), demand=demand, section_bytes=LAYOUT.body_bytes, scopes=self.scopes
+        ).experts()
+
+    async def bodies(self, *experts: int) -> dict[int, bytes]:
+        async with aclosing(self.fetch(*experts)) as served:
+            return {each.expert: bytes(each.entry.body) async for each in served}
+
+    async def push(self, experts: dict[int, bytes]) -> dict[int, expert_pb2.PushOutcome]:
+        """Sends all before it waits for any."""
+        writer = self.engine.open_writer(self.bank.name, self.writer_id, self.scopes)
+        for expert, body in experts.items():
+            self.push_number += 1
+            sums = Checksums.of(LAYOUT, memoryview(body))
+            await writer.begin(
+                expert_pb2.PushHeader(
+                    expert=expert,
+                    push_number=self.push_number,
+                    base_version=self.bank.record(expert).version,
+                    parameter_bytes=LAYOUT.parameter_bytes,
+                    parameter_xxh3=sums.parameters,
+                )
+            )
+            for chunk in chunks(memoryview(body)):
+                writer.add(chunk)
+        await writer.settle()
+        writer.close()
+        outcomes = [writer.outcomes.get_nowait() for _ in experts]
+        return {outcome.expert: outcome for outcome in outcomes}
+
+    def prefetch(self, *experts: int, deadline_s: float | None = None) -> list[int]:
+        return self.engine.prefetch(self.bank, experts, deadline_s=deadline_s, scopes=self.scopes)
+
+    def drop_from_dram(self, *experts: int) -> None:
+        for expert in experts:
+            self.engine.dram.discard(self.bank.source(expert, self.bank.record(expert)))
+
+
+@asynccontextmanager
+async def opened(directory: Path, *, records: int = 8, patience_s: float = 0.0):
+    """An engine whose DRAM tier holds so many records."""
+    engine = await Engine.open(directory, records * RECORD, patience_s=patience_s)
+    bank = await engine.changes.create_bank(BankSpec(name="b", num_experts=16, layout=LAYOUT))
+    try:
+        yield Store(engine, bank)
+    finally:
+        await engine.close()
+
+
+class Gate:
+    """Holds NVMe reads back; `order` is the slots in order of reading."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.order: list[int] = []
+        self.open = threading.Event()
+        real_read = Slab.read
+
+        def read(slab, slot, into):
+            self.order.append(slot)
+            assert self.open.wait(30)
+            real_read(slab, slot, into)
+
+        monkeypatch.setattr(Slab, "read", read)
+
+
+async def until(condition) -> None:
+    """Lets everything else run until it holds."""
+    while not condition():
+        await asyncio.sleep(0)
+
+
+async def written(store: Store, num_experts: int) -> None:
+    """Experts in NVMe and not in DRAM; expert e lies in slot e."""
+    for expert in range(num_experts):
+        await store.push({expert: body_of(expert)})
+        assert store.bank.record(expert).slot.index == expert
+    store.drop_from_dram(*range(num_experts))
+
+
+def test_misses_of_one_expert_at_the_same_time_are_one_read(tmp_path):
+    async def scenario():
+        async with opened(tmp_path) as store:
+            await written(store, 1)
+            answers = await asyncio.gather(*(store.bodies(0) for _ in range(5)))
+            assert answers == [{0: body_of(0)}] * 5
+            stats = store.engine.snapshot_stats()
+            assert (stats.nvme.reads, stats.total.misses, stats.total.nvme_reads) == (1, 5, 5)
+
+    asyncio.run(scenario())
+
+
+def test_demand_reads_go_before_prefetches_and_a_prefetch_that_is_demanded_moves_up(tmp_path, monkeypatch):
+    async def scenario():
+        async with opened(tmp_path) as store:
+            await written(store, 8)
+            gate = Gate(monkeypatch)
+            assert store.prefetch(0, 1, 2, 3, 4) == [QUEUED] * 5
+            await until(lambda: len(gate.order) == promotions.SPECULATIVE_READS_MAX)  # The others wait: speculation has half the reads.
+            demands = [asyncio.create_task(store.bodies(expert)) for expert in (6, 7, 4)]
+            await until(lambda: len(gate.order) == promotions.READS_MAX)
+            assert store.engine.snapshot_stats().queues.demand_reads == 3
+            gate.open.set()
+            assert [await demand for demand in demands] == [{expert: body_of(expert)} for expert in (6, 7, 4)]
+            await until(lambda: len(gate.order) == 7)
+            assert set(gate.order[:2]) == {0, 1}
+            assert set(gate.order[2:4]) == {6, 7}
+            assert gate.order[4] == 4  # It was last in the queue of speculation.
+            assert set(gate.order[5:]) == {2, 3}
+
+    asyncio.run(scenario())
+
+
+def test_cancelled_prefetches_are_not_read_but_awaited_ones_are(tmp_path, monkeypatch):
+    async def scenario():
+        async with opened(tmp_path) as store:
+            await written(store, 6)
+            gate = Gate(monkeypatch)
+            store.prefetch(0, 1, 2, 3, 4)
+            fetching = asyncio.create_task(anext(store.fetch(5, demand=False)))
+            await until(lambda: len(gate.order) == 2)
+            assert store.engine.promotions.cancel(store.bank, {2, 0, 5}) == 1  # 0 is being read, 5 is waited for.
+            assert store.engine.promotions.cancel(store.bank, ()) == 2
+            gate.open.set()
+            assert (await fetching).expert == 5
+            assert sorted(gate.order) == [0, 1, 5]
+            access = store.engine.snapshot_stats().total
+            assert (access.prefetch_requested, access.prefetch_cancelled) == (5, 3)
+            store.engine.dram.unpin((await asyncio.gather(fetching))[0].entry)
+
+    asyncio.run(scenario())
+
+
+def test_a_prefetch_that_has_not_begun_by_its_deadline_is_dropped(tmp_path, monkeypatch):
+    async def scenario():
+        async with opened(tmp_path) as store:
+            await written(store, 4)
+            gate = Gate(monkeypatch)
+            now = store.engine.stats.clock()
+            store.prefetch(0, 1)
+            await until(lambda: len(gate.order) == 2)
+            store.prefetch(2, deadline_s=5.0)
+            store.prefetch(3, deadline_s=50.0)
+            monkeypatch.setattr(store.engine.stats, "clock", lambda: now + 20.0)
+            gate.open.set()
+            await until(lambda: store.prefetch(3) == [RESIDENT])
+            assert 2 not in gate.order
+            assert store.engine.snapshot_stats().total.prefetch_cancelled == 1
+
+    asyncio.run(scenario())
+
+
+def test_the_prefetch_queue_is_bounded_and_says_when_it_is_full(tmp_path, monkeypatch):
+    async def scenario():
+        async with opened(tmp_path) as store:
+            await written(store, 6)
+            monkeypatch.setattr(promotions, "PREFETCH_QUEUE_MAX", 2)
+            gate = Gate(monkeypatch)
+            store.prefetch(0, 1)
+            await until(lambda: len(gate.order) == 2)
+            assert store.prefetch(2, 3, 4, 2) == [QUEUED, QUEUED, REJECTED, QUEUED]
+            gate.open.set()
+            assert store.engine.snapshot_stats().total.prefetch_rejected == 1
+
+    asyncio.run(scenario())
+
+
+def test_a_prefetched_record_that_leaves_unused_is_counted_as_wasted(tmp_path):
+    async def scenario():
+        async with opened(tmp_path, records=2) as store:
+            store.prefetch(0)
+            await until(lambda: store.prefetch(0) == [RESIDENT])
+            await store.bodies(0)
+            store.prefetch(1)
+            await until(lambda: store.prefetch(1) == [RESIDENT])
+            await store.bodies(2, 3)
+            access = store.engine.snapshot_stats().total
+            assert (access.prefetch_promoted, access.prefetch_hits, access.prefetch_wasted) == (2, 1, 1)
+
+    asyncio.run(scenario())
+
+
+def test_when_all_of_dram_is_pinned_fetch_push_and_prefetch_say_so_and_recover(tmp_path):
+    async def scenario():
+        async with opened(tmp_path, records=1) as store:
+            served = store.fetch(0)
+            held = await anext(served)
+            with pytest.raises(TierFull, match="pinned"):
+                await store.bodies(1)
+            assert (await store.push({1: body_of(1)}))[1].error.kind == "TierFull"
+            assert store.prefetch(1) == [REJECTED]
+            assert bytes(held.entry.body) == bytes(LAYOUT.body_bytes)
+            await served.aclose()
+            assert (await store.push({1: body_of(1)}))[1].version > 0
+            assert await store.bodies(1) == {1: body_of(1)}
+
+    asyncio.run(scenario())
+
+
+def test_a_demand_waits_for_a_pin_to_go(tmp_path):
+    async def scenario():
+        async with opened(tmp_path, records=1, patience_s=30) as store:
+            served = store.fetch(0)
+            await anext(served)
+            waiting = asyncio.create_task(store.bodies(1))
+            await until(lambda: store.engine.snapshot_stats().queues.demand_reads == 1)
+            await served.aclose()
+            assert list(await waiting) == [1]
+
+    asyncio.run(scenario())
+
+
+def test_one_call_larger_than_dram_is_served_whole(tmp_path):
+    async def scenario():
+        async with opened(tmp_path, records=2, patience_s=30) as store:
+            for expert in range(0, 16, 2):
+                await store.push({expert: body_of(expert)})
+            bodies = await store.bodies(*range(16))
+            assert bodies == {expert: bytes(LAYOUT.body_bytes) if expert % 2 else body_of(expert) for expert in range(16)}
+
+    asyncio.run(scenario())
+
+
+def test_a_call_never_waits_for_its_own_pins(tmp_path):
+    async def scenario():
+        async with opened(tmp_path, records=3) as store:
+            await written(store, 9)
+            await store.bodies(6, 7, 8)
+            assert await store.bodies(6, 0, 7, 1, 8, 2, 3, 4, 5) == {expert: body_of(expert) for expert in range(9)}
+
+    asyncio.run(scenario())
+
+
+def test_a_caller_that_leaves_at_any_moment_leaves_no_pin_behind(tmp_path):
+    async def scenario():
+        async with opened(tmp_path, records=16, patience_s=30) as store:
+            await written(store, 8)
+            for steps in range(60):
+                fetching = asyncio.create_task(store.bodies(*range(12)))
+                for _ in range(steps):
+                    await asyncio.sleep(0)
+                fetching.cancel()
+                await asyncio.wait([fetching])
+                await until(lambda: store.engine.snapshot_stats().queues.demand_reads == 0)
+                await until(lambda: store.engine.snapshot_stats().dram.pinned_bytes == 0)
+                store.drop_from_dram(*range(8))
+
+    asyncio.run(scenario())
+
+
+def test_a_record_being_sent_outlives_its_replacement_and_its_slot_is_not_reused(tmp_path):
+    async def scenario():
+        async with opened(tmp_path) as store:
+            await store.push({0: body_of(1)})
+            served = store.fetch(0)
+            old = await anext(served)
+            await store.push({0: body_of(2)})
+            await store.push({1: body_of(3), 2: body_of(4)})
+            assert bytes(old.entry.body) == body_of(1)
+            await served.aclose()
+            assert await store.bodies(0) == {0: body_of(2)}
+
+    asyncio.run(scenario())
+
+
+def test_pushes_that_wait_share_one_commit(tmp_path):
+    async def scenario():
+        async with opened(tmp_path) as store:
+            async with store.engine.committer.exclusive():  # A round cannot begin.
+                pushing = asyncio.create_task(store.push({expert: body_of(expert) for expert in range(6)}))
+                await until(lambda: len(store.engine.committer._waiting) >= 5)
+            await pushing
+            assert store.engine.stats.latency()["commit"].count <= 2
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("method", "error", "kind"),
+    [
+        ("write", errno.EIO, "Internal"),
+        ("write", errno.ENOSPC, "TierFull"),
+        ("sync", errno.EIO, "Internal"),
+        ("extend", errno.ENOSPC, "TierFull"),
+        ("extend", errno.EDQUOT, "TierFull"),
+    ],
+)
+def test_a_failing_disk_refuses_pushes_and_keeps_what_was_committed(tmp_path, monkeypatch, method, error, kind):
+    async def scenario():
+        async with opened(tmp_path) as store:
+            if method != "extend":
+                await store.push({0: body_of(0)})
+            with monkeypatch.context() as broken:
+                broken.setattr(Slab, method, _failing(OSError(error, "injected")))
+                outcomes = await store.push({0: body_of(1), 1: body_of(1)})
+                assert {outcome.error.kind for outcome in outcomes.values()} == {kind}
+            before = bytes(LAYOUT.body_bytes) if method == "extend" else body_of(0)
+            assert await store.bodies(0, 1) == {0: before, 1: bytes(LAYOUT.body_bytes)}
+            outcomes = await store.push({0: body_of(2), 1: body_of(3)})
+            assert all(outcome.version > 0 for outcome in outcomes.values())
+            assert store.engine.snapshot_stats().dram.pinned_bytes == 0
+            used = store.engine.snapshot_stats().nvme.used_bytes
+            assert used == 2 * RECORD  # The slots of the failed pushes are free again.
+        async with opened(tmp_path) as store:
+            assert await store.bodies(0, 1) == {0: body_of(2), 1: body_of(3)}
+
+    asyncio.run(scenario())
+
+
+def test_the_slots_of_a_failed_index_commit_wait_for_a_good_one_before_they_are_reused(tmp_path, monkeypatch):
+    full = sqlite3.OperationalError("database or disk is full")
+    full.sqlite_errorcode = sqlite3.SQLITE_FULL
+
+    async def scenario():
+        async with opened(tmp_path) as store:
+            with monkeypatch.context() as broken:
+                broken.setattr(Index, "put_records", _failing(full))
+                assert (await store.push({0: body_of(0)}))[0].error.kind == "TierFull"
+                assert (await store.push({1: body_of(1)}))[1].error.kind == "TierFull"
+            await store.push({2: body_of(2)})
+            assert store.bank.record(2).slot.index == 2  # Slots 0 and 1 may stand in a commit that a crash would bring back.
+            await store.push({3: body_of(3)})
+            assert store.bank.record(3).slot.index == 0
+
+    asyncio.run(scenario())
+
+
+def test_a_change_is_carried_to_its_end_when_its_caller_leaves(tmp_path):
+    async def scenario():
+        async with opened(tmp_path) as store:
+            taking = asyncio.create_task(store.engine.changes.create_snapshot(["b"], "mine"))
+            await asyncio.sleep(0)
+            taking.cancel()
+            await asyncio.wait([taking])
+            await store.engine.changes.drain()
+            assert [snapshot.name for snapshot in store.engine.catalog.snapshots.values()] == ["mine"]
+
+    asyncio.run(scenario())
+
+
+def test_a_bad_fetch_counts_nothing(tmp_path):
+    async def scenario():
+        async with opened(tmp_path) as store:
+            with pytest.raises(InvalidRequest):
+                store.fetch(1, 1)
+            assert store.engine.snapshot_stats().total.fetched_experts == 0
+
+    asyncio.run(scenario())
+
+
+OPERATIONS = st.one_of(
+    st.tuples(st.just("push"), st.dictionaries(st.integers(0, 5), st.integers(1, 9), min_size=1)),
+    st.tuples(st.just("fetch"), st.lists(st.integers(0, 5), min_size=1, unique=True)),
+    st.tuples(st.just("prefetch"), st.lists(st.integers(0, 5), min_size=1)),
+    st.tuples(st.sampled_from(["snapshot", "restore", "drop", "fork", "reopen"]), st.integers(0, 3)),
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(OPERATIONS, max_size=14))
+def test_random_operations_leave_the_store_equal_to_a_dict_also_after_a_reopen(operations):
+    with tempfile.TemporaryDirectory() as directory:
+        asyncio.run(_compare(Path(directory), operations))
+
+
+async def _compare(directory: Path, operations) -> None:
+    model: dict[int, int] = {}  # expert -> the number its body came from
+    snapshots: dict[int, dict[int, int]] = {}
+    forks: dict[str, dict[int, int]] = {}
+    newest = 0
+    pending = list(operations)
+    num_opens = 1 + sum(name == "reopen" for name, _ in pending)
+    for _ in range(num_opens):
+        async with opened(directory, records=3, patience_s=30) as store:
+            assert set(store.engine.catalog.snapshots) == set(snapshots)
+            while pending:
+                name, argument = pending.pop(0)
+                changes, ids = store.engine.changes, sorted(snapshots)
+                chosen = ids[argument % len(ids)] if name in ("restore", "drop", "fork") and ids else 0
+                if name == "push":
+                    outcomes = await store.push({expert: body_of(number) for expert, number in argument.items()})
+                    assert min(outcome.version for outcome in outcomes.values()) > newest
+                    model |= argument
+                elif name == "fetch":
+                    assert await store.bodies(*argument) == {expert: _value(model, expert) for expert in argument}
+                elif name == "prefetch":
+                    store.prefetch(*argument)
+                elif name == "snapshot":
+                    snapshots[(await changes.create_snapshot(["b"], "")).id] = dict(model)
+                elif name == "restore" and chosen:
+                    await changes.restore_snapshot(chosen, "")
+                    model = dict(snapshots[chosen])
+                elif name == "drop" and chosen:
+                    await changes.delete_snapshot(chosen)
+                    del snapshots[chosen]
+                elif name == "fork":
+                    fork = await changes.fork_bank("b", f"fork{len(forks)}", chosen)
+                    forks[fork.name] = dict(snapshots[chosen] if chosen else model)
+                newest = max(newest, store.bank.newest_version)
+                if name == "reopen":
+                    break
+            await store.engine.promotions.drain()
+            assert await store.bodies(*range(6)) == {expert: _value(model, expert) for expert in range(6)}
+            for name, values in forks.items():
+                fork = Store(store.engine, store.engine.catalog.bank(name))
+                assert await fork.bodies(*range(6)) == {expert: _value(values, expert) for expert in range(6)}
+            slots = [record.slot for bank in store.engine.catalog.banks.values() for record in bank.records.values() if record.slot]
+            slots += [slot for snapshot in store.engine.catalog.snapshots.values() for slot in snapshot.slots(store.bank.id)]
+            assert store.engine.snapshot_stats().nvme.used_bytes == len(set(slots)) * RECORD
+
+
+def _value(model: dict[int, int], expert: int) -> bytes:
+    return body_of(model[expert]) if expert in model else bytes(LAYOUT.body_bytes)
+
+
+def _failing(error: Exception):
+    def fail(*arguments):
+        raise error
+
+    return fail
