@@ -132,7 +132,7 @@ def train(
         }
         training.train(_run_config(directory, _games(games), preset, agent=agent, ppo=ppo, run=run), console)
     except training.Interrupted as stop:
-        console.print(str(stop), soft_wrap=True)
+        console.print(str(stop), soft_wrap=True, markup=False, highlight=False)
         raise typer.Exit(INTERRUPTED_EXIT) from None
 
 
@@ -166,7 +166,7 @@ def report(
     from ooc_moe.report import write_report
 
     path = write_report(run_dir)
-    Console().print(f"report: {path}", soft_wrap=True, highlight=False)
+    Console().print(f"report: {path}", soft_wrap=True, markup=False, highlight=False)
     if show:
         webbrowser.open(path.resolve().as_uri())
 

@@ -106,7 +106,7 @@ def bank_ls(store: StoreOption = DEFAULT_STORE) -> None:
             f"{bank.num_written:,}",
             _size(bank.num_written * bank.record_bytes),
             _size(bank.record_bytes),
-            bank.writer_id or DASH,
+            Text(bank.writer_id or DASH),
             _ago(bank.created_unix_ms),
         )
     Console().print(table if banks else "no banks")
@@ -185,7 +185,7 @@ def snapshot_ls(
     for snapshot in snapshots:
         table.add_row(
             str(snapshot.id),
-            snapshot.name,
+            Text(snapshot.name),
             ", ".join(snapshot.banks),
             f"{snapshot.num_experts:,}",
             _size(snapshot.bytes),
@@ -258,7 +258,9 @@ def _confirm(question: str, yes: bool) -> None:
 
 def _done(verb: str, snapshot: Snapshot) -> None:
     banks = ", ".join(snapshot.banks)
-    Console().print(f"{verb} snapshot {snapshot.id} ({snapshot.name}) of {banks}: {snapshot.num_experts} experts", soft_wrap=True)
+    Console().print(
+        f"{verb} snapshot {snapshot.id} ({snapshot.name}) of {banks}: {snapshot.num_experts} experts", soft_wrap=True, markup=False
+    )
 
 
 def _bank_facts(bank: Bank, tiers: Counter[Tier]) -> list[tuple[str, str]]:

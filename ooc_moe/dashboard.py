@@ -1,6 +1,7 @@
 """The daemon's statistics on a terminal: tiers, banks, trainers with their HBM caches, latencies and queues.
 
-`render` turns one Stats message (and the one before, for rates) into Rich tables. Knows nothing of connections.
+`render` turns one Stats message (and the one before, for rates) into Rich tables. Names that others chose are shown as plain text, never as
+markup. Knows nothing of connections.
 """
 
 from __future__ import annotations
@@ -72,14 +73,14 @@ def _trainers(stats: stats_pb2.Stats) -> Table:
     for trainer in stats.trainers:
         access = trainer.access
         table.add_row(
-            trainer.trainer or "(no name)",
+            Text(trainer.trainer or "(no name)"),
             f"{access.fetched_experts:,} ({_bytes(access.fetched_bytes)})",
             f"{access.hits:,} ({_share(access.hits, access.hits + access.misses)})",
             f"{access.nvme_reads:,}",
             f"{access.seeded:,}",
             f"{access.pushed_experts:,} ({_bytes(access.pushed_bytes)})",
             f"{access.prefetch_promoted:,}",
-            f"{trainer.activity} ({trainer.report_age_s:.0f} s ago)" if trainer.activity else DASH,
+            Text(f"{trainer.activity} ({trainer.report_age_s:.0f} s ago)" if trainer.activity else DASH),
         )
     return table
 
@@ -91,8 +92,8 @@ def _hbm(stats: stats_pb2.Stats) -> Table:
     for trainer in stats.trainers:
         for hbm in trainer.hbm:
             table.add_row(
-                trainer.trainer or "(no name)",
-                hbm.bank,
+                Text(trainer.trainer or "(no name)"),
+                Text(hbm.bank),
                 f"{hbm.resident_experts}/{hbm.capacity_experts} ({_bytes(hbm.capacity_experts * hbm.expert_bytes)})",
                 f"{hbm.dirty_experts}",
                 _share(hbm.hits, hbm.hits + hbm.misses),
@@ -118,7 +119,7 @@ def _banks(stats: stats_pb2.Stats) -> Table:
             _share(access.hits, access.hits + access.misses),
             f"{access.pushed_experts:,}",
             f"{access.push_refused:,}",
-            bank.writer_id or DASH,
+            Text(bank.writer_id or DASH),
         )
     return table
 

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from ooc_moe.measures import Floats
 
+WIDTH = 9.0
+"""Inches of every figure."""
 INK, FAINT = "#1F2933", "#9AA5B1"
 TIERS = {"hbm": ("HBM", "#B3261E"), "dram": ("DRAM", "#E8A33D"), "nvme": ("NVMe", "#3B6FB6"), "seed": ("seed", "#B8BEC9")}
 FATES = {"useful": "#2E8B57", "late": "#E8A33D", "wasted": "#B3261E"}
@@ -126,6 +128,11 @@ def byte_axis(ax: Axes) -> None:
     ticks = np.asarray(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(0, top / 1024**power))
     ticks = ticks[(ticks >= 0) & (ticks * 1024**power <= top)]
     ax.set_yticks(ticks * 1024**power, [f"{tick:g} {_UNITS[power]}" for tick in ticks])
+
+
+def legend(ax: Axes) -> None:
+    """A legend beside the axes, on the right."""
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), handlelength=1.4)
 
 
 def bar_widths(steps_U: Floats) -> Floats:

@@ -131,7 +131,7 @@ def tier_table(record: RunRecord) -> TextTable:
             format_bytes(record.last("cache", "resident") * expert_bytes),
             format_bytes(record.last("cache", "capacity") * expert_bytes),
             format_count(hits),
-            f"{format_share(_ratio(hits, accesses))} of accesses",
+            _share_of(hits, accesses, "accesses"),
             format_bytes(record.total("cache", "bytes_in")),
             format_bytes(record.total("cache", "bytes_out")),
         ]
@@ -143,12 +143,12 @@ def tier_table(record: RunRecord) -> TextTable:
                 format_bytes(record.last("store", tier, "used_bytes")),
                 format_bytes(record.last("store", tier, "capacity_bytes")) if tier == "dram" else DASH,
                 format_count(fetched[tier]),
-                f"{format_share(_ratio(fetched[tier], fetches))} of fetches",
+                _share_of(fetched[tier], fetches, "fetches"),
                 format_bytes(record.total("store", tier, "written_bytes")),
                 format_bytes(record.total("store", tier, "read_bytes")),
             ]
         )
-    seeded = f"{format_share(_ratio(fetched['seed'], fetches))} of fetches"
+    seeded = _share_of(fetched["seed"], fetches, "fetches")
     rows.append(["seed", DASH, DASH, format_count(fetched["seed"]), seeded, DASH, DASH])
     return TextTable(
         "Tiers",
@@ -253,6 +253,10 @@ def _of_reference(record: RunRecord, game: str, own: float) -> float:
 
 def _ratio(part: float, whole: float) -> float:
     return part / whole if whole > 0 else float("nan")
+
+
+def _share_of(part: float, whole: float, what: str) -> str:
+    return f"{format_share(part / whole)} of {what}" if whole > 0 else DASH
 
 
 def _seconds(seconds: float) -> str:

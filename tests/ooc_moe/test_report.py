@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from ooc_moe import charts, summary
+from ooc_moe import learning_charts, summary, tier_charts
 from ooc_moe.charts import CHARTS
 from ooc_moe.metrics import MetricsWriter
 from ooc_moe.report import summary_tables, write_report
@@ -231,7 +231,7 @@ def test_a_run_of_all_57_games_still_draws(tmp_path: Path) -> None:
         writer.log("update", **where, reward_per_step=0.1, usage={"0": {str(phase): 1}})
         writer.log("evaluation", **where, phase=phase, evaluated=game, returns=[1.0, 2.0], return_mean=1.5, random_mean=0.0)
     record = RunRecord.read(tmp_path)
-    for draw in (charts.score_matrix, charts.forgetting, charts.learning_curves, charts.expert_usage):
+    for draw in (learning_charts.score_matrix, learning_charts.forgetting, learning_charts.learning_curves, tier_charts.expert_usage):
         figure = draw(record)
         assert figure is not None
         figure.savefig(BytesIO(), format="png", dpi=30)
