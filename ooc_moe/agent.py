@@ -121,7 +121,7 @@ class Agent(nn.Module):
         """Makes a game known: its network, and pools of unowned experts; banks grow when there are too few. A known one is answered."""
         if game in self._book.games:
             return self._book.games[game]
-        return self._build(self._book.assign(game))
+        return self._build(self._book.propose(game))
 
     def pools(self, game: str) -> GamePools:
         """The experts a game routes to. Raises InvalidRequest for an unknown game."""
@@ -278,7 +278,7 @@ class Agent(nn.Module):
         for game, layers in state.items():
             pools = GamePools(game, tuple(tuple(layer) for layer in layers))
             if game not in self._book.games:
-                self._build(self._book.record(pools))
+                self._build(pools)
             elif self._book.games[game] != pools:
                 raise InvalidRequest(f"state: game {game!r} has pools {layers}, this agent gave it others")
 
@@ -300,6 +300,7 @@ class Agent(nn.Module):
         if self.config.attention == "first-game" and len(self.networks) == 2:
             for block in network.blocks:
                 block.attention.requires_grad_(False)
+        self._book.record(pools)
         return pools
 
     def _block(self, layer: int, experts: Sequence[int], first: GameNetwork | None) -> Block:

@@ -31,23 +31,22 @@ class PoolBook:
         self._config = config
         self.games: dict[str, GamePools] = {}
 
-    def assign(self, game: str) -> GamePools:
-        """Gives a new game the first unowned experts, in order of ids; they may lie beyond the bank's present size.
+    def propose(self, game: str) -> GamePools:
+        """Pools for a new game: the first unowned experts, in order of ids; they may lie beyond the bank's present size.
 
-        With token routing nobody owns anything, and every game gets whole banks.
+        Nothing is owned before `record`. With token routing nobody owns anything, and every game gets whole banks.
         """
         config = self._config
         if config.routing == "token":
             everything = tuple(range(config.num_experts))
-            return self.record(GamePools(game, (everything,) * config.num_layers))
+            return GamePools(game, (everything,) * config.num_layers)
         unowned = [self._unowned(bank) for bank in range(config.num_banks)]
         pools = [tuple(islice(unowned[pool % config.num_banks], config.pool_size)) for pool in range(config.pools_per_game)]
-        return self.record(GamePools(game, tuple(pools[layer % len(pools)] for layer in range(config.num_layers))))
+        return GamePools(game, tuple(pools[layer % len(pools)] for layer in range(config.num_layers)))
 
-    def record(self, pools: GamePools) -> GamePools:
-        """Enters pools that were assigned earlier, for example those of a checkpoint."""
+    def record(self, pools: GamePools) -> None:
+        """From now on the game owns these experts."""
         self.games[pools.game] = pools
-        return pools
 
     def _unowned(self, bank: int) -> Iterator[int]:
         num_banks = self._config.num_banks

@@ -5,7 +5,7 @@ import torch
 
 from ooc_moe.agent import Agent
 from ooc_moe.expert_adam import ExpertAdam
-from ooc_moe_wire.errors import InvalidRequest
+from ooc_moe_wire.errors import InvalidRequest, Unavailable
 
 CONTEXT = 4
 VARIANTS = [{}, {"routing": "token"}, {"banks": "per-layer"}, {"pools": "shared"}, {"attention": "first-game"}]
@@ -222,6 +222,17 @@ def test_the_bank_grows_when_a_new_game_finds_no_unowned_experts(world, frames) 
     assert agent.caches[0].num_experts == 24
     assert agent.caches[0]._core.store.get_bank("test/experts").spec.num_experts == 24
     assert set(agent(frames(agent, 4, CONTEXT), game="c").routing_BTLK.flatten().tolist()) <= set(range(16, 24))
+
+
+def test_a_game_whose_bank_could_not_grow_is_not_known_and_can_be_added_later(world, frames, monkeypatch) -> None:
+    agent = world.agent(games=("a", "b"))
+    with monkeypatch.context() as patched:
+        patched.setattr(agent.caches[0]._core.store, "grow_bank", lambda *_: (_ for _ in ()).throw(Unavailable("away")))
+        with pytest.raises(Unavailable):
+            agent.add_game("c")
+    assert agent.games == ["a", "b"]
+    assert agent.add_game("c").by_bank(1) == [list(range(16, 24))]
+    agent(frames(agent, 1, 1), game="c")
 
 
 def test_adding_a_known_game_changes_nothing(world) -> None:
