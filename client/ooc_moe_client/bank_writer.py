@@ -17,9 +17,16 @@ import grpc
 from tenacity import RetryCallState
 
 from ooc_moe_client.connection import Connection
-from ooc_moe_wire.codec import Checksums, chunks
+from ooc_moe_wire.codec import Checksums, encoded_chunks
 from ooc_moe_wire.errors import OocMoeError, Unavailable, error_named
-from ooc_moe_wire.v1 import expert_pb2, expert_pb2_grpc
+from ooc_moe_wire.v1 import expert_pb2
+
+# A message, or one that is serialized already.
+_Request = expert_pb2.PushExpertsRequest | bytes
+
+
+def _serialize(request: _Request) -> bytes:
+    return request if isinstance(request, bytes) else request.SerializeToString()
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -59,7 +66,12 @@ class BankWriter:
 
     def __init__(self, connection: Connection, bank: str, writer_id: str, numbers: Iterator[int]) -> None:
         self._connection = connection
-        self._stub = expert_pb2_grpc.ExpertServiceStub(connection.channel)
+        # As the generated stub's, but chunks come serialized.
+        self._push_experts: grpc.StreamStreamMultiCallable[_Request, expert_pb2.PushExpertsResponse] = connection.channel.stream_stream(
+            "/ooc_moe_wire.v1.ExpertService/PushExperts",
+            request_serializer=_serialize,
+            response_deserializer=expert_pb2.PushExpertsResponse.FromString,
+        )
         self._bank = bank
         self._writer_id = writer_id
         self._numbers = numbers
@@ -151,7 +163,7 @@ class BankWriter:
             self._unsent = deque(self._items.values())
         try:
             with self._connection.errors():
-                self._call = call = self._stub.PushExperts(self._requests(self._stream), metadata=self._connection.metadata)
+                self._call = call = self._push_experts(self._requests(self._stream), metadata=self._connection.metadata)
                 for response in call:
                     self._receive(response)
             if not self._releasing:
@@ -182,14 +194,14 @@ class BankWriter:
 
     # gRPC's thread that draws the requests
 
-    def _requests(self, stream: int) -> Iterator[expert_pb2.PushExpertsRequest]:
+    def _requests(self, stream: int) -> Iterator[_Request]:
         yield expert_pb2.PushExpertsRequest(open=expert_pb2.PushOpen(bank=self._bank, writer_id=self._writer_id))
         while (item := self._next_unsent(stream)) is not None:
             yield expert_pb2.PushExpertsRequest(header=item.header())
-            for chunk in chunks(item.body):
+            for chunk in encoded_chunks(item.body, field=expert_pb2.PushExpertsRequest.CHUNK_FIELD_NUMBER):
                 if stream != self._stream:
                     return
-                yield expert_pb2.PushExpertsRequest(chunk=chunk)
+                yield chunk
                 self._progress_at = time.monotonic()
 
     def _next_unsent(self, stream: int) -> Item | None:

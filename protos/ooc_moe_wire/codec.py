@@ -111,6 +111,29 @@ def chunks(body: memoryview) -> Iterator[expert_pb2.Chunk]:
         yield expert_pb2.Chunk(offset=offset, payload=bytes(body[offset : offset + CHUNK_BYTES]))
 
 
+def encoded_chunks(body: memoryview, *, field: int) -> Iterator[bytes]:
+    """As `chunks`, but serialized inside a message that carries them as field number `field`, with one copy instead of three.
+
+    Args:
+        body: the bytes.
+        field: `FetchExpertsResponse.CHUNK_FIELD_NUMBER` or `PushExpertsRequest.CHUNK_FIELD_NUMBER`.
+    """
+    for offset in range(0, len(body), CHUNK_BYTES):
+        payload = body[offset : offset + CHUNK_BYTES]
+        start = (b"\x08" + _varint(offset) if offset else b"") + b"\x12" + _varint(len(payload))
+        yield b"".join((_varint(field << 3 | 2), _varint(len(start) + len(payload)), start, payload))
+
+
+def _varint(number: int) -> bytes:
+    """Seven bits a byte, the lowest first (protobuf's encoding of lengths, tags and unsigned numbers)."""
+    encoded = bytearray()
+    while number > 0x7F:
+        encoded.append(number & 0x7F | 0x80)
+        number >>= 7
+    encoded.append(number)
+    return bytes(encoded)
+
+
 class Assembler:
     """Puts chunks back together, straight into the receiver's memory.
 

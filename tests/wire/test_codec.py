@@ -3,7 +3,7 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ooc_moe_wire.codec import CHUNK_BYTES, FORMAT, Assembler, Checksums, RecordHeader, chunks, verify
+from ooc_moe_wire.codec import CHUNK_BYTES, FORMAT, Assembler, Checksums, RecordHeader, chunks, encoded_chunks, verify
 from ooc_moe_wire.errors import CorruptRecord, InvalidRequest
 from ooc_moe_wire.layout import BLOCK_BYTES, Layout, TensorSpec
 from ooc_moe_wire.v1 import expert_pb2
@@ -162,6 +162,14 @@ def test_a_chunk_that_does_not_follow_is_refused_and_writes_nothing(offset, payl
     assert received == b"good" + bytes(6)
     assembler.add(expert_pb2.Chunk(offset=4, payload=b"follow"))
     assert assembler.complete
+
+
+@pytest.mark.parametrize("size", [0, 1, 127, 128, CHUNK_BYTES, CHUNK_BYTES + 1, 3 * CHUNK_BYTES - 5])
+@pytest.mark.parametrize("message", [expert_pb2.FetchExpertsResponse, expert_pb2.PushExpertsRequest])
+def test_chunks_serialized_by_hand_are_the_bytes_that_protobuf_makes(size, message):
+    body = memoryview(bytes(index % 251 for index in range(size)))
+    made_by_protobuf = [message(chunk=chunk).SerializeToString() for chunk in chunks(body)]
+    assert list(encoded_chunks(body, field=message.CHUNK_FIELD_NUMBER)) == made_by_protobuf
 
 
 def test_a_complete_body_takes_no_more_chunks():
