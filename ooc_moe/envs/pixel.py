@@ -162,8 +162,7 @@ class _Crossing:
         """Whether a car is in the walker's column of row y, now or `ahead` steps later."""
         lane_N = np.clip((GRID - 2 - y_N) // 2, 0, len(self.LANES_Y) - 1)
         first_N = self._cars_NL[np.arange(len(y_N)), lane_N] + ahead * self.DIRECTIONS[lane_N]
-        in_lane_N: Array = y_N % 2 == 0
-        return in_lane_N & ((self._x_N - first_N) % GRID < self.CAR_LENGTH)
+        return np.asarray((y_N % 2 == 0) & ((self._x_N - first_N) % GRID < self.CAR_LENGTH))
 
     def draw(self, canvas_NYX: Array) -> None:
         rows = np.arange(len(canvas_NYX))

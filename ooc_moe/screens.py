@@ -1,0 +1,99 @@
+"""Small screens to recognise games by: cut from frames, turned into features, sampled, and compared with those seen before.
+
+The parts that the detector (detector.py) and its baseline (nearest_mean.py) are made of. Knows nothing of games' names or of experts.
+
+Letters: N frames, S stacked frames, H height, W width, M stored screens, P patches, C their pixels, D features.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ooc_moe_wire.errors import InvalidRequest
+
+SCREEN = 42
+"""Height and width of a screen; frames of another size are averaged to it."""
+UNKNOWN_RADIUS = 2.0
+"""How many times further than stored screens of a game from each other a screen of no known game lies from all of them."""
+USUAL = 0.95
+"""The quantile of those distances that counts: a few stored screens, of a title or a blackout, lie alone."""
+
+
+def screens_of(frames_NSHW: Tensor, frame_shape: tuple[int, int, int]) -> Tensor:
+    """The newest frame of each stack as a uint8 screen (N, SCREEN, SCREEN).
+
+    Raises:
+        InvalidRequest: the frames are not uint8 (N, *frame_shape), or there are none.
+    """
+    if frames_NSHW.dtype != torch.uint8 or frames_NSHW.shape[1:] != frame_shape or not len(frames_NSHW):
+        found = f"{str(frames_NSHW.dtype).removeprefix('torch.')} {tuple(frames_NSHW.shape)}"
+        raise InvalidRequest(f"frames: {found}, but the detector takes uint8 (N, {', '.join(map(str, frame_shape))})")
+    newest_NHW = frames_NSHW[:, -1]
+    if newest_NHW.shape[1:] == (SCREEN, SCREEN):
+        return newest_NHW
+    return F.adaptive_avg_pool2d(newest_NHW.float(), SCREEN).round().to(torch.uint8)
+
+
+class ScreenFeatures(nn.Module):
+    """A small convolutional net, uint8 screens (N, SCREEN, SCREEN) -> features (N, DIM). The same in training and evaluation mode."""
+
+    DIM = 64
+    PATCH, CHANNELS = 6, 16
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Linear(self.PATCH**2, self.CHANNELS)
+        self.whole = nn.Linear(self.CHANNELS * (SCREEN // self.PATCH) ** 2, self.DIM)
+
+    def forward(self, screens_NHW: Tensor) -> Tensor:
+        """Features of screens, none negative."""
+        # A convolution whose kernels do not overlap is one matrix product. As `nn.Conv2d`, its backward took most of the time of learning.
+        side = SCREEN // self.PATCH
+        patches_NPC = screens_NHW.reshape(-1, side, self.PATCH, side, self.PATCH).transpose(2, 3).reshape(-1, side**2, self.PATCH**2)
+        return F.relu(self.whole(F.relu(self.patches(patches_NPC / 255)).flatten(1)))
+
+
+class Reservoir:
+    """A uniform sample of all screens that were added (algorithm R of Vitter 1985).
+
+    Attributes:
+        screens_MHW: the sample, uint8.
+        num_seen: screens added so far.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self.screens_MHW = torch.zeros(0, SCREEN, SCREEN, dtype=torch.uint8)
+        self.num_seen = 0
+
+    def add(self, screens_NHW: Tensor, generator: torch.Generator) -> None:
+        """Offers screens to the sample, one after the other."""
+        free = self._capacity - len(self.screens_MHW)
+        self.screens_MHW = torch.cat([self.screens_MHW, screens_NHW[:free]])
+        self.num_seen += len(screens_NHW[:free])
+        late_NHW = screens_NHW[free:]
+        order_N = self.num_seen + 1 + torch.arange(len(late_NHW))
+        slots_N = (torch.rand(len(late_NHW), generator=generator, dtype=torch.float64) * order_N).long()
+        for screen_HW, slot in zip(late_NHW, slots_N.tolist(), strict=True):
+            if slot < self._capacity:
+                self.screens_MHW[slot] = screen_HW
+        self.num_seen += len(late_NHW)
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """`count` of the screens, with replacement."""
+        return self.screens_MHW[torch.randint(len(self.screens_MHW), (count,), generator=generator)]
+
+
+class Neighbourhood:
+    """Where the stored screens of one game lie among features; far is what is much further from all of them than they from each other."""
+
+    def __init__(self, features_MD: Tensor) -> None:
+        self._features_MD = features_MD
+        distances_MM = torch.cdist(features_MD, features_MD).fill_diagonal_(torch.inf)
+        self._radius = UNKNOWN_RADIUS * float(distances_MM.amin(1).quantile(USUAL))
+
+    def is_far(self, features_ND: Tensor) -> Tensor:
+        """bool, (N,)."""
+        return torch.cdist(features_ND, self._features_MD).amin(1) > self._radius
