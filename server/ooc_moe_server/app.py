@@ -21,6 +21,7 @@ from grpc_reflection.v1alpha import reflection
 from ooc_moe_server import data_dir
 from ooc_moe_server.config import ServerConfig, split_address
 from ooc_moe_server.engine import Engine
+from ooc_moe_server.frames import keep_large_buffers
 from ooc_moe_server.guard import Guard
 from ooc_moe_server.services import BankService, ExpertService, SnapshotService, StatsService
 from ooc_moe_wire.codec import MESSAGE_BYTES_MAX
@@ -48,6 +49,12 @@ SERVICES = tuple(
     )
 )
 _OPTIONS = (
+    # Large frames and buffers, which made streams of 1 MiB messages faster.
+    ("grpc.http2.max_frame_size", (16 << 20) - 1),
+    ("grpc.http2.lookahead_bytes", 64 << 20),
+    ("grpc.http2.write_buffer_size", 64 << 20),
+    ("grpc.experimental.tcp_read_chunk_size", 4 << 20),
+    ("grpc.experimental.tcp_max_read_chunk_size", 16 << 20),
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
     ("grpc.so_reuseport", 0),  # Two daemons on one port would share its calls.
@@ -138,6 +145,7 @@ class Daemon:
 
 def run(config: ServerConfig) -> None:
     """Runs a daemon to its end. Raises OocMoeError when it cannot start."""
+    keep_large_buffers()
     with data_dir.held(config.data_dir):
         asyncio.run(_run(config))
 

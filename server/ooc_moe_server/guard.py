@@ -50,7 +50,7 @@ class Guard(grpc.aio.ServerInterceptor):
             (True, True): grpc.stream_stream_rpc_method_handler,
         }[handler.request_streaming, handler.response_streaming]
         behaviour: Any = handler.unary_unary or handler.unary_stream or handler.stream_stream
-        return kind(self._guarded(behaviour, details.method), handler.request_deserializer, handler.response_serializer)
+        return kind(self._guarded(behaviour, details.method), handler.request_deserializer, _unless_encoded(handler.response_serializer))
 
     def _guarded(self, behaviour: Callable[..., Awaitable[Any]], method: str) -> Callable[..., Awaitable[Any]]:
         async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
@@ -85,3 +85,9 @@ class Guard(grpc.aio.ServerInterceptor):
 
 async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: OocMoeError) -> None:
     await context.abort(STATUS[type(error)], str(error), trailing_metadata(error))
+
+
+def _unless_encoded(serialize: Callable[[Any], bytes] | None) -> Callable[[Any], bytes]:
+    """Lets messages through that are bytes already (frames.py)."""
+    assert serialize is not None
+    return lambda message: message if isinstance(message, bytes) else serialize(message)

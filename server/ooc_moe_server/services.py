@@ -15,9 +15,9 @@ import grpc.aio
 from ooc_moe_server.catalog import Bank
 from ooc_moe_server.engine import Engine
 from ooc_moe_server.fetches import Served
+from ooc_moe_server.frames import chunk_messages
 from ooc_moe_server.pushes import Writer, error_info
 from ooc_moe_server.stats import Scopes
-from ooc_moe_wire.codec import chunks
 from ooc_moe_wire.errors import InvalidRequest, Unavailable
 from ooc_moe_wire.layout import BankSpec
 from ooc_moe_wire.v1 import (
@@ -219,8 +219,8 @@ async def _send(bank: Bank, served: Served, whole: bool, context: Context) -> No
             header.optimizer_bytes = bank.layout.optimizer_bytes
             header.optimizer_xxh3 = served.entry.checksums.optimizer
     await context.write(expert_pb2.FetchExpertsResponse(header=header))
-    for chunk in chunks(body):
-        await context.write(expert_pb2.FetchExpertsResponse(chunk=chunk))
+    for message in chunk_messages(body):
+        await context.write(message)
 
 
 async def _serve(writer: Writer, context: Context) -> None:
