@@ -39,7 +39,7 @@ def embedded_daemon(data_dir: Path, *, dram_bytes: int) -> Iterator[str]:
     command = [
         sys.executable,
         "-m",
-        "ooc_moe_server",
+        "ooc_moe_server.cli",
         "--data-dir",
         str(data_dir),
         "--dram-bytes",

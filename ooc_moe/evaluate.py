@@ -25,11 +25,9 @@ from ooc_moe import checkpoint
 from ooc_moe.detector import Belief
 from ooc_moe.envs import GameEnvs
 from ooc_moe.run_config import RunConfig
+from ooc_moe.seeds import derived_seed
 from ooc_moe.session import Session, open_session, open_store
 from ooc_moe_client.store import ExpertStore
-
-EVALUATION_SEED = 10_000
-"""Added to the run's seed: evaluation plays episodes that training does not."""
 
 
 @dataclass(slots=True)
@@ -74,32 +72,49 @@ class _Episodes:
         self.playing_N &= ~ended_N
 
 
-def random_score(envs: GameEnvs, *, steps: int, seed: int) -> Score:
-    """Plays uniformly random actions out of all 18."""
-    rng = np.random.default_rng(seed)
-    return _play(envs, lambda frames, starts: rng.integers(0, envs.num_actions, envs.num_envs), steps=steps, seed=seed)
+class Evaluator:
+    """Evaluates a session, as often as asked. Environments and random scores are made once a game: both are slow to make."""
 
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._envs: dict[str, GameEnvs] = {}
+        self._random: dict[str, Score] = {}
 
-def evaluate(session: Session, games: Sequence[str], *, seed: int) -> Iterator[dict[str, Any]]:
-    """Plays `games` one after another; after each, yields what goes to metrics.jsonl: the score, random play's, and the cache's counters.
+    def evaluate(self, games: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """Plays `games` one after another; after each, yields what goes to metrics.jsonl: the score, random play's, the cache's counters.
 
-    The agent is told neither the games' names nor when they change.
-    """
-    config = session.config
-    belief = Belief(config.eval_envs)
-    session.agent.eval()
-    for index, game in enumerate(games):
-        game_envs = session.make_envs(game, config.eval_envs)
-        random = random_score(game_envs, steps=config.eval_steps, seed=seed + index)
-        before = session.cache_stats()
-        player = _BelievingPlayer(session, belief, torch.Generator().manual_seed(seed + index))
-        score = _play(game_envs, player, steps=config.eval_steps, seed=seed + index)
-        game_envs.close()
-        score.believed = player.believed
-        score.steps_to_detect = player.steps_to_detect(game)
-        score.usage = player.usage()
-        yield score.fields() | {"random_mean": random.return_mean, "cache": (session.cache_stats() - before).to_dict()}
-    session.agent.train()
+        The agent is told neither the games' names nor when they change.
+        """
+        session, config = self._session, self._session.config
+        belief = Belief(config.eval_envs)
+        session.agent.eval()
+        for game in games:
+            game_envs, seed = self._envs_of(game), derived_seed(config.seed, "evaluation", game) % 2**31
+            before = session.cache_stats()
+            player = _BelievingPlayer(session, belief, torch.Generator().manual_seed(seed))
+            score = _play(game_envs, player, steps=config.eval_steps, seed=seed)
+            score.believed = player.believed
+            score.steps_to_detect = player.steps_to_detect(game)
+            score.usage = player.usage()
+            cache = (session.cache_stats() - before).to_dict()
+            yield score.fields() | {"random_mean": self._random_score(game, seed).return_mean, "cache": cache}
+        session.agent.train()
+
+    def _envs_of(self, game: str) -> GameEnvs:
+        if game not in self._envs:
+            self._envs[game] = self._session.make_envs(game, self._session.config.eval_envs)
+        return self._envs[game]
+
+    def _random_score(self, game: str, seed: int) -> Score:
+        """Uniformly random actions out of all 18, under the same protocol."""
+        if game not in self._random:
+            game_envs, rng = self._envs_of(game), np.random.default_rng(seed)
+
+            def choose(frames: Tensor, starts: Tensor) -> np.ndarray[Any, Any]:
+                return rng.integers(0, game_envs.num_actions, game_envs.num_envs)
+
+            self._random[game] = _play(game_envs, choose, steps=self._session.config.eval_steps, seed=seed)
+        return self._random[game]
 
 
 def evaluate_run(
@@ -123,7 +138,7 @@ def evaluate_run(
     ):
         session.agent.load_state_dict(saved.state["agent"])
         session.detector.load_state_dict(saved.state["detector"])
-        for fields in evaluate(session, session.agent.games, seed=config.seed + EVALUATION_SEED):
+        for fields in Evaluator(session).evaluate(session.agent.games):
             found.append(fields)
             console.print(_in_words(fields), highlight=False)
     return found

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ooc_moe import checkpoint, envs
-from ooc_moe.evaluate import EVALUATION_SEED, evaluate
+from ooc_moe.evaluate import Evaluator
 from ooc_moe.learner import Learner
 from ooc_moe.metrics import MetricsWriter
 from ooc_moe.report import summary_tables, write_report
@@ -107,6 +107,7 @@ class Trainer:
         self.at = checkpoint.Progress()
         self.generator = torch.Generator().manual_seed(self.config.seed)
         self.stem_replay = StemReplay()
+        self.evaluator = Evaluator(session)
         self._snapshot_id: int | None = None
         self._dense_state: dict[str, Any] | None = None
 
@@ -191,7 +192,7 @@ class Trainer:
             return
         known = list(dict.fromkeys(self.config.games[: phase + 1]))
         bar = progress.add_task("evaluation", total=len(known), note="")
-        for fields in evaluate(self.session, known, seed=self.config.seed + EVALUATION_SEED):
+        for fields in self.evaluator.evaluate(known):
             self.writer.log("evaluation", step=self.at.step, update=self.at.update, game=self.config.games[phase], phase=phase, **fields)
             progress.update(bar, advance=1, note=f"{fields['evaluated']} {fields['return_mean']:.0f} (random {fields['random_mean']:.0f})")
 
