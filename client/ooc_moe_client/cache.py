@@ -229,6 +229,7 @@ class ExpertCache:
                 self._core.changed.notify_all()
             self._prefetcher.join()
             self._write_back.join()
+            self._slab.close()
 
     def __enter__(self) -> ExpertCache:
         return self

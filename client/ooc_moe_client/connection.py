@@ -32,6 +32,8 @@ OPTIONS: list[tuple[str, int]] = [
     ("grpc.http2.write_buffer_size", 64 << 20),
     # A lease lives as long as its connection: stores do not share one.
     ("grpc.use_local_subchannel_pool", 1),
+    # Experts do not travel through a web proxy that the environment names.
+    ("grpc.enable_http_proxy", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 500),

@@ -103,3 +103,7 @@ class CudaSlab:
     def host_buffer(self) -> Tensor:
         """Pinned memory."""
         return torch.empty(self._rows.shape[1], dtype=torch.uint8, pin_memory=True)
+
+    def close(self) -> None:
+        """The allocator does not know that the copy stream uses the slab."""
+        self._copies.synchronize()

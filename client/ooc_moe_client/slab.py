@@ -43,6 +43,9 @@ class Slab(Protocol):
     def host_buffer(self) -> Tensor:
         """A new host buffer (body_bytes,) uint8 for `copy_out`."""
 
+    def close(self) -> None:
+        """Waits for the copies under way, so that the memory may be freed."""
+
 
 class CopyOut(Protocol):
     """A copy to the host under way."""
@@ -92,6 +95,9 @@ class HostSlab:
     def host_buffer(self) -> Tensor:
         """Pageable memory."""
         return torch.empty(self._rows.shape[1], dtype=torch.uint8)
+
+    def close(self) -> None:
+        """Nothing to do."""
 
 
 class _Done:
