@@ -142,6 +142,8 @@ def bar_widths(steps_U: Floats) -> Floats:
 
 def running_mean(values: Floats, window: int = 5) -> Floats:
     """The mean of the `window` values around each place (odd; fewer at the ends), NaN left out."""
+    if not len(values):
+        return values
     padded = np.pad(np.asarray(values, float), window // 2, constant_values=np.nan)
     windows = np.lib.stride_tricks.sliding_window_view(padded, window)
     known = ~np.isnan(windows)

@@ -68,6 +68,9 @@ def _learning_curve(ax: Axes, record: RunRecord, values: measures.Floats, game: 
     ax.xaxis.set_major_locator(MaxNLocator(3))
     ax.xaxis.set_major_formatter(COUNTS)
     ax.yaxis.set_major_formatter(COUNTS)
+    if not inside.any():
+        ax.set_yticks([])
+        ax.text(0.5, 0.5, "none", transform=ax.transAxes, ha="center", color=FAINT)
 
 
 def _many_learning_curves(record: RunRecord, title: str, values: measures.Floats) -> Figure:

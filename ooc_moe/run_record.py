@@ -6,7 +6,7 @@ What figures and tables are made from. Computes nothing but differences and sums
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -108,36 +108,54 @@ class RunRecord:
         """(U,) the number below `path` at each update; NaN where there is none."""
         return np.array([_number(event, path) for event in self.updates], float)
 
-    def increments(self, *path: str) -> Floats:
-        """(U,) how much the counter below `path` grew in each update; what an evaluation before it added is left out.
+    def increments(self, *path: str, evaluations: bool = False) -> Floats:
+        """(U,) how much the counter below `path` grew in each update; what an evaluation added since the update before is left out.
 
-        The trainer's counters begin at zero, and again when a run is resumed. So do those of a daemon that the run started itself; another
-        daemon's may be older than the run, and then the first value says nothing: NaN. A counter that fell began anew.
+        `evaluations`: it is counted to the update after it.
         """
-        own = path[0] != "store" or self.config.get("store") is None
-        before, grown = (0.0 if own else UNSAID), []
-        for event in self.events:
-            # A counter that is not among those logged has not counted anything yet.
-            value = np.nan_to_num(_number(event, path)) if isinstance(event.get(path[0]), dict) else UNSAID
-            if event["event"] == "resumed" and own:
-                before = 0.0
-            elif event["event"] == "evaluation" and path[0] == "cache" and not np.isnan(value):
-                before += value  # An evaluation logs how much it added.
-            elif event["event"] == "update":
-                grown.append(value if value < before else value - before)
-                before = value
+        grown, between = [], 0.0
+        for kind, growth in self._growth(path):
+            if kind == "update":
+                grown.append(growth + between)
+                between = 0.0
+            elif evaluations:
+                between += growth
         return np.array(grown, float)
 
     def total(self, *path: str) -> float:
-        """How much a counter grew over the training of the run; NaN when it was never logged."""
-        grown = self.increments(*path)
-        known = grown[~np.isnan(grown)]
-        return float(known.sum()) if known.size else UNSAID
+        """How much a counter grew over the run, evaluations included; NaN when it was never logged."""
+        known = [growth for _, growth in self._growth(path) if not np.isnan(growth)]
+        return float(sum(known)) if known else UNSAID
+
+    def _growth(self, path: Sequence[str]) -> Iterator[tuple[str, float]]:
+        """(kind of event, growth of the counter since the event before) wherever it was logged.
+
+        The trainer's counters begin at zero, and again when a run is resumed. So do those of a daemon that the run started itself; another
+        daemon's may be older than the run, and then the first value says nothing: NaN. A counter that fell began anew. Updates and the end
+        log a counter as it stands; an evaluation logs how much it added.
+        """
+        own = path[0] != "store" or self.config.get("store") is None
+        before = 0.0 if own else UNSAID
+        for event in self.events:
+            if event["event"] == "resumed" and own:
+                before = 0.0
+            if not isinstance(event.get(path[0]), dict):
+                if event["event"] == "update":
+                    yield "update", UNSAID
+                continue
+            # A counter that is not among those logged has not counted anything yet.
+            value = float(np.nan_to_num(_number(event, path)))
+            if event["event"] == "evaluation":
+                before += value
+                yield "evaluation", value
+            else:
+                yield event["event"], value if value < before else value - before
+                before = value
 
     def last(self, *path: str) -> float:
         """The newest known value below `path`; NaN when there is none."""
-        known = [value for value in self.series(*path) if not np.isnan(value)]
-        return float(known[-1]) if known else UNSAID
+        values = (_number(event, path) for event in reversed(self.events) if event["event"] in ("update", "done"))
+        return next((value for value in values if not np.isnan(value)), UNSAID)
 
     @cached_property
     def scores(self) -> Scores:

@@ -100,7 +100,7 @@ def score_table(record: RunRecord) -> TextTable:
                 game,
                 format_score(scores.random_G[column]),
                 *(format_score(score) for score in shown),
-                (format_score(learned, sign=True) + ("" if clear else " (unclear)")) if not np.isnan(learned) else DASH,
+                (format_score(learned, sign=True) + ("" if clear else " ?")) if not np.isnan(learned) else DASH,
                 format_share(float(kept_G[column])) if clear else DASH,
                 *([format_share(reference_G[column])] if has_reference else []),
             ]
@@ -109,8 +109,8 @@ def score_table(record: RunRecord) -> TextTable:
         "Returns",
         ["game", "random", *middle, "learned", "kept", *(["of reference"] if has_reference else [])],
         rows,
-        "Mean raw return of task-agnostic play. Learned: right after its own training, above random play; unclear within two standard "
-        "errors. Kept: the share of that which is left at the end."
+        "Mean raw return of task-agnostic play. Learned: right after its own training, above random play (?: by less than two "
+        "standard errors). Kept: the share of that which is left at the end."
         + (
             " Of reference: 0 % is the published score of random play, 100 % a human's (pixel games: best play); for whole episodes only."
             if has_reference
@@ -131,7 +131,7 @@ def tier_table(record: RunRecord) -> TextTable:
             format_bytes(record.last("cache", "resident") * expert_bytes),
             format_bytes(record.last("cache", "capacity") * expert_bytes),
             format_count(hits),
-            _share_of(hits, accesses, "accesses"),
+            format_share(_ratio(hits, accesses)),
             format_bytes(record.total("cache", "bytes_in")),
             format_bytes(record.total("cache", "bytes_out")),
         ]
@@ -143,19 +143,19 @@ def tier_table(record: RunRecord) -> TextTable:
                 format_bytes(record.last("store", tier, "used_bytes")),
                 format_bytes(record.last("store", tier, "capacity_bytes")) if tier == "dram" else DASH,
                 format_count(fetched[tier]),
-                _share_of(fetched[tier], fetches, "fetches"),
+                format_share(_ratio(fetched[tier], fetches)),
                 format_bytes(record.total("store", tier, "written_bytes")),
                 format_bytes(record.total("store", tier, "read_bytes")),
             ]
         )
-    seeded = _share_of(fetched["seed"], fetches, "fetches")
-    rows.append(["seed", DASH, DASH, format_count(fetched["seed"]), seeded, DASH, DASH])
+    rows.append(["seed", DASH, DASH, format_count(fetched["seed"]), format_share(_ratio(fetched["seed"], fetches)), DASH, DASH])
     return TextTable(
         "Tiers",
-        ["tier", "holds", "capacity", "experts served", "hit rate", "bytes in", "bytes out"],
+        ["tier", "holds", "capacity", "served", "hit rate", "bytes in", "bytes out"],
         rows,
-        "HBM serves an access or has the expert fetched (or prefetched) from where the daemon finds it: DRAM, NVMe, or the seed of an "
-        "expert that was never trained. DRAM and NVMe bytes are the daemon's, of all its trainers.",
+        "Training and evaluation together. HBM serves an access to an expert (its hit rate: of all accesses), or fetches or prefetches it "
+        "from where the daemon finds it (the other rates: of these fetches): DRAM, NVMe, or the seed of an expert that was never trained. "
+        "DRAM and NVMe bytes are the daemon's, of all its trainers.",
     )
 
 
@@ -163,6 +163,7 @@ def prefetch_table(record: RunRecord) -> TextTable:
     """What became of prefetched experts."""
     issued = record.total("cache", "prefetch_issued")
     fates = {fate: record.total("cache", f"prefetch_{fate}") for fate in ("useful", "late", "wasted", "cancelled")}
+    fates["unused yet"] = issued - sum(fates.values())
     rows = [["experts", format_count(issued), *(format_count(count) for count in fates.values())]]
     if issued > 0:
         rows.append(["share", "100 %", *(format_share(_ratio(count, issued)) for count in fates.values())])
@@ -221,7 +222,7 @@ def format_score(score: float, *, sign: bool = False) -> str:
     """A raw return, as precise as it matters."""
     if np.isnan(score):
         return DASH
-    digits = 0 if abs(score) >= 100 else 1 if abs(score) >= 10 else 2
+    digits = 0 if abs(score) >= 100 or score == 0 else 1 if abs(score) >= 10 else 2
     return f"{score:{'+' if sign else ''},.{digits}f}"
 
 
@@ -253,10 +254,6 @@ def _of_reference(record: RunRecord, game: str, own: float) -> float:
 
 def _ratio(part: float, whole: float) -> float:
     return part / whole if whole > 0 else float("nan")
-
-
-def _share_of(part: float, whole: float, what: str) -> str:
-    return f"{format_share(part / whole)} of {what}" if whole > 0 else DASH
 
 
 def _seconds(seconds: float) -> str:

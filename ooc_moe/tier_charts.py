@@ -80,7 +80,12 @@ def tier_bytes(record: RunRecord) -> Figure | None:
     ):
         width = 3.2 if tier == "hbm" else 1.6
         bottom.plot(
-            record.steps_U, np.nancumsum(record.increments(*path)), color=TIERS[tier][1], linestyle=line, linewidth=width, label=name
+            record.steps_U,
+            np.nancumsum(record.increments(*path, evaluations=True)),
+            color=TIERS[tier][1],
+            linestyle=line,
+            linewidth=width,
+            label=name,
         )
     bottom.set_title("bytes moved since the start")
     for ax in (top, bottom):
@@ -92,12 +97,12 @@ def tier_bytes(record: RunRecord) -> Figure | None:
 
 def prefetching(record: RunRecord) -> Figure | None:
     """What became of the experts that were prefetched, update by update."""
-    if not np.nansum(record.increments("cache", "prefetch_issued")):
+    if not np.nansum(record.increments("cache", "prefetch_issued", evaluations=True)):
         return None
     figure = Figure(figsize=(WIDTH, 2.7))
     ax = figure.subplots()
-    fates = {(fate, colour): record.increments("cache", f"prefetch_{fate}") for fate, colour in FATES.items()}
-    _stacked(ax, record, fates, "prefetched experts in each update")
+    fates = {(fate, colour): record.increments("cache", f"prefetch_{fate}", evaluations=True) for fate, colour in FATES.items()}
+    _stacked(ax, record, fates, "prefetched experts in each update (and the evaluation before it)")
     _over_steps((ax,), record)
     return figure
 

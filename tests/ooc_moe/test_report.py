@@ -103,9 +103,9 @@ def test_hit_rates_fetches_and_bytes_are_those_of_the_counters(finished_run: Pat
     cache = record.updates[-1]["cache"]
     fetched = cache["fetched_from"]
     table = rows(summary.tier_table(record))
-    assert table["HBM"][2:4] == [f"{cache['hits']:,}", f"{100 * cache['hits'] / cache['accesses']:.1f} % of accesses"]
-    assert table["DRAM"][3] == f"{100 * fetched['dram'] / (fetched['dram'] + fetched['seed']):.1f} % of fetches"
-    assert table["NVMe"][2:4] == ["0", "0.0 % of fetches"]
+    assert table["HBM"][2:4] == [f"{cache['hits']:,}", f"{100 * cache['hits'] / cache['accesses']:.1f} %"]
+    assert table["DRAM"][3] == f"{100 * fetched['dram'] / (fetched['dram'] + fetched['seed']):.1f} %"
+    assert table["NVMe"][2:4] == ["0", "0.0 %"]
     assert table["HBM"][4] == summary.format_bytes(cache["bytes_in"])
     assert table["NVMe"][4] == summary.format_bytes(record.updates[-1]["store"]["nvme"]["written_bytes"])
 
@@ -113,7 +113,7 @@ def test_hit_rates_fetches_and_bytes_are_those_of_the_counters(finished_run: Pat
 def test_prefetches_are_useful_late_or_wasted(finished_run: Path) -> None:
     table = summary.prefetch_table(RunRecord.read(finished_run))
     assert table.title == "Prefetch into HBM (by detector)"
-    assert rows(table) == {"experts": ["12", "6", "3", "3", "0"], "share": ["100 %", "50.0 %", "25.0 %", "25.0 %", "0.0 %"]}
+    assert rows(table) == {"experts": ["12", "6", "3", "3", "0", "0"], "share": ["100 %", "50.0 %", "25.0 %", "25.0 %", "0.0 %", "0.0 %"]}
 
 
 def test_overlap_is_measured_in_training_and_in_evaluation(finished_run: Path) -> None:
@@ -154,11 +154,24 @@ def test_a_run_that_only_just_began_names_what_each_picture_needs(tmp_path: Path
     assert "No update was logged yet." in text
 
 
-def test_a_report_made_anew_takes_away_pictures_that_can_no_longer_be_drawn(half_a_run: Path) -> None:
-    write_report(half_a_run)
-    (half_a_run / "metrics.jsonl").write_text("")
-    write_report(half_a_run)
-    assert list((half_a_run / "report").glob("*.png")) == []
+def test_a_report_made_anew_takes_away_pictures_that_can_no_longer_be_drawn(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path, tensorboard=False)
+    writer.log("update", step=1, update=1, game="a", cache={"accesses": 10, "hits": 9})
+    write_report(tmp_path)
+    assert [path.name for path in (tmp_path / "report").glob("*.png")] == ["hit_rate.png"]
+    (tmp_path / "metrics.jsonl").write_text("")
+    write_report(tmp_path)
+    assert list((tmp_path / "report").glob("*.png")) == []
+
+
+def test_a_game_in_which_no_episode_ended_leaves_its_panel_empty(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path, tensorboard=False)
+    for step, (game, mean) in enumerate((("a", 3.0), ("b", None))):
+        writer.log("switch", step=step, update=step, phase=step, **{"from": None, "to": game})
+        writer.log("update", step=step + 1, update=step + 1, game=game, reward_per_step=0.1, episode_return_mean=mean)
+    figure = learning_charts.learning_curves(RunRecord.read(tmp_path))
+    assert figure is not None
+    assert [len(ax.lines[0].get_xdata()) for ax in figure.axes] == [1, 1, 1, 0]
 
 
 def test_names_from_the_run_are_escaped(tmp_path: Path) -> None:
@@ -186,12 +199,17 @@ def test_what_a_resumed_run_counts_begins_anew(tmp_path: Path) -> None:
     assert RunRecord.read(tmp_path).increments("cache", "hits").tolist() == [10, 12]
 
 
-def test_what_an_evaluation_added_is_not_counted_as_training(tmp_path: Path) -> None:
+def test_what_an_evaluation_added_counts_for_the_run_but_not_for_the_update_after_it(tmp_path: Path) -> None:
     writer = MetricsWriter(tmp_path, tensorboard=False)
     writer.log("update", step=1, update=1, game="a", cache={"hits": 10})
     writer.log("evaluation", step=1, update=1, phase=0, evaluated="a", return_mean=1.0, random_mean=0.0, cache={"hits": 30})
     writer.log("update", step=2, update=2, game="a", cache={"hits": 45})
-    assert RunRecord.read(tmp_path).increments("cache", "hits").tolist() == [10, 5]
+    writer.log("done", step=2, update=2, cache={"hits": 47})
+    record = RunRecord.read(tmp_path)
+    assert record.increments("cache", "hits").tolist() == [10, 5]
+    assert record.increments("cache", "hits", evaluations=True).tolist() == [10, 35]
+    assert record.total("cache", "hits") == 47
+    assert record.last("cache", "hits") == 47
 
 
 def test_counters_of_a_daemon_older_than_the_run_count_from_its_first_update(tmp_path: Path) -> None:
@@ -219,7 +237,7 @@ def test_a_game_that_did_not_clearly_beat_random_keeps_nothing(tmp_path: Path) -
     writer = MetricsWriter(tmp_path, tensorboard=False)
     for phase, (score, returns) in enumerate(((12.0, [2.0, 22.0]), (12.0, [12.0, 12.0]))):
         writer.log("evaluation", step=1, update=1, phase=phase, evaluated="a", returns=returns, return_mean=score, random_mean=10.0)
-    assert rows(summary.score_table(RunRecord.read(tmp_path)))["a"][-2:] == ["+2.00 (unclear)", "–"]
+    assert rows(summary.score_table(RunRecord.read(tmp_path)))["a"][-2:] == ["+2.00 ?", "–"]
 
 
 def test_a_run_of_all_57_games_still_draws(tmp_path: Path) -> None:
