@@ -18,6 +18,8 @@ from ooc_moe_wire.errors import InvalidRequest
 
 PREFETCH_PROBABILITY_MIN = 0.1
 """An expert less probable than this is not worth a fetch."""
+UNKNOWN_WEIGHT = 0.25
+"""What a frame that looks like no known game counts for. Not nothing: a known game shows screens that no one stored."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,8 +71,7 @@ class Belief:
     def update(self, prediction: Prediction) -> tuple[list[str], list[bool]]:
         """Takes in one prediction; gives the game believed and whether it is in doubt, for each environment.
 
-        In doubt is who looks unlike the game believed now, or unlike any. Frames of no known game change no belief. The first prediction
-        is believed at once, for want of anything better.
+        In doubt is who looks unlike the game believed now, or unlike any. The first prediction is believed at once, for want of anything better.
 
         Raises:
             InvalidRequest: the prediction has another number of rows.
@@ -82,7 +83,7 @@ class Belief:
         if (self._believed_N < 0).any():
             self._belief_NG, self._believed_N = seen_NG.clone(), seen_NG.argmax(1)
         self._belief_NG = F.pad(self._belief_NG, (0, num_games - self._belief_NG.shape[1]))
-        weight_N = torch.where(prediction.unknown_N, 0.0, 1 - self._smoothing)
+        weight_N = (1 - self._smoothing) * torch.where(prediction.unknown_N, UNKNOWN_WEIGHT, 1.0)
         self._belief_NG = self._belief_NG.lerp(seen_NG, weight_N.unsqueeze(1))
         best = self._belief_NG.max(1)
         self._believed_N = torch.where(best.values >= self._switch_at, best.indices, self._believed_N)
