@@ -95,13 +95,15 @@ class Bank:
         return self.spec.layout
 
     def check(self, experts: Sequence[int]) -> None:
-        """Raises UnknownExpert for the first id outside the bank."""
+        """Raises UnknownExpert for the first id outside the bank, UnknownBank once it is deleted: its slots are others' then."""
+        if self.deleted:
+            raise UnknownBank(f"bank {self.name!r} was deleted")
         for expert in experts:
             if expert >= self.num_experts:
                 raise UnknownExpert(f"expert {expert}: bank {self.name!r} has experts 0 to {self.num_experts - 1}")
 
     def record(self, expert: int) -> Record:
-        """The current record of an expert. Raises UnknownExpert."""
+        """The current record of an expert. Raises UnknownExpert, UnknownBank."""
         self.check((expert,))
         return self.records.get(expert, UNWRITTEN)
 

@@ -146,14 +146,14 @@ class Committer:
 
     def _is_current(self, push: Push) -> bool:
         """Whether its base is still current; it is refused if not (the bank was restored or deleted meanwhile)."""
-        error: OocMoeError | None = None
-        if push.bank.deleted:
-            error = UnknownBank(f"bank {push.bank.name!r} was deleted")
-        elif (current := push.bank.record(push.expert).version) != push.base_version:
-            error = stale(push.bank, push.expert, push.base_version, current)
-        if error:
+        try:
+            current = push.bank.record(push.expert).version
+            if current != push.base_version:
+                raise stale(push.bank, push.expert, push.base_version, current)
+        except (StaleVersion, UnknownBank) as error:
             self._refuse(push, error)
-        return error is None
+            return False
+        return True
 
     async def _commit(self, batch: list[Push]) -> None:
         began = self._stats.clock()

@@ -53,8 +53,18 @@ def _check_format(path: Path) -> None:
         found = marker.read_text(errors="replace")
         if found != FORMAT:
             raise InvalidRequest(f"data_dir: {path} has format {found.strip()[:40]!r}, this daemon knows {FORMAT.strip()!r}")
-    elif others := sorted(entry.name for entry in path.iterdir() if entry.name != "LOCK"):
+    elif others := sorted(entry.name for entry in path.iterdir() if entry.name not in ("LOCK", "FORMAT.new")):
         raise InvalidRequest(f"data_dir: {path} is not a store (no FORMAT), but holds {others[0]!r}")
     else:
-        marker.write_text(FORMAT)
-        sync_directory(path)
+        _write_durably(marker, FORMAT)
+
+
+def _write_durably(path: Path, text: str) -> None:
+    """All of it or nothing, also after a power cut."""
+    temporary = path.with_name(path.name + ".new")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_directory(path.parent)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ooc_moe_server.catalog import Catalog, Slot
-from ooc_moe_server.slab import Slab, supports_direct_io
+from ooc_moe_server.slab import Slab, supports_direct_io, sync_directory
 from ooc_moe_wire.v1 import stats_pb2
 
 Result = TypeVar("Result")
@@ -27,6 +27,7 @@ class NvmeTier:
 
     def __init__(self, directory: Path, catalog: Catalog, *, on_free: Callable[[Slot], None]) -> None:
         directory.mkdir(exist_ok=True)
+        sync_directory(directory.parent)
         self.direct = supports_direct_io(directory)
         self.num_corrupt = 0
         self._directory = directory

@@ -21,7 +21,7 @@ from ooc_moe_server.engine import Engine
 from ooc_moe_server.index import Index
 from ooc_moe_server.slab import Slab
 from ooc_moe_wire.codec import Checksums, chunks
-from ooc_moe_wire.errors import InvalidRequest, TierFull
+from ooc_moe_wire.errors import InvalidRequest, NotTheWriter, TierFull, UnknownBank
 from ooc_moe_wire.layout import BankSpec, Layout, TensorSpec
 from ooc_moe_wire.v1 import expert_pb2
 
@@ -307,6 +307,52 @@ def test_a_record_being_sent_outlives_its_replacement_and_its_slot_is_not_reused
             assert bytes(old.entry.body) == body_of(1)
             await served.aclose()
             assert await store.bodies(0) == {0: body_of(2)}
+
+    asyncio.run(scenario())
+
+
+def test_a_bank_deleted_in_the_middle_of_a_fetch_and_a_push_ends_both_without_harm(tmp_path):
+    async def scenario():
+        async with opened(tmp_path, records=16) as store:
+            await written(store, 8)
+            served = store.fetch(*range(8))
+            first = await anext(served)
+            async with store.engine.committer.exclusive():
+                deleting = asyncio.create_task(store.engine.changes.delete_bank("b"))
+                await asyncio.sleep(0)
+                pushing = asyncio.create_task(store.push({8: body_of(8)}))
+                await until(lambda: store.engine.committer._waiting)
+            with pytest.raises(NotTheWriter):
+                await deleting
+            assert (await pushing)[8].version > 0
+            await store.engine.changes.delete_bank("b")
+            assert bytes(first.entry.body) == body_of(first.expert)
+            with pytest.raises(UnknownBank):
+                async for _ in served:
+                    pass
+            await served.aclose()
+            assert store.engine.snapshot_stats().dram.pinned_bytes == 0
+            assert store.engine.snapshot_stats().nvme.used_bytes == 0
+
+    asyncio.run(scenario())
+
+
+def test_a_restore_that_comes_before_a_push_makes_it_stale(tmp_path):
+    async def scenario():
+        async with opened(tmp_path) as store:
+            snapshot = await store.engine.changes.create_snapshot(["b"], "")
+            await store.push({0: body_of(0)})
+            async with store.engine.committer.exclusive():
+                restoring = asyncio.create_task(store.engine.changes.restore_snapshot(snapshot.id, store.writer_id))
+                await asyncio.sleep(0)
+                await asyncio.sleep(0)
+                pushing = asyncio.create_task(store.push({0: body_of(1)}))
+                await until(lambda: store.engine.committer._waiting)
+            await restoring
+            assert (await pushing)[0].error.kind == "StaleVersion"
+            assert await store.bodies(0) == {0: bytes(LAYOUT.body_bytes)}
+            await store.push({1: body_of(1)})
+            assert store.engine.snapshot_stats().nvme.used_bytes == RECORD  # The refused push's slot came back.
 
     asyncio.run(scenario())
 
