@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -101,14 +102,17 @@ def test_stats_as_json_is_one_document_with_the_names_of_the_proto(run: Run, sha
     assert bank in [entry["bank"] for entry in document["banks"]]
 
 
-def test_stats_watched_as_json_prints_a_document_a_line(shared_daemon: Any) -> None:
+def test_stats_watched_as_json_prints_a_document_a_line_until_ctrl_c(shared_daemon: Any) -> None:
     command = [sys.executable, "-m", "ooc_moe.cli", "stats", "--store", shared_daemon.unix_target, "--watch", "--json", "--interval", "0.1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         uptimes = [json.loads(process.stdout.readline())["uptime_s"] for _ in range(3)]
-        process.terminate()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
     assert uptimes == sorted(uptimes)
     assert uptimes[0] < uptimes[2]
+    assert process.returncode == 130
+    assert "Traceback" not in errors
 
 
 def test_the_store_may_be_named_by_the_environment(run: Run, shared_daemon: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -345,6 +349,20 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("ooc_moe.train.train", broken)
     with pytest.raises(ZeroDivisionError):
         main(["train", "--games", "krull"])
+
+
+# Evaluation
+
+
+def test_eval_asks_for_the_run_and_what_was_given(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Path, dict[str, Any]]] = []
+    monkeypatch.setattr("ooc_moe.evaluate.evaluate_run", lambda run_dir, console, **options: asked.append((run_dir, options)))
+    assert run("eval", tmp_path, "--store", "storage:50051", "--eval-episodes", 3).code == 0
+    assert asked == [(tmp_path, {"store": "storage:50051", "eval_envs": 3})]
+
+
+def test_evaluating_what_is_not_a_run_names_the_directory(run: Run, tmp_path: Path) -> None:
+    assert_refused(run("eval", tmp_path / "r"), str(tmp_path / "r"))
 
 
 # Help
