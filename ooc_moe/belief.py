@@ -71,7 +71,7 @@ class Belief:
     def update(self, prediction: Prediction) -> tuple[list[str], list[bool]]:
         """Takes in one prediction; gives the game believed and whether it is in doubt, for each environment.
 
-        In doubt is who looks unlike the game believed now, or unlike any. The first prediction is believed at once, for want of anything better.
+        In doubt is who looks unlike the game believed now, or unlike any. The first prediction is believed at once, for want of a better.
 
         Raises:
             InvalidRequest: the prediction has another number of rows.

@@ -249,7 +249,7 @@ class _GrowingHead(nn.Module):
 
     def grow(self, outputs: int) -> Iterator[nn.Parameter]:
         """Adds outputs that do not look at the features yet; gives their parameters."""
-        block = nn.Linear(ScreenFeatures.DIM, outputs)
+        block = nn.utils.skip_init(nn.Linear, ScreenFeatures.DIM, outputs)  # Would draw from the global generator.
         nn.init.zeros_(block.weight)
         nn.init.constant_(block.bias, self._bias)
         self.blocks.append(block)

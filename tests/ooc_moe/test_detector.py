@@ -209,6 +209,8 @@ def test_predicting_leaves_mode_state_and_gradients_alone(taught, pixel_frames, 
 def test_learning_works_inside_no_grad_and_draws_only_from_its_own_generator(taught, pixel_frames):
     detector = copy_of(taught)
     state = torch.get_rng_state()
+    detector.add_game("new")
+    detector.grow_experts(16)
     before = [parameter.clone() for parameter in detector.parameters()]
     with torch.no_grad():
         detector.learn(pixel_frames[PIXEL[1]][:64], PIXEL[1], usage(1))
