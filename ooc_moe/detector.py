@@ -249,7 +249,8 @@ class _GrowingHead(nn.Module):
 
     def grow(self, outputs: int) -> Iterator[nn.Parameter]:
         """Adds outputs that do not look at the features yet; gives their parameters."""
-        block = nn.utils.skip_init(nn.Linear, ScreenFeatures.DIM, outputs)  # Would draw from the global generator.
+        # Without `skip_init` it would draw from the global generator.
+        block: nn.Linear = nn.utils.skip_init(nn.Linear, ScreenFeatures.DIM, outputs)  # type: ignore[no-untyped-call]
         nn.init.zeros_(block.weight)
         nn.init.constant_(block.bias, self._bias)
         self.blocks.append(block)
