@@ -35,7 +35,7 @@ class Prediction:
     expert_probabilities_NE: Tensor
     """Of each expert being used for the frame; not a distribution."""
     experts: list[int]
-    """What to prefetch for the batch: the experts that any of its frames makes probable, the most probable first."""
+    """What to prefetch for the batch: the experts that any of its frames of a known game makes probable, the most probable first."""
 
     @property
     def names(self) -> list[str]:
@@ -50,6 +50,8 @@ class Prediction:
 
 def prefetch_set(expert_probabilities_NE: Tensor, prefetch_experts: int) -> list[int]:
     """The experts, at most `prefetch_experts`, that some frame makes probable enough to be worth a fetch; the most probable first."""
+    if not len(expert_probabilities_NE):
+        return []
     best_E, experts_E = expert_probabilities_NE.amax(0).sort(descending=True, stable=True)
     return experts_E[best_E >= PREFETCH_PROBABILITY_MIN][:prefetch_experts].tolist()
 

@@ -117,12 +117,13 @@ class Detector(nn.Module):
         features_ND = self.features(screens_of(frames_NSHW, self._frame_shape))
         probabilities_NG = self.game_head(features_ND).softmax(1)
         expert_probabilities_NE = self.expert_head(features_ND).sigmoid()
+        unknown_N = self._unknown(features_ND, probabilities_NG.argmax(1))
         return Prediction(
             games=self.games,
             probabilities_NG=probabilities_NG,
-            unknown_N=self._unknown(features_ND, probabilities_NG.argmax(1)),
+            unknown_N=unknown_N,
             expert_probabilities_NE=expert_probabilities_NE,
-            experts=prefetch_set(expert_probabilities_NE, self._prefetch_experts),
+            experts=prefetch_set(expert_probabilities_NE[~unknown_N], self._prefetch_experts),
         )
 
     def _unknown(self, features_ND: Tensor, games_N: Tensor) -> Tensor:

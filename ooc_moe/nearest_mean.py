@@ -103,10 +103,11 @@ class NearestClassMean:
         probabilities_NG = logits_NG.softmax(1)
         uses_NE = probabilities_NG @ (self._uses_GE / counts_G1).clamp(max=1.0)
         limit_G = torch.where(seen_G, UNKNOWN_RADIUS**2 * spread_G, 0.0)
+        unknown_N = (squared_NG > limit_G).all(1)
         return Prediction(
             games=self.games,
             probabilities_NG=probabilities_NG,
-            unknown_N=(squared_NG > limit_G).all(1),
+            unknown_N=unknown_N,
             expert_probabilities_NE=uses_NE,
-            experts=prefetch_set(uses_NE, self._prefetch_experts),
+            experts=prefetch_set(uses_NE[~unknown_N], self._prefetch_experts),
         )

@@ -119,7 +119,8 @@ class Trainer:
                 self._evaluate(phase, progress)
                 self.at = dataclasses.replace(self.at, phase=phase + 1, update_in_game=0)
                 self.save(also=f"{phase}-{self.config.games[phase].replace('/', '-')}.pt")
-        self.writer.log("done", step=self.at.step, update=self.at.update)
+        cache, store = self.session.cache_stats().to_dict(), self.session.store_stats()
+        self.writer.log("done", step=self.at.step, update=self.at.update, cache=cache, store=store)
 
     def _learn(self, game: str, progress: Progress, interrupted: Callable[[], bool]) -> None:
         """Plays and learns one game, then leaves it."""

@@ -97,6 +97,13 @@ def test_a_game_never_seen_is_unknown(taught, game):
     assert float(taught.predict(frames_of(game, seed=2, steps=20)).unknown_N.float().mean()) > 0.9
 
 
+def test_frames_of_an_unknown_game_name_no_experts(taught):
+    strange = frames_of("pixel/away", seed=2, steps=20)
+    unknown_N = taught.predict(strange).unknown_N
+    assert unknown_N.any()
+    assert taught.predict(strange[unknown_N]).experts == []
+
+
 def test_without_replay_the_first_game_would_be_forgotten(pixel_frames, monkeypatch):
     """The test above can fail: this is what the stored frames prevent."""
     forgetful = Detector(**SIZES)
