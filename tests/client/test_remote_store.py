@@ -1,6 +1,7 @@
 """What only a store across a wire must survive: daemons that are away, die in the middle, or send damaged bytes."""
 
 import itertools
+import queue
 import threading
 from collections.abc import Callable, Iterator
 from concurrent import futures
@@ -376,4 +377,27 @@ def test_several_threads_push_through_one_stream(scripted: ScriptedDaemon):
     assert len(scripted.pushes) == 1
     numbers = [number for _, number in scripted.pushes[0]]
     assert numbers == sorted(numbers)
+    store.close()
+
+
+def test_an_expert_has_at_most_one_push_in_flight(scripted: ScriptedDaemon):
+    received: queue.Queue[int] = queue.Queue()
+
+    def answers_two_by_two(headers, context):
+        for first in headers:
+            received.put(first.expert)
+            second = next(headers)
+            received.put(second.expert)
+            yield from acknowledge([first, second], context)
+
+    scripted.push_scripts = [answers_two_by_two]
+    store = RemoteStore(scripted.target)
+    with futures.ThreadPoolExecutor(4) as pool:
+        pushing = []
+        for expert in (0, 0, 1, 2):  # The second 0 waits for the first one's answer, which waits for 1.
+            pushing.append(pool.submit(store.push, "b", [Push(expert=expert, base_version=0, body=body(1.0))]))
+            if len(pushing) == 1:
+                assert received.get(timeout=30) == 0
+        assert received.get(timeout=30) in (1, 2)
+        assert len({call.result(timeout=30)[0] for call in pushing}) == 4
     store.close()

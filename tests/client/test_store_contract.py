@@ -68,7 +68,6 @@ def test_a_deleted_bank_may_come_back_with_another_layout(connect: Connect, bank
     store.delete_bank(bank)
     other = Layout(parameters=(TensorSpec(name="wide", shape=(2000,)),))
     connect().create_bank(spec(bank, layout=other))
-    store.create_bank(spec(bank, layout=other))
     memory = bytearray(other.body_bytes)
     assert [item.version for item in store.fetch(bank, [1], into=lambda _: memoryview(memory))] == [0]
 
