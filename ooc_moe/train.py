@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -273,7 +274,10 @@ class Trainer:
 
 @contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Turns the first Ctrl-C (or SIGTERM) into a wish that the loop fulfils at its next safe point; the second one stops at once."""
+    """Turns the first Ctrl-C (or SIGTERM) into a wish that the loop fulfils at its next safe point; the second one stops at once.
+
+    Outside the main thread, where Python handles no signals, nobody interrupts.
+    """
     wish = False
 
     def note(signum: int, frame: object) -> None:
@@ -282,7 +286,8 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         wish = True
 
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    previous = {number: signal.signal(number, note) for number in numbers}
     try:
         yield lambda: wish
     finally:

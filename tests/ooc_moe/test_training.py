@@ -1,10 +1,12 @@
 """Whole short runs: real games, a real daemon process, everything through the store."""
 
+import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -12,12 +14,17 @@ import pytest
 import torch
 from rich.console import Console
 
-from ooc_moe import checkpoint
+from ooc_moe import checkpoint, envs
+from ooc_moe.agent import Agent
 from ooc_moe.config import PRESETS
 from ooc_moe.daemon import embedded_daemon
+from ooc_moe.evaluate import evaluate_run
 from ooc_moe.metrics import read_metrics
+from ooc_moe.rollout import Collector
 from ooc_moe.run_config import PPOConfig, RunConfig
 from ooc_moe.train import resume, train
+from ooc_moe_client.cache import ExpertCache
+from ooc_moe_client.in_memory import InMemoryStore
 from ooc_moe_client.remote import RemoteStore
 from ooc_moe_wire.errors import InvalidRequest
 
@@ -54,7 +61,8 @@ def end_of(run_dir: Path, name: str) -> checkpoint.Checkpoint:
 def without_clock(run_dir: Path):
     """The run's events without what depends on time or on the order in which background work happened to run."""
     kept = ("event", "step", "update", "game", "losses", "usage", "detector", "returns", "evaluated", "episode_return_mean", "believed")
-    return [{key: event[key] for key in kept if key in event} for event in read_metrics(run_dir)]
+    events = [event for event in read_metrics(run_dir) if event["event"] != "resumed"]
+    return [{key: event[key] for key in kept if key in event} for event in events]
 
 
 def assert_same_run(first: Path, second: Path) -> None:
@@ -142,17 +150,109 @@ def test_a_resumed_run_continues_bit_for_bit_after_kill_9(tmp_path):
 
 
 def test_ctrl_c_saves_and_resume_finishes(tmp_path):
-    command = [sys.executable, "-m", "ooc_moe.cli", "train", "--preset", "tiny", "--games", "pixel/catch", "--steps-per-game", "100000"]
-    process = subprocess.Popen(
-        [*command, "--run-dir", str(tmp_path / "run"), "--eval-steps", "0"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-m", "ooc_moe.cli", "train", "--run-dir", str(tmp_path / "run")]
+    new = ["--preset", "tiny", "--games", "pixel/catch", "--steps-per-game", "6144", "--eval-steps", "0"]
+    process = subprocess.Popen([*command, *new], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     wait_for(lambda: len(updates(tmp_path / "run")) >= 2)
     process.send_signal(signal.SIGINT)
     _, complaint = process.communicate(timeout=60)
     assert process.returncode == 130, complaint
     assert "Traceback" not in complaint
-    saved = end_of(tmp_path / "run", "latest.pt")
-    assert saved.progress.update >= 2
+    saved = end_of(tmp_path / "run", "latest.pt").progress
+    assert 2 <= saved.update < 6
+    finished = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 0, finished.stderr
+    assert [event["update"] for event in updates(tmp_path / "run")] == list(range(1, 7))
+
+
+def test_before_the_first_update_all_ratios_are_1():
+    """Acting frame by frame with router noise, and seeing the segments whole with the routing replayed, say the same."""
+    config = tiny_run(Path("unused"))
+    store = InMemoryStore()
+    (spec,) = config.agent.bank_specs("run", config.seed)
+    store.create_bank(spec)
+    with ExpertCache(store, spec.name, capacity_experts=8) as cache:
+        agent = Agent(config.agent, [cache], seed=config.seed)
+        agent.add_game("krull")
+        game_envs = envs.make("krull", PPO.num_envs, frame_size=config.agent.frame_size)
+        generator = torch.Generator().manual_seed(1)
+        collector = Collector(agent, game_envs, PPO, generator=generator, on_segment=lambda frames: None)
+        collector.reset(1)
+        rollout = collector.collect()
+        seen = agent(rollout.frames_BTSHW, game="krull", starts_BT=rollout.starts_BT, routing=rollout.experts_BTLK)
+        log_probs = seen.logits_BTA.log_softmax(-1).gather(-1, rollout.actions_BT.unsqueeze(-1)).squeeze(-1)
+        torch.testing.assert_close((log_probs - rollout.log_probs_BT).exp(), torch.ones_like(log_probs), atol=1e-5, rtol=0)
+        torch.testing.assert_close(seen.value_BT, rollout.values_BT, atol=1e-5, rtol=1e-5)
+
+
+def test_training_goes_on_when_the_daemon_is_killed_and_restarted(start_daemon, tmp_path):
+    """Ends bit-equal to the run that nothing happened to."""
+    daemon = start_daemon(dram_bytes="1MiB")
+    changes = {"games": ("pixel/catch", "pixel/avoid"), "steps_per_game": 512, "eval_steps": 0, "checkpoint_every": 2}
+    calm = train(tiny_run(tmp_path / "calm", store=daemon.target, **changes), SILENT)
+    shaken = tmp_path / "shaken"
+    failures = []
+
+    def run():
+        try:
+            train(tiny_run(shaken, store=daemon.target, **changes), SILENT)
+        except BaseException as error:
+            failures.append(error)
+
+    trainer = threading.Thread(target=run)
+    trainer.start()
+    for after in (3, 10, 20):
+        wait_for(lambda after=after: failures or len(updates(shaken)) >= after)
+        daemon.restart()
+    trainer.join(timeout=120)
+    assert not trainer.is_alive()
+    assert not failures
+    assert without_clock(calm) == without_clock(shaken)
+    store = RemoteStore(daemon.target)
+    experts = [{i.expert: (i.parameter_xxh3, i.optimizer_xxh3) for i in store.list_experts(f"{run}/experts")} for run in ("calm", "shaken")]
+    store.close()
+    assert experts[0] == experts[1]
+
+
+def test_two_trainers_share_a_daemon_and_its_statistics_tell_them_apart(daemon, tmp_path):
+    command = [sys.executable, "-m", "ooc_moe.cli", "train", "--preset", "tiny", "--store", daemon.target, "--eval-steps", "0"]
+    trainers = [
+        subprocess.Popen([*command, "--games", game, "--run-dir", str(tmp_path / name), "--steps-per-game", "4096", "--quiet"])
+        for name, game in (("one", "pixel/catch"), ("two", "pixel/cross"))
+    ]
+    store = RemoteStore(daemon.target)
+
+    def hbm():
+        return {trainer.trainer: trainer for trainer in store.stats().trainers if trainer.hbm and trainer.hbm[0].hits}
+
+    wait_for(lambda: {"one", "two"} <= hbm().keys())
+    together = hbm()
+    assert together["one"].activity.startswith("training pixel/catch")
+    assert together["two"].hbm[0].bank == "two/experts"
+    assert [trainer.wait(timeout=120) for trainer in trainers] == [0, 0]
+    assert {bank.bank: bank.access.pushed_experts > 0 for bank in store.stats().banks} == {"one/experts": True, "two/experts": True}
+    store.close()
+
+
+def test_a_finished_run_is_evaluated_again_without_touching_its_bank(finished):
+    before = stored_experts(finished)
+    found = evaluate_run(finished, SILENT, eval_envs=2, eval_steps=6)
+    assert [fields["evaluated"] for fields in found] == ["krull", "road_runner"]
+    assert all(len(fields["returns"]) == 2 for fields in found)
+    assert stored_experts(finished) == before
+
+
+@pytest.mark.slow
+def test_the_full_preset_makes_real_updates_through_all_tiers(tmp_path):
+    """25 MB records, 256 experts, six layers; HBM holds 6 of a game's 8 experts and DRAM 12."""
+    agent = dataclasses.replace(PRESETS["full"], hbm_experts=6, dram_experts=12)
+    ppo = PPOConfig(num_envs=2, rollout_steps=32, epochs=1, minibatch_segments=1)
+    config = RunConfig(run_dir=tmp_path / "full", agent=agent, ppo=ppo, games=("krull", "boxing"), steps_per_game=128, eval_steps=0)
+    train(config, SILENT)
+    assert len(updates(config.run_dir)) == 4
+    last = updates(config.run_dir)[-1]
+    assert last["cache"]["write_backs"] > 0
+    assert last["store"]["nvme"]["written_bytes"] > 4 * 25_000_000
 
 
 def test_a_directory_that_holds_a_run_is_refused(finished):
