@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from ooc_moe import checkpoint, envs
 from ooc_moe.evaluate import Evaluator
@@ -267,8 +267,8 @@ class Trainer:
     def _show(self, progress: Progress, bar: TaskID, game: str, rollout: Rollout) -> None:
         cache = self.session.cache_stats()
         episodes = rollout.episode_returns
-        score = f"return {sum(episodes) / len(episodes):.0f}" if episodes else f"{1000 * rollout.reward_per_step:.0f} points/1000 steps"
-        progress.update(bar, completed=self.at.update_in_game, note=f"{score}, HBM hit rate {cache.hit_rate:.1%}")
+        score = f"return {sum(episodes) / len(episodes):.0f}" if episodes else f"{1000 * rollout.reward_per_step:.0f} points per 1000 steps"
+        progress.update(bar, completed=self.at.update_in_game, note=f"{score}, HBM hits {cache.hit_rate:.1%}")
         self.session.reporter.activity = f"training {game}, step {self.at.step}"
 
 
@@ -297,11 +297,10 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
 
 def _progress(console: Console) -> Progress:
     return Progress(
-        TextColumn("{task.description:>14}"),
-        BarColumn(bar_width=30),
-        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TextColumn("{task.description:>13}"),
+        BarColumn(bar_width=12),
+        MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
         console=console,
     )
