@@ -71,7 +71,7 @@ def summary_tables(run_dir: Path) -> list[RenderableType]:
     """
     record = RunRecord.read(run_dir)
     notices = [Text(text, style="yellow") for text in summary.missing(record)]
-    return [*notices, *(_rich_table(table) for table in summary.tables(record))]
+    return [*notices, *(_rich_table(table) for table in summary.tables(record) if table.rows)]
 
 
 def _rich_table(table: summary.TextTable) -> Table:
