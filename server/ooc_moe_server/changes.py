@@ -158,7 +158,8 @@ class Changes:
         restored = [
             (bank, expert, self._renewed(state.records.get(expert, UNWRITTEN)))
             for bank, state in banks.items()
-            for expert in sorted(bank.records.keys() | state.records.keys())
+            # A new version also for what is being pushed, so that no push from before the restore lands after it.
+            for expert in sorted(bank.records.keys() | state.records.keys() | bank.pushing.keys())
         ]
         writes = [Write(bank_id=bank.id, expert=expert, record=record) for bank, expert, record in restored]
         await self._committer.on_index(lambda index: index.put_records(writes, self._catalog.next_version))

@@ -346,13 +346,13 @@ def test_a_restore_that_comes_before_a_push_makes_it_stale(tmp_path):
                 restoring = asyncio.create_task(store.engine.changes.restore_snapshot(snapshot.id, store.writer_id))
                 await asyncio.sleep(0)
                 await asyncio.sleep(0)
-                pushing = asyncio.create_task(store.push({0: body_of(1)}))
-                await until(lambda: store.engine.committer._waiting)
+                pushing = asyncio.create_task(store.push({0: body_of(1), 1: body_of(2)}))  # Expert 1 was never written.
+                await until(lambda: len(store.engine.committer._waiting) == 2)
             await restoring
-            assert (await pushing)[0].error.kind == "StaleVersion"
-            assert await store.bodies(0) == {0: bytes(LAYOUT.body_bytes)}
+            assert {outcome.error.kind for outcome in (await pushing).values()} == {"StaleVersion"}
+            assert await store.bodies(0, 1) == {0: bytes(LAYOUT.body_bytes), 1: bytes(LAYOUT.body_bytes)}
             await store.push({1: body_of(1)})
-            assert store.engine.snapshot_stats().nvme.used_bytes == RECORD  # The refused push's slot came back.
+            assert store.engine.snapshot_stats().nvme.used_bytes == RECORD  # The refused pushes' slots came back.
 
     asyncio.run(scenario())
 
