@@ -107,7 +107,7 @@ class ExpertCache:
             InvalidRequest: an expert is repeated, or they are more than the slots.
             UnknownExpert: an id outside the bank, before anything is fetched.
             TierFull: too many slots are pinned.
-            And what the store raises, or raised behind (CorruptRecord, Unavailable, StaleVersion, NotTheWriter).
+            And what the store raises, or raised behind (CorruptRecord, Unavailable, StaleVersion, LostUpdate, NotTheWriter).
         """
         residents = self._pin(experts, sections, counted)
         try:
@@ -218,11 +218,18 @@ class ExpertCache:
             )
 
     def close(self) -> None:
-        """Flushes, and ends the threads, also when the flush fails. The store stays open."""
+        """Flushes, and ends the threads, also when the flush fails. The store stays open.
+
+        Raises what went wrong in the flush, or else behind before it, when everything else is durable.
+        """
         if self._core.closed:
             return
+        with self._core.changed:
+            earlier = self._core.take_error()
         try:
             self.flush()
+            if earlier is not None:
+                raise earlier
         finally:
             with self._core.changed:
                 self._core.closed = True

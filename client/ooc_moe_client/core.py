@@ -13,7 +13,7 @@ from ooc_moe_client.cache_stats import Counters
 from ooc_moe_client.slab import Slab
 from ooc_moe_client.store import ExpertStore, Fetched, Priority, Sections
 from ooc_moe_client.table import Resident, State, Table
-from ooc_moe_wire.errors import InvalidRequest, StaleVersion
+from ooc_moe_wire.errors import InvalidRequest, LostUpdate
 from ooc_moe_wire.layout import Layout
 
 logger = logging.getLogger(__name__)
@@ -47,9 +47,13 @@ class Core:
         """Raises the background error, once; and InvalidRequest when the cache is closed. Needs the lock."""
         if self.closed:
             raise InvalidRequest(f"bank {self.bank!r}: the cache is closed")
-        if self._error is not None:
-            error, self._error = self._error, None
+        if (error := self.take_error()) is not None:
             raise error
+
+    def take_error(self) -> Exception | None:
+        """The background error, once. Needs the lock."""
+        error, self._error = self._error, None
+        return error
 
     def load(self, residents: Sequence[Resident], sections: Sections, priority: Priority) -> None:
         """Fetches the experts of `residents` (loading, not to be evicted by others) in one call; each becomes ready as it arrives.
@@ -76,9 +80,8 @@ class Core:
     def _check_version(self, fetched: Fetched) -> None:
         newest = self.acknowledged.get(fetched.expert, 0)
         if fetched.version < newest:
-            raise StaleVersion(
-                f"bank {self.bank!r}, expert {fetched.expert}: the store gave version {fetched.version}, but had acknowledged {newest}: "
-                "an update was lost"
+            raise LostUpdate(
+                f"bank {self.bank!r}, expert {fetched.expert}: the store gave version {fetched.version}, but had acknowledged {newest}"
             )
 
     def _ready(self, resident: Resident, fetched: Fetched, num_bytes: int) -> None:

@@ -10,6 +10,7 @@
         BankExists        the name belongs to a bank with another spec                   use it, or another name
         SnapshotExists    the name belongs to a snapshot of other banks
       StaleVersion        the update started from a version that is no longer current    re-read, redo the update
+      LostUpdate          an acknowledged version is gone from the store               restore a snapshot
       NotTheWriter        another writer has the bank open                               wait, or stop it
       TierFull            no room: everything pinned, or the disk is full                back off, unpin, add space
       CorruptRecord       a checksum does not match                                      restore a snapshot; never retry
@@ -68,6 +69,10 @@ class StaleVersion(OocMoeError):
     """The update started from a version that is no longer current."""
 
 
+class LostUpdate(OocMoeError):
+    """The store gave an older version than it had acknowledged; a client that went on would train on old values."""
+
+
 class NotTheWriter(OocMoeError):
     """Another writer has the bank open."""
 
@@ -106,6 +111,7 @@ STATUS: dict[type[OocMoeError], grpc.StatusCode] = {
     BankExists: grpc.StatusCode.ALREADY_EXISTS,
     SnapshotExists: grpc.StatusCode.ALREADY_EXISTS,
     StaleVersion: grpc.StatusCode.ABORTED,
+    LostUpdate: grpc.StatusCode.FAILED_PRECONDITION,
     NotTheWriter: grpc.StatusCode.FAILED_PRECONDITION,
     TierFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     CorruptRecord: grpc.StatusCode.DATA_LOSS,

@@ -17,6 +17,7 @@ from ooc_moe_client.store import Sections
 from ooc_moe_wire.errors import (
     CorruptRecord,
     InvalidRequest,
+    LostUpdate,
     NotTheWriter,
     StaleVersion,
     TierFull,
@@ -412,7 +413,7 @@ def test_an_acknowledged_update_that_the_store_lost_is_noticed(gated: GatedStore
     cache.flush()
     visit(cache, [1])
     del gated._state.banks[bank].records[0]
-    with pytest.raises(StaleVersion, match="an update was lost"):
+    with pytest.raises(LostUpdate, match="had acknowledged"):
         visit(cache, [0])
     cache.close()
 
@@ -511,6 +512,20 @@ def test_a_damaged_expert_found_by_a_prefetch_surfaces(gated: GatedStore, bank: 
         with pytest.raises(CorruptRecord, match="expert 1"):
             visit(cache, [0])
         assert visit(cache, [0]) == [0]
+
+
+def test_closing_after_a_background_error_raises_it_when_every_update_is_durable(gated: GatedStore, bank: str):
+    cache = ExpertCache(gated, bank, capacity_experts=6)
+    update(cache, [0])
+    gated.fetch_errors[1] = CorruptRecord("expert 1 is damaged")
+    cache.prefetch([1])
+    with cache._core.changed:
+        assert cache._core.changed.wait_for(lambda: cache._core._error is not None, timeout=30)
+    with pytest.raises(CorruptRecord, match="expert 1"):
+        cache.close()
+    assert step_of(gated, bank, 0) == 1
+    with pytest.raises(InvalidRequest, match="closed"):
+        cache.flush()
 
 
 def test_speculation_evicts_nothing_of_the_working_set_until_it_is_left(gated: GatedStore, bank: str):
