@@ -73,12 +73,12 @@ class Prefetcher:
         """Empties the queue, and the daemon's."""
         for expert in list(self._queue):
             self._cancel_queued(expert)
-        self._promote.clear()
         self._cancel = True
         self._core.changed.notify_all()
 
     def _cancel_queued(self, expert: int) -> None:
         del self._queue[expert]
+        self._promote.pop(expert, None)
         self._core.counters.prefetch_cancelled += 1
 
     @property
