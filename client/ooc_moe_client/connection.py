@@ -15,11 +15,9 @@ from typing import Protocol, TypeVar
 import grpc
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, sleep_using_event, wait_random_exponential
 
-from ooc_moe_wire.codec import MESSAGE_BYTES_MAX
+from ooc_moe_wire.codec import MESSAGE_BYTES_MAX, TRAINER_BYTES_MAX, TRAINER_KEY
 from ooc_moe_wire.errors import DeadlineExceeded, InvalidRequest, TierFull, Unavailable, from_rpc_error
 
-TRAINER_KEY = "ooc-moe-trainer"
-TRAINER_CHARACTERS_MAX = 128
 # A daemon that was never seen is more likely mistyped or not started than restarting.
 FIRST_CONTACT_S = 5.0
 TIER_FULL_TRIES_MAX = 10
@@ -73,8 +71,8 @@ class Connection:
     """
 
     def __init__(self, target: str, *, trainer: str, timeout_s: float, patience_s: float) -> None:
-        if len(trainer) > TRAINER_CHARACTERS_MAX or not trainer.isascii() or not (trainer.isprintable() or not trainer):
-            raise InvalidRequest(f"trainer: {trainer!r} is not at most {TRAINER_CHARACTERS_MAX} printable ASCII characters")
+        if len(trainer) > TRAINER_BYTES_MAX or not trainer.isascii() or not (trainer.isprintable() or not trainer):
+            raise InvalidRequest(f"trainer: {trainer!r} is not at most {TRAINER_BYTES_MAX} printable ASCII characters")
         if timeout_s <= 0 or patience_s < 0:
             raise InvalidRequest(f"timeout_s {timeout_s} must be positive and patience_s {patience_s} not negative")
         self.target = target

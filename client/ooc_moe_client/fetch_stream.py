@@ -11,12 +11,11 @@ from typing import cast
 from ooc_moe_client.checks import check_memory
 from ooc_moe_client.connection import Connection, Responses
 from ooc_moe_client.store import Fetched, Priority, Sections, Tier
-from ooc_moe_wire.codec import Assembler, Checksums, verify
+from ooc_moe_wire.codec import HOLDS_NONE, Assembler, Checksums, verify
 from ooc_moe_wire.errors import CorruptRecord, Internal, InvalidRequest, OocMoeError, error_named
 from ooc_moe_wire.layout import Layout
 from ooc_moe_wire.v1 import expert_pb2, expert_pb2_grpc
 
-HOLDS_NONE = (1 << 64) - 1
 # A stream's deadline allows for the slowest disk and network worth using.
 SLOWEST_BYTES_PER_S = 10 << 20
 

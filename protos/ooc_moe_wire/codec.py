@@ -17,7 +17,13 @@ from ooc_moe_wire.layout import BLOCK_BYTES, Layout
 from ooc_moe_wire.v1 import expert_pb2
 
 CHUNK_BYTES = 1 << 20  # 1-2 MiB messages are the fastest for Python gRPC.
+CHUNK_BYTES_MAX = 2 << 20
 MESSAGE_BYTES_MAX = 4 << 20
+HOLDS_NONE = (1 << 64) - 1  # In `known_versions`: no version is held.
+
+# The metadata key under which a caller names itself.
+TRAINER_KEY = "ooc-moe-trainer"
+TRAINER_BYTES_MAX = 128
 
 MAGIC = b"OOCMOE\r\n"
 FORMAT = 1
@@ -113,6 +119,9 @@ def chunks(body: memoryview) -> Iterator[expert_pb2.Chunk]:
 
 def encoded_chunks(body: memoryview, *, field: int) -> Iterator[bytes]:
     """As `chunks`, but serialized inside a message that carries them as field number `field`, with one copy instead of three.
+
+    A fresh megabyte costs more in page faults than in copying: on a 2-core virtual machine a daemon spent 6 ms of CPU on each chunk made
+    by protobuf, and 0.6 ms on one of these in memory that its allocator kept.
 
     Args:
         body: the bytes.

@@ -16,10 +16,10 @@ from ooc_moe_server.catalog import Bank, Record
 from ooc_moe_server.dram import DramTier, Entry
 from ooc_moe_server.promotions import Promotions
 from ooc_moe_server.stats import Scopes, Stats
+from ooc_moe_wire.codec import HOLDS_NONE
 from ooc_moe_wire.errors import CorruptRecord, InvalidRequest, TierFull
 from ooc_moe_wire.v1 import expert_pb2
 
-HOLDS_NONE = (1 << 64) - 1
 # Records that one call may have pinned or under way beyond the one it sends.
 READ_AHEAD = 4
 _LATENCY = {expert_pb2.TIER_DRAM: "fetch_dram", expert_pb2.TIER_NVME: "fetch_nvme", expert_pb2.TIER_SEED: "fetch_seed"}

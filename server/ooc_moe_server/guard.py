@@ -88,6 +88,6 @@ async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: OocMoeError
 
 
 def _unless_encoded(serialize: Callable[[Any], bytes] | None) -> Callable[[Any], bytes]:
-    """Lets messages through that are bytes already (frames.py)."""
+    """Lets messages through that are bytes already (`encoded_chunks`)."""
     assert serialize is not None
     return lambda message: message if isinstance(message, bytes) else serialize(message)

@@ -17,13 +17,12 @@ from ooc_moe_server.catalog import Bank, PushUnderWay
 from ooc_moe_server.commits import Committer, Push, stale
 from ooc_moe_server.dram import DramTier
 from ooc_moe_server.stats import Scopes, Stats
-from ooc_moe_wire.codec import Assembler, Checksums
+from ooc_moe_wire.codec import CHUNK_BYTES_MAX, Assembler, Checksums
 from ooc_moe_wire.errors import InvalidRequest, NotTheWriter, OocMoeError, StaleVersion
 from ooc_moe_wire.v1 import expert_pb2
 
 log = logging.getLogger(__name__)
 
-CHUNK_BYTES_MAX = 2 << 20
 WRITER_ID_BYTES_MAX = 128
 # Of one stream; a writer that sends more waits.
 PUSHES_IN_FLIGHT_MAX = 64

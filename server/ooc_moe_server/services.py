@@ -15,9 +15,9 @@ import grpc.aio
 from ooc_moe_server.catalog import Bank
 from ooc_moe_server.engine import Engine
 from ooc_moe_server.fetches import Served
-from ooc_moe_server.frames import chunk_messages
 from ooc_moe_server.pushes import Writer, error_info
 from ooc_moe_server.stats import Scopes
+from ooc_moe_wire.codec import TRAINER_BYTES_MAX, TRAINER_KEY, encoded_chunks
 from ooc_moe_wire.errors import InvalidRequest, Unavailable
 from ooc_moe_wire.layout import BankSpec
 from ooc_moe_wire.v1 import (
@@ -31,8 +31,6 @@ from ooc_moe_wire.v1 import (
     stats_pb2_grpc,
 )
 
-TRAINER_KEY = "ooc-moe-trainer"
-TRAINER_BYTES_MAX = 128
 WATCH_INTERVAL_MS = 1000
 WATCH_INTERVAL_MS_MIN = 100
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -219,7 +217,7 @@ async def _send(bank: Bank, served: Served, whole: bool, context: Context) -> No
             header.optimizer_bytes = bank.layout.optimizer_bytes
             header.optimizer_xxh3 = served.entry.checksums.optimizer
     await context.write(expert_pb2.FetchExpertsResponse(header=header))
-    for message in chunk_messages(body):
+    for message in encoded_chunks(body, field=expert_pb2.FetchExpertsResponse.CHUNK_FIELD_NUMBER):
         await context.write(message)
 
 
@@ -233,7 +231,9 @@ async def _serve(writer: Writer, context: Context) -> None:
         if not receiver.done():
             receiver.cancel()
         await writer.settle()
-        await asyncio.wait([asyncio.ensure_future(writer.outcomes.join()), sender], return_when=asyncio.FIRST_COMPLETED)
+        answered = asyncio.create_task(writer.outcomes.join())
+        await asyncio.wait([answered, sender], return_when=asyncio.FIRST_COMPLETED)
+        answered.cancel()
         if receiver.done() and not receiver.cancelled():
             receiver.result()
         if writer.closing.done():

@@ -1,0 +1,23 @@
+"""The C library's allocator, told to keep large buffers: messages of a megabyte would else pay page faults again and again."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+
+log = logging.getLogger(__name__)
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_MMAP_THRESHOLD_BYTES = 32 << 20  # The most that glibc allows.
+_TRIM_THRESHOLD_BYTES = 256 << 20
+
+
+def keep_large_buffers() -> None:
+    """Tells the C library to reuse freed buffers of megabytes instead of returning their pages at once. For the whole process."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        log.info("the C library has no mallopt: large messages will cost page faults")
+        return
+    mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES)
+    mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD_BYTES)
