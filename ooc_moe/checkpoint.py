@@ -1,7 +1,8 @@
 """A checkpoint: a dense file and a snapshot of the banks, which together are the whole state of a run.
 
 Order on saving: the experts are flushed, the snapshot is taken, the dense file that names it is written beside and renamed over the old
-one, and only then the older snapshot goes. So whatever the instant of a crash, the file on disk names a snapshot that exists.
+one, and only then the older snapshot goes. So whatever the instant of a crash, the file on disk names a snapshot that exists; one that no
+file names may be left over, and a resumed run drops it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 
 from ooc_moe_wire.errors import InvalidRequest
 
+DIRECTORY = "checkpoints"
 LATEST = "latest.pt"
 FORMAT = 1
 
@@ -61,7 +63,12 @@ def load(path: Path) -> Checkpoint:
     """
     if not path.exists():
         raise InvalidRequest(f"resume: {path} does not exist; the run made no checkpoint")
-    content = torch.load(path, weights_only=True, map_location="cpu")
+    content = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
     if content.get("format") != FORMAT:
         raise InvalidRequest(f"resume: {path} has format {content.get('format')}, this version reads {FORMAT}")
     return Checkpoint(progress=Progress(**content["progress"]), snapshot_id=content["snapshot_id"], state=content["state"])
+
+
+def named_snapshots(directory: Path) -> set[int]:
+    """The snapshots that the dense files of a directory need."""
+    return {load(path).snapshot_id for path in directory.glob("*.pt")}

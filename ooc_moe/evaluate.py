@@ -129,7 +129,7 @@ def evaluate_run(
     config = dataclasses.replace(
         config, store=store or config.store, eval_envs=eval_envs or config.eval_envs, eval_steps=eval_steps or config.eval_steps
     )
-    saved = checkpoint.load(run_dir / "checkpoints" / checkpoint.LATEST)
+    saved = checkpoint.load(run_dir / checkpoint.DIRECTORY / checkpoint.LATEST)
     found = []
     with (
         open_store(config) as opened,

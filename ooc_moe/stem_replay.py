@@ -17,17 +17,17 @@ FRAMES_PER_STEP = 64
 
 
 class StemReplay:
-    """Stored frames and features of the games that were left."""
+    """Stored frames (on the CPU) and features (on the stem's device) of the games that were left."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
+        self._device = device
         self.frames_MSHW: Tensor | None = None
         self.features_MD: Tensor | None = None
-        self._variance_D = torch.ones(1)
 
     @torch.no_grad()
     def store(self, frames_MSHW: Tensor, stem: Callable[[Tensor], Tensor]) -> None:
         """Adds a game's frames (uint8, M x stack x height x width) and what the stem makes of them now."""
-        features_MD = torch.cat([stem(piece) for piece in torch.split(frames_MSHW, 256)])
+        features_MD = torch.cat([stem(piece.to(self._device)) for piece in torch.split(frames_MSHW, 256)])
         if self.frames_MSHW is not None and self.features_MD is not None:
             frames_MSHW = torch.cat([self.frames_MSHW, frames_MSHW])
             features_MD = torch.cat([self.features_MD, features_MD])
@@ -36,10 +36,10 @@ class StemReplay:
     def loss(self, stem: Callable[[Tensor], Tensor], generator: torch.Generator) -> Tensor:
         """Squared distance of the stem's outputs from the stored ones on a random batch, in units of the features' variance."""
         if self.frames_MSHW is None or self.features_MD is None:
-            return torch.zeros(())
+            return torch.zeros((), device=self._device)
         rows = torch.randint(len(self.frames_MSHW), (FRAMES_PER_STEP,), generator=generator)
-        distance_MD = (stem(self.frames_MSHW[rows]) - self.features_MD[rows]).square()
-        return (distance_MD / self._variance_D).mean()
+        distance_MD = (stem(self.frames_MSHW[rows].to(self._device)) - self.features_MD[rows.to(self._device)]).square()
+        return (distance_MD / self._variance).mean()
 
     def state_dict(self) -> dict[str, Tensor]:
         """For the checkpoint; empty when nothing was stored."""
@@ -50,8 +50,8 @@ class StemReplay:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Reads `state_dict` back."""
         if state:
-            self._set(state["frames"], state["features"])
+            self._set(state["frames"], state["features"].to(self._device))
 
     def _set(self, frames_MSHW: Tensor, features_MD: Tensor) -> None:
         self.frames_MSHW, self.features_MD = frames_MSHW, features_MD
-        self._variance_D = features_MD.var(dim=0).mean().clamp(min=1e-6)
+        self._variance = features_MD.var(dim=0).mean().clamp(min=1e-6)

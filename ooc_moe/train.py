@@ -12,6 +12,7 @@ import dataclasses
 import signal
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -65,7 +66,7 @@ def resume(run_dir: Path, console: Console, *, store: str | None = None) -> Path
     config = RunConfig.read(run_dir)
     if store is not None:
         config = dataclasses.replace(config, store=store)
-    saved = checkpoint.load(run_dir / "checkpoints" / checkpoint.LATEST)
+    saved = checkpoint.load(run_dir / checkpoint.DIRECTORY / checkpoint.LATEST)
     with open_store(config) as opened:
         opened.restore_snapshot(saved.snapshot_id)
         _run(config, opened, console, saved)
@@ -107,8 +108,10 @@ class Trainer:
         self.writer, self.console = writer, console
         self.at = checkpoint.Progress()
         self.generator = torch.Generator().manual_seed(self.config.seed)
-        self.stem_replay = StemReplay()
+        self.stem_replay = StemReplay(self.config.device)
         self.evaluator = Evaluator(session)
+        self._checkpoints = self.config.run_dir / checkpoint.DIRECTORY
+        self._snapshot_prefix = f"{self.config.name}/update-"
         self._snapshot_id: int | None = None
         self._dense_state: dict[str, Any] | None = None
 
@@ -202,15 +205,23 @@ class Trainer:
         """Makes a checkpoint. `also`: keep it, and its snapshot, under that name too (the end of a game)."""
         self.session.flush()
         banks = self.config.agent.bank_names(self.config.name)
-        snapshot = self.session.store.create_snapshot(banks, name=f"{self.config.name}/update-{self.at.update}")
+        # No name is used twice: a name left over from before a crash would answer with the experts of that time.
+        name = f"{self._snapshot_prefix}{self.at.update}-{uuid.uuid4().hex[:8]}"
+        snapshot = self.session.store.create_snapshot(banks, name=name)
         saved = checkpoint.Checkpoint(progress=self.at, snapshot_id=snapshot.id, state=self._state(dense))
-        directory = self.config.run_dir / "checkpoints"
         if also is not None:
-            checkpoint.save(directory / also, saved)
-        checkpoint.save(directory / checkpoint.LATEST, saved)
+            checkpoint.save(self._checkpoints / also, saved)
+        checkpoint.save(self._checkpoints / checkpoint.LATEST, saved)
         older, self._snapshot_id = self._snapshot_id, None if also else snapshot.id
-        if older is not None and older != snapshot.id:
+        if older is not None:
             self.session.store.delete_snapshot(older)
+
+    def _drop_nameless_snapshots(self) -> None:
+        """Deletes those of the run's own snapshots that no checkpoint names: a crash came before the file, or after it."""
+        store, named = self.session.store, checkpoint.named_snapshots(self._checkpoints)
+        for snapshot in store.list_snapshots(self.session.caches[0].bank):
+            if snapshot.name.startswith(self._snapshot_prefix) and snapshot.id not in named:
+                store.delete_snapshot(snapshot.id)
 
     def _state(self, dense: dict[str, Any] | None) -> dict[str, Any]:
         return {
@@ -233,6 +244,7 @@ class Trainer:
         self.writer.truncate(state["metrics_position"])
         # Only a checkpoint inside a game is dropped after the next one; those at the ends of games stay.
         self._snapshot_id = saved.snapshot_id if self.at.update_in_game else None
+        self._drop_nameless_snapshots()
 
     def _env_seed(self) -> int:
         """A function of run and update, so that a resumed run and an undisturbed one play the same episodes."""

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -38,19 +39,26 @@ def tiny_run(run_dir: Path, **changes) -> RunConfig:
     return RunConfig(run_dir=run_dir, agent=PRESETS["tiny"], ppo=PPO, **(fields | changes))
 
 
-def stored_experts(run_dir: Path, *, snapshot_id: int | None = None):
-    """What the run's store holds: expert -> (parameter checksum, optimizer checksum), live or of a snapshot."""
-    config = RunConfig.from_json((run_dir / "config.json").read_text(), run_dir)
+@contextmanager
+def run_store(run_dir: Path):
+    """The run's own store, opened again, and the name of its bank."""
+    config = RunConfig.read(run_dir)
     (bank,) = config.agent.bank_names(config.name)
     with embedded_daemon(run_dir / "store", dram_bytes=1 << 20) as target:
         store = RemoteStore(target)
+        yield store, bank
+        store.close()
+
+
+def stored_experts(run_dir: Path, *, snapshot_id: int | None = None):
+    """What the run's store holds: expert -> (parameter checksum, optimizer checksum), live or of a snapshot."""
+    with run_store(run_dir) as (store, bank):
         if snapshot_id is not None:
             store.fork_bank(bank, "look", snapshot_id=snapshot_id)
             bank = "look"
         found = {info.expert: (info.parameter_xxh3, info.optimizer_xxh3) for info in store.list_experts(bank) if info.version}
         if bank == "look":
             store.delete_bank(bank)
-        store.close()
     return found
 
 
@@ -145,8 +153,17 @@ def test_a_resumed_run_continues_bit_for_bit_after_kill_9(tmp_path):
     wait_for(lambda: len(updates(killed)) >= 6)
     process.kill()
     process.wait()
+    left_over = "run/update-8"  # As if the kill had come between a snapshot and its checkpoint's file.
+    with run_store(killed) as (store, bank):
+        store.create_snapshot([bank], name=left_over)
+        store.create_snapshot([bank], name="a user's own")
     resume(killed, SILENT)
     assert_same_run(undisturbed, killed)
+    with run_store(killed) as (store, bank):
+        kept = {snapshot.id: snapshot.name for snapshot in store.list_snapshots(bank)}
+    assert left_over not in kept.values()
+    assert "a user's own" in kept.values()
+    assert {id for id, name in kept.items() if name.startswith("run/")} == checkpoint.named_snapshots(killed / "checkpoints")
 
 
 def test_ctrl_c_saves_and_resume_finishes(tmp_path):
