@@ -71,7 +71,7 @@ class BankServiceServicer(object):
 
     def CreateBank(self, request, context):
         """Makes a bank. Retry: yes; an equal spec of an existing bank answers that bank as it stands (it may have grown).
-        INVALID_ARGUMENT InvalidRequest: a bad name, layout or initializer. ALREADY_EXISTS BankExists: another spec has that name.
+        INVALID_ARGUMENT InvalidRequest: a bad name, layout or initializer, or a record larger than the DRAM tier. ALREADY_EXISTS BankExists: another spec has that name.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -79,6 +79,7 @@ class BankServiceServicer(object):
 
     def GrowBank(self, request, context):
         """Adds experts at the end. Retry: yes; a size at or below the present one changes nothing. NOT_FOUND UnknownBank.
+        INVALID_ARGUMENT InvalidRequest: more experts than a bank may have.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -99,7 +100,8 @@ class BankServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def DeleteBank(self, request, context):
-        """Removes a bank, its experts, and its part of every snapshot. Retry: yes, but the repeat answers NOT_FOUND UnknownBank.
+        """Removes a bank, its experts, and its part of every snapshot; snapshots of no other bank go with it. Forks keep what they have. A fetch under
+        way ends with NOT_FOUND UnknownBank. Retry: yes, but the repeat answers NOT_FOUND UnknownBank.
         FAILED_PRECONDITION NotTheWriter: a writer has the bank open.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -108,7 +110,8 @@ class BankServiceServicer(object):
 
     def ForkBank(self, request, context):
         """Makes a new bank from a bank's present state, or from a snapshot of it, without copying bytes. Forked records get new versions.
-        Retry: no; the repeat answers ALREADY_EXISTS BankExists. NOT_FOUND UnknownBank, UnknownSnapshot.
+        Retry: no; the repeat answers ALREADY_EXISTS BankExists. NOT_FOUND UnknownBank; UnknownSnapshot, also for a
+        snapshot that the bank is not part of. INVALID_ARGUMENT InvalidRequest: a bad name.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

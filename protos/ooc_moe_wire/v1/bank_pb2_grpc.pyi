@@ -33,14 +33,16 @@ class BankServiceStub:
         ooc_moe_wire.v1.bank_pb2.Bank,
     ]
     """Makes a bank. Retry: yes; an equal spec of an existing bank answers that bank as it stands (it may have grown).
-    INVALID_ARGUMENT InvalidRequest: a bad name, layout or initializer. ALREADY_EXISTS BankExists: another spec has that name.
+    INVALID_ARGUMENT InvalidRequest: a bad name, layout or initializer, or a record larger than the DRAM tier. ALREADY_EXISTS BankExists: another spec has that name.
     """
 
     GrowBank: grpc.UnaryUnaryMultiCallable[
         ooc_moe_wire.v1.bank_pb2.GrowBankRequest,
         ooc_moe_wire.v1.bank_pb2.Bank,
     ]
-    """Adds experts at the end. Retry: yes; a size at or below the present one changes nothing. NOT_FOUND UnknownBank."""
+    """Adds experts at the end. Retry: yes; a size at or below the present one changes nothing. NOT_FOUND UnknownBank.
+    INVALID_ARGUMENT InvalidRequest: more experts than a bank may have.
+    """
 
     GetBank: grpc.UnaryUnaryMultiCallable[
         ooc_moe_wire.v1.bank_pb2.GetBankRequest,
@@ -58,7 +60,8 @@ class BankServiceStub:
         ooc_moe_wire.v1.bank_pb2.DeleteBankRequest,
         ooc_moe_wire.v1.bank_pb2.DeleteBankResponse,
     ]
-    """Removes a bank, its experts, and its part of every snapshot. Retry: yes, but the repeat answers NOT_FOUND UnknownBank.
+    """Removes a bank, its experts, and its part of every snapshot; snapshots of no other bank go with it. Forks keep what they have. A fetch under
+    way ends with NOT_FOUND UnknownBank. Retry: yes, but the repeat answers NOT_FOUND UnknownBank.
     FAILED_PRECONDITION NotTheWriter: a writer has the bank open.
     """
 
@@ -67,7 +70,8 @@ class BankServiceStub:
         ooc_moe_wire.v1.bank_pb2.Bank,
     ]
     """Makes a new bank from a bank's present state, or from a snapshot of it, without copying bytes. Forked records get new versions.
-    Retry: no; the repeat answers ALREADY_EXISTS BankExists. NOT_FOUND UnknownBank, UnknownSnapshot.
+    Retry: no; the repeat answers ALREADY_EXISTS BankExists. NOT_FOUND UnknownBank; UnknownSnapshot, also for a
+    snapshot that the bank is not part of. INVALID_ARGUMENT InvalidRequest: a bad name.
     """
 
 class BankServiceAsyncStub:
@@ -76,14 +80,16 @@ class BankServiceAsyncStub:
         ooc_moe_wire.v1.bank_pb2.Bank,
     ]
     """Makes a bank. Retry: yes; an equal spec of an existing bank answers that bank as it stands (it may have grown).
-    INVALID_ARGUMENT InvalidRequest: a bad name, layout or initializer. ALREADY_EXISTS BankExists: another spec has that name.
+    INVALID_ARGUMENT InvalidRequest: a bad name, layout or initializer, or a record larger than the DRAM tier. ALREADY_EXISTS BankExists: another spec has that name.
     """
 
     GrowBank: grpc.aio.UnaryUnaryMultiCallable[
         ooc_moe_wire.v1.bank_pb2.GrowBankRequest,
         ooc_moe_wire.v1.bank_pb2.Bank,
     ]
-    """Adds experts at the end. Retry: yes; a size at or below the present one changes nothing. NOT_FOUND UnknownBank."""
+    """Adds experts at the end. Retry: yes; a size at or below the present one changes nothing. NOT_FOUND UnknownBank.
+    INVALID_ARGUMENT InvalidRequest: more experts than a bank may have.
+    """
 
     GetBank: grpc.aio.UnaryUnaryMultiCallable[
         ooc_moe_wire.v1.bank_pb2.GetBankRequest,
@@ -101,7 +107,8 @@ class BankServiceAsyncStub:
         ooc_moe_wire.v1.bank_pb2.DeleteBankRequest,
         ooc_moe_wire.v1.bank_pb2.DeleteBankResponse,
     ]
-    """Removes a bank, its experts, and its part of every snapshot. Retry: yes, but the repeat answers NOT_FOUND UnknownBank.
+    """Removes a bank, its experts, and its part of every snapshot; snapshots of no other bank go with it. Forks keep what they have. A fetch under
+    way ends with NOT_FOUND UnknownBank. Retry: yes, but the repeat answers NOT_FOUND UnknownBank.
     FAILED_PRECONDITION NotTheWriter: a writer has the bank open.
     """
 
@@ -110,7 +117,8 @@ class BankServiceAsyncStub:
         ooc_moe_wire.v1.bank_pb2.Bank,
     ]
     """Makes a new bank from a bank's present state, or from a snapshot of it, without copying bytes. Forked records get new versions.
-    Retry: no; the repeat answers ALREADY_EXISTS BankExists. NOT_FOUND UnknownBank, UnknownSnapshot.
+    Retry: no; the repeat answers ALREADY_EXISTS BankExists. NOT_FOUND UnknownBank; UnknownSnapshot, also for a
+    snapshot that the bank is not part of. INVALID_ARGUMENT InvalidRequest: a bad name.
     """
 
 class BankServiceServicer(metaclass=abc.ABCMeta):
@@ -121,7 +129,7 @@ class BankServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[ooc_moe_wire.v1.bank_pb2.Bank, collections.abc.Awaitable[ooc_moe_wire.v1.bank_pb2.Bank]]:
         """Makes a bank. Retry: yes; an equal spec of an existing bank answers that bank as it stands (it may have grown).
-        INVALID_ARGUMENT InvalidRequest: a bad name, layout or initializer. ALREADY_EXISTS BankExists: another spec has that name.
+        INVALID_ARGUMENT InvalidRequest: a bad name, layout or initializer, or a record larger than the DRAM tier. ALREADY_EXISTS BankExists: another spec has that name.
         """
 
     @abc.abstractmethod
@@ -130,7 +138,9 @@ class BankServiceServicer(metaclass=abc.ABCMeta):
         request: ooc_moe_wire.v1.bank_pb2.GrowBankRequest,
         context: _ServicerContext,
     ) -> typing.Union[ooc_moe_wire.v1.bank_pb2.Bank, collections.abc.Awaitable[ooc_moe_wire.v1.bank_pb2.Bank]]:
-        """Adds experts at the end. Retry: yes; a size at or below the present one changes nothing. NOT_FOUND UnknownBank."""
+        """Adds experts at the end. Retry: yes; a size at or below the present one changes nothing. NOT_FOUND UnknownBank.
+        INVALID_ARGUMENT InvalidRequest: more experts than a bank may have.
+        """
 
     @abc.abstractmethod
     def GetBank(
@@ -154,7 +164,8 @@ class BankServiceServicer(metaclass=abc.ABCMeta):
         request: ooc_moe_wire.v1.bank_pb2.DeleteBankRequest,
         context: _ServicerContext,
     ) -> typing.Union[ooc_moe_wire.v1.bank_pb2.DeleteBankResponse, collections.abc.Awaitable[ooc_moe_wire.v1.bank_pb2.DeleteBankResponse]]:
-        """Removes a bank, its experts, and its part of every snapshot. Retry: yes, but the repeat answers NOT_FOUND UnknownBank.
+        """Removes a bank, its experts, and its part of every snapshot; snapshots of no other bank go with it. Forks keep what they have. A fetch under
+        way ends with NOT_FOUND UnknownBank. Retry: yes, but the repeat answers NOT_FOUND UnknownBank.
         FAILED_PRECONDITION NotTheWriter: a writer has the bank open.
         """
 
@@ -165,7 +176,8 @@ class BankServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[ooc_moe_wire.v1.bank_pb2.Bank, collections.abc.Awaitable[ooc_moe_wire.v1.bank_pb2.Bank]]:
         """Makes a new bank from a bank's present state, or from a snapshot of it, without copying bytes. Forked records get new versions.
-        Retry: no; the repeat answers ALREADY_EXISTS BankExists. NOT_FOUND UnknownBank, UnknownSnapshot.
+        Retry: no; the repeat answers ALREADY_EXISTS BankExists. NOT_FOUND UnknownBank; UnknownSnapshot, also for a
+        snapshot that the bank is not part of. INVALID_ARGUMENT InvalidRequest: a bad name.
         """
 
 def add_BankServiceServicer_to_server(servicer: BankServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -390,7 +390,7 @@ class PrefetchExpertsRequest(google.protobuf.message.Message):
     DEADLINE_MS_FIELD_NUMBER: builtins.int
     bank: builtins.str
     deadline_ms: builtins.int
-    """Drop what has not begun by then. Zero means never."""
+    """Counted from the call's arrival: drop what has not begun by then. Zero means never."""
     @property
     def experts(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """In order of need."""

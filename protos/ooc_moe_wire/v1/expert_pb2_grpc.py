@@ -69,7 +69,8 @@ class ExpertServiceServicer(object):
         fastest (DRAM residents first, then NVMe reads as they land), each exactly once; chunks of different experts do not interleave.
         Retry: yes. INVALID_ARGUMENT InvalidRequest: no ids, a repeated id, or known_versions of another length. NOT_FOUND UnknownBank, or
         UnknownExpert naming the id (checked before anything is sent). A damaged expert arrives as a header with `error` set (CorruptRecord) and no
-        chunks; the others are not affected. RESOURCE_EXHAUSTED TierFull: every byte of the DRAM tier is pinned.
+        chunks; the others are not affected. RESOURCE_EXHAUSTED TierFull: pins left no room in the DRAM tier for about two
+        seconds; what was sent before is sound.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -95,14 +96,14 @@ class ExpertServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def CancelPrefetch(self, request, context):
-        """Drops queued promotions. Those already being read go on. Retry: yes.
+        """Drops queued promotions. Those already being read, or that a fetch waits for, go on. Retry: yes. NOT_FOUND UnknownBank.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListExperts(self, request, context):
-        """Lists experts by id. Retry: yes.
+        """Lists experts by id. Retry: yes. NOT_FOUND UnknownBank. INVALID_ARGUMENT InvalidRequest: a page_size above the most.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -27,7 +27,8 @@ class ExpertServiceStub:
     fastest (DRAM residents first, then NVMe reads as they land), each exactly once; chunks of different experts do not interleave.
     Retry: yes. INVALID_ARGUMENT InvalidRequest: no ids, a repeated id, or known_versions of another length. NOT_FOUND UnknownBank, or
     UnknownExpert naming the id (checked before anything is sent). A damaged expert arrives as a header with `error` set (CorruptRecord) and no
-    chunks; the others are not affected. RESOURCE_EXHAUSTED TierFull: every byte of the DRAM tier is pinned.
+    chunks; the others are not affected. RESOURCE_EXHAUSTED TierFull: pins left no room in the DRAM tier for about two
+    seconds; what was sent before is sound.
     """
 
     PushExperts: grpc.StreamStreamMultiCallable[
@@ -52,13 +53,13 @@ class ExpertServiceStub:
         ooc_moe_wire.v1.expert_pb2.CancelPrefetchRequest,
         ooc_moe_wire.v1.expert_pb2.CancelPrefetchResponse,
     ]
-    """Drops queued promotions. Those already being read go on. Retry: yes."""
+    """Drops queued promotions. Those already being read, or that a fetch waits for, go on. Retry: yes. NOT_FOUND UnknownBank."""
 
     ListExperts: grpc.UnaryUnaryMultiCallable[
         ooc_moe_wire.v1.expert_pb2.ListExpertsRequest,
         ooc_moe_wire.v1.expert_pb2.ListExpertsResponse,
     ]
-    """Lists experts by id. Retry: yes."""
+    """Lists experts by id. Retry: yes. NOT_FOUND UnknownBank. INVALID_ARGUMENT InvalidRequest: a page_size above the most."""
 
 class ExpertServiceAsyncStub:
     FetchExperts: grpc.aio.UnaryStreamMultiCallable[
@@ -69,7 +70,8 @@ class ExpertServiceAsyncStub:
     fastest (DRAM residents first, then NVMe reads as they land), each exactly once; chunks of different experts do not interleave.
     Retry: yes. INVALID_ARGUMENT InvalidRequest: no ids, a repeated id, or known_versions of another length. NOT_FOUND UnknownBank, or
     UnknownExpert naming the id (checked before anything is sent). A damaged expert arrives as a header with `error` set (CorruptRecord) and no
-    chunks; the others are not affected. RESOURCE_EXHAUSTED TierFull: every byte of the DRAM tier is pinned.
+    chunks; the others are not affected. RESOURCE_EXHAUSTED TierFull: pins left no room in the DRAM tier for about two
+    seconds; what was sent before is sound.
     """
 
     PushExperts: grpc.aio.StreamStreamMultiCallable[
@@ -94,13 +96,13 @@ class ExpertServiceAsyncStub:
         ooc_moe_wire.v1.expert_pb2.CancelPrefetchRequest,
         ooc_moe_wire.v1.expert_pb2.CancelPrefetchResponse,
     ]
-    """Drops queued promotions. Those already being read go on. Retry: yes."""
+    """Drops queued promotions. Those already being read, or that a fetch waits for, go on. Retry: yes. NOT_FOUND UnknownBank."""
 
     ListExperts: grpc.aio.UnaryUnaryMultiCallable[
         ooc_moe_wire.v1.expert_pb2.ListExpertsRequest,
         ooc_moe_wire.v1.expert_pb2.ListExpertsResponse,
     ]
-    """Lists experts by id. Retry: yes."""
+    """Lists experts by id. Retry: yes. NOT_FOUND UnknownBank. INVALID_ARGUMENT InvalidRequest: a page_size above the most."""
 
 class ExpertServiceServicer(metaclass=abc.ABCMeta):
     @abc.abstractmethod
@@ -113,7 +115,8 @@ class ExpertServiceServicer(metaclass=abc.ABCMeta):
         fastest (DRAM residents first, then NVMe reads as they land), each exactly once; chunks of different experts do not interleave.
         Retry: yes. INVALID_ARGUMENT InvalidRequest: no ids, a repeated id, or known_versions of another length. NOT_FOUND UnknownBank, or
         UnknownExpert naming the id (checked before anything is sent). A damaged expert arrives as a header with `error` set (CorruptRecord) and no
-        chunks; the others are not affected. RESOURCE_EXHAUSTED TierFull: every byte of the DRAM tier is pinned.
+        chunks; the others are not affected. RESOURCE_EXHAUSTED TierFull: pins left no room in the DRAM tier for about two
+        seconds; what was sent before is sound.
         """
 
     @abc.abstractmethod
@@ -144,7 +147,7 @@ class ExpertServiceServicer(metaclass=abc.ABCMeta):
         request: ooc_moe_wire.v1.expert_pb2.CancelPrefetchRequest,
         context: _ServicerContext,
     ) -> typing.Union[ooc_moe_wire.v1.expert_pb2.CancelPrefetchResponse, collections.abc.Awaitable[ooc_moe_wire.v1.expert_pb2.CancelPrefetchResponse]]:
-        """Drops queued promotions. Those already being read go on. Retry: yes."""
+        """Drops queued promotions. Those already being read, or that a fetch waits for, go on. Retry: yes. NOT_FOUND UnknownBank."""
 
     @abc.abstractmethod
     def ListExperts(
@@ -152,6 +155,6 @@ class ExpertServiceServicer(metaclass=abc.ABCMeta):
         request: ooc_moe_wire.v1.expert_pb2.ListExpertsRequest,
         context: _ServicerContext,
     ) -> typing.Union[ooc_moe_wire.v1.expert_pb2.ListExpertsResponse, collections.abc.Awaitable[ooc_moe_wire.v1.expert_pb2.ListExpertsResponse]]:
-        """Lists experts by id. Retry: yes."""
+        """Lists experts by id. Retry: yes. NOT_FOUND UnknownBank. INVALID_ARGUMENT InvalidRequest: a page_size above the most."""
 
 def add_ExpertServiceServicer_to_server(servicer: ExpertServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -62,6 +62,7 @@ class SnapshotServiceServicer(object):
     def CreateSnapshot(self, request, context):
         """Takes the committed state of the banks in one cut; copies nothing. Retry: yes when a name is given (an existing snapshot of that name and those
         banks is answered), otherwise the repeat makes a second one. NOT_FOUND UnknownBank. ALREADY_EXISTS SnapshotExists: the name is taken by other banks.
+        INVALID_ARGUMENT InvalidRequest: no bank, one named twice, or a name of more than 128 bytes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -76,7 +77,8 @@ class SnapshotServiceServicer(object):
 
     def RestoreSnapshot(self, request, context):
         """Brings the banks back to the snapshot. Records get new versions; banks keep their size, and experts that the snapshot does not know return to
-        their initial values. Retry: yes. NOT_FOUND UnknownSnapshot. FAILED_PRECONDITION NotTheWriter: a writer other than writer_id has a bank open.
+        their initial values. A push under way is refused with StaleVersion. Retry: yes. NOT_FOUND UnknownSnapshot. FAILED_PRECONDITION NotTheWriter: a
+        writer other than writer_id has a bank open.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

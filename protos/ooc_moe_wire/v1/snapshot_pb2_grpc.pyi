@@ -25,6 +25,7 @@ class SnapshotServiceStub:
     ]
     """Takes the committed state of the banks in one cut; copies nothing. Retry: yes when a name is given (an existing snapshot of that name and those
     banks is answered), otherwise the repeat makes a second one. NOT_FOUND UnknownBank. ALREADY_EXISTS SnapshotExists: the name is taken by other banks.
+    INVALID_ARGUMENT InvalidRequest: no bank, one named twice, or a name of more than 128 bytes.
     """
 
     ListSnapshots: grpc.UnaryUnaryMultiCallable[
@@ -38,7 +39,8 @@ class SnapshotServiceStub:
         ooc_moe_wire.v1.snapshot_pb2.Snapshot,
     ]
     """Brings the banks back to the snapshot. Records get new versions; banks keep their size, and experts that the snapshot does not know return to
-    their initial values. Retry: yes. NOT_FOUND UnknownSnapshot. FAILED_PRECONDITION NotTheWriter: a writer other than writer_id has a bank open.
+    their initial values. A push under way is refused with StaleVersion. Retry: yes. NOT_FOUND UnknownSnapshot. FAILED_PRECONDITION NotTheWriter: a
+    writer other than writer_id has a bank open.
     """
 
     DeleteSnapshot: grpc.UnaryUnaryMultiCallable[
@@ -54,6 +56,7 @@ class SnapshotServiceAsyncStub:
     ]
     """Takes the committed state of the banks in one cut; copies nothing. Retry: yes when a name is given (an existing snapshot of that name and those
     banks is answered), otherwise the repeat makes a second one. NOT_FOUND UnknownBank. ALREADY_EXISTS SnapshotExists: the name is taken by other banks.
+    INVALID_ARGUMENT InvalidRequest: no bank, one named twice, or a name of more than 128 bytes.
     """
 
     ListSnapshots: grpc.aio.UnaryUnaryMultiCallable[
@@ -67,7 +70,8 @@ class SnapshotServiceAsyncStub:
         ooc_moe_wire.v1.snapshot_pb2.Snapshot,
     ]
     """Brings the banks back to the snapshot. Records get new versions; banks keep their size, and experts that the snapshot does not know return to
-    their initial values. Retry: yes. NOT_FOUND UnknownSnapshot. FAILED_PRECONDITION NotTheWriter: a writer other than writer_id has a bank open.
+    their initial values. A push under way is refused with StaleVersion. Retry: yes. NOT_FOUND UnknownSnapshot. FAILED_PRECONDITION NotTheWriter: a
+    writer other than writer_id has a bank open.
     """
 
     DeleteSnapshot: grpc.aio.UnaryUnaryMultiCallable[
@@ -85,6 +89,7 @@ class SnapshotServiceServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[ooc_moe_wire.v1.snapshot_pb2.Snapshot, collections.abc.Awaitable[ooc_moe_wire.v1.snapshot_pb2.Snapshot]]:
         """Takes the committed state of the banks in one cut; copies nothing. Retry: yes when a name is given (an existing snapshot of that name and those
         banks is answered), otherwise the repeat makes a second one. NOT_FOUND UnknownBank. ALREADY_EXISTS SnapshotExists: the name is taken by other banks.
+        INVALID_ARGUMENT InvalidRequest: no bank, one named twice, or a name of more than 128 bytes.
         """
 
     @abc.abstractmethod
@@ -102,7 +107,8 @@ class SnapshotServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[ooc_moe_wire.v1.snapshot_pb2.Snapshot, collections.abc.Awaitable[ooc_moe_wire.v1.snapshot_pb2.Snapshot]]:
         """Brings the banks back to the snapshot. Records get new versions; banks keep their size, and experts that the snapshot does not know return to
-        their initial values. Retry: yes. NOT_FOUND UnknownSnapshot. FAILED_PRECONDITION NotTheWriter: a writer other than writer_id has a bank open.
+        their initial values. A push under way is refused with StaleVersion. Retry: yes. NOT_FOUND UnknownSnapshot. FAILED_PRECONDITION NotTheWriter: a
+        writer other than writer_id has a bank open.
         """
 
     @abc.abstractmethod
