@@ -78,6 +78,7 @@ class _Bank:
 class _Snapshot:
     answer: Snapshot
     records: dict[str, dict[int, _Record]]
+    num_experts: dict[str, int]
 
 
 @dataclass(slots=True)
@@ -167,20 +168,27 @@ class InMemoryStore:
             if bank.writer_id:
                 raise NotTheWriter(f"bank {name!r} is open for writing by {bank.writer_id!r}")
             del self._state.banks[name]
-            for snapshot in self._state.snapshots.values():
+            for snapshot in list(self._state.snapshots.values()):
                 snapshot.records.pop(name, None)
+                snapshot.answer = replace(snapshot.answer, banks=tuple(snapshot.records))
+                if not snapshot.records:
+                    del self._state.snapshots[snapshot.answer.id]
 
     def fork_bank(self, source: str, name: str, *, snapshot_id: int | None = None) -> Bank:
         """See ExpertStore."""
         with self._state.lock:
             origin = self._state.bank(source)
-            held = {source: origin.records} if snapshot_id is None else self._state.snapshot(snapshot_id).records
-            if source not in held:
-                raise UnknownSnapshot(f"snapshot {snapshot_id} does not hold bank {source!r}")
+            records, num_experts = origin.records, origin.spec.num_experts
+            if snapshot_id is not None:
+                snapshot = self._state.snapshot(snapshot_id)
+                if source not in snapshot.records:
+                    raise UnknownSnapshot(f"snapshot {snapshot_id} does not hold bank {source!r}")
+                records, num_experts = snapshot.records[source], snapshot.num_experts[source]
             if name in self._state.banks:
                 raise BankExists(f"bank {name!r} exists")
-            forked = {expert: _Record(self._state.next_version(), record.body) for expert, record in sorted(held[source].items())}
-            bank = self._state.banks[name] = _Bank(replace(origin.spec, name=name), forked, forked_from=source)
+            forked = {expert: _Record(self._state.next_version(), record.body) for expert, record in sorted(records.items())}
+            spec = replace(origin.spec, name=name, num_experts=num_experts)
+            bank = self._state.banks[name] = _Bank(spec, forked, forked_from=source)
             return bank.answer()
 
     # Experts
@@ -285,8 +293,8 @@ class InMemoryStore:
     def create_snapshot(self, banks: Sequence[str], *, name: str = "") -> Snapshot:
         """See ExpertStore."""
         with self._state.lock:
-            if not banks:
-                raise InvalidRequest("banks: a snapshot needs at least one bank")
+            if not banks or len(set(banks)) < len(banks):
+                raise InvalidRequest(f"banks: {list(banks)} is not a list of one or more different banks")
             taken = {bank: dict(self._state.bank(bank).records) for bank in banks}
             for known in self._state.snapshots.values():
                 if name and known.answer.name == name:
@@ -302,7 +310,7 @@ class InMemoryStore:
                 num_experts=sum(map(len, taken.values())),
                 bytes=sum(len(records) * self._state.bank(bank).spec.layout.record_bytes for bank, records in taken.items()),
             )
-            self._state.snapshots[answer.id] = _Snapshot(answer, taken)
+            self._state.snapshots[answer.id] = _Snapshot(answer, taken, {bank: self._state.bank(bank).spec.num_experts for bank in taken})
             return answer
 
     def list_snapshots(self, bank: str = "") -> list[Snapshot]:

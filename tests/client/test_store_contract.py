@@ -375,6 +375,28 @@ def test_a_fork_begins_as_its_source_and_goes_its_own_way(connect: Connect, bank
         store.fork_bank(bank, f"{bank}-never", snapshot_id=999999)
 
 
+def test_a_fork_of_a_snapshot_is_as_large_as_the_bank_was_then(connect: Connect, bank: str):
+    store = connect()
+    then = store.create_bank(spec(bank)).spec.num_experts
+    taken = store.create_snapshot([bank])
+    store.grow_bank(bank, then + 3)
+    assert store.fork_bank(bank, f"{bank}-past", snapshot_id=taken.id).spec.num_experts == then
+    assert store.fork_bank(bank, f"{bank}-present").spec.num_experts == then + 3
+
+
+def test_a_deleted_bank_leaves_its_snapshots_which_go_with_their_last_bank(connect: Connect, bank: str):
+    store, names = connect(), [bank, f"{bank}-other"]
+    for name in names:
+        store.create_bank(spec(name))
+    with pytest.raises(InvalidRequest, match="different banks"):
+        store.create_snapshot([bank, bank])
+    taken = store.create_snapshot(names)
+    store.delete_bank(names[0])
+    assert [snapshot.banks for snapshot in store.list_snapshots() if snapshot.id == taken.id] == [(names[1],)]
+    store.delete_bank(names[1])
+    assert all(snapshot.id != taken.id for snapshot in store.list_snapshots())
+
+
 # Statistics
 
 

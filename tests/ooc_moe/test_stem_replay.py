@@ -1,0 +1,90 @@
+"""Feature replay and the learner's choice of what to protect."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from ooc_moe.agent import Agent
+from ooc_moe.config import PRESETS
+from ooc_moe.envs import make
+from ooc_moe.learner import Learner
+from ooc_moe.rollout import Collector
+from ooc_moe.run_config import PPOConfig, RunConfig
+from ooc_moe.stem_replay import StemReplay
+from ooc_moe_client.cache import ExpertCache
+from ooc_moe_client.in_memory import InMemoryStore
+
+PPO = PPOConfig(num_envs=2, rollout_steps=4, epochs=1, minibatch_segments=2)
+GAMES = ("pixel/catch", "pixel/avoid")
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def frames(generator) -> torch.Tensor:
+    return torch.randint(256, (300, 1, 4, 4), generator=generator).to(torch.uint8)
+
+
+class Stem(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 8)
+
+    def forward(self, frames_MSHW: torch.Tensor) -> torch.Tensor:
+        return self.linear(frames_MSHW.flatten(1) / 255)
+
+
+def test_nothing_stored_costs_nothing(generator):
+    assert StemReplay().loss(Stem(), generator) == 0
+
+
+def test_an_unchanged_stem_costs_nothing_and_a_changed_one_is_pulled_back(frames, generator):
+    stem, replay = Stem(), StemReplay()
+    replay.store(frames, stem)
+    assert replay.loss(stem, generator) < 1e-10
+    with torch.no_grad():
+        stem.linear.weight += 0.1 * torch.randn(stem.linear.weight.shape, generator=generator)
+    optimizer = torch.optim.Adam(stem.parameters(), lr=1e-2)
+    before = replay.loss(stem, generator).item()
+    for _ in range(50):
+        optimizer.zero_grad()
+        replay.loss(stem, generator).backward()
+        optimizer.step()
+    assert replay.loss(stem, generator).item() < 0.2 * before
+
+
+def test_its_state_goes_on_where_it_was(frames):
+    stem, replay, loaded = Stem(), StemReplay(), StemReplay()
+    replay.store(frames[:200], stem)
+    replay.store(frames[200:], stem)
+    loaded.load_state_dict(replay.state_dict())
+    loaded.load_state_dict(StemReplay().state_dict())  # Of a run without a finished game.
+    other = Stem()
+    losses = [each.loss(other, torch.Generator().manual_seed(3)) for each in (replay, loaded)]
+    assert torch.equal(*losses)
+    assert losses[0] > 0
+
+
+@pytest.mark.parametrize(("protection", "learns"), [("replay", [True, True]), ("none", [True, True]), ("freeze", [True, False])])
+def test_a_frozen_stem_learns_in_the_first_game_only(protection, learns, generator):
+    config = RunConfig(run_dir=Path("unused"), games=GAMES, agent=PRESETS["tiny"], ppo=PPO, stem_protection=protection)
+    store = InMemoryStore()
+    (spec,) = config.agent.bank_specs("run", config.seed)
+    store.create_bank(spec)
+    with ExpertCache(store, spec.name, capacity_experts=8) as cache:
+        agent = Agent(config.agent, [cache], seed=0)
+        for game, expected in zip(GAMES, learns, strict=True):
+            agent.add_game(game)
+            before = {name: value.clone() for name, value in agent.stem.state_dict().items()}
+            learner = Learner(agent, game, config, stem_replay=StemReplay(), generator=generator)
+            played = Collector(agent, make(game, 2, frame_size=42), PPO, generator=generator, on_segment=lambda frames: None)
+            played.reset(0)
+            losses = learner.update(played.collect(), remaining=1.0)
+            assert losses["grad_norm"] > 0
+            changed = [not torch.equal(value, before[name]) for name, value in agent.stem.state_dict().items()]
+            assert any(changed) == expected
