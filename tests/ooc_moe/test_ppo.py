@@ -128,7 +128,7 @@ def test_steps_that_were_not_played_change_nothing():
     rows = {"logits": [[[0.3, 0.1], [1.0, -1.0], [0.0, 2.0]]], "actions": [[0, 1, 1]], "old_log_probs": [[half, half, -9.0]]}
     first = _loss(**rows, advantages=[[1.0, 2.0, 50.0]], returns=[[1.0, 2.0, 90.0]], played=[[True, True, False]])
     second = _loss(**rows, advantages=[[1.0, 2.0, -7.0]], returns=[[1.0, 2.0, 0.0]], played=[[True, True, False]])
-    assert float(first.total) == float(second.total)
+    assert first.total.item() == second.total.item()
 
 
 def test_value_loss_is_half_the_mean_square():

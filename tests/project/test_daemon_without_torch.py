@@ -1,5 +1,9 @@
-"""A storage host has the base install: no torch, no gymnasium, no ale-py. Here whatever else is installed is blocked."""
+"""A storage host has the base install: no torch, no gymnasium, no ale-py. Here whatever else is installed is blocked.
 
+The daemon runs there, and so do the commands that ask it: stats, bank, snapshot.
+"""
+
+import json
 import signal
 import subprocess
 import sys
@@ -71,6 +75,8 @@ def test_the_daemon_starts_serves_and_stops_without_torch(tmp_path):
             answers = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=30, wait_for_ready=True)
             serving = health_pb2.HealthCheckResponse.SERVING
             assert next(answer.status for answer in answers if answer.status == serving) == serving
+        statistics = python(f"from ooc_moe.cli import main; main(['stats', '--json', '--store', {socket!r}])")
+        assert "uptime_s" in json.loads(subprocess.run(statistics, capture_output=True, text=True, check=True).stdout)
         daemon.send_signal(signal.SIGTERM)
         assert daemon.wait(timeout=60) == 0
     finally:
