@@ -23,8 +23,9 @@ from torch import Tensor
 
 from ooc_moe_client.cache_stats import CacheStats
 from ooc_moe_client.core import Core
+from ooc_moe_client.cuda_slab import CudaSlab
 from ooc_moe_client.prefetch import Prefetcher
-from ooc_moe_client.slab import make_slab
+from ooc_moe_client.slab import HostSlab, Slab
 from ooc_moe_client.store import ExpertStore, Priority, Sections
 from ooc_moe_client.table import Resident, State
 from ooc_moe_client.write_back import WriteBack
@@ -71,7 +72,7 @@ class ExpertCache:
         self.capacity_experts = capacity_experts
         self.device = torch.device(device)
         self._num_experts = spec.num_experts
-        self._slab = make_slab(spec.layout, capacity_experts, self.device)
+        self._slab = _slab_on(self.device, spec.layout, capacity_experts)
         self._core = Core(store, bank, spec.layout, self._slab, capacity_experts)
         self._table = self._core.table
         self._counters = self._core.counters
@@ -402,3 +403,7 @@ class ExpertCache:
         ahead = max(1, self.capacity_experts // 4)
         dirty = [resident.expert for resident in self._table.idle() if resident.dirty]
         self._write_back.request(dirty[:ahead])
+
+
+def _slab_on(device: torch.device, layout: Layout, num_slots: int) -> Slab:
+    return CudaSlab(layout, num_slots, device) if device.type == "cuda" else HostSlab(layout, num_slots)

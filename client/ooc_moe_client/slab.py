@@ -54,15 +54,6 @@ class CopyOut(Protocol):
         """Returns when the copy is done."""
 
 
-def make_slab(layout: Layout, num_slots: int, device: torch.device) -> Slab:
-    """The slab for a device: "cpu" or "cuda"."""
-    if device.type == "cuda":
-        from ooc_moe_client.cuda_slab import CudaSlab
-
-        return CudaSlab(layout, num_slots, device)
-    return HostSlab(layout, num_slots)
-
-
 class HostSlab:
     """Slots in host memory: landing memory is the slot, and there is nothing to order."""
 
