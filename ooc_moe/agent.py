@@ -105,7 +105,7 @@ class Agent(nn.Module):
             routers = [self._router(range(config.num_experts)) for _ in range(config.num_layers if token else 0)]
         self.routers = cast("Sequence[Router]", nn.ModuleList(routers))
 
-    # -- games -----------------------------------------------------------------------------------------------------------------------
+    # Games
 
     @property
     def games(self) -> list[str]:
@@ -150,7 +150,7 @@ class Agent(nn.Module):
         """The parameters that all games share."""
         return self.stem.parameters()
 
-    # -- seeing whole segments -----------------------------------------------------------------------------------------------------------
+    # Seeing whole segments
 
     def forward(
         self,
@@ -199,7 +199,7 @@ class Agent(nn.Module):
             prediction=self._predict(frames_BTSHW[:, -1]) if predict else None,
         )
 
-    # -- acting frame by frame -----------------------------------------------------------------------------------------------------------
+    # Acting frame by frame
 
     def segment(self, game: str, num_envs: int) -> Segment:
         """An empty past for `num_envs` environments of a game."""
@@ -267,7 +267,7 @@ class Agent(nn.Module):
         frames_T = torch.arange(segment.length + 1, device=segment.episode_from_N.device)
         return (frames_T >= segment.episode_from_N.unsqueeze(1))[:, None, None].to(segment.memories[0].keys.device)
 
-    # -- checkpoints -----------------------------------------------------------------------------------------------------------------
+    # Checkpoints
 
     def get_extra_state(self) -> dict[str, list[list[int]]]:
         """Games and pools, in order: what `load_state_dict` needs to build the networks before it fills them."""
@@ -282,7 +282,7 @@ class Agent(nn.Module):
             elif self._book.games[game] != pools:
                 raise InvalidRequest(f"state: game {game!r} has pools {layers}, this agent gave it others")
 
-    # -- parts ---------------------------------------------------------------------------------------------------------------------
+    # Parts
 
     @property
     def _device(self) -> torch.device:

@@ -103,7 +103,7 @@ class Detector(nn.Module):
         parameters = getattr(self, head).grow(outputs)
         self._optimizer.add_param_group({"params": list(parameters), "lr": HEADS_LR})
 
-    # -- predicting ------------------------------------------------------------------------------------------------------------------
+    # Predicting
 
     @torch.no_grad()
     def predict(self, frames_NSHW: Tensor) -> Prediction:
@@ -140,7 +140,7 @@ class Detector(nn.Module):
                 unknown_N[rows_N] = self._neighbourhoods[game].is_far(features_ND[rows_N])
         return unknown_N
 
-    # -- learning --------------------------------------------------------------------------------------------------------------------
+    # Learning
 
     @torch.enable_grad()
     def learn(self, frames_NSHW: Tensor, game: str, expert_usage_E: Tensor) -> dict[str, float]:
@@ -208,7 +208,7 @@ class Detector(nn.Module):
         screens = [self._stored[game].draw(count, self._generator) for game, count in zip(others, counts.tolist(), strict=True)]
         return torch.cat(screens), torch.tensor(others).repeat_interleave(counts)
 
-    # -- checkpoints -----------------------------------------------------------------------------------------------------------------
+    # Checkpoints
 
     def get_extra_state(self) -> dict[str, Any]:
         """What is no parameter: games, stored frames, usage, optimizer, generator. For `state_dict`; loadable with weights_only."""

@@ -16,7 +16,7 @@ from ooc_moe_client.table import Resident, State, Table
 from ooc_moe_wire.errors import InvalidRequest, LostUpdate
 from ooc_moe_wire.layout import Layout
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 class Core:
@@ -40,7 +40,7 @@ class Core:
             if self._error is None:
                 self._error = error
             elif error is not self._error:
-                logger.warning("bank %s: another background error: %s", self.bank, error)
+                log.warning("bank %s: another background error: %s", self.bank, error)
             self.changed.notify_all()
 
     def raise_error(self) -> None:

@@ -21,7 +21,7 @@ from ooc_moe_client.table import Resident
 from ooc_moe_client.write_back import WriteBack
 from ooc_moe_wire.errors import DeadlineExceeded, TierFull, Unavailable
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 BATCH_EXPERTS_MAX = 4  # in one fetch: what a demand for its last expert may have to wait for
 
@@ -104,7 +104,7 @@ class Prefetcher:
             try:
                 self._do(work)
             except (Unavailable, DeadlineExceeded, TierFull) as error:
-                logger.info("bank %s: prefetch failed: %s", self._core.bank, error)
+                log.info("bank %s: prefetch failed: %s", self._core.bank, error)
             except Exception as error:
                 self._core.fail(error)
 

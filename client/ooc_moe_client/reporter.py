@@ -14,7 +14,7 @@ from ooc_moe_client.cache import ExpertCache
 from ooc_moe_client.store import ExpertStore
 from ooc_moe_wire.errors import DeadlineExceeded, OocMoeError, Unavailable
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 class Reporter:
@@ -36,7 +36,7 @@ class Reporter:
             except (Unavailable, DeadlineExceeded):
                 pass
             except OocMoeError as error:
-                logger.warning("reporting to the daemon failed: %s", error)
+                log.warning("reporting to the daemon failed: %s", error)
             if self._closed.wait(self._interval_s):
                 return
 

@@ -20,7 +20,7 @@ from ooc_moe_client.store import Push
 from ooc_moe_client.table import Resident, State
 from ooc_moe_wire.errors import InvalidRequest
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 BATCH_EXPERTS_MAX = 8  # in one push call: one group commit
 BUFFERS_MAX = 2 * BATCH_EXPERTS_MAX  # one batch in flight, one being copied
@@ -182,7 +182,7 @@ class WriteBack:
                 return [error]
             return [outcome for outgoing in batch for outcome in self._push([outgoing])]
         except Exception as error:
-            logger.info("bank %s: pushing %d experts failed: %s", self._core.bank, len(batch), error)
+            log.info("bank %s: pushing %d experts failed: %s", self._core.bank, len(batch), error)
             return [error] * len(batch)
 
     def _settle(self, outgoing: Outgoing, outcome: int | Exception) -> None:

@@ -1,6 +1,6 @@
 """The games: real Atari games and small pixel games behind one interface, made by name.
 
-    envs = make("krull", 16, frame_size=42, seed=1)
+    envs = make("krull", 16, frame_size=42)
     observations = envs.reset(seed=1)
     step = envs.step(actions)
 

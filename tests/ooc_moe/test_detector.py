@@ -81,7 +81,7 @@ def taught(pixel_frames) -> Detector:
     return detector
 
 
-# -- recognising -----------------------------------------------------------------------------------
+# Recognising
 
 
 @pytest.mark.parametrize("game", PIXEL)
@@ -147,7 +147,7 @@ def test_accuracy_and_confidence_are_those_before_learning(pixel_frames):
     assert losses[-1]["loss"] == pytest.approx(losses[-1]["game_loss"] + losses[-1]["expert_loss"])
 
 
-# -- experts ---------------------------------------------------------------------------------------
+# Experts
 
 
 @pytest.mark.parametrize(("index", "game"), list(enumerate(PIXEL)))
@@ -194,7 +194,7 @@ def test_growing_keeps_what_was_learned(taught, pixel_frames):
     assert accuracy(grown, PIXEL[0], frames[:8]) == 1.0
 
 
-# -- predicting changes nothing --------------------------------------------------------------------
+# Predicting changes nothing
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -225,7 +225,7 @@ def test_learning_works_inside_no_grad_and_draws_only_from_its_own_generator(tau
     assert not all(torch.equal(a, b) for a, b in zip(before, detector.parameters(), strict=True))
 
 
-# -- state -----------------------------------------------------------------------------------------
+# State
 
 
 def saved(detector: Detector) -> bytes:
@@ -305,7 +305,7 @@ def test_features_are_a_convolution_whose_kernels_do_not_overlap():
     assert torch.allclose(features(screens), features.whole(maps.flatten(2).transpose(1, 2).flatten(1)).relu(), atol=1e-5)
 
 
-# -- bad input -------------------------------------------------------------------------------------
+# Bad input
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ def test_unknown_games_wrong_usage_and_predictions_before_any_game_are_refused(t
             detector.predict(frames)
 
 
-# -- cost ------------------------------------------------------------------------------------------
+# Cost
 
 
 def test_predicting_and_learning_cost_milliseconds(taught, pixel_frames):
@@ -353,7 +353,7 @@ def best_seconds(act) -> float:
     return min(seconds)
 
 
-# -- the baseline ----------------------------------------------------------------------------------
+# The baseline
 
 
 def test_nearest_class_mean_tells_real_games_apart_and_names_their_experts(atari_frames):
@@ -375,7 +375,7 @@ def test_nearest_class_mean_grows_as_the_detector_does(pixel_frames):
     assert set(baseline.predict(pixel_frames[PIXEL[0]][:8]).experts) == {0, 1, 2, 16}
 
 
-# -- belief ----------------------------------------------------------------------------------------
+# Belief
 
 
 def seen(*rows: list[float], unknown: list[bool] | None = None) -> Prediction:
