@@ -119,10 +119,13 @@ class Trainer:
         """Plays the schedule to its end."""
         with _interruptible() as interrupted, _progress(self.console) as progress:
             for phase in range(self.at.phase, len(self.config.games)):
-                self._learn(self.config.games[phase], progress, interrupted)
+                game = self.config.games[phase]
+                self._learn(game, progress, interrupted)
                 self._evaluate(phase, progress)
                 self.at = dataclasses.replace(self.at, phase=phase + 1, update_in_game=0)
-                self.save(also=f"{phase}-{self.config.games[phase].replace('/', '-')}.pt")
+                self.save(also=f"{phase}-{game.replace('/', '-')}.pt")
+                if interrupted() and self.at.phase < len(self.config.games):
+                    raise Interrupted(f"stopped after {game}; saved in {self.config.run_dir}")
         cache, store = self.session.cache_stats().to_dict(), self.session.store_stats()
         self.writer.log("done", step=self.at.step, update=self.at.update, cache=cache, store=store)
 

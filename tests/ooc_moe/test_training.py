@@ -23,7 +23,7 @@ from ooc_moe.evaluate import evaluate_run
 from ooc_moe.metrics import read_metrics
 from ooc_moe.rollout import Collector
 from ooc_moe.run_config import PPOConfig, RunConfig
-from ooc_moe.train import resume, train
+from ooc_moe.train import Interrupted, Trainer, resume, train
 from ooc_moe_client.cache import ExpertCache
 from ooc_moe_client.in_memory import InMemoryStore
 from ooc_moe_client.remote import RemoteStore
@@ -180,6 +180,14 @@ def test_ctrl_c_saves_and_resume_finishes(tmp_path):
     finished = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=120)
     assert finished.returncode == 0, finished.stderr
     assert [event["update"] for event in updates(tmp_path / "run")] == list(range(1, 7))
+
+
+def test_ctrl_c_during_an_evaluation_stops_before_the_next_game(tmp_path, monkeypatch):
+    config = tiny_run(tmp_path / "run", games=("pixel/catch", "pixel/avoid"))
+    monkeypatch.setattr(Trainer, "_evaluate", lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(Interrupted, match="after pixel/catch"):
+        train(config, SILENT)
+    assert end_of(config.run_dir, "latest.pt").progress == checkpoint.Progress(phase=1, update=2, step=64)
 
 
 def test_before_the_first_update_all_ratios_are_1():
