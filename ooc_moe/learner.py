@@ -28,8 +28,8 @@ class Learner:
         self.agent, self.game, self.config = agent, game, config
         self._stem_replay, self._generator = stem_replay, generator
         self.dense_parameters = [*agent.game_parameters(game)]
-        first_game = agent.games[0] == game
-        if config.stem_protection != "freeze" or first_game:
+        # Frozen for good once there is a second game: also when the first one comes back.
+        if config.stem_protection != "freeze" or agent.games == [game]:
             self.dense_parameters += agent.stem_parameters()
         self.dense = torch.optim.Adam(self.dense_parameters, lr=config.ppo.learning_rate, eps=ADAM_EPS)
         self.experts = ExpertAdam(agent.caches, agent.gradients, lr=config.ppo.learning_rate, eps=ADAM_EPS)
