@@ -155,7 +155,12 @@ class BankWriter:
 
     def _gives_up(self, state: RetryCallState) -> bool:
         assert self._broken_at is not None
-        return self._releasing or self._connection.closed or time.monotonic() - self._broken_at >= self._connection.patience_s
+        if self._releasing or self._connection.closed:
+            return True
+        if time.monotonic() - self._broken_at < self._connection.patience_s:
+            return False
+        self._connection.gave_up()
+        return True
 
     def _hold_stream(self) -> None:
         """One stream, from its opening until it ends. Returns when it was released; raises Unavailable when it broke."""

@@ -57,6 +57,15 @@ class Responses(Protocol[Message]):
         """Ends the call."""
 
 
+def check_target(target: str) -> None:
+    """Raises InvalidRequest unless it is "host:port" or "unix:PATH"."""
+    host, _, port = target.rpartition(":")
+    is_path = len(target) > len("unix:") and target.startswith("unix:")
+    is_port = host != "" and port.isdecimal() and 0 < int(port) < 1 << 16
+    if not is_path and not is_port:
+        raise InvalidRequest(f"store: {target!r} is neither HOST:PORT nor unix:PATH")
+
+
 class Connection:
     """One gRPC channel and how it is used.
 
@@ -67,12 +76,13 @@ class Connection:
         patience_s: how long a daemon that went away is waited for; `FIRST_CONTACT_S` at most before it ever answered.
 
     Raises:
-        InvalidRequest: a trainer's name that cannot travel in a header, or a time that is not positive.
+        InvalidRequest: a target that is no address, a trainer's name that cannot travel in a header, or a time that is not positive.
     """
 
     def __init__(self, target: str, *, trainer: str, timeout_s: float, patience_s: float) -> None:
         if len(trainer) > TRAINER_BYTES_MAX or not trainer.isascii() or not (trainer.isprintable() or not trainer):
             raise InvalidRequest(f"trainer: {trainer!r} is not at most {TRAINER_BYTES_MAX} printable ASCII characters")
+        check_target(target)
         if timeout_s <= 0 or patience_s < 0:
             raise InvalidRequest(f"timeout_s {timeout_s} must be positive and patience_s {patience_s} not negative")
         self.target = target
@@ -91,6 +101,10 @@ class Connection:
     def answered(self) -> None:
         """Notes that the daemon exists."""
         self._has_answered = True
+
+    def gave_up(self) -> None:
+        """Notes that patience ended: what is called next waits no longer than for a daemon that was never there."""
+        self._has_answered = False
 
     @contextmanager
     def errors(self) -> Iterator[None]:
@@ -135,7 +149,10 @@ class Connection:
             return True
         if isinstance(_error(state), TierFull):
             return state.attempt_number >= TIER_FULL_TRIES_MAX
-        return (state.seconds_since_start or 0.0) >= self.patience_s
+        if (state.seconds_since_start or 0.0) < self.patience_s:
+            return False
+        self.gave_up()
+        return True
 
     @property
     def closed(self) -> bool:

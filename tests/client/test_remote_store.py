@@ -28,6 +28,23 @@ from tests.conftest import DaemonProcess
 ABSENT = "127.0.0.1:1"
 
 
+def test_a_daemon_that_was_given_up_on_is_not_waited_for_again(daemon, monkeypatch):
+    monkeypatch.setattr("ooc_moe_client.connection.FIRST_CONTACT_S", 0.0)
+    store = RemoteStore(daemon.target, patience_s=1.0)
+    store.stats()
+    daemon.kill()
+    waited_s = []
+    for _ in range(2):
+        began = time.monotonic()
+        with pytest.raises(Unavailable):
+            store.stats()
+        waited_s.append(time.monotonic() - began)
+    assert waited_s[0] >= 1.0 > waited_s[1]
+    daemon.start()
+    store.stats()
+    store.close()
+
+
 def test_a_daemon_that_is_away_at_the_start_is_named():
     store = RemoteStore(ABSENT, patience_s=0.2)
     with pytest.raises(Unavailable, match=ABSENT):
