@@ -247,6 +247,10 @@ class Agent(nn.Module):
         segment.length += 1
         logits_NA, values_N = network.heads(x_BTD.squeeze(1))
         log_probs_NA = torch.log_softmax(logits_NA, dim=-1)
+        if log_probs_NA.isnan().any():
+            raise InvalidRequest(
+                f"parameters: the action logits of {segment.game!r} are NaN or infinite; the training diverged (learning rate?)"
+            )
         draw_N1 = log_probs_NA.argmax(-1, keepdim=True) if deterministic else _draw(log_probs_NA, generator)
         return ActOutput(
             actions_N=draw_N1.squeeze(-1),

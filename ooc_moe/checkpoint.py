@@ -62,7 +62,9 @@ def load(path: Path) -> Checkpoint:
         InvalidRequest: there is none, or it has an unknown format.
     """
     if not path.exists():
-        raise InvalidRequest(f"resume: {path} does not exist; the run made no checkpoint")
+        raise InvalidRequest(
+            f"resume: {path} does not exist; the run ended before its first checkpoint: begin it again under another --name"
+        )
     content = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
     if content.get("format") != FORMAT:
         raise InvalidRequest(f"resume: {path} has format {content.get('format')}, this version reads {FORMAT}")

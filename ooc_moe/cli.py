@@ -13,7 +13,7 @@ import time
 import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -174,13 +174,27 @@ def report(
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script.
 
-    A mistake of the caller's, or trouble with the daemon, is one line and exit code 2; a fault of ours keeps its traceback.
+    A mistake of the caller's, or trouble with the daemon or the disk, is one line and exit code 2; a fault of ours keeps its traceback.
     """
     try:
-        app(args=arguments if arguments is None else list(arguments))
+        code = app(args=arguments if arguments is None else list(arguments), standalone_mode=False)
     except OocMoeError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"{error.filename or 'system'}: {error.strerror or error}")
+    except typer.TyperException as error:
+        # Typer's own: an unknown flag, a word where a number should be. Without a message, help was printed.
+        _fail(getattr(error, "format_message", error.__str__)())
+    except typer.Abort:
+        print("aborted", file=sys.stderr)
+        raise SystemExit(1) from None
+    raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str) -> NoReturn:
+    if message:
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def _run_dir(name: str | None, run_dir: Path | None, preset: str, *, resume: bool) -> Path:
@@ -188,15 +202,17 @@ def _run_dir(name: str | None, run_dir: Path | None, preset: str, *, resume: boo
         raise InvalidRequest(f"name: {name!r} and run_dir: {run_dir} say two different things; give one")
     if run_dir is not None:
         return run_dir
+    if (name is not None and Path(name).parts != (name,)) or name == "..":
+        raise InvalidRequest(f"name: {name!r} is not the name of one directory below runs; --run-dir takes a path")
     if name is None and resume:
         raise InvalidRequest("resume: which run? Give its --name or --run-dir")
     return Path("runs") / (name if name is not None else f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
 def _games(text: str) -> tuple[str, ...]:
-    games = tuple(game.strip() for game in text.split(",") if game.strip())
-    if not games:
-        raise InvalidRequest(f"games: {text!r} names none; write for example --games krull,road_runner")
+    games = tuple(game.strip() for game in text.split(","))
+    if not all(games):
+        raise InvalidRequest(f"games: {text!r} leaves a name empty; write for example --games krull,road_runner")
     return games
 
 

@@ -58,8 +58,8 @@ def stats(
     $ ooc-moe stats --store storage-host:50051 --watch
     $ ooc-moe stats --json | jq '.total.hits'
     """
-    if interval < 0.1:
-        raise InvalidRequest(f"interval: {interval} is not at least 0.1 seconds")
+    if not 0.1 <= interval <= 3600:
+        raise InvalidRequest(f"interval: {interval} is not 0.1 to 3600 seconds")
     with _connected(store, patience_s=WATCH_PATIENCE_S if watch else PATIENCE_S) as daemon:
         if not watch:
             _show(daemon.stats(), as_json=as_json)
@@ -180,6 +180,8 @@ def snapshot_ls(
     $ ooc-moe snapshot ls --bank first/experts
     """
     with _connected(store) as daemon:
+        if bank:
+            daemon.get_bank(bank)  # So that a name mistyped is said to be unknown.
         snapshots = daemon.list_snapshots(bank)
     table = _table("id", "name", "banks", "experts", "refers to", "created")
     for snapshot in snapshots:

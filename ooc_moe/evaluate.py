@@ -26,7 +26,7 @@ from ooc_moe.detector import Belief
 from ooc_moe.envs import GameEnvs
 from ooc_moe.run_config import RunConfig
 from ooc_moe.seeds import derived_seed
-from ooc_moe.session import Session, open_session, open_store
+from ooc_moe.session import Session, check_device, open_session, open_store
 from ooc_moe_client.store import ExpertStore
 
 
@@ -129,6 +129,7 @@ def evaluate_run(
     config = dataclasses.replace(
         config, store=store or config.store, eval_envs=eval_envs or config.eval_envs, eval_steps=eval_steps or config.eval_steps
     )
+    check_device(config.device)
     saved = checkpoint.load(run_dir / checkpoint.DIRECTORY / checkpoint.LATEST)
     found = []
     with (

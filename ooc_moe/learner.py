@@ -6,6 +6,7 @@ parameters; the experts' moments travel in their records. Knows nothing of envir
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 
 import torch
@@ -17,6 +18,7 @@ from ooc_moe.ppo import clipped_loss
 from ooc_moe.rollout import Rollout
 from ooc_moe.run_config import RunConfig
 from ooc_moe.stem_replay import StemReplay
+from ooc_moe_wire.errors import InvalidRequest
 
 ADAM_EPS = 1e-5
 
@@ -74,10 +76,12 @@ class Learner:
         balance = self.agent.config.balance_weight * output.aux_loss
         replay = self.config.stem_replay_weight * self._replay_loss()
         total = loss.total + balance + replay
+        self._check_finite("loss", float(total.detach()))
         self.dense.zero_grad()
         self.experts.zero_grad()
         total.backward()
         grad_norm = self.experts.clip_grad_norm(self.dense_parameters, self.config.ppo.max_grad_norm)
+        self._check_finite("gradient norm", grad_norm)
         self.dense.step()
         self.experts.step()
         return {
@@ -91,6 +95,11 @@ class Learner:
             "clip_fraction": float(loss.clip_fraction),
             "grad_norm": grad_norm,
         }
+
+    def _check_finite(self, name: str, value: float) -> None:
+        """Stops a run that diverges before a step makes parameters of it."""
+        if not math.isfinite(value):
+            raise InvalidRequest(f"learning_rate: with {self.config.ppo.learning_rate:g} the {name} became {value}; begin again with less")
 
     def _replay_loss(self) -> Tensor:
         if self.config.stem_protection != "replay":

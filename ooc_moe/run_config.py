@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ooc_moe.config import AgentConfig
+from ooc_moe_client.connection import check_target
 from ooc_moe_wire.errors import InvalidRequest
 
 CONFIG_FILE = "config.json"
 PrefetchSource = Literal["off", "detector", "schedule"]
 StemProtection = Literal["replay", "freeze", "none"]
+# What a bank's name may hold, but no slash; the rest of it has room beside.
+_NAME, _NAME_SAYS = re.compile(r"[A-Za-z0-9_\-.]{1,100}"), "1 to 100 letters, digits, '_', '-' or '.'"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +54,9 @@ class PPOConfig:
         for name in ("gamma", "gae_lambda"):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")
         for name in ("learning_rate", "clip", "max_grad_norm"):
-            _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
+            _require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "a number above 0")
+        for name in ("entropy_coef", "value_coef"):
+            _require(math.isfinite(getattr(self, name)), name, getattr(self, name), "a number")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,6 +94,7 @@ class RunConfig:
     """Threads that emulate Atari; results do not depend on it."""
 
     def __post_init__(self) -> None:
+        _require(_NAME.fullmatch(self.name) is not None, "run_dir", self.run_dir, f"named with {_NAME_SAYS}, which its banks' names carry")
         _require(bool(self.games), "games", self.games, "at least one game")
         for name in ("steps_per_game", "eval_envs", "threads", "env_threads"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
@@ -96,13 +104,15 @@ class RunConfig:
         _require(
             self.stem_protection in get_args(StemProtection), "stem_protection", self.stem_protection, f"one of {get_args(StemProtection)}"
         )
+        if self.store is not None:
+            check_target(self.store)
         context, steps = self.agent.context, self.ppo.rollout_steps
         _require(steps % context == 0, "rollout_steps", steps, f"a multiple of the agent's context, {context}")
 
     @property
     def name(self) -> str:
         """The run's name, which its banks carry."""
-        return self.run_dir.name
+        return self.run_dir.resolve().name
 
     @property
     def steps_per_update(self) -> int:

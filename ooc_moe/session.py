@@ -26,6 +26,7 @@ from ooc_moe_client.cache_stats import CacheStats
 from ooc_moe_client.remote import RemoteStore
 from ooc_moe_client.reporter import Reporter
 from ooc_moe_client.store import ExpertStore
+from ooc_moe_wire.errors import InvalidRequest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,6 +80,16 @@ class Session:
         """Returns when every trained expert is durable."""
         for cache in self.caches:
             cache.flush()
+
+
+def check_device(device: str) -> None:
+    """Raises InvalidRequest unless tensors can be made on this device, which is cpu or cuda."""
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        raise InvalidRequest(f"device: {device!r} is neither cpu nor cuda")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InvalidRequest(f"device: {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 @contextmanager

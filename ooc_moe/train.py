@@ -9,6 +9,7 @@ Run: ooc-moe train --games krull,road_runner --preset demo
 from __future__ import annotations
 
 import dataclasses
+import os
 import signal
 import threading
 import time
@@ -29,7 +30,7 @@ from ooc_moe.metrics import MetricsWriter
 from ooc_moe.report import summary_tables, write_report
 from ooc_moe.rollout import Collector, Rollout
 from ooc_moe.run_config import CONFIG_FILE, RunConfig
-from ooc_moe.session import Session, open_session, open_store
+from ooc_moe.session import Session, check_device, open_session, open_store
 from ooc_moe.stem_replay import FRAMES_PER_GAME, StemReplay
 from ooc_moe_client.store import ExpertStore
 from ooc_moe_wire.errors import InvalidRequest
@@ -45,17 +46,19 @@ def train(config: RunConfig, console: Console) -> Path:
     """Trains a new run; returns its directory.
 
     Raises:
-        InvalidRequest: a game is unknown, the directory holds a run already, or its bank was already written.
+        InvalidRequest: a game is unknown, the device does not exist, the directory holds a run already or cannot be made, or its bank was
+            already written.
         Interrupted: after Ctrl-C, when the checkpoint is saved.
     """
     for game in config.games:
         envs.check_name(game)
+    check_device(config.device)
     config_file = config.run_dir / CONFIG_FILE
     if config_file.exists():
         raise InvalidRequest(f"run_dir: {config.run_dir} already holds a run; go on with --resume, or choose another --name")
+    _make(config.run_dir)
     with open_store(config) as store:
         _create_banks(config, store)
-        config.run_dir.mkdir(parents=True, exist_ok=True)
         config_file.write_text(config.to_json())
         _run(config, store, console)
     return config.run_dir
@@ -66,11 +69,21 @@ def resume(run_dir: Path, console: Console, *, store: str | None = None) -> Path
     config = RunConfig.read(run_dir)
     if store is not None:
         config = dataclasses.replace(config, store=store)
+    check_device(config.device)
     saved = checkpoint.load(run_dir / checkpoint.DIRECTORY / checkpoint.LATEST)
     with open_store(config) as opened:
         opened.restore_snapshot(saved.snapshot_id)
         _run(config, opened, console, saved)
     return run_dir
+
+
+def _make(run_dir: Path) -> None:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidRequest(f"run_dir: {run_dir} cannot be made: {error.strerror}") from error
+    if not os.access(run_dir, os.W_OK | os.X_OK):
+        raise InvalidRequest(f"run_dir: {run_dir} cannot be written")
 
 
 def _create_banks(config: RunConfig, store: ExpertStore) -> None:

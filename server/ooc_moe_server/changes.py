@@ -81,7 +81,7 @@ class Changes:
         if spec.name in self._catalog.banks:
             bank = self._catalog.banks[spec.name]
             if replace(bank.spec, num_experts=spec.num_experts) != spec:
-                raise BankExists(f"bank {spec.name!r} exists with another spec")
+                raise BankExists(f"bank {spec.name!r} exists with another {_difference(bank.spec, spec)}")
             return bank
         capacity = self._dram.stats.capacity_bytes
         if spec.layout.record_bytes > capacity:
@@ -207,6 +207,10 @@ class Changes:
         for record in records:
             if record.slot:
                 self._nvme.let_go(record.slot)
+
+
+def _difference(present: BankSpec, asked: BankSpec) -> str:
+    return "layout" if present.layout != asked.layout else f"seed: {present.seed}, not {asked.seed}"
 
 
 def _new_bank(spec: BankSpec) -> Bank:
