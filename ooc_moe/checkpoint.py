@@ -8,13 +8,14 @@ file names may be left over, and a resumed run drops it.
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ooc_moe_wire.errors import InvalidRequest
+from ooc_moe_wire.errors import InvalidRequest, TierFull
 
 DIRECTORY = "checkpoints"
 LATEST = "latest.pt"
@@ -41,14 +42,23 @@ class Checkpoint:
 
 
 def save(path: Path, saved: Checkpoint) -> None:
-    """Writes the dense file durably: either the old one or the new one is there, never half of one."""
+    """Writes the dense file durably: either the old one or the new one is there, never half of one.
+
+    Raises:
+        TierFull: its disk has no room; the old one is there.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".new")
-    with beside.open("wb") as file:
-        content = {"format": FORMAT, "progress": asdict(saved.progress), "snapshot_id": saved.snapshot_id, "state": saved.state}
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
+    content = {"format": FORMAT, "progress": asdict(saved.progress), "snapshot_id": saved.snapshot_id, "state": saved.state}
+    try:
+        with beside.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (RuntimeError, OSError) as error:  # torch hides what the file said.
+        free = shutil.disk_usage(path.parent).free
+        beside.unlink(missing_ok=True)
+        raise TierFull(f"checkpoint: {path} cannot be written with {free} bytes free on its disk; an earlier one stays") from error
     beside.replace(path)
     directory = os.open(path.parent, os.O_RDONLY)
     os.fsync(directory)

@@ -41,6 +41,7 @@ def test_a_daemon_that_was_given_up_on_is_not_waited_for_again(daemon, monkeypat
             store.stats()
         waited_s.append(time.monotonic() - began)
     assert waited_s[0] >= 1.0 > waited_s[1]
+    monkeypatch.undo()
     daemon.start()
     store.stats()
     store.close()
