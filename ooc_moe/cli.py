@@ -65,7 +65,7 @@ def train(
     eval_episodes: Annotated[int | None, typer.Option(help="Episodes per evaluated game, played side by side.")] = None,
     eval_steps: Annotated[int | None, typer.Option(help="The most steps of an evaluation episode; 0: no evaluation.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of torch, and of the environments.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Torch's threads.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
     frame_size: Annotated[int | None, typer.Option(help="Height and width of a frame in pixels.", rich_help_panel=_AGENT)] = None,
     num_experts: Annotated[int | None, typer.Option("--experts", help="Experts of each bank at the start.", rich_help_panel=_AGENT)] = None,
@@ -75,6 +75,10 @@ def train(
     ] = None,
     prefetch: Annotated[
         str | None, typer.Option(help="Who names the experts to bring ahead.", metavar="off|detector|schedule", rich_help_panel=_AGENT)
+    ] = None,
+    stem: Annotated[
+        str | None,
+        typer.Option(help="How later games leave the shared stem alone.", metavar="replay|freeze|none", rich_help_panel=_AGENT),
     ] = None,
     routing: Annotated[
         str | None, typer.Option(help="Inside the game's pool, or among all experts.", metavar="pool|token", rich_help_panel=_AGENT)
@@ -123,6 +127,7 @@ def train(
             "seed": seed,
             "store": store,
             "prefetch": prefetch,
+            "stem_protection": stem,
             "eval_envs": eval_episodes,
             "eval_steps": eval_steps,
             "checkpoint_every": checkpoint_every,

@@ -13,12 +13,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tenacity import retry, retry_if_exception_message, stop_after_delay, wait_fixed
+
 from ooc_moe_wire.errors import Unavailable
 
 log = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 60.0
+HELD_PATIENCE_S = 10.0
 _PR_SET_PDEATHSIG = 1
 
 
@@ -33,24 +36,9 @@ def embedded_daemon(data_dir: Path, *, dram_bytes: int) -> Iterator[str]:
         Unavailable: it did not start; the message ends with what it said last.
     """
     data_dir.mkdir(parents=True, exist_ok=True)
-    log_path = data_dir.with_suffix(".log")
-    address_file = data_dir / "daemon.json"
-    address_file.unlink(missing_ok=True)
-    command = [
-        sys.executable,
-        "-m",
-        "ooc_moe_server.cli",
-        "--data-dir",
-        str(data_dir),
-        "--dram-bytes",
-        str(dram_bytes),
-        "--listen",
-        "127.0.0.1:0",
-    ]
-    with log_path.open("ab") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True, preexec_fn=_stop_with_parent)
+    process, address = _start(data_dir, dram_bytes)
     try:
-        yield _wait_until_listening(process, address_file, log_path)
+        yield address
     finally:
         process.send_signal(signal.SIGTERM)
         try:
@@ -59,6 +47,30 @@ def embedded_daemon(data_dir: Path, *, dram_bytes: int) -> Iterator[str]:
             log.warning("the embedded daemon did not stop within %.0f s; killing it (what it acknowledged is durable)", STOP_TIMEOUT_S)
             process.kill()
             process.wait()
+
+
+# The daemon of a trainer that was just killed may still be draining.
+@retry(
+    retry=retry_if_exception_message(match=".*is held by another daemon"),
+    stop=stop_after_delay(HELD_PATIENCE_S),
+    wait=wait_fixed(0.2),
+    reraise=True,
+)
+def _start(data_dir: Path, dram_bytes: int) -> tuple[subprocess.Popen[bytes], str]:
+    """A daemon that listens, and its address."""
+    log_path = data_dir.with_suffix(".log")
+    address_file = data_dir / "daemon.json"
+    address_file.unlink(missing_ok=True)
+    flags = {"--data-dir": data_dir, "--dram-bytes": dram_bytes, "--listen": "127.0.0.1:0"}
+    command = [sys.executable, "-m", "ooc_moe_server.cli", *(str(word) for flag in flags.items() for word in flag)]
+    with log_path.open("ab") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True, preexec_fn=_stop_with_parent)
+    try:
+        return process, _wait_until_listening(process, address_file, log_path)
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
 
 
 def _wait_until_listening(process: subprocess.Popen[bytes], address_file: Path, log_path: Path) -> str:

@@ -112,6 +112,7 @@ def open_session(config: RunConfig, store: ExpertStore, bank_names: Sequence[str
             prefetch_experts=agent_config.prefetch_experts,
             seed=config.seed,
         )
+        agent.predictor = detector.predict
         reporter = stack.enter_context(Reporter(store, caches))
         yield Session(config=config, store=store, caches=caches, agent=agent, detector=detector, reporter=reporter)
 

@@ -59,7 +59,7 @@ class ScriptedEnvs:
     def close(self) -> None: ...
 
 
-@pytest.fixture()
+@pytest.fixture
 def played():
     store = InMemoryStore()
     (spec,) = CONFIG.bank_specs("run", 0)

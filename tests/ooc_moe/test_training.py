@@ -317,3 +317,15 @@ def test_the_configuration_survives_its_file(tmp_path):
     config = tiny_run(tmp_path / "x", store="localhost:1", from_bank="b")
     assert RunConfig.from_json(config.to_json(), tmp_path / "x") == config
     assert "run_dir" not in json.loads(config.to_json())
+
+
+def test_a_daemon_that_still_drains_is_waited_for(tmp_path, start_daemon):
+    """As after kill -9 of a trainer and --resume at once: the old daemon has not let go of the directory yet."""
+    old = start_daemon(data_dir=tmp_path / "store")
+    stopper = threading.Timer(1.0, old.stop)
+    stopper.start()
+    with embedded_daemon(tmp_path / "store", dram_bytes=1 << 20) as target:
+        store = RemoteStore(target)
+        assert store.list_banks() == []
+        store.close()
+    stopper.join()
