@@ -10,7 +10,7 @@ help:  ## list the targets
 	@awk -F ':.*## *' '/^[a-z]+:.*##/ {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(READY)  ## train on three Atari games in turn, evaluate, write a report (3 minutes)
-	$(BIN)/ooc-moe train --preset demo --games krull,road_runner,crazy_climber --steps-per-game 16384 --eval-steps 300
+	$(BIN)/ooc-moe train --preset demo --games krull,road_runner,crazy_climber --steps-per-game 16384 --eval-steps 400
 
 test: lint  ## lint, then run the tests
 	$(BIN)/python -m pytest

@@ -130,6 +130,8 @@ class Trainer:
 
     def run(self) -> None:
         """Plays the schedule to its end."""
+        if self.at == checkpoint.Progress():
+            self.save()  # So that a run can be resumed from its first moment on.
         with _interruptible() as interrupted, _progress(self.console) as progress:
             for phase in range(self.at.phase, len(self.config.games)):
                 game = self.config.games[phase]
@@ -258,8 +260,9 @@ class Trainer:
         self._dense_state = state["dense_optimizer"]
         self.generator.set_state(state["generator"])
         self.writer.truncate(state["metrics_position"])
-        # Only a checkpoint inside a game is dropped after the next one; those at the ends of games stay.
-        self._snapshot_id = saved.snapshot_id if self.at.update_in_game else None
+        # Checkpoints at the ends of games stay; any other is dropped after the next one.
+        ends_a_game = self.at.phase > 0 and self.at.update_in_game == 0
+        self._snapshot_id = None if ends_a_game else saved.snapshot_id
         self._drop_nameless_snapshots()
 
     def _env_seed(self) -> int:

@@ -166,6 +166,16 @@ def test_a_resumed_run_continues_bit_for_bit_after_kill_9(tmp_path):
     assert {id for id, name in kept.items() if name.startswith("run/")} == checkpoint.named_snapshots(killed / "checkpoints")
 
 
+def test_a_run_that_stopped_before_its_first_update_can_be_resumed(tmp_path, monkeypatch):
+    config = tiny_run(tmp_path / "run", games=("pixel/catch",), eval_steps=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_learn", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(config, SILENT)
+    resume(config.run_dir, SILENT)
+    assert [event["update"] for event in updates(config.run_dir)] == [1, 2]
+
+
 def test_ctrl_c_saves_and_resume_finishes(tmp_path):
     command = [sys.executable, "-m", "ooc_moe.cli", "train", "--run-dir", str(tmp_path / "run")]
     new = ["--preset", "tiny", "--games", "pixel/catch", "--steps-per-game", "6144", "--eval-steps", "0"]
