@@ -109,7 +109,8 @@ def _run(config: RunConfig, store: ExpertStore, console: Console, saved: checkpo
             trainer.load(saved)
         trainer.run()
     report = write_report(config.run_dir)
-    console.print(*summary_tables(config.run_dir), sep="\n")
+    for table in summary_tables(config.run_dir):
+        console.print(table, end="\n\n")
     console.print(f"report: {report}", soft_wrap=True)
 
 
