@@ -110,7 +110,8 @@ def _run(config: RunConfig, store: ExpertStore, console: Console, saved: checkpo
         trainer.run()
     report = write_report(config.run_dir)
     for table in summary_tables(config.run_dir):
-        console.print(table, end="\n\n")
+        console.print(table)
+        console.print()
     console.print(f"report: {report}", soft_wrap=True)
 
 
