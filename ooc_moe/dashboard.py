@@ -1,16 +1,15 @@
-"""The daemon's statistics on a terminal: tiers, banks, trainers with their HBM caches, latencies and queues.
+"""The daemon's statistics on a terminal: the three tiers, trainers with their HBM caches, latencies, queues and banks.
 
-`render` turns one Stats message (and the one before, for rates) into Rich tables. Names that others chose are shown as plain text, never as
-markup. Knows nothing of connections.
+`render` turns one Stats message (and the one before, for rates) into Rich tables that fit 80 columns: the bars and the names give way,
+numbers never fold. It shows the most telling counters; `ooc-moe stats --json` has them all. Names that others chose are shown as plain
+text, never as markup. Knows nothing of connections.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 
 import humanize
-from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -22,145 +21,157 @@ DASH = "–"
 
 
 def render(stats: stats_pb2.Stats, before: stats_pb2.Stats | None = None) -> RenderableType:
-    """The whole dashboard. `before`: an earlier message of the same daemon; bytes per second are counted from it."""
-    parts: list[RenderableType] = [_headline(stats), _tiers(stats, before)]
-    if stats.trainers:
-        parts.append(_trainers(stats))
-    if any(trainer.hbm for trainer in stats.trainers):
-        parts.append(_hbm(stats))
-    if stats.banks:
-        parts.append(_banks(stats))
-    if any(latency.count for latency in stats.latency.values()):
-        parts.append(_latencies(stats))
-    parts.append(_queues(stats))
+    """The whole dashboard. `before`: an earlier message of the same daemon; with it, traffic is shown per second, not since the start."""
+    parts: list[RenderableType] = [_headline(stats)]
+    # The banks come last: a terminal that is too low cuts them off.
+    for section in (_tiers(stats, before), _trainers(stats), _hbm(stats), _latencies(stats), _queues(stats), _banks(stats)):
+        if isinstance(section, Text) or section.row_count:
+            parts += ["", section]
     return Group(*parts)
 
 
 def _headline(stats: stats_pb2.Stats) -> Text:
-    uptime = humanize.naturaldelta(stats.uptime_s)
-    text = Text.assemble((f"ooc-moe-server {stats.version}", "bold"), f"  {stats.data_dir}  up {uptime}  at {time.strftime('%H:%M:%S')}")
+    text = Text.assemble((f"ooc-moe-server {stats.version}", "bold"), no_wrap=True, overflow="ellipsis")
+    text.append(f"  {time.strftime('%H:%M:%S')}  up {humanize.naturaldelta(stats.uptime_s)}")
     if stats.draining:
         text.append("  draining", style="bold yellow")
-    return text
+    if num_corrupt := stats.dram.num_corrupt + stats.nvme.num_corrupt:
+        text.append(f"  {num_corrupt:,} corrupt", style="bold red")
+    return text.append(f"  {stats.data_dir}", style="dim")
 
 
 def _tiers(stats: stats_pb2.Stats, before: stats_pb2.Stats | None) -> Table:
+    flows = ("in", "out") if before is None else ("in/s", "out/s")
+    table = _table("Tiers", "|", "used", "size", "records", "served", "hits", "evicted", *flows)
     seconds = stats.uptime_s - before.uptime_s if before is not None else 0.0
-    table = _table("Tiers", "tier", "used", "capacity", "", "records", "served", "hit rate", "in", "out", "evicted", "corrupt")
-    for name, tier, earlier, served, rate in (
-        ("DRAM", stats.dram, before and before.dram, stats.total.hits, _share(stats.total.hits, stats.total.hits + stats.total.misses)),
-        (f"NVMe ({stats.nvme.io_mode or DASH})", stats.nvme, before and before.nvme, stats.total.nvme_reads, DASH),
+    hbm, total = _sum_of_hbm(stats), stats.total
+    for name, tier, earlier, served, share in (
+        ("HBM", hbm, before and _sum_of_hbm(before), hbm.reads, _share(hbm.reads, hbm.writes)),
+        ("DRAM", stats.dram, before and before.dram, total.hits, _share(total.hits, total.misses)),
+        ("NVMe", stats.nvme, before and before.nvme, total.nvme_reads, DASH),
     ):
-        table.add_row(
-            name,
-            _bytes(tier.used_bytes),
-            _bytes(tier.capacity_bytes),
-            ProgressBar(total=max(tier.capacity_bytes, 1), completed=tier.used_bytes, width=12),
-            f"{tier.num_records:,}",
-            f"{served:,}",
-            rate,
-            _flow(tier.written_bytes, earlier.written_bytes if earlier else None, seconds),
-            _flow(tier.read_bytes, earlier.read_bytes if earlier else None, seconds),
-            f"{tier.evictions:,}",
-            Text(f"{tier.num_corrupt:,}", style="bold red" if tier.num_corrupt else ""),
-        )
-    table.add_row("seed", DASH, DASH, "", DASH, f"{stats.total.seeded:,}", DASH, DASH, DASH, DASH, DASH)
+        if tier.capacity_bytes:
+            table.add_row(
+                name,
+                ProgressBar(total=tier.capacity_bytes, completed=tier.used_bytes),
+                _bytes(tier.used_bytes),
+                _bytes(tier.capacity_bytes),
+                _count(tier.num_records),
+                _count(served),
+                share,
+                _count(tier.evictions),
+                _flow(tier.written_bytes, earlier.written_bytes if earlier else None, seconds),
+                _flow(tier.read_bytes, earlier.read_bytes if earlier else None, seconds),
+            )
+    table.add_row("seed", "", "", "", "", _count(total.seeded))
     return table
 
 
+def _sum_of_hbm(stats: stats_pb2.Stats) -> stats_pb2.TierStats:
+    """The trainers' caches as one tier: hits as reads, misses as writes."""
+    caches = [hbm for trainer in stats.trainers for hbm in trainer.hbm]
+    return stats_pb2.TierStats(
+        capacity_bytes=sum(hbm.capacity_experts * hbm.expert_bytes for hbm in caches),
+        used_bytes=sum(hbm.resident_experts * hbm.expert_bytes for hbm in caches),
+        num_records=sum(hbm.resident_experts for hbm in caches),
+        reads=sum(hbm.hits for hbm in caches),
+        writes=sum(hbm.misses for hbm in caches),
+        written_bytes=sum(hbm.bytes_in for hbm in caches),
+        read_bytes=sum(hbm.bytes_out for hbm in caches),
+        evictions=sum(hbm.evictions for hbm in caches),
+    )
+
+
 def _trainers(stats: stats_pb2.Stats) -> Table:
-    table = _table("Trainers", "trainer", "fetched", "DRAM hits", "NVMe", "seed", "pushed", "prefetched to DRAM", "doing")
+    table = _table("Trainers", "|doing", "fetched", "DRAM hits", "pushed")
     for trainer in stats.trainers:
         access = trainer.access
-        table.add_row(
-            Text(trainer.trainer or "(no name)"),
-            f"{access.fetched_experts:,} ({_bytes(access.fetched_bytes)})",
-            f"{access.hits:,} ({_share(access.hits, access.hits + access.misses)})",
-            f"{access.nvme_reads:,}",
-            f"{access.seeded:,}",
-            f"{access.pushed_experts:,} ({_bytes(access.pushed_bytes)})",
-            f"{access.prefetch_promoted:,}",
-            Text(f"{trainer.activity} ({trainer.report_age_s:.0f} s ago)" if trainer.activity else DASH),
-        )
+        row = _count(access.fetched_experts), _share(access.hits, access.misses), _count(access.pushed_experts)
+        table.add_row(_name(trainer.trainer), _name(trainer.activity), *row)
     return table
 
 
 def _hbm(stats: stats_pb2.Stats) -> Table:
-    table = _table(
-        "HBM caches", "trainer", "bank", "slots", "dirty", "hit rate", "misses", "prefetch useful/late/wasted", "in", "out", "stalled"
-    )
+    table = _table("HBM", "|bank", "resident", "hits", "prefetch useful", "late", "wasted", "stalled")
     for trainer in stats.trainers:
         for hbm in trainer.hbm:
             table.add_row(
-                Text(trainer.trainer or "(no name)"),
-                Text(hbm.bank),
-                f"{hbm.resident_experts}/{hbm.capacity_experts} ({_bytes(hbm.capacity_experts * hbm.expert_bytes)})",
-                f"{hbm.dirty_experts}",
-                _share(hbm.hits, hbm.hits + hbm.misses),
-                f"{hbm.misses:,}",
-                f"{hbm.prefetch_useful:,}/{hbm.prefetch_late:,}/{hbm.prefetch_wasted:,}",
-                _bytes(hbm.bytes_in),
-                _bytes(hbm.bytes_out),
-                f"{hbm.stall_s:.1f} s",
+                _name(trainer.trainer),
+                _name(hbm.bank),
+                f"{hbm.resident_experts}/{hbm.capacity_experts}",
+                _share(hbm.hits, hbm.misses),
+                _count(hbm.prefetch_useful),
+                _count(hbm.prefetch_late),
+                _count(hbm.prefetch_wasted),
+                f"{hbm.stall_s:,.1f} s",
             )
     return table
 
 
-def _banks(stats: stats_pb2.Stats) -> Table:
-    table = _table("Banks", "bank", "in DRAM", "on NVMe", "hits", "misses", "hit rate", "pushed", "refused", "writer")
-    for bank in stats.banks:
-        access = bank.access
-        table.add_row(
-            bank.bank,
-            f"{bank.dram_records:,}",
-            _bytes(bank.nvme_bytes),
-            f"{access.hits:,}",
-            f"{access.misses:,}",
-            _share(access.hits, access.hits + access.misses),
-            f"{access.pushed_experts:,}",
-            f"{access.push_refused:,}",
-            Text(bank.writer_id or DASH),
-        )
-    return table
-
-
 def _latencies(stats: stats_pb2.Stats) -> Table:
-    table = _table("Latency in ms, last 4096 of each", "operation", "count", "p50", "p90", "p99", "max")
-    for name, latency in sorted(stats.latency.items()):
-        if latency.count:
-            figures = (latency.p50_ms, latency.p90_ms, latency.p99_ms, latency.max_ms)
-            table.add_row(name, f"{latency.count:,}", *(f"{figure:.2f}" for figure in figures))
+    """One column for each operation that happened."""
+    seen = {name: latency for name, latency in sorted(stats.latency.items()) if latency.count}
+    table = _table("Latency in ms", *seen)
+    if seen:
+        table.add_row("p50", *(f"{latency.p50_ms:.2f}" for latency in seen.values()))
+        table.add_row("p99", *(f"{latency.p99_ms:.2f}" for latency in seen.values()))
     return table
 
 
 def _queues(stats: stats_pb2.Stats) -> Text:
-    waiting = {"demand reads": stats.queues.demand_reads, "prefetch reads": stats.queues.prefetch_reads, "pushes": stats.queues.pushes}
-    queued = ", ".join(f"{name} {count}" for name, count in waiting.items())
-    return Text(f"Waiting: {queued}. Open streams: {stats.queues.open_streams}.")
+    queues = stats.queues
+    waiting = f"demand reads {queues.demand_reads}, prefetch reads {queues.prefetch_reads}, pushes {queues.pushes}"
+    return Text.assemble(("Waiting  ", "bold"), f"{waiting}; open streams {queues.open_streams}")
 
 
-def _table(title: str, first: str, *others: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column(first, overflow="fold")
-    _add_columns(table, others)
+def _banks(stats: stats_pb2.Stats) -> Table:
+    table = _table("Banks", "in DRAM", "on NVMe", "fetched", "hits", "pushed", "refused", "|writer")
+    for bank in stats.banks:
+        access = bank.access
+        table.add_row(
+            _name(bank.bank),
+            _count(bank.dram_records),
+            _bytes(bank.nvme_bytes),
+            _count(access.fetched_experts),
+            _share(access.hits, access.misses),
+            _count(access.pushed_experts),
+            _count(access.push_refused),
+            _name(bank.writer_id[:8]),
+        )
     return table
 
 
-def _add_columns(table: Table, names: Iterable[str]) -> None:
-    for name in names:
-        table.add_column(name, justify="left" if name in ("doing", "bank", "writer", "") else "right", overflow="fold")
+def _table(title: str, *columns: str) -> Table:
+    """A section: its title heads the first column. A column whose name begins with | is to the left and may give way, as the first may."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column(Text(title, style="not dim bold"))
+    for column in columns:
+        if column.startswith("|"):
+            table.add_column(column[1:], max_width=40)
+        else:
+            table.add_column(column, justify="right", no_wrap=True)
+    return table
 
 
-def _share(part: int, whole: int) -> str:
-    return f"{100 * part / whole:.1f} %" if whole else DASH
+def _name(name: str) -> Text:
+    return Text(name or DASH, no_wrap=True, overflow="ellipsis")
+
+
+def _share(hits: int, misses: int) -> str:
+    return f"{100 * hits / (hits + misses):.1f}%" if hits + misses else DASH
+
+
+def _count(count: int) -> str:
+    return f"{count:,}" if count < 1_000_000 else humanize.metric(count).replace(" ", "")
 
 
 def _bytes(count: int) -> str:
-    return humanize.naturalsize(count, binary=True)
+    return humanize.naturalsize(count, gnu=True)
 
 
 def _flow(total: int, earlier: int | None, seconds: float) -> str:
-    """Bytes since the start, and per second since the earlier message; a daemon that restarted has no rate yet."""
-    if earlier is None or seconds <= 0:
+    """Bytes since the start; with an earlier figure, bytes per second, and nothing for none: neither for a daemon that restarted."""
+    if earlier is None:
         return _bytes(total)
-    return f"{_bytes(total)} ({_bytes(round(max(total - earlier, 0) / seconds))}/s)"
+    rate = round((total - earlier) / seconds) if seconds > 0 else 0
+    return _bytes(rate) if rate > 0 else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import signal
 import subprocess
@@ -13,10 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from ooc_moe.cli import app, main
 from ooc_moe.config import PRESETS
+from ooc_moe.dashboard import render
 from ooc_moe.run_config import RunConfig
 from ooc_moe_client.remote import RemoteStore
 from ooc_moe_client.store import Push
@@ -92,8 +95,30 @@ def test_stats_shows_tiers_banks_and_trainers(run: Run, shared_daemon: Any, stor
     store.report_trainer([hbm], "training krull, step 12288")
     ran = run("stats", "--store", shared_daemon.target)
     assert ran.code == 0
-    for part in ("DRAM", "32.0 MiB", "NVMe (", bank, "tester", "training krull, step 12288", "5/8 (8.0 KiB)", "75.0 %", "7/0/0", "push"):
+    for part in ("DRAM", "32.0M", "NVMe", "HBM", "8.0K", bank, "tester", "training krull, step 12288", "5/8 75.0% 7 0 0", "push"):
         assert part in ran.out
+
+
+def test_stats_fit_80_columns_whatever_the_names_and_the_numbers() -> None:
+    many = 999_999
+    access = stats_pb2.AccessStats(hits=many, fetched_experts=many, pushed_experts=many, push_refused=many, nvme_reads=many, seeded=10**12)
+    tier = stats_pb2.TierStats(
+        capacity_bytes=999 << 30, used_bytes=999 << 20, num_records=many, evictions=many, read_bytes=999 << 30, written_bytes=999 << 30
+    )
+    hbm = stats_pb2.HbmStats(bank="b" * 100, capacity_experts=512, resident_experts=512, hits=1, prefetch_useful=many, stall_s=9999)
+    now = stats_pb2.Stats(uptime_s=9, total=access, dram=tier, nvme=tier, data_dir="/d" * 100)
+    now.trainers.add(trainer="t" * 100, access=access, hbm=[hbm], activity="a" * 100)
+    now.banks.add(bank="b" * 100, access=access, nvme_bytes=999 << 30, writer_id="w" * 32)
+    for name in ("commit", "fetch_dram", "fetch_nvme", "fetch_seed", "nvme_read", "push"):
+        now.latency[name].CopyFrom(stats_pb2.Latency(count=1, p50_ms=999, p99_ms=9999))
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(render(now, stats_pb2.Stats(uptime_s=8)))
+    lines = console.export_text().splitlines()
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 80
+    headings = "used size records served hits evicted in/s out/s doing resident prefetch useful late wasted stalled refused writer push p99"
+    assert set(headings.split()) <= set(" ".join(lines).split())
+    assert [line.split().count("999,999") for line in lines if line.startswith(("DRAM", "NVMe", "b"))] == [3, 3, 3]
 
 
 def test_stats_as_json_is_one_document_with_the_names_of_the_proto(run: Run, shared_daemon: Any, bank: str) -> None:
