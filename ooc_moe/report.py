@@ -77,7 +77,9 @@ def summary_tables(run_dir: Path) -> list[RenderableType]:
 def _rich_table(table: summary.TextTable) -> Table:
     rich = Table(title=table.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for index, column in enumerate(table.columns):
-        rich.add_column(Text(column.replace("after ", "after\n")), justify="right" if index else "left", overflow="fold", no_wrap=index == 0)
+        rich.add_column(
+            Text(column.replace("after ", "after\n")), justify="right" if index else "left", overflow="fold", no_wrap=index == 0
+        )
     for row in table.rows:
         rich.add_row(*(Text(cell) for cell in row))
     return rich
