@@ -160,6 +160,7 @@ class Trainer:
         collector.reset(self._env_seed())
         bar = progress.add_task(game, total=updates, completed=self.at.update_in_game, note="")
         while self.at.update_in_game < updates:
+            self.session.reporter.activity = f"training {game}, step {self.at.step}"
             began = time.monotonic()
             rollout = collector.collect()
             losses = learner.update(rollout, remaining=1 - self.at.update_in_game / updates)
@@ -216,6 +217,7 @@ class Trainer:
         if not self.config.eval_steps:
             return
         known = list(dict.fromkeys(self.config.games[: phase + 1]))
+        self.session.reporter.activity = f"evaluating at step {self.at.step}"
         bar = progress.add_task("evaluation", total=len(known), note="")
         for fields in self.evaluator.evaluate(known):
             self.writer.log("evaluation", step=self.at.step, update=self.at.update, game=self.config.games[phase], phase=phase, **fields)
@@ -302,7 +304,6 @@ class Trainer:
         episodes = rollout.episode_returns
         score = f"return {sum(episodes) / len(episodes):.0f}" if episodes else f"{1000 * rollout.reward_per_step:.0f} points per 1000 steps"
         progress.update(bar, completed=self.at.update_in_game, note=f"{score}, HBM hits {cache.hit_rate:.1%}")
-        self.session.reporter.activity = f"training {game}, step {self.at.step}"
 
 
 @contextmanager
