@@ -26,9 +26,9 @@ TRAINER_KEY = "ooc-moe-trainer"
 TRAINER_BYTES_MAX = 128
 
 MAGIC = b"OOCMOE\r\n"
-FORMAT = 1
-# magic, format, bank id, expert, version, parameter bytes, optimizer bytes, parameter xxh3, optimizer xxh3
-_HEADER = struct.Struct("<8sI16sQQQQQQ")
+FORMAT = 2
+# magic, format, bank id, expert, version, parameter bytes, optimizer bytes, parameter xxh3, optimizer xxh3, push number, writer id
+_HEADER = struct.Struct("<8sI16sQQQQQQQ128s")
 _CHECK = struct.Struct("<Q")
 
 
@@ -69,6 +69,8 @@ class RecordHeader:
     parameter_bytes: int
     optimizer_bytes: int
     checksums: Checksums
+    writer_id: str = ""  # Who pushed it: at most 128 bytes.
+    push_number: int = 0
 
     def pack_into(self, block: memoryview) -> None:
         """Writes the header block (4 KiB, zero padded, checksummed) into `block`."""
@@ -82,6 +84,8 @@ class RecordHeader:
             self.optimizer_bytes,
             self.checksums.parameters,
             self.checksums.optimizer,
+            self.push_number,
+            self.writer_id.encode(),
         )
         check = _CHECK.pack(xxhash.xxh3_64_intdigest(fields))
         block[:BLOCK_BYTES] = (fields + check).ljust(BLOCK_BYTES, b"\0")
@@ -100,7 +104,7 @@ class RecordHeader:
             raise CorruptRecord(f"{what}: the header block is damaged")
         if version_of_format != FORMAT:
             raise CorruptRecord(f"{what}: record format {version_of_format} is not {FORMAT}")
-        parameter_bytes, optimizer_bytes, parameters, optimizer = rest
+        parameter_bytes, optimizer_bytes, parameters, optimizer, push_number, writer_id = rest
         return RecordHeader(
             bank_id=bank_id,
             expert=expert,
@@ -108,6 +112,8 @@ class RecordHeader:
             parameter_bytes=parameter_bytes,
             optimizer_bytes=optimizer_bytes,
             checksums=Checksums(parameters, optimizer),
+            writer_id=writer_id.rstrip(b"\0").decode(),
+            push_number=push_number,
         )
 
 

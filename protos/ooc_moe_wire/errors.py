@@ -11,6 +11,7 @@
         SnapshotExists    the name belongs to a snapshot of other banks
       StaleVersion        the update started from a version that is no longer current    re-read, redo the update
       LostUpdate          an acknowledged version is gone from the store               restore a snapshot
+      LeaseExpired        the daemon does not know the local session (any more)          open another, fetch again
       NotTheWriter        another writer has the bank open                               wait, or stop it
       TierFull            no room: everything pinned, or the disk is full                back off, unpin, add space
       CorruptRecord       a checksum does not match                                      restore a snapshot; never retry
@@ -73,6 +74,10 @@ class LostUpdate(OocMoeError):
     """The store gave an older version than it had acknowledged; a client that went on would train on old values."""
 
 
+class LeaseExpired(OocMoeError):
+    """The local session, and every lease with it, is gone: the daemon restarted, or closed it."""
+
+
 class NotTheWriter(OocMoeError):
     """Another writer has the bank open."""
 
@@ -112,6 +117,7 @@ STATUS: dict[type[OocMoeError], grpc.StatusCode] = {
     SnapshotExists: grpc.StatusCode.ALREADY_EXISTS,
     StaleVersion: grpc.StatusCode.ABORTED,
     LostUpdate: grpc.StatusCode.FAILED_PRECONDITION,
+    LeaseExpired: grpc.StatusCode.FAILED_PRECONDITION,
     NotTheWriter: grpc.StatusCode.FAILED_PRECONDITION,
     TierFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     CorruptRecord: grpc.StatusCode.DATA_LOSS,

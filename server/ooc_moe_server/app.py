@@ -88,7 +88,13 @@ class Daemon:
         log.info("starting: data directory %s, DRAM %d bytes", self._config.data_dir, self._config.dram_bytes)
         addresses = await self._listen()
         try:
-            self._engine = await Engine.open(self._config.data_dir, self._config.dram_bytes)
+            self._engine = await Engine.open(
+                self._config.data_dir,
+                self._config.dram_bytes,
+                dram_policy=self._config.dram_policy,
+                nvme_bytes=self._config.nvme_bytes,
+                bank_bytes=self._config.bank_bytes,
+            )
             self._guard.refusal = None
             await self._set_health(health_pb2.HealthCheckResponse.SERVING)
             log.info("ready: listening on %s", ", ".join(addresses))

@@ -1,17 +1,22 @@
-"""The memory of the DRAM tier: one memfd, allocated in full at the start, mapped once.
+"""The memory of the DRAM tier: one memfd, allocated in full at the start, mapped once; and the generations of what lies in it.
 
-A memfd (rather than a bytearray) is page aligned, so that O_DIRECT reads land in it, and can be handed to another process. Knows nothing of
-records.
+A memfd (rather than a bytearray) is page aligned, so that O_DIRECT reads land in it, and can be handed to another process: sealed, so that
+nobody else can ever map it for writing. A generation is a word per 4 KiB block, in a memfd of its own: odd while the record that begins
+there is not whole (see v1/local.proto). Knows nothing of records beyond where they begin.
 """
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 from pathlib import Path
 
+import numpy as np
+
 from ooc_moe_wire.errors import InvalidRequest, TierFull
 from ooc_moe_wire.layout import BLOCK_BYTES
+from ooc_moe_wire.local import F_SEAL_FUTURE_WRITE
 
 # Left to the operating system and to the daemon itself.
 HEADROOM_BYTES = 256 << 20
@@ -27,18 +32,44 @@ class Arena:
             TierFull: the kernel has not that many pages.
         """
         self.num_bytes = num_bytes
-        self._fd = os.memfd_create("ooc-moe-arena", os.MFD_CLOEXEC)
         try:
-            os.posix_fallocate(self._fd, 0, num_bytes)
-            self._map = mmap.mmap(self._fd, num_bytes)
+            self.fd, memory = _sealed_memory("ooc-moe-arena", num_bytes)
+            self.generations_fd, words = _sealed_memory("ooc-moe-generations", num_bytes // BLOCK_BYTES * 8)
         except OSError as error:
-            os.close(self._fd)
             raise TierFull(f"dram_bytes: {num_bytes} bytes of memory cannot be allocated ({error.strerror})") from error
-        self._view = memoryview(self._map)
+        self._view = memoryview(memory)
+        self._generations = np.frombuffer(words, dtype=np.uint64)
+        self._generations[:] = 1
 
     def view(self, start: int, size: int) -> memoryview:
         """Writable bytes [start, start + size), no copy."""
         return self._view[start : start + size]
+
+    def complete(self, start: int) -> None:
+        """The record that begins at `start` is whole."""
+        assert self.generation(start) % 2 == 1, "complete twice"
+        self._generations[start // BLOCK_BYTES] += np.uint64(1)
+
+    def spoil(self, start: int) -> None:
+        """The record that begins at `start`, whole or not, may be overwritten from now on."""
+        self._generations[start // BLOCK_BYTES] |= np.uint64(1)
+
+    def generation(self, start: int) -> int:
+        """Of the record that begins at `start`."""
+        return int(self._generations[start // BLOCK_BYTES])
+
+
+def _sealed_memory(name: str, num_bytes: int) -> tuple[int, mmap.mmap]:
+    """A memfd with all its pages, mapped here for writing and nowhere else, ever. Raises OSError."""
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.posix_fallocate(fd, 0, num_bytes)
+        memory = mmap.mmap(fd, num_bytes)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd, memory
 
 
 def check_dram_bytes(num_bytes: int) -> None:

@@ -1,7 +1,7 @@
 """What the store holds, in memory: banks, their current records, snapshots. The index (index.py) keeps the same on disk.
 
-Everything here shows committed state only, and is read and changed on the event loop alone. Knows nothing of bytes: a record is a slot, or
-the bank's seed.
+Everything here shows committed state, and what was acknowledged in memory (`Record.unsaved`); it is read and changed on the event loop
+alone. Knows nothing of bytes: a record is a slot, or the bank's seed.
 """
 
 from __future__ import annotations
@@ -34,19 +34,32 @@ class Seed:
     expert: int
 
 
+@dataclass(frozen=True, slots=True)
+class Unsaved:
+    """A version that lies in DRAM only: pushed with Durability MEMORY, not yet written."""
+
+    version: int
+
+
 # What an immutable record is made from, and so what names it in the DRAM tier: forks and restores share it.
-Source = Slot | Seed
+Source = Slot | Seed | Unsaved
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """The committed state of one expert."""
+    """The present state of one expert."""
 
     version: int
-    slot: Slot | None  # None: the seeded value.
-    checksums: Checksums | None  # None with it.
+    slot: Slot | None  # None: the seeded value, or unsaved.
+    checksums: Checksums | None  # None for the seeded value.
     writer_id: str = ""  # Who wrote it, by which push: what a repeat is recognised by.
     push_number: int = 0
+    unsaved: bool = False  # Acknowledged in memory; not in the index.
+
+    @property
+    def is_written(self) -> bool:
+        """Whether anybody ever pushed it."""
+        return self.slot is not None or self.unsaved
 
 
 UNWRITTEN = Record(version=0, slot=None, checksums=None)
@@ -109,13 +122,15 @@ class Bank:
 
     def source(self, expert: int, record: Record) -> Source:
         """What the bytes of `record` are made from."""
+        if record.unsaved:
+            return Unsaved(record.version)
         return record.slot or Seed(self.id, expert)
 
     def put(self, expert: int, record: Record) -> Record:
         """Makes `record` current; returns the one it replaces."""
         old = self.records.get(expert, UNWRITTEN)
         self.records[expert] = record
-        self.num_written += (record.slot is not None) - (old.slot is not None)
+        self.num_written += record.is_written - old.is_written
         self.newest_version = max(self.newest_version, record.version)
         return old
 

@@ -46,6 +46,19 @@ def serve(
         list[str] | None,
         typer.Option(help="host:port (port 0: any free one) or unix:PATH; may be repeated. [default: 127.0.0.1:50051]", metavar="ADDRESS"),
     ] = None,
+    dram_policy: Annotated[
+        str, typer.Option(help="Which resident leaves the DRAM tier first: lru, or s3fifo, which lets scans pass.", metavar="POLICY")
+    ] = "lru",
+    nvme_bytes: Annotated[
+        str | None,
+        typer.Option(
+            help="The most that all records may take in files, snapshots included. [default: what the disk holds]", metavar="SIZE"
+        ),
+    ] = None,
+    bank_bytes: Annotated[
+        str | None, typer.Option(help="The most that the records of any one bank may take. [default: no limit]", metavar="SIZE")
+    ] = None,
+    local: Annotated[bool, typer.Option(help="Let this user's processes on this host read the DRAM tier in place.")] = True,
     insecure: Annotated[bool, typer.Option("--insecure", help="Allow addresses beyond loopback, open to whoever reaches them.")] = False,
     grace: Annotated[float, typer.Option(help="Time that calls under way get to finish after SIGTERM.", metavar="SECONDS")] = 10.0,
 ) -> None:
@@ -54,7 +67,11 @@ def serve(
     run(
         ServerConfig(
             data_dir=data_dir,
-            dram_bytes=_size(dram_bytes),
+            dram_bytes=_size("dram_bytes", dram_bytes),
+            dram_policy=dram_policy,
+            nvme_bytes=None if nvme_bytes is None else _size("nvme_bytes", nvme_bytes),
+            bank_bytes=None if bank_bytes is None else _size("bank_bytes", bank_bytes),
+            local=local,
             listen=tuple(listen) if listen else ("127.0.0.1:50051",),
             insecure=insecure,
             grace_s=grace,
@@ -71,11 +88,11 @@ def main() -> None:
         raise SystemExit(2) from None
 
 
-def _size(text: str) -> int:
+def _size(field: str, text: str) -> int:
     try:
         return parse_size(text)
     except ValueError as error:
-        raise InvalidRequest(f"dram_bytes: {error}") from error
+        raise InvalidRequest(f"{field}: {error}") from error
 
 
 if __name__ == "__main__":

@@ -64,6 +64,8 @@ class Push:
             parameter_bytes=self.bank.layout.parameter_bytes,
             optimizer_bytes=self.bank.layout.optimizer_bytes,
             checksums=self.checksums,
+            writer_id=self.writer_id,
+            push_number=self.push_number,
         )
 
 

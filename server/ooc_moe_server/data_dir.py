@@ -16,7 +16,7 @@ from pathlib import Path
 from ooc_moe_server.slab import sync_directory
 from ooc_moe_wire.errors import InvalidRequest
 
-FORMAT = "ooc-moe store 1\n"
+FORMAT = "ooc-moe store 2\n"
 
 
 @contextmanager

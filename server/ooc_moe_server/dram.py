@@ -95,7 +95,7 @@ class DramTier:
         if entry.pins == 0:
             self._pinned_bytes -= entry.extent.size
             if entry.source is None:
-                self._extents.free(entry.extent)
+                self._free(entry)
             self._room.set()
 
     def reserve(self, num_bytes: int) -> Entry:
@@ -137,6 +137,7 @@ class DramTier:
         assert entry.source is None, "published twice"
         assert source not in self._residents
         entry.source, entry.checksums, entry.bank_id = source, checksums, bank_id
+        self._arena.complete(entry.extent.start)
         self._residents[source] = entry
         self._policy.insert(source)
         self.records_by_bank[bank_id] += 1
@@ -154,7 +155,7 @@ class DramTier:
         if entry.wasted:
             entry.wasted()
         if entry.pins == 0:
-            self._extents.free(entry.extent)
+            self._free(entry)
             self._room.set()
 
     def discard_seeds(self, bank_id: int) -> None:
@@ -169,6 +170,10 @@ class DramTier:
         self.stats.pinned_bytes = self._pinned_bytes
         self.stats.num_records = len(self._residents)
         return self.stats
+
+    def _free(self, entry: Entry) -> None:
+        self._arena.spoil(entry.extent.start)
+        self._extents.free(entry.extent)
 
     def _make_room(self, num_bytes: int) -> None:
         """Evicts the first window, in policy order of the residents it grows around, that `num_bytes` fit into."""

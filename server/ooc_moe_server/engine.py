@@ -37,8 +37,20 @@ PATIENCE_S = 2.0
 class Engine:
     """Made by `open`."""
 
-    def __init__(self, data_dir: Path, arena: Arena, index: Index, catalog: Catalog, index_thread: ThreadPoolExecutor, patience_s: float):
-        self.catalog, self.stats = catalog, Stats()
+    def __init__(
+        self,
+        data_dir: Path,
+        arena: Arena,
+        index: Index,
+        catalog: Catalog,
+        index_thread: ThreadPoolExecutor,
+        *,
+        dram_policy: str,
+        nvme_bytes: int | None,
+        bank_bytes: int | None,
+        patience_s: float,
+    ) -> None:
+        self.catalog, self.stats, self.arena = catalog, Stats(), arena
         self.dram = DramTier(arena)
         self.nvme = NvmeTier(data_dir / "slabs", catalog, on_free=self.dram.discard)
         self.committer = Committer(catalog, index, index_thread, self.dram, self.nvme, self.stats)
@@ -47,14 +59,32 @@ class Engine:
         self._index, self._index_thread, self._patience_s = index, index_thread, patience_s
 
     @staticmethod
-    async def open(data_dir: Path, dram_bytes: int, *, patience_s: float = PATIENCE_S) -> Engine:
+    async def open(
+        data_dir: Path,
+        dram_bytes: int,
+        *,
+        dram_policy: str = "lru",
+        nvme_bytes: int | None = None,
+        bank_bytes: int | None = None,
+        patience_s: float = PATIENCE_S,
+    ) -> Engine:
         """Allocates the arena and reads the index. Raises TierFull (no memory) or CorruptRecord (the index is damaged)."""
         loop = asyncio.get_running_loop()
         index_thread = ThreadPoolExecutor(1, thread_name_prefix="index")
         arena = await loop.run_in_executor(None, Arena, dram_bytes)
         index = await loop.run_in_executor(index_thread, Index, data_dir / "index.sqlite")
         catalog = await loop.run_in_executor(index_thread, index.load)
-        engine = Engine(data_dir, arena, index, catalog, index_thread, patience_s)
+        engine = Engine(
+            data_dir,
+            arena,
+            index,
+            catalog,
+            index_thread,
+            dram_policy=dram_policy,
+            nvme_bytes=nvme_bytes,
+            bank_bytes=bank_bytes,
+            patience_s=patience_s,
+        )
         log.info(
             "opened %d banks, %d snapshots; NVMe I/O is %s",
             len(catalog.banks),

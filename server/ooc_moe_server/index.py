@@ -74,7 +74,7 @@ class Index:
         except sqlite3.DatabaseError as error:
             raise CorruptRecord(f"index: {error}") from error
         with self._transaction():
-            self._save_next_version(catalog.next_version)
+            self.save_next_version(catalog.next_version)
         return catalog
 
     def put_records(self, writes: Iterable[Write], next_version: int) -> None:
@@ -82,7 +82,7 @@ class Index:
         rows = [(write.bank_id, *_row(write.expert, write.record)) for write in writes]
         with self._transaction():
             self._insert_records(rows)
-            self._save_next_version(next_version)
+            self.save_next_version(next_version)
 
     def create_bank(self, bank: Bank, next_version: int) -> int:
         """Adds a bank with its records (a fork has some) and returns its id; `bank.id` is not read."""
@@ -100,7 +100,7 @@ class Index:
             )
             assert cursor.lastrowid is not None
             self._insert_records([(cursor.lastrowid, *_row(expert, record)) for expert, record in bank.records.items()])
-            self._save_next_version(next_version)
+            self.save_next_version(next_version)
         return cursor.lastrowid
 
     def grow_bank(self, bank_id: int, num_experts: int) -> None:
@@ -152,7 +152,8 @@ class Index:
     def _insert_records(self, rows: Sequence[tuple[int | str | None, ...]]) -> None:
         self._db.executemany("INSERT OR REPLACE INTO records VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
 
-    def _save_next_version(self, next_version: int) -> None:
+    def save_next_version(self, next_version: int) -> None:
+        """Sets what the next start begins with: the reserve beyond `next_version`."""
         self._db.execute("UPDATE meta SET value = ? WHERE key = 'next_version'", (next_version + VERSION_RESERVE,))
 
     def _load(self) -> Catalog:

@@ -12,7 +12,7 @@ LAYOUT = Layout(
     parameters=(TensorSpec(name="w", shape=(900,)),),
     optimizer=(TensorSpec(name="w.exp_avg", shape=(1500,)), TensorSpec(name="step", shape=(1,), dtype="int64")),
 )
-HEADER_BYTES_USED = 84  # 76 of fields, 8 of checksum.
+HEADER_BYTES_USED = 220  # 212 of fields, 8 of checksum.
 
 words = st.integers(0, 2**64 - 1)
 headers = st.builds(
@@ -23,6 +23,8 @@ headers = st.builds(
     parameter_bytes=words,
     optimizer_bytes=words,
     checksums=st.builds(Checksums, words, words),
+    writer_id=st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=32),
+    push_number=words,
 )
 
 
@@ -32,6 +34,7 @@ def filled_body() -> memoryview:
 
 def some_header(**changes) -> RecordHeader:
     fields = {"bank_id": bytes(range(16)), "expert": 7, "version": 11, "parameter_bytes": 4096, "optimizer_bytes": 8192}
+    fields |= {"writer_id": "wr\u00eft\u00ebr", "push_number": 5}
     return RecordHeader(**(fields | changes), checksums=Checksums(0x0123456789ABCDEF, 2**64 - 1))
 
 
@@ -51,7 +54,7 @@ def test_a_header_block_keeps_its_golden_bytes():
     block = bytes(packed(some_header()))
     assert block[:HEADER_BYTES_USED].hex() == (
         "4f4f434d4f450d0a"  # magic
-        "01000000"  # format
+        "02000000"  # format
         "000102030405060708090a0b0c0d0e0f"  # bank id
         "0700000000000000"  # expert
         "0b00000000000000"  # version
@@ -59,7 +62,9 @@ def test_a_header_block_keeps_its_golden_bytes():
         "0020000000000000"  # optimizer bytes
         "efcdab8967452301"  # parameter xxh3
         "ffffffffffffffff"  # optimizer xxh3
-        "d8c3668281dbefe2"  # xxh3 of the above
+        "0500000000000000"  # push number
+        + "7772c3af74c3ab72".ljust(256, "0")  # writer id
+        + +"d1512e8a6214cacb"  # xxh3 of the above
     )
     assert not any(block[HEADER_BYTES_USED:])
 

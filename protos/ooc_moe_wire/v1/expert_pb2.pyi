@@ -74,6 +74,25 @@ TIER_SEED: Tier.ValueType  # 3
 """Never written: made from the bank's seed."""
 global___Tier = Tier
 
+class _Durability:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _DurabilityEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Durability.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    DURABLE: _Durability.ValueType  # 0
+    """Acknowledged after the commit: it survives a crash."""
+    MEMORY: _Durability.ValueType  # 1
+    """Acknowledged once it lies in DRAM, visible at once, written back soon; a crash before that loses it."""
+
+class Durability(_Durability, metaclass=_DurabilityEnumTypeWrapper): ...
+
+DURABLE: Durability.ValueType  # 0
+"""Acknowledged after the commit: it survives a crash."""
+MEMORY: Durability.ValueType  # 1
+"""Acknowledged once it lies in DRAM, visible at once, written back soon; a crash before that loses it."""
+global___Durability = Durability
+
 class _PrefetchState:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType
@@ -124,9 +143,15 @@ class FetchExpertsRequest(google.protobuf.message.Message):
     SECTIONS_FIELD_NUMBER: builtins.int
     KNOWN_VERSIONS_FIELD_NUMBER: builtins.int
     PRIORITY_FIELD_NUMBER: builtins.int
+    LOCAL_SESSION_FIELD_NUMBER: builtins.int
+    PIN_FIELD_NUMBER: builtins.int
     bank: builtins.str
     sections: global___Sections.ValueType
     priority: global___Priority.ValueType
+    local_session: builtins.int
+    """Of the local plane; zero: the bytes travel in chunks."""
+    pin: builtins.bool
+    """The leases do not expire: they end when they are released, or with the session. For copies that the caller cannot repeat."""
     @property
     def experts(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
     @property
@@ -141,8 +166,10 @@ class FetchExpertsRequest(google.protobuf.message.Message):
         sections: global___Sections.ValueType = ...,
         known_versions: collections.abc.Iterable[builtins.int] | None = ...,
         priority: global___Priority.ValueType = ...,
+        local_session: builtins.int = ...,
+        pin: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["bank", b"bank", "experts", b"experts", "known_versions", b"known_versions", "priority", b"priority", "sections", b"sections"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bank", b"bank", "experts", b"experts", "known_versions", b"known_versions", "local_session", b"local_session", "pin", b"pin", "priority", b"priority", "sections", b"sections"]) -> None: ...
 
 global___FetchExpertsRequest = FetchExpertsRequest
 
@@ -215,24 +242,82 @@ class Chunk(google.protobuf.message.Message):
 global___Chunk = Chunk
 
 @typing.final
+class Leases(google.protobuf.message.Message):
+    """Rights to read records where they lie in the daemon's shared memory, column by column: one value per expert in each. A lease ends when its holder
+    releases it, when the session ends, or after 10 s; a caller copies the bytes and then checks that the generation is still the same.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    IDS_FIELD_NUMBER: builtins.int
+    EXPERTS_FIELD_NUMBER: builtins.int
+    VERSIONS_FIELD_NUMBER: builtins.int
+    SERVED_FROM_FIELD_NUMBER: builtins.int
+    OFFSETS_FIELD_NUMBER: builtins.int
+    GENERATIONS_FIELD_NUMBER: builtins.int
+    PARAMETER_XXH3_FIELD_NUMBER: builtins.int
+    OPTIMIZER_XXH3_FIELD_NUMBER: builtins.int
+    @property
+    def ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    @property
+    def experts(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    @property
+    def versions(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    @property
+    def served_from(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[global___Tier.ValueType]: ...
+    @property
+    def offsets(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Of the body, in the arena."""
+
+    @property
+    def generations(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """The value of the generation table at the record's block (see local.proto)."""
+
+    @property
+    def parameter_xxh3(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """xxh3_64 of each section."""
+
+    @property
+    def optimizer_xxh3(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        ids: collections.abc.Iterable[builtins.int] | None = ...,
+        experts: collections.abc.Iterable[builtins.int] | None = ...,
+        versions: collections.abc.Iterable[builtins.int] | None = ...,
+        served_from: collections.abc.Iterable[global___Tier.ValueType] | None = ...,
+        offsets: collections.abc.Iterable[builtins.int] | None = ...,
+        generations: collections.abc.Iterable[builtins.int] | None = ...,
+        parameter_xxh3: collections.abc.Iterable[builtins.int] | None = ...,
+        optimizer_xxh3: collections.abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["experts", b"experts", "generations", b"generations", "ids", b"ids", "offsets", b"offsets", "optimizer_xxh3", b"optimizer_xxh3", "parameter_xxh3", b"parameter_xxh3", "served_from", b"served_from", "versions", b"versions"]) -> None: ...
+
+global___Leases = Leases
+
+@typing.final
 class FetchExpertsResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     HEADER_FIELD_NUMBER: builtins.int
     CHUNK_FIELD_NUMBER: builtins.int
+    LEASES_FIELD_NUMBER: builtins.int
     @property
     def header(self) -> global___ExpertHeader: ...
     @property
     def chunk(self) -> global___Chunk: ...
+    @property
+    def leases(self) -> global___Leases: ...
     def __init__(
         self,
         *,
         header: global___ExpertHeader | None = ...,
         chunk: global___Chunk | None = ...,
+        leases: global___Leases | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["chunk", b"chunk", "header", b"header", "message", b"message"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["chunk", b"chunk", "header", b"header", "message", b"message"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["header", "chunk"] | None: ...
+    def HasField(self, field_name: typing.Literal["chunk", b"chunk", "header", b"header", "leases", b"leases", "message", b"message"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["chunk", b"chunk", "header", b"header", "leases", b"leases", "message", b"message"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["header", "chunk", "leases"] | None: ...
 
 global___FetchExpertsResponse = FetchExpertsResponse
 
@@ -242,16 +327,20 @@ class PushOpen(google.protobuf.message.Message):
 
     BANK_FIELD_NUMBER: builtins.int
     WRITER_ID_FIELD_NUMBER: builtins.int
+    LOCAL_SESSION_FIELD_NUMBER: builtins.int
     bank: builtins.str
     writer_id: builtins.str
     """Chosen by the writer, unique to its run; at most 128 bytes, not empty."""
+    local_session: builtins.int
+    """Of the local plane, for pushes that are staged; zero: none is."""
     def __init__(
         self,
         *,
         bank: builtins.str = ...,
         writer_id: builtins.str = ...,
+        local_session: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["bank", b"bank", "writer_id", b"writer_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bank", b"bank", "local_session", b"local_session", "writer_id", b"writer_id"]) -> None: ...
 
 global___PushOpen = PushOpen
 
@@ -266,15 +355,20 @@ class PushHeader(google.protobuf.message.Message):
     OPTIMIZER_BYTES_FIELD_NUMBER: builtins.int
     PARAMETER_XXH3_FIELD_NUMBER: builtins.int
     OPTIMIZER_XXH3_FIELD_NUMBER: builtins.int
+    DURABILITY_FIELD_NUMBER: builtins.int
+    STAGED_AT_FIELD_NUMBER: builtins.int
     expert: builtins.int
     push_number: builtins.int
     """Grows with every push of this writer; at least 1. At most one push per expert is in flight."""
     base_version: builtins.int
-    """The version the update started from. StaleVersion when the daemon holds another one."""
+    """The version the update started from. StaleVersion when the daemon holds a newer one, LostUpdate when it holds only an older one."""
     parameter_bytes: builtins.int
     optimizer_bytes: builtins.int
     parameter_xxh3: builtins.int
     optimizer_xxh3: builtins.int
+    durability: global___Durability.ValueType
+    staged_at: builtins.int
+    """Set: the body lies at this offset of the session's staging memory, and no chunks follow. It must not change until the outcome."""
     def __init__(
         self,
         *,
@@ -285,8 +379,12 @@ class PushHeader(google.protobuf.message.Message):
         optimizer_bytes: builtins.int = ...,
         parameter_xxh3: builtins.int = ...,
         optimizer_xxh3: builtins.int = ...,
+        durability: global___Durability.ValueType = ...,
+        staged_at: builtins.int | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["base_version", b"base_version", "expert", b"expert", "optimizer_bytes", b"optimizer_bytes", "optimizer_xxh3", b"optimizer_xxh3", "parameter_bytes", b"parameter_bytes", "parameter_xxh3", b"parameter_xxh3", "push_number", b"push_number"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_staged_at", b"_staged_at", "staged_at", b"staged_at"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_staged_at", b"_staged_at", "base_version", b"base_version", "durability", b"durability", "expert", b"expert", "optimizer_bytes", b"optimizer_bytes", "optimizer_xxh3", b"optimizer_xxh3", "parameter_bytes", b"parameter_bytes", "parameter_xxh3", b"parameter_xxh3", "push_number", b"push_number", "staged_at", b"staged_at"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_staged_at", b"_staged_at"]) -> typing.Literal["staged_at"] | None: ...
 
 global___PushHeader = PushHeader
 
@@ -340,10 +438,13 @@ class PushOutcome(google.protobuf.message.Message):
     PUSH_NUMBER_FIELD_NUMBER: builtins.int
     VERSION_FIELD_NUMBER: builtins.int
     ERROR_FIELD_NUMBER: builtins.int
+    DURABLE_FIELD_NUMBER: builtins.int
     expert: builtins.int
     push_number: builtins.int
     version: builtins.int
-    """The new version, durable on NVMe. Zero when error is set."""
+    """The new version. Zero when error is set."""
+    durable: builtins.bool
+    """The version is on NVMe. False: a crash may still lose it."""
     @property
     def error(self) -> global___ErrorInfo: ...
     def __init__(
@@ -353,9 +454,10 @@ class PushOutcome(google.protobuf.message.Message):
         push_number: builtins.int = ...,
         version: builtins.int = ...,
         error: global___ErrorInfo | None = ...,
+        durable: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["error", b"error"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["error", b"error", "expert", b"expert", "push_number", b"push_number", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["durable", b"durable", "error", b"error", "expert", b"expert", "push_number", b"push_number", "version", b"version"]) -> None: ...
 
 global___PushOutcome = PushOutcome
 
@@ -388,9 +490,12 @@ class PrefetchExpertsRequest(google.protobuf.message.Message):
     BANK_FIELD_NUMBER: builtins.int
     EXPERTS_FIELD_NUMBER: builtins.int
     DEADLINE_MS_FIELD_NUMBER: builtins.int
+    PRIORITY_FIELD_NUMBER: builtins.int
     bank: builtins.str
     deadline_ms: builtins.int
     """Counted from the call's arrival: drop what has not begun by then. Zero means never."""
+    priority: builtins.int
+    """The higher is served first; among equals the earlier."""
     @property
     def experts(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """In order of need."""
@@ -401,8 +506,9 @@ class PrefetchExpertsRequest(google.protobuf.message.Message):
         bank: builtins.str = ...,
         experts: collections.abc.Iterable[builtins.int] | None = ...,
         deadline_ms: builtins.int = ...,
+        priority: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["bank", b"bank", "deadline_ms", b"deadline_ms", "experts", b"experts"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bank", b"bank", "deadline_ms", b"deadline_ms", "experts", b"experts", "priority", b"priority"]) -> None: ...
 
 global___PrefetchExpertsRequest = PrefetchExpertsRequest
 

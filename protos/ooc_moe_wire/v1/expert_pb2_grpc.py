@@ -70,7 +70,8 @@ class ExpertServiceServicer(object):
         Retry: yes. INVALID_ARGUMENT InvalidRequest: no ids, a repeated id, or known_versions of another length. NOT_FOUND UnknownBank, or
         UnknownExpert naming the id (checked before anything is sent). A damaged expert arrives as a header with `error` set (CorruptRecord) and no
         chunks; the others are not affected. RESOURCE_EXHAUSTED TierFull: pins left no room in the DRAM tier for about two
-        seconds; what was sent before is sound.
+        seconds; what was sent before is sound. With a local_session, experts whose bytes would have been chunks come as Leases instead (see local.proto).
+        FAILED_PRECONDITION LeaseExpired: the daemon does not know the session (any more).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -80,7 +81,7 @@ class ExpertServiceServicer(object):
         """Writes records. The stream is the writer's lease on the bank: it begins with PushOpen, holds the lease while it is open, and gives it up when it
         ends or its connection dies. A second writer is refused with FAILED_PRECONDITION NotTheWriter; the same writer_id opening again takes over from
         its older stream. After PushOpen the daemon answers PushOpened; then each expert is a PushHeader followed by its Chunks in order, and
-        is answered by one PushOutcome as it becomes durable, in any order. A refused expert (StaleVersion, CorruptRecord, InvalidRequest, UnknownExpert, TierFull)
+        is answered by one PushOutcome as it becomes durable (or, asked so, once it lies in DRAM), in any order. A refused expert (StaleVersion, LostUpdate, CorruptRecord, InvalidRequest, UnknownExpert, TierFull)
         is an outcome with `error` set and the stream goes on; a breach of the sequence itself ends the stream with INVALID_ARGUMENT.
         Retry: yes, with the same writer_id and push numbers: a push that was applied answers its first outcome again and is not written twice.
         """

@@ -61,6 +61,7 @@ class AccessStats(google.protobuf.message.Message):
     PREFETCH_WASTED_FIELD_NUMBER: builtins.int
     PREFETCH_CANCELLED_FIELD_NUMBER: builtins.int
     PREFETCH_REJECTED_FIELD_NUMBER: builtins.int
+    LEASED_BYTES_FIELD_NUMBER: builtins.int
     hits: builtins.int
     """Experts asked for by FetchExperts with PRIORITY_DEMAND, by the tier that held them. "Hit" means DRAM."""
     misses: builtins.int
@@ -88,6 +89,8 @@ class AccessStats(google.protobuf.message.Message):
     """Evicted before anybody asked."""
     prefetch_cancelled: builtins.int
     prefetch_rejected: builtins.int
+    leased_bytes: builtins.int
+    """Of fetched_bytes, those that callers on this host copied themselves from shared memory."""
     def __init__(
         self,
         *,
@@ -108,8 +111,9 @@ class AccessStats(google.protobuf.message.Message):
         prefetch_wasted: builtins.int = ...,
         prefetch_cancelled: builtins.int = ...,
         prefetch_rejected: builtins.int = ...,
+        leased_bytes: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["fetched_bytes", b"fetched_bytes", "fetched_experts", b"fetched_experts", "hits", b"hits", "misses", b"misses", "nvme_reads", b"nvme_reads", "prefetch_cancelled", b"prefetch_cancelled", "prefetch_hits", b"prefetch_hits", "prefetch_promoted", b"prefetch_promoted", "prefetch_rejected", b"prefetch_rejected", "prefetch_requested", b"prefetch_requested", "prefetch_wasted", b"prefetch_wasted", "push_refused", b"push_refused", "push_repeats", b"push_repeats", "pushed_bytes", b"pushed_bytes", "pushed_experts", b"pushed_experts", "seeded", b"seeded", "unchanged", b"unchanged"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["fetched_bytes", b"fetched_bytes", "fetched_experts", b"fetched_experts", "hits", b"hits", "leased_bytes", b"leased_bytes", "misses", b"misses", "nvme_reads", b"nvme_reads", "prefetch_cancelled", b"prefetch_cancelled", "prefetch_hits", b"prefetch_hits", "prefetch_promoted", b"prefetch_promoted", "prefetch_rejected", b"prefetch_rejected", "prefetch_requested", b"prefetch_requested", "prefetch_wasted", b"prefetch_wasted", "push_refused", b"push_refused", "push_repeats", b"push_repeats", "pushed_bytes", b"pushed_bytes", "pushed_experts", b"pushed_experts", "seeded", b"seeded", "unchanged", b"unchanged"]) -> None: ...
 
 global___AccessStats = AccessStats
 
@@ -129,8 +133,10 @@ class TierStats(google.protobuf.message.Message):
     EVICTIONS_FIELD_NUMBER: builtins.int
     NUM_CORRUPT_FIELD_NUMBER: builtins.int
     IO_MODE_FIELD_NUMBER: builtins.int
+    DIRTY_BYTES_FIELD_NUMBER: builtins.int
+    POLICY_FIELD_NUMBER: builtins.int
     capacity_bytes: builtins.int
-    """NVMe: the file system's size."""
+    """NVMe: the quota, or else the file system's size."""
     used_bytes: builtins.int
     pinned_bytes: builtins.int
     """DRAM only."""
@@ -145,6 +151,10 @@ class TierStats(google.protobuf.message.Message):
     """Records refused because a checksum did not match."""
     io_mode: builtins.str
     """NVMe only: "direct" or "buffered"."""
+    dirty_bytes: builtins.int
+    """DRAM only: acknowledged in memory, not yet on NVMe."""
+    policy: builtins.str
+    """DRAM only: "lru" or "s3fifo"."""
     def __init__(
         self,
         *,
@@ -160,8 +170,10 @@ class TierStats(google.protobuf.message.Message):
         evictions: builtins.int = ...,
         num_corrupt: builtins.int = ...,
         io_mode: builtins.str = ...,
+        dirty_bytes: builtins.int = ...,
+        policy: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["capacity_bytes", b"capacity_bytes", "evictions", b"evictions", "free_bytes", b"free_bytes", "io_mode", b"io_mode", "num_corrupt", b"num_corrupt", "num_records", b"num_records", "pinned_bytes", b"pinned_bytes", "read_bytes", b"read_bytes", "reads", b"reads", "used_bytes", b"used_bytes", "writes", b"writes", "written_bytes", b"written_bytes"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["capacity_bytes", b"capacity_bytes", "dirty_bytes", b"dirty_bytes", "evictions", b"evictions", "free_bytes", b"free_bytes", "io_mode", b"io_mode", "num_corrupt", b"num_corrupt", "num_records", b"num_records", "pinned_bytes", b"pinned_bytes", "policy", b"policy", "read_bytes", b"read_bytes", "reads", b"reads", "used_bytes", b"used_bytes", "writes", b"writes", "written_bytes", b"written_bytes"]) -> None: ...
 
 global___TierStats = TierStats
 
@@ -203,11 +215,17 @@ class Queues(google.protobuf.message.Message):
     PREFETCH_READS_FIELD_NUMBER: builtins.int
     PUSHES_FIELD_NUMBER: builtins.int
     OPEN_STREAMS_FIELD_NUMBER: builtins.int
+    LOCAL_SESSIONS_FIELD_NUMBER: builtins.int
+    LEASED_BYTES_FIELD_NUMBER: builtins.int
     demand_reads: builtins.int
     prefetch_reads: builtins.int
     pushes: builtins.int
     """Received, not yet durable."""
     open_streams: builtins.int
+    local_sessions: builtins.int
+    """Callers on this host that map the DRAM tier."""
+    leased_bytes: builtins.int
+    """Pinned by their leases now."""
     def __init__(
         self,
         *,
@@ -215,8 +233,10 @@ class Queues(google.protobuf.message.Message):
         prefetch_reads: builtins.int = ...,
         pushes: builtins.int = ...,
         open_streams: builtins.int = ...,
+        local_sessions: builtins.int = ...,
+        leased_bytes: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["demand_reads", b"demand_reads", "open_streams", b"open_streams", "prefetch_reads", b"prefetch_reads", "pushes", b"pushes"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["demand_reads", b"demand_reads", "leased_bytes", b"leased_bytes", "local_sessions", b"local_sessions", "open_streams", b"open_streams", "prefetch_reads", b"prefetch_reads", "pushes", b"pushes"]) -> None: ...
 
 global___Queues = Queues
 

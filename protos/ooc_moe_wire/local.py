@@ -1,0 +1,75 @@
+"""The packets of the local plane's socket (see v1/local.proto), and the rule that makes reading shared memory safe.
+
+    daemon -> caller   Welcome, with the descriptors of the arena and of the generation table     on connecting
+    caller -> daemon   stage(num_bytes), with the descriptor of a staging memfd                   answered by ACK
+    caller -> daemon   release(lease ids)                                                         not answered
+
+Knows nothing of sockets or memory.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ooc_moe_wire.errors import InvalidRequest
+
+PROTOCOL = 1
+ACK = b"\x06"
+PACKET_BYTES_MAX = 64 << 10
+RELEASES_MAX = 4096  # Ids in one packet.
+LEASE_S = 10.0  # How long a lease lasts that is not pinned.
+# fcntl.F_SEAL_FUTURE_WRITE, which Python 3.11 does not name: no new writable mapping, and no write(); mappings made before stay.
+F_SEAL_FUTURE_WRITE = 0x10
+
+_MAGIC = b"OOCLOCAL"
+_WELCOME = struct.Struct("<8sIQQ")
+_STAGE, _RELEASE = b"S", b"R"
+_SIZE = struct.Struct("<Q")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Welcome:
+    """The daemon's first packet."""
+
+    session: int  # For FetchExpertsRequest and PushOpen; never zero.
+    arena_bytes: int
+
+    def pack(self) -> bytes:
+        """Its packet."""
+        return _WELCOME.pack(_MAGIC, PROTOCOL, self.session, self.arena_bytes)
+
+    @staticmethod
+    def unpack(packet: bytes) -> Welcome:
+        """Reads a packet. Raises InvalidRequest when it is none, or of another protocol."""
+        if len(packet) != _WELCOME.size or packet[:8] != _MAGIC:
+            raise InvalidRequest(f"local plane: a first packet of {len(packet)} bytes is no welcome")
+        _, protocol, session, arena_bytes = _WELCOME.unpack(packet)
+        if protocol != PROTOCOL:
+            raise InvalidRequest(f"local plane: the daemon speaks protocol {protocol}, not {PROTOCOL}")
+        return Welcome(session=session, arena_bytes=arena_bytes)
+
+
+def pack_release(leases: Sequence[int]) -> bytes:
+    """The packet that gives leases back; at most RELEASES_MAX of them."""
+    return _RELEASE + struct.pack(f"<{len(leases)}Q", *leases)
+
+
+def pack_stage(num_bytes: int) -> bytes:
+    """The packet that goes with a staging memfd of so many bytes."""
+    return _STAGE + _SIZE.pack(num_bytes)
+
+
+def unpack(packet: bytes) -> tuple[int, ...] | int:
+    """A caller's packet: the leases it releases (a tuple), or the size of the staging memory it sends (an int).
+
+    Raises:
+        InvalidRequest: it is neither.
+    """
+    kind, rest = packet[:1], packet[1:]
+    if kind == _RELEASE and len(rest) % 8 == 0 and len(rest) <= 8 * RELEASES_MAX:
+        return struct.unpack(f"<{len(rest) // 8}Q", rest)
+    if kind == _STAGE and len(rest) == _SIZE.size:
+        return int(_SIZE.unpack(rest)[0])
+    raise InvalidRequest(f"local plane: a packet of {len(packet)} bytes that begins with {kind!r}")
