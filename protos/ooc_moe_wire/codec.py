@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import xxhash
 
@@ -139,6 +140,62 @@ def encoded_chunks(body: memoryview, *, field: int) -> Iterator[bytes]:
         yield b"".join((_varint(field << 3 | 2), _varint(len(start) + len(payload)), start, payload))
 
 
+class ChunkView(NamedTuple):
+    """A Chunk as it lies in the message that carried it: the payload is a view, not a copy."""
+
+    offset: int
+    payload: memoryview
+
+
+def decode_fetch_response(data: bytes) -> expert_pb2.FetchExpertsResponse | ChunkView:
+    """Parses a FetchExpertsResponse; a chunk in the form that serializers write comes as a view. Raises DecodeError, as protobuf does."""
+    return _decode_chunk(data, _FETCH_CHUNK_TAG) or expert_pb2.FetchExpertsResponse.FromString(data)
+
+
+def decode_push_request(data: bytes) -> expert_pb2.PushExpertsRequest | ChunkView:
+    """Parses a PushExpertsRequest, as `decode_fetch_response` does."""
+    return _decode_chunk(data, _PUSH_CHUNK_TAG) or expert_pb2.PushExpertsRequest.FromString(data)
+
+
+_FETCH_CHUNK_TAG = expert_pb2.FetchExpertsResponse.CHUNK_FIELD_NUMBER << 3 | 2
+_PUSH_CHUNK_TAG = expert_pb2.PushExpertsRequest.CHUNK_FIELD_NUMBER << 3 | 2
+_OFFSET_TAG = expert_pb2.Chunk.OFFSET_FIELD_NUMBER << 3
+_PAYLOAD_TAG = expert_pb2.Chunk.PAYLOAD_FIELD_NUMBER << 3 | 2
+
+
+def _decode_chunk(data: bytes, tag: int) -> ChunkView | None:
+    """The chunk that is all of the message, its offset (if any) before its payload; None for every other form, which protobuf parses."""
+    try:
+        if data[0] != tag:
+            return None
+        length, at = _read_varint(data, 1)
+        if at + length != len(data):
+            return None
+        offset = 0
+        if data[at] == _OFFSET_TAG:
+            offset, at = _read_varint(data, at + 1)
+        if data[at] != _PAYLOAD_TAG:
+            return None
+        length, at = _read_varint(data, at + 1)
+    except IndexError:
+        return None
+    return ChunkView(offset, memoryview(data)[at:]) if at + length == len(data) else None
+
+
+_VARINT_BYTES_MAX = 4  # Of those that are read by hand: longer ones are no chunk's, or overflow by rules of protobuf's own.
+
+
+def _read_varint(data: bytes, at: int) -> tuple[int, int]:
+    """The number that begins at `at`, and where it ends. Raises IndexError when it ends too late."""
+    number = 0
+    for position in range(_VARINT_BYTES_MAX):
+        byte = data[at + position]
+        number |= (byte & 0x7F) << 7 * position
+        if byte < 0x80:
+            return number, at + position + 1
+    raise IndexError
+
+
 def _varint(number: int) -> bytes:
     """Seven bits a byte, the lowest first (protobuf's encoding of lengths, tags and unsigned numbers)."""
     encoded = bytearray()
@@ -165,17 +222,17 @@ class Assembler:
         """All bytes are there."""
         return self._received == len(self.body)
 
-    def add(self, chunk: expert_pb2.Chunk) -> None:
+    def add(self, chunk: expert_pb2.Chunk | ChunkView) -> None:
         """Takes the next chunk.
 
         Raises:
             InvalidRequest: it is empty, out of order, or runs past the end.
         """
-        end = chunk.offset + len(chunk.payload)
-        if chunk.offset != self._received or not chunk.payload or end > len(self.body):
+        offset, payload = chunk.offset, chunk.payload  # Once: a message's payload is copied by each look at it.
+        end = offset + len(payload)
+        if offset != self._received or not payload or end > len(self.body):
             raise InvalidRequest(
-                f"{self._what}: chunk of {len(chunk.payload)} bytes at offset {chunk.offset}, "
-                f"expected offset {self._received} of {len(self.body)}"
+                f"{self._what}: chunk of {len(payload)} bytes at offset {offset}, expected offset {self._received} of {len(self.body)}"
             )
-        self.body[chunk.offset : end] = chunk.payload
+        self.body[offset:end] = payload
         self._received = end

@@ -1,9 +1,22 @@
 import pytest
 import xxhash
+from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ooc_moe_wire.codec import CHUNK_BYTES, FORMAT, Assembler, Checksums, RecordHeader, chunks, encoded_chunks, verify
+from ooc_moe_wire.codec import (
+    CHUNK_BYTES,
+    FORMAT,
+    Assembler,
+    Checksums,
+    ChunkView,
+    RecordHeader,
+    chunks,
+    decode_fetch_response,
+    decode_push_request,
+    encoded_chunks,
+    verify,
+)
 from ooc_moe_wire.errors import CorruptRecord, InvalidRequest
 from ooc_moe_wire.layout import BLOCK_BYTES, Layout, TensorSpec
 from ooc_moe_wire.v1 import expert_pb2
@@ -64,7 +77,7 @@ def test_a_header_block_keeps_its_golden_bytes():
         "ffffffffffffffff"  # optimizer xxh3
         "0500000000000000"  # push number
         + "7772c3af74c3ab72".ljust(256, "0")  # writer id
-        + +"d1512e8a6214cacb"  # xxh3 of the above
+        + "d1512e8a6214cacb"  # xxh3 of the above
     )
     assert not any(block[HEADER_BYTES_USED:])
 
@@ -182,3 +195,102 @@ def test_a_complete_body_takes_no_more_chunks():
     assembler.add(expert_pb2.Chunk(offset=0, payload=b"full"))
     with pytest.raises(InvalidRequest, match="expected offset 4 of 4"):
         assembler.add(expert_pb2.Chunk(offset=4, payload=b"!"))
+
+
+DECODERS = [(expert_pb2.FetchExpertsResponse, decode_fetch_response), (expert_pb2.PushExpertsRequest, decode_push_request)]
+
+
+def varint(number: int, padding: int = 0) -> bytes:
+    """Protobuf's encoding, with so many needless bytes."""
+    encoded = bytearray()
+    while number > 0x7F or padding > 0:
+        padding -= number <= 0x7F
+        encoded.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes([*encoded, number])
+
+
+def delimited(tag: int, content: bytes, length: bytes | None = None) -> bytes:
+    return bytes([tag]) + (varint(len(content)) if length is None else length) + content
+
+
+# The parts of a chunk in any order, repeated, missing, unknown, of another wire type, with needless or overlong bytes.
+paddings = st.integers(0, 9)
+parts = st.one_of(
+    st.builds(lambda offset, padding: b"\x08" + varint(offset, padding), words, paddings),
+    st.builds(lambda payload, padding: delimited(0x12, payload, varint(len(payload), padding)), st.binary(max_size=300), paddings),
+    st.builds(lambda number: b"\x78" + varint(number), words),
+    st.builds(lambda payload: delimited(0x7A, payload), st.binary(max_size=5)),
+    st.just(b"\x0d1234"),
+    st.binary(max_size=6),
+)
+chunk_messages = st.builds(
+    lambda tag, pieces, wrong, padding, after: (
+        delimited(tag, content := b"".join(pieces), varint(max(0, len(content) + wrong), padding)) + b"".join(after)
+    ),
+    st.sampled_from([0x0A, 0x12, 0x1A, 0x22, 0x92]),
+    st.lists(parts, max_size=4),
+    st.sampled_from([0, 0, 0, 0, 1, -1]),
+    paddings,
+    st.lists(parts, max_size=1),
+)
+plain_chunks = st.builds(expert_pb2.Chunk, offset=words, payload=st.binary(max_size=300))
+
+
+def agree(message, decode, data: bytes) -> bool:
+    """Both parse to the same, or both refuse; returns whether the chunk came as a view."""
+    try:
+        expected = message.FromString(data)
+    except DecodeError:
+        with pytest.raises(DecodeError):
+            decode(data)
+        return False
+    actual = decode(data)
+    if not isinstance(actual, ChunkView):
+        assert actual == expected
+        return False
+    assert expected == message(chunk=expert_pb2.Chunk(offset=actual.offset, payload=bytes(actual.payload)))
+    assert not actual.payload.nbytes or actual.payload.obj is data  # No copy.
+    return True
+
+
+@pytest.mark.parametrize(("message", "decode"), DECODERS)
+@given(data=st.data())
+def test_parsing_by_hand_gives_what_protobuf_gives(message, decode, data):
+    agree(message, decode, data.draw(chunk_messages))
+
+
+@pytest.mark.parametrize(("message", "decode"), DECODERS)
+@given(chunk=plain_chunks, data=st.data())
+def test_a_cut_or_changed_chunk_is_parsed_as_protobuf_does(message, decode, chunk, data):
+    whole = message(chunk=chunk).SerializeToString()
+    agree(message, decode, whole[: data.draw(st.integers(0, len(whole)))])
+    changed = bytearray(whole)
+    changed[data.draw(st.integers(0, len(whole) - 1))] ^= data.draw(st.integers(1, 255))
+    agree(message, decode, bytes(changed))
+
+
+@pytest.mark.parametrize(("message", "decode"), DECODERS)
+@pytest.mark.parametrize("size", [1, 127, 128, CHUNK_BYTES, 3 * CHUNK_BYTES - 5])
+def test_every_chunk_that_is_sent_is_parsed_without_a_copy(message, decode, size):
+    body = memoryview(bytes(index % 251 for index in range(size)))
+    by_hand = list(encoded_chunks(body, field=message.CHUNK_FIELD_NUMBER))
+    by_protobuf = [message(chunk=chunk).SerializeToString() for chunk in chunks(body)]
+    assert all(agree(message, decode, data) for data in by_hand + by_protobuf)
+
+
+@pytest.mark.parametrize(("message", "decode"), DECODERS)
+def test_messages_that_are_no_chunks_are_protobufs(message, decode):
+    sent = message(header={"expert": 7})
+    assert decode(sent.SerializeToString()) == sent
+    assert decode(b"") == message()
+
+
+def test_an_assembler_takes_chunks_as_views_too():
+    received = bytearray(6)
+    assembler = Assembler(memoryview(received), what="expert 5")
+    assembler.add(ChunkView(0, memoryview(b"view")))
+    with pytest.raises(InvalidRequest, match="chunk of 0 bytes at offset 4"):
+        assembler.add(ChunkView(4, memoryview(b"")))
+    assembler.add(expert_pb2.Chunk(offset=4, payload=b"!!"))
+    assert received == b"view!!"
