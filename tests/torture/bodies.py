@@ -1,0 +1,65 @@
+"""Bodies that say whose they are: any fetched body is exactly one that was sent, or it is torn.
+
+A body is random numbers drawn from its tag, over all of its length, with the tag in front; the initial values of a bank are those of its seed.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from ooc_moe_wire.initializers import Initializer
+from ooc_moe_wire.layout import BankSpec, Layout, TensorSpec
+
+_MARK = 86028121.0  # Above any initial value.
+
+
+class Tag(NamedTuple):
+    """Which body: the bank it was made for (its seed), the expert, and the push; number 0 is the initial value."""
+
+    bank: int
+    expert: int
+    number: int
+
+
+def layout_of(num_bytes: int) -> Layout:
+    """Two tensors, one per section, of about so many bytes together; every section has its own padding."""
+    floats = max(8, num_bytes // 8)
+    parameters = (TensorSpec(name="w", shape=(floats,), initializer=Initializer("uniform_v1", 0.5)),)
+    return Layout(parameters=parameters, optimizer=(TensorSpec(name="m", shape=(floats,)),))
+
+
+def spec_of(name: str, layout: Layout, tag_bank: int, num_experts: int) -> BankSpec:
+    """A bank whose initial bodies carry `tag_bank`."""
+    return BankSpec(name=name, num_experts=num_experts, layout=layout, seed=tag_bank)
+
+
+def body_of(layout: Layout, tag: Tag) -> bytes:
+    """The body of that tag."""
+    if tag.number == 0:
+        return _initial(layout, tag.bank, tag.expert)
+    random = np.random.Generator(np.random.Philox(key=np.array([tag.bank << 32 | tag.expert, tag.number], dtype=np.uint64)))
+    floats = random.random(layout.body_bytes // 4, dtype=np.float32)
+    floats[:4] = (_MARK, *tag)
+    return floats.tobytes()
+
+
+def tag_of(layout: Layout, bank: int, expert: int, body: bytes | bytearray | memoryview) -> Tag:
+    """The tag of a fetched body, or of its parameter section; `bank` and `expert` are whose initial value it is if it has no tag.
+
+    Raises:
+        AssertionError: it is no body that anyone sent: torn, or mixed.
+    """
+    mark, *fields = np.frombuffer(body, dtype=np.float32, count=4)
+    tag = Tag(*map(int, fields)) if mark == np.float32(_MARK) else Tag(bank, expert, 0)
+    assert body_of(layout, tag)[: len(body)] == bytes(body), f"expert {expert}: the body is torn; it begins as {tag}"
+    return tag
+
+
+@lru_cache(maxsize=4096)
+def _initial(layout: Layout, seed: int, expert: int) -> bytes:
+    body = bytearray(layout.body_bytes)
+    layout.initialize(body, seed=seed, expert=expert)
+    return bytes(body)
