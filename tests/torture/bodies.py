@@ -1,6 +1,6 @@
 """Bodies that say whose they are: any fetched body is exactly one that was sent, or it is torn.
 
-A body is random numbers drawn from its tag, over all of its length, with the tag in front; the initial values of a bank are those of its seed.
+A body is random numbers drawn from its tag, over all of its length, with the tag in front; a bank's initial values are those of its seed.
 """
 
 from __future__ import annotations
