@@ -28,8 +28,9 @@ TRAINER_BYTES_MAX = 128
 
 MAGIC = b"OOCMOE\r\n"
 FORMAT = 2
-# magic, format, bank id, expert, version, parameter bytes, optimizer bytes, parameter xxh3, optimizer xxh3, push number, writer id
-_HEADER = struct.Struct("<8sI16sQQQQQQQ128s")
+# magic, format, bank id, expert, version, parameter bytes, optimizer bytes, parameter xxh3, optimizer xxh3, push number, base version,
+# writer id
+_HEADER = struct.Struct("<8sI16sQQQQQQQQ128s")
 _CHECK = struct.Struct("<Q")
 
 
@@ -72,6 +73,7 @@ class RecordHeader:
     checksums: Checksums
     writer_id: str = ""  # Who pushed it: at most 128 bytes.
     push_number: int = 0
+    base_version: int = 0  # What the push started from: tells a scan whether a restore came in between.
 
     def pack_into(self, block: memoryview) -> None:
         """Writes the header block (4 KiB, zero padded, checksummed) into `block`."""
@@ -86,6 +88,7 @@ class RecordHeader:
             self.checksums.parameters,
             self.checksums.optimizer,
             self.push_number,
+            self.base_version,
             self.writer_id.encode(),
         )
         check = _CHECK.pack(xxhash.xxh3_64_intdigest(fields))
@@ -105,7 +108,7 @@ class RecordHeader:
             raise CorruptRecord(f"{what}: the header block is damaged")
         if version_of_format != FORMAT:
             raise CorruptRecord(f"{what}: record format {version_of_format} is not {FORMAT}")
-        parameter_bytes, optimizer_bytes, parameters, optimizer, push_number, writer_id = rest
+        parameter_bytes, optimizer_bytes, parameters, optimizer, push_number, base_version, writer_id = rest
         return RecordHeader(
             bank_id=bank_id,
             expert=expert,
@@ -115,6 +118,7 @@ class RecordHeader:
             checksums=Checksums(parameters, optimizer),
             writer_id=writer_id.rstrip(b"\0").decode(),
             push_number=push_number,
+            base_version=base_version,
         )
 
 

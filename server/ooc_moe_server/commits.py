@@ -66,6 +66,7 @@ class Push:
             checksums=self.checksums,
             writer_id=self.writer_id,
             push_number=self.push_number,
+            base_version=self.base_version,
         )
 
 

@@ -25,7 +25,7 @@ LAYOUT = Layout(
     parameters=(TensorSpec(name="w", shape=(900,)),),
     optimizer=(TensorSpec(name="w.exp_avg", shape=(1500,)), TensorSpec(name="step", shape=(1,), dtype="int64")),
 )
-HEADER_BYTES_USED = 220  # 212 of fields, 8 of checksum.
+HEADER_BYTES_USED = 228  # 220 of fields, 8 of checksum.
 
 words = st.integers(0, 2**64 - 1)
 headers = st.builds(
@@ -38,6 +38,7 @@ headers = st.builds(
     checksums=st.builds(Checksums, words, words),
     writer_id=st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=32),
     push_number=words,
+    base_version=words,
 )
 
 
@@ -47,7 +48,7 @@ def filled_body() -> memoryview:
 
 def some_header(**changes) -> RecordHeader:
     fields = {"bank_id": bytes(range(16)), "expert": 7, "version": 11, "parameter_bytes": 4096, "optimizer_bytes": 8192}
-    fields |= {"writer_id": "wr\u00eft\u00ebr", "push_number": 5}
+    fields |= {"writer_id": "wr\u00eft\u00ebr", "push_number": 5, "base_version": 9}
     return RecordHeader(**(fields | changes), checksums=Checksums(0x0123456789ABCDEF, 2**64 - 1))
 
 
@@ -76,8 +77,9 @@ def test_a_header_block_keeps_its_golden_bytes():
         "efcdab8967452301"  # parameter xxh3
         "ffffffffffffffff"  # optimizer xxh3
         "0500000000000000"  # push number
+        "0900000000000000"  # base version
         + "7772c3af74c3ab72".ljust(256, "0")  # writer id
-        + "d1512e8a6214cacb"  # xxh3 of the above
+        + "6e204b1b87d67d69"  # xxh3 of the above
     )
     assert not any(block[HEADER_BYTES_USED:])
 
