@@ -89,6 +89,8 @@ class Bank:
     num_experts: int
     created_unix_ms: int
     forked_from: str
+    revision: int = 0  # The index's sequence number when the bank last changed (made, grown, restored); a push is no change.
+    base_version: int = 1  # Headers of older versions than this never became current after the last restore.
     records: dict[int, Record] = field(default_factory=dict)  # Experts without an entry are UNWRITTEN.
     num_written: int = 0
     newest_version: int = 0
@@ -163,6 +165,7 @@ class Snapshot:
     name: str
     created_unix_ms: int
     banks: dict[int, BankState]
+    revision: int = 0  # As a bank's: it was taken, or lost a bank that was deleted.
 
     def slots(self, bank_id: int) -> list[Slot]:
         """The slots its part of a bank refers to."""
