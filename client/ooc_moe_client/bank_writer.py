@@ -1,8 +1,8 @@
 """`BankWriter`: one bank held open for writing: the lease, and the pushes on their way.
 
 One thread holds the stream: it opens it, reads outcomes, and when the daemon goes away opens it again and resends, under the same
-numbers, what was not acknowledged. gRPC's own thread draws the requests, as fast as flow control allows; bodies are the callers' memory.
-Knows nothing of layouts: what it is given was checked.
+numbers, what was not acknowledged. gRPC's own thread draws the requests, as fast as flow control allows; bodies are the callers' memory,
+copied to the staging memory of the local plane where there is one. Knows nothing of what is in a body: what it is given was checked.
 """
 
 from __future__ import annotations
@@ -12,13 +12,20 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import grpc
+import numpy as np
 from tenacity import RetryCallState
 
 from ooc_moe_client.connection import Connection
+from ooc_moe_client.local_plane import LocalPlane, copy_hashed
+from ooc_moe_client.planes import Planes
+from ooc_moe_client.staging import Staging
+from ooc_moe_client.store import Durability
 from ooc_moe_wire.codec import Checksums, encoded_chunks
-from ooc_moe_wire.errors import OocMoeError, Unavailable, error_named
+from ooc_moe_wire.errors import LeaseExpired, OocMoeError, Unavailable, error_named
+from ooc_moe_wire.layout import Layout
 from ooc_moe_wire.v1 import expert_pb2
 
 # A message, or one that is serialized already.
@@ -36,22 +43,35 @@ class Item:
     expert: int
     base_version: int
     body: memoryview
-    parameter_bytes: int
-    checksums: Checksums
+    layout: Layout
+    durability: Durability = Durability.DURABLE
+    checksums: Checksums | None = None  # made when it is first sent
     number: int = 0
     outcome: int | OocMoeError | None = None
+    staged: tuple[Staging, int] | None = None  # where it lies, until the outcome
 
     def header(self) -> expert_pb2.PushHeader:
         """The message that precedes its chunks."""
+        if self.checksums is None:
+            self.checksums = Checksums.of(self.layout, self.body)
         return expert_pb2.PushHeader(
             expert=self.expert,
             push_number=self.number,
             base_version=self.base_version,
-            parameter_bytes=self.parameter_bytes,
-            optimizer_bytes=len(self.body) - self.parameter_bytes,
+            parameter_bytes=self.layout.parameter_bytes,
+            optimizer_bytes=self.layout.optimizer_bytes,
             parameter_xxh3=self.checksums.parameters,
             optimizer_xxh3=self.checksums.optimizer,
+            durability=cast(expert_pb2.Durability.ValueType, self.durability.value),
+            staged_at=self.staged[1] if self.staged is not None else None,
         )
+
+    def unstage(self) -> None:
+        """Gives the place back."""
+        if self.staged is not None:
+            staging, start = self.staged
+            self.staged = None
+            staging.give_back(start)
 
 
 class BankWriter:
@@ -59,13 +79,15 @@ class BankWriter:
 
     Args:
         connection: the channel.
+        planes: how bodies travel.
         bank: the bank's name.
         writer_id: the same for all banks of a store, and for all its streams.
         numbers: push numbers, shared by all banks of a store.
     """
 
-    def __init__(self, connection: Connection, bank: str, writer_id: str, numbers: Iterator[int]) -> None:
+    def __init__(self, connection: Connection, planes: Planes, bank: str, writer_id: str, numbers: Iterator[int]) -> None:
         self._connection = connection
+        self._planes = planes
         # As the generated stub's, but chunks come serialized.
         self._push_experts: grpc.StreamStreamMultiCallable[_Request, expert_pb2.PushExpertsResponse] = connection.channel.stream_stream(
             "/ooc_moe_wire.v1.ExpertService/PushExperts",
@@ -80,6 +102,7 @@ class BankWriter:
         self._unsent: deque[Item] = deque()  # of these, what the present stream has not begun to send
         self._stream = 0  # counts streams; a request generator of an older one ends
         self._call: grpc.Call | None = None
+        self._plane: LocalPlane | None = None  # of the present stream
         self._is_open = False
         self._releasing = False
         self._error: OocMoeError | None = None  # why it ended
@@ -151,6 +174,8 @@ class BankWriter:
             error = Unavailable(f"bank {self._bank!r}: {raised}")
         with self._changed:
             self._error = error
+            for item in self._items.values():
+                item.unstage()
             self._changed.notify_all()
 
     def _gives_up(self, state: RetryCallState) -> bool:
@@ -167,18 +192,27 @@ class BankWriter:
         with self._changed:
             self._unsent = deque(self._items.values())
         try:
+            self._plane = self._planes.local()
             with self._connection.errors():
-                self._call = call = self._push_experts(self._requests(self._stream), metadata=self._connection.metadata)
+                self._call = call = self._push_experts(self._requests(self._stream, self._plane), metadata=self._connection.metadata)
                 for response in call:
                     self._receive(response)
             if not self._releasing:
                 raise Unavailable(f"daemon at {self._connection.target}: the push stream of bank {self._bank!r} ended")
+        except LeaseExpired as error:
+            if self._plane is not None:
+                self._planes.drop(self._plane)
+            raise Unavailable(f"daemon at {self._connection.target}: {error}") from error
         finally:
+            if self._call is not None:
+                self._call.cancel()
             with self._changed:
                 self._stream += 1
                 self._is_open = False
                 self._broken_at = self._broken_at or time.monotonic()
                 self._changed.notify_all()
+            if self._plane is not None:
+                self._plane.wake()
 
     def _receive(self, response: expert_pb2.PushExpertsResponse) -> None:
         with self._changed:
@@ -188,10 +222,13 @@ class BankWriter:
                 self._connection.answered()
             else:
                 outcome = response.outcome
+                error = error_named(outcome.error.kind, outcome.error.message) if outcome.HasField("error") else None
+                if isinstance(error, LeaseExpired):  # Of the session: the push is still to be made.
+                    raise error
                 item = self._items.pop(outcome.push_number, None)
                 if item is not None:
-                    failed = outcome.HasField("error")
-                    item.outcome = error_named(outcome.error.kind, outcome.error.message) if failed else outcome.version
+                    item.unstage()
+                    item.outcome = error or outcome.version
                 self._broken_at = None
             if not self._items:
                 self._broken_at = None
@@ -199,15 +236,38 @@ class BankWriter:
 
     # gRPC's thread that draws the requests
 
-    def _requests(self, stream: int) -> Iterator[_Request]:
-        yield expert_pb2.PushExpertsRequest(open=expert_pb2.PushOpen(bank=self._bank, writer_id=self._writer_id))
+    def _requests(self, stream: int, plane: LocalPlane | None) -> Iterator[_Request]:
+        session = 0 if plane is None else plane.session
+        yield expert_pb2.PushExpertsRequest(open=expert_pb2.PushOpen(bank=self._bank, writer_id=self._writer_id, local_session=session))
         while (item := self._next_unsent(stream)) is not None:
+            self._stage(item, stream, plane)
             yield expert_pb2.PushExpertsRequest(header=item.header())
+            if item.staged is not None:
+                continue
             for chunk in encoded_chunks(item.body, field=expert_pb2.PushExpertsRequest.CHUNK_FIELD_NUMBER):
                 if stream != self._stream:
                     return
                 yield chunk
                 self._progress_at = time.monotonic()
+
+    def _stage(self, item: Item, stream: int, plane: LocalPlane | None) -> None:
+        """Copies the body to the plane's staging memory, where it may lie already; not where there is none, or it is too small."""
+        staging = None if plane is None else plane.staging_for(len(item.body))
+        with self._changed:
+            if stream == self._stream and item.staged is not None and item.staged[0] is not staging:
+                item.unstage()  # Of an older session.
+            if staging is None or item.staged is not None:
+                return
+        start = staging.take(len(item.body), wanted=lambda: stream == self._stream and plane is not None and plane.is_alive)
+        if start is None:
+            return
+        checksums = copy_hashed(np.frombuffer(item.body, np.uint8), staging.place(start), item.layout.parameter_bytes)
+        with self._changed:
+            self._progress_at = time.monotonic()
+            if stream == self._stream:
+                item.checksums, item.staged = checksums, (staging, start)
+            else:
+                staging.give_back(start)
 
     def _next_unsent(self, stream: int) -> Item | None:
         """Waits for something to send; None when the stream is to end."""

@@ -1,23 +1,35 @@
-"""One fetch over gRPC: a stream of headers and chunks, verified expert by expert, and opened again for the rest when it breaks.
+"""One fetch: a stream of headers and chunks, or of leases on the local plane, opened again for the rest when it breaks.
 
 Knows nothing of retries: `next` fails once, and may be called again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import cast
 
+import grpc
+
+from ooc_moe_client.acknowledged import Acknowledged
 from ooc_moe_client.checks import check_memory
 from ooc_moe_client.connection import Connection, Responses
+from ooc_moe_client.local_plane import LocalPlane
+from ooc_moe_client.planes import Planes
 from ooc_moe_client.store import Fetched, Priority, Sections, Tier
-from ooc_moe_wire.codec import HOLDS_NONE, Assembler, Checksums, verify
-from ooc_moe_wire.errors import CorruptRecord, Internal, InvalidRequest, OocMoeError, error_named
+from ooc_moe_wire.codec import HOLDS_NONE, Assembler, Checksums, ChunkView, decode_fetch_response, verify
+from ooc_moe_wire.errors import CorruptRecord, Internal, InvalidRequest, LeaseExpired, OocMoeError, Unavailable, error_named
 from ooc_moe_wire.layout import Layout
-from ooc_moe_wire.v1 import expert_pb2, expert_pb2_grpc
+from ooc_moe_wire.v1 import expert_pb2
 
 # A stream's deadline allows for the slowest disk and network worth using.
 SLOWEST_BYTES_PER_S = 10 << 20
+# Leases go back by packets of so many copied bytes.
+RELEASED_BYTES = 16 << 20
+
+_TIERS = {tier.value: tier for tier in Tier}
+_Message = expert_pb2.FetchExpertsResponse | ChunkView
+# id, expert, version, tier, offset, generation, checksums
+_Lease = tuple[int, int, int, int, int, int, int, int]
 
 
 class FetchStream:
@@ -26,7 +38,8 @@ class FetchStream:
     def __init__(
         self,
         connection: Connection,
-        stub: expert_pb2_grpc.ExpertServiceStub,
+        planes: Planes,
+        acknowledged: Acknowledged,
         bank: str,
         layout: Layout,
         experts: Sequence[int],
@@ -35,27 +48,51 @@ class FetchStream:
         sections: Sections,
         priority: Priority,
         known_versions: Sequence[int | None] | None,
+        verify: bool,
     ) -> None:
         self._connection = connection
-        self._stub = stub
+        # As the generated stub's, but chunks come as views.
+        self._fetch_experts: grpc.UnaryStreamMultiCallable[expert_pb2.FetchExpertsRequest, _Message] = connection.channel.unary_stream(
+            "/ooc_moe_wire.v1.ExpertService/FetchExperts",
+            request_serializer=expert_pb2.FetchExpertsRequest.SerializeToString,
+            response_deserializer=decode_fetch_response,
+        )
+        self._planes = planes
+        self._acknowledged = acknowledged
         self._bank = bank
         self._layout = layout
         self._into = into
         self._sections = sections
+        self._num_bytes = layout.body_bytes if sections is Sections.ALL else layout.parameter_bytes
         self._priority = priority
+        self._verify = verify
         self._left = dict(zip(experts, known_versions or [None] * len(experts), strict=True))
         self._has_known = known_versions is not None
-        self._call: Responses[expert_pb2.FetchExpertsResponse] | None = None
+        self._least: dict[int, int] = {}  # by expert: what had been acknowledged when the stream was opened
+        self._call: Responses[_Message] | None = None
+        self._plane: LocalPlane | None = None  # of the present call
+        self._leases: Iterator[_Lease] = iter(())  # that came and were not used
+        self._used: list[int] = []  # leases to be given back
+        self._num_overwritten = 0  # experts of the present call that were overwritten before they were copied
         self.error: OocMoeError | None = None  # the first expert's that could not be served
 
-    def next(self) -> Fetched | None:
-        """The next sound expert, or None when all have come or failed (see `error`)."""
+    def next(self) -> Iterable[Fetched] | None:
+        """The next experts, each there as it is drawn; draw them all. None when all have come or failed (see `error`)."""
         try:
             while self._left:
                 with self._connection.errors():
-                    fetched = self._receive()
-                if fetched is not None:
-                    return fetched
+                    message = self._message()
+                if message is None:
+                    self._reopen()
+                elif message.HasField("leases"):
+                    return self._copied(message.leases)
+                elif (fetched := self._received(message.header)) is not None:
+                    return (fetched,)
+        except LeaseExpired as error:
+            if self._plane is not None:
+                self._planes.drop(self._plane)
+            self.cancel()
+            raise Unavailable(f"daemon at {self._connection.target}: {error}") from error
         except BaseException:
             self.cancel()
             raise
@@ -66,63 +103,146 @@ class FetchStream:
         if self._call is not None:
             self._call.cancel()
             self._call = None
+        self._used += [lease[0] for lease in self._leases]
+        self._leases = iter(())
+        self._give_back()
 
-    def _open(self) -> Responses[expert_pb2.FetchExpertsResponse]:
-        num_bytes = len(self._left) * self._layout.body_bytes
+    def _open(self) -> Responses[_Message]:
+        self._plane = self._planes.local()
+        self._least = self._acknowledged.of(self._bank, self._left)
+        self._num_overwritten = 0
         known = [HOLDS_NONE if version is None else version for version in self._left.values()] if self._has_known else []
-        return self._stub.FetchExperts(
+        return self._fetch_experts(
             expert_pb2.FetchExpertsRequest(
                 bank=self._bank,
                 experts=list(self._left),
                 sections=cast(expert_pb2.Sections.ValueType, self._sections.value),
                 known_versions=known,
                 priority=cast(expert_pb2.Priority.ValueType, self._priority.value),
+                local_session=0 if self._plane is None else self._plane.session,
             ),
-            timeout=self._connection.timeout_s + num_bytes / SLOWEST_BYTES_PER_S,
+            timeout=self._connection.timeout_s + len(self._left) * self._layout.body_bytes / SLOWEST_BYTES_PER_S,
             metadata=self._connection.metadata,
         )
 
-    def _receive(self) -> Fetched | None:
-        """One expert; None when it could not be served."""
+    def _message(self) -> expert_pb2.FetchExpertsResponse | None:
+        """The next message that is no chunk; None at the end of the stream."""
         if self._call is None:
             self._call = self._open()
-        header = self._message(self._call).header
+        message = next(self._call, None)
         self._connection.answered()
+        if isinstance(message, ChunkView):
+            raise Internal(f"bank {self._bank!r}: a chunk without a header")
+        return message
+
+    def _reopen(self) -> None:
+        """The stream ended before all had come: right when these were overwritten before they were copied. Raises Unavailable then."""
+        self._call = None
+        if self._num_overwritten < len(self._left):
+            raise Internal(f"bank {self._bank!r}: the stream ended without {len(self._left)} of the experts")
+        raise Unavailable(f"daemon at {self._connection.target}: {self._num_overwritten} leases expired before their records were copied")
+
+    # The stream plane
+
+    def _received(self, header: expert_pb2.ExpertHeader) -> Fetched | None:
+        """One expert, with its chunks; None when it could not be served."""
         what = f"bank {self._bank!r}, expert {header.expert}"
-        if header.expert not in self._left:
-            raise Internal(f"{what}: it was not asked for, or came twice")
+        self._check_wanted(header.expert)
         if header.HasField("error"):
             self._fail(header.expert, error_named(header.error.kind, header.error.message))
             return None
         if not header.unchanged:
-            body = self._receive_body(header, self._call, what)
+            with self._connection.errors():
+                body = self._receive_body(header, what)
             try:
-                verify(self._layout, body, Checksums(header.parameter_xxh3, header.optimizer_xxh3), what=what)
+                if self._verify:
+                    verify(self._layout, body, Checksums(header.parameter_xxh3, header.optimizer_xxh3), what=what)
             except CorruptRecord as error:
                 self._fail(header.expert, error)
                 return None
-        del self._left[header.expert]
-        return Fetched(expert=header.expert, version=header.version, served_from=Tier(header.served_from), unchanged=header.unchanged)
+        return self._arrived(header.expert, header.version, header.served_from, unchanged=header.unchanged)
 
-    def _receive_body(self, header: expert_pb2.ExpertHeader, call: Iterator[expert_pb2.FetchExpertsResponse], what: str) -> memoryview:
+    def _receive_body(self, header: expert_pb2.ExpertHeader, what: str) -> memoryview:
         optimizer_bytes = self._layout.optimizer_bytes if self._sections is Sections.ALL else 0
         if (header.parameter_bytes, header.optimizer_bytes) != (self._layout.parameter_bytes, optimizer_bytes):
             raise InvalidRequest(
                 f"{what}: sections of {header.parameter_bytes} and {header.optimizer_bytes} bytes, "
                 f"the layout has {self._layout.parameter_bytes} and {optimizer_bytes}"
             )
-        body = self._into(header.expert)
-        check_memory(self._bank, header.expert, body, header.parameter_bytes + header.optimizer_bytes)
+        body = self._landing(header.expert)
         assembler = Assembler(body, what=what)
+        assert self._call is not None
         while not assembler.complete:
-            assembler.add(self._message(call).chunk)
+            message = next(self._call, None)
+            if message is None:
+                raise Internal(f"{what}: the stream ended in the middle")
+            assembler.add(message if isinstance(message, ChunkView) else message.chunk)
         return body
 
-    def _message(self, call: Iterator[expert_pb2.FetchExpertsResponse]) -> expert_pb2.FetchExpertsResponse:
-        message = next(call, None)
-        if message is None:
-            raise Internal(f"bank {self._bank!r}: the stream ended without {len(self._left)} of the experts")
-        return message
+    # The local plane
+
+    def _copied(self, leases: expert_pb2.Leases) -> Iterator[Fetched]:
+        """Copies one record after the other, as they are drawn, and gives the leases back."""
+        columns = leases.ids, leases.experts, leases.versions, leases.served_from, leases.offsets, leases.generations
+        if len({len(column) for column in (*columns, leases.parameter_xxh3, leases.optimizer_xxh3)}) > 1:
+            raise Internal(f"bank {self._bank!r}: leases with columns of different lengths")
+        self._leases = zip(*columns, leases.parameter_xxh3, leases.optimizer_xxh3, strict=True)
+        used_max = max(1, RELEASED_BYTES // self._num_bytes)
+        for lease in self._leases:
+            self._used.append(lease[0])
+            fetched = self._copy(lease)
+            if len(self._used) >= used_max:
+                self._give_back()
+            if fetched is not None:
+                yield fetched
+        self._give_back()
+
+    def _copy(self, lease: _Lease) -> Fetched | None:
+        """One record; None when it was overwritten, and is to come again, or is damaged."""
+        _, expert, version, tier, offset, generation, parameters, optimizer = lease
+        self._check_wanted(expert)
+        assert self._plane is not None
+        body = self._landing(expert)
+        if not self._verify:
+            if self._plane.copy(offset, generation, body):
+                return self._arrived(expert, version, tier)
+            self._num_overwritten += 1
+            return None
+        checksums = self._plane.copy_hashed(offset, generation, body, self._layout.parameter_bytes)
+        if checksums is None:
+            self._num_overwritten += 1
+            return None
+        if checksums.parameters != parameters or (self._sections is Sections.ALL and checksums.optimizer != optimizer):
+            try:  # Hashed once more, for the error that says what differs.
+                verify(self._layout, body, Checksums(parameters, optimizer), what=f"bank {self._bank!r}, expert {expert}")
+            except CorruptRecord as error:
+                self._fail(expert, error)
+                return None
+        return self._arrived(expert, version, tier)
+
+    def _give_back(self) -> None:
+        if self._plane is not None and self._used:
+            self._plane.release(self._used)
+        self._used = []
+
+    # Both
+
+    def _landing(self, expert: int) -> memoryview:
+        body = self._into(expert)
+        check_memory(self._bank, expert, body, self._num_bytes)
+        return body
+
+    def _check_wanted(self, expert: int) -> None:
+        if expert not in self._left:
+            raise Internal(f"bank {self._bank!r}, expert {expert}: it was not asked for, or came twice")
+
+    def _arrived(self, expert: int, version: int, tier: int, *, unchanged: bool = False) -> Fetched | None:
+        least = self._least.get(expert)
+        if least is not None and (lost := self._acknowledged.lost(self._bank, expert, version, least)) is not None:
+            self._fail(expert, lost)
+            return None
+        del self._left[expert]
+        return Fetched(expert=expert, version=version, served_from=_TIERS[tier], unchanged=unchanged)
 
     def _fail(self, expert: int, error: OocMoeError) -> None:
         self.error = self.error or error

@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from ooc_moe_client.checks import check_distinct, check_known_versions, check_memory, checked_bodies
-from ooc_moe_client.store import Bank, ExpertInfo, Fetched, PrefetchState, Priority, Push, Sections, Snapshot, Tier
+from ooc_moe_client.store import Bank, Durability, ExpertInfo, Fetched, PrefetchState, Priority, Push, Sections, Snapshot, Tier
 from ooc_moe_wire.codec import Checksums
 from ooc_moe_wire.errors import (
     BankExists,
     InvalidRequest,
+    LostUpdate,
     NotTheWriter,
     OocMoeError,
     SnapshotExists,
@@ -233,8 +234,8 @@ class InMemoryStore:
                 access.seeded += tier is Tier.SEED
             return bank.read(expert), tier, num_bytes
 
-    def push(self, bank: str, pushes: Sequence[Push]) -> list[int | Exception]:
-        """See ExpertStore."""
+    def push(self, bank: str, pushes: Sequence[Push], *, durability: Durability = Durability.DURABLE) -> list[int | Exception]:
+        """See ExpertStore. What is in memory is as durable as it gets here."""
         with self._state.lock:
             layout = self._state.bank(bank).spec.layout
         bodies = checked_bodies(bank, layout, pushes)
@@ -248,7 +249,8 @@ class InMemoryStore:
             return UnknownExpert(f"bank {name!r}: expert {push.expert} is not below {bank.spec.num_experts}")
         present = bank.records[push.expert].version if push.expert in bank.records else 0
         if push.base_version != present:
-            return StaleVersion(f"bank {name!r}, expert {push.expert}: based on version {push.base_version}, the present one is {present}")
+            refusal = StaleVersion if push.base_version < present else LostUpdate
+            return refusal(f"bank {name!r}, expert {push.expert}: based on version {push.base_version}, the present one is {present}")
         record = bank.records[push.expert] = _Record(self._state.next_version(), bytes(body))
         self._state.stats.total.pushed_experts += 1
         self._state.stats.total.pushed_bytes += len(body)

@@ -14,12 +14,14 @@ from contextlib import suppress
 
 import grpc
 
+from ooc_moe_client.acknowledged import Acknowledged
 from ooc_moe_client.bank_writer import BankWriter, Item
 from ooc_moe_client.checks import check_distinct, check_known_versions, checked_bodies
 from ooc_moe_client.connection import Connection, Responses
 from ooc_moe_client.fetch_stream import FetchStream
 from ooc_moe_client.messages import bank_from, expert_from, snapshot_from
-from ooc_moe_client.store import Bank, ExpertInfo, Fetched, PrefetchState, Priority, Push, Sections, Snapshot
+from ooc_moe_client.planes import Planes
+from ooc_moe_client.store import Bank, Durability, ExpertInfo, Fetched, Plane, PrefetchState, Priority, Push, Sections, Snapshot
 from ooc_moe_wire.codec import Checksums
 from ooc_moe_wire.errors import TierFull, Unavailable, UnknownBank, UnknownSnapshot
 from ooc_moe_wire.layout import BankSpec, Layout
@@ -43,10 +45,23 @@ class RemoteStore:
         trainer: the name under which the daemon counts this caller; at most 128 printable ASCII characters.
         timeout_s: the deadline of a call; a fetch gets more by its bytes.
         patience_s: how long a daemon that went away is waited for before Unavailable is raised.
+        plane: how bytes travel. With LOCAL, fetches and pushes raise InvalidRequest where that is impossible.
+        verify: compare what arrived with its checksums.
     """
 
-    def __init__(self, target: str, *, trainer: str = "", timeout_s: float = 30.0, patience_s: float = 60.0) -> None:
+    def __init__(
+        self,
+        target: str,
+        *,
+        trainer: str = "",
+        timeout_s: float = 30.0,
+        patience_s: float = 60.0,
+        plane: Plane = Plane.AUTO,
+        verify: bool = True,
+    ) -> None:
         self._connection = Connection(target, trainer=trainer, timeout_s=timeout_s, patience_s=patience_s)
+        self._planes = Planes(self._connection, plane)
+        self._verify = verify
         channel = self._connection.channel
         self._banks = bank_pb2_grpc.BankServiceStub(channel)
         self._experts = expert_pb2_grpc.ExpertServiceStub(channel)
@@ -55,10 +70,16 @@ class RemoteStore:
         self._writer_id = uuid.uuid4().hex
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
-        self._layouts: dict[str, Layout] = {}
+        self._known_banks: dict[str, Bank] = {}
+        self._acknowledged = Acknowledged()
         self._writers: dict[str, BankWriter] = {}
         # By bank and expert: pushes whose answer never came. They may have been written.
         self._unresolved: dict[tuple[str, int], Item] = {}
+
+    @property
+    def plane(self) -> Plane:
+        """How bytes travel now: STREAM or LOCAL. Asks the daemon if need be, and raises what `fetch` would."""
+        return Plane.STREAM if self._connection.retry(self._planes.local) is None else Plane.LOCAL
 
     # Banks
 
@@ -83,7 +104,8 @@ class RemoteStore:
         self.get_bank(name)
         with suppress(UnknownBank):  # It was there: a retry found that the first try had succeeded.
             self._connection.call(self._banks.DeleteBank, bank_pb2.DeleteBankRequest(bank=name))
-        self._layouts.pop(name, None)
+        self._known_banks.pop(name, None)
+        self._acknowledged.forget(name)
 
     def fork_bank(self, source: str, name: str, *, snapshot_id: int | None = None) -> Bank:
         """See ExpertStore. Not retried once it was sent."""
@@ -92,12 +114,15 @@ class RemoteStore:
         return self._known(self._connection.once(self._banks.ForkBank, request))
 
     def _known(self, message: bank_pb2.Bank) -> Bank:
-        bank = bank_from(message)
-        self._layouts[bank.spec.name] = bank.spec.layout
+        bank, name = bank_from(message), message.spec.name
+        older = self._known_banks.get(name)
+        if older is not None and older.created_unix_ms != bank.created_unix_ms:
+            self._acknowledged.forget(name)  # Another store deleted it, and somebody made this one.
+        self._known_banks[name] = bank
         return bank
 
     def _layout(self, bank: str) -> Layout:
-        return self._layouts.get(bank) or self.get_bank(bank).spec.layout
+        return (self._known_banks.get(bank) or self.get_bank(bank)).spec.layout
 
     # Experts
 
@@ -116,7 +141,8 @@ class RemoteStore:
         check_known_versions(bank, experts, known_versions)
         stream = FetchStream(
             self._connection,
-            self._experts,
+            self._planes,
+            self._acknowledged,
             bank,
             self._layout(bank),
             experts,
@@ -124,16 +150,17 @@ class RemoteStore:
             sections=sections,
             priority=priority,
             known_versions=known_versions,
+            verify=self._verify,
         )
         try:
-            while (fetched := self._connection.retry(stream.next)) is not None:
-                yield fetched
+            while (arrived := self._connection.retry(stream.next)) is not None:
+                yield from arrived
         finally:
             stream.cancel()
         if stream.error is not None:
             raise stream.error
 
-    def push(self, bank: str, pushes: Sequence[Push]) -> list[int | Exception]:
+    def push(self, bank: str, pushes: Sequence[Push], *, durability: Durability = Durability.DURABLE) -> list[int | Exception]:
         """See ExpertStore. An expert that found no room in the daemon is tried again a few times."""
         layout = self._layout(bank)
         bodies = checked_bodies(bank, layout, pushes)
@@ -142,8 +169,8 @@ class RemoteStore:
                 expert=push.expert,
                 base_version=self._base_version(bank, push),
                 body=body,
-                parameter_bytes=layout.parameter_bytes,
-                checksums=Checksums.of(layout, body),
+                layout=layout,
+                durability=durability,
             )
             for push, body in zip(pushes, bodies, strict=True)
         ]
@@ -152,6 +179,8 @@ class RemoteStore:
         outcomes: list[int | Exception] = []
         for item in items:
             assert item.outcome is not None
+            if isinstance(item.outcome, int):
+                self._acknowledged.note(bank, item.expert, item.outcome)
             outcomes.append(item.outcome)
         return outcomes
 
@@ -171,7 +200,7 @@ class RemoteStore:
     def _base_version(self, bank: str, push: Push) -> int:
         """The version to start from: where an earlier push got no answer but was written, it is the version that it made."""
         lost = self._unresolved.pop((bank, push.expert), None)
-        if lost is None or lost.base_version != push.base_version:
+        if lost is None or lost.checksums is None or lost.base_version != push.base_version:
             return push.base_version
         request = expert_pb2.ListExpertsRequest(bank=bank, start=push.expert, page_size=1)
         present = self._connection.call(self._experts.ListExperts, request).experts[0]
@@ -182,7 +211,7 @@ class RemoteStore:
         with self._lock:
             writer = self._writers.get(bank)
             if writer is None or writer.ended:
-                writer = self._writers[bank] = BankWriter(self._connection, bank, self._writer_id, self._numbers)
+                writer = self._writers[bank] = BankWriter(self._connection, self._planes, bank, self._writer_id, self._numbers)
             return writer
 
     def open_for_writing(self, bank: str) -> None:
@@ -234,7 +263,10 @@ class RemoteStore:
     def restore_snapshot(self, snapshot_id: int) -> Snapshot:
         """See ExpertStore."""
         request = snapshot_pb2.RestoreSnapshotRequest(id=snapshot_id, writer_id=self._writer_id)
-        return snapshot_from(self._connection.call(self._snapshots.RestoreSnapshot, request))
+        restored = snapshot_from(self._connection.call(self._snapshots.RestoreSnapshot, request))
+        for bank in restored.banks:
+            self._acknowledged.forget(bank)
+        return restored
 
     def delete_snapshot(self, snapshot_id: int) -> None:
         """See ExpertStore."""
@@ -284,4 +316,5 @@ class RemoteStore:
         """See ExpertStore."""
         for bank in list(self._writers):
             self.release(bank)
+        self._planes.close()
         self._connection.close()

@@ -22,6 +22,21 @@ class Sections(Enum):
     PARAMETERS = 1
 
 
+class Plane(Enum):
+    """How bytes travel between a store and its daemon: in streams of messages, or on one host through shared memory."""
+
+    AUTO = "auto"  # Local where it can be had.
+    STREAM = "stream"
+    LOCAL = "local"
+
+
+class Durability(Enum):
+    """When a push is acknowledged."""
+
+    DURABLE = 0  # After the commit: it survives a crash.
+    MEMORY = 1  # Once it lies in the daemon's DRAM; a crash before it was written back loses it.
+
+
 class Priority(Enum):
     """Demand is served before prefetch, everywhere."""
 
@@ -144,12 +159,15 @@ class ExpertStore(Protocol):
             known_versions: one per expert, None where nothing is held; an expert that is current moves no bytes.
 
         Raises:
-            UnknownBank, UnknownExpert, CorruptRecord (after yielding the experts that are sound), TierFull.
+            UnknownBank, UnknownExpert, TierFull.
+            CorruptRecord, LostUpdate (an older version than a push through this store was acknowledged with): after yielding the experts
+                that are sound.
         """
 
-    def push(self, bank: str, pushes: Sequence[Push]) -> list[int | Exception]:
-        """Writes experts durably; one outcome per push, in order: the new version, or the error that refused it.
+    def push(self, bank: str, pushes: Sequence[Push], *, durability: Durability = Durability.DURABLE) -> list[int | Exception]:
+        """Writes experts; one outcome per push, in order: the new version, or the error that refused it.
 
+        StaleVersion refuses what is based on an older version than the present one, LostUpdate what is based on one that is gone.
         The first push to a bank opens it for writing (see `release`).
 
         Raises:
