@@ -1,7 +1,7 @@
 """The command `ooc-moe`: flags become configurations, errors become one line and exit code 2.
 
-The commands that speak to a daemon (stats, bank, snapshot) are in cli_store.py. torch and what needs it are imported inside the
-commands that use them, so that help and statistics answer at once.
+The commands that speak to a daemon (stats, bank, snapshot) are in cli_store.py, those that measure (bench) in cli_bench.py. torch and what
+needs it are imported inside the commands that use them, so that help and statistics answer at once.
 
 Run: ooc-moe --help
 """
@@ -18,13 +18,14 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from ooc_moe import cli_store
+from ooc_moe import cli_bench, cli_store
 from ooc_moe_wire.errors import InvalidRequest, OocMoeError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, rich_markup_mode="rich")
 app.command()(cli_store.stats)
 app.add_typer(cli_store.bank_app, name="bank")
 app.add_typer(cli_store.snapshot_app, name="snapshot")
+app.add_typer(cli_bench.bench_app, name="bench")
 
 INTERRUPTED_EXIT = 130
 _RESUME_FLAGS = {"resume", "run_dir", "name", "store", "quiet"}

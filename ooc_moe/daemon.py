@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,8 +26,8 @@ _PR_SET_PDEATHSIG = 1
 
 
 @contextmanager
-def embedded_daemon(data_dir: Path, *, dram_bytes: int) -> Iterator[str]:
-    """Starts a daemon on `data_dir`, yields its address, and stops it (SIGTERM: it drains and flushes) at the end.
+def embedded_daemon(data_dir: Path, *, dram_bytes: int, also_listen: Sequence[str] = ()) -> Iterator[str]:
+    """Starts a daemon on `data_dir`, yields its TCP address, and stops it (SIGTERM: it drains and flushes) at the end.
 
     The daemon has a session of its own, so that Ctrl-C reaches the trainer alone and the trainer can still save; should the trainer be
     killed, the kernel tells the daemon to stop.
@@ -36,7 +36,7 @@ def embedded_daemon(data_dir: Path, *, dram_bytes: int) -> Iterator[str]:
         Unavailable: it did not start; the message ends with what it said last.
     """
     data_dir.mkdir(parents=True, exist_ok=True)
-    process, address = _start(data_dir, dram_bytes)
+    process, address = _start(data_dir, dram_bytes, also_listen)
     try:
         yield address
     finally:
@@ -56,15 +56,16 @@ def embedded_daemon(data_dir: Path, *, dram_bytes: int) -> Iterator[str]:
     wait=wait_fixed(0.2),
     reraise=True,
 )
-def _start(data_dir: Path, dram_bytes: int) -> tuple[subprocess.Popen[bytes], str]:
+def _start(data_dir: Path, dram_bytes: int, also_listen: Sequence[str]) -> tuple[subprocess.Popen[bytes], str]:
     """A daemon that listens, and its address."""
     log_path = data_dir.with_suffix(".log")
     address_file = data_dir / "daemon.json"
     address_file.unlink(missing_ok=True)
-    flags = {"--data-dir": data_dir, "--dram-bytes": dram_bytes, "--listen": "127.0.0.1:0"}
-    command = [sys.executable, "-m", "ooc_moe_server.cli", *(str(word) for flag in flags.items() for word in flag)]
+    command = [sys.executable, "-m", "ooc_moe_server.cli", "--data-dir", str(data_dir), "--dram-bytes", str(dram_bytes)]
+    for address in ("127.0.0.1:0", *also_listen):
+        command += ["--listen", address]
     with log_path.open("ab") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True, preexec_fn=_stop_with_parent)
+        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True, preexec_fn=stop_with_parent)
     try:
         return process, _wait_until_listening(process, address_file, log_path)
     except BaseException:
@@ -84,7 +85,7 @@ def _wait_until_listening(process: subprocess.Popen[bytes], address_file: Path, 
     raise Unavailable(f"the embedded daemon did not start on {log_path.parent}: {''.join(last_words) or 'it said nothing'}")
 
 
-def _stop_with_parent() -> None:
-    """Asks the kernel for a SIGTERM when the trainer dies (Linux prctl(2))."""
+def stop_with_parent() -> None:
+    """Asks the kernel for a SIGTERM when the parent dies (Linux prctl(2)). For a child process to call."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,0 +1,76 @@
+"""The commands `ooc-moe bench ...`. Nothing here needs torch; what each needs is imported when it runs."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ooc_moe_wire.errors import InvalidRequest
+from ooc_moe_wire.sizes import parse_size
+
+bench_app = typer.Typer(no_args_is_help=True, help="Measure the storage daemon beside its peers.", rich_markup_mode="rich")
+# Wide enough for the table, where the output is no terminal.
+TABLE_WIDTH = 120
+
+
+@bench_app.command()
+def store(
+    rounds: Annotated[int | None, typer.Option(help="Interleaved rounds. [default: 15; 3 with --quick]")] = None,
+    sizes: Annotated[str, typer.Option(help="Record sizes.", metavar="A,B,C")] = "256KiB,8MiB,24MiB",
+    paths: Annotated[
+        str | None, typer.Option(help="Only these: fetch, push, nvme, stats, or one such as fetch/memcpy or push/local.", metavar="A,B,C")
+    ] = None,
+    data_dir: Annotated[
+        Path, typer.Option(help="On the disk to measure. A directory is made in it, and removed in the end.", metavar="DIR")
+    ] = Path(),
+    results: Annotated[Path | None, typer.Option(help="Save the table here; its notes are kept.", metavar="FILE")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of the table.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A first look: few records, 3 rounds. Not to be quoted.")] = False,
+) -> None:
+    """Measure both planes of the daemon beside memcpy, TCP, Arrow Flight, Ray, O_DIRECT, fio, LMDB and RocksDB.
+
+    All in one run, interleaved; each path's bytes are checked first. What is not installed is named and left out
+    (pip install 'ooc-moe\\[bench]', apt install fio). A daemon is started and stopped for it.
+
+    \b
+    $ ooc-moe bench store --data-dir /mnt/nvme --results store.md
+    $ ooc-moe bench store --quick --sizes 8MiB --paths fetch/local,fetch/memcpy
+    """
+    from ooc_moe.bench import store as bench
+    from ooc_moe.bench.results import save, table
+
+    chosen = bench.StoreBench(data_dir=data_dir, sizes=_sizes(sizes), rounds=rounds, paths=_words(paths), quick=quick)
+    measured = bench.run(chosen, Console(stderr=True), command=_command())
+    if as_json:
+        print(json.dumps(asdict(measured), indent=2))
+    else:
+        console = Console() if sys.stdout.isatty() else Console(width=TABLE_WIDTH)
+        console.print(table(measured, bench.TITLES))
+        for missing in measured.missing:
+            console.print(f"missing: {missing}", markup=False, highlight=False)
+    if results is not None:
+        save(measured, bench.TITLES, results)
+
+
+def _words(text: str | None) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",")) if text else ()
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(parse_size(word) for word in text.split(","))
+    except ValueError as error:
+        raise InvalidRequest(f"sizes: {error}") from error
+
+
+def _command() -> str:
+    """The command as it was given, without places of this machine."""
+    words = ["DIR" if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    return shlex.join(["ooc-moe", *words])
