@@ -1,4 +1,4 @@
-"""Writes constraints.txt: one `name==version` line for everything that `pip install '.[dev]'` and its build bring in.
+"""Writes constraints.txt: one `name==version` line for everything that `pip install '.[dev,bench]'` and its build bring in.
 
 Run: make constraints   (to take up new releases; then `make test`, and commit both)
 
@@ -35,9 +35,9 @@ def pins(versions: dict[str, str], *, project: str) -> str:
 
 
 def main() -> None:
-    """Resolves pyproject.toml's development set and its build requirements together."""
+    """Resolves pyproject.toml's development set, the benchmark's peers and the build requirements together."""
     pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    versions = resolve([*HELD, *pyproject["build-system"]["requires"], ".[dev]"])
+    versions = resolve([*HELD, *pyproject["build-system"]["requires"], ".[dev,bench]"])
     (ROOT / "constraints.txt").write_text(HEADER + pins(versions, project=pyproject["project"]["name"]))
 
 
