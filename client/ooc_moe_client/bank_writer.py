@@ -240,9 +240,9 @@ class BankWriter:
         session = 0 if plane is None else plane.session
         yield expert_pb2.PushExpertsRequest(open=expert_pb2.PushOpen(bank=self._bank, writer_id=self._writer_id, local_session=session))
         while (item := self._next_unsent(stream)) is not None:
-            self._stage(item, stream, plane)
+            is_staged = self._stage(item, stream, plane)
             yield expert_pb2.PushExpertsRequest(header=item.header())
-            if item.staged is not None:
+            if is_staged:  # Asked now, it may have its outcome already, and no place any more.
                 continue
             for chunk in encoded_chunks(item.body, field=expert_pb2.PushExpertsRequest.CHUNK_FIELD_NUMBER):
                 if stream != self._stream:
@@ -250,24 +250,25 @@ class BankWriter:
                 yield chunk
                 self._progress_at = time.monotonic()
 
-    def _stage(self, item: Item, stream: int, plane: LocalPlane | None) -> None:
-        """Copies the body to the plane's staging memory, where it may lie already; not where there is none, or it is too small."""
+    def _stage(self, item: Item, stream: int, plane: LocalPlane | None) -> bool:
+        """Copies the body to the plane's staging memory, where it may lie already; False where there is none, or it is too small."""
         staging = None if plane is None else plane.staging_for(len(item.body))
         with self._changed:
             if stream == self._stream and item.staged is not None and item.staged[0] is not staging:
                 item.unstage()  # Of an older session.
             if staging is None or item.staged is not None:
-                return
+                return staging is not None
         start = staging.take(len(item.body), wanted=lambda: stream == self._stream and plane is not None and plane.is_alive)
         if start is None:
-            return
+            return False
         checksums = copy_hashed(np.frombuffer(item.body, np.uint8), staging.place(start), item.layout.parameter_bytes)
         with self._changed:
             self._progress_at = time.monotonic()
-            if stream == self._stream:
-                item.checksums, item.staged = checksums, (staging, start)
-            else:
+            if stream != self._stream:
                 staging.give_back(start)
+                return False
+            item.checksums, item.staged = checksums, (staging, start)
+            return True
 
     def _next_unsent(self, stream: int) -> Item | None:
         """Waits for something to send; None when the stream is to end."""

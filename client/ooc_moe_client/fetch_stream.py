@@ -25,6 +25,9 @@ from ooc_moe_wire.v1 import expert_pb2
 SLOWEST_BYTES_PER_S = 10 << 20
 # Leases go back by packets of so many copied bytes.
 RELEASED_BYTES = 16 << 20
+# What was overwritten before it was copied (a caller that stood still for longer than a lease lasts) is leased again so many times; the
+# rest then comes in chunks.
+OVERWRITTEN_ROUNDS_MAX = 3
 
 _TIERS = {tier.value: tier for tier in Tier}
 _Message = expert_pb2.FetchExpertsResponse | ChunkView
@@ -74,6 +77,7 @@ class FetchStream:
         self._leases: Iterator[_Lease] = iter(())  # that came and were not used
         self._used: list[int] = []  # leases to be given back
         self._num_overwritten = 0  # experts of the present call that were overwritten before they were copied
+        self._rounds_overwritten = 0  # calls that ended with some
         self.error: OocMoeError | None = None  # the first expert's that could not be served
 
     def next(self) -> Iterable[Fetched] | None:
@@ -83,7 +87,7 @@ class FetchStream:
                 with self._connection.errors():
                     message = self._message()
                 if message is None:
-                    self._reopen()
+                    self._end()
                 elif message.HasField("leases"):
                     return self._copied(message.leases)
                 elif (fetched := self._received(message.header)) is not None:
@@ -108,7 +112,8 @@ class FetchStream:
         self._give_back()
 
     def _open(self) -> Responses[_Message]:
-        self._plane = self._planes.local()
+        leased = self._rounds_overwritten < OVERWRITTEN_ROUNDS_MAX
+        self._plane = self._planes.local() if leased else None
         self._least = self._acknowledged.of(self._bank, self._left)
         self._num_overwritten = 0
         known = [HOLDS_NONE if version is None else version for version in self._left.values()] if self._has_known else []
@@ -135,12 +140,12 @@ class FetchStream:
             raise Internal(f"bank {self._bank!r}: a chunk without a header")
         return message
 
-    def _reopen(self) -> None:
-        """The stream ended before all had come: right when these were overwritten before they were copied. Raises Unavailable then."""
+    def _end(self) -> None:
+        """The stream ended before all had come: right when these were overwritten before they were copied."""
         self._call = None
         if self._num_overwritten < len(self._left):
             raise Internal(f"bank {self._bank!r}: the stream ended without {len(self._left)} of the experts")
-        raise Unavailable(f"daemon at {self._connection.target}: {self._num_overwritten} leases expired before their records were copied")
+        self._rounds_overwritten += 1
 
     # The stream plane
 

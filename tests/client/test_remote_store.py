@@ -4,15 +4,14 @@ import itertools
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent import futures
 
-import grpc
 import pytest
 
 from ooc_moe_client.remote import RemoteStore
 from ooc_moe_client.store import Push
-from ooc_moe_wire.codec import Checksums, chunks
+from ooc_moe_wire.codec import Checksums
 from ooc_moe_wire.errors import (
     CorruptRecord,
     DeadlineExceeded,
@@ -20,10 +19,10 @@ from ooc_moe_wire.errors import (
     NotTheWriter,
     TierFull,
     Unavailable,
-    trailing_metadata,
 )
-from ooc_moe_wire.v1 import bank_pb2, bank_pb2_grpc, expert_pb2, expert_pb2_grpc
+from ooc_moe_wire.v1 import expert_pb2
 from tests.client.conftest import LAYOUT, NUM_EXPERTS, body, read, spec, write
+from tests.client.scripted import ScriptedDaemon, abort, acknowledge, fetch_into, served
 from tests.conftest import DaemonProcess
 
 ABSENT = "127.0.0.1:1"
@@ -155,83 +154,11 @@ def test_a_dead_writers_lease_is_free(daemon: DaemonProcess):
     second.close()
 
 
-class ScriptedDaemon(bank_pb2_grpc.BankServiceServicer, expert_pb2_grpc.ExpertServiceServicer):
-    """A daemon of one bank whose streams do what a test says; `scripts` holds one behaviour per call, the last one for all later calls."""
-
-    def __init__(self) -> None:
-        self.fetches: list[list[int]] = []
-        self.pushes: list[list[tuple[int, int]]] = []  # by stream: (expert, push number)
-        self.fetch_scripts: list[Callable[[list[int], grpc.ServicerContext], Iterator[expert_pb2.FetchExpertsResponse]]] = []
-        self.push_scripts: list[Callable[[Iterator[expert_pb2.PushExpertsRequest]], Iterator[expert_pb2.PushExpertsResponse]]] = []
-        self.listed = expert_pb2.ExpertInfo()
-        self._server = grpc.server(futures.ThreadPoolExecutor(8))
-        bank_pb2_grpc.add_BankServiceServicer_to_server(self, self._server)
-        expert_pb2_grpc.add_ExpertServiceServicer_to_server(self, self._server)
-        self.target = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
-        self._server.start()
-
-    def GetBank(self, request, context):
-        return bank_pb2.Bank(spec=spec(request.bank).to_proto())
-
-    def FetchExperts(self, request, context):
-        self.fetches.append(list(request.experts))
-        script = self.fetch_scripts.pop(0) if len(self.fetch_scripts) > 1 else self.fetch_scripts[0]
-        yield from script(list(request.experts), context)
-
-    def PushExperts(self, requests, context):
-        self.pushes.append([])
-        yield expert_pb2.PushExpertsResponse(opened=expert_pb2.PushOpened())
-        requests = iter(requests)
-        assert next(requests).HasField("open")
-        script = self.push_scripts.pop(0) if len(self.push_scripts) > 1 else self.push_scripts[0]
-        yield from script(self._headers(requests), context)
-
-    def _headers(self, requests):
-        for request in requests:
-            if request.HasField("header"):
-                self.pushes[-1].append((request.header.expert, request.header.push_number))
-                yield request.header
-
-    def ListExperts(self, request, context):
-        return expert_pb2.ListExpertsResponse(experts=[self.listed])
-
-    def stop(self) -> None:
-        self._server.stop(None).wait()
-
-
 @pytest.fixture
 def scripted() -> Iterator[ScriptedDaemon]:
     daemon = ScriptedDaemon()
     yield daemon
     daemon.stop()
-
-
-def served(expert: int, *, damaged: bool = False) -> Iterator[expert_pb2.FetchExpertsResponse]:
-    """One expert's messages; its bytes may differ from its checksums."""
-    checksums = Checksums.of(LAYOUT, memoryview(body(float(expert))))
-    header = expert_pb2.ExpertHeader(
-        expert=expert,
-        version=expert + 1,
-        served_from=expert_pb2.TIER_NVME,
-        parameter_bytes=LAYOUT.parameter_bytes,
-        optimizer_bytes=LAYOUT.optimizer_bytes,
-        parameter_xxh3=checksums.parameters,
-        optimizer_xxh3=checksums.optimizer,
-    )
-    yield expert_pb2.FetchExpertsResponse(header=header)
-    sent = body(float(expert))
-    sent[-1] ^= damaged
-    for chunk in chunks(memoryview(sent)):
-        yield expert_pb2.FetchExpertsResponse(chunk=chunk)
-
-
-def abort(context: grpc.ServicerContext, error: Exception) -> None:
-    context.set_trailing_metadata(trailing_metadata(error))
-    context.abort(grpc.StatusCode.UNAVAILABLE if isinstance(error, Unavailable) else grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
-
-
-def fetch_into(bodies: dict[int, bytearray], store: RemoteStore, experts: list[int]):
-    return store.fetch("b", experts, into=lambda expert: memoryview(bodies.setdefault(expert, bytearray(LAYOUT.body_bytes))))
 
 
 def test_a_broken_fetch_goes_on_with_what_has_not_come(scripted: ScriptedDaemon):
@@ -305,12 +232,6 @@ def test_a_silent_daemon_is_a_missed_deadline(scripted: ScriptedDaemon):
         list(fetch_into({}, store, [0]))
     finish.set()
     store.close()
-
-
-def acknowledge(headers, context):
-    for header in headers:
-        outcome = expert_pb2.PushOutcome(expert=header.expert, push_number=header.push_number, version=100 + header.push_number)
-        yield expert_pb2.PushExpertsResponse(outcome=outcome)
 
 
 def test_pushes_without_an_answer_are_sent_again_under_their_numbers(scripted: ScriptedDaemon):
