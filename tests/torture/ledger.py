@@ -1,7 +1,7 @@
 """What a daemon promised, and therefore may answer: one `Cell` per expert, and one `Ledger` of all versions ever seen.
 
-A cell keeps the last state that must survive a crash, and everything sent after it: what a crash may leave is one of these. The ledger may be
-used from several threads.
+A cell keeps the last state that must survive a crash, and everything sent after it: what a crash may leave is one of these. Several
+threads may use the ledger at once.
 """
 
 from __future__ import annotations

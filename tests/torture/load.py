@@ -198,7 +198,7 @@ class World:
 
 
 class Keeper:
-    """Changes its banks and snapshots one call at a time: a crash leaves the world as before the call that was under way, or as after it."""
+    """Changes its banks and snapshots one call at a time: a crash leaves the world as before the one under way, or as after it."""
 
     LAYOUT = layout_of(9000)
     NUM_BANKS, NUM_SNAPSHOTS = 3, 3

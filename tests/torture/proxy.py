@@ -1,0 +1,66 @@
+"""A TCP proxy that loses answers: what a client sends arrives, what the server answers does not, and then the connection breaks."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+
+
+class LossyProxy:
+    """Stands before a daemon, at `target`. Connections made after a `cut` are sound again."""
+
+    def __init__(self, upstream: str) -> None:
+        host, _, port = upstream.rpartition(":")
+        self._upstream = (host, int(port))
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._sockets: list[socket.socket] = []
+        self._losing: set[socket.socket] = set()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    @property
+    def target(self) -> str:
+        """For a channel or a RemoteStore."""
+        return f"127.0.0.1:{self._listener.getsockname()[1]}"
+
+    def lose_answers(self) -> None:
+        """From now on nothing comes back on the connections that there are."""
+        self._losing = set(self._sockets)
+
+    def cut(self) -> None:
+        """Breaks every connection."""
+        broken, self._sockets = self._sockets, []
+        for each in broken:
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Ends it."""
+        self._listener.close()
+        self.cut()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+                server = socket.create_connection(self._upstream)
+            except OSError:
+                return
+            self._sockets += [client, server]
+            threading.Thread(target=self._pump, args=(client, server), daemon=True).start()
+            threading.Thread(target=self._pump, args=(server, client), daemon=True).start()
+
+    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
+        """Carries bytes one way until either end closes; then closes both."""
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 18):
+                if not (source in self._losing and self._is_server(source)):
+                    sink.sendall(data)
+        for each in (source, sink):
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+    def _is_server(self, end: socket.socket) -> bool:
+        with contextlib.suppress(OSError):
+            return bool(end.getpeername() == self._upstream)
+        return False
