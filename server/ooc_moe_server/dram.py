@@ -91,6 +91,7 @@ class DramTier:
         self._residents: dict[Source, Entry] = {}
         self._pinned_bytes = 0
         self._room = asyncio.Event()  # Set whenever a pin or an extent went away.
+        self._num_waiting = 0  # Demands and pushes that wait for it.
         self._half = arena.num_bytes // 2
         self._protected = _Share()  # Demanded last: speculation evicts none of them.
         self._unasked = _Share()  # Brought by prefetches, not asked for since.
@@ -164,8 +165,10 @@ class DramTier:
         """A staging entry of `num_bytes` with one pin, evicting what it must, and may.
 
         Raises:
-            TierFull: pins leave no room, or for speculation what was demanded lately leaves none.
+            TierFull: pins leave no room; or for speculation: what was demanded lately leaves none, or others wait for it.
         """
+        if speculative and self._num_waiting:
+            raise TierFull(f"DRAM tier: {self._num_waiting} demands and pushes wait for room")
         entry = Entry()
         extent = self._extents.allocate(num_bytes, entry)
         if extent is None:
@@ -188,11 +191,14 @@ class DramTier:
             except TierFull:
                 if loop.time() >= deadline or num_bytes > self._extents.capacity:
                     raise
+            self._num_waiting += 1
             try:
                 async with asyncio.timeout_at(deadline):
                     await self._room.wait()
             except TimeoutError:
                 continue  # One last try, which raises.
+            finally:
+                self._num_waiting -= 1
 
     def publish(
         self,

@@ -22,9 +22,10 @@ from ooc_moe_server.fetches import Fetch
 from ooc_moe_server.index import Index
 from ooc_moe_server.nvme import NvmeTier
 from ooc_moe_server.promotions import Promotions
-from ooc_moe_server.pushes import Writer
+from ooc_moe_server.pushes import Staging, Writer
 from ooc_moe_server.stats import Scopes, Stats
 from ooc_moe_wire.errors import InvalidRequest
+from ooc_moe_wire.policy import make_policy
 from ooc_moe_wire.v1 import expert_pb2, stats_pb2
 
 log = logging.getLogger(__name__)
@@ -51,9 +52,10 @@ class Engine:
         patience_s: float,
     ) -> None:
         self.catalog, self.stats, self.arena = catalog, Stats(), arena
-        self.dram = DramTier(arena)
-        self.nvme = NvmeTier(data_dir / "slabs", catalog, on_free=self.dram.discard)
-        self.committer = Committer(catalog, index, index_thread, self.dram, self.nvme, self.stats)
+        self.dram = DramTier(arena, make_policy(dram_policy))
+        self.nvme = NvmeTier(data_dir / "slabs", catalog, on_free=self.dram.discard, quota_bytes=nvme_bytes)
+        self.nvme.trim()
+        self.committer = Committer(catalog, index, index_thread, self.dram, self.nvme, self.stats, bank_bytes=bank_bytes)
         self.promotions = Promotions(self.dram, self.nvme, self.stats, patience_s=patience_s)
         self.changes = Changes(catalog, self.committer, self.dram, self.nvme)
         self._index, self._index_thread, self._patience_s = index, index_thread, patience_s
@@ -94,20 +96,22 @@ class Engine:
         return engine
 
     async def close(self) -> None:
-        """Carries pushes and changes under way to their end, then closes the files."""
+        """Carries pushes and changes under way to their end, writes back what is unsaved, then closes the files."""
         await self.promotions.drain()
         await self.changes.drain()
         await self.committer.drain()
+        await self.nvme.drain()
         await asyncio.get_running_loop().run_in_executor(self._index_thread, self._index.close)
         self._index_thread.shutdown()
         self.nvme.close()
 
-    def open_writer(self, bank: str, writer_id: str, scopes: Scopes) -> Writer:
-        """Takes the bank's lease for a stream of pushes. Raises UnknownBank, NotTheWriter, InvalidRequest."""
+    def open_writer(self, bank: str, writer_id: str, scopes: Scopes, *, session: Staging | None = None) -> Writer:
+        """Takes the bank's lease for a stream of pushes, staged in `session` or not. Raises UnknownBank, NotTheWriter, InvalidRequest."""
         return Writer(
             self.catalog.bank(bank),
             writer_id,
             scopes,
+            session=session,
             committer=self.committer,
             dram=self.dram,
             stats=self.stats,
@@ -131,22 +135,24 @@ class Engine:
         )
 
     def prefetch(
-        self, bank: Bank, experts: Sequence[int], *, deadline_s: float | None, scopes: Scopes
+        self, bank: Bank, experts: Sequence[int], *, deadline_s: float | None, priority: int = 0, scopes: Scopes
     ) -> list[expert_pb2.PrefetchState.ValueType]:
         """Queues promotions and says at once what became of each. Raises UnknownExpert."""
         bank.check(experts)
         scopes.count("prefetch_requested", len(experts))
         deadline = None if deadline_s is None else self.stats.clock() + deadline_s
-        states = [self._prefetch(bank, expert, deadline, scopes) for expert in experts]
+        states = [self._prefetch(bank, expert, deadline, priority, scopes) for expert in experts]
         scopes.count("prefetch_rejected", states.count(expert_pb2.PREFETCH_REJECTED))
         return states
 
-    def _prefetch(self, bank: Bank, expert: int, deadline: float | None, scopes: Scopes) -> expert_pb2.PrefetchState.ValueType:
+    def _prefetch(
+        self, bank: Bank, expert: int, deadline: float | None, priority: int, scopes: Scopes
+    ) -> expert_pb2.PrefetchState.ValueType:
         record = bank.record(expert)
         if self.dram.touch(bank.source(expert, record)):
             return expert_pb2.PREFETCH_RESIDENT
-        has_room = self.dram.unpinned_bytes >= bank.layout.record_bytes
-        if has_room and self.promotions.prefetch(bank, expert, record, scopes, deadline):
+        has_room = self.dram.speculative_bytes >= bank.layout.record_bytes
+        if has_room and self.promotions.prefetch(bank, expert, record, scopes, deadline, priority):
             return expert_pb2.PREFETCH_QUEUED
         return expert_pb2.PREFETCH_REJECTED
 
@@ -184,6 +190,7 @@ class Engine:
             )
             for _, bank in sorted(self.catalog.banks.items())
         ]
+        self.dram.stats.dirty_bytes = self.committer.unsaved_bytes
         return stats_pb2.Stats(
             uptime_s=self.stats.uptime_s,
             total=self.stats.total,
