@@ -28,8 +28,12 @@ app.add_typer(cli_store.snapshot_app, name="snapshot")
 app.add_typer(cli_bench.bench_app, name="bench")
 
 INTERRUPTED_EXIT = 130
-_RESUME_FLAGS = {"resume", "run_dir", "name", "store", "quiet"}
+_RESUME_FLAGS = {"resume", "run_dir", "name", "store", "plane", "quiet"}
 _AGENT, _PPO = "The agent", "Learning"
+PLANE = typer.Option(
+    help="How experts travel: over the connection, through memory that a daemon on this host shares, or so where possible.",
+    metavar="stream|local|auto",
+)
 
 
 @app.callback()
@@ -60,6 +64,7 @@ def train(
             metavar="ADDRESS",
         ),
     ] = None,
+    plane: Annotated[str | None, PLANE] = None,
     from_bank: Annotated[str | None, typer.Option(help="Begin with this bank's experts.", metavar="BANK")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of --name or --run-dir.")] = False,
     checkpoint_every: Annotated[int | None, typer.Option(help="Updates between checkpoints; 0: at the end of each game only.")] = None,
@@ -112,7 +117,7 @@ def train(
     try:
         if resume:
             _refuse_flags_with_resume(context)
-            training.resume(directory, console, store=store)
+            training.resume(directory, console, store=store, plane=plane)
             return
         agent = {
             "frame_size": frame_size,
@@ -127,6 +132,7 @@ def train(
             "steps_per_game": steps_per_game,
             "seed": seed,
             "store": store,
+            "plane": plane,
             "prefetch": prefetch,
             "stem_protection": stem,
             "eval_envs": eval_episodes,
@@ -146,6 +152,7 @@ def train(
 def evaluate(
     run_dir: Annotated[Path, typer.Argument(help="The run's directory.", metavar="RUN_DIR")],
     store: Annotated[str | None, typer.Option(help="The daemon's address, if it moved.", metavar="ADDRESS")] = None,
+    plane: Annotated[str | None, PLANE] = None,
     eval_episodes: Annotated[int | None, typer.Option(help="Episodes per game, played side by side.")] = None,
     eval_steps: Annotated[int | None, typer.Option(help="The most steps of an episode.")] = None,
 ) -> None:
@@ -156,7 +163,7 @@ def evaluate(
     """
     from ooc_moe.evaluate import evaluate_run
 
-    evaluate_run(run_dir, Console(), store=store, **_given(eval_envs=eval_episodes, eval_steps=eval_steps))
+    evaluate_run(run_dir, Console(), store=store, plane=plane, **_given(eval_envs=eval_episodes, eval_steps=eval_steps))
 
 
 @app.command()

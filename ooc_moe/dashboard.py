@@ -35,6 +35,8 @@ def _headline(stats: stats_pb2.Stats) -> Text:
     text.append(f"  {time.strftime('%H:%M:%S')}  up {humanize.naturaldelta(stats.uptime_s)}")
     if stats.draining:
         text.append("  draining", style="bold yellow")
+    if stats.dram.dirty_bytes:
+        text.append(f"  {_bytes(stats.dram.dirty_bytes)} not yet on NVMe", style="yellow")
     if num_corrupt := stats.dram.num_corrupt + stats.nvme.num_corrupt:
         text.append(f"  {num_corrupt:,} corrupt", style="bold red")
     return text.append(f"  {stats.data_dir}", style="dim")
@@ -121,7 +123,7 @@ def _latencies(stats: stats_pb2.Stats) -> Table:
 def _queues(stats: stats_pb2.Stats) -> Text:
     queues = stats.queues
     waiting = f"demand reads {queues.demand_reads}, prefetch reads {queues.prefetch_reads}, pushes {queues.pushes}"
-    return Text.assemble(("Waiting  ", "bold"), f"{waiting}; open streams {queues.open_streams}")
+    return Text.assemble(("Waiting  ", "bold"), f"{waiting}; open streams {queues.open_streams}, local {queues.local_sessions}")
 
 
 def _banks(stats: stats_pb2.Stats) -> Table:

@@ -118,7 +118,13 @@ class Evaluator:
 
 
 def evaluate_run(
-    run_dir: Path, console: Console, *, store: str | None = None, eval_envs: int | None = None, eval_steps: int | None = None
+    run_dir: Path,
+    console: Console,
+    *,
+    store: str | None = None,
+    plane: str | None = None,
+    eval_envs: int | None = None,
+    eval_steps: int | None = None,
 ) -> list[dict[str, Any]]:
     """Evaluates a run as its last checkpoint has it, on a fork of its banks, which a trainer may be writing meanwhile.
 
@@ -127,7 +133,11 @@ def evaluate_run(
     """
     config = RunConfig.read(run_dir)
     config = dataclasses.replace(
-        config, store=store or config.store, eval_envs=eval_envs or config.eval_envs, eval_steps=eval_steps or config.eval_steps
+        config,
+        store=store or config.store,
+        plane=plane or config.plane,
+        eval_envs=eval_envs or config.eval_envs,
+        eval_steps=eval_steps or config.eval_steps,
     )
     check_device(config.device)
     saved = checkpoint.load(run_dir / checkpoint.DIRECTORY / checkpoint.LATEST)

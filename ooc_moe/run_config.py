@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 from ooc_moe.config import AgentConfig
 from ooc_moe_client.connection import check_target
+from ooc_moe_client.store import Plane
 from ooc_moe_wire.errors import InvalidRequest
 
 CONFIG_FILE = "config.json"
@@ -74,6 +75,8 @@ class RunConfig:
     seed: int = 0
     store: str | None = None
     """The daemon's address; None starts one on run_dir/store."""
+    plane: str = "auto"
+    """How experts travel: over the connection ("stream"), through memory that a daemon on this host shares ("local"), or so if possible."""
     prefetch: PrefetchSource = "detector"
     """Who names the experts to bring ahead: nobody, the detector, or the schedule (which knows the next game)."""
     stem_protection: StemProtection = "replay"
@@ -104,6 +107,8 @@ class RunConfig:
         _require(
             self.stem_protection in get_args(StemProtection), "stem_protection", self.stem_protection, f"one of {get_args(StemProtection)}"
         )
+        planes = tuple(plane.value for plane in Plane)
+        _require(self.plane in planes, "plane", self.plane, f"one of {planes}")
         if self.store is not None:
             check_target(self.store)
         context, steps = self.agent.context, self.ppo.rollout_steps

@@ -5,6 +5,7 @@ Training and evaluation both open one. Knows nothing of PPO, phases or reports.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -25,8 +26,10 @@ from ooc_moe_client.cache import ExpertCache
 from ooc_moe_client.cache_stats import CacheStats
 from ooc_moe_client.remote import RemoteStore
 from ooc_moe_client.reporter import Reporter
-from ooc_moe_client.store import ExpertStore
+from ooc_moe_client.store import ExpertStore, Plane
 from ooc_moe_wire.errors import InvalidRequest
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,11 +122,12 @@ def open_session(config: RunConfig, store: ExpertStore, bank_names: Sequence[str
 
 @contextmanager
 def open_store(config: RunConfig) -> Iterator[ExpertStore]:
-    """Connects to the run's daemon, or starts one on run_dir/store and stops it after."""
+    """Connects to the run's daemon, or starts one on run_dir/store and stops it after. Raises InvalidRequest for an impossible plane."""
     with ExitStack() as stack:
         target = config.store or stack.enter_context(embedded_daemon(Path(config.run_dir) / "store", dram_bytes=config.agent.dram_bytes))
-        store = RemoteStore(target, trainer=config.name)
+        store = RemoteStore(target, trainer=config.name, plane=Plane(config.plane))
         stack.callback(store.close)
+        log.info("experts travel on the %s plane", store.plane.value)
         yield store
 
 

@@ -64,11 +64,10 @@ def train(config: RunConfig, console: Console) -> Path:
     return config.run_dir
 
 
-def resume(run_dir: Path, console: Console, *, store: str | None = None) -> Path:
-    """Goes on from the last checkpoint as if nothing had happened. `store`: the daemon's address, if it moved."""
+def resume(run_dir: Path, console: Console, *, store: str | None = None, plane: str | None = None) -> Path:
+    """Goes on from the last checkpoint as if nothing had happened. `store`, `plane`: the daemon's address and the way to it, if changed."""
     config = RunConfig.read(run_dir)
-    if store is not None:
-        config = dataclasses.replace(config, store=store)
+    config = dataclasses.replace(config, store=store or config.store, plane=plane or config.plane)
     check_device(config.device)
     saved = checkpoint.load(run_dir / checkpoint.DIRECTORY / checkpoint.LATEST)
     with open_store(config) as opened:

@@ -107,6 +107,7 @@ def test_stats_fit_80_columns_whatever_the_names_and_the_numbers() -> None:
     )
     hbm = stats_pb2.HbmStats(bank="b" * 100, capacity_experts=512, resident_experts=512, hits=1, prefetch_useful=many, stall_s=9999)
     now = stats_pb2.Stats(uptime_s=9, total=access, dram=tier, nvme=tier, data_dir="/d" * 100)
+    now.dram.dirty_bytes, now.queues.local_sessions = 999 << 20, 64
     now.trainers.add(trainer="t" * 100, access=access, hbm=[hbm], activity="a" * 100)
     now.banks.add(bank="b" * 100, access=access, nvme_bytes=999 << 30, writer_id="w" * 32)
     for name in ("commit", "fetch_dram", "fetch_nvme", "fetch_seed", "nvme_read", "push"):
@@ -116,6 +117,8 @@ def test_stats_fit_80_columns_whatever_the_names_and_the_numbers() -> None:
     lines = console.export_text().splitlines()
     assert len(lines) <= 24
     assert max(map(len, lines)) <= 80
+    assert "999.0M not yet on NVMe" in lines[0]
+    assert any(line.startswith("Waiting") and line.endswith("local 64") for line in lines)
     headings = "used size records served hits evicted in/s out/s doing resident prefetch useful late wasted stalled refused writer push p99"
     assert set(headings.split()) <= set(" ".join(lines).split())
     assert [line.split().count("999,999") for line in lines if line.startswith(("DRAM", "NVMe", "b"))] == [3, 3, 3]
@@ -275,6 +278,7 @@ def test_every_flag_of_train_reaches_the_configuration(run: Run, configured: lis
         "--steps-per-game": 512,
         "--seed": 3,
         "--store": "storage:50051",
+        "--plane": "stream",
         "--from-bank": "older/experts",
         "--checkpoint-every": 5,
         "--eval-episodes": 2,
@@ -296,10 +300,11 @@ def test_every_flag_of_train_reaches_the_configuration(run: Run, configured: lis
     ran = run("train", *(word for flag in flags.items() for word in flag))
     assert (ran.code, ran.err) == (0, "")
     (config,) = configured
-    assert (config.games, config.run_dir, config.store, config.from_bank) == (
+    assert (config.games, config.run_dir, config.store, config.plane, config.from_bank) == (
         ("krull", "pixel/catch"),
         tmp_path / "r",
         "storage:50051",
+        "stream",
         "older/experts",
     )
     assert (config.steps_per_game, config.seed, config.checkpoint_every, config.eval_envs, config.eval_steps) == (512, 3, 5, 2, 77)
@@ -344,6 +349,7 @@ def test_a_name_is_a_directory_below_runs(run: Run, configured: list[RunConfig])
         (["--games", "krull", "--device", "tpu"], ["device", "'tpu'"]),
         (["--games", "krull", "--device", "cuda:99"], ["device", "'cuda:99'"]),
         (["--games", "krull", "--store", "storage"], ["store", "'storage'"]),
+        (["--games", "krull", "--plane", "maybe"], ["plane", "maybe"]),
         (["--games", "krull", "--frame-size", "5"], ["frame_size", "5"]),
         (["--games", "krull", "--name", "other"], ["other"]),
         (["--resume", "--games", "krull"], ["resume", "--games"]),
@@ -437,8 +443,8 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) ->
 def test_eval_asks_for_the_run_and_what_was_given(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Path, dict[str, Any]]] = []
     monkeypatch.setattr("ooc_moe.evaluate.evaluate_run", lambda run_dir, console, **options: asked.append((run_dir, options)))
-    assert run("eval", tmp_path, "--store", "storage:50051", "--eval-episodes", 3).code == 0
-    assert asked == [(tmp_path, {"store": "storage:50051", "eval_envs": 3})]
+    assert run("eval", tmp_path, "--store", "storage:50051", "--plane", "local", "--eval-episodes", 3).code == 0
+    assert asked == [(tmp_path, {"store": "storage:50051", "plane": "local", "eval_envs": 3})]
 
 
 def test_evaluating_what_is_not_a_run_names_the_directory(run: Run, tmp_path: Path) -> None:
