@@ -23,7 +23,8 @@ from ooc_moe_server.allocator import keep_large_buffers
 from ooc_moe_server.config import ServerConfig, split_address
 from ooc_moe_server.engine import Engine
 from ooc_moe_server.guard import Guard
-from ooc_moe_server.services import BankService, ExpertService, SnapshotService, StatsService
+from ooc_moe_server.local import LocalPlane
+from ooc_moe_server.services import BankService, ExpertService, LocalService, SnapshotService, StatsService
 from ooc_moe_wire.codec import MESSAGE_BYTES_MAX
 from ooc_moe_wire.errors import InvalidRequest, Unavailable
 from ooc_moe_wire.v1 import (
@@ -31,6 +32,8 @@ from ooc_moe_wire.v1 import (
     bank_pb2_grpc,
     expert_pb2,
     expert_pb2_grpc,
+    local_pb2,
+    local_pb2_grpc,
     snapshot_pb2,
     snapshot_pb2_grpc,
     stats_pb2,
@@ -46,6 +49,7 @@ SERVICES = tuple(
         (expert_pb2, "ExpertService"),
         (snapshot_pb2, "SnapshotService"),
         (stats_pb2, "StatsService"),
+        (local_pb2, "LocalService"),
     )
 )
 _OPTIONS = (
@@ -74,10 +78,11 @@ class Daemon:
     def __init__(self, config: ServerConfig) -> None:
         self._config = config
         self._engine: Engine | None = None
+        self._plane: LocalPlane | None = None
         self._guard = Guard()
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(interceptors=(self._guard,), options=_OPTIONS)
-        self._experts = ExpertService(self._ready_engine)
+        self._experts = ExpertService(self._ready_engine, lambda: self._plane)
         self._stats = StatsService(self._ready_engine, self._complete)
         self._stopping = asyncio.Event()
 
@@ -95,6 +100,8 @@ class Daemon:
                 nvme_bytes=self._config.nvme_bytes,
                 bank_bytes=self._config.bank_bytes,
             )
+            if self._config.local:
+                self._plane = LocalPlane(self._engine.arena, self._engine.dram)
             self._guard.refusal = None
             await self._set_health(health_pb2.HealthCheckResponse.SERVING)
             log.info("ready: listening on %s", ", ".join(addresses))
@@ -102,6 +109,8 @@ class Daemon:
             await self._drain()
         finally:
             await self._server.stop(_LAST_WORDS_S)
+            if self._plane:
+                self._plane.close()
         await self._engine.close()
         log.info("stopped")
 
@@ -111,6 +120,7 @@ class Daemon:
         expert_pb2_grpc.add_ExpertServiceServicer_to_server(self._experts, self._server)
         snapshot_pb2_grpc.add_SnapshotServiceServicer_to_server(SnapshotService(self._ready_engine), self._server)
         stats_pb2_grpc.add_StatsServiceServicer_to_server(self._stats, self._server)
+        local_pb2_grpc.add_LocalServiceServicer_to_server(LocalService(lambda: self._plane), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
@@ -147,6 +157,8 @@ class Daemon:
         stats.data_dir = str(self._config.data_dir)
         stats.draining = self._stopping.is_set()
         stats.queues.open_streams = self._guard.num_open
+        if self._plane:
+            stats.queues.local_sessions, stats.queues.leased_bytes = self._plane.num_sessions, self._plane.leased_bytes
 
 
 def run(config: ServerConfig) -> None:

@@ -1,7 +1,7 @@
-"""Serving experts: what a FetchExperts stream does, without gRPC.
+"""Serving experts: what a FetchExperts call does, without gRPC.
 
 Experts come in the order that is fastest: unchanged ones, DRAM residents, then the others as they arrive. A fetch reads a few records ahead
-and holds a pin only on those, so that a call may be larger than the DRAM tier. Knows nothing of how bytes travel.
+and holds pins only on those and on what it hands out, so that a call may be larger than the DRAM tier. Knows nothing of how bytes travel.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
-from ooc_moe_server.catalog import Bank, Record
+from ooc_moe_server.catalog import UNWRITTEN, Bank, Record
 from ooc_moe_server.dram import DramTier, Entry
 from ooc_moe_server.promotions import Promotions
 from ooc_moe_server.stats import Scopes, Stats
@@ -20,14 +20,16 @@ from ooc_moe_wire.codec import HOLDS_NONE
 from ooc_moe_wire.errors import CorruptRecord, InvalidRequest, TierFull
 from ooc_moe_wire.v1 import expert_pb2
 
-# Records that one call may have pinned or under way beyond the one it sends.
-READ_AHEAD = 4
+# Records that one call may have pinned or under way beyond those it hands out; more than are read at once, so that no disk waits for it.
+READ_AHEAD = 8
 _LATENCY = {expert_pb2.TIER_DRAM: "fetch_dram", expert_pb2.TIER_NVME: "fetch_nvme", expert_pb2.TIER_SEED: "fetch_seed"}
+# How many records may be handed out now, at least one; it may wait.
+Room = Callable[[], Awaitable[int]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True)
 class Served:
-    """One expert of a fetch. `entry` is pinned until the next one is asked for; None when unchanged or damaged."""
+    """One expert of a fetch. `entry` is pinned; None when unchanged or damaged."""
 
     expert: int
     version: int
@@ -35,10 +37,11 @@ class Served:
     began: float = 0.0
     entry: Entry | None = None
     error: CorruptRecord | TierFull | None = None
+    was_prefetched: bool = False
 
 
 class Fetch:
-    """One call. `experts()` may be run once."""
+    """One call. `experts()` or `batches()` may be run once."""
 
     def __init__(
         self,
@@ -61,55 +64,108 @@ class Fetch:
         bank.check(experts)
         self._bank, self._demand, self._section_bytes, self._scopes = bank, demand, section_bytes, scopes
         self._dram, self._promotions, self._stats = dram, promotions, stats
-        self._num_ahead = READ_AHEAD
+        self._alone: set[int] = set()  # Experts that found no room, and are tried again when this call holds no other pin.
         self._known = dict(zip(experts, known_versions or [HOLDS_NONE] * len(experts), strict=True))
 
     async def experts(self) -> AsyncGenerator[Served, None]:
-        """Yields each expert once; close it to drop what was not taken.
+        """Yields each expert once, pinned until the next is asked for; close it to drop what was not taken.
 
         Raises:
             TierFull: pins left no room for too long.
         """
+        async with contextlib.aclosing(self.batches(_one)) as batches:
+            async for batch in batches:
+                for served in batch:  # With a pin it is alone.
+                    try:
+                        yield served
+                        self.sent((served,))
+                    finally:
+                        if served.entry:
+                            self._dram.unpin(served.entry)
+
+    async def batches(self, room: Room) -> AsyncGenerator[list[Served], None]:
+        """As `experts`, but yields as many at once as are ready and `room` allows, and leaves their pins to the caller."""
         self._scopes.count("fetched_experts", len(self._known))
-        wanted = []
-        for expert, known in self._known.items():
-            record = self._bank.record(expert)
-            if known != HOLDS_NONE and record.version == known:
-                self._scopes.count("unchanged")
-                yield Served(expert=expert, version=known, tier=self._tier(expert, record))
-            else:
-                wanted.append(expert)
-        # Touched first, so that this call's own misses evict them last.
-        residents: list[int] = []
-        missing: deque[int] = deque()
-        for expert in wanted:
-            resident = self._dram.touch(self._bank.source(expert, self._bank.record(expert)))
-            (residents if resident else missing).append(expert)
+        unchanged, residents, missing = self._sorted()
+        if unchanged:
+            self._scopes.count("unchanged", len(unchanged))
+            yield unchanged
         ahead: set[asyncio.Task[Served]] = set()
         arrived: deque[asyncio.Task[Served]] = deque()
         try:
-            self._read_ahead(missing, ahead, self._num_ahead)
-            for expert in residents:
-                if self._tier(expert, self._bank.record(expert)) != expert_pb2.TIER_DRAM:
-                    missing.append(expert)  # Evicted meanwhile; to wait here would wait for pins that only this call can take back.
-                    continue
-                with self._lent(await self._acquire(expert)) as served:
-                    yield served
+            self._read_ahead(missing, ahead, READ_AHEAD)
+            while residents:
+                if batch := self._take(residents, missing, await room()):
+                    yield self._counted(batch)
             while missing or ahead or arrived:
-                self._read_ahead(missing, ahead, self._num_ahead - len(arrived))
+                self._read_ahead(missing, ahead, (1 if self._alone else READ_AHEAD) - len(arrived))
                 if not arrived:
                     done, ahead = await asyncio.wait(ahead, return_when=asyncio.FIRST_COMPLETED)
                     arrived.extend(done)
-                with self._lent(arrived.popleft().result()) as served:
-                    if not isinstance(served.error, TierFull):
-                        yield served
-                    elif not ahead and not arrived:
-                        raise served.error
-                    else:  # The pins in the way may be our own: once more, and from now on one by one.
-                        self._num_ahead = 1
-                        missing.append(served.expert)
+                batch = self._with_room(_landed(arrived, await room()), missing)
+                if not self._alone:
+                    self._read_ahead(missing, ahead, READ_AHEAD - len(arrived))
+                if batch:
+                    yield self._counted(batch)
         finally:
             await self._abandon([*ahead, *arrived])
+
+    def sent(self, batch: Sequence[Served], *, leased: bool = False) -> None:
+        """Counts what has reached the caller."""
+        num_bytes = self._section_bytes * sum(served.entry is not None for served in batch)
+        self._scopes.count("fetched_bytes", num_bytes)
+        if leased:
+            self._scopes.count("leased_bytes", num_bytes)
+        for served in batch:
+            if served.entry:
+                self._stats.took(_LATENCY[served.tier], served.began)
+
+    def _sorted(self) -> tuple[list[Served], deque[int], deque[int]]:
+        """The experts that are unchanged, resident, and neither. Residents are touched, so that this call's own misses evict them last."""
+        bank = self._bank
+        unchanged: list[Served] = []
+        residents: deque[int] = deque()
+        missing: deque[int] = deque()
+        bank.check(())
+        for expert, known in self._known.items():
+            record = bank.records.get(expert, UNWRITTEN)
+            if known != HOLDS_NONE and record.version == known:
+                unchanged.append(Served(expert, known, self._tier(expert, record)))
+            elif self._dram.touch(bank.source(expert, record)):
+                residents.append(expert)
+            else:
+                missing.append(expert)
+        return unchanged, residents, missing
+
+    def _take(self, residents: deque[int], missing: deque[int], limit: int) -> list[Served]:
+        """The next residents, pinned. One that was evicted meanwhile is missing: to wait for it here would wait for pins of our own."""
+        bank, began = self._bank, self._stats.clock()
+        batch: list[Served] = []
+        bank.check(())
+        while residents and len(batch) < limit:
+            expert = residents.popleft()
+            record = bank.records.get(expert, UNWRITTEN)
+            entry = self._dram.take(bank.source(expert, record))
+            if entry is None:
+                missing.append(expert)
+                continue
+            batch.append(Served(expert, record.version, expert_pb2.TIER_DRAM, began, entry, None, entry.wasted is not None))
+            entry.wasted = None
+        return batch
+
+    def _with_room(self, batch: list[Served], missing: deque[int]) -> list[Served]:
+        """The batch without what found no room: the pins in the way may be our own, so that is missing once more, and then tried alone.
+
+        Raises:
+            TierFull: it was alone.
+        """
+        for served in batch:
+            if isinstance(served.error, TierFull):
+                if served.expert in self._alone:
+                    raise served.error
+                self._alone.add(served.expert)
+                missing.append(served.expert)
+        return [served for served in batch if not isinstance(served.error, TierFull)]
 
     def _read_ahead(self, missing: deque[int], ahead: set[asyncio.Task[Served]], limit: int) -> None:
         while missing and len(ahead) < limit:
@@ -117,46 +173,34 @@ class Fetch:
 
     async def _acquire(self, expert: int) -> Served:
         """The expert's present record, pinned, from wherever it is."""
-        began = self._stats.clock()
         record = self._bank.record(expert)
-        tier = self._tier(expert, record)
-        entry = self._dram.take(self._bank.source(expert, record))
-        error: CorruptRecord | TierFull | None = None
-        was_prefetched = entry is not None and entry.wasted is not None
+        served = Served(expert, record.version, self._tier(expert, record), self._stats.clock())
         try:
-            entry = entry or await self._promotions.bring(self._bank, expert, record, urgent=self._demand)
-            entry.wasted = None
+            taken = self._dram.take(self._bank.source(expert, record))
+            served.entry = taken or await self._promotions.bring(self._bank, expert, record, urgent=self._demand)
+            served.was_prefetched = taken is not None and taken.wasted is not None
+            served.entry.wasted = None
         except (CorruptRecord, TierFull) as refusal:
-            error = refusal
-        if self._demand and not isinstance(error, TierFull):
-            self._count(tier, was_prefetched)
-        return Served(expert=expert, version=record.version, tier=tier, began=began, entry=entry, error=error)
+            served.error = refusal
+        return served
 
     def _tier(self, expert: int, record: Record) -> expert_pb2.Tier.ValueType:
         if self._dram.holds(self._bank.source(expert, record)):
             return expert_pb2.TIER_DRAM
         return expert_pb2.TIER_NVME if record.slot else expert_pb2.TIER_SEED
 
-    def _count(self, tier: expert_pb2.Tier.ValueType, was_prefetched: bool) -> None:
-        """Counts a demand by the tier that held it."""
-        if tier == expert_pb2.TIER_DRAM:
-            self._scopes.count("hits")
-            self._scopes.count("prefetch_hits", was_prefetched)
-        else:
-            self._scopes.count("misses")
-            self._scopes.count("nvme_reads" if tier == expert_pb2.TIER_NVME else "seeded")
-
-    @contextlib.contextmanager
-    def _lent(self, served: Served) -> Iterator[Served]:
-        """Counts what was sent, and takes the pin back."""
-        try:
-            yield served
-            if served.entry:
-                self._scopes.count("fetched_bytes", self._section_bytes)
-                self._stats.took(_LATENCY[served.tier], served.began)
-        finally:
-            if served.entry:
-                self._dram.unpin(served.entry)
+    def _counted(self, batch: list[Served]) -> list[Served]:
+        """Counts demands by the tier that held them."""
+        if self._demand:
+            tiers = [served.tier for served in batch]
+            num_nvme, num_seeded = tiers.count(expert_pb2.TIER_NVME), tiers.count(expert_pb2.TIER_SEED)
+            num_hits = len(batch) - num_nvme - num_seeded
+            self._scopes.count("hits", num_hits)
+            self._scopes.count("prefetch_hits", sum(served.was_prefetched for served in batch))
+            self._scopes.count("misses", num_nvme + num_seeded)
+            self._scopes.count("nvme_reads", num_nvme)
+            self._scopes.count("seeded", num_seeded)
+        return batch
 
     async def _abandon(self, tasks: Sequence[asyncio.Task[Served]]) -> None:
         """Takes back the pins of what nobody will ask for."""
@@ -165,3 +209,15 @@ class Fetch:
         for outcome in await asyncio.gather(*tasks, return_exceptions=True):
             if isinstance(outcome, Served) and outcome.entry:
                 self._dram.unpin(outcome.entry)
+
+
+def _landed(arrived: deque[asyncio.Task[Served]], limit: int) -> list[Served]:
+    """What the first tasks brought; a failure is raised when it comes first, so that no pin is lost with it."""
+    batch: list[Served] = []
+    while arrived and len(batch) < limit and not (batch and arrived[0].exception()):
+        batch.append(arrived.popleft().result())
+    return batch
+
+
+async def _one() -> int:
+    return 1

@@ -1,4 +1,4 @@
-"""The one place where calls meet the daemon's state: refused while it starts or drains, counted while they run, errors translated.
+"""The one place where calls meet the daemon's state: refused while it starts or drains, counted and bounded, errors translated.
 
 An `OocMoeError` becomes its status with its name in the trailing metadata; anything else is a fault of ours: INTERNAL, logged once with its
 traceback. Health and reflection pass untouched. Streams are coroutines that write to the context, so that a caller who hangs up ends them.
@@ -15,11 +15,16 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from ooc_moe_wire.errors import STATUS, Internal, OocMoeError, Unavailable, trailing_metadata
+from ooc_moe_wire.codec import decode_push_request
+from ooc_moe_wire.errors import STATUS, Internal, OocMoeError, TierFull, Unavailable, trailing_metadata
 
 log = logging.getLogger(__name__)
 
+# Under way at once; more are asked to come again.
+CALLS_MAX = 1024
 _PREFIX = "/ooc_moe_wire.v1."
+# Requests that are parsed by hand.
+_DECODERS: dict[str, Callable[[bytes], Any]] = {f"{_PREFIX}ExpertService/PushExperts": decode_push_request}
 
 
 class Guard(grpc.aio.ServerInterceptor):
@@ -50,7 +55,8 @@ class Guard(grpc.aio.ServerInterceptor):
             (True, True): grpc.stream_stream_rpc_method_handler,
         }[handler.request_streaming, handler.response_streaming]
         behaviour: Any = handler.unary_unary or handler.unary_stream or handler.stream_stream
-        return kind(self._guarded(behaviour, details.method), handler.request_deserializer, _unless_encoded(handler.response_serializer))
+        decode = _DECODERS.get(details.method, handler.request_deserializer)
+        return kind(self._guarded(behaviour, details.method), decode, _unless_encoded(handler.response_serializer))
 
     def _guarded(self, behaviour: Callable[..., Awaitable[Any]], method: str) -> Callable[..., Awaitable[Any]]:
         async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
@@ -73,6 +79,8 @@ class Guard(grpc.aio.ServerInterceptor):
     async def _counted(self) -> AsyncIterator[None]:
         if self.refusal is not None:
             raise Unavailable(self.refusal)
+        if self.num_open >= CALLS_MAX:
+            raise TierFull(f"{CALLS_MAX} calls are under way")
         self.num_open += 1
         self._idle.clear()
         try:

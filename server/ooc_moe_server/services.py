@@ -1,4 +1,4 @@
-"""The four services as gRPC sees them: messages in, engine calls, messages out. Errors are raised as they are; guard.py translates them.
+"""The five services as gRPC sees them: messages in, engine calls, messages out. Errors are raised as they are; guard.py translates them.
 
 Streams write to the context (see guard.py), which mypy's stubs of a servicer do not foresee: hence the overrides.
 """
@@ -12,19 +12,22 @@ from typing import Any
 
 import grpc.aio
 
+from ooc_moe_server import answers
 from ooc_moe_server.catalog import Bank
 from ooc_moe_server.engine import Engine
-from ooc_moe_server.fetches import Served
-from ooc_moe_server.pushes import Writer, error_info
+from ooc_moe_server.local import LocalPlane, Session
+from ooc_moe_server.pushes import Writer
 from ooc_moe_server.stats import Scopes
-from ooc_moe_wire.codec import TRAINER_BYTES_MAX, TRAINER_KEY, encoded_chunks
-from ooc_moe_wire.errors import InvalidRequest, Unavailable
+from ooc_moe_wire.codec import TRAINER_BYTES_MAX, TRAINER_KEY, ChunkView
+from ooc_moe_wire.errors import InvalidRequest, LeaseExpired, Unavailable
 from ooc_moe_wire.layout import BankSpec
 from ooc_moe_wire.v1 import (
     bank_pb2,
     bank_pb2_grpc,
     expert_pb2,
     expert_pb2_grpc,
+    local_pb2,
+    local_pb2_grpc,
     snapshot_pb2,
     snapshot_pb2_grpc,
     stats_pb2,
@@ -71,13 +74,14 @@ class BankService(bank_pb2_grpc.BankServiceServicer):
 class ExpertService(expert_pb2_grpc.ExpertServiceServicer):
     """See expert.proto. `writers` holds the open push streams, for the daemon to end when it drains."""
 
-    def __init__(self, engine: Callable[[], Engine]) -> None:
-        self._engine = engine
+    def __init__(self, engine: Callable[[], Engine], plane: Callable[[], LocalPlane | None]) -> None:
+        self._engine, self._plane = engine, plane
         self.writers: set[Writer] = set()
 
     async def FetchExperts(self, request: expert_pb2.FetchExpertsRequest, context: Context) -> None:  # type: ignore[override]
-        """Streams records."""
+        """Streams records, or leases of them."""
         engine, bank, scopes = self._bank(request.bank, context)
+        session = self._session(request.local_session)
         whole = request.sections == expert_pb2.SECTIONS_ALL
         fetch = engine.fetch(
             bank,
@@ -87,14 +91,15 @@ class ExpertService(expert_pb2_grpc.ExpertServiceServicer):
             section_bytes=bank.layout.body_bytes if whole else bank.layout.parameter_bytes,
             scopes=scopes,
         )
-        async with contextlib.aclosing(fetch.experts()) as experts:
-            async for served in experts:
-                await _send(bank, served, whole, context)
+        if session is None:
+            await answers.stream(fetch, bank.layout, context.write, whole=whole)
+        else:
+            await answers.lease(fetch, bank.layout, context.write, session=session, arena=engine.arena, pinned=request.pin)
 
     async def PushExperts(self, requests: object, context: Context) -> None:  # type: ignore[override]
         """Receives records and answers each with its outcome."""
         first = await context.read()
-        if first is grpc.aio.EOF or first.WhichOneof("message") != "open":
+        if first is grpc.aio.EOF or isinstance(first, ChunkView) or first.WhichOneof("message") != "open":
             raise InvalidRequest("push stream: it must begin with PushOpen")
         engine, bank, scopes = self._bank(first.open.bank, context)
         writer = engine.open_writer(bank.name, first.open.writer_id, scopes)
@@ -121,6 +126,15 @@ class ExpertService(expert_pb2_grpc.ExpertServiceServicer):
         """Shows a page of a bank."""
         engine, bank, _ = self._bank(request.bank, context)
         return engine.list_experts(bank, request.start, request.page_size)
+
+    def _session(self, number: int) -> Session | None:
+        """The local session of a call; None when it names none. Raises LeaseExpired."""
+        if number == 0:
+            return None
+        plane = self._plane()
+        if plane is None:
+            raise LeaseExpired(f"local_session: {number:#x}: this daemon has no local plane")
+        return plane.session(number)
 
     def _bank(self, name: str, context: Context) -> tuple[Engine, Bank, Scopes]:
         engine = self._engine()
@@ -156,6 +170,18 @@ class SnapshotService(snapshot_pb2_grpc.SnapshotServiceServicer):
         """Removes a snapshot."""
         await self._engine().changes.delete_snapshot(request.id)
         return snapshot_pb2.DeleteSnapshotResponse()
+
+
+class LocalService(local_pb2_grpc.LocalServiceServicer):
+    """See local.proto."""
+
+    def __init__(self, plane: Callable[[], LocalPlane | None]) -> None:
+        self._plane = plane
+
+    async def GetLocalPlane(self, request: local_pb2.GetLocalPlaneRequest, context: Context) -> local_pb2.LocalPlane:
+        """Names the socket."""
+        plane = self._plane()
+        return local_pb2.LocalPlane(socket=plane.socket_name if plane else "")
 
 
 class StatsService(stats_pb2_grpc.StatsServiceServicer):
@@ -201,26 +227,6 @@ def trainer_of(context: Context) -> str:
     return trainer
 
 
-async def _send(bank: Bank, served: Served, whole: bool, context: Context) -> None:
-    """Writes one expert: its header, then its chunks."""
-    header = expert_pb2.ExpertHeader(expert=served.expert, version=served.version, served_from=served.tier)
-    if served.error:
-        header.error.CopyFrom(error_info(served.error))
-    header.unchanged = served.entry is None and served.error is None
-    body = memoryview(b"")
-    if served.entry:
-        assert served.entry.checksums is not None
-        body = served.entry.body if whole else served.entry.body[: bank.layout.parameter_bytes]
-        header.parameter_bytes = bank.layout.parameter_bytes
-        header.parameter_xxh3 = served.entry.checksums.parameters
-        if whole:
-            header.optimizer_bytes = bank.layout.optimizer_bytes
-            header.optimizer_xxh3 = served.entry.checksums.optimizer
-    await context.write(expert_pb2.FetchExpertsResponse(header=header))
-    for message in encoded_chunks(body, field=expert_pb2.FetchExpertsResponse.CHUNK_FIELD_NUMBER):
-        await context.write(message)
-
-
 async def _serve(writer: Writer, context: Context) -> None:
     """Receives and answers until the stream ends, or must: then complete records are still answered. Raises what ended it."""
     receiver = asyncio.create_task(_receive(writer, context))
@@ -245,7 +251,9 @@ async def _serve(writer: Writer, context: Context) -> None:
 
 async def _receive(writer: Writer, context: Context) -> None:
     while (message := await context.read()) is not grpc.aio.EOF:
-        match message.WhichOneof("message"):
+        match "view" if isinstance(message, ChunkView) else message.WhichOneof("message"):
+            case "view":
+                writer.add(message)
             case "header":
                 await writer.begin(message.header)
             case "chunk":

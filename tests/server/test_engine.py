@@ -315,7 +315,7 @@ def test_a_bank_deleted_in_the_middle_of_a_fetch_and_a_push_ends_both_without_ha
     async def scenario():
         async with opened(tmp_path, records=16) as store:
             await written(store, 8)
-            served = store.fetch(*range(8))
+            served = store.fetch(*range(16))
             first = await anext(served)
             async with store.engine.committer.exclusive():
                 deleting = asyncio.create_task(store.engine.changes.delete_bank("b"))
