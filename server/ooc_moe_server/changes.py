@@ -1,7 +1,10 @@
 """Changes of what exists: banks made, grown, deleted, forked; snapshots taken, restored, deleted.
 
-Each is one index transaction between two commit rounds, shown in the catalog once it is durable, and carried to its end even when the
-caller hangs up. Bytes are never copied: records share slots.
+Each is one index transaction between two commit rounds, then its manifests, and only then shown in the catalog and acknowledged; it is
+carried to its end even when the caller hangs up. Bytes are never copied: records share slots.
+
+The transaction decides. Manifests that cannot be written after it leave the change as it is, and the caller an error: they stay owed, and
+no other change that adds something begins before they are written.
 """
 
 from __future__ import annotations
@@ -9,15 +12,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
 from ooc_moe_server.catalog import UNWRITTEN, Bank, BankState, Catalog, Record, Snapshot, unix_ms
 from ooc_moe_server.commits import Committer
 from ooc_moe_server.dram import DramTier
-from ooc_moe_server.index import Write
+from ooc_moe_server.index import Index, Write
+from ooc_moe_server.manifests import Manifests
 from ooc_moe_server.nvme import NvmeTier
+from ooc_moe_server.reserve import Reserve
 from ooc_moe_wire.errors import BankExists, InvalidRequest, NotTheWriter, SnapshotExists, UnknownSnapshot
 from ooc_moe_wire.layout import BankSpec
 
@@ -29,8 +34,12 @@ NAME_BYTES_MAX = 128
 class Changes:
     """The calls of BankService and SnapshotService that change something."""
 
-    def __init__(self, catalog: Catalog, committer: Committer, dram: DramTier, nvme: NvmeTier) -> None:
+    def __init__(
+        self, catalog: Catalog, committer: Committer, dram: DramTier, nvme: NvmeTier, *, manifests: Manifests, reserve: Reserve
+    ) -> None:
         self._catalog, self._committer, self._dram, self._nvme = catalog, committer, dram, nvme
+        self._manifests, self._reserve = manifests, reserve
+        self._released: list[Record] = []  # Of what was deleted, until no manifest names them.
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def create_bank(self, spec: BankSpec) -> Bank:
@@ -82,6 +91,7 @@ class Changes:
             bank = self._catalog.banks[spec.name]
             if replace(bank.spec, num_experts=spec.num_experts) != spec:
                 raise BankExists(f"bank {spec.name!r} exists with another {_difference(bank.spec, spec)}")
+            await self._settle_what_is_owed()
             return bank
         capacity = self._dram.stats.capacity_bytes
         if spec.layout.record_bytes > capacity:
@@ -94,24 +104,32 @@ class Changes:
         bank = self._catalog.bank(name)
         if num_experts > bank.num_experts:
             replace(bank.spec, num_experts=num_experts)  # Checks the number.
-            await self._committer.on_index(lambda index: index.grow_bank(bank.id, num_experts))
-            bank.num_experts = num_experts
+            await self._add_to_index(lambda index: index.grow_bank(bank.id, num_experts))
+            try:
+                await self._write_manifests(banks=[bank])
+            finally:
+                bank.num_experts = num_experts
             log.info("bank %r grown to %d experts", name, num_experts)
+        else:
+            await self._settle_what_is_owed()
         return bank
 
     async def _delete_bank(self, name: str) -> None:
         bank = self._catalog.bank(name)
         self._refuse_other_writer(bank, "")
-        await self._committer.on_index(lambda index: index.delete_bank(bank.id))
-        bank.deleted = True
-        del self._catalog.banks[name]
         snapshots = [snapshot for snapshot in self._catalog.snapshots.values() if bank.id in snapshot.banks]
-        released = list(bank.records.values())
-        for snapshot in snapshots:
-            released += snapshot.banks.pop(bank.id).records.values()
-            if not snapshot.banks:
-                del self._catalog.snapshots[snapshot.id]
-        self._let_go(released)
+        await self._remove_from_index(lambda index: index.delete_bank(bank.id))
+        try:
+            await self._write_manifests(banks=[bank], snapshots=snapshots)
+        finally:
+            bank.deleted = True
+            del self._catalog.banks[name]
+            released = list(bank.records.values())
+            for snapshot in snapshots:
+                released += snapshot.banks.pop(bank.id).records.values()
+                if not snapshot.banks:
+                    del self._catalog.snapshots[snapshot.id]
+            self._release(released)
         self._dram.discard_seeds(bank.id)
         log.info("bank %r deleted", name)
 
@@ -119,6 +137,7 @@ class Changes:
         origin = self._catalog.bank(source)
         if name in self._catalog.banks:
             raise BankExists(f"bank {name!r} exists")
+        await self._committer.write_back([origin])
         state = self._state(origin, snapshot_id)
         bank = _new_bank(replace(origin.spec, name=name, num_experts=state.num_experts))
         bank.forked_from = source
@@ -136,17 +155,22 @@ class Changes:
         taken = {snapshot.name: snapshot for snapshot in self._catalog.snapshots.values()}
         if name in taken:
             if set(taken[name].banks) == {bank.id for bank in banks}:
+                await self._settle_what_is_owed()
                 return taken[name]
             raise SnapshotExists(f"snapshot {name!r} exists, of other banks")
+        await self._committer.write_back(banks)
         snapshot_id = self._catalog.next_snapshot_id
         while not name and f"snapshot-{snapshot_id}" in taken:  # Somebody chose that name.
             snapshot_id += 1
         states = {bank.id: BankState(num_experts=bank.num_experts, records=dict(bank.records)) for bank in banks}
         snapshot = Snapshot(id=snapshot_id, name=name or f"snapshot-{snapshot_id}", created_unix_ms=unix_ms(), banks=states)
-        await self._committer.on_index(lambda index: index.create_snapshot(snapshot))
-        self._catalog.next_snapshot_id = snapshot_id + 1
-        self._catalog.snapshots[snapshot_id] = snapshot
-        self._hold(record for state in states.values() for record in state.records.values())
+        await self._add_to_index(lambda index: index.create_snapshot(snapshot))
+        try:
+            await self._write_manifests(snapshots=[snapshot])
+        finally:
+            self._catalog.next_snapshot_id = snapshot_id + 1
+            self._catalog.snapshots[snapshot_id] = snapshot
+            self._hold(record for state in states.values() for record in state.records.values())
         log.info("snapshot %d %r taken of %s", snapshot_id, snapshot.name, ", ".join(names))
         return snapshot
 
@@ -162,25 +186,72 @@ class Changes:
             for expert in sorted(bank.records.keys() | state.records.keys() | bank.pushing.keys())
         ]
         writes = [Write(bank_id=bank.id, expert=expert, record=record) for bank, expert, record in restored]
-        await self._committer.on_index(lambda index: index.put_records(writes, self._catalog.next_version))
-        self._hold(record for _, _, record in restored)
-        self._let_go([bank.put(expert, record) for bank, expert, record in restored])
+        # What older versions are on the disk is no candidate of a rebuild any more; versions taken from here on may still be committed.
+        next_version = self._catalog.next_version
+        await self._add_to_index(lambda index: index.restore_banks([bank.id for bank in banks], writes, next_version))
+        try:
+            await self._write_manifests(banks=banks)
+        finally:
+            self._hold(record for _, _, record in restored)
+            self._let_go([bank.put(expert, record) for bank, expert, record in restored])
         log.info("snapshot %d %r restored", snapshot_id, snapshot.name)
         return snapshot
 
     async def _delete_snapshot(self, snapshot_id: int) -> None:
         snapshot = self._catalog.snapshot(snapshot_id)
-        await self._committer.on_index(lambda index: index.delete_snapshot(snapshot_id))
-        del self._catalog.snapshots[snapshot_id]
-        self._let_go([record for state in snapshot.banks.values() for record in state.records.values()])
+        await self._remove_from_index(lambda index: index.delete_snapshot(snapshot_id))
+        try:
+            await self._write_manifests(snapshots=[snapshot])
+        finally:
+            del self._catalog.snapshots[snapshot_id]
+            self._release([record for state in snapshot.banks.values() for record in state.records.values()])
         log.info("snapshot %d %r deleted", snapshot_id, snapshot.name)
 
     async def _add_bank(self, bank: Bank) -> Bank:
-        bank.id = await self._committer.on_index(lambda index: index.create_bank(bank, self._catalog.next_version))
-        self._catalog.banks[bank.name] = bank
-        self._hold(bank.records.values())
+        next_version = self._catalog.next_version
+        bank.id = await self._add_to_index(lambda index: index.create_bank(bank, next_version))
+        try:
+            await self._write_manifests(banks=[bank])
+        finally:
+            self._catalog.banks[bank.name] = bank
+            self._hold(bank.records.values())
         log.info("bank %r created: %d experts of %d bytes", bank.name, bank.num_experts, bank.layout.record_bytes)
         return bank
+
+    async def _add_to_index(self, work: Callable[[Index], Result]) -> Result:
+        """A transaction that takes room: refused while the reserve is in use, which is for those that cannot be refused."""
+        await self._settle_what_is_owed()
+
+        def add(index: Index) -> Result:
+            self._reserve.require()
+            return work(index)
+
+        return await self._committer.on_index(add)
+
+    async def _remove_from_index(self, work: Callable[[Index], None]) -> None:
+        """A transaction that sets room free, and so works on a full disk."""
+        await self._committer.on_index(lambda index: self._reserve.run(lambda: work(index)))
+
+    async def _write_manifests(self, *, banks: Iterable[Bank] = (), snapshots: Iterable[Snapshot] = ()) -> None:
+        """Makes the files of what changed equal to the index. Raises TierFull, Internal: then they stay owed."""
+        for bank in banks:
+            self._manifests.owe_bank(bank.uuid)
+        for snapshot in snapshots:
+            self._manifests.owe_snapshot(snapshot.id)
+        await self._settle_what_is_owed()
+
+    async def _settle_what_is_owed(self) -> None:
+        if self._manifests.is_owing:
+            await self._committer.on_index(lambda index: self._reserve.run(lambda: self._manifests.settle(index)))
+        released, self._released = self._released, []
+        self._let_go(released)
+
+    def _release(self, records: Iterable[Record]) -> None:
+        """Lets go of what was deleted; not while a manifest still names it, for a rebuild would find other records in these slots."""
+        if self._manifests.is_owing:
+            self._released += records
+        else:
+            self._let_go(records)
 
     def _state(self, bank: Bank, snapshot_id: int) -> BankState:
         if not snapshot_id:

@@ -1,7 +1,11 @@
 """The data directory: one daemon at a time, one format.
 
-FORMAT  what the rest is written in    LOCK  held while a daemon runs    daemon.json  who runs, and where it listens
-index.sqlite  slabs/                    (see index.py and nvme.py)
+FORMAT        what the rest is written in
+LOCK          held while a daemon runs, or `rebuild` or `verify`
+daemon.json   who runs, and where it listens
+index.sqlite  what is committed (index.py)             COMMITTED   up to where (committed.py)
+slabs/        the records (nvme.py)                    RESERVE     room for a full disk (reserve.py)
+banks/  snapshots/  what exists, for a rebuild (manifests.py)
 """
 
 from __future__ import annotations
@@ -13,7 +17,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from ooc_moe_server.slab import sync_directory
+from ooc_moe_server.durable import write_durably
+from ooc_moe_server.reserve import Reserve
 from ooc_moe_wire.errors import InvalidRequest
 
 FORMAT = "ooc-moe store 2\n"
@@ -34,6 +39,7 @@ def held(path: Path) -> Iterator[None]:
             raise InvalidRequest(f"data_dir: {path} is held by another daemon") from error
         _check_format(path)
         (path / "daemon.json").unlink(missing_ok=True)
+        Reserve(path).make_room()
         yield
         (path / "daemon.json").unlink(missing_ok=True)
     finally:
@@ -56,15 +62,4 @@ def _check_format(path: Path) -> None:
     elif others := sorted(entry.name for entry in path.iterdir() if entry.name not in ("LOCK", "FORMAT.new")):
         raise InvalidRequest(f"data_dir: {path} is not a store (no FORMAT), but holds {others[0]!r}")
     else:
-        _write_durably(marker, FORMAT)
-
-
-def _write_durably(path: Path, text: str) -> None:
-    """All of it or nothing, also after a power cut."""
-    temporary = path.with_name(path.name + ".new")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_directory(path.parent)
+        write_durably(marker, FORMAT.encode())

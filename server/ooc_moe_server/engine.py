@@ -14,13 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ooc_moe_server.arena import Arena
-from ooc_moe_server.catalog import Bank, Catalog
+from ooc_moe_server.catalog import Bank
 from ooc_moe_server.changes import Changes
 from ooc_moe_server.commits import Committer
 from ooc_moe_server.dram import DramTier
 from ooc_moe_server.fetches import Fetch
-from ooc_moe_server.index import Index
 from ooc_moe_server.nvme import NvmeTier
+from ooc_moe_server.opening import StoreFiles, open_files
 from ooc_moe_server.promotions import Promotions
 from ooc_moe_server.pushes import Staging, Writer
 from ooc_moe_server.stats import Scopes, Stats
@@ -42,8 +42,7 @@ class Engine:
         self,
         data_dir: Path,
         arena: Arena,
-        index: Index,
-        catalog: Catalog,
+        files: StoreFiles,
         index_thread: ThreadPoolExecutor,
         *,
         dram_policy: str,
@@ -51,13 +50,14 @@ class Engine:
         bank_bytes: int | None,
         patience_s: float,
     ) -> None:
+        catalog, index = files.catalog, files.index
         self.catalog, self.stats, self.arena = catalog, Stats(), arena
         self.dram = DramTier(arena, make_policy(dram_policy))
         self.nvme = NvmeTier(data_dir / "slabs", catalog, on_free=self.dram.discard, quota_bytes=nvme_bytes)
         self.nvme.trim()
         self.committer = Committer(catalog, index, index_thread, self.dram, self.nvme, self.stats, bank_bytes=bank_bytes)
         self.promotions = Promotions(self.dram, self.nvme, self.stats, patience_s=patience_s)
-        self.changes = Changes(catalog, self.committer, self.dram, self.nvme)
+        self.changes = Changes(catalog, self.committer, self.dram, self.nvme, manifests=files.manifests, reserve=files.reserve)
         self._index, self._index_thread, self._patience_s = index, index_thread, patience_s
 
     @staticmethod
@@ -74,13 +74,11 @@ class Engine:
         loop = asyncio.get_running_loop()
         index_thread = ThreadPoolExecutor(1, thread_name_prefix="index")
         arena = await loop.run_in_executor(None, Arena, dram_bytes)
-        index = await loop.run_in_executor(index_thread, Index, data_dir / "index.sqlite")
-        catalog = await loop.run_in_executor(index_thread, index.load)
+        files = await loop.run_in_executor(index_thread, open_files, data_dir)
         engine = Engine(
             data_dir,
             arena,
-            index,
-            catalog,
+            files,
             index_thread,
             dram_policy=dram_policy,
             nvme_bytes=nvme_bytes,
@@ -89,8 +87,8 @@ class Engine:
         )
         log.info(
             "opened %d banks, %d snapshots; NVMe I/O is %s",
-            len(catalog.banks),
-            len(catalog.snapshots),
+            len(engine.catalog.banks),
+            len(engine.catalog.snapshots),
             "direct" if engine.nvme.direct else "buffered",
         )
         return engine

@@ -315,7 +315,7 @@ class Index:
         self._insert(meta, "banks", [_bank_row(bank)])
         self._insert(meta, "records", [(bank.id, *record_row(expert, record)) for expert, record in bank.records.items()])
 
-    def _revise_bank(self, meta: _Meta, bank_id: int, **changes: int) -> None:
+    def _revise_bank(self, meta: _Meta, bank_id: int, **changes: Any) -> None:
         bank = self._read_banks("id = ?", (bank_id,))[bank_id]
         self._remove(meta, "banks", "id = ?", (bank_id,))
         self._insert(meta, "banks", [_bank_row(replace(bank, revision=meta.sequence, **changes))])

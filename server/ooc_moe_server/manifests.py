@@ -3,9 +3,9 @@
     banks/<uuid>.json     a bank: its spec and size, and the records that were current when it last changed or the daemon last started
     snapshots/<id>.json   a snapshot: the records it refers to, of banks by uuid
 
-Pushes write none: the header of a newer record tells what replaced one of these. A deleted bank has no file, so that nothing of it comes back.
-The index comes first, and says what a file must hold; files follow before a change is acknowledged, and are made equal to the index at every
-start. Each is one object, {"xxh3": ..., "content": {...}}, with the checksum of the bytes of the content as they stand.
+Pushes write none: the header of a newer record tells what replaced one of these. A deleted bank has no file, so that nothing of it comes
+back. The index comes first, and says what a file must hold; files follow before a change is acknowledged, and are made equal to the index
+at every start. Each is one object, {"xxh3": ..., "content": {...}}, with the checksum of the bytes of the content as they stand.
 
 Synchronous. Knows nothing of slabs.
 """
@@ -68,12 +68,17 @@ class Manifests:
         """Makes what is owed equal to the index. Raises OSError; the rest stays owed."""
         for uuid in list(self._owed_banks):
             bank = index.bank(uuid)
-            _write_or_remove(self._bank_path(uuid), bank and self._encode_bank(bank))
+            _write_or_remove(self._bank_path(uuid), self._encode_bank(bank) if bank else None)
             self._owed_banks.discard(uuid)
         for snapshot_id in list(self._owed_snapshots):
             found = index.snapshot(snapshot_id)
-            _write_or_remove(self._snapshot_path(snapshot_id), found and encode_snapshot(*found))
+            _write_or_remove(self._snapshot_path(snapshot_id), encode_snapshot(*found) if found else None)
             self._owed_snapshots.discard(snapshot_id)
+
+    def owe_all(self, catalog: Catalog) -> None:
+        """Notes that any file may differ."""
+        self._owed_banks.update(bank.uuid for bank in catalog.banks.values())
+        self._owed_snapshots.update(catalog.snapshots)
 
     def reconcile(self, catalog: Catalog, *, trust_files: bool = True) -> None:
         """Makes all files equal to the catalog of a sound index; without `trust_files`, snapshots that look equal too. Raises OSError."""

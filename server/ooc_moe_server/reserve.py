@@ -1,7 +1,7 @@
 """Space kept back, so that a full disk can neither stop the store from starting nor from deleting what fills it.
 
-RESERVE is a file that only occupies room. Whoever must go on gives it up, and it is taken again as soon as there is room; pushes never touch
-it. Synchronous; knows nothing of what the room is needed for.
+RESERVE is a file that only occupies room. Whoever must go on gives it up, and it is taken again as soon as there is room; pushes never
+touch it. Synchronous; knows nothing of what the room is needed for.
 """
 
 from __future__ import annotations
