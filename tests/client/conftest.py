@@ -13,7 +13,7 @@ import torch
 
 from ooc_moe_client.in_memory import InMemoryStore
 from ooc_moe_client.remote import RemoteStore
-from ooc_moe_client.store import ExpertStore, Push
+from ooc_moe_client.store import ExpertStore, Plane, Push
 from ooc_moe_wire.initializers import Initializer
 from ooc_moe_wire.layout import BankSpec, Layout, TensorSpec
 from tests.conftest import DaemonProcess
@@ -72,7 +72,7 @@ def shared_daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonPr
     daemon.close()
 
 
-@pytest.fixture(params=["memory", "tcp", "unix"])
+@pytest.fixture(params=["memory", "tcp-stream", "unix-stream", "local"])
 def connect(request: pytest.FixtureRequest) -> Iterator[Connect]:
     """Makes handles, each a writer of its own, on one store."""
     handles: list[ExpertStore] = []
@@ -81,10 +81,11 @@ def connect(request: pytest.FixtureRequest) -> Iterator[Connect]:
         make: Connect = state.connect
     else:
         daemon: DaemonProcess = request.getfixturevalue("shared_daemon")
-        target = daemon.target if request.param == "tcp" else daemon.unix_target
+        target = daemon.unix_target if request.param == "unix-stream" else daemon.target
+        plane = Plane.LOCAL if request.param == "local" else Plane.STREAM
 
         def make(trainer: str = "") -> ExpertStore:
-            return RemoteStore(target, trainer=trainer)
+            return RemoteStore(target, trainer=trainer, plane=plane)
 
     def connecting(trainer: str = "") -> ExpertStore:
         handles.append(make(trainer))

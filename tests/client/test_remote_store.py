@@ -10,7 +10,7 @@ from concurrent import futures
 import pytest
 
 from ooc_moe_client.remote import RemoteStore
-from ooc_moe_client.store import Push
+from ooc_moe_client.store import Plane, Push
 from ooc_moe_wire.codec import Checksums
 from ooc_moe_wire.errors import (
     CorruptRecord,
@@ -65,8 +65,9 @@ def test_a_trainers_name_that_cannot_travel_is_refused(name: str):
         RemoteStore(ABSENT, trainer=name)
 
 
-def test_calls_wait_for_a_daemon_that_restarts(daemon: DaemonProcess):
-    store = RemoteStore(daemon.target)
+@pytest.mark.parametrize("plane", [Plane.LOCAL, Plane.STREAM])
+def test_calls_wait_for_a_daemon_that_restarts(daemon: DaemonProcess, plane: Plane):
+    store = RemoteStore(daemon.target, plane=plane)
     store.create_bank(spec("b"))
     versions = write(store, "b", {0: 1.0})
     daemon.kill()
@@ -87,8 +88,9 @@ def test_calls_wait_for_a_daemon_that_restarts(daemon: DaemonProcess):
     store.close()
 
 
-def test_a_push_loop_goes_on_through_kills_and_loses_nothing(daemon: DaemonProcess):
-    store = RemoteStore(daemon.unix_target)
+@pytest.mark.parametrize("plane", [Plane.LOCAL, Plane.STREAM])
+def test_a_push_loop_goes_on_through_kills_and_loses_nothing(daemon: DaemonProcess, plane: Plane):
+    store = RemoteStore(daemon.unix_target, plane=plane)
     store.create_bank(spec("b"))
     model = dict.fromkeys(range(NUM_EXPERTS), (0, 0.0))  # expert -> version and value
     kills = iter([False, True, False, True])

@@ -1,13 +1,14 @@
-"""What every store of experts does: one suite for the fake in memory and for a daemon process over TCP and a Unix socket."""
+"""What every store of experts does: one suite for the fake in memory and for a daemon over TCP, a Unix socket and the local plane."""
 
 import numpy as np
 import pytest
 
-from ooc_moe_client.store import PrefetchState, Push, Sections, Tier
+from ooc_moe_client.store import Durability, PrefetchState, Push, Sections, Tier
 from ooc_moe_wire.codec import Checksums
 from ooc_moe_wire.errors import (
     BankExists,
     InvalidRequest,
+    LostUpdate,
     NotTheWriter,
     SnapshotExists,
     StaleVersion,
@@ -198,6 +199,48 @@ def test_an_update_of_an_older_version_is_refused_and_the_others_are_written(con
     assert isinstance(outcomes[0], StaleVersion)
     assert "expert 0" in str(outcomes[0])
     assert read(store, bank, [0, 1]) == {0: (first[0], body(1.0)), 1: (outcomes[1], body(2.0))}
+
+
+def test_an_update_of_a_version_that_is_gone_is_a_lost_update(connect: Connect, bank: str):
+    store = connect()
+    store.create_bank(spec(bank))
+    versions = write(store, bank, {0: 1.0})
+    outcomes = write(store, bank, {0: 2.0, 1: 2.0, 2: 2.0}, {0: versions[0] + 1, 1: versions[0]})
+    assert isinstance(outcomes[0], LostUpdate)
+    assert isinstance(outcomes[1], LostUpdate)
+    assert isinstance(outcomes[2], int)
+    assert read(store, bank, [0])[0] == (versions[0], body(1.0))
+
+
+def test_a_push_to_memory_is_visible_at_once_and_built_upon(connect: Connect, bank: str):
+    store = connect()
+    store.create_bank(spec(bank))
+    version = 0
+    for value in (1.0, 2.0, 3.0):
+        pushed = Push(expert=4, base_version=version, body=body(value))
+        (outcome,) = store.push(bank, [pushed], durability=Durability.MEMORY)
+        assert isinstance(outcome, int)
+        assert outcome > version
+        version = outcome
+        assert read(store, bank, [4])[4] == (version, body(value))
+    (durable,) = store.push(bank, [Push(expert=4, base_version=version, body=body(4.0))])
+    assert read(connect(), bank, [4])[4] == (durable, body(4.0))
+
+
+def test_what_was_taken_back_on_purpose_is_no_lost_update(connect: Connect, bank: str):
+    store = connect()
+    store.create_bank(spec(bank))
+    taken = store.create_snapshot([bank])
+    write(store, bank, {0: 1.0, 1: 1.0})
+    store.restore_snapshot(taken.id)
+    seeded = bytearray(LAYOUT.body_bytes)
+    LAYOUT.initialize(seeded, seed=7, expert=0)
+    assert read(store, bank, [0])[0][1] == seeded
+    store.release(bank)
+    store.delete_bank(bank)
+    store.create_bank(spec(bank))
+    assert read(store, bank, [0, 1])[0] == (0, seeded)
+    assert isinstance(write(store, bank, {0: 5.0})[0], int)
 
 
 def test_a_push_of_an_expert_outside_the_bank_is_its_outcome(connect: Connect, bank: str):
