@@ -77,6 +77,7 @@ class PushUnderWay(Protocol):
     writer_id: str
     push_number: int
     outcome: asyncio.Future[int | OocMoeError]
+    durable: bool  # Of a version that is its outcome.
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

@@ -1,43 +1,55 @@
 """The NVMe tier: slabs below one directory, and who refers to which slot.
 
-Reads and writes run in a thread pool; the bookkeeping lives on the event loop. A slot's life: taken -> written -> synced -> referred to by
-records, snapshots and readers -> free when the last lets go. Knows nothing of the index: commits.py puts the steps in order.
+Reads and writes run in thread pools; the bookkeeping lives on the event loop. A slot's life: taken -> written -> synced -> referred to by
+records, snapshots and readers -> free when the last lets go, its disk kept for the next write or punched out. Knows nothing of the index:
+commits.py puts the steps in order.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
 from ooc_moe_server.catalog import Catalog, Slot
 from ooc_moe_server.slab import Slab, supports_direct_io, sync_directory
+from ooc_moe_wire.errors import TierFull
 from ooc_moe_wire.v1 import stats_pb2
 
+log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 NUM_IO_THREADS = 8
+# Of their own, so that no read waits behind a queue of writes.
+NUM_WRITE_THREADS = 4
+QUOTA_RETRY_MS = 1000
 
 
 class NvmeTier:
     """All slabs of a data directory. `on_free` is called with every slot that nobody refers to any more."""
 
-    def __init__(self, directory: Path, catalog: Catalog, *, on_free: Callable[[Slot], None]) -> None:
+    def __init__(self, directory: Path, catalog: Catalog, *, on_free: Callable[[Slot], None], quota_bytes: int | None = None) -> None:
+        """`quota_bytes`: the most that all slots in use may take; None: what the disk holds."""
         directory.mkdir(exist_ok=True)
         sync_directory(directory.parent)
         self.direct = supports_direct_io(directory)
         self.num_corrupt = 0
         self._directory = directory
         self._on_free = on_free
+        self._quota_bytes = quota_bytes
         self._io = ThreadPoolExecutor(NUM_IO_THREADS, thread_name_prefix="io")
+        self._writers = ThreadPoolExecutor(NUM_WRITE_THREADS, thread_name_prefix="write")
         self._references = Counter(_referred(catalog))
         self._slabs: dict[int, Slab] = {}
         self._extending: dict[int, asyncio.Lock] = {}
         self._stats = stats_pb2.TierStats(io_mode="direct" if self.direct else "buffered")
         self._used_bytes = sum(slot.record_bytes for slot in self._references)
+        self._replacing: dict[Slot, int] = {}  # Slots that will set bytes free when they are committed, and how many.
+        self._trimming: dict[Slab, asyncio.Task[None]] = {}
         for record_bytes in {slot.record_bytes for slot in self._references} | _record_sizes(directory):
             self._open(record_bytes)
 
@@ -45,16 +57,29 @@ class NvmeTier:
         """Runs `work` on an I/O thread."""
         return await asyncio.get_running_loop().run_in_executor(self._io, work)
 
-    async def take(self, record_bytes: int) -> Slot:
-        """A free slot, held once, of a slab that grows as needed. Raises OSError (ENOSPC when the disk is full)."""
+    async def take(self, record_bytes: int, *, replaced: Slot | None = None) -> Slot:
+        """A free slot with disk behind it, held once.
+
+        Args:
+            record_bytes: of its slab, which grows as needed.
+            replaced: the slot that will be let go once this one is committed: the quota counts the two as one, or a full store could not
+                even overwrite what it holds.
+
+        Raises:
+            TierFull: the quota is used up.
+            OSError: ENOSPC when the disk is full.
+        """
+        self._check_quota(record_bytes, replaced)
         slab = self._slabs.get(record_bytes) or self._open(record_bytes)
         while (index := slab.take()) is None:
             async with self._extending[record_bytes]:
                 if slab.num_free == 0:
-                    slab.added(await self.run(slab.extend))
+                    await self._extend(slab)
         slot = Slot(record_bytes, index)
         self._references[slot] = 1
         self._used_bytes += record_bytes
+        if self._is_sole(replaced):
+            self._replacing[slot] = record_bytes
         return slot
 
     def hold(self, slot: Slot) -> None:
@@ -66,21 +91,60 @@ class NvmeTier:
         """Takes a reference back; with the last one the slot is free to be written anew."""
         self._references[slot] -= 1
         if self._references[slot] == 0:
-            del self._references[slot]
-            self._used_bytes -= slot.record_bytes
-            self._on_free(slot)
-            self._slabs[slot.record_bytes].give_back(slot.index)
+            self._forget(slot)
+            slab = self._slabs[slot.record_bytes]
+            slab.give_back(slot.index)
+            self._trim_soon(slab)
 
-    async def write(self, slot: Slot, record: memoryview) -> None:
-        """Writes a record into its slot; durable after `sync`. Raises OSError."""
-        await self.run(lambda: self._slabs[slot.record_bytes].write(slot.index, record))
+    def condemn(self, slot: Slot) -> None:
+        """Lets a taken slot go for ever: nobody can say what is in it. Its disk is freed, so that a failing device is not filled by that."""
+        self._forget(slot)
+        slab = self._slabs[slot.record_bytes]
+        slab.condemn(slot.index)
+        self._trim_soon(slab)
+
+    def committed(self, slot: Slot) -> None:
+        """What the slot replaces has been let go."""
+        self._replacing.pop(slot, None)
+
+    async def write(self, slot: Slot, record: memoryview, prepare: Callable[[], None]) -> int:
+        """Runs `prepare` and then writes a record into its slot, both on a thread for writes; durable after `sync`.
+
+        Returns:
+            The slab's epoch when it began, for `is_doubtful`.
+
+        Raises:
+            OSError: and what `prepare` raises.
+        """
+        slab = self._slabs[slot.record_bytes]
+
+        def prepare_and_write() -> int:
+            prepare()
+            epoch = slab.epoch
+            slab.write(slot.index, record)
+            return epoch
+
+        epoch = await asyncio.get_running_loop().run_in_executor(self._writers, prepare_and_write)
         self._stats.writes += 1
         self._stats.written_bytes += slot.record_bytes
+        return epoch
 
-    async def sync(self, slots: Iterable[Slot]) -> None:
-        """Makes what was written to the slabs of these slots durable. Raises OSError."""
-        slabs = [self._slabs[size] for size in {slot.record_bytes for slot in slots}]
-        await asyncio.gather(*(self.run(slab.sync) for slab in slabs))
+    async def prepare(self, work: Callable[[], None]) -> None:
+        """Runs `work` on a thread for writes."""
+        await asyncio.get_running_loop().run_in_executor(self._writers, work)
+
+    def is_doubtful(self, slot: Slot, epoch: int) -> bool:
+        """Whether a sync of its slab failed after a write that began in that epoch and before it was durable."""
+        return self._slabs[slot.record_bytes].epoch != epoch
+
+    async def sync(self, slots: Iterable[Slot]) -> dict[int, OSError]:
+        """Makes what was written to the slabs of these slots durable; returns by record size what failed.
+
+        All that was written to a slab that failed and is not yet durable is in doubt from then on (`is_doubtful`).
+        """
+        sizes = sorted({slot.record_bytes for slot in slots})
+        errors = await asyncio.gather(*(self.run(lambda slab=self._slabs[size]: _sync(slab)) for size in sizes))  # type: ignore[misc]
+        return {size: error for size, error in zip(sizes, errors, strict=True) if error}
 
     async def read(self, slot: Slot, into: memoryview, check: Callable[[], None]) -> None:
         """Reads a record and runs `check` over it, on an I/O thread. The caller holds the slot. Raises OSError, and what `check` raises."""
@@ -99,13 +163,27 @@ class NvmeTier:
         disk = os.statvfs(self._directory)
         self._stats.capacity_bytes = disk.f_blocks * disk.f_frsize
         self._stats.free_bytes = disk.f_bavail * disk.f_frsize
+        if self._quota_bytes is not None:
+            self._stats.capacity_bytes = self._quota_bytes
+            self._stats.free_bytes = min(self._stats.free_bytes, max(0, self._quota_bytes - self._used_bytes))
         self._stats.used_bytes = self._used_bytes
         self._stats.num_records = len(self._references)
         self._stats.num_corrupt = self.num_corrupt
         return self._stats
 
+    def trim(self) -> None:
+        """Begins to give the disk of free slots beyond the reserve back; goes on by itself as slots become free."""
+        for slab in self._slabs.values():
+            self._trim_soon(slab)
+
+    async def drain(self) -> None:
+        """Returns when nothing is being trimmed."""
+        while self._trimming:
+            await asyncio.wait(self._trimming.values())
+
     def close(self) -> None:
         """Waits for the I/O under way and closes the files."""
+        self._writers.shutdown()
         self._io.shutdown()
         for slab in self._slabs.values():
             slab.close()
@@ -116,6 +194,63 @@ class NvmeTier:
         self._slabs[record_bytes] = slab
         self._extending[record_bytes] = asyncio.Lock()
         return slab
+
+    def _forget(self, slot: Slot) -> None:
+        del self._references[slot]
+        self._replacing.pop(slot, None)
+        self._used_bytes -= slot.record_bytes
+        self._on_free(slot)
+
+    def _is_sole(self, slot: Slot | None) -> bool:
+        """Whether only its record refers to it, no snapshot or fork, so that its end frees its bytes."""
+        return slot is not None and self._references[slot] == 1
+
+    def _check_quota(self, record_bytes: int, replaced: Slot | None) -> None:
+        needed = self._used_bytes - sum(self._replacing.values()) + (0 if self._is_sole(replaced) else record_bytes)
+        if self._quota_bytes is not None and needed > self._quota_bytes:
+            raise TierFull(
+                f"NVMe tier: nvme_bytes: {self._quota_bytes} allow no record of {record_bytes} bytes more, {self._used_bytes} are in use; "
+                f"delete snapshots or banks, or start the daemon with a larger --nvme-bytes",
+                retry_after_ms=QUOTA_RETRY_MS,
+            )
+
+    async def _extend(self, slab: Slab) -> None:
+        slots = slab.bare()
+        allocated = slots[:0]
+        try:
+            allocated = await self.run(lambda: slab.extend(slots))
+        finally:
+            slab.extended(slots, allocated)
+
+    def _trim_soon(self, slab: Slab) -> None:
+        if slab not in self._trimming:
+            self._trimming[slab] = asyncio.create_task(self._trim(slab))
+
+    async def _trim(self, slab: Slab) -> None:
+        """Behind, in few large pieces; slots on their way are neither free nor bare, so nobody can take them meanwhile."""
+        try:
+            while surplus := slab.surplus():
+                slab.punched(surplus, await self.run(lambda slots=surplus: _punch(slab, slots)))  # type: ignore[misc]
+        finally:
+            del self._trimming[slab]
+
+
+def _sync(slab: Slab) -> OSError | None:
+    try:
+        slab.sync()
+    except OSError as error:
+        slab.doubt()
+        log.error("slab of %d-byte records: a sync failed, what was waiting for it is written anew: %s", slab.record_bytes, error)
+        return error
+    return None
+
+
+def _punch(slab: Slab, slots: Sequence[int]) -> OSError | None:
+    try:
+        slab.punch(slots)
+    except OSError as error:
+        return error
+    return None
 
 
 def _referred(catalog: Catalog) -> Iterable[Slot]:

@@ -2,8 +2,8 @@
 
     open -> (begin -> add ... add)* -> settle -> close
 
-A record is received straight into the arena, then handed to the committer, which carries it on even if the writer dies. Knows nothing of
-how messages travel.
+A record is received straight into the arena, or lies staged in the caller's memory, and is handed to the committer, which carries it on even
+if the writer dies. Knows nothing of how messages travel.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Coroutine
-from typing import Any
+from typing import Any, Protocol
 
 from ooc_moe_server.catalog import Bank, PushUnderWay
-from ooc_moe_server.commits import Committer, Push, stale
+from ooc_moe_server.commits import Committer, Push, check_base
 from ooc_moe_server.dram import DramTier
 from ooc_moe_server.stats import Scopes, Stats
 from ooc_moe_wire.codec import CHUNK_BYTES_MAX, Assembler, Checksums
@@ -28,15 +28,32 @@ WRITER_ID_BYTES_MAX = 128
 PUSHES_IN_FLIGHT_MAX = 64
 
 
+class Staging(Protocol):
+    """What a writer knows of its session on the local plane."""
+
+    def staging(self, offset: int, size: int) -> memoryview:
+        """Bytes of the caller's memory. Raises InvalidRequest, LeaseExpired."""
+        ...
+
+
 class Writer:
     """The open writer of a bank. `closing` is set, with the reason, when it must end: taken over, or the daemon drains."""
 
     def __init__(
-        self, bank: Bank, writer_id: str, scopes: Scopes, *, committer: Committer, dram: DramTier, stats: Stats, patience_s: float
+        self,
+        bank: Bank,
+        writer_id: str,
+        scopes: Scopes,
+        *,
+        session: Staging | None,
+        committer: Committer,
+        dram: DramTier,
+        stats: Stats,
+        patience_s: float,
     ) -> None:
         """Takes the bank's lease. Raises NotTheWriter, InvalidRequest."""
-        if not 1 <= len(writer_id.encode()) <= WRITER_ID_BYTES_MAX:
-            raise InvalidRequest(f"writer_id: {writer_id!r} is not 1 to {WRITER_ID_BYTES_MAX} bytes")
+        if not 1 <= len(writer_id.encode()) <= WRITER_ID_BYTES_MAX or "\0" in writer_id:  # Record headers pad it with zeros.
+            raise InvalidRequest(f"writer_id: {writer_id!r} is not 1 to {WRITER_ID_BYTES_MAX} bytes without zeros")
         older = bank.writer
         if older is not None and older.writer_id != writer_id:
             raise NotTheWriter(f"bank {bank.name!r}: writer {older.writer_id!r} has it open")
@@ -45,6 +62,7 @@ class Writer:
         self.closing: asyncio.Future[OocMoeError] = asyncio.get_running_loop().create_future()
         self.outcomes: asyncio.Queue[expert_pb2.PushOutcome] = asyncio.Queue()
         self._scopes, self._committer, self._dram, self._stats, self._patience_s = scopes, committer, dram, stats, patience_s
+        self._session = session
         self._incoming: _Incoming | None = None
         self._end_after_incoming: OocMoeError | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -55,7 +73,7 @@ class Writer:
         log.info("writer %r opened bank %r%s", writer_id, bank.name, ", taking over from its older stream" if self.took_over else "")
 
     async def begin(self, header: expert_pb2.PushHeader) -> None:
-        """Starts a record. A refusal becomes an outcome, and the record's chunks are then skipped.
+        """Starts a record; the whole of it when it is staged. A refusal becomes an outcome, and the record's chunks are then skipped.
 
         Raises:
             InvalidRequest: the record before is not complete.
@@ -124,10 +142,11 @@ class Writer:
             self._spawn(self._follow(incoming, under_way))
         elif record.writer_id == self.writer_id and record.push_number == header.push_number:
             self._scopes.count("push_repeats")
-            self._answer(incoming, record.version)
-        elif record.version != header.base_version:
-            raise stale(bank, header.expert, header.base_version, record.version)
+            self._answer(incoming, record.version, durable=not record.unsaved)
         else:
+            check_base(bank, header.expert, header.base_version)
+            self._committer.check_quota(bank, header.expert)
+            staged = self._staged(header)
             entry = await self._dram.reserve_soon(bank.layout.record_bytes, self._patience_s)
             if self._incoming is not incoming:  # Taken over while it waited.
                 self._dram.unpin(entry)
@@ -141,8 +160,18 @@ class Writer:
                     push_number=header.push_number,
                     checksums=Checksums(header.parameter_xxh3, header.optimizer_xxh3),
                     entry=entry,
+                    staged=staged,
+                    in_memory=header.durability == expert_pb2.MEMORY,
                 )
             )
+
+    def _staged(self, header: expert_pb2.PushHeader) -> memoryview | None:
+        """The bytes that come in no chunks."""
+        if not header.HasField("staged_at"):
+            return None
+        if self._session is None:
+            raise InvalidRequest(f"staged_at: expert {header.expert} is staged, but the stream was opened without a local_session")
+        return self._session.staging(header.staged_at, self.bank.layout.body_bytes)
 
     def _check(self, header: expert_pb2.PushHeader) -> None:
         layout = self.bank.layout
@@ -175,13 +204,13 @@ class Writer:
             self._scopes.count("pushed_experts")
             self._scopes.count("pushed_bytes", self.bank.layout.body_bytes)
             self._stats.took("push", incoming.began)
-        self._answer(incoming, outcome)
+        self._answer(incoming, outcome, durable=push.durable)
 
-    def _answer(self, incoming: _Incoming, outcome: int | OocMoeError) -> None:
+    def _answer(self, incoming: _Incoming, outcome: int | OocMoeError, *, durable: bool = False) -> None:
         header = incoming.header
         message = expert_pb2.PushOutcome(expert=header.expert, push_number=header.push_number)
         if isinstance(outcome, int):
-            message.version = outcome
+            message.version, message.durable = outcome, durable
         else:
             message.error.CopyFrom(error_info(outcome))
             self._scopes.count("push_refused")
@@ -205,8 +234,8 @@ class _Incoming:
     def __init__(self, header: expert_pb2.PushHeader, began: float) -> None:
         self.header, self.began = header, began
         self.push: Push | None = None
-        self.received = 0
         self._num_bytes = header.parameter_bytes + header.optimizer_bytes
+        self.received = self._num_bytes if header.HasField("staged_at") else 0
         self._assembler: Assembler | None = None
 
     def receive(self, push: Push) -> None:
