@@ -1,22 +1,29 @@
 """Counting what the daemon does: accesses by scope, latencies by kind, trainers by name.
 
-The counters are the wire's own messages, so that nothing is copied field by field. Event loop only. Knows nothing of what it counts.
+The counters are the wire's own messages, so that nothing is copied field by field: showing them all must cost the event loop little. Event
+loop only. Knows nothing of what it counts.
 """
 
 from __future__ import annotations
 
 import time
-from collections import OrderedDict, deque
+from array import array
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
+from ooc_moe_wire.errors import InvalidRequest
 from ooc_moe_wire.v1 import stats_pb2
 
 LATENCY_SAMPLES = 4096
 NUM_TRAINERS_MAX = 1024
 REPORT_LIFETIME_S = 15.0
+# Of one report, which is kept.
+REPORT_BANKS_MAX = 256
+REPORT_ACTIVITY_CHARS_MAX = 1024
+PERCENTILES = (50, 90, 99, 100)
 LATENCY_KINDS = ("fetch_dram", "fetch_nvme", "fetch_seed", "push", "nvme_read", "commit")
 
 
@@ -37,27 +44,29 @@ class LatencySamples:
 
     def __init__(self) -> None:
         self.count = 0
-        self._seconds: deque[float] = deque(maxlen=LATENCY_SAMPLES)
+        self._seconds = array("d", bytes(8 * LATENCY_SAMPLES))  # A ring.
+        self._shown = stats_pb2.Latency()
 
     def add(self, seconds: float) -> None:
         """One operation took so long."""
+        self._seconds[self.count % LATENCY_SAMPLES] = seconds
         self.count += 1
-        self._seconds.append(seconds)
 
     def to_proto(self) -> stats_pb2.Latency:
-        """Percentiles in milliseconds; zeros when there was no operation."""
-        if not self._seconds:
-            return stats_pb2.Latency()
-        p50, p90, p99, longest = np.percentile(np.fromiter(self._seconds, np.float64) * 1e3, (50, 90, 99, 100))
-        return stats_pb2.Latency(count=self.count, p50_ms=p50, p90_ms=p90, p99_ms=p99, max_ms=longest)
+        """Percentiles (the smallest sample that so many are not above) in milliseconds; zeros when there was no operation."""
+        if self._shown.count != self.count:
+            samples = np.frombuffer(self._seconds)[: self.count]
+            ranks = [-(-percent * len(samples) // 100) - 1 for percent in PERCENTILES]
+            p50, p90, p99, longest = np.partition(samples, ranks)[ranks] * 1e3
+            self._shown = stats_pb2.Latency(count=self.count, p50_ms=p50, p90_ms=p90, p99_ms=p99, max_ms=longest)
+        return self._shown
 
 
 @dataclass(slots=True)
 class Trainer:
-    """One caller, as it names itself."""
+    """One caller, as it names itself, and what it says of itself."""
 
-    access: stats_pb2.AccessStats = field(default_factory=stats_pb2.AccessStats)
-    report: stats_pb2.ReportTrainerRequest = field(default_factory=stats_pb2.ReportTrainerRequest)
+    shown: stats_pb2.TrainerStats
     reported_at: float | None = None
 
 
@@ -78,7 +87,7 @@ class Stats:
 
     def scopes(self, trainer: str, bank: stats_pb2.AccessStats | None = None) -> Scopes:
         """The counters of a call by `trainer`, on a bank or on none."""
-        named = self._trainer(trainer).access
+        named = self._trainer(trainer).shown.access
         return Scopes((self.total, named) if bank is None else (self.total, bank, named))
 
     def took(self, kind: str, since: float) -> None:
@@ -86,9 +95,16 @@ class Stats:
         self._latency[kind].add(self.clock() - since)
 
     def report(self, trainer: str, report: stats_pb2.ReportTrainerRequest) -> None:
-        """Keeps a trainer's own counters, in place of its former ones."""
+        """Keeps a trainer's own counters, in place of its former ones. Raises InvalidRequest for too many."""
+        if len(report.hbm) > REPORT_BANKS_MAX or len(report.activity) > REPORT_ACTIVITY_CHARS_MAX:
+            raise InvalidRequest(
+                f"report: {len(report.hbm)} banks and {len(report.activity)} characters of activity; "
+                f"at most {REPORT_BANKS_MAX} and {REPORT_ACTIVITY_CHARS_MAX} are kept"
+            )
         named = self._trainer(trainer)
-        named.report, named.reported_at = report, self.clock()
+        del named.shown.hbm[:]
+        named.shown.hbm.extend(report.hbm)
+        named.shown.activity, named.reported_at = report.activity, self.clock()
 
     def latency(self) -> dict[str, stats_pb2.Latency]:
         """By kind."""
@@ -97,17 +113,20 @@ class Stats:
     def trainers(self) -> Iterable[stats_pb2.TrainerStats]:
         """In order of names; reports older than 15 s are left out."""
         now = self.clock()
-        for name, trainer in sorted(self._trainers.items()):
-            message = stats_pb2.TrainerStats(trainer=name, access=trainer.access)
-            if trainer.reported_at is not None and now - trainer.reported_at < REPORT_LIFETIME_S:
-                message.hbm.extend(trainer.report.hbm)
-                message.activity = trainer.report.activity
-                message.report_age_s = now - trainer.reported_at
-            yield message
+        for _, trainer in sorted(self._trainers.items()):
+            if trainer.reported_at is not None:
+                trainer.shown.report_age_s = now - trainer.reported_at
+                if trainer.shown.report_age_s >= REPORT_LIFETIME_S:
+                    trainer.reported_at = None
+                    for field_name in ("hbm", "activity", "report_age_s"):
+                        trainer.shown.ClearField(field_name)
+            yield trainer.shown
 
     def _trainer(self, name: str) -> Trainer:
         """The trainer of that name; the longest unheard-of makes place for a new one."""
-        trainer = self._trainers.setdefault(name, Trainer())
+        trainer = self._trainers.get(name)
+        if trainer is None:
+            trainer = self._trainers[name] = Trainer(stats_pb2.TrainerStats(trainer=name))
         self._trainers.move_to_end(name)
         if len(self._trainers) > NUM_TRAINERS_MAX:
             self._trainers.popitem(last=False)

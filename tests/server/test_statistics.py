@@ -1,6 +1,8 @@
 """StatsService, by plain stubs against a daemon; percentiles and expiry by an injected clock."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ooc_moe_server.stats import LATENCY_SAMPLES, NUM_TRAINERS_MAX, LatencySamples, Stats
 from ooc_moe_wire.errors import InvalidRequest
@@ -75,6 +77,27 @@ def test_a_report_expires_after_fifteen_seconds_and_the_newest_counts():
     assert (shown.activity, len(shown.hbm)) == ("", 0)
 
 
+def test_a_report_too_large_to_keep_is_refused():
+    stats = Stats()
+    with pytest.raises(InvalidRequest, match="257 banks"):
+        stats.report("t", stats_pb2.ReportTrainerRequest(hbm=[stats_pb2.HbmStats()] * 257))
+    with pytest.raises(InvalidRequest, match="1025 characters"):
+        stats.report("t", stats_pb2.ReportTrainerRequest(activity="x" * 1025))
+    assert list(stats.trainers()) == []
+
+
+def test_counters_go_on_counting_after_they_were_shown():
+    stats = Stats()
+    access = stats.scopes("t")
+    access.count("hits")
+    (shown,) = stats.trainers()
+    message = stats_pb2.Stats(trainers=[shown], total=stats.total)
+    access.count("hits", 2)
+    (shown,) = stats.trainers()
+    assert (shown.access.hits, stats.total.hits) == (3, 3)
+    assert (message.trainers[0].access.hits, message.total.hits) == (1, 1)  # What was sent stays as it was.
+
+
 def test_trainers_beyond_the_limit_push_the_longest_unheard_of_out():
     stats = Stats()
     for number in range(NUM_TRAINERS_MAX):
@@ -98,3 +121,15 @@ def test_percentiles_are_of_the_last_operations_and_the_count_is_of_all():
     assert latency.count == LATENCY_SAMPLES + 10
     assert (latency.p50_ms, latency.p90_ms) == (pytest.approx(500, abs=1), pytest.approx(900, abs=1))
     assert latency.max_ms < 1000
+
+
+@given(st.lists(st.floats(0, 10), min_size=1, max_size=300))
+def test_percentiles_are_the_smallest_samples_that_so_many_do_not_exceed(seconds):
+    samples = LatencySamples()
+    for each in seconds:
+        samples.add(each)
+        latency = samples.to_proto()
+    assert latency.count == len(seconds)
+    for percent, found in ((50, latency.p50_ms), (90, latency.p90_ms), (99, latency.p99_ms), (100, latency.max_ms)):
+        enough = [one for one in seconds if sum(other <= one for other in seconds) * 100 >= percent * len(seconds)]
+        assert found == pytest.approx(min(enough) * 1e3)
