@@ -82,6 +82,7 @@ def measure(
     """
     samples: dict[str, list[float]] = {path.name: [] for path in paths}
     for _ in range(rounds):
+        gc.collect()
         for path in order.sample(paths, len(paths)):
             seconds = sum(_timed(path) for _ in range(calls))
             samples[path.name].append(calls * num_bytes / seconds / GB)
@@ -91,7 +92,6 @@ def measure(
 
 def _timed(path: Path) -> float:
     path.prepare()
-    gc.collect()
     gc.disable()
     try:
         began = time.perf_counter()
