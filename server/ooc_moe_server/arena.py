@@ -38,8 +38,13 @@ class Arena:
         except OSError as error:
             raise TierFull(f"dram_bytes: {num_bytes} bytes of memory cannot be allocated ({error.strerror})") from error
         self._view = memoryview(memory)
-        self._generations = np.frombuffer(words, dtype=np.uint64)
-        self._generations[:] = 1
+        self._generations = memoryview(words).cast("Q")
+        np.frombuffer(words, dtype=np.uint64)[:] = 1
+
+    def close(self) -> None:
+        """Closes the descriptors. The memory goes when nobody maps it any more."""
+        os.close(self.fd)
+        os.close(self.generations_fd)
 
     def view(self, start: int, size: int) -> memoryview:
         """Writable bytes [start, start + size), no copy."""
@@ -48,15 +53,15 @@ class Arena:
     def complete(self, start: int) -> None:
         """The record that begins at `start` is whole."""
         assert self.generation(start) % 2 == 1, "complete twice"
-        self._generations[start // BLOCK_BYTES] += np.uint64(1)
+        self._generations[start // BLOCK_BYTES] += 1
 
     def spoil(self, start: int) -> None:
         """The record that begins at `start`, whole or not, may be overwritten from now on."""
-        self._generations[start // BLOCK_BYTES] |= np.uint64(1)
+        self._generations[start // BLOCK_BYTES] |= 1
 
     def generation(self, start: int) -> int:
         """Of the record that begins at `start`."""
-        return int(self._generations[start // BLOCK_BYTES])
+        return self._generations[start // BLOCK_BYTES]
 
 
 def _sealed_memory(name: str, num_bytes: int) -> tuple[int, mmap.mmap]:

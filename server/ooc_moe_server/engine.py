@@ -102,6 +102,7 @@ class Engine:
         await asyncio.get_running_loop().run_in_executor(self._index_thread, self._index.close)
         self._index_thread.shutdown()
         self.nvme.close()
+        self.arena.close()
 
     def open_writer(self, bank: str, writer_id: str, scopes: Scopes, *, session: Staging | None = None) -> Writer:
         """Takes the bank's lease for a stream of pushes, staged in `session` or not. Raises UnknownBank, NotTheWriter, InvalidRequest."""

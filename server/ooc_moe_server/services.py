@@ -102,7 +102,7 @@ class ExpertService(expert_pb2_grpc.ExpertServiceServicer):
         if first is grpc.aio.EOF or isinstance(first, ChunkView) or first.WhichOneof("message") != "open":
             raise InvalidRequest("push stream: it must begin with PushOpen")
         engine, bank, scopes = self._bank(first.open.bank, context)
-        writer = engine.open_writer(bank.name, first.open.writer_id, scopes)
+        writer = engine.open_writer(bank.name, first.open.writer_id, scopes, session=self._session(first.open.local_session))
         self.writers.add(writer)
         try:
             await context.write(expert_pb2.PushExpertsResponse(opened=expert_pb2.PushOpened(took_over=writer.took_over)))
@@ -115,7 +115,8 @@ class ExpertService(expert_pb2_grpc.ExpertServiceServicer):
         """Queues promotions."""
         engine, bank, scopes = self._bank(request.bank, context)
         deadline_s = request.deadline_ms / 1000 if request.deadline_ms else None
-        return expert_pb2.PrefetchExpertsResponse(states=engine.prefetch(bank, request.experts, deadline_s=deadline_s, scopes=scopes))
+        states = engine.prefetch(bank, request.experts, deadline_s=deadline_s, priority=request.priority, scopes=scopes)
+        return expert_pb2.PrefetchExpertsResponse(states=states)
 
     async def CancelPrefetch(self, request: expert_pb2.CancelPrefetchRequest, context: Context) -> expert_pb2.CancelPrefetchResponse:
         """Drops queued promotions."""

@@ -1,0 +1,54 @@
+"""The packets of the local plane, there and back, and what is none."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ooc_moe_wire import local
+from ooc_moe_wire.errors import InvalidRequest
+from ooc_moe_wire.local import PACKET_BYTES_MAX, RELEASES_MAX, Welcome, pack_release, pack_stage, unpack
+
+words = st.integers(0, 2**64 - 1)
+
+
+@given(words, words)
+def test_a_welcome_survives_its_packet(session, arena_bytes):
+    welcome = Welcome(session=session, arena_bytes=arena_bytes)
+    assert Welcome.unpack(welcome.pack()) == welcome
+
+
+def test_a_welcome_of_another_protocol_or_of_something_else_is_refused(monkeypatch):
+    packet = Welcome(session=1, arena_bytes=2).pack()
+    for other in (b"", packet[:-1], packet + b"\0", b"X" + packet[1:]):
+        with pytest.raises(InvalidRequest, match="no welcome"):
+            Welcome.unpack(other)
+    monkeypatch.setattr(local, "PROTOCOL", 2)
+    with pytest.raises(InvalidRequest, match="protocol 1, not 2"):
+        Welcome.unpack(packet)
+
+
+@given(st.lists(words, max_size=50))
+def test_released_leases_survive_their_packet(leases):
+    assert unpack(pack_release(leases)) == tuple(leases)
+
+
+def test_the_most_releases_fit_into_a_packet_and_more_are_refused():
+    packet = pack_release(range(RELEASES_MAX))
+    assert len(packet) <= PACKET_BYTES_MAX
+    assert len(unpack(packet)) == RELEASES_MAX
+    with pytest.raises(InvalidRequest):
+        unpack(pack_release(range(RELEASES_MAX + 1)))
+
+
+@given(words)
+def test_a_staging_size_survives_its_packet(num_bytes):
+    assert unpack(pack_stage(num_bytes)) == num_bytes
+
+
+@given(st.binary(max_size=64))
+def test_any_packet_is_read_as_what_it_says_or_refused(packet):
+    try:
+        told = unpack(packet)
+    except InvalidRequest:
+        return
+    assert (pack_stage(told) if isinstance(told, int) else pack_release(told)) == packet
