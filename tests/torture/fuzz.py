@@ -1,0 +1,206 @@
+"""Wrong messages: random bytes, and valid messages with wild values, damaged.
+
+    Method      every method of every service, from the descriptors: nothing is forgotten when a call is added
+    Fuzzer      makes requests for a method, seeded
+
+Knows nothing of what the daemon should answer.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from google.protobuf.descriptor import Descriptor, FieldDescriptor, FileDescriptor
+from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
+
+from ooc_moe_wire.v1 import bank_pb2, expert_pb2, local_pb2, snapshot_pb2, stats_pb2
+
+FILES: tuple[FileDescriptor, ...] = tuple(each.DESCRIPTOR for each in (bank_pb2, expert_pb2, local_pb2, snapshot_pb2, stats_pb2))
+
+_EDGES = (
+    0,
+    1,
+    2,
+    7,
+    8,
+    100,
+    127,
+    128,
+    255,
+    1000,
+    1001,
+    4096,
+    65535,
+    1 << 20,
+    2**31 - 1,
+    2**31,
+    2**32 - 1,
+    2**53,
+    2**63 - 1,
+    2**63,
+    2**64 - 1,
+)
+_NAMES = ("", "b", "c", "no such bank", "x" * 127, "x" * 129, "y" * 100_000, "ä/ö", "\0", "../../etc", "a/b", "snapshot-1", "\n", "b" * 128)
+_DTYPES = ("float32", "float16", "int64", "int32", "uint8", "bfloat16", "float64", "object", "", ">f4", "float32,float32", "U8")
+_ALGORITHMS = ("", "zeros_v1", "constant_v1", "uniform_v1", "uniform_v2")
+_FLOATS = (0.0, -0.0, 0.5, -1.0, 1e38, float("nan"), float("inf"), float("-inf"), 1e-45)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method of a service."""
+
+    path: str
+    request: type[Message]
+    client_streams: bool
+    server_streams: bool
+
+
+def methods(files: Iterable[FileDescriptor] = FILES) -> list[Method]:
+    """Every method, in order of its path."""
+    found = [
+        Method(f"/{service.full_name}/{each.name}", GetMessageClass(each.input_type), each.client_streaming, each.server_streaming)
+        for file in files
+        for service in file.services_by_name.values()
+        for each in service.methods
+    ]
+    return sorted(found, key=lambda method: method.path)
+
+
+class Fuzzer:
+    """Requests by seed. `banks` are names that exist."""
+
+    def __init__(self, random: random.Random, banks: Sequence[str] = ("b", "c")) -> None:
+        self._random, self._banks = random, banks
+
+    def requests(self, method: Method) -> Iterator[bytes]:
+        """The messages of one call: one, or a few for a stream."""
+        if not method.client_streams:
+            yield self.request(method.request)
+        elif self._random.random() < 0.3:
+            for _ in range(self._random.randint(0, 5)):
+                yield self.request(method.request)
+        else:
+            yield from self._pushes()
+
+    def request(self, kind: type[Message]) -> bytes:
+        """One message: noise, well-formed but wild, or such a one damaged."""
+        match self._random.randrange(6):
+            case 0:
+                return self._random.randbytes(self._random.choice((0, 1, 2, 7, 40, 300, 5000)))
+            case 1 | 2:
+                return self._damaged(self.wild(kind).SerializeToString())
+            case _:
+                return self.wild(kind).SerializeToString()
+
+    def wild(self, kind: type[Message]) -> Message:
+        """A message whose fields are each absent, plausible or at an edge."""
+        message = kind()
+        self._fill(message, message.DESCRIPTOR)
+        return message
+
+    def _fill(self, message: Message, descriptor: Descriptor) -> None:
+        for field in descriptor.fields:
+            if field.message_type is not None and field.message_type.GetOptions().map_entry:
+                continue
+            if self._random.random() < 0.25 or (field.containing_oneof and self._random.random() < 0.5):
+                continue
+            if field.label == FieldDescriptor.LABEL_REPEATED:
+                self._extend(getattr(message, field.name), field)
+            elif field.message_type is not None:
+                getattr(message, field.name).SetInParent()
+                self._fill(getattr(message, field.name), field.message_type)
+            else:
+                setattr(message, field.name, self._scalar(field))
+
+    def _extend(self, values: Any, field: FieldDescriptor) -> None:
+        for _ in range(self._random.choice((0, 1, 1, 2, 3, 8))):
+            if field.message_type is not None:
+                self._fill(values.add(), field.message_type)
+            else:
+                values.append(self._scalar(field))
+        if field.message_type is None and self._random.random() < 0.03:
+            values.extend([self._scalar(field)] * 20_000)
+
+    def _scalar(self, field: FieldDescriptor) -> Any:
+        match field.cpp_type:
+            case FieldDescriptor.CPPTYPE_STRING if field.type == FieldDescriptor.TYPE_BYTES:
+                return self._random.randbytes(self._random.choice((0, 1, 100, 4096, 70_000)))
+            case FieldDescriptor.CPPTYPE_STRING:
+                return self._string(field.name)
+            case FieldDescriptor.CPPTYPE_DOUBLE | FieldDescriptor.CPPTYPE_FLOAT:
+                return self._random.choice(_FLOATS)
+            case FieldDescriptor.CPPTYPE_BOOL:
+                return self._random.random() < 0.5
+            case FieldDescriptor.CPPTYPE_ENUM:
+                return self._random.choice((0, 1, 2, 3, 77, -1, 2**31 - 1))
+            case FieldDescriptor.CPPTYPE_UINT32:
+                return self._number() % 2**32
+            case FieldDescriptor.CPPTYPE_INT64:
+                return self._number() - 2**63
+            case _:
+                return self._number()
+
+    def _number(self) -> int:
+        if self._random.random() < 0.5:
+            return self._random.randrange(8)
+        return self._random.choice(_EDGES)
+
+    def _string(self, name: str) -> str:
+        if name == "dtype":
+            return self._random.choice(_DTYPES)
+        if name == "algorithm":
+            return self._random.choice(_ALGORITHMS)
+        if name in ("bank", "source", "banks") and self._random.random() < 0.6:
+            return self._random.choice(self._banks)
+        return self._random.choice(_NAMES)
+
+    def _damaged(self, message: bytes) -> bytes:
+        damaged = bytearray(message)
+        for _ in range(self._random.randint(1, 4)):
+            at = self._random.randrange(len(damaged) + 1)
+            match self._random.randrange(5):
+                case 0 | 1 if damaged:
+                    damaged[at % len(damaged)] ^= 1 << self._random.randrange(8)
+                case 2:
+                    del damaged[at:]
+                case 3:
+                    damaged[at:at] = self._random.randbytes(self._random.randint(1, 9))
+                case _:
+                    damaged[at:at] = damaged[: self._random.randint(0, len(damaged))]
+        return bytes(damaged)
+
+    def _pushes(self) -> Iterator[bytes]:
+        """A push stream that begins well, and then does not."""
+        make = expert_pb2.PushExpertsRequest
+        yield make(
+            open=expert_pb2.PushOpen(bank=self._random.choice(self._banks), writer_id=f"w{self._random.randrange(3)}")
+        ).SerializeToString()
+        for _ in range(self._random.randint(1, 4)):
+            header = expert_pb2.PushHeader(expert=self._random.randrange(10), push_number=self._number() or 1)
+            header.parameter_bytes, header.optimizer_bytes = self._random.choice(
+                ((4096, 4096), (4096, 4096), (8192, 0), (0, 0), (2**63, 2**63))
+            )
+            header.durability = self._random.choice((0, 0, 1, 9))  # type: ignore[assignment]
+            if self._random.random() < 0.2:
+                header.staged_at = self._number()
+            yield make(header=header).SerializeToString()
+            offset = 0
+            while offset < 8192 and self._random.random() < 0.9:
+                size = self._random.choice((0, 1, 4096, 8192 - offset, 10_000))
+                at = offset if self._random.random() < 0.7 else self._number()
+                message = make(chunk=expert_pb2.Chunk(offset=at, payload=bytes(size))).SerializeToString()
+                yield self._damaged(message) if self._random.random() < 0.1 else message
+                offset += max(size, 1)
+
+
+def message_of(kind: type[Message], request: bytes) -> str:
+    """For a failure's text."""
+    try:
+        return str(kind.FromString(request))[:300]
+    except Exception:
+        return request[:60].hex()

@@ -1,0 +1,371 @@
+"""Thousands of wrong messages: only typed statuses, the same process afterwards, nothing left behind, no traceback in its log.
+
+python -m pytest tests/torture/test_malformed.py -m slow
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import os
+import random
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import psutil
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from ooc_moe_wire.codec import MESSAGE_BYTES_MAX, TRAINER_KEY
+from ooc_moe_wire.errors import ERROR_KEY, STATUS, Internal
+from ooc_moe_wire.local import PACKET_BYTES_MAX, Welcome, pack_release, pack_stage
+from ooc_moe_wire.v1 import expert_pb2, local_pb2, local_pb2_grpc, stats_pb2, stats_pb2_grpc
+from tests.server.conftest import Client, layout_of
+from tests.torture.fuzz import Fuzzer, Method, message_of, methods
+
+NUM_MESSAGES, NUM_MESSAGES_SLOW = 2400, 50_000
+NUM_THREADS = 4
+CALL_S = 20
+RESPONSES_MAX = 64
+KINDS = {kind.__name__: kind for kind in STATUS}
+WATCH = "/ooc_moe_wire.v1.StatsService/WatchStats"
+QUIET_S = 15
+
+
+class Victim:
+    """A daemon that holds something precious while it is tortured, and is looked over before and after."""
+
+    def __init__(self, daemon: Any) -> None:
+        self.daemon = daemon
+        self.client = Client(daemon.target, layout=layout_of())
+        self._process = psutil.Process(daemon.pid)
+        self._pid = daemon.pid
+        self.client.create("precious", 4)
+        self._bodies = {expert: self.client.random_body(expert) for expert in range(4)}
+        self.client.put("precious", self._bodies, writer_id="before")
+        self._stream = self.client.stream("precious", "keeper")  # Held open, nobody else may change or delete it.
+
+    def remake_banks(self) -> None:
+        """The banks that are fair game."""
+        for bank in "bc":
+            with contextlib.suppress(grpc.RpcError):
+                self.client.create(bank)
+
+    def vitals(self) -> dict[str, int]:
+        """File descriptors (those of data files aside: a record size has its own) and threads, once nothing is under way."""
+        self._wait_until_quiet()
+        fds = [os.readlink(link.path) for link in os.scandir(f"/proc/{self._pid}/fd") if os.path.islink(link.path)]
+        return {
+            "descriptors": sum(str(self.daemon.data_dir) not in target for target in fds),
+            "threads": self._process.num_threads(),
+        }
+
+    def check(self) -> None:
+        """Alive, as it was, without a traceback; what was precious is; a normal push and fetch go through."""
+        assert self._process.is_running()
+        assert self.daemon.pid == self._pid
+        health = health_pb2_grpc.HealthStub(self.client.channel).Check(health_pb2.HealthCheckRequest(), timeout=CALL_S)
+        assert health.status == health_pb2.HealthCheckResponse.SERVING
+        got = self.client.fetch("precious", range(4))
+        assert {expert: bytes(each.body) for expert, each in got.items()} == self._bodies
+        for expert in range(4):
+            self._bodies[expert] = self.client.random_body(random.randrange(1 << 40))
+            outcome = self._stream.push(
+                expert, self._bodies[expert], base_version=got[expert].header.version, push_number=got[expert].header.version + 1
+            )
+            assert not outcome.HasField("error"), outcome
+        assert {expert: self.client.body("precious", expert) for expert in range(4)} == self._bodies
+        log = "".join(self.daemon.log)
+        assert "Traceback" not in log, log[log.index("Traceback") - 300 :][:3000]
+
+    def _wait_until_quiet(self) -> None:
+        until = time.monotonic() + QUIET_S
+        while (busy := self._busy()) and time.monotonic() < until:
+            time.sleep(0.02)
+        assert not busy, f"left behind: {busy}"
+
+    def _busy(self) -> dict[str, int]:
+        stats = self.client.stats()
+        queues = stats.queues
+        left = {
+            "streams": queues.open_streams - 2,  # This call, and the stream that keeps the precious bank.
+            "pushes": queues.pushes,
+            "reads": queues.demand_reads + queues.prefetch_reads,
+            "sessions": queues.local_sessions,
+            "leased_bytes": queues.leased_bytes,
+            "pinned_bytes": stats.dram.pinned_bytes,
+            "writers": sum(bank.writer_id not in ("", "keeper") for bank in stats.banks),
+        }
+        return {what: number for what, number in left.items() if number}
+
+    def close(self) -> None:
+        self._stream.hang_up()
+        self.client.channel.close()
+
+
+@pytest.fixture
+def victim(start_daemon: Callable[..., Any]) -> Iterator[Victim]:
+    victim = Victim(start_daemon(dram_bytes="24MiB"))
+    yield victim
+    victim.close()
+
+
+def attempt(channel: grpc.Channel, method: Method, requests: list[bytes], **options: Any) -> str:
+    """Makes one call and judges its end. Returns its status's name."""
+    try:
+        if method.client_streams:
+            call = channel.stream_stream(method.path)(iter(requests), timeout=CALL_S, **options)
+        else:
+            call = channel.unary_stream(method.path)(requests[0], timeout=CALL_S, **options)
+        for number, response in enumerate(call):
+            _judge_response(method, response)
+            if number == RESPONSES_MAX or method.path == WATCH:
+                call.cancel()
+                return "OK"
+    except grpc.RpcError as error:
+        _judge(method, requests, error)
+        return str(error.code().name)  # type: ignore[attr-defined]
+    return "OK"
+
+
+def _judge(method: Method, requests: list[bytes], error: Any) -> None:
+    """A typed status, whose name and number agree; or gRPC's own, for a message that is too long."""
+    what = f"{method.path}: {error.code()} {error.details()!r} for {[message_of(method.request, each) for each in requests]}"
+    kind = dict(error.trailing_metadata() or ()).get(ERROR_KEY)
+    if kind is None:
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED, what
+        assert "larger than max" in error.details(), what
+    else:
+        assert STATUS[KINDS[kind]] is error.code(), what
+        assert KINDS[kind] is not Internal, what
+        assert error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.DATA_LOSS), what
+
+
+def _judge_response(method: Method, response: bytes) -> None:
+    """Errors inside streams are typed too."""
+    if method.path.endswith("PushExperts"):
+        error = expert_pb2.PushExpertsResponse.FromString(response).outcome.error
+    elif method.path.endswith("FetchExperts"):
+        error = expert_pb2.FetchExpertsResponse.FromString(response).header.error
+    else:
+        return
+    assert error.kind in ("", *KINDS), error
+    assert error.kind != "Internal", error
+
+
+def torture(victim: Victim, seed: int, num_messages: int) -> Counter[str]:
+    """Sends so many, from several threads over connections of their own. Returns the statuses, counted."""
+    statuses: Counter[str] = Counter()
+    lock = threading.Lock()
+
+    def send(number: int) -> None:
+        chosen = random.Random(seed + number)
+        fuzzer = Fuzzer(chosen, banks=("b", "c", "precious"))
+        everything = methods()
+        with grpc.insecure_channel(victim.daemon.target, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+            for _ in range(num_messages // NUM_THREADS):
+                method = chosen.choice(everything)
+                status = attempt(channel, method, list(fuzzer.requests(method)))
+                with lock:
+                    statuses[f"{method.path.rpartition('/')[2]} {status}"] += 1
+                    if sum(statuses.values()) % 200 == 0:
+                        victim.remake_banks()
+
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        for future in [pool.submit(send, number) for number in range(NUM_THREADS)]:
+            future.result()
+    return statuses
+
+
+def torture_and_compare(victim: Victim, seed: int, num_messages: int) -> None:
+    """Nothing is left behind that was not there after a warm-up."""
+    victim.remake_banks()
+    torture(victim, seed, num_messages // 4)
+    before = victim.vitals()
+    statuses = torture(victim, seed + NUM_THREADS, num_messages)
+    for status, number in sorted(statuses.items()):
+        print(f"{number:6} {status}")
+    victim.check()
+    after = victim.vitals()
+    assert after["descriptors"] <= before["descriptors"], (before, after)
+    assert after["threads"] <= before["threads"] + 4, (before, after)
+    assert len({status.split()[1] for status in statuses}) >= 5  # Not all died of the same fault.
+
+
+@pytest.mark.timeout(120)
+def test_wrong_messages_get_typed_statuses_and_leave_nothing_behind(victim: Victim, seed: int) -> None:
+    torture_and_compare(victim, seed, NUM_MESSAGES)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_50_000_wrong_messages_get_typed_statuses_and_leave_nothing_behind(victim: Victim, seed: int) -> None:
+    torture_and_compare(victim, seed, NUM_MESSAGES_SLOW)
+
+
+@pytest.mark.parametrize("method", methods(), ids=lambda method: method.path.rpartition("/")[2])
+def test_bytes_that_are_no_message_are_an_invalid_request(shared_daemon: Any, method: Method) -> None:
+    with grpc.insecure_channel(shared_daemon.target) as channel:
+        assert attempt(channel, method, [b"\xff\xff\xff"]) == "INVALID_ARGUMENT"
+    assert "Traceback" not in "".join(shared_daemon.log)
+
+
+def test_oversized_messages_are_refused_and_the_daemon_goes_on(victim: Victim) -> None:
+    options = [("grpc.max_send_message_length", -1)]
+    with grpc.insecure_channel(victim.daemon.target, options=options) as channel:
+        for method in methods():
+            field = b"\xfa\x3f"  # Number 127, bytes: unknown to every message.
+            for num_bytes in (MESSAGE_BYTES_MAX + 1, 3 * MESSAGE_BYTES_MAX):
+                assert attempt(channel, method, [field + b"\x80\x80\x80\x08" + bytes(num_bytes)]) == "RESOURCE_EXHAUSTED"
+    victim.check()
+
+
+@pytest.mark.parametrize("trainer", ["x" * 129, "x" * 6000, "~" * 128, ""])
+def test_wild_metadata_gets_a_typed_status(victim: Victim, trainer: str) -> None:
+    victim.remake_banks()
+    request = expert_pb2.FetchExpertsRequest(bank="b", experts=[1]).SerializeToString()
+    method = next(method for method in methods() if method.path.endswith("FetchExperts"))
+    metadata = ((TRAINER_KEY, trainer), ("ooc-moe-error", "Internal"), ("x-bin", b"\0\xff"))
+    with grpc.insecure_channel(victim.daemon.target) as channel:
+        assert attempt(channel, method, [request], metadata=metadata) == ("INVALID_ARGUMENT" if len(trainer) > 128 else "OK")
+    victim.check()
+
+
+def test_noise_on_the_port_does_no_harm(victim: Victim, seed: int) -> None:
+    chosen = random.Random(seed)
+    host, _, port = victim.daemon.target.rpartition(":")
+    preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+    before = victim.vitals()
+    for number in range(200):
+        with socket.create_connection((host, int(port))) as noise, contextlib.suppress(OSError):
+            noise.sendall((preface if number % 2 else b"") + chosen.randbytes(chosen.randint(0, 3000)))
+    victim.check()
+    assert victim.vitals()["descriptors"] <= before["descriptors"]
+
+
+# The local plane's socket
+
+
+def open_session(victim: Victim) -> tuple[socket.socket, Welcome]:
+    """A session of the local plane; the descriptors that come with it are closed at once."""
+    plane = local_pb2_grpc.LocalServiceStub(victim.client.channel).GetLocalPlane(local_pb2.GetLocalPlaneRequest(), timeout=CALL_S)
+    if not plane.socket:
+        pytest.skip("this daemon has no local plane")
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    connection.settimeout(CALL_S)
+    connection.connect(b"\0" + plane.socket.encode())
+    packet, descriptors, _, _ = socket.recv_fds(connection, 4096, 4)
+    for descriptor in descriptors:
+        os.close(descriptor)
+    return connection, Welcome.unpack(packet)
+
+
+def some_packet(chosen: random.Random) -> bytes:
+    match chosen.randrange(5):
+        case 0:
+            return chosen.randbytes(chosen.choice((1, 2, 9, 100, 5000)))
+        case 1:
+            return pack_release([chosen.getrandbits(64) for _ in range(chosen.choice((0, 1, 5, 4096)))])
+        case 2:
+            return pack_stage(chosen.choice((0, 1, 4096, 1 << 20, 1 << 40, 2**64 - 1)))
+        case 3:
+            return pack_release(range(5000))
+        case _:
+            return b"S" + chosen.randbytes(chosen.randrange(12))
+
+
+def some_descriptors(chosen: random.Random) -> list[int]:
+    """What is no staging memory: none, not a memfd, one without seals, too many."""
+    match chosen.randrange(5):
+        case 0:
+            return [os.open("/dev/zero", os.O_RDWR)]
+        case 1:
+            return [os.memfd_create("unsealed") for _ in range(chosen.choice((1, 2, 5)))]
+        case 2:
+            return list(os.pipe())
+        case _:
+            return []
+
+
+@pytest.mark.timeout(120)
+def test_wrong_packets_end_at_most_their_own_session(victim: Victim, seed: int) -> None:
+    chosen = random.Random(seed)
+    open_session(victim)[0].close()
+    before = victim.vitals()
+    for _ in range(300):
+        connection, _ = open_session(victim)
+        with connection, contextlib.suppress(OSError):  # It hangs up on nonsense.
+            for _ in range(chosen.randint(1, 4)):
+                descriptors = some_descriptors(chosen)
+                ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+                try:
+                    connection.sendmsg([some_packet(chosen)], ancillary)
+                finally:
+                    for descriptor in descriptors:
+                        os.close(descriptor)
+    victim.check()
+    after = victim.vitals()
+    assert after["descriptors"] <= before["descriptors"], (before, after)
+    assert after["threads"] <= before["threads"] + 4, (before, after)
+
+
+def test_a_packet_that_is_too_long_ends_at_most_its_own_session(victim: Victim) -> None:
+    connection, _ = open_session(victim)
+    with connection, contextlib.suppress(OSError):
+        connection.sendall(b"R" + bytes(2 * PACKET_BYTES_MAX))
+    victim.check()
+    victim.vitals()
+
+
+def test_many_idle_sessions_and_dying_ones_leave_nothing_behind(victim: Victim) -> None:
+    open_session(victim)[0].close()
+    before = victim.vitals()
+    victim.remake_banks()
+    sessions = [open_session(victim) for _ in range(20)]
+    for _, welcome in sessions:
+        request = expert_pb2.FetchExpertsRequest(bank="b", experts=range(8), local_session=welcome.session, pin=True)
+        messages = list(victim.client.call(victim.client.experts.FetchExperts, request))
+        assert sum(len(message.leases.ids) for message in messages) == 8
+    stats = stats_pb2_grpc.StatsServiceStub(victim.client.channel).GetStats(stats_pb2.GetStatsRequest(), timeout=CALL_S)
+    assert stats.queues.local_sessions == 20
+    assert stats.queues.leased_bytes > 0
+    for connection, _ in sessions:
+        connection.close()
+    after = victim.vitals()  # Waits until no session, lease or pin is left.
+    assert after["descriptors"] <= before["descriptors"], (before, after)
+    victim.check()
+
+
+@pytest.mark.parametrize("session", [1, 2**63, 2**64 - 1])
+def test_a_session_that_does_not_exist_is_lease_expired(victim: Victim, session: int) -> None:
+    open_session(victim)[0].close()
+    victim.remake_banks()
+    by_name = {method.path.rpartition("/")[2]: method for method in methods()}
+    fetch = expert_pb2.FetchExpertsRequest(bank="b", experts=[0], local_session=session).SerializeToString()
+    push = expert_pb2.PushExpertsRequest(open=expert_pb2.PushOpen(bank="b", writer_id="w", local_session=session)).SerializeToString()
+    with grpc.insecure_channel(victim.daemon.target) as channel:
+        assert attempt(channel, by_name["FetchExperts"], [fetch]) == "FAILED_PRECONDITION"
+        assert attempt(channel, by_name["PushExperts"], [push]) == "FAILED_PRECONDITION"
+    victim.check()
+
+
+def test_staged_pushes_beyond_the_staging_memory_are_refused_one_by_one(victim: Victim) -> None:
+    connection, welcome = open_session(victim)
+    victim.remake_banks()
+    with connection:
+        stream = victim.client.stream("b", open_it=False)
+        stream.send(open=expert_pb2.PushOpen(bank="b", writer_id="w", local_session=welcome.session))
+        next(stream.call)
+        for number, offset in enumerate((0, 1, 4095, 2**40, 2**63, 2**64 - 1), start=1):
+            header = victim.client.push_header(0, victim.client.random_body(1), push_number=number)
+            header.staged_at = offset
+            stream.send(header=header)
+            assert stream.outcome().error.kind == "InvalidRequest"
+        stream.close()
+    victim.check()
