@@ -188,10 +188,12 @@ class FetchStream:
 
     def _copied(self, leases: expert_pb2.Leases) -> Iterator[Fetched]:
         """Copies one record after the other, as they are drawn, and gives the leases back."""
-        columns = leases.ids, leases.experts, leases.versions, leases.served_from, leases.offsets, leases.generations
-        if len({len(column) for column in (*columns, leases.parameter_xxh3, leases.optimizer_xxh3)}) > 1:
+        # Slices: lists, which are walked faster than messages.
+        ids, sums = leases.ids[:], (leases.parameter_xxh3[:], leases.optimizer_xxh3[:])
+        columns = leases.experts[:], leases.versions[:], leases.served_from[:], leases.offsets[:], leases.generations[:], *sums
+        if any(len(column) != len(ids) for column in columns):
             raise Internal(f"bank {self._bank!r}: leases with columns of different lengths")
-        self._leases = zip(*columns, leases.parameter_xxh3, leases.optimizer_xxh3, strict=True)
+        self._leases = zip(ids, *columns, strict=True)
         used_max = max(1, RELEASED_BYTES // self._num_bytes)
         for lease in self._leases:
             self._used.append(lease[0])
