@@ -4,96 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import itertools
 import sqlite3
 import tempfile
 import threading
-from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ooc_moe_server import promotions
-from ooc_moe_server.engine import Engine
 from ooc_moe_server.index import Index
 from ooc_moe_server.slab import Slab
-from ooc_moe_wire.codec import Checksums, chunks
 from ooc_moe_wire.errors import InvalidRequest, NotTheWriter, TierFull, UnknownBank
-from ooc_moe_wire.layout import BankSpec, Layout, TensorSpec
 from ooc_moe_wire.v1 import expert_pb2
+from tests.server.engine_store import LAYOUT, RECORD, Store, body_of, failing, opened, until
 
-LAYOUT = Layout(parameters=(TensorSpec(name="w", shape=(8,)),))
-RECORD = LAYOUT.record_bytes  # Two blocks.
 RESIDENT, QUEUED, REJECTED = expert_pb2.PREFETCH_RESIDENT, expert_pb2.PREFETCH_QUEUED, expert_pb2.PREFETCH_REJECTED
-
-
-def body_of(number: int) -> bytes:
-    return np.random.default_rng(number).bytes(LAYOUT.body_bytes)
-
-
-WRITER_NUMBERS = itertools.count()
-
-
-class Store:
-    """An engine with one bank, and the calls of a trainer in one line each."""
-
-    def __init__(self, engine: Engine, bank) -> None:
-        self.engine, self.bank = engine, bank
-        self.scopes = engine.stats.scopes("t", bank.access)
-        self.push_number = 0
-        self.writer_id = f"writer {next(WRITER_NUMBERS)}"
-
-    def fetch(self, *experts: int, demand: bool = True):
-        return self.engine.fetch(
-            self.bank, experts, known_versions=(), demand=demand, section_bytes=LAYOUT.body_bytes, scopes=self.scopes
-        ).experts()
-
-    async def bodies(self, *experts: int) -> dict[int, bytes]:
-        async with aclosing(self.fetch(*experts)) as served:
-            return {each.expert: bytes(each.entry.body) async for each in served}
-
-    async def push(self, experts: dict[int, bytes]) -> dict[int, expert_pb2.PushOutcome]:
-        """Sends all before it waits for any."""
-        writer = self.engine.open_writer(self.bank.name, self.writer_id, self.scopes)
-        for expert, body in experts.items():
-            self.push_number += 1
-            sums = Checksums.of(LAYOUT, memoryview(body))
-            await writer.begin(
-                expert_pb2.PushHeader(
-                    expert=expert,
-                    push_number=self.push_number,
-                    base_version=self.bank.record(expert).version,
-                    parameter_bytes=LAYOUT.parameter_bytes,
-                    parameter_xxh3=sums.parameters,
-                )
-            )
-            for chunk in chunks(memoryview(body)):
-                writer.add(chunk)
-        await writer.settle()
-        writer.close()
-        outcomes = [writer.outcomes.get_nowait() for _ in experts]
-        return {outcome.expert: outcome for outcome in outcomes}
-
-    def prefetch(self, *experts: int, deadline_s: float | None = None) -> list[int]:
-        return self.engine.prefetch(self.bank, experts, deadline_s=deadline_s, scopes=self.scopes)
-
-    def drop_from_dram(self, *experts: int) -> None:
-        for expert in experts:
-            self.engine.dram.discard(self.bank.source(expert, self.bank.record(expert)))
-
-
-@asynccontextmanager
-async def opened(directory: Path, *, records: int = 8, patience_s: float = 0.0):
-    """An engine whose DRAM tier holds so many records."""
-    engine = await Engine.open(directory, records * RECORD, patience_s=patience_s)
-    bank = await engine.changes.create_bank(BankSpec(name="b", num_experts=16, layout=LAYOUT))
-    try:
-        yield Store(engine, bank)
-    finally:
-        await engine.close()
 
 
 class Gate:
@@ -110,12 +37,6 @@ class Gate:
             real_read(slab, slot, into)
 
         monkeypatch.setattr(Slab, "read", read)
-
-
-async def until(condition) -> None:
-    """Lets everything else run until it holds."""
-    while not condition():
-        await asyncio.sleep(0)
 
 
 async def written(store: Store, num_experts: int) -> None:
@@ -384,7 +305,7 @@ def test_a_failing_disk_refuses_pushes_and_keeps_what_was_committed(tmp_path, mo
             if method != "extend":
                 await store.push({0: body_of(0)})
             with monkeypatch.context() as broken:
-                broken.setattr(Slab, method, _failing(OSError(error, "injected")))
+                broken.setattr(Slab, method, failing(OSError(error, "injected")))
                 outcomes = await store.push({0: body_of(1), 1: body_of(1)})
                 assert {outcome.error.kind for outcome in outcomes.values()} == {kind}
             before = bytes(LAYOUT.body_bytes) if method == "extend" else body_of(0)
@@ -407,7 +328,7 @@ def test_the_slot_of_a_failed_index_commit_waits_for_a_good_one_before_it_is_reu
     async def scenario():
         async with opened(tmp_path) as store:
             with monkeypatch.context() as broken:
-                broken.setattr(Index, "put_records", _failing(full))
+                broken.setattr(Index, "put_records", failing(full))
                 for expert in (0, 1, 1):
                     assert (await store.push({expert: body_of(9)}))[expert].error.kind == "TierFull"
                 assert store.engine.snapshot_stats().nvme.used_bytes == RECORD  # It may stand in a commit that a crash would bring back.
@@ -505,10 +426,3 @@ async def _compare(directory: Path, operations) -> None:
 
 def _value(model: dict[int, int], expert: int) -> bytes:
     return body_of(model[expert]) if expert in model else bytes(LAYOUT.body_bytes)
-
-
-def _failing(error: Exception):
-    def fail(*arguments):
-        raise error
-
-    return fail
