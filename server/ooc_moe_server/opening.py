@@ -6,7 +6,11 @@ Synchronous, for the index's thread.
 from __future__ import annotations
 
 import logging
+import shutil
 import sqlite3
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +19,7 @@ from ooc_moe_server.commits import store_error
 from ooc_moe_server.index import Index
 from ooc_moe_server.manifests import Manifests
 from ooc_moe_server.reserve import Reserve
+from ooc_moe_wire.errors import CorruptRecord
 
 log = logging.getLogger(__name__)
 
@@ -44,3 +49,16 @@ def open_files(data_dir: Path) -> StoreFiles:
         log.error("manifests were not written, to be tried again with the next change: %s", error)
         manifests.owe_all(catalog)
     return StoreFiles(index=index, catalog=catalog, manifests=manifests, reserve=reserve)
+
+
+@contextmanager
+def copied_index(data_dir: Path) -> Iterator[Path]:
+    """A copy of the index's files to read, for SQLite changes what it opens. CorruptRecord raised inside names the original."""
+    with tempfile.TemporaryDirectory(prefix="ooc-moe-") as directory:
+        for name in ("index.sqlite", "index.sqlite-wal", "COMMITTED"):
+            if (data_dir / name).exists():
+                shutil.copyfile(data_dir / name, Path(directory) / name)
+        try:
+            yield Path(directory) / "index.sqlite"
+        except CorruptRecord as error:
+            raise CorruptRecord(str(error).replace(directory, str(data_dir))) from error
