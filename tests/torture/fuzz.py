@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import xxhash
 from google.protobuf.descriptor import Descriptor, FieldDescriptor, FileDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
@@ -75,7 +76,8 @@ class Fuzzer:
     """Requests by seed. `banks` are names that exist."""
 
     def __init__(self, random: random.Random, banks: Sequence[str] = ("b", "c")) -> None:
-        self._random, self._banks = random, banks
+        self._random, self._banks = random, list(banks)
+        self._wildness = 0.5  # How likely a value is at an edge.
 
     def requests(self, method: Method) -> Iterator[bytes]:
         """The messages of one call: one, or a few for a stream."""
@@ -98,33 +100,46 @@ class Fuzzer:
                 return self.wild(kind).SerializeToString()
 
     def wild(self, kind: type[Message]) -> Message:
-        """A message whose fields are each absent, plausible or at an edge."""
+        """A message whose fields are plausible, at an edge, or absent; some messages are wild all over, some not at all."""
+        self._wildness = self._random.choice((0.0, 0.1, 0.5, 1.0))
         message = kind()
         self._fill(message, message.DESCRIPTOR)
         return message
 
+    def _is_wild(self) -> bool:
+        return self._random.random() < self._wildness
+
     def _fill(self, message: Message, descriptor: Descriptor) -> None:
+        for oneof in descriptor.oneofs:
+            self._fill_field(message, self._random.choice(oneof.fields))
         for field in descriptor.fields:
-            if field.message_type is not None and field.message_type.GetOptions().map_entry:
-                continue
-            if self._random.random() < 0.25 or (field.containing_oneof and self._random.random() < 0.5):
-                continue
-            if field.label == FieldDescriptor.LABEL_REPEATED:
-                self._extend(getattr(message, field.name), field)
-            elif field.message_type is not None:
-                getattr(message, field.name).SetInParent()
-                self._fill(getattr(message, field.name), field.message_type)
-            else:
-                setattr(message, field.name, self._scalar(field))
+            is_map = field.message_type is not None and field.message_type.GetOptions().map_entry
+            if not is_map and not field.containing_oneof and not (self._is_wild() and self._random.random() < 0.3):
+                self._fill_field(message, field)
+
+    def _fill_field(self, message: Message, field: FieldDescriptor) -> None:
+        if field.label == FieldDescriptor.LABEL_REPEATED:
+            self._extend(getattr(message, field.name), field)
+        elif field.message_type is not None:
+            getattr(message, field.name).SetInParent()
+            self._fill(getattr(message, field.name), field.message_type)
+        else:
+            setattr(message, field.name, self._scalar(field))
 
     def _extend(self, values: Any, field: FieldDescriptor) -> None:
-        for _ in range(self._random.choice((0, 1, 1, 2, 3, 8))):
-            if field.message_type is not None:
+        if field.message_type is not None:
+            for _ in range(self._random.choice((0, 1, 2, 8)) if self._is_wild() else 1):
                 self._fill(values.add(), field.message_type)
-            else:
-                values.append(self._scalar(field))
-        if field.message_type is None and self._random.random() < 0.03:
-            values.extend([self._scalar(field)] * 20_000)
+        elif self._is_wild():
+            values.extend(self._scalar(field) for _ in range(self._random.choice((0, 1, 2, 3, 8))))
+            if self._random.random() < 0.03:
+                values.extend([self._scalar(field)] * 20_000)
+        elif field.name == "banks":
+            values.extend(self._random.sample(self._banks, self._random.randint(1, len(self._banks))))
+        elif field.name == "experts":
+            values.extend(self._random.sample(range(8), self._random.randint(1, 8)))
+        elif field.name != "known_versions":
+            values.append(self._scalar(field))
 
     def _scalar(self, field: FieldDescriptor) -> Any:
         match field.cpp_type:
@@ -133,31 +148,33 @@ class Fuzzer:
             case FieldDescriptor.CPPTYPE_STRING:
                 return self._string(field.name)
             case FieldDescriptor.CPPTYPE_DOUBLE | FieldDescriptor.CPPTYPE_FLOAT:
-                return self._random.choice(_FLOATS)
+                return self._random.choice(_FLOATS) if self._is_wild() else 0.5
             case FieldDescriptor.CPPTYPE_BOOL:
                 return self._random.random() < 0.5
             case FieldDescriptor.CPPTYPE_ENUM:
-                return self._random.choice((0, 1, 2, 3, 77, -1, 2**31 - 1))
+                return self._random.choice((0, 1, 2, 3, 77, -1, 2**31 - 1)) if self._is_wild() else self._random.randrange(2)
             case FieldDescriptor.CPPTYPE_UINT32:
-                return self._number() % 2**32
+                return self._number(field.name) % 2**32
             case FieldDescriptor.CPPTYPE_INT64:
-                return self._number() - 2**63
+                return self._number(field.name) - 2**63
             case _:
-                return self._number()
+                return self._number(field.name)
 
-    def _number(self) -> int:
-        if self._random.random() < 0.5:
-            return self._random.randrange(8)
-        return self._random.choice(_EDGES)
+    def _number(self, name: str = "") -> int:
+        if self._is_wild():
+            return self._random.choice(_EDGES)
+        if name in ("local_session", "staged_at"):
+            return 0
+        if name == "interval_ms":
+            return 100
+        return self._random.randrange(1, 9)
 
     def _string(self, name: str) -> str:
-        if name == "dtype":
-            return self._random.choice(_DTYPES)
-        if name == "algorithm":
-            return self._random.choice(_ALGORITHMS)
-        if name in ("bank", "source", "banks") and self._random.random() < 0.6:
+        if self._is_wild():
+            return self._random.choice({"dtype": _DTYPES, "algorithm": _ALGORITHMS}.get(name, _NAMES))
+        if name in ("bank", "source"):
             return self._random.choice(self._banks)
-        return self._random.choice(_NAMES)
+        return {"dtype": "float32", "algorithm": "uniform_v1"}.get(name, f"n{self._random.randrange(30)}")
 
     def _damaged(self, message: bytes) -> bytes:
         damaged = bytearray(message)
@@ -176,6 +193,7 @@ class Fuzzer:
 
     def _pushes(self) -> Iterator[bytes]:
         """A push stream that begins well, and then does not."""
+        self._wildness = 0.5
         make = expert_pb2.PushExpertsRequest
         yield make(
             open=expert_pb2.PushOpen(bank=self._random.choice(self._banks), writer_id=f"w{self._random.randrange(3)}")
@@ -185,14 +203,18 @@ class Fuzzer:
             header.parameter_bytes, header.optimizer_bytes = self._random.choice(
                 ((4096, 4096), (4096, 4096), (8192, 0), (0, 0), (2**63, 2**63))
             )
+            if self._random.random() < 0.7:
+                header.parameter_xxh3 = header.optimizer_xxh3 = xxhash.xxh3_64_intdigest(bytes(4096))
+                header.push_number = self._random.randrange(1, 1 << 30)
+                header.base_version = self._random.choice((0, 0, self._number()))
             header.durability = self._random.choice((0, 0, 1, 9))  # type: ignore[assignment]
             if self._random.random() < 0.2:
                 header.staged_at = self._number()
             yield make(header=header).SerializeToString()
             offset = 0
-            while offset < 8192 and self._random.random() < 0.9:
-                size = self._random.choice((0, 1, 4096, 8192 - offset, 10_000))
-                at = offset if self._random.random() < 0.7 else self._number()
+            while offset < 8192 and self._random.random() < 0.95:
+                size = self._random.choice((4096, 4096, 8192 - offset, 8192 - offset, 0, 1, 10_000))
+                at = offset if self._random.random() < 0.9 else self._number()
                 message = make(chunk=expert_pb2.Chunk(offset=at, payload=bytes(size))).SerializeToString()
                 yield self._damaged(message) if self._random.random() < 0.1 else message
                 offset += max(size, 1)
