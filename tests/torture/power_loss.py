@@ -1,17 +1,16 @@
 """Losing power, simulated: everything that is done to a directory is recorded, and any moment of it can be the last.
 
-    with Recorder(directory) as recorder:      # os.*, open and SQLite
+    with Recorder(directory) as recorder:                # os.* and SQLite
         ...                                    # a real engine works in it
     recorder.survivors(moment, choose)         # what a disk may hold after power was lost then
 
-What was synced before the moment survives. Of everything else any part may: each write, cut, allocation or name separately, and of a write any of its
-512-byte sectors. A file's sync covers its bytes, not its name; a directory's sync covers the names in it. Knows nothing of what is stored.
+What was synced before the moment survives. Of everything else any part may: each write, cut, allocation or name separately, and of a
+write any of its 512-byte sectors. A file's sync covers its bytes, not its name; a directory's covers the names in it. Knows nothing of what
+is stored.
 """
 
 from __future__ import annotations
 
-import builtins
-import io
 import os
 import random
 import sqlite3
@@ -25,6 +24,8 @@ from typing import Any
 from unittest import mock
 
 import apsw
+
+from ooc_moe_server import slab
 
 SECTOR_BYTES = 512
 
@@ -72,8 +73,8 @@ class Recorder:
         self._fds: dict[int, str] = {}
         self._unlinked: dict[int, Node] = {}
         self._patches = [mock.patch.object(os, name, self._shim(name)) for name in _SHIMS]
-        self._patches += [mock.patch.object(module, "open", self._plain_open) for module in (io, builtins)]
         self._patches.append(mock.patch.object(sqlite3, "connect", self._connect))
+        self._patches.append(mock.patch.object(slab, "_punch", self._punch))
         self._import(self.root)
         self._vfs = _RecordingVFS(self)
 
@@ -265,7 +266,7 @@ class Recorder:
             self.finish(self.change(path, lambda content: _resize(content, max(len(content), offset + length))))
 
     def _os_fsync(self, real: Any, fd: int) -> None:
-        path = self._fds.get(fd) or self._observe_fd(fd)
+        path = self._fds.get(fd)
         if path is None:
             real(fd)
             return
@@ -276,8 +277,6 @@ class Recorder:
 
     def _os_replace(self, real: Any, source: Any, target: Any) -> None:
         covered, to = self.covers(source), self.covers(target)
-        if covered:
-            self._observe(covered)
         real(source, target)
         if covered and to:
             self.renamed(covered, to)
@@ -297,38 +296,12 @@ class Recorder:
         if covered := self.covers(path):
             self.created(covered, is_directory=True)
 
-    # Files that Python opened: their writes cannot be seen, their content can.
+    _real_punch = staticmethod(slab._punch)
 
-    _real_open = staticmethod(io.open)
-
-    def _plain_open(self, file: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
-        opened = self._real_open(file, mode, *arguments, **options)
-        covered = self.covers(file)
-        if covered and set(mode) & set("wax+"):
-            self._observe(covered)
-        return opened
-
-    def _observe_fd(self, fd: int) -> str | None:
-        try:
-            path = self.covers(os.readlink(f"/proc/self/fd/{fd}"))
-        except OSError:
-            return None
-        if path is None or path.endswith("-shm"):
-            return None
-        if not (self.knows(path) and self._nodes[path].is_directory):
-            self._observe(path)
-        return path
-
-    def _observe(self, path: str) -> None:
-        """Records whatever became of a file unseen, as one write."""
-        with self._real_open(path, "rb") as file:
-            content = file.read()
-        with self._lock:
-            if not self.knows(path):
-                self.created(path)
-            if self._nodes[path].now != content:
-                self.truncate(path, 0)
-                self.write(path, 0, content)
+    def _punch(self, fd: int, offset: int, size: int) -> None:
+        self._real_punch(fd, offset, size)
+        if path := self._fds.get(fd):
+            self.finish(self.change(path, lambda content: _zero(content, offset, size)))
 
     def _import(self, path: str) -> Node:
         """What is there already is durable."""
@@ -425,6 +398,11 @@ def _write(content: bytearray, offset: int, data: bytes) -> None:
     if len(content) < offset:
         content.extend(bytes(offset - len(content)))
     content[offset : offset + len(data)] = data
+
+
+def _zero(content: bytearray, offset: int, size: int) -> None:
+    size = max(0, min(size, len(content) - offset))
+    content[offset : offset + size] = bytes(size)
 
 
 def _resize(content: bytearray, size: int) -> None:

@@ -120,7 +120,7 @@ class Ledger:
             if snapshot.acknowledged < inf and snapshot.delete_began == inf and any(bank.delete_began == inf for bank in snapshot.contents)
         ]
 
-    def newest_version(self, moment: float = inf) -> int:
+    def newest_version(self, moment: float) -> int:
         """The newest version that anybody was told of."""
         return max(
             (
@@ -133,8 +133,10 @@ class Ledger:
             default=0,
         )
 
-    async def check(self, engine: Engine, moment: float = inf, *, damaged: Callable[[OocMoeError], bool] | None = None) -> int:
-        """Compares a reopened store with what was promised at `moment`; returns how many experts were refused as damaged.
+    async def check(self, engine: Engine, moment: float, *, damaged: Callable[[OocMoeError], bool] | None = None) -> int:
+        """Compares a store with what was promised at `moment`; returns how many experts were refused as damaged.
+
+        Pushes to one expert in the end, which is noted as later than `moment`.
 
         Raises:
             BrokenPromise: it lost, mixed or invented something, or refused an expert that `damaged` does not forgive.
@@ -215,9 +217,14 @@ class Ledger:
         newest = self.newest_version(moment)
         for bank in banks:
             current = engine.catalog.bank(bank.name).record(0).version
-            outcome = (await push(engine, bank.name, {0: (current, random_body(bank.spec.layout, 99))}, self.push_numbers))[0]
+            number = next(self.push_numbers)
+            value = Value(body=random_body(bank.spec.layout, number), push_number=number, began=self.clock())
+            outcome = (await push(engine, bank.name, {0: (current, value.body)}, [number]))[0]
             _require(not outcome.HasField("error"), f"bank {bank.name!r} takes no pushes: {outcome.error.message}")
             _require(outcome.version > newest, f"version {outcome.version} was used before: {newest} was acknowledged")
+            value.version, value.acknowledged = outcome.version, self.clock()
+            value.durable = value.acknowledged
+            bank.history(0).append(value)
             return
 
 

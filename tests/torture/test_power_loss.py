@@ -1,4 +1,4 @@
-"""Power loss at any moment, with any part of what was not synced: what was acknowledged as durable is there, whole, and nothing is invented.
+"""Power loss at any moment, with any part of what was not synced: what was acknowledged as durable is there, whole; nothing is invented.
 
 python -m pytest tests/torture/test_power_loss.py -m slow --results tests/bench/results
 """
@@ -24,8 +24,10 @@ DRAM_BYTES = 160 << 10  # A dozen records: fewer than there are.
 
 @pytest.fixture(autouse=True)
 def small_files(monkeypatch):
-    """Slabs that grow often, by little."""
+    """Slabs that grow often, by little, and give back what is free."""
     monkeypatch.setattr(slab, "GROWTH_BYTES", 64 << 10)
+    monkeypatch.setattr(slab, "RESERVE_BYTES", 32 << 10)
+    monkeypatch.setattr(slab, "RESERVE_PART", 1 << 20)
 
 
 async def record(root: Path, rng: random.Random, *, num_rounds: int, lying: tuple[str, ...] = ()) -> tuple[Recorder, Ledger]:
@@ -60,7 +62,7 @@ def moments(ledger: Ledger, recorder: Recorder, rng: random.Random, count: int) 
     acknowledged += [each for bank in ledger.banks for each in (bank.acknowledged, bank.deleted, *(size[2] for size in bank.sizes))]
     acknowledged += [each for snapshot in ledger.snapshots for each in (snapshot.acknowledged, snapshot.deleted)]
     sharp = sorted({each for each in acknowledged if 0 < each < float("inf")})
-    return [rng.choice(sharp) if rng.random() < 0.5 else rng.uniform(1, recorder.clock) for _ in range(count)]
+    return [rng.choice(sharp) if rng.random() < 0.5 else rng.uniform(sharp[0], recorder.clock) for _ in range(count)]
 
 
 def draw(rng: random.Random) -> Choice:

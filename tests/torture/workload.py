@@ -85,7 +85,7 @@ class Workload:
         bank.sizes[-1] = (size, began, self.ledger.clock())
 
     async def delete(self, bank: BankPromise) -> None:
-        bank.delete_began = self.ledger.clock()
+        bank.delete_began = min(bank.delete_began, self.ledger.clock())
         await self.engine.changes.delete_bank(bank.name)
         bank.deleted = self.ledger.clock()
         for snapshot in self.ledger.snapshots:
@@ -157,7 +157,7 @@ class Workload:
             value.acknowledged = value.durable = now
 
     async def drop(self, snapshot: SnapshotPromise) -> None:
-        snapshot.delete_began = self.ledger.clock()
+        snapshot.delete_began = min(snapshot.delete_began, self.ledger.clock())
         await self.engine.changes.delete_snapshot(snapshot.id)
         snapshot.deleted = self.ledger.clock()
 
