@@ -25,6 +25,7 @@ from ooc_moe_wire.v1 import bank_pb2
 BLOCK_BYTES = 4096
 TENSOR_ALIGN_BYTES = 64
 RECORD_BYTES_MAX = 1 << 31
+DIMENSIONS_MAX = 32  # Of an array of numpy 1.
 
 # bfloat16 has no numpy dtype: its raw words stand in.
 _NUMPY_DTYPE = {
@@ -58,6 +59,8 @@ class TensorSpec:
             raise InvalidRequest(f"tensor.name: {self.name!r} is not 1 to 64 letters, digits, '_' or '.'")
         if self.dtype not in _NUMPY_DTYPE:
             raise InvalidRequest(f"tensor {self.name!r}: dtype {self.dtype!r} is not one of {', '.join(_NUMPY_DTYPE)}")
+        if len(self.shape) > DIMENSIONS_MAX:
+            raise InvalidRequest(f"tensor {self.name!r}: shape has {len(self.shape)} dimensions, at most {DIMENSIONS_MAX} are possible")
         if not self.shape or any(size < 1 for size in self.shape):
             raise InvalidRequest(f"tensor {self.name!r}: shape {self.shape} needs at least one dimension, each at least 1")
         if self.initializer.algorithm == "uniform_v1" and self.dtype != "float32":

@@ -159,6 +159,7 @@ def tensor(**changes) -> bank_pb2.Tensor:
         ({"parameters": [tensor(dtype="")]}, "dtype ''"),
         ({"parameters": [tensor(shape=[])]}, "tensor 'w': shape"),
         ({"parameters": [tensor(shape=[3, 0])]}, r"tensor 'w': shape \(3, 0\)"),
+        ({"parameters": [tensor(shape=[1] * 33)]}, "tensor 'w': shape has 33 dimensions, at most 32"),
         ({"parameters": [tensor(shape=[1 << 31])]}, "record: .* bytes are more than 2147483648"),
         ({"parameters": [tensor(shape=[(1 << 64) - 1] * 9)]}, "record: .* bytes are more than 2147483648"),
         ({"parameters": [tensor(algorithm="normal_v1")]}, "initializer.algorithm: 'normal_v1'"),
