@@ -72,5 +72,5 @@ def _sizes(text: str) -> tuple[int, ...]:
 
 def _command() -> str:
     """The command as it was given, without places of this machine."""
-    words = ["DIR" if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     return shlex.join(["ooc-moe", *words])

@@ -199,7 +199,7 @@ def _stats_cells(stats: StatsRow) -> tuple[str, ...]:
         "GetStats",
         size_text(stats.record_bytes),
         f"{stats.served:.2f} by {stats.streams} streams",
-        f"p99 {stats.p99_ms:.1f} ms, p50 {stats.p50_ms:.1f} ms",
+        f"p99 {stats.p99_ms:.1f} ms (p50 {stats.p50_ms:.1f})",
         f"{must:.0f} ms",
         f"{aim:.0f} ms",
         stats.reached,

@@ -165,7 +165,7 @@ def test_the_saved_table_says_how_it_was_made_and_keeps_the_notes(tmp_path):
     assert "- command: `ooc-moe bench store`" in text
     assert "- missing: fio (apt install fio)" in text
     assert "| **fetch from DRAM** | local | 8 MiB | 9.00 [9.00, 9.00] | 0.90 x memcpy | 0.85 | 0.95 | must |" in text
-    assert "p99 12.0 ms" in text
+    assert "p99 12.0 ms (p50 2.0) | 25 ms | 10 ms | must |" in text
     path.write_text(text[: text.index(NOTES)] + f"{NOTES}\n\nThe copy does.\n")
     save(results, TITLES, path)
     assert path.read_text() == markdown(results, TITLES, notes=f"{NOTES}\n\nThe copy does.\n")
