@@ -1,0 +1,203 @@
+"""Which eviction policy suits which use: hit rates of LRU, S3-FIFO and the offline optimum on the same traces.
+
+    python -m ooc_moe.bench.policies [--seed N] [--results FILE]
+
+The policies are those of the daemon and the trainer's cache (ooc_moe_wire.policy), not copies. Traces are of expert ids, made from a seed;
+records are of one size, and every miss is brought in. No daemon runs, and nothing is timed.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from ooc_moe.bench.machine import facts
+from ooc_moe_wire.policy import LRU, S3FIFO, Belady, EvictionPolicy
+
+CACHE_SHARES = (0.05, 0.1, 0.25, 0.5)
+NUM_GAMES = 57
+NUM_LAYERS = 4
+POOL_EXPERTS = 8  # Of one game in one layer.
+TOP_K = 2
+GAME_EXPERTS = NUM_LAYERS * POOL_EXPERTS
+POLICIES = ("LRU", "S3-FIFO", "Belady")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trace:
+    """The experts that were asked for, in order."""
+
+    name: str
+    what: str
+    experts: Sequence[int]
+
+    @property
+    def num_experts(self) -> int:
+        """How many different ones."""
+        return len(set(self.experts))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One trace with a cache of one size; hit rates in the order of POLICIES."""
+
+    trace: Trace
+    cache_share: float
+    cache_experts: int
+    hit_rates: tuple[float, ...]
+
+
+def hit_rate(policy: EvictionPolicy[int], trace: Sequence[int], cache_experts: int) -> float:
+    """Hits per access of a cache that begins empty and takes in every miss."""
+    residents: set[int] = set()
+    num_hits = 0
+    for expert in trace:
+        if expert in residents:
+            num_hits += 1
+            policy.touch(expert)
+            continue
+        if len(residents) == cache_experts:
+            victim = next(policy.victims())
+            policy.evict(victim)
+            residents.remove(victim)
+        policy.insert(expert)
+        residents.add(expert)
+    return num_hits / len(trace)
+
+
+def traces(seed: int, *, length: int = 60_000, num_games: int = NUM_GAMES) -> list[Trace]:
+    """All traces, of about `length` accesses each."""
+    rng = np.random.default_rng(seed)
+    num_experts = num_games * GAME_EXPERTS
+    return [
+        Trace(
+            name="zipf",
+            what="independent draws, the n-th most popular expert with weight 1 / n",
+            experts=rng.choice(num_experts, length, p=_zipf(num_experts, 1.0)).tolist(),
+        ),
+        Trace(
+            name="games",
+            what=f"{num_games} games in random turns of 40 steps, each for {TOP_K} of {POOL_EXPERTS} experts in {NUM_LAYERS} layers",
+            experts=_cut(_turns(rng, num_games, steps=40), length),
+        ),
+        Trace(
+            name="cyclic scan",
+            what=f"all {num_experts} experts in the same order again and again",
+            experts=[access % num_experts for access in range(length)],
+        ),
+        Trace(
+            name="games + scans",
+            what=f"turns of {max(1, num_games // 8)} games; after every 20 an evaluation: all {num_games} games' experts, once each",
+            experts=_cut(_turns_with_evaluations(rng, num_games), length),
+        ),
+    ]
+
+
+def compare(made: Sequence[Trace], shares: Sequence[float] = CACHE_SHARES) -> Iterator[Row]:
+    """A row for each trace and size of cache, as it is done."""
+    for trace in made:
+        for share in shares:
+            cache_experts = max(1, round(share * trace.num_experts))
+            policies: tuple[EvictionPolicy[int], ...] = (LRU(), S3FIFO(), Belady(trace.experts))
+            rates = tuple(hit_rate(policy, trace.experts, cache_experts) for policy in policies)
+            yield Row(trace=trace, cache_share=share, cache_experts=cache_experts, hit_rates=rates)
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """For a terminal."""
+    shown = Table("trace", "experts", "accesses", "cache", *POLICIES, box=SIMPLE_HEAD)
+    for column in shown.columns[1:]:
+        column.justify = "right"
+    for index, row in enumerate(rows):
+        if index and row.trace is not rows[index - 1].trace:
+            shown.add_section()
+        shown.add_row(*_cells(row))
+    return shown
+
+
+def markdown(rows: Sequence[Row], *, command: str) -> str:
+    """For a file: what ran on what, the traces, the table."""
+    kept = facts(Path(), command=command, rounds=1) | {"command": f"`{command}`"}
+    headings = ("trace", "experts", "accesses", "cache", *POLICIES)
+    lines = ["# ooc-moe bench policies", "", "Hit rates; each trace by every policy.", ""]
+    lines += [f"- {name}: {value}" for name, value in kept.items()]
+    lines += [f'- trace "{name}": {what}' for name, what in dict.fromkeys((row.trace.name, row.trace.what) for row in rows)]
+    lines += ["", f"| {' | '.join(headings)} |", "|---|" + "---:|" * (len(headings) - 1)]
+    lines += [f"| {' | '.join(_cells(row))} |" for row in rows]
+    return "\n".join([*lines, ""])
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    cache = f"{row.cache_experts} ({row.cache_share:.0%})"
+    rates = (f"{rate:.1%}" for rate in row.hit_rates)
+    return (row.trace.name, str(row.trace.num_experts), str(len(row.trace.experts)), cache, *rates)
+
+
+def _zipf(number: int, exponent: float) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    weights = np.arange(1, number + 1, dtype=np.float64) ** -exponent
+    normal: np.ndarray[tuple[int], np.dtype[np.float64]] = weights / weights.sum()
+    return normal
+
+
+def _cut(experts: Iterator[int], length: int) -> list[int]:
+    return [expert for expert, _ in zip(experts, range(length), strict=False)]
+
+
+def _turns(rng: np.random.Generator, num_games: int, *, steps: int) -> Iterator[int]:
+    """Games in rounds of random order."""
+    while True:
+        for game in rng.permutation(num_games):
+            yield from _turn(rng, int(game), steps)
+
+
+def _turn(rng: np.random.Generator, game: int, steps: int) -> Iterator[int]:
+    """Some steps of one game: layer by layer, each time some of its pool, a few of them more often than the others."""
+    popularity = _zipf(POOL_EXPERTS, 0.8)
+    for _ in range(steps):
+        for layer in range(NUM_LAYERS):
+            first = game * GAME_EXPERTS + layer * POOL_EXPERTS
+            yield from (first + int(expert) for expert in rng.choice(POOL_EXPERTS, TOP_K, replace=False, p=popularity))
+
+
+def _turns_with_evaluations(rng: np.random.Generator, num_games: int) -> Iterator[int]:
+    turns = _turns(rng, max(1, num_games // 8), steps=10)
+    accesses_between = 20 * 10 * NUM_LAYERS * TOP_K
+    while True:
+        yield from _cut(turns, accesses_between)
+        yield from range(num_games * GAME_EXPERTS)
+
+
+def run(console: Console, *, seed: int, show: Callable[[str], None]) -> list[Row]:
+    """Compares on all traces, saying on the way which is done, and prints the table."""
+    rows = []
+    for row in compare(traces(seed)):
+        show(f"{row.trace.name}, {row.cache_share:.0%}")
+        rows.append(row)
+    console.print(table(rows))
+    return rows
+
+
+def main(
+    seed: Annotated[int, typer.Option(help="Makes the traces.")] = 0,
+    results: Annotated[Path | None, typer.Option(help="Save the table here.", metavar="FILE")] = None,
+) -> None:
+    """Compare the hit rates of LRU, S3-FIFO and the offline optimum (Belady) on the same traces; takes less than a minute."""
+    console, progress = Console(), Console(stderr=True)
+    with progress.status("") as status:
+        rows = run(console, seed=seed, show=status.update)
+    if results is not None:
+        results.parent.mkdir(parents=True, exist_ok=True)
+        results.write_text(markdown(rows, command=shlex.join(["ooc-moe", "bench", "policies", "--seed", str(seed)])))
+
+
+if __name__ == "__main__":
+    typer.run(main)
