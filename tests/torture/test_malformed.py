@@ -22,13 +22,18 @@ import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from ooc_moe_client.remote import RemoteStore
+from ooc_moe_client.store import Plane, Push
 from ooc_moe_wire.codec import MESSAGE_BYTES_MAX, TRAINER_KEY
 from ooc_moe_wire.errors import ERROR_KEY, STATUS, Internal
 from ooc_moe_wire.local import PACKET_BYTES_MAX, Welcome, pack_release, pack_stage
 from ooc_moe_wire.v1 import expert_pb2, local_pb2, local_pb2_grpc, stats_pb2, stats_pb2_grpc
 from tests.conftest import DaemonProcess
 from tests.server.conftest import Client, layout_of
+from tests.torture.bodies import Tag, body_of, spec_of
+from tests.torture.bodies import layout_of as layout_of_bytes
 from tests.torture.fuzz import Fuzzer, Method, message_of, methods
+from tests.torture.load import fetch
 
 NUM_MESSAGES, NUM_MESSAGES_SLOW = 2400, 50_000
 NUM_THREADS = 4
@@ -47,10 +52,11 @@ class Victim:
         self.client = Client(daemon.target, layout=layout_of())
         self._process = psutil.Process(daemon.pid)
         self._pid = daemon.pid
-        self.client.create("precious", 4)
-        self._bodies = {expert: self.client.random_body(expert) for expert in range(4)}
-        self.client.put("precious", self._bodies, writer_id="before")
-        self._stream = self.client.stream("precious", "keeper")  # Held open, nobody else may change or delete it.
+        self._layout = layout_of_bytes(12_000)
+        self._versions, self._round = [0] * 4, 0
+        self._keeper = RemoteStore(daemon.target, plane=Plane.STREAM)
+        self._keeper.create_bank(spec_of("precious", self._layout, 1, len(self._versions)))
+        self._keeper.open_for_writing("precious")  # Nobody else may write, restore or delete it from now on.
 
     def remake_banks(self) -> None:
         """The banks that are fair game."""
@@ -73,17 +79,19 @@ class Victim:
         assert self.daemon.pid == self._pid
         health = health_pb2_grpc.HealthStub(self.client.channel).Check(health_pb2.HealthCheckRequest(), timeout=CALL_S)
         assert health.status == health_pb2.HealthCheckResponse.SERVING
-        got = self.client.fetch("precious", range(4))
-        assert {expert: bytes(each.body) for expert, each in got.items()} == self._bodies
-        for expert in range(4):
-            self._bodies[expert] = self.client.random_body(random.randrange(1 << 40))
-            outcome = self._stream.push(
-                expert, self._bodies[expert], base_version=got[expert].header.version, push_number=got[expert].header.version + 1
-            )
-            assert not outcome.HasField("error"), outcome
-        assert {expert: self.client.body("precious", expert) for expert in range(4)} == self._bodies
+        assert self._found() == {expert: (version, Tag(1, expert, self._round)) for expert, version in enumerate(self._versions)}
+        self._round += 1
+        bodies = [body_of(self._layout, Tag(1, expert, self._round)) for expert in range(len(self._versions))]
+        pushes = [Push(expert=e, base_version=version, body=bodies[e]) for e, version in enumerate(self._versions)]
+        outcomes = self._keeper.push("precious", pushes)
+        assert all(isinstance(outcome, int) for outcome in outcomes), outcomes
+        self._versions = [int(str(outcome)) for outcome in outcomes]
+        assert self._found() == {expert: (version, Tag(1, expert, self._round)) for expert, version in enumerate(self._versions)}
         log = "".join(self.daemon.log)
         assert "Traceback" not in log, log[log.index("Traceback") - 300 :][:3000]
+
+    def _found(self) -> dict[int, tuple[int, Tag]]:
+        return fetch(self._keeper, "precious", self._layout, 1, range(len(self._versions)))
 
     def _wait_until_quiet(self) -> None:
         until = time.monotonic() + QUIET_S
@@ -101,12 +109,12 @@ class Victim:
             "sessions": queues.local_sessions,
             "leased_bytes": queues.leased_bytes,
             "pinned_bytes": stats.dram.pinned_bytes,
-            "writers": sum(bank.writer_id not in ("", "keeper") for bank in stats.banks),
+            "writers": sum(bank.writer_id != "" for bank in stats.banks) - 1,
         }
         return {what: number for what, number in left.items() if number}
 
     def close(self) -> None:
-        self._stream.hang_up()
+        self._keeper.close()
         self.client.channel.close()
 
 
