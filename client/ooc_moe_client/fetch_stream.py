@@ -194,7 +194,8 @@ class FetchStream:
         if any(len(column) != len(ids) for column in columns):
             raise Internal(f"bank {self._bank!r}: leases with columns of different lengths")
         self._leases = zip(ids, *columns, strict=True)
-        used_max = max(1, RELEASED_BYTES // self._num_bytes)
+        # In parts: where the session's share of the arena is small, the next batch needs the room of this one.
+        used_max = max(1, min(RELEASED_BYTES // self._num_bytes, len(ids) // 4))
         for lease in self._leases:
             self._used.append(lease[0])
             fetched = self._copy(lease)
