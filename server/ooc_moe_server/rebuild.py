@@ -307,18 +307,20 @@ def _replace_index(data_dir: Path, catalog: Catalog, sequence: int) -> None:
     workshop = data_dir / "index.rebuilding"
     shutil.rmtree(workshop, ignore_errors=True)
     workshop.mkdir()
-    index = Index(workshop / "index.sqlite")
     try:
-        index.fill(catalog, sequence)
+        index = Index(workshop / "index.sqlite")
+        try:
+            index.fill(catalog, sequence)
+        finally:
+            index.close()  # Folds the WAL in.
+        _sync(workshop / "index.sqlite")
+        path = data_dir / "index.sqlite"
+        if any(path.with_name(path.name + suffix).exists() for suffix in _INDEX_FILES):
+            _move_index_aside(path)
+        os.replace(workshop / "index.sqlite", path)
+        sync_directory(data_dir)
     finally:
-        index.close()  # Folds the WAL in.
-    _sync(workshop / "index.sqlite")
-    path = data_dir / "index.sqlite"
-    if any(path.with_name(path.name + suffix).exists() for suffix in _INDEX_FILES):
-        _move_index_aside(path)
-    os.replace(workshop / "index.sqlite", path)
-    sync_directory(data_dir)
-    shutil.rmtree(workshop, ignore_errors=True)
+        shutil.rmtree(workshop, ignore_errors=True)
 
 
 def _move_index_aside(path: Path) -> None:

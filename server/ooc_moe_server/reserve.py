@@ -19,7 +19,9 @@ Result = TypeVar("Result")
 
 # The first transactions and a start take less.
 RESERVE_BYTES_MIN = 4 << 20
-_STEP_BYTES = 1 << 20
+# Less room than this is as good as none.
+_STEP_BYTES = 64 << 10
+_ROOM_BYTES_TO_START = 1 << 20
 
 
 class Reserve:
@@ -27,6 +29,8 @@ class Reserve:
 
     def __init__(self, data_dir: Path) -> None:
         self._path, self._index = data_dir / "RESERVE", data_dir / "index.sqlite"
+        self._is_kept = False  # Not during a start, which needs the room.
+        self._is_short = False
 
     @property
     def held_bytes(self) -> int:
@@ -41,7 +45,8 @@ class Reserve:
             if not is_disk_full(error) or not self.give_up():
                 raise
             result = work()
-        self.take()
+        if self._is_kept:
+            self.take()
         return result
 
     def require(self) -> None:
@@ -51,17 +56,19 @@ class Reserve:
             raise OSError(errno.ENOSPC, "the disk is full, and its reserve is in use")
 
     def take(self) -> None:
-        """Takes what is missing, as far as there is room."""
+        """Takes what is missing, as far as there is room; from then on `run` does so too."""
+        self._is_kept = True
         wanted, held = self._wanted_bytes(), self.held_bytes
         if held >= wanted:
             return
-        disk = os.statvfs(self._path.parent)
-        room = held + disk.f_bavail * disk.f_frsize - _STEP_BYTES
-        num_bytes = min(wanted, room // _STEP_BYTES * _STEP_BYTES)
-        if num_bytes > held:
-            self._allocate(num_bytes)
-        if num_bytes < wanted:
-            log.warning("the disk is nearly full: %d of %d reserved bytes are held", self.held_bytes, wanted)
+        fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            held = _grow(fd, held, wanted)
+        finally:
+            os.close(fd)
+        if held < wanted and not self._is_short:
+            log.warning("the disk is full: %d of %d reserved bytes are held", held, wanted)
+        self._is_short = held < wanted
 
     def give_up(self) -> bool:
         """Frees the room; False when there was none to free."""
@@ -74,22 +81,27 @@ class Reserve:
     def make_room(self) -> None:
         """Gives it up if the disk is all but full: for a start, whose first steps fail in too many ways to try each twice."""
         disk = os.statvfs(self._path.parent)
-        if disk.f_bavail * disk.f_frsize < _STEP_BYTES:
+        if disk.f_bavail * disk.f_frsize < _ROOM_BYTES_TO_START:
             self.give_up()
 
     def _wanted_bytes(self) -> int:
         """Deleting a bank may write every page of the index to its WAL, and snapshots' manifests, which are no longer than the index."""
-        return RESERVE_BYTES_MIN + 2 * (_size(self._index) // _STEP_BYTES * _STEP_BYTES)
+        return RESERVE_BYTES_MIN + 2 * (_size(self._index) >> 20 << 20)
 
-    def _allocate(self, num_bytes: int) -> None:
-        fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+
+def _grow(fd: int, held: int, wanted: int) -> int:
+    """Allocates as much of a file as there is room for; returns its new size."""
+    step = wanted - held
+    while held < wanted and step >= _STEP_BYTES:
         try:
-            os.posix_fallocate(fd, 0, num_bytes)
+            os.posix_fallocate(fd, held, min(step, wanted - held))
+            held += min(step, wanted - held)
         except OSError as error:
-            os.ftruncate(fd, 0)  # Some file systems keep the part that did fit.
-            log.warning("the reserve of %d bytes was not taken: %s", num_bytes, error.strerror)
-        finally:
-            os.close(fd)
+            if not is_disk_full(error):
+                raise
+            os.ftruncate(fd, held)  # Some file systems keep the part that did fit.
+            step //= 2
+    return held
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -9,6 +9,7 @@ import sqlite3
 
 import pytest
 
+from ooc_moe_server import reserve
 from ooc_moe_server.durable import write_durably
 from ooc_moe_server.index import Index
 from ooc_moe_server.reserve import RESERVE_BYTES_MIN, Reserve
@@ -29,8 +30,8 @@ class FullDisk:
         monkeypatch.setattr(Index, "_remove", self._unless_full(Index._remove))
         monkeypatch.setattr(Index, "_check_committed", self._unless_full(Index._check_committed))
         monkeypatch.setattr("ooc_moe_server.manifests.write_durably", self._unless_full(write_durably))
-        allocate = Reserve._allocate
-        monkeypatch.setattr(Reserve, "_allocate", lambda reserve, num_bytes: None if self.is_full else allocate(reserve, num_bytes))
+        grow = reserve._grow
+        monkeypatch.setattr(reserve, "_grow", lambda fd, held, wanted: held if self.is_full else grow(fd, held, wanted))
 
     def _unless_full(self, work):
         def attempt(*arguments, **options):
@@ -99,35 +100,35 @@ def test_on_a_full_disk_banks_and_snapshots_can_be_deleted_and_a_daemon_can_star
 
 
 def test_work_is_tried_once_more_without_the_reserve_which_is_then_taken_again(tmp_path):
-    reserve = Reserve(tmp_path)
-    reserve.take()
-    assert reserve.held_bytes == RESERVE_BYTES_MIN
+    kept = Reserve(tmp_path)
+    kept.take()
+    assert kept.held_bytes == RESERVE_BYTES_MIN
     sqlite_full = sqlite3.OperationalError("full")
     sqlite_full.sqlite_errorcode = sqlite3.SQLITE_FULL
     for error in (FULL, sqlite_full):
         seen = []
 
         def work(seen=seen, error=error):
-            seen.append(reserve.held_bytes)
-            if reserve.held_bytes:
+            seen.append(kept.held_bytes)
+            if kept.held_bytes:
                 raise error
             return "done"
 
-        assert reserve.run(work) == "done"
+        assert kept.run(work) == "done"
         assert seen == [RESERVE_BYTES_MIN, 0]
-        assert reserve.held_bytes == RESERVE_BYTES_MIN
+        assert kept.held_bytes == RESERVE_BYTES_MIN
 
 
 def test_other_errors_leave_the_reserve_alone(tmp_path):
-    reserve = Reserve(tmp_path)
-    reserve.take()
+    kept = Reserve(tmp_path)
+    kept.take()
 
     def broken():
         raise OSError(errno.EIO, "broken")
 
     with pytest.raises(OSError, match="broken"):
-        reserve.run(broken)
-    assert reserve.held_bytes == RESERVE_BYTES_MIN
+        kept.run(broken)
+    assert kept.held_bytes == RESERVE_BYTES_MIN
 
 
 def test_a_disk_that_is_full_from_the_start_is_a_warning(tmp_path, monkeypatch, caplog):
@@ -135,9 +136,9 @@ def test_a_disk_that_is_full_from_the_start_is_a_warning(tmp_path, monkeypatch, 
         raise FULL
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    reserve = Reserve(tmp_path)
-    reserve.take()
-    assert reserve.held_bytes == 0
-    assert "was not taken" in caplog.text
+    kept = Reserve(tmp_path)
+    kept.take()
+    assert kept.held_bytes == 0
+    assert "the disk is full: 0 of" in caplog.text
     with pytest.raises(OSError, match="reserve"):
-        reserve.require()
+        kept.require()
