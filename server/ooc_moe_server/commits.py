@@ -15,9 +15,9 @@ import errno
 import logging
 import sqlite3
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Collection, Iterable
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -38,7 +38,8 @@ Result = TypeVar("Result")
 ROUND_MAX = 256
 # A group whose sync failed is written anew so often in all; then the device is given up on, and the pushes are refused.
 SYNC_TRIES = 3
-# Of the arena, what may be acknowledged and not yet written: it cannot be evicted, and reads need the rest. Beyond it pushes wait for their commit.
+# Of the arena, what may be acknowledged and not yet written: it cannot be evicted, and reads need room. Beyond it pushes
+# are acknowledged after their commit.
 UNSAVED_SHARE = 1 / 4
 # Written back at the same time: few, so that durable pushes find a thread, and that a newer push finds the older not yet written.
 WRITE_BACKS_MAX = 2
@@ -71,6 +72,8 @@ class Push:
     in_round: asyncio.Future[OocMoeError | None] = field(default_factory=_future)  # The round's answer; a new one for each try.
     tried: asyncio.Future[OocMoeError | None] = field(default_factory=_future)  # The end of a try to write it back, likewise.
     hurry: asyncio.Event = field(default_factory=asyncio.Event)  # Ends the wait before the next try.
+    task: asyncio.Task[None] | None = None  # That carries it.
+    is_waiting: bool = False  # For its turn to be written back: nothing of it is under way.
 
     @property
     def name(self) -> str:
@@ -216,7 +219,7 @@ class Committer:
         """Takes over a received push, whatever becomes of its sender; its `outcome` tells the end."""
         push.bank.pushing[push.expert] = push
         task = asyncio.create_task(self._carry(push))
-        self._tasks[task] = push
+        self._tasks[task], push.task = push, task
         task.add_done_callback(self._tasks.pop)
 
     async def drain(self) -> None:
@@ -264,6 +267,8 @@ class Committer:
                 self._nvme.let_go(push.slot)
             if push.in_memory:
                 self._unsaved.release(record_bytes)
+            if not push.tried.done():
+                push.tried.set_result(None)
             self._dram.unpin(push.entry)
 
     async def _acknowledge(self, push: Push) -> None:
@@ -281,7 +286,7 @@ class Committer:
         old = bank.put(expert, replace(push.record(), slot=None, unsaved=True))
         self._unsaved.add(push, indexed)
         if older:
-            older.hurry.set()
+            self._give_up(older)
         self._dram.publish(push.entry, Unsaved(push.version), push.checksums, bank.id, replaces=bank.source(expert, old))
         self._settle(push, push.version)
 
@@ -294,25 +299,31 @@ class Committer:
             tried.set_result(error)
             if error is None:
                 return
-            with suppress(TimeoutError):
+            with suppress(TimeoutError), _waiting(push):
                 async with asyncio.timeout(delay_s):
                     await push.hurry.wait()
             push.hurry.clear()
             delay_s = min(2 * delay_s, RETRY_S_MAX)
-        if not push.tried.done():
-            push.tried.set_result(None)
 
     async def _try_to_save(self, push: Push) -> OocMoeError | None:
         try:
-            async with self._behind:
-                if push not in self._unsaved:
-                    return None
+            with _waiting(push):
+                await self._behind.acquire()
+            try:
                 push.slot = push.slot or await self._take_slot(push)
                 await self._write(push, _nothing)
+            finally:
+                self._behind.release()
             await self._join_round(push)
         except Exception as error:
             return self._translated(error, "write-back")
         return None
+
+    def _give_up(self, push: Push) -> None:
+        """Ends what carries an unsaved push that is moot: now, or after the step that is under way."""
+        assert push.task is not None
+        if push.is_waiting:
+            push.task.cancel()
 
     async def _tried(self, pushes: Iterable[Push]) -> list[OocMoeError]:
         """Waits for the end of a try to write each back; returns what failed."""
@@ -400,7 +411,7 @@ class Committer:
         return True
 
     async def _make_durable(self, batch: list[Push]) -> list[Push]:
-        """Syncs what was written, and writes anew what a failed sync casts doubt on; returns those that are durable, the others are answered."""
+        """Syncs what was written, and writes anew what a failed sync casts doubt on; returns the durable ones, the others are answered."""
         durable: list[Push] = []
         failed: dict[int, OSError] = {}
         for _ in range(SYNC_TRIES):
@@ -469,6 +480,8 @@ class Committer:
     def _show(self, push: Push) -> None:
         """Makes a committed push visible, and frees what it replaced."""
         bank, expert = push.bank, push.expert
+        if older := self._unsaved.newest(bank, expert):
+            self._give_up(older)
         indexed = self._unsaved.pop(bank, expert)
         old = bank.put(expert, push.record())
         assert push.slot is not None
@@ -510,7 +523,7 @@ class Committer:
             if indexed and indexed.slot:
                 self._nvme.let_go(indexed.slot)
             self._dram.discard(Unsaved(push.version))
-            push.hurry.set()
+            self._give_up(push)
 
     async def _clear_quarantine(self) -> None:
         """A commit of nothing, so that failing ones cannot use up the disk. Raises TierFull, Internal."""
@@ -534,6 +547,15 @@ class Committer:
             else:
                 log.error("%s failed", what, exc_info=error)
         return translated
+
+
+@contextmanager
+def _waiting(push: Push) -> Iterator[None]:
+    push.is_waiting = True
+    try:
+        yield
+    finally:
+        push.is_waiting = False
 
 
 def _nothing() -> None:

@@ -8,7 +8,6 @@ commits.py puts the steps in order.
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -21,7 +20,6 @@ from ooc_moe_server.slab import Slab, supports_direct_io, sync_directory
 from ooc_moe_wire.errors import TierFull
 from ooc_moe_wire.v1 import stats_pb2
 
-log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 NUM_IO_THREADS = 8
 # Of their own, so that no read waits behind a queue of writes.
@@ -97,7 +95,7 @@ class NvmeTier:
             self._trim_soon(slab)
 
     def condemn(self, slot: Slot) -> None:
-        """Lets a taken slot go for ever: nobody can say what is in it. Its disk is freed, so that a failing device is not filled by that."""
+        """Lets a taken slot go for ever: nobody knows what is in it. Its disk is freed, so that a failing device does not fill up."""
         self._forget(slot)
         slab = self._slabs[slot.record_bytes]
         slab.condemn(slot.index)
@@ -240,7 +238,6 @@ def _sync(slab: Slab) -> OSError | None:
         slab.sync()
     except OSError as error:
         slab.doubt()
-        log.error("slab of %d-byte records: a sync failed, what was waiting for it is written anew: %s", slab.record_bytes, error)
         return error
     return None
 

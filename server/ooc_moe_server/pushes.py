@@ -2,8 +2,8 @@
 
     open -> (begin -> add ... add)* -> settle -> close
 
-A record is received straight into the arena, or lies staged in the caller's memory, and is handed to the committer, which carries it on even
-if the writer dies. Knows nothing of how messages travel.
+A record is received straight into the arena, or lies staged in the caller's memory, and is handed to the committer, which carries it on
+even if the writer dies. Knows nothing of how messages travel.
 """
 
 from __future__ import annotations

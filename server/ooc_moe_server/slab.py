@@ -44,9 +44,9 @@ class Slab:
         self.num_slots = max(os.fstat(self._fd).st_size // record_bytes, max(used, default=-1) + 1)
         self._condemned: set[int] = set()
         taken = set(used)
-        # Whether the free slots of an older run have disk behind them is unknown. Some are kept, as if they had none: to allocate again what
-        # is allocated costs little. The others are punched out.
-        self._bare = [slot for slot in range(self.num_slots) if slot not in taken]  # Without disk behind them. This and `_free` are heaps.
+        # Both are heaps. Whether the free slots of an older run have disk behind them is unknown. Some are kept, as if they had none, since
+        # to allocate again what is allocated costs little; the others are punched out.
+        self._bare = [slot for slot in range(self.num_slots) if slot not in taken]  # Without disk behind them.
         self._free: list[int] = []  # With disk behind them.
         num_kept = self._num_reserved
         self._surplus = self._bare[num_kept:]

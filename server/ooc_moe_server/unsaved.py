@@ -3,8 +3,8 @@
     add -> saved (in the index, by its own round)
         -> replaced by a newer push of the expert, or dropped because its bank was restored or deleted
 
-Each remembers what the index holds of its expert meanwhile, whose slot must stay as it is: a crash brings that record back. Event loop only;
-knows nothing of how records are written.
+Each remembers what the index holds of its expert meanwhile, whose slot must stay as it is: a crash brings that record back. Event loop
+only; knows nothing of how records are written.
 """
 
 from __future__ import annotations

@@ -115,6 +115,7 @@ class Store:
 @asynccontextmanager
 async def opened(directory: Path, *, records: int = 8, patience_s: float = 0.0, **options: Any):
     """An engine whose DRAM tier holds so many records."""
+    directory.mkdir(exist_ok=True)
     engine = await Engine.open(directory, records * RECORD, patience_s=patience_s, **options)
     bank = await engine.changes.create_bank(BankSpec(name="b", num_experts=16, layout=LAYOUT))
     try:
