@@ -13,6 +13,7 @@ import numpy as np
 
 from ooc_moe_server.engine import Engine
 from ooc_moe_wire.codec import Checksums, chunks
+from ooc_moe_wire.errors import InvalidRequest
 from ooc_moe_wire.layout import BankSpec, Layout, TensorSpec
 from ooc_moe_wire.v1 import expert_pb2
 
@@ -35,6 +36,8 @@ class Session:
         self.memory = mmap.mmap(-1, num_bytes)
 
     def staging(self, offset: int, size: int) -> memoryview:
+        if offset + size > len(self.memory):
+            raise InvalidRequest(f"staged_at: {offset} is beyond the memory")
         return memoryview(self.memory)[offset : offset + size]
 
 
@@ -58,12 +61,11 @@ class Store:
 
     async def push(self, experts: dict[int, bytes], **options: Any) -> dict[int, expert_pb2.PushOutcome]:
         """Sends all before it waits for any; see `begin` for the options."""
-        writer = self.writer(options.pop("session", None))
+        writer = self.writer()
         for expert, body in experts.items():
             await self.begin(writer, expert, body, **options)
-            if not options.get("staged_at"):
-                for chunk in chunks(memoryview(body)):
-                    writer.add(chunk)
+            for chunk in chunks(memoryview(body)):
+                writer.add(chunk)
         await writer.settle()
         writer.close()
         outcomes = [writer.outcomes.get_nowait() for _ in experts]

@@ -1,13 +1,18 @@
-"""What survives: kill -9, restarts, damaged files, a DRAM tier that is far too small."""
+"""What survives: kill -9, restarts, damaged files, failed syncs, a DRAM tier that is far too small."""
 
+import asyncio
+import errno
+import os
 import threading
 
 import grpc
 import pytest
 
-from ooc_moe_wire.codec import RecordHeader
+from ooc_moe_wire.codec import Checksums, RecordHeader, chunks
 from ooc_moe_wire.errors import CorruptRecord
+from ooc_moe_wire.layout import BankSpec, Layout, TensorSpec
 from ooc_moe_wire.v1 import expert_pb2, snapshot_pb2
+from tests.server.engine_store import LAYOUT, RECORD, SEEDED, body_of, opened, until
 
 
 @pytest.fixture
@@ -148,3 +153,125 @@ def test_a_bank_many_times_the_dram_tier_is_served_whole(start_daemon, connect):
     before = client.stats().total
     assert {each.header.served_from for each in client.fetch("b", [1, 2]).values()} == {expert_pb2.TIER_DRAM}
     assert client.stats().total.hits == before.hits + 2
+
+
+class Syncs:
+    """fdatasync of slabs: fails as often as told, for one record size or for all; other files are left alone."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.num_failures, self.record_bytes, self.num_calls = 0, 0, 0
+        real = os.fdatasync
+
+        def fdatasync(fd):
+            path = os.readlink(f"/proc/self/fd/{fd}")
+            if path.endswith(".slab") and (not self.record_bytes or path.endswith(f"/{self.record_bytes}.slab")):
+                self.num_calls += 1
+                if self.num_failures:
+                    self.num_failures -= 1
+                    raise OSError(errno.EIO, "injected")
+            real(fd)
+
+        monkeypatch.setattr(os, "fdatasync", fdatasync)
+
+
+@pytest.fixture
+def syncs(monkeypatch):
+    return Syncs(monkeypatch)
+
+
+def slots(store, *experts):
+    return {store.bank.record(expert).slot.index for expert in experts}
+
+
+def test_what_a_failed_sync_was_for_is_written_anew_to_other_slots_that_alone_are_used_from_then_on(tmp_path, syncs):
+    async def scenario():
+        async with opened(tmp_path, records=32) as store:
+            for tries in (1, 2):
+                syncs.num_failures = tries
+                assert (await store.push_one(0, tries)).durable
+                assert slots(store, 0) == {1 if tries == 1 else 4}  # 0, 2, 3: what they hold, nobody knows.
+            await store.push({expert: body_of(expert) for expert in range(1, 12)})
+            assert slots(store, *range(12)).isdisjoint({0, 2, 3})
+            stats = store.stats
+            assert (stats.nvme.used_bytes, stats.dram.pinned_bytes) == (12 * RECORD, 0)
+        async with opened(tmp_path) as store:
+            assert await store.bodies(0, 5) == {0: body_of(2), 5: body_of(5)}
+
+    asyncio.run(scenario())
+
+
+def test_when_syncs_go_on_failing_the_push_is_refused_and_the_store_recovers_with_the_disk(tmp_path, syncs):
+    async def scenario():
+        async with opened(tmp_path) as store:
+            await store.push_one(0, 1)
+            syncs.num_failures, syncs.num_calls = 1000, 0
+            refused = await store.push_one(0, 2)
+            assert (refused.error.kind, syncs.num_calls) == ("Internal", 3)
+            assert await store.bodies(0, 1) == {0: body_of(1), 1: SEEDED}
+            syncs.num_failures = 0
+            assert (await store.push_one(0, 3)).durable
+            assert store.stats.nvme.used_bytes == RECORD
+        async with opened(tmp_path) as store:
+            assert await store.bodies(0) == {0: body_of(3)}
+
+    asyncio.run(scenario())
+
+
+def test_a_failed_sync_casts_doubt_on_writes_that_only_wait_for_the_next_one(tmp_path, monkeypatch):
+    """Two pushes: one whose sync fails, and one written before that and synced, successfully, after."""
+    in_sync, go_on = threading.Event(), threading.Event()
+    real, num_calls = os.fdatasync, 0
+
+    def fdatasync(fd):
+        nonlocal num_calls
+        if os.readlink(f"/proc/self/fd/{fd}").endswith(".slab"):
+            num_calls += 1
+            if num_calls == 1:
+                in_sync.set()
+                assert go_on.wait(30)
+                raise OSError(errno.EIO, "injected")
+        real(fd)
+
+    async def scenario():
+        async with opened(tmp_path) as store:
+            monkeypatch.setattr(os, "fdatasync", fdatasync)
+            first = asyncio.create_task(store.push({0: body_of(0), 1: body_of(1)}))
+            await until(in_sync.is_set)
+            await until(lambda: store.stats.nvme.writes == 2)
+            go_on.set()
+            assert all(outcome.durable for outcome in (await first).values())
+            assert slots(store, 0, 1).isdisjoint({0, 1})
+            assert store.stats.nvme.writes == 4
+
+    asyncio.run(scenario())
+
+
+def test_a_slab_whose_sync_fails_holds_up_no_other(tmp_path, syncs):
+    other_layout = Layout(parameters=(TensorSpec(name="w", shape=(3000,)),))
+
+    async def scenario():
+        async with opened(tmp_path) as store:
+            await store.engine.changes.create_bank(BankSpec(name="other", num_experts=2, layout=other_layout))
+            syncs.record_bytes, syncs.num_failures = other_layout.record_bytes, 1000
+            async with store.engine.committer.exclusive():  # So that both are in one round.
+                pushing = asyncio.create_task(store.push_one(0, 1))
+                refused = asyncio.create_task(push_to_other(store, other_layout))
+                await until(lambda: len(store.engine.committer._waiting) == 2)
+            assert (await pushing).durable
+            assert (await refused).error.kind == "Internal"
+
+    async def push_to_other(store, layout):
+        body = bytes(layout.body_bytes)
+        writer = store.engine.open_writer("other", "w", store.scopes)
+        sums = Checksums.of(layout, memoryview(body))
+        await writer.begin(
+            expert_pb2.PushHeader(expert=0, push_number=1, parameter_bytes=layout.parameter_bytes, parameter_xxh3=sums.parameters)
+        )
+        for chunk in chunks(memoryview(body)):
+            writer.add(chunk)
+        await writer.settle()
+        writer.close()
+        return writer.outcomes.get_nowait()
+
+    asyncio.run(scenario())
+    assert LAYOUT.record_bytes != other_layout.record_bytes

@@ -1,10 +1,15 @@
-"""PushExperts, message by message against a daemon."""
+"""PushExperts, message by message against a daemon; staged pushes against an engine."""
+
+import asyncio
 
 import grpc
 import pytest
 
+from ooc_moe_server import commits
+from ooc_moe_wire.codec import chunks, verify
 from ooc_moe_wire.errors import CorruptRecord, InvalidRequest, NotTheWriter, StaleVersion, UnknownBank, UnknownExpert
 from ooc_moe_wire.v1 import expert_pb2
+from tests.server.engine_store import LAYOUT, SEEDED, Session, body_of, opened, until
 
 
 def test_a_push_is_acknowledged_with_a_rising_version_and_read_back(client, bank):
@@ -156,7 +161,7 @@ def test_a_stream_must_begin_with_an_open(client, bank):
         stream.outcome()
 
 
-@pytest.mark.parametrize("writer_id", ["", "w" * 129])
+@pytest.mark.parametrize("writer_id", ["", "w" * 129, "w\0"], ids=["empty", "long", "with-a-zero"])
 def test_a_bad_writer_id_is_refused(client, bank, writer_id):
     with client.refused(InvalidRequest, "writer_id"):
         client.stream(bank, writer_id)
@@ -198,3 +203,91 @@ def test_two_writers_of_two_banks_do_not_meet(client, bank):
     one.close()
     two.close()
     assert (client.body(bank, 1), client.body(bank + "-2", 1)) == (client.random_body(1), client.random_body(2))
+
+
+def test_staged_bodies_are_taken_from_the_callers_memory_without_chunks(tmp_path):
+    async def scenario():
+        async with opened(tmp_path) as store:
+            session = Session(4 * LAYOUT.body_bytes)
+            writer = store.writer(session)
+            for expert, in_memory in enumerate((False, True, False, True)):
+                offset = expert * LAYOUT.body_bytes
+                session.memory[offset : offset + LAYOUT.body_bytes] = body_of(expert)
+                await store.begin(writer, expert, body_of(expert), staged_at=offset, in_memory=in_memory)
+            await writer.settle()
+            writer.close()
+            assert all(writer.outcomes.get_nowait().version for _ in range(4))
+            assert await store.bodies(0, 1, 2, 3) == {expert: body_of(expert) for expert in range(4)}
+
+    asyncio.run(scenario())
+
+
+def test_a_caller_that_changes_staged_bytes_is_refused_or_not_heard(tmp_path, monkeypatch):
+    """What is checked is the arena's copy, and that is what is kept."""
+
+    async def scenario():
+        async with opened(tmp_path) as store:
+            session = Session(2 * LAYOUT.body_bytes)
+            session.memory[:] = body_of(1) + body_of(2)
+            writer = store.writer(session)
+            await store.begin(writer, 0, body_of(1), staged_at=LAYOUT.body_bytes)  # Other bytes than the checksum's.
+            await writer.settle()
+            assert writer.outcomes.get_nowait().error.kind == CorruptRecord.__name__
+            monkeypatch.setattr(commits, "verify", changing(session))
+            await store.begin(writer, 0, body_of(1), staged_at=0)
+            await writer.settle()
+            assert writer.outcomes.get_nowait().version
+            writer.close()
+            assert await store.bodies(0) == {0: body_of(1)}
+            store.drop_from_dram(0)
+            assert await store.bodies(0) == {0: body_of(1)}
+
+    def changing(session):
+        def change_and_verify(*arguments, **options):
+            verify(*arguments, **options)
+            session.memory[:] = bytes(len(session.memory))
+
+        return change_and_verify
+
+    asyncio.run(scenario())
+
+
+def test_a_staged_push_without_a_session_or_beyond_its_memory_is_refused_as_an_outcome(tmp_path):
+    async def scenario():
+        async with opened(tmp_path) as store:
+            session = Session(LAYOUT.body_bytes)
+            session.memory[:] = body_of(1)
+            for staging, offset in ((None, 0), (session, 4096)):
+                writer = store.writer(staging)
+                await store.begin(writer, 0, body_of(1), staged_at=offset)
+                await store.begin(writer, 1, body_of(1))  # The stream goes on.
+                for chunk in chunks(memoryview(body_of(1))):
+                    writer.add(chunk)
+                await writer.settle()
+                writer.close()
+                refused, kept = sorted((writer.outcomes.get_nowait() for _ in range(2)), key=lambda outcome: outcome.expert)
+                assert (refused.error.kind, kept.error.kind) == (InvalidRequest.__name__, "")
+                assert "staged" in refused.error.message
+            assert await store.bodies(0) == {0: SEEDED}
+            assert store.stats.dram.pinned_bytes == 0
+
+    asyncio.run(scenario())
+
+
+def test_the_repeat_of_a_staged_push_and_a_stale_one_wait_for_no_chunks(tmp_path):
+    async def scenario():
+        async with opened(tmp_path) as store:
+            session = Session(LAYOUT.body_bytes)
+            session.memory[:] = body_of(1)
+            writer = store.writer(session)
+            for _ in range(2):
+                await store.begin(writer, 0, body_of(1), staged_at=0, push_number=1, base_version=0)
+            await store.begin(writer, 0, body_of(1), staged_at=0, push_number=2, base_version=0)
+            writer.end()
+            await writer.settle()
+            writer.close()
+            outcomes = [writer.outcomes.get_nowait() for _ in range(3)]
+            assert sorted(outcome.error.kind for outcome in outcomes) == ["", "", StaleVersion.__name__]
+            await until(lambda: store.stats.dram.pinned_bytes == 0)
+
+    asyncio.run(scenario())
