@@ -19,12 +19,12 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from ooc_moe_server import data_dir
-from ooc_moe_server.allocator import keep_large_buffers
 from ooc_moe_server.config import ServerConfig, split_address
 from ooc_moe_server.engine import Engine
 from ooc_moe_server.guard import Guard
 from ooc_moe_server.local import LocalPlane
 from ooc_moe_server.services import BankService, ExpertService, LocalService, SnapshotService, StatsService
+from ooc_moe_wire.allocator import keep_large_buffers
 from ooc_moe_wire.codec import MESSAGE_BYTES_MAX
 from ooc_moe_wire.errors import InvalidRequest, Unavailable
 from ooc_moe_wire.v1 import (

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
-from ooc_moe_server.catalog import UNWRITTEN, Bank, Record
+from ooc_moe_server.catalog import UNWRITTEN, Bank, Record, Source
 from ooc_moe_server.dram import DramTier, Entry
 from ooc_moe_server.promotions import Promotions
 from ooc_moe_server.stats import Scopes, Stats
@@ -23,6 +23,8 @@ from ooc_moe_wire.v1 import expert_pb2
 # Records that one call may have pinned or under way beyond those it hands out; more than are read at once, so that no disk waits for it.
 READ_AHEAD = 8
 _LATENCY = {expert_pb2.TIER_DRAM: "fetch_dram", expert_pb2.TIER_NVME: "fetch_nvme", expert_pb2.TIER_SEED: "fetch_seed"}
+# One that was resident: its expert, record and source.
+_Resident = tuple[int, Record, Source]
 # How many records may be handed out now, at least one; it may wait.
 Room = Callable[[], Awaitable[int]]
 
@@ -120,32 +122,33 @@ class Fetch:
             if served.entry:
                 self._stats.took(_LATENCY[served.tier], served.began)
 
-    def _sorted(self) -> tuple[list[Served], deque[int], deque[int]]:
+    def _sorted(self) -> tuple[list[Served], deque[_Resident], deque[int]]:
         """The experts that are unchanged, resident, and neither. Residents are touched, so that this call's own misses evict them last."""
         bank = self._bank
         unchanged: list[Served] = []
-        residents: deque[int] = deque()
+        residents: deque[_Resident] = deque()
         missing: deque[int] = deque()
         bank.check(())
         for expert, known in self._known.items():
             record = bank.records.get(expert, UNWRITTEN)
             if known != HOLDS_NONE and record.version == known:
                 unchanged.append(Served(expert, known, self._tier(expert, record)))
-            elif self._dram.touch(bank.source(expert, record)):
-                residents.append(expert)
+            elif self._dram.touch(source := bank.source(expert, record)):
+                residents.append((expert, record, source))
             else:
                 missing.append(expert)
         return unchanged, residents, missing
 
-    def _take(self, residents: deque[int], missing: deque[int], limit: int) -> list[Served]:
+    def _take(self, residents: deque[_Resident], missing: deque[int], limit: int) -> list[Served]:
         """The next residents, pinned. One that was evicted meanwhile is missing: to wait for it here would wait for pins of our own."""
         bank, began = self._bank, self._stats.clock()
         batch: list[Served] = []
         bank.check(())
         while residents and len(batch) < limit:
-            expert = residents.popleft()
-            record = bank.records.get(expert, UNWRITTEN)
-            entry = self._dram.take(bank.source(expert, record))
+            expert, record, source = residents.popleft()
+            if (present := bank.records.get(expert, UNWRITTEN)) is not record:
+                record, source = present, bank.source(expert, present)
+            entry = self._dram.take(source)
             if entry is None:
                 missing.append(expert)
                 continue

@@ -18,6 +18,7 @@ from ooc_moe_server.engine import Engine
 from ooc_moe_server.local import LocalPlane, Session
 from ooc_moe_server.pushes import Writer
 from ooc_moe_server.stats import Scopes
+from ooc_moe_server.turns import Turns
 from ooc_moe_wire.codec import TRAINER_BYTES_MAX, TRAINER_KEY, ChunkView
 from ooc_moe_wire.errors import InvalidRequest, LeaseExpired, Unavailable
 from ooc_moe_wire.layout import BankSpec
@@ -76,6 +77,7 @@ class ExpertService(expert_pb2_grpc.ExpertServiceServicer):
 
     def __init__(self, engine: Callable[[], Engine], plane: Callable[[], LocalPlane | None]) -> None:
         self._engine, self._plane = engine, plane
+        self._turns = Turns()
         self.writers: set[Writer] = set()
 
     async def FetchExperts(self, request: expert_pb2.FetchExpertsRequest, context: Context) -> None:  # type: ignore[override]
@@ -92,7 +94,7 @@ class ExpertService(expert_pb2_grpc.ExpertServiceServicer):
             scopes=scopes,
         )
         if session is None:
-            await answers.stream(fetch, bank.layout, context.write, whole=whole)
+            await answers.stream(fetch, bank.layout, context.write, whole=whole, turns=self._turns)
         else:
             await answers.lease(fetch, bank.layout, context.write, session=session, arena=engine.arena, pinned=request.pin)
 

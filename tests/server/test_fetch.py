@@ -2,7 +2,7 @@
 
 import pytest
 
-from ooc_moe_wire.codec import CHUNK_BYTES, Checksums
+from ooc_moe_wire.codec import CHUNK_BYTES_MAX, Checksums
 from ooc_moe_wire.errors import InvalidRequest, UnknownBank, UnknownExpert
 from ooc_moe_wire.v1 import bank_pb2, expert_pb2
 
@@ -52,7 +52,7 @@ def test_chunks_are_of_a_bounded_size(client):
     client.call(client.banks.CreateBank, bank_pb2.CreateBankRequest(spec=spec))
     request = expert_pb2.FetchExpertsRequest(bank="large", experts=[0])
     sizes = [len(message.chunk.payload) for message in client.call(client.experts.FetchExperts, request)]
-    assert sizes == [0] + [CHUNK_BYTES] * 5
+    assert sizes == [0, CHUNK_BYTES_MAX, CHUNK_BYTES_MAX, 1 << 20]
 
 
 @pytest.mark.parametrize(
