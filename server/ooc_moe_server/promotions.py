@@ -241,8 +241,8 @@ class Promotions:
             self._start(job, self._speculative_reads)
 
     def _may_speculate(self) -> bool:
-        num_free = READS_MAX - len(self._demand_reads) - len(self._speculative_reads)
-        return not self._demand and num_free > 0 and len(self._speculative_reads) < SPECULATIVE_READS_MAX
+        num_free = READS_MAX - len(self._demand_reads) - len(self._speculative_reads)  # None while a demand waits.
+        return num_free > 0 and len(self._speculative_reads) < SPECULATIVE_READS_MAX
 
     def _is_moot(self, job: Job) -> bool:
         """Nobody waits for it, and there is no prefetch to make it for (any more)."""

@@ -242,6 +242,7 @@ def test_a_prefetch_is_dropped_after_its_deadline_and_the_later_of_two_counts():
         await rig.busy_with_demand()
         rig.prefetch(0, 1, 2, 3, for_s=5.0)
         rig.prefetch(1, for_s=50.0)
+        rig.prefetch(1, for_s=1.0)
         rig.prefetch(2)
         (task,) = rig.demand(3, urgent=False)
         await settled()
