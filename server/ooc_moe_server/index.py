@@ -140,8 +140,7 @@ class Index:
     def read(self) -> Catalog:
         """Reads and checks everything, and changes nothing. Raises CorruptRecord."""
         with self._reading(), _without_collections():
-            if errors := self._integrity_errors():  # What no row shows, and a later write would stumble over.
-                raise damaged(self._path, errors[0])
+            self._check_pages()
             return self._read()
 
     def put_records(self, writes: Iterable[Write], next_version: int) -> None:
@@ -233,169 +232,6 @@ class Index:
             if snapshot is None:
                 return None
             return snapshot, {bank_id: bank.uuid for bank_id, bank in self._read_banks().items() if bank_id in snapshot.banks}
-
-    def close(self) -> None: ...  # noqa: D102
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Write:
-    """A record that becomes current."""
-
-    bank_id: int
-    expert: int
-    record: Record
-
-
-@dataclass(slots=True, kw_only=True)
-class _Meta:
-    """The one row of `meta`."""
-
-    sequence: int = 0  # Of the last transaction.
-    next_version: int = 1
-    next_snapshot_id: int = 1
-    next_bank_id: int = 1
-    digest: int = 0  # XOR of the checksums of all other rows.
-
-
-def connect(path: Path) -> Connection:
-    """Opens SQLite's file."""
-    return sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-
-
-class Index:
-    """The index file at `path`, opened or made, with COMMITTED beside it.
-
-    Raises CorruptRecord when it cannot be read, or when it is missing though the directory holds a store.
-    """
-
-    def __init__(self, path: Path, connect: Callable[[Path], Connection] = connect) -> None:
-        self._path = path
-        self._committed_path = path.with_name("COMMITTED")
-        self._sequence_of_failure: int | None = None  # Where the index stood before the transaction that failed last.
-        self._owed: Committed | None = None
-        is_new = not path.exists() or path.stat().st_size == 0
-        if is_new:
-            self._refuse_to_begin_anew()
-        self._db = connect(path)
-        try:
-            with self._reading():
-                list(self._db.execute("PRAGMA journal_mode=WAL"))
-                list(self._db.execute("PRAGMA synchronous=FULL"))
-                if is_new:
-                    self._make()
-                self._check_committed()
-            self._committed = CommittedFile(self._committed_path)
-        except BaseException:
-            self._db.close()
-            raise
-
-    def load(self) -> Catalog:
-        """Reads and checks everything, and skips the versions that uncommitted writes may have used. Raises CorruptRecord."""
-        catalog = self.read()
-        with self._transaction(catalog.next_version):
-            pass
-        return catalog
-
-    def read(self) -> Catalog:
-        """Reads and checks everything, and changes nothing. Raises CorruptRecord."""
-        with self._reading(), _without_collections():
-            if errors := self._integrity_errors():  # What no row shows, and a later write would stumble over.
-                raise damaged(self._path, errors[0])
-            return self._read()
-
-    def put_records(self, writes: Iterable[Write], next_version: int) -> None:
-        """Makes records current."""
-        with self._transaction(next_version) as meta:
-            self._put(meta, writes)
-
-    def restore_banks(self, bank_ids: Iterable[int], writes: Iterable[Write], next_version: int) -> None:
-        """Makes records current, and older versions of these banks' other experts invalid; no version from `next_version` on is."""
-        with self._transaction(next_version) as meta:
-            self._put(meta, writes)
-            for bank_id in bank_ids:
-                self._revise_bank(meta, bank_id, base_version=next_version)
-
-    def save_next_version(self, next_version: int) -> None:
-        """Sets what the next start begins with: the reserve beyond `next_version`."""
-        with self._transaction(next_version):
-            pass
-
-    def create_bank(self, bank: Bank, next_version: int) -> int:
-        """Adds a bank with its records (a fork has some) and returns its id; `bank.id`, `revision`, `base_version` are not read."""
-        with self._transaction(next_version) as meta:
-            bank_id = meta.next_bank_id
-            meta.next_bank_id += 1
-            self._add_bank(meta, replace(bank, id=bank_id, revision=meta.sequence, base_version=next_version))
-        return bank_id
-
-    def grow_bank(self, bank_id: int, num_experts: int) -> None:
-        """Sets a bank's size."""
-        with self._transaction() as meta:
-            self._revise_bank(meta, bank_id, num_experts=num_experts)
-
-    def delete_bank(self, bank_id: int) -> None:
-        """Removes a bank and its part of every snapshot, and snapshots of nothing else."""
-        with self._transaction() as meta:
-            touched = [snapshot for (snapshot,) in self._db.execute("SELECT snapshot FROM snapshot_banks WHERE bank = ?", (bank_id,))]
-            self._remove(meta, "banks", "id = ?", (bank_id,))
-            for table in ("records", "snapshot_records", "snapshot_banks"):
-                self._remove(meta, table, "bank = ?", (bank_id,))
-            for snapshot in touched:
-                ((_, name, created_unix_ms, _),) = self._rows("snapshots", "id = ?", (snapshot,))
-                self._remove(meta, "snapshots", "id = ?", (snapshot,))
-                if list(self._db.execute("SELECT bank FROM snapshot_banks WHERE snapshot = ? LIMIT 1", (snapshot,))):
-                    self._insert(meta, "snapshots", [(snapshot, name, created_unix_ms, meta.sequence)])
-
-    def create_snapshot(self, snapshot: Snapshot) -> None:
-        """Adds a snapshot of the present records of its banks; the records in `snapshot` are not read."""
-        with self._transaction() as meta:
-            meta.next_snapshot_id = snapshot.id + 1
-            self._insert(meta, "snapshots", [(snapshot.id, snapshot.name, snapshot.created_unix_ms, meta.sequence)])
-            for bank_id, state in snapshot.banks.items():
-                self._insert(meta, "snapshot_banks", [(snapshot.id, bank_id, state.num_experts)])
-                self._insert(meta, "snapshot_records", [(snapshot.id, *row) for row in self._rows("records", "bank = ?", (bank_id,))])
-
-    def delete_snapshot(self, snapshot_id: int) -> None:
-        """Removes a snapshot."""
-        with self._transaction() as meta:
-            self._remove(meta, "snapshots", "id = ?", (snapshot_id,))
-            for table in ("snapshot_records", "snapshot_banks"):
-                self._remove(meta, table, "snapshot = ?", (snapshot_id,))
-
-    def fill(self, catalog: Catalog, sequence: int) -> None:
-        """Writes a whole catalog into a new index, which then stands at `sequence`."""
-        with self._transaction(catalog.next_version) as meta:
-            meta.sequence, meta.next_snapshot_id = sequence, catalog.next_snapshot_id
-            for bank in catalog.banks.values():
-                meta.next_bank_id = max(meta.next_bank_id, bank.id + 1)
-                self._add_bank(meta, bank)
-            for snapshot in catalog.snapshots.values():
-                self._insert(meta, "snapshots", [(snapshot.id, snapshot.name, snapshot.created_unix_ms, snapshot.revision)])
-                for bank_id, state in snapshot.banks.items():
-                    self._insert(meta, "snapshot_banks", [(snapshot.id, bank_id, state.num_experts)])
-                    rows = [(snapshot.id, bank_id, *record_row(expert, record)) for expert, record in state.records.items()]
-                    self._insert(meta, "snapshot_records", rows)
-
-    def bank(self, uuid: bytes) -> Bank | None:
-        """A bank as it is committed, or None when there is none (any more). Raises CorruptRecord."""
-        with self._reading():
-            banks = self._read_banks("uuid = ?", (uuid,))
-            for bank in banks.values():
-                for _, *row in self._rows("records", "bank = ?", (bank.id,)):
-                    bank.put(*record_of(row))
-            return next(iter(banks.values()), None)
-
-    def snapshot(self, snapshot_id: int) -> tuple[Snapshot, dict[int, bytes]] | None:
-        """A snapshot as it is committed with the uuids of its banks by id, or None. Raises CorruptRecord."""
-        with self._reading():
-            snapshot = self._read_snapshots("id = ?", "snapshot = ?", (snapshot_id,)).get(snapshot_id)
-            if snapshot is None:
-                return None
-            return snapshot, {bank_id: bank.uuid for bank_id, bank in self._read_banks().items() if bank_id in snapshot.banks}
-
-    def _integrity_errors(self) -> list[str]:
-        """What SQLite itself finds wrong with its pages."""
-        return [str(line) for (line,) in self._db.execute("PRAGMA integrity_check") if line != "ok"]
 
     def close(self) -> None:
         """Closes the files; SQLite folds the WAL into its own."""
@@ -551,6 +387,12 @@ class Index:
             if meta:
                 meta.digest ^= row[-1]
             yield _unsealed(table, row, self._path)
+
+    def _check_pages(self) -> None:
+        """What SQLite itself finds wrong: no row shows it, and a later write would stumble over it."""
+        for (line,) in self._db.execute("PRAGMA integrity_check"):
+            if line != "ok":
+                raise damaged(self._path, str(line))
 
     def _read(self) -> Catalog:
         meta = self._read_meta()
