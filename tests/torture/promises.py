@@ -325,3 +325,9 @@ async def push(
             await send(writer, layout, expert, body, base_version=base, push_number=next(numbers), **header)
         outcomes = [await writer.outcomes.get() for _ in experts]
     return {outcome.expert: outcome for outcome in outcomes}
+
+
+async def write_back(engine: Engine) -> None:
+    """What was acknowledged in memory is durable then. Raises TierFull, Internal."""
+    async with engine.committer.exclusive():
+        await engine.committer.write_back()

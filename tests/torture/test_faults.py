@@ -25,8 +25,8 @@ from ooc_moe_wire.layout import BankSpec
 from ooc_moe_wire.v1 import expert_pb2
 from tests.torture.failing_disk import DISK_FULL, FailingDisk, Fault
 from tests.torture.killed import Threads
-from tests.torture.promises import LARGE, BankPromise, Ledger, SnapshotPromise, Value, fetch, push, random_body
-from tests.torture.workload import Workload
+from tests.torture.promises import LARGE, BankPromise, Ledger, SnapshotPromise, Value, fetch, push, random_body, write_back
+from tests.torture.workload import Workload, small_files
 
 DRAM_BYTES = 64 << 10  # Five records.
 NUM_EXPERTS = 8
@@ -54,9 +54,10 @@ PLACES: dict[str, tuple[str, list[str], tuple[int, ...], tuple[str, ...]]] = {
 
 
 @pytest.fixture(autouse=True)
-def small_files(monkeypatch):
-    """Slabs that grow with nearly every push."""
-    monkeypatch.setattr(slab, "GROWTH_BYTES", 1)
+def with_small_files(monkeypatch):
+    with small_files():
+        monkeypatch.setattr(slab, "GROWTH_BYTES", 1)  # Nearly every push makes a slab grow.
+        yield
 
 
 @pytest.fixture
@@ -94,7 +95,7 @@ class Attempts:
         """Raises what the store answers."""
         if operation in ("push", "memory push"):
             await self.push(expert_pb2.DURABLE if operation == "push" else expert_pb2.MEMORY, 1)
-            await self.engine.committer.drain()
+            await write_back(self.engine)
         elif operation == "create":
             await self._create()
         elif operation == "grow":

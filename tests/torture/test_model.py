@@ -25,7 +25,8 @@ from ooc_moe_wire.errors import BankExists, OocMoeError, UnknownBank, UnknownExp
 from ooc_moe_wire.layout import BankSpec, Layout
 from ooc_moe_wire.v1 import expert_pb2
 from tests.torture.killed import Threads
-from tests.torture.promises import LARGE, SMALL, fetch, push, random_body, seeded, send, writing
+from tests.torture.promises import LARGE, SMALL, fetch, push, random_body, seeded, send, write_back, writing
+from tests.torture.workload import small_files
 
 NAMES = st.sampled_from(["a", "b", "c"])
 EXPERTS = st.sets(st.integers(0, 5), min_size=1, max_size=4)
@@ -75,6 +76,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.numbers = itertools.count(1)
         self.root = Path(tempfile.mkdtemp(prefix="ooc-moe-model-"))
         self.stack = ExitStack()
+        self.stack.enter_context(small_files())
         self.threads = self.stack.enter_context(Threads().watched())
         self.loop = asyncio.new_event_loop()
         self.directory = self.root / "store0"
@@ -292,7 +294,7 @@ class StoreMachine(RuleBasedStateMachine):
     def settle(self) -> None:
         """What was acknowledged in memory reaches the disk."""
         self.run(self.engine.promotions.drain())
-        self.run(self.engine.committer.drain())
+        self.run(write_back(self.engine))
         for bank in self.banks.values():
             bank.settle()
         self._compare_slots()

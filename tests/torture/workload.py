@@ -4,18 +4,37 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import ExitStack, contextmanager
 from math import inf
 from typing import Any
+from unittest import mock
 
+from ooc_moe_server import reserve, slab
 from ooc_moe_server.engine import Engine
 from ooc_moe_wire.layout import BankSpec
 from ooc_moe_wire.v1 import expert_pb2
 from tests.torture.promises import LARGE, SMALL, BankPromise, Ledger, SnapshotPromise, Value, fetch, random_body, seeded, send, writing
 
+# Slabs that grow often and give back what is free, so that a short workload meets all of it; and no megabytes to copy.
+SMALL_FILES = {
+    (slab, "GROWTH_BYTES"): 32 << 10,
+    (slab, "RESERVE_BYTES"): 32 << 10,
+    (slab, "RESERVE_PART"): 1 << 20,
+    (reserve, "RESERVE_BYTES_MIN"): 64 << 10,
+}
 BANKS_MAX = 4
 SNAPSHOTS_MAX = 3
 Action = Callable[[], Coroutine[Any, Any, None]]
+
+
+@contextmanager
+def small_files() -> Iterator[None]:
+    """SMALL_FILES are in force inside."""
+    with ExitStack() as stack:
+        for (module, name), value in SMALL_FILES.items():
+            stack.enter_context(mock.patch.object(module, name, value))
+        yield
 
 
 class Workload:
