@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from ooc_moe_server import arena as arena_module
 from ooc_moe_server.arena import Arena, check_dram_bytes
 from ooc_moe_server.catalog import Seed, Slot
+from ooc_moe_server.config import DRAM_POLICIES
 from ooc_moe_server.dram import DramTier
+from ooc_moe_server.engine import Engine
 from ooc_moe_wire.codec import Checksums
 from ooc_moe_wire.errors import InvalidRequest, TierFull
 from ooc_moe_wire.policy import make_policy
@@ -373,6 +375,17 @@ def test_random_use_keeps_the_accounts_and_never_overlaps_records(steps):
         assert stats.pinned_bytes == sum(entry.extent.size for entry in {entry for _, entry in pinned})
         assert stats.num_records == dram.records_by_bank[1] == len(residents(dram))
         assert stats.used_bytes + stats.free_bytes == 8 * BLOCK
+
+
+@pytest.mark.parametrize("policy", DRAM_POLICIES)
+def test_the_daemons_tier_runs_by_the_policy_it_was_told(tmp_path, policy):
+    async def scenario():
+        engine = await Engine.open(tmp_path, 4 * BLOCK, dram_policy=policy)
+        shown = engine.snapshot_stats().dram.policy
+        await engine.close()
+        return shown
+
+    assert asyncio.run(scenario()) == policy
 
 
 def test_an_arena_larger_than_the_memory_is_refused_with_both_sizes(monkeypatch):
