@@ -12,10 +12,16 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from ooc_moe.bench import policies
 from ooc_moe_wire.errors import InvalidRequest
 from ooc_moe_wire.sizes import parse_size
 
-bench_app = typer.Typer(no_args_is_help=True, help="Measure the storage daemon beside its peers.", rich_markup_mode="rich")
+bench_app = typer.Typer(
+    no_args_is_help=True,
+    help="Measure the storage daemon beside its peers, and cache policies beside the best possible.",
+    rich_markup_mode="rich",
+)
+bench_app.command(name="policies")(policies.main)
 # Wide enough for the table, where the output is no terminal.
 TABLE_WIDTH = 120
 

@@ -16,10 +16,10 @@ import humanize
 PACKAGES = ("ooc-moe", "grpcio", "protobuf", "numpy", "xxhash", "pyarrow", "ray", "lmdb", "rocksdict")
 
 
-def facts(data_dir: Path, *, command: str, rounds: int) -> dict[str, str]:
+def facts(data_dir: Path, *, command: str) -> dict[str, str]:
     """What a reader needs to judge or repeat a result."""
     return {
-        "command": f"`{command}` ({rounds} interleaved rounds)",
+        "command": f"`{command}`",
         "commit": _commit(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "machine": f"{_processor()}, {os.cpu_count()} cores, {_total_memory()}, Linux {platform.release()}, {_disk(data_dir)}",

@@ -126,10 +126,9 @@ def table(rows: Sequence[Row]) -> Table:
 
 def markdown(rows: Sequence[Row], *, command: str) -> str:
     """For a file: what ran on what, the traces, the table."""
-    kept = facts(Path(), command=command, rounds=1) | {"command": f"`{command}`"}
     headings = ("trace", "experts", "accesses", "cache", *POLICIES)
     lines = ["# ooc-moe bench policies", "", "Hit rates; each trace by every policy.", ""]
-    lines += [f"- {name}: {value}" for name, value in kept.items()]
+    lines += [f"- {name}: {value}" for name, value in facts(Path(), command=command).items()]
     lines += [f'- trace "{name}": {what}' for name, what in dict.fromkeys((row.trace.name, row.trace.what) for row in rows)]
     lines += ["", f"| {' | '.join(headings)} |", "|---|" + "---:|" * (len(headings) - 1)]
     lines += [f"| {' | '.join(_cells(row))} |" for row in rows]

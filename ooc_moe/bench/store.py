@@ -142,7 +142,7 @@ def run(bench: StoreBench, console: Console, *, command: str = "ooc-moe bench st
             progress.update(task, description="stats")
             stats = _measure_stats(bench, directory)
     rows.sort(key=lambda row: (list(PATHS).index(row.group), PATHS[row.group].index(row.path)))
-    facts = machine.facts(bench.data_dir, command=command, rounds=bench.num_rounds)
+    facts = machine.facts(bench.data_dir, command=command) | {"rounds": f"{bench.num_rounds}, interleaved"}
     return Results(rows=tuple(rows), stats=stats, missing=tuple(dict.fromkeys(missing.values())), facts=facts, rounds=bench.num_rounds)
 
 
