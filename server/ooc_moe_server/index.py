@@ -20,16 +20,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-import xxhash
 from google.protobuf.message import DecodeError
 
 from ooc_moe_server import committed
-from ooc_moe_server.catalog import Bank, BankState, Catalog, Record, Slot, Snapshot
+from ooc_moe_server.catalog import Bank, BankState, Catalog, Record, Snapshot
 from ooc_moe_server.committed import Committed, CommittedFile
-from ooc_moe_wire.codec import Checksums
+from ooc_moe_server.rows import Row, bank_of, bank_row, checksum, record_of, record_row, sealed
 from ooc_moe_wire.errors import CorruptRecord, OocMoeError
-from ooc_moe_wire.layout import BankSpec
-from ooc_moe_wire.v1 import bank_pb2
 
 log = logging.getLogger(__name__)
 
@@ -60,9 +57,6 @@ _SCHEMA = (
 )
 # SQLite takes 32766 parameters in a statement.
 _KEYS_MAX = 1000
-
-RecordRow = tuple[int, int, int | None, int | None, int | None, int | None, str, int]
-_Row = tuple[Any, ...]
 
 
 class Connection(Protocol):
@@ -262,7 +256,7 @@ class Index:
                 meta.next_version = max(meta.next_version, next_version + VERSION_RESERVE)
             yield meta
             list(self._db.execute("DELETE FROM meta"))
-            self._db.executemany("INSERT INTO meta VALUES (?, ?, ?, ?, ?, ?)", _sealed("meta", [astuple(meta)]))
+            self._db.executemany("INSERT INTO meta VALUES (?, ?, ?, ?, ?, ?)", sealed("meta", [astuple(meta)]))
             list(self._db.execute("COMMIT"))
         except BaseException:
             self._sequence_of_failure = before
@@ -307,21 +301,21 @@ class Index:
         self._insert(meta, "records", rows.values(), or_replace=True)
 
     def _add_bank(self, meta: _Meta, bank: Bank) -> None:
-        self._insert(meta, "banks", [_bank_row(bank)])
+        self._insert(meta, "banks", [bank_row(bank)])
         self._insert(meta, "records", [(bank.id, *record_row(expert, record)) for expert, record in bank.records.items()])
 
     def _revise_bank(self, meta: _Meta, bank_id: int, **changes: Any) -> None:
         bank = self._read_banks("id = ?", (bank_id,))[bank_id]
         self._remove(meta, "banks", "id = ?", (bank_id,))
-        self._insert(meta, "banks", [_bank_row(replace(bank, revision=meta.sequence, **changes))])
+        self._insert(meta, "banks", [bank_row(replace(bank, revision=meta.sequence, **changes))])
 
-    def _insert(self, meta: _Meta, table: str, rows: Iterable[_Row], *, or_replace: bool = False) -> None:
-        sealed = _sealed(table, rows)
-        for row in sealed:
+    def _insert(self, meta: _Meta, table: str, rows: Iterable[Row], *, or_replace: bool = False) -> None:
+        with_checksums = sealed(table, rows)
+        for row in with_checksums:
             meta.digest ^= row[-1]
-        if sealed:
-            places = ", ".join("?" * len(sealed[0]))
-            self._db.executemany(f"INSERT {'OR REPLACE ' if or_replace else ''}INTO {table} VALUES ({places})", sealed)
+        if with_checksums:
+            places = ", ".join("?" * len(with_checksums[0]))
+            self._db.executemany(f"INSERT {'OR REPLACE ' if or_replace else ''}INTO {table} VALUES ({places})", with_checksums)
 
     def _remove(self, meta: _Meta, table: str, where: str, parameters: Sequence[Any]) -> None:
         for (check,) in self._db.execute(f"SELECT xxh3 FROM {table} WHERE {where}", parameters):
@@ -356,7 +350,7 @@ class Index:
         list(self._db.execute("BEGIN IMMEDIATE"))
         for statement in _SCHEMA:
             list(self._db.execute(statement))
-        self._db.executemany("INSERT INTO meta VALUES (?, ?, ?, ?, ?, ?)", _sealed("meta", [astuple(_Meta())]))
+        self._db.executemany("INSERT INTO meta VALUES (?, ?, ?, ?, ?, ?)", sealed("meta", [astuple(_Meta())]))
         list(self._db.execute("COMMIT"))
 
     def _check_committed(self) -> None:
@@ -380,7 +374,7 @@ class Index:
             raise damaged(self._path, f"table meta has {len(rows)} rows instead of one")
         return _Meta(**dict(zip((field.name for field in fields(_Meta)), rows[0], strict=True)))
 
-    def _rows(self, table: str, where: str = "", parameters: Sequence[Any] = (), meta: _Meta | None = None) -> Iterator[_Row]:
+    def _rows(self, table: str, where: str = "", parameters: Sequence[Any] = (), meta: _Meta | None = None) -> Iterator[Row]:
         """The rows of a table without their checksums, which are checked, and taken out of the digest of `meta`."""
         clause = f" WHERE {where}" if where else ""
         for row in self._db.execute(f"SELECT * FROM {table}{clause}", parameters):
@@ -412,7 +406,7 @@ class Index:
         )
 
     def _read_banks(self, where: str = "", parameters: Sequence[Any] = (), meta: _Meta | None = None) -> dict[int, Bank]:
-        return {row[0]: _bank_of(row) for row in self._rows("banks", where, parameters, meta)}
+        return {row[0]: bank_of(row) for row in self._rows("banks", where, parameters, meta)}
 
     def _read_snapshots(
         self, where: str = "", where_parts: str = "", parameters: Sequence[Any] = (), meta: _Meta | None = None
@@ -461,76 +455,9 @@ def _committed(meta: _Meta) -> Committed:
     return Committed(sequence=meta.sequence, next_version=next_version, next_snapshot_id=meta.next_snapshot_id)
 
 
-def record_row(expert: int, record: Record) -> RecordRow:
-    """A record as a row, which files of JSON hold too."""
-    slab, slot = (record.slot.record_bytes, record.slot.index) if record.slot else (None, None)
-    parameters = _signed(record.checksums.parameters) if record.checksums else None
-    optimizer = _signed(record.checksums.optimizer) if record.checksums else None
-    return expert, record.version, slab, slot, parameters, optimizer, record.writer_id, _signed(record.push_number)
-
-
-def record_of(row: Sequence[Any]) -> tuple[int, Record]:
-    """The expert and the record of a row."""
-    expert, version, slab, slot, parameters, optimizer, writer_id, push_number = row
-    return expert, Record(
-        version=version,
-        slot=None if slot is None else Slot(slab, slot),
-        checksums=None if parameters is None else Checksums(_unsigned(parameters), _unsigned(optimizer)),
-        writer_id=writer_id,
-        push_number=_unsigned(push_number),
-    )
-
-
-def _bank_row(bank: Bank) -> _Row:
-    spec = bank.spec.to_proto().SerializeToString(deterministic=True)
-    return (
-        bank.id,
-        bank.uuid,
-        bank.name,
-        spec,
-        bank.num_experts,
-        bank.created_unix_ms,
-        bank.forked_from,
-        bank.revision,
-        bank.base_version,
-    )
-
-
-def _bank_of(row: _Row) -> Bank:
-    bank_id, uuid, _name, spec, num_experts, created_unix_ms, forked_from, revision, base_version = row
-    return Bank(
-        id=bank_id,
-        uuid=uuid,
-        spec=BankSpec.from_proto(bank_pb2.BankSpec.FromString(spec)),
-        num_experts=num_experts,
-        created_unix_ms=created_unix_ms,
-        forked_from=forked_from,
-        revision=revision,
-        base_version=base_version,
-    )
-
-
-def _sealed(table: str, rows: Iterable[_Row]) -> list[_Row]:
-    """The rows, each with the checksum of its values."""
-    return [(*row, _checksum(table, row)) for row in rows]
-
-
-def _unsealed(table: str, row: _Row, path: Path) -> _Row:
+def _unsealed(table: str, row: Row, path: Path) -> Row:
     """The values of a row. Raises CorruptRecord when its checksum is not theirs."""
     values = row[:-1]
-    if _checksum(table, values) != row[-1]:
+    if checksum(table, values) != row[-1]:
         raise damaged(path, f"a row of table {table} is damaged (it begins with {ascii(values[:3])[:100]})")
     return values
-
-
-def _checksum(table: str, values: _Row) -> int:
-    """xxh3 of the values as Python writes them in ASCII, which tells types and values apart, and of the table, as a signed word."""
-    return _signed(int(xxhash.xxh3_64_intdigest((table + ascii(values)).encode())))
-
-
-def _signed(word: int) -> int:
-    return word - (1 << 64) if word >= 1 << 63 else word
-
-
-def _unsigned(word: int) -> int:
-    return word + (1 << 64) if word < 0 else word

@@ -25,7 +25,8 @@ from google.protobuf import json_format
 
 from ooc_moe_server.catalog import Bank, BankState, Catalog, Snapshot
 from ooc_moe_server.durable import remove_durably, write_durably
-from ooc_moe_server.index import Index, record_of, record_row
+from ooc_moe_server.index import Index
+from ooc_moe_server.rows import record_of, record_row
 from ooc_moe_server.slab import sync_directory
 from ooc_moe_wire.errors import CorruptRecord, OocMoeError
 from ooc_moe_wire.layout import BankSpec
