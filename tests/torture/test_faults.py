@@ -26,7 +26,7 @@ from ooc_moe_wire.v1 import expert_pb2
 from tests.torture.failing_disk import DISK_FULL, FailingDisk, Fault
 from tests.torture.killed import Threads
 from tests.torture.promises import LARGE, BankPromise, Ledger, SnapshotPromise, Value, fetch, push, random_body, write_back
-from tests.torture.workload import Workload, small_files
+from tests.torture.workload import Workload, ram_directory, small_files
 
 DRAM_BYTES = 64 << 10  # Five records.
 NUM_EXPERTS = 8
@@ -51,6 +51,12 @@ PLACES: dict[str, tuple[str, list[str], tuple[int, ...], tuple[str, ...]]] = {
     "manifest rename": (".json", ["replace"], OS_ERRORS, CHANGES),
     "manifest removal": (".json", ["unlink"], OS_ERRORS, REMOVALS),
 }
+
+
+@pytest.fixture
+def ram_path():
+    with ram_directory() as path:
+        yield path
 
 
 @pytest.fixture(autouse=True)
@@ -197,46 +203,46 @@ def name_of(error: object) -> str:
 
 
 @pytest.mark.parametrize(("place", "error", "operation"), list(cases()), ids=name_of)
-def test_a_fault_is_told_by_type_and_once_it_is_gone_everything_goes_on(tmp_path, disk, place, error, operation):
+def test_a_fault_is_told_by_type_and_once_it_is_gone_everything_goes_on(ram_path, disk, place, error, operation):
     async def scenario():
         with Threads().watched() as threads:
-            async with attempts(tmp_path / "store") as store:
+            async with attempts(ram_path / "store") as store:
                 clock = store.ledger.clock
                 with disk.broken(Fault(*PLACES[place][:2], error)) as fault:
                     done = await attempt(store, operation, error)
                     got = await fetch(store.engine, "a", range(NUM_EXPERTS))
                     assert all(isinstance(body, bytes) for _, body in got.values())
                 assert fault.num_hits
-                threads.copy(tmp_path / "store", tmp_path / "killed at once")
+                threads.copy(ram_path / "store", ram_path / "killed at once")
                 first = clock()
                 await store.again("push" if done else operation)
-                threads.copy(tmp_path / "store", tmp_path / "killed later")
+                threads.copy(ram_path / "store", ram_path / "killed later")
                 second = clock()
                 await store.ledger.check(store.engine, second)
                 third = clock()
         for state, moment in (("store", third), ("killed later", second), ("killed at once", first)):
-            await reopened(tmp_path / state, store, moment)
+            await reopened(ram_path / state, store, moment)
 
     asyncio.run(scenario())
 
 
 @pytest.mark.parametrize(("calls", "error"), [(["pwritev"], "short"), (["preadv"], "short")], ids=name_of)
-def test_calls_that_do_a_part_of_their_work_are_repeated_until_it_is_done(tmp_path, disk, calls, error):
+def test_calls_that_do_a_part_of_their_work_are_repeated_until_it_is_done(ram_path, disk, calls, error):
     async def scenario():
         with disk.broken(Fault("slabs/", calls, error)) as fault:
-            async with attempts(tmp_path / "store") as store:
+            async with attempts(ram_path / "store") as store:
                 await store.run("push")
                 await store.ledger.check(store.engine, store.ledger.clock())
             assert fault.num_hits > 10
-        await reopened(tmp_path / "store", store, store.ledger.clock())
+        await reopened(ram_path / "store", store, store.ledger.clock())
 
     asyncio.run(scenario())
 
 
 @pytest.mark.parametrize("error", [errno.EIO, "none"], ids=name_of)
-def test_what_cannot_be_read_is_an_error_of_that_expert_and_is_back_once_it_can(tmp_path, disk, error):
+def test_what_cannot_be_read_is_an_error_of_that_expert_and_is_back_once_it_can(ram_path, disk, error):
     async def scenario():
-        async with attempts(tmp_path / "store") as store:
+        async with attempts(ram_path / "store") as store:
             for expert in range(6):
                 store.engine.dram.discard(slot_of(store, expert))
             with disk.broken(Fault("slabs/", ["preadv"], error, times=1)):
@@ -249,11 +255,11 @@ def test_what_cannot_be_read_is_an_error_of_that_expert_and_is_back_once_it_can(
 
 
 @pytest.mark.parametrize("operation", PUSHES)
-def test_a_sync_that_fails_once_is_not_asked_again_but_the_records_are_written_to_other_slots(tmp_path, disk, operation):
+def test_a_sync_that_fails_once_is_not_asked_again_but_the_records_are_written_to_other_slots(ram_path, disk, operation):
     """A later sync of the same pages would say that all is well (they are marked clean), and it would not be."""
 
     async def scenario():
-        async with attempts(tmp_path / "store") as store:
+        async with attempts(ram_path / "store") as store:
             before = {record.slot for record in store.engine.catalog.bank("a").records.values()}
             written: list[int] = []
             noted = mock.patch.object(slab.Slab, "write", noting(slab.Slab.write, written))
@@ -264,36 +270,36 @@ def test_a_sync_that_fails_once_is_not_asked_again_but_the_records_are_written_t
             assert slot_of(store, 1).index == written[-1]
             assert slot_of(store, 1) not in before
             await store.ledger.check(store.engine, store.ledger.clock())
-        await reopened(tmp_path / "store", store, store.ledger.clock())
+        await reopened(ram_path / "store", store, store.ledger.clock())
 
     asyncio.run(scenario())
 
 
 @pytest.mark.parametrize("operation", ["push", "snapshot", "create"])
-def test_a_commit_that_went_through_though_it_was_reported_as_failed_is_there_after_a_restart(tmp_path, disk, operation):
+def test_a_commit_that_went_through_though_it_was_reported_as_failed_is_there_after_a_restart(ram_path, disk, operation):
     async def scenario():
-        async with attempts(tmp_path / "store") as store:
+        async with attempts(ram_path / "store") as store:
             with disk.broken(Fault("index.sqlite", ["after COMMIT"], IOERR, times=1)), pytest.raises(Internal):
                 await store.run(operation)
             first = store.ledger.clock()
             await attempt(store, "push", errno.EIO)  # Refused, or done: the daemon lives, and says which.
             got = await fetch(store.engine, "a", range(NUM_EXPERTS))
             assert all(isinstance(body, bytes) for _, body in got.values())
-        await reopened(tmp_path / "store", store, first)
+        await reopened(ram_path / "store", store, first)
 
     asyncio.run(scenario())
 
 
-def test_a_store_whose_disk_is_broken_for_good_can_be_closed_and_loses_only_what_was_in_memory(tmp_path, disk):
+def test_a_store_whose_disk_is_broken_for_good_can_be_closed_and_loses_only_what_was_in_memory(ram_path, disk):
     async def scenario():
-        async with attempts(tmp_path / "store") as store:
+        async with attempts(ram_path / "store") as store:
             with disk.broken(Fault("slabs/", ["pwritev", "fdatasync"], errno.EIO)):
                 await store.push(expert_pb2.MEMORY, 1)
                 moment = store.ledger.clock()
                 async with asyncio.timeout(60):
                     await store.engine.close()
                 store.closed = True
-        await reopened(tmp_path / "store", store, moment)
+        await reopened(ram_path / "store", store, moment)
 
     asyncio.run(scenario())
 

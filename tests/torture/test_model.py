@@ -9,10 +9,8 @@ import asyncio
 import itertools
 import shutil
 import sys
-import tempfile
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,7 +24,7 @@ from ooc_moe_wire.layout import BankSpec, Layout
 from ooc_moe_wire.v1 import expert_pb2
 from tests.torture.killed import Threads
 from tests.torture.promises import LARGE, SMALL, fetch, push, random_body, seeded, send, write_back, writing
-from tests.torture.workload import small_files
+from tests.torture.workload import ram_directory, small_files
 
 NAMES = st.sampled_from(["a", "b", "c"])
 EXPERTS = st.sets(st.integers(0, 5), min_size=1, max_size=4)
@@ -74,8 +72,8 @@ class StoreMachine(RuleBasedStateMachine):
         self.snapshots: dict[int, dict[str, tuple[int, dict[int, Value]]]] = {}  # id -> bank -> experts, values
         self.newest = 0
         self.numbers = itertools.count(1)
-        self.root = Path(tempfile.mkdtemp(prefix="ooc-moe-model-"))
         self.stack = ExitStack()
+        self.root = self.stack.enter_context(ram_directory())
         self.stack.enter_context(small_files())
         self.threads = self.stack.enter_context(Threads().watched())
         self.loop = asyncio.new_event_loop()
@@ -346,7 +344,6 @@ class StoreMachine(RuleBasedStateMachine):
         self.loop.run_until_complete(self.loop.shutdown_default_executor())
         self.loop.close()
         self.stack.close()
-        shutil.rmtree(self.root)
 
     def _compare_all(self) -> None:
         """Every expert of every bank and snapshot; no pins, no slots beyond."""

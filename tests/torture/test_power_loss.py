@@ -6,28 +6,35 @@ python -m pytest tests/torture/test_power_loss.py -m slow --results tests/bench/
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from ooc_moe_server import slab
 from ooc_moe_server.data_dir import held
 from ooc_moe_server.engine import Engine
-from ooc_moe_wire.errors import CorruptRecord
+from ooc_moe_server.rebuild import rebuild
+from ooc_moe_wire.errors import CorruptRecord, OocMoeError
 from tests.torture.power_loss import Choice, Recorder, any_part, everything, materialise, nothing, prefix
-from tests.torture.promises import BrokenPromise, Ledger
-from tests.torture.workload import Workload
+from tests.torture.promises import LARGE, BrokenPromise, Ledger, Value, push, random_body
+from tests.torture.workload import Workload, ram_directory, small_files
 
 DRAM_BYTES = 160 << 10  # A dozen records: fewer than there are.
 
 
+@pytest.fixture
+def ram_path():
+    with ram_directory() as path:
+        yield path
+
+
 @pytest.fixture(autouse=True)
-def small_files(monkeypatch):
-    """Slabs that grow often, by little, and give back what is free."""
-    monkeypatch.setattr(slab, "GROWTH_BYTES", 64 << 10)
-    monkeypatch.setattr(slab, "RESERVE_BYTES", 32 << 10)
-    monkeypatch.setattr(slab, "RESERVE_PART", 1 << 20)
+def with_small_files():
+    with small_files():
+        yield
 
 
 async def record(root: Path, rng: random.Random, *, num_rounds: int, lying: tuple[str, ...] = ()) -> tuple[Recorder, Ledger]:
@@ -43,15 +50,15 @@ async def record(root: Path, rng: random.Random, *, num_rounds: int, lying: tupl
     return recorder, ledger
 
 
-async def check(directory: Path, ledger: Ledger, moment: float) -> None:
-    """Starts on what survived, and compares."""
+async def check(directory: Path, ledger: Ledger, moment: float, damaged: Callable[[OocMoeError], bool] | None = None) -> int:
+    """Starts on what survived, and compares; returns how many experts were refused as damaged."""
     with held(directory):
         try:
             engine = await Engine.open(directory, DRAM_BYTES)
         except CorruptRecord as error:
             raise BrokenPromise(f"the store does not start: {error}") from error
         try:
-            await ledger.check(engine, moment)
+            return await ledger.check(engine, moment, damaged=damaged)
         finally:
             await engine.close()
 
@@ -80,44 +87,114 @@ async def crash(recorder: Recorder, ledger: Ledger, directory: Path, moment: flo
         again.check_complete()
         survivors = again.survivors(rng.uniform(1, again.clock), draw(rng))
     materialise(survivors, directory / "last")
+    materialise(survivors, directory / "rebuilt")
     await check(directory / "last", ledger, moment)
+    await check_rebuilt(directory / "rebuilt", ledger, moment)
 
 
-async def torture(tmp_path: Path, seed: int, *, num_workloads: int, num_rounds: int, num_crashes: int) -> int:
-    """Returns how many changes were recorded."""
-    num_changes = 0
+async def check_rebuilt(directory: Path, ledger: Ledger, moment: float) -> None:
+    """The index is lost as well: what is rebuilt from everything else keeps the same promise."""
+    for path in directory.glob("index.sqlite*"):
+        path.unlink()
+    with held(directory):
+        rebuilt = await asyncio.to_thread(rebuild, directory)
+    # TODO(rebuild): none may be lost. See the expected failure below.
+    num_lost = sum("lost; fetches say so" in line for line in rebuilt.damage)
+    assert await check(directory, ledger, moment, damaged=lambda error: isinstance(error, CorruptRecord)) <= num_lost, rebuilt.damage
+
+
+async def torture(ram_path: Path, seed: int, *, num_workloads: int, num_rounds: int, num_crashes: int) -> int:
+    """Returns how many events were recorded."""
+    num_events = 0
     for workload in range(num_workloads):
         rng = random.Random(seed * 1000 + workload)
-        root = tmp_path / f"store{workload}"
+        root = ram_path / f"store{workload}"
         recorder, ledger = await record(root, rng, num_rounds=num_rounds)
-        num_changes += recorder.clock
+        num_events += recorder.clock
         for number, moment in enumerate(moments(ledger, recorder, rng, num_crashes)):
-            directory = tmp_path / f"crash{workload}.{number}"
+            directory = ram_path / f"crash{workload}.{number}"
             directory.mkdir()
             try:
                 await crash(recorder, ledger, directory, moment, rng)
             except Exception as error:
                 error.add_note(f"seed {seed}, workload {workload}, crash {number} at event {moment} of {recorder.clock}")
                 raise
-    return num_changes
+            shutil.rmtree(directory)
+    return num_events
 
 
-def test_what_was_acknowledged_survives_a_power_loss(tmp_path, seed):
-    asyncio.run(torture(tmp_path, seed, num_workloads=3, num_rounds=40, num_crashes=20))
+def test_what_was_acknowledged_survives_a_power_loss(ram_path, seed):
+    asyncio.run(torture(ram_path, seed, num_workloads=3, num_rounds=40, num_crashes=20))
 
 
 @pytest.mark.parametrize("liar", ["slabs/", "index.sqlite"])
-def test_these_tests_notice_a_disk_that_does_not_sync(tmp_path, liar):
+def test_these_tests_notice_a_disk_that_does_not_sync(ram_path, liar):
     async def scenario():
         rng = random.Random(1)
-        recorder, ledger = await record(tmp_path / "store", rng, num_rounds=20, lying=(liar,))
+        recorder, ledger = await record(ram_path / "store", rng, num_rounds=20, lying=(liar,))
         num_broken = 0
         for number, moment in enumerate(moments(ledger, recorder, rng, 10)):
-            materialise(recorder.survivors(moment, nothing), tmp_path / f"crash{number}")
+            materialise(recorder.survivors(moment, nothing), ram_path / f"crash{number}")
             try:
-                await check(tmp_path / f"crash{number}", ledger, moment)
+                await check(ram_path / f"crash{number}", ledger, moment)
             except BrokenPromise:
                 num_broken += 1
         assert num_broken >= 5
 
     asyncio.run(scenario())
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=BrokenPromise,
+    reason="index.py: a file that SQLite has made but in which no table was committed yet is taken for a damaged index",
+)
+def test_a_power_loss_during_the_first_start_leaves_a_directory_that_starts(ram_path):
+    async def scenario():
+        rng = random.Random(1)
+        recorder, ledger = await record(ram_path / "store", rng, num_rounds=0)
+        for moment in range(1, recorder.clock):
+            materialise(recorder.survivors(moment, draw(rng)), ram_path / f"crash{moment}")
+            await check(ram_path / f"crash{moment}", ledger, moment)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.xfail(strict=True, raises=BrokenPromise, reason="rebuild.py falls back to a manifest's row, but not to the initial value")
+def test_a_first_write_that_was_cut_off_gives_the_initial_value_back_when_the_index_is_lost_too(ram_path):
+    async def scenario():
+        (ram_path / "store").mkdir()
+        ledger = Ledger(itertools.count(1).__next__)
+        with held(ram_path / "store"):
+            engine = await Engine.open(ram_path / "store", DRAM_BYTES)
+        workload = Workload(engine, ledger, random.Random(1))
+        await workload.create("b", LARGE, 2)
+        moment = ledger.clock()
+        await push(engine, "b", {0: (0, random_body(LARGE, 1)), 1: (0, random_body(LARGE, 2))}, ledger.push_numbers)
+        slot = engine.catalog.bank("b").record(0).slot
+        await engine.close()
+        with (ram_path / "store" / "slabs" / f"{slot.record_bytes}.slab").open("r+b") as file:
+            file.seek((slot.index + 1) * slot.record_bytes - 4096)
+            file.write(bytes(4096))
+        ledger.banks[0].history(1).append(Value(body=random_body(LARGE, 2), began=moment))
+        (ram_path / "store" / "index.sqlite").unlink()
+        with held(ram_path / "store"):
+            rebuild(ram_path / "store")
+        await check(ram_path / "store", ledger, moment)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_what_was_acknowledged_survives_thousands_of_power_losses(ram_path, seed, report):
+    num_workloads, num_crashes = 40, 50
+    num_events = asyncio.run(torture(ram_path, seed, num_workloads=num_workloads, num_rounds=60, num_crashes=num_crashes))
+    command = f"python -m pytest tests/torture/test_power_loss.py -m slow --results tests/bench/results --torture-seed {seed}"
+    counts = {
+        "workloads": num_workloads,
+        "power losses, each also with the index lost and rebuilt": num_workloads * num_crashes,
+        "recorded events (writes, syncs, names; their begin and end)": num_events,
+        "broken promises": 0,
+    }
+    report("power_loss", command, counts)

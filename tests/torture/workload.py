@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import tempfile
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import ExitStack, contextmanager
 from math import inf
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -35,6 +38,14 @@ def small_files() -> Iterator[None]:
         for (module, name), value in SMALL_FILES.items():
             stack.enter_context(mock.patch.object(module, name, value))
         yield
+
+
+@contextmanager
+def ram_directory() -> Iterator[Path]:
+    """A directory in memory where there is one: these tests sync thousands of files, and lose power only in their own way."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(prefix="ooc-moe-", dir=memory if os.access(memory, os.W_OK) else None) as directory:
+        yield Path(directory)
 
 
 class Workload:
