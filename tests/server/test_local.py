@@ -21,7 +21,7 @@ from ooc_moe_server import answers, local
 from ooc_moe_server.engine import Engine
 from ooc_moe_server.local import LocalPlane
 from ooc_moe_wire.codec import HOLDS_NONE, Checksums
-from ooc_moe_wire.errors import InvalidRequest, LeaseExpired, TierFull
+from ooc_moe_wire.errors import CorruptRecord, InvalidRequest, LeaseExpired, TierFull
 from ooc_moe_wire.layout import BLOCK_BYTES, BankSpec, Layout, TensorSpec
 from ooc_moe_wire.local import ACK, F_SEAL_FUTURE_WRITE, LEASE_S, Welcome, pack_release, pack_stage
 from ooc_moe_wire.v1 import expert_pb2, local_pb2, local_pb2_grpc
@@ -373,7 +373,25 @@ def test_a_session_that_closes_ends_the_fetch_that_waits_for_its_leases(tmp_path
     run(scenario, tmp_path)
 
 
-def test_current_and_damaged_experts_come_as_headers_beside_the_leases(tmp_path):
+def test_a_damaged_expert_comes_as_a_header_and_the_others_as_leases(tmp_path, monkeypatch):
+    async def scenario(store):
+        caller, bring = await store.connect(), store.engine.promotions.bring
+
+        async def damaged(bank, expert, record, **options):
+            if expert == 2:
+                raise CorruptRecord("flipped")
+            return await bring(bank, expert, record, **options)
+
+        monkeypatch.setattr(store.engine.promotions, "bring", damaged)
+        messages = await store.fetch(caller, 1, 2, 3)
+        headers = [message.header for message in messages if message.HasField("header")]
+        assert [(header.expert, header.error.kind) for header in headers] == [(2, "CorruptRecord")]
+        assert sorted(lease.expert for message in messages for lease in rows(message)) == [1, 3]
+
+    run(scenario, tmp_path)
+
+
+def test_current_experts_come_as_headers_beside_the_leases(tmp_path):
     async def scenario(store):
         caller = await store.connect()
         await store.lease(caller, 2)
