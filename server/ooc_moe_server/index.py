@@ -108,15 +108,15 @@ class Index:
         self._committed_path = path.with_name("COMMITTED")
         self._sequence_of_failure: int | None = None  # Where the index stood before the transaction that failed last.
         self._owed: Committed | None = None
-        is_new = not path.exists() or path.stat().st_size == 0
-        if is_new:
+        if not path.exists() or path.stat().st_size == 0:
             self._refuse_to_begin_anew()
         self._db = connect(path)
         try:
             with self._reading():
                 list(self._db.execute("PRAGMA journal_mode=WAL"))
                 list(self._db.execute("PRAGMA synchronous=FULL"))
-                if is_new:
+                if not list(self._db.execute("SELECT name FROM sqlite_master LIMIT 1")):
+                    self._refuse_to_begin_anew()  # Again, for a file that holds nothing: a first start that was cut off leaves one.
                     self._make()
                 self._check_committed()
             self._committed = CommittedFile(self._committed_path)

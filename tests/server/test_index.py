@@ -241,6 +241,19 @@ def test_an_index_cut_to_nothing_is_refused_and_one_of_a_new_store_is_made(fille
     assert read_new(tmp_path / "new").banks == {}
 
 
+def test_a_first_start_that_was_cut_off_can_be_repeated_but_a_lost_schema_is_no_first_start(filled, tmp_path):
+    (tmp_path / "new").mkdir()
+    for directory in (tmp_path / "new", filled):
+        (directory / "index.sqlite").unlink(missing_ok=True)
+        with closing(sqlite3.connect(directory / "index.sqlite")) as db:
+            db.execute("PRAGMA journal_mode=WAL")
+            db.execute("PRAGMA user_version=1")
+        assert (directory / "index.sqlite").stat().st_size > 0
+    assert read(tmp_path / "new").banks == {}
+    with refused(filled, "missing or empty"):
+        read(filled)
+
+
 def read_new(directory):
     directory.mkdir()
     return read(directory)

@@ -144,11 +144,6 @@ def test_these_tests_notice_a_disk_that_does_not_sync(ram_path, liar):
     asyncio.run(scenario())
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=BrokenPromise,
-    reason="index.py: a file that SQLite has made but in which no table was committed yet is taken for a damaged index",
-)
 def test_a_power_loss_during_the_first_start_leaves_a_directory_that_starts(ram_path):
     async def scenario():
         rng = random.Random(1)
