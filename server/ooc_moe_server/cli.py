@@ -20,9 +20,9 @@ from rich.console import Console
 from rich.progress import track
 
 from ooc_moe_server.app import run
-from ooc_moe_server.commits import store_error
 from ooc_moe_server.config import ServerConfig
 from ooc_moe_server.data_dir import held
+from ooc_moe_server.index_writer import store_error
 from ooc_moe_server.rebuild import rebuild
 from ooc_moe_server.verify import verify
 from ooc_moe_wire.errors import InvalidRequest, OocMoeError

@@ -11,26 +11,23 @@ elsewhere. Every change of the index runs under this module's locks, so that a r
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
-import sqlite3
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TypeVar
 
-import numpy as np
-
 from ooc_moe_server.catalog import Bank, Catalog, Record, Slot, Unsaved
-from ooc_moe_server.dram import DramTier, Entry
-from ooc_moe_server.index import VERSION_RESERVE, Index, Write
+from ooc_moe_server.dram import DramTier
+from ooc_moe_server.index import Index, Write
+from ooc_moe_server.index_writer import IndexWriter, is_full
 from ooc_moe_server.nvme import QUOTA_RETRY_MS, NvmeTier
 from ooc_moe_server.stats import Stats
 from ooc_moe_server.unsaved import UnsavedRecords
-from ooc_moe_wire.codec import Checksums, RecordHeader, verify
-from ooc_moe_wire.errors import CorruptRecord, Internal, LostUpdate, OocMoeError, StaleVersion, TierFull
+from ooc_moe_server.writes import Push, check_base, future
+from ooc_moe_wire.errors import CorruptRecord, OocMoeError, TierFull
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -38,84 +35,13 @@ Result = TypeVar("Result")
 ROUND_MAX = 256
 # A group whose sync failed is written anew so often in all; then the device is given up on, and the pushes are refused.
 SYNC_TRIES = 3
-# Of the arena, what may be acknowledged and not yet written: it cannot be evicted, and reads need room. Beyond it pushes
-# are acknowledged after their commit.
+# Of the arena, what may be acknowledged and not yet written: it cannot be evicted, and reads need room. Beyond it, pushes are acknowledged
+# after their commit.
 UNSAVED_SHARE = 1 / 4
 # Written back at the same time: few, so that durable pushes find a thread, and that a newer push finds the older not yet written.
 WRITE_BACKS_MAX = 2
 RETRY_S_MIN, RETRY_S_MAX = 0.1, 5.0
 DRAIN_TRIES = 3
-
-
-def _future() -> asyncio.Future[OocMoeError | None]:
-    return asyncio.get_running_loop().create_future()
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class Push:
-    """One write on its way. `outcome` becomes the version, or the error that refused it."""
-
-    bank: Bank
-    expert: int
-    base_version: int
-    writer_id: str
-    push_number: int
-    checksums: Checksums
-    entry: Entry  # Filled by the receiver, or from `staged`; the receiver's pin passes to `submit`.
-    staged: memoryview | None = None
-    in_memory: bool = False  # To be acknowledged before it is on the disk.
-    version: int = 0
-    slot: Slot | None = None  # Taken for it; None again once a record refers to it.
-    epoch: int = 0  # Of the slab when the write began.
-    durable: bool = False
-    outcome: asyncio.Future[int | OocMoeError] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-    in_round: asyncio.Future[OocMoeError | None] = field(default_factory=_future)  # The round's answer; a new one for each try.
-    tried: asyncio.Future[OocMoeError | None] = field(default_factory=_future)  # The end of a try to write it back, likewise.
-    hurry: asyncio.Event = field(default_factory=asyncio.Event)  # Ends the wait before the next try.
-    task: asyncio.Task[None] | None = None  # That carries it.
-    is_waiting: bool = False  # For its turn to be written back: nothing of it is under way.
-
-    @property
-    def name(self) -> str:
-        """For messages."""
-        return f"bank {self.bank.name!r}, expert {self.expert}, push {self.push_number}"
-
-    @property
-    def acknowledged(self) -> bool:
-        """Whether it was acknowledged in memory."""
-        return self.in_memory and self.outcome.done()
-
-    def record(self) -> Record:
-        """What becomes current."""
-        return Record(
-            version=self.version, slot=self.slot, checksums=self.checksums, writer_id=self.writer_id, push_number=self.push_number
-        )
-
-    def header(self) -> RecordHeader:
-        """The header block's content."""
-        return RecordHeader(
-            bank_id=self.bank.uuid,
-            expert=self.expert,
-            version=self.version,
-            parameter_bytes=self.bank.layout.parameter_bytes,
-            optimizer_bytes=self.bank.layout.optimizer_bytes,
-            checksums=self.checksums,
-            writer_id=self.writer_id,
-            push_number=self.push_number,
-            base_version=self.base_version,
-        )
-
-    def verify(self) -> None:
-        """Brings staged bytes over and checks what lies in the arena, where nobody else can change it; any thread. Raises CorruptRecord."""
-        if self.staged is not None:
-            np.copyto(np.frombuffer(self.entry.body, np.uint8), np.frombuffer(self.staged, np.uint8))  # Without the GIL.
-            self.staged = None
-        verify(self.bank.layout, self.entry.body, self.checksums, what=self.name)
-
-    def verify_and_pack(self) -> None:
-        """As `verify`, and writes the header block."""
-        self.verify()
-        self.header().pack_into(self.entry.record)
 
 
 class Committer:
@@ -133,7 +59,7 @@ class Committer:
         bank_bytes: int | None = None,
     ) -> None:
         """`bank_bytes`: the most that the records of one bank may take."""
-        self._catalog, self._index, self._index_thread = catalog, index, index_thread
+        self._index = IndexWriter(catalog, index, index_thread, nvme)
         self._dram, self._nvme, self._stats, self._bank_bytes = dram, nvme, stats, bank_bytes
         self._lock = asyncio.Lock()  # Held by a round, or by a change, which lends it to rounds while they write back.
         self._lent = False
@@ -146,10 +72,6 @@ class Committer:
         self._waiting: deque[Push] = deque()
         self._round: asyncio.Task[None] | None = None
         self._ending = False
-        # Slots of failed rounds: an index commit that failed may still be found after a crash, until a later one went over it.
-        self._quarantine: set[Slot] = set()
-        self._versions_below = catalog.next_version + VERSION_RESERVE  # The index will begin beyond these after a crash; `load` saved it.
-        self._complaint = ""
 
     @property
     def num_in_flight(self) -> int:
@@ -198,10 +120,7 @@ class Committer:
 
     async def on_index(self, work: Callable[[Index], Result]) -> Result:
         """Runs `work` on the index's thread. Raises TierFull (disk full) or Internal."""
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._index_thread, work, self._index)
-        except (OSError, sqlite3.Error) as error:
-            raise self._translated(error, "index") from error
+        return await self._index.run(work)
 
     def check_quota(self, bank: Bank, expert: int) -> None:
         """Raises TierFull when one more record is more than a bank may have; UnknownExpert, UnknownBank."""
@@ -254,28 +173,27 @@ class Committer:
                 await self._write_back(push)
             else:
                 push.slot = await self._take_slot(push)
-                push.version = await self._take_version()
+                push.version = await self._index.take_version()
                 await self._write(push, push.verify_and_pack)
                 await self._join_round(push)
         except Exception as error:
             if isinstance(error, CorruptRecord):
                 self._dram.stats.num_corrupt += 1
             assert not push.acknowledged, "a write-back ends by itself"
-            self._settle(push, self._translated(error, push.name))
+            self._settle(push, self._index.translated(error, push.name))
         finally:
             if push.slot:
                 self._nvme.let_go(push.slot)
             if push.in_memory:
                 self._unsaved.release(record_bytes)
-            if not push.tried.done():
-                push.tried.set_result(None)
+            push.tried.set_result(None)
             self._dram.unpin(push.entry)
 
     async def _acknowledge(self, push: Push) -> None:
         """Makes a push visible before it is written. Its slot is taken first, so that a full disk refuses it now and not later."""
         await self._nvme.prepare(push.verify)
         push.slot = await self._take_slot(push)
-        push.version = await self._take_version()
+        push.version = await self._index.take_version()
         while not self._calm.is_set():
             await self._calm.wait()
         check_base(push.bank, push.expert, push.base_version)
@@ -295,10 +213,10 @@ class Committer:
         delay_s = RETRY_S_MIN
         while push in self._unsaved and not self._ending:
             error = await self._try_to_save(push)
-            tried, push.tried = push.tried, _future()
-            tried.set_result(error)
-            if error is None:
+            if error is None or push not in self._unsaved:
                 return
+            tried, push.tried = push.tried, future()
+            tried.set_result(error)
             with suppress(TimeoutError), _waiting(push):
                 async with asyncio.timeout(delay_s):
                     await push.hurry.wait()
@@ -316,7 +234,7 @@ class Committer:
                 self._behind.release()
             await self._join_round(push)
         except Exception as error:
-            return self._translated(error, "write-back")
+            return self._index.translated(error, "write-back")
         return None
 
     def _give_up(self, push: Push) -> None:
@@ -336,16 +254,9 @@ class Committer:
         return [error for future in futures if (error := future.result()) is not None]
 
     async def _take_slot(self, push: Push) -> Slot:
-        if self._quarantine:
-            await self._clear_quarantine()
+        await self._index.clear_quarantine()
         replaced = self._unsaved.indexed(push.bank, push.expert).slot
         return await self._nvme.take(push.bank.layout.record_bytes, replaced=replaced)
-
-    async def _take_version(self) -> int:
-        """A version that no crash brings back: the index has saved that it is used."""
-        while self._catalog.next_version >= self._versions_below:
-            await self._put([])
-        return self._catalog.take_version()
 
     async def _write(self, push: Push, prepare: Callable[[], None]) -> None:
         """Writes to the push's slot. Raises OSError, and the slot is gone then; what `prepare` raises."""
@@ -353,7 +264,7 @@ class Committer:
         try:
             push.epoch = await self._nvme.write(push.slot, push.entry.record, prepare)
         except OSError as error:
-            if not _is_full(error):
+            if not is_full(error):
                 self._condemn(push)
             raise
 
@@ -370,7 +281,7 @@ class Committer:
 
     async def _join_round(self, push: Push) -> None:
         """Returns when a round has committed a push, or found that nobody needs it any more. Raises what refused it."""
-        push.in_round = _future()
+        push.in_round = future()
         self._waiting.append(push)
         if self._round is None or self._round.done():
             self._round = asyncio.create_task(self._rounds())
@@ -386,7 +297,7 @@ class Committer:
                     await self._commit(await self._make_durable(batch))
                 except Exception as error:
                     for push in batch:
-                        _answer(push, self._translated(error, "commit"))
+                        _answer(push, self._index.translated(error, "commit"))
 
     def _batch(self) -> list[Push]:
         """Of those that wait, the ones to commit; each expert once."""
@@ -421,12 +332,12 @@ class Committer:
                 break
             failed = await self._nvme.sync([push.slot for push in batch if push.slot])
             for error in failed.values():
-                self._translated(error, "sync")  # Logs it, once.
+                self._index.translated(error, "sync")  # Logs it, once.
             durable += [push for push in batch if push.bank.layout.record_bytes not in failed]
             batch = [push for push in batch if push.bank.layout.record_bytes in failed]
         for push in batch:
             self._condemn(push)
-            _answer(push, self._translated(failed[push.bank.layout.record_bytes], "sync"))
+            _answer(push, self._index.translated(failed[push.bank.layout.record_bytes], "sync"))
         return durable
 
     async def _write_anew_if_doubtful(self, push: Push) -> bool:
@@ -439,7 +350,7 @@ class Committer:
             push.slot = await self._take_slot(push)
             await self._write(push, _nothing)
         except Exception as error:
-            _answer(push, self._translated(error, push.name))
+            _answer(push, self._index.translated(error, push.name))
             return False
         return True
 
@@ -447,35 +358,21 @@ class Committer:
         if not batch:
             return
         began = self._stats.clock()
-        quarantined = list(self._quarantine)
+        writes = [Write(bank_id=push.bank.id, expert=push.expert, record=push.record()) for push in batch]
         try:
-            await self._put([Write(bank_id=push.bank.id, expert=push.expert, record=push.record()) for push in batch])
-        except OocMoeError as error:
+            await self._index.commit(writes, [push.slot for push in batch if push.slot])
+        except Exception as error:
             for push in batch:
-                assert push.slot is not None
-                self._quarantine.add(push.slot)
-                push.slot = None
-                _answer(push, error)
+                push.slot = None  # In quarantine.
+                _answer(push, self._index.translated(error, "commit"))
             return
         self._stats.took("commit", began)
-        self._complaint = ""
         for push in batch:
             if push.acknowledged:
                 self._save(push)
             else:
                 self._show(push)
             _answer(push, None)
-        self._let_go(quarantined)
-
-    async def _put(self, writes: list[Write]) -> None:
-        """One index transaction; it also saves which versions are used. Raises TierFull, Internal."""
-
-        def put(index: Index) -> int:
-            next_version = self._catalog.next_version  # Read here, so that what is saved never goes back.
-            index.put_records(writes, next_version)
-            return next_version
-
-        self._versions_below = await self.on_index(put) + VERSION_RESERVE
 
     def _show(self, push: Push) -> None:
         """Makes a committed push visible, and frees what it replaced."""
@@ -525,29 +422,6 @@ class Committer:
             self._dram.discard(Unsaved(push.version))
             self._give_up(push)
 
-    async def _clear_quarantine(self) -> None:
-        """A commit of nothing, so that failing ones cannot use up the disk. Raises TierFull, Internal."""
-        quarantined = list(self._quarantine)
-        await self._put([])
-        self._let_go(quarantined)
-
-    def _let_go(self, quarantined: Iterable[Slot]) -> None:
-        for slot in self._quarantine.intersection(quarantined):
-            self._quarantine.discard(slot)
-            self._nvme.let_go(slot)
-
-    def _translated(self, error: Exception, what: str) -> OocMoeError:
-        """As `store_error`; the log has what we did not expect, once until a commit succeeds."""
-        translated = store_error(error, what=what)
-        complaint = f"{type(error).__name__}: {error}"
-        if translated is not error and complaint != self._complaint:
-            self._complaint = complaint
-            if isinstance(translated, TierFull):
-                log.warning("%s", translated)
-            else:
-                log.error("%s failed", what, exc_info=error)
-        return translated
-
 
 @contextmanager
 def _waiting(push: Push) -> Iterator[None]:
@@ -565,34 +439,3 @@ def _nothing() -> None:
 def _answer(push: Push, error: OocMoeError | None) -> None:
     if not push.in_round.done():
         push.in_round.set_result(error)
-
-
-def check_base(bank: Bank, expert: int, base: int) -> None:
-    """Refuses an update that started from another version than the current one.
-
-    Raises:
-        StaleVersion: there is a newer one.
-        LostUpdate: there is only an older one: a crash took what was acknowledged in memory.
-        UnknownExpert, UnknownBank: there is none.
-    """
-    current = bank.record(expert).version
-    what = f"expert {expert} of bank {bank.name!r}: base_version {base} is not the current version {current}"
-    if base > current:
-        raise LostUpdate(f"{what}: the store lost the newer one, which it had not yet written")
-    if base != current:
-        raise StaleVersion(what)
-
-
-def store_error(error: Exception, *, what: str) -> OocMoeError:
-    """What a failure of files or index means to the caller."""
-    if isinstance(error, OocMoeError):
-        return error
-    if _is_full(error):
-        return TierFull(f"NVMe tier: {what}: the disk is full", retry_after_ms=1000)
-    return Internal(f"{what}: {type(error).__name__}: {error}")
-
-
-def _is_full(error: Exception) -> bool:
-    if isinstance(error, sqlite3.Error):
-        return getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -68,14 +68,13 @@ class NvmeTier:
             OSError: ENOSPC when the disk is full.
         """
         self._check_quota(record_bytes, replaced)
-        slab = self._slabs.get(record_bytes) or self._open(record_bytes)
-        while (index := slab.take()) is None:
-            async with self._extending[record_bytes]:
-                if slab.num_free == 0:
-                    await self._extend(slab)
-        slot = Slot(record_bytes, index)
+        self._used_bytes += record_bytes  # At once, so that others see it while the slab grows.
+        try:
+            slot = Slot(record_bytes, await self._take(record_bytes))
+        except BaseException:
+            self._used_bytes -= record_bytes
+            raise
         self._references[slot] = 1
-        self._used_bytes += record_bytes
         if self._is_sole(replaced):
             self._replacing[slot] = record_bytes
         return slot
@@ -211,6 +210,14 @@ class NvmeTier:
                 f"delete snapshots or banks, or start the daemon with a larger --nvme-bytes",
                 retry_after_ms=QUOTA_RETRY_MS,
             )
+
+    async def _take(self, record_bytes: int) -> int:
+        slab = self._slabs.get(record_bytes) or self._open(record_bytes)
+        while (index := slab.take()) is None:
+            async with self._extending[record_bytes]:
+                if slab.num_free == 0:
+                    await self._extend(slab)
+        return index
 
     async def _extend(self, slab: Slab) -> None:
         slots = slab.bare()

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ooc_moe_server.catalog import Catalog
-from ooc_moe_server.commits import store_error
 from ooc_moe_server.index import Index
+from ooc_moe_server.index_writer import store_error
 from ooc_moe_server.manifests import Manifests
 from ooc_moe_server.reserve import Reserve
 from ooc_moe_wire.errors import CorruptRecord

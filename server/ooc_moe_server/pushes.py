@@ -14,9 +14,10 @@ from collections.abc import Coroutine
 from typing import Any, Protocol
 
 from ooc_moe_server.catalog import Bank, PushUnderWay
-from ooc_moe_server.commits import Committer, Push, check_base
+from ooc_moe_server.commits import Committer
 from ooc_moe_server.dram import DramTier
 from ooc_moe_server.stats import Scopes, Stats
+from ooc_moe_server.writes import Push, check_base
 from ooc_moe_wire.codec import CHUNK_BYTES_MAX, Assembler, Checksums
 from ooc_moe_wire.errors import InvalidRequest, NotTheWriter, OocMoeError, StaleVersion
 from ooc_moe_wire.v1 import expert_pb2

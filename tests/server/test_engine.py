@@ -364,7 +364,7 @@ def test_a_bad_fetch_counts_nothing(tmp_path):
 
 
 OPERATIONS = st.one_of(
-    st.tuples(st.just("push"), st.dictionaries(st.integers(0, 5), st.integers(1, 9), min_size=1)),
+    st.tuples(st.sampled_from(["push", "memory"]), st.dictionaries(st.integers(0, 5), st.integers(1, 9), min_size=1)),
     st.tuples(st.just("fetch"), st.lists(st.integers(0, 5), min_size=1, unique=True)),
     st.tuples(st.just("prefetch"), st.lists(st.integers(0, 5), min_size=1)),
     st.tuples(st.sampled_from(["snapshot", "restore", "drop", "fork", "reopen"]), st.integers(0, 3)),
@@ -386,14 +386,15 @@ async def _compare(directory: Path, operations) -> None:
     pending = list(operations)
     num_opens = 1 + sum(name == "reopen" for name, _ in pending)
     for _ in range(num_opens):
-        async with opened(directory, records=3, patience_s=30) as store:
+        async with opened(directory, records=5, patience_s=30) as store:  # Room for one unsaved record.
             assert set(store.engine.catalog.snapshots) == set(snapshots)
             while pending:
                 name, argument = pending.pop(0)
                 changes, ids = store.engine.changes, sorted(snapshots)
                 chosen = ids[argument % len(ids)] if name in ("restore", "drop", "fork") and ids else 0
-                if name == "push":
-                    outcomes = await store.push({expert: body_of(number) for expert, number in argument.items()})
+                if name in ("push", "memory"):
+                    bodies = {expert: body_of(number) for expert, number in argument.items()}
+                    outcomes = await store.push(bodies, in_memory=name == "memory")
                     assert min(outcome.version for outcome in outcomes.values()) > newest
                     model |= argument
                 elif name == "fetch":
@@ -415,6 +416,7 @@ async def _compare(directory: Path, operations) -> None:
                 if name == "reopen":
                     break
             await store.engine.promotions.drain()
+            await until(lambda: store.stats.dram.dirty_bytes == 0)
             assert await store.bodies(*range(6)) == {expert: _value(model, expert) for expert in range(6)}
             for name, values in forks.items():
                 fork = Store(store.engine, store.engine.catalog.bank(name))

@@ -138,6 +138,22 @@ def test_no_version_is_acknowledged_that_could_not_be_saved(tmp_path, disk, monk
     asyncio.run(scenario())
 
 
+def test_no_version_in_a_header_comes_again_after_a_crash_even_where_a_change_of_many_experts_failed_before(tmp_path):
+    async def scenario():
+        async with opened(tmp_path / "a") as store:
+            store.engine.catalog.next_version += 3 * VERSION_RESERVE  # As a restore takes them, whose commit then fails.
+            async with store.engine.committer.exclusive():  # No round can begin.
+                pushing = asyncio.create_task(store.push_one(0, 1))
+                await until(lambda: store.engine.committer._waiting)
+                version = store.engine.committer._waiting[0].version
+                copy = crashed(tmp_path / "a", tmp_path / "b")
+            await pushing
+        async with opened(copy) as store:
+            assert (await store.push_one(0, 2)).version > version
+
+    asyncio.run(scenario())
+
+
 @pytest.mark.parametrize("base", ["older", "newer"])
 def test_a_memory_push_over_another_version_is_refused(tmp_path, base):
     async def scenario():
