@@ -161,7 +161,7 @@ class Committer:
         if self._round:
             await self._round
 
-    # ---- One push
+    # One push.
 
     async def _carry(self, push: Push) -> None:
         """The whole life of a push."""
@@ -277,7 +277,7 @@ class Committer:
         del push.bank.pushing[push.expert]
         push.outcome.set_result(outcome)
 
-    # ---- Rounds
+    # Rounds.
 
     async def _join_round(self, push: Push) -> None:
         """Returns when a round has committed a push, or found that nobody needs it any more. Raises what refused it."""
