@@ -15,6 +15,7 @@ from typing import Protocol, TypeVar
 import grpc
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, sleep_using_event, wait_random_exponential
 
+from ooc_moe_wire.allocator import keep_large_buffers
 from ooc_moe_wire.codec import MESSAGE_BYTES_MAX, TRAINER_BYTES_MAX, TRAINER_KEY
 from ooc_moe_wire.errors import DeadlineExceeded, InvalidRequest, TierFull, Unavailable, from_rpc_error
 
@@ -88,6 +89,7 @@ class Connection:
         self.target = target
         self.timeout_s = timeout_s
         self.metadata = ((TRAINER_KEY, trainer),)
+        keep_large_buffers()
         self.channel = grpc.insecure_channel(target, options=OPTIONS)
         self._patience_s = patience_s
         self._has_answered = False

@@ -107,7 +107,7 @@ class FetchStream:
         if self._call is not None:
             self._call.cancel()
             self._call = None
-        self._used += [lease[0] for lease in self._leases]
+        self._used += [lease[0] for lease in self._leases if lease[0]]
         self._leases = iter(())
         self._give_back()
 
@@ -197,6 +197,11 @@ class FetchStream:
         # In parts: where the session's share of the arena is small, the next batch needs the room of this one.
         used_max = max(1, min(RELEASED_BYTES // self._num_bytes, len(ids) // 4))
         for lease in self._leases:
+            if not lease[0]:
+                self._check_wanted(lease[1])
+                if (unchanged := self._arrived(*lease[1:4], unchanged=True)) is not None:
+                    yield unchanged
+                continue
             self._used.append(lease[0])
             fetched = self._copy(lease)
             if len(self._used) >= used_max:

@@ -43,7 +43,7 @@ async def stream(fetch: Fetch, layout: Layout, send: Send, *, whole: bool, turns
 
 
 async def lease(fetch: Fetch, layout: Layout, send: Send, *, session: Session, arena: Arena, pinned: bool) -> None:
-    """Sends leases of the session for all that has bytes, in batches, and headers for the rest.
+    """Sends leases of the session for all that has bytes, in batches, rows without a lease for what is unchanged, and headers with errors.
 
     When the call ends early its pinned leases get an end: whether the caller heard of them is unknown.
 
@@ -60,8 +60,10 @@ async def lease(fetch: Fetch, layout: Layout, send: Send, *, session: Session, a
                     made.append(session.lease([served.entry for served in leased if served.entry], pinned=pinned))
                     await send(expert_pb2.FetchExpertsResponse(leases=_leases(made[-1], leased, arena)))
                     fetch.sent(leased, leased=True)
+                if unchanged := [served for served in batch if not served.entry and not served.error]:
+                    await send(expert_pb2.FetchExpertsResponse(leases=_unchanged(unchanged)))
                 for served in batch:
-                    if not served.entry:
+                    if served.error:
                         await send(expert_pb2.FetchExpertsResponse(header=_header(served, layout, whole=True)))
     except BaseException:
         if pinned:
@@ -98,6 +100,21 @@ def _leases(ids: range, leased: Sequence[Served], arena: Arena) -> expert_pb2.Le
         generations=[arena.generation(start) for start in starts],
         parameter_xxh3=[sums.parameters for sums in checksums],
         optimizer_xxh3=[sums.optimizer for sums in checksums],
+    )
+
+
+def _unchanged(unchanged: Sequence[Served]) -> expert_pb2.Leases:
+    """Rows without a lease: hundreds of messages would take longer than copying the records."""
+    zeros = [0] * len(unchanged)
+    return expert_pb2.Leases(
+        ids=zeros,
+        experts=[served.expert for served in unchanged],
+        versions=[served.version for served in unchanged],
+        served_from=[served.tier for served in unchanged],
+        offsets=zeros,
+        generations=zeros,
+        parameter_xxh3=zeros,
+        optimizer_xxh3=zeros,
     )
 
 

@@ -148,7 +148,7 @@ class Fetch:
             expert, record, source = residents.popleft()
             if (present := bank.records.get(expert, UNWRITTEN)) is not record:
                 record, source = present, bank.source(expert, present)
-            entry = self._dram.take(source)
+            entry = self._dram.take(source, demand=self._demand)
             if entry is None:
                 missing.append(expert)
                 continue
@@ -179,7 +179,7 @@ class Fetch:
         record = self._bank.record(expert)
         served = Served(expert, record.version, self._tier(expert, record), self._stats.clock())
         try:
-            taken = self._dram.take(self._bank.source(expert, record))
+            taken = self._dram.take(self._bank.source(expert, record), demand=self._demand)
             served.entry = taken or await self._promotions.bring(self._bank, expert, record, urgent=self._demand)
             served.was_prefetched = taken is not None and taken.wasted is not None
             served.entry.wasted = None

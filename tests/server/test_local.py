@@ -391,14 +391,18 @@ def test_a_damaged_expert_comes_as_a_header_and_the_others_as_leases(tmp_path, m
     run(scenario, tmp_path)
 
 
-def test_current_experts_come_as_headers_beside_the_leases(tmp_path):
+def test_current_experts_come_as_rows_without_a_lease_in_one_message(tmp_path):
     async def scenario(store):
         caller = await store.connect()
         await store.lease(caller, 2)
         messages = await store.fetch(caller, 1, 2, 3, known_versions=[0, HOLDS_NONE, 7])
-        headers = [message.header for message in messages if message.HasField("header")]
-        assert [(header.expert, header.unchanged) for header in headers] == [(1, True)]
-        assert sorted(lease.expert for message in messages for lease in rows(message)) == [2, 3]
+        assert not any(message.HasField("header") for message in messages)
+        assert [lease.expert for lease in rows(messages[0])] == [1]
+        assert rows(messages[0])[0].id == 0
+        leased = [lease for message in messages[1:] for lease in rows(message)]
+        assert sorted(lease.expert for lease in leased) == [2, 3]
+        assert all(lease.id for lease in leased)
+        assert len(await store.fetch(caller, *range(200), known_versions=[0] * 200)) == 1
 
     run(scenario, tmp_path)
 

@@ -258,7 +258,9 @@ class Leases(google.protobuf.message.Message):
     PARAMETER_XXH3_FIELD_NUMBER: builtins.int
     OPTIMIZER_XXH3_FIELD_NUMBER: builtins.int
     @property
-    def ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    def ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Zero: no lease. The caller's known version is current; the columns after served_from mean nothing."""
+
     @property
     def experts(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
     @property
