@@ -77,7 +77,9 @@ def flip(directory: Path, rng: random.Random) -> str:
             break
     path = rng.choice(files)
     content = bytearray(path.read_bytes())
-    content[rng.randrange(len(content))] ^= rng.randrange(1, 256)
+    used = [place for place, byte in enumerate(content) if byte]
+    place = rng.choice(used) if used and rng.random() < 0.7 else rng.randrange(len(content))  # Most of a file is zeros that nobody reads.
+    content[place] ^= rng.randrange(1, 256)
     path.write_bytes(content)
     return str(path.relative_to(directory))
 

@@ -53,13 +53,14 @@ class Workload:
 
     def __init__(self, engine: Engine, ledger: Ledger, rng: random.Random) -> None:
         self.engine, self.ledger, self.rng = engine, ledger, rng
-        self._free: set[BankPromise] = set()
+        self._free: set[BankPromise] = set()  # No action of this round has them.
+        self._taken: set[str] = set()  # Names of deleted banks that one has.
         self._number = 0
 
     async def run(self, num_rounds: int) -> None:
         """All rounds."""
         for _ in range(num_rounds):
-            self._free = set(self.ledger.living())
+            self._free, self._taken = set(self.ledger.living()), set()
             actions = [self._draw() for _ in range(self.rng.choice((1, 1, 2, 3)))]
             await asyncio.gather(*(action for action in actions if action))
 
@@ -214,8 +215,9 @@ class Workload:
     def _name_of_the_dead(self) -> str:
         """The name of a deleted bank that no other has, sometimes."""
         taken = {bank.name for bank in self.ledger.banks if bank.deleted == inf}
-        names = sorted({bank.name for bank in self.ledger.banks} - taken)
-        return self.rng.choice(["", *names])
+        name = self.rng.choice(["", *sorted({bank.name for bank in self.ledger.banks} - taken - self._taken)])
+        self._taken.add(name)
+        return name
 
     def _next(self) -> int:
         self._number += 1
