@@ -101,6 +101,7 @@ def _all_of(records: Records, bodies: list[memoryview]) -> list[memoryview]:
 def ray(records: Records) -> Iterator[list[Path]]:
     """The object store: `ray.get` of all records, each then copied into the caller's memory; and `ray.put` of each."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["RAY_raylet_start_wait_time_s"] = "120"  # noqa: SIM112  Ray spells it so; for a busy machine.
     import ray as ray_
 
     # Its sockets lie there, and their paths are limited to 107 bytes.

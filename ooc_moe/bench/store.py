@@ -9,6 +9,7 @@ to a core, as servers that use several threads would lose most.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import random
 import shutil
 import statistics
@@ -26,6 +27,8 @@ from ooc_moe.bench.harness import Path, measure, warm_up
 from ooc_moe.bench.records import SAMPLE_BYTES, Records, check_record_bytes, count_of, made
 from ooc_moe.bench.results import Results, Row, StatsRow, size_text, with_ratios
 from ooc_moe_wire.errors import InvalidRequest
+
+log = logging.getLogger(__name__)
 
 SIZES = (256 << 10, 8 << 20, 24 << 20)
 ROUNDS, QUICK_ROUNDS = 15, 3
@@ -137,7 +140,16 @@ def run(bench: StoreBench, console: Console, *, command: str = "ooc-moe bench st
                 for group in _WEIGHT:
                     progress.update(task, description=f"{group} {size_text(size)}")
                     step = size * count * _WEIGHT[group]
-                    rows += _measure_group(bench, group, wanted[group], records, directory, order, lambda: progress.advance(task, step))  # noqa: B023
+                    rows += _measure_group(
+                        bench,
+                        group,
+                        wanted[group],
+                        records,
+                        directory,
+                        order,
+                        missing,
+                        lambda: progress.advance(task, step),  # noqa: B023
+                    )
         if wanted["stats"]:
             progress.update(task, description="stats")
             stats = _measure_stats(bench, directory)
@@ -153,13 +165,14 @@ def _measure_group(
     records: Records,
     directory: FilePath,
     order: random.Random,
+    missing: dict[tuple[str, str], str],
     on_run: Callable[[], None],
 ) -> list[Row]:
-    """One group with records of one size."""
+    """One group with records of one size; a peer that does not start is added to `missing`."""
     if not wanted:
         return []
     with _scratch(directory) as scratch, ExitStack() as stack:
-        paths = [path for path in _enter(group, wanted, records, scratch, stack) if path.name in wanted]
+        paths = [path for path in _enter(group, wanted, records, scratch, stack, missing) if path.name in wanted]
         for path in paths:
             warm_up([path], blank=records.blank)
             on_run()
@@ -168,7 +181,9 @@ def _measure_group(
     return with_ratios(group, records.record_bytes, samples)
 
 
-def _enter(group: str, wanted: Sequence[str], records: Records, directory: FilePath, stack: ExitStack) -> Iterator[Path]:
+def _enter(
+    group: str, wanted: Sequence[str], records: Records, directory: FilePath, stack: ExitStack, missing: dict[tuple[str, str], str]
+) -> Iterator[Path]:
     """Starts what a group needs; `stack` ends it. The daemon comes first: a fork is best made by a process with few threads."""
     if OURS & set(wanted):
         yield from _enter_ours(group, wanted, records, directory, stack)
@@ -176,7 +191,13 @@ def _enter(group: str, wanted: Sequence[str], records: Records, directory: FileP
         if set(names) & set(wanted):
             place = directory / names[0].replace(" ", "-")
             place.mkdir()
-            yield from stack.enter_context(peer(records, place))
+            try:
+                paths = stack.enter_context(peer(records, place))
+            except Exception as error:  # A peer's own; the others are measured all the same.
+                log.warning("%s did not start", names[0], exc_info=error)
+                missing[group, names[0]] = f"{names[0]} with {size_text(records.record_bytes)} records: {str(error).splitlines()[0]}"
+                continue
+            yield from paths
 
 
 def _enter_ours(group: str, wanted: Sequence[str], records: Records, directory: FilePath, stack: ExitStack) -> Iterator[Path]:
