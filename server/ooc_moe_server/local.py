@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 SESSIONS_MAX = 256
 STAGING_BYTES_MAX = 1 << 30
 # Of the arena, what leases may pin: one session's, and all together. One record is always allowed.
-SESSION_SHARE, TOTAL_SHARE = 1 / 8, 1 / 2
+SESSION_SHARE, TOTAL_SHARE = 1 / 2, 3 / 4
 _SWEEP_S = 1.0
 _ACCEPT_AGAIN_S = 1.0  # After the process had no descriptor left for a new connection.
 _DESCRIPTORS_MAX = 4  # Taken from one packet, so that those that do not belong can be closed.
