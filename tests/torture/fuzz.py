@@ -132,7 +132,7 @@ class Fuzzer:
                 self._fill(values.add(), field.message_type)
         elif self._is_wild():
             values.extend(self._scalar(field) for _ in range(self._random.choice((0, 1, 2, 3, 8))))
-            if self._random.random() < 0.03:
+            if self._random.random() < 0.03 and field.cpp_type != FieldDescriptor.CPPTYPE_STRING:  # Long names would be gigabytes.
                 values.extend([self._scalar(field)] * 20_000)
         elif field.name == "banks":
             values.extend(self._random.sample(self._banks, self._random.randint(1, len(self._banks))))
