@@ -120,6 +120,7 @@ class Pusher:
         assert outcome.push_number == push.header.push_number
         cell = self.cells[outcome.expert]
         if not outcome.HasField("error"):
+            assert outcome.durable or push.header.durability == expert_pb2.MEMORY
             self._ledger.acknowledged(self.name, outcome.expert, cell, push.write, outcome.version)
             return
         with self._ledger.lock:
@@ -315,6 +316,7 @@ class Keeper:
         stream.body(body)
         outcome = stream.outcome()
         assert not outcome.HasField("error"), outcome
+        assert outcome.durable or not durable
         self._ledger.acknowledged(name, expert, cell, write, outcome.version)
 
     def _create(self, store: RemoteStore) -> None:

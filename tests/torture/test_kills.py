@@ -9,6 +9,8 @@ import os
 import random
 import signal
 import statistics
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -28,14 +30,15 @@ from tests.torture.load import Keeper, Prefetcher, Pusher, Reader, Trainer, fetc
 COMMAND = "python -m pytest tests/torture/test_kills.py -m slow --results tests/bench/results"
 KILLS = 12
 KILLS_SLOW = 200
-LIFE_S_MAX = 0.8
+LIFE_S_MAX, LIFE_S_MAX_SLOW = 0.8, 2.0
 JOIN_S = 30
 
 
 class Torture:
     """One daemon, its workers, and their ledger. `live` is one life: load, kill, restart, verify."""
 
-    def __init__(self, daemon: Any, seed: int) -> None:
+    def __init__(self, daemon: Any, seed: int, life_s_max: float) -> None:
+        self._life_s_max = life_s_max
         self.daemon, self.random, self.ledger = daemon, random.Random(seed), Ledger()
         self.restarts_s: list[float] = []
         self.num_killed_starting = 0
@@ -64,7 +67,7 @@ class Torture:
         threads = [threading.Thread(target=self._guarded, args=(worker.run, self.daemon.target)) for worker in self.workers]
         for thread in threads:
             thread.start()
-        time.sleep(self.random.uniform(0, LIFE_S_MAX))
+        time.sleep(self.random.uniform(0, self._life_s_max))
         self._dying.set()
         self.daemon.kill()
         self._join(threads)
@@ -137,19 +140,23 @@ class Torture:
         assert not any(thread.is_alive() for thread in threads), "a worker hangs"
 
 
-def torture(daemon: Any, seed: int, kills: int) -> dict[str, object]:
+def torture(daemon: Any, seed: int, kills: int, life_s_max: float) -> dict[str, object]:
     """Kills a daemon so many times; what must hold was checked each time."""
-    run = Torture(daemon, seed)
+    run = Torture(daemon, seed, life_s_max)
     try:
         while len(run.restarts_s) + run.num_killed_starting < kills:
             run.live()
     finally:
         run.end()
-    return run.counts()
+    daemon.kill()
+    command = [sys.executable, "-m", "ooc_moe_server.cli", "verify", str(daemon.data_dir)]
+    verified = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert verified.returncode == 0, verified.stdout + verified.stderr
+    return run.counts() | {"ooc-moe-server verify, after the last kill": verified.stdout.strip().splitlines()[-1]}
 
 
 def test_nothing_acknowledged_is_lost_or_torn_by_kill_9_under_load(start_daemon: Callable[..., Any], seed: int) -> None:
-    counts = torture(start_daemon(dram_bytes="64MiB"), seed, KILLS)
+    counts = torture(start_daemon(dram_bytes="64MiB"), seed, KILLS, LIFE_S_MAX)
     print(counts)
     assert int(str(counts["pushes acknowledged"])) > 10 * KILLS
 
@@ -157,7 +164,7 @@ def test_nothing_acknowledged_is_lost_or_torn_by_kill_9_under_load(start_daemon:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_nothing_acknowledged_is_lost_or_torn_by_200_kills(start_daemon: Callable[..., Any], seed: int, report: Any) -> None:
-    counts = torture(start_daemon(dram_bytes="64MiB"), seed, KILLS_SLOW)
+    counts = torture(start_daemon(dram_bytes="64MiB"), seed, KILLS_SLOW, LIFE_S_MAX_SLOW)
     report("kills", COMMAND, {"seed": seed, **counts})
 
 
