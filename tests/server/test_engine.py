@@ -1,17 +1,13 @@
-"""The engine without gRPC: queues, faults and races, and random operations against a plain dict."""
+"""The engine without gRPC: queues, faults and races. Random operations are in tests/torture/test_model.py."""
 
 from __future__ import annotations
 
 import asyncio
 import errno
 import sqlite3
-import tempfile
 import threading
-from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from ooc_moe_server import promotions
 from ooc_moe_server.index import Index
@@ -361,70 +357,3 @@ def test_a_bad_fetch_counts_nothing(tmp_path):
             assert store.engine.snapshot_stats().total.fetched_experts == 0
 
     asyncio.run(scenario())
-
-
-OPERATIONS = st.one_of(
-    st.tuples(st.sampled_from(["push", "memory"]), st.dictionaries(st.integers(0, 5), st.integers(1, 9), min_size=1)),
-    st.tuples(st.just("fetch"), st.lists(st.integers(0, 5), min_size=1, unique=True)),
-    st.tuples(st.just("prefetch"), st.lists(st.integers(0, 5), min_size=1)),
-    st.tuples(st.sampled_from(["snapshot", "restore", "drop", "fork", "reopen"]), st.integers(0, 3)),
-)
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.lists(OPERATIONS, max_size=14))
-def test_random_operations_leave_the_store_equal_to_a_dict_also_after_a_reopen(operations):
-    with tempfile.TemporaryDirectory() as directory:
-        asyncio.run(_compare(Path(directory), operations))
-
-
-async def _compare(directory: Path, operations) -> None:
-    model: dict[int, int] = {}  # expert -> the number its body came from
-    snapshots: dict[int, dict[int, int]] = {}
-    forks: dict[str, dict[int, int]] = {}
-    newest = 0
-    pending = list(operations)
-    num_opens = 1 + sum(name == "reopen" for name, _ in pending)
-    for _ in range(num_opens):
-        async with opened(directory, records=5, patience_s=30) as store:  # Room for one unsaved record.
-            assert set(store.engine.catalog.snapshots) == set(snapshots)
-            while pending:
-                name, argument = pending.pop(0)
-                changes, ids = store.engine.changes, sorted(snapshots)
-                chosen = ids[argument % len(ids)] if name in ("restore", "drop", "fork") and ids else 0
-                if name in ("push", "memory"):
-                    bodies = {expert: body_of(number) for expert, number in argument.items()}
-                    outcomes = await store.push(bodies, in_memory=name == "memory")
-                    assert min(outcome.version for outcome in outcomes.values()) > newest
-                    model |= argument
-                elif name == "fetch":
-                    assert await store.bodies(*argument) == {expert: _value(model, expert) for expert in argument}
-                elif name == "prefetch":
-                    store.prefetch(*argument)
-                elif name == "snapshot":
-                    snapshots[(await changes.create_snapshot(["b"], "")).id] = dict(model)
-                elif name == "restore" and chosen:
-                    await changes.restore_snapshot(chosen, "")
-                    model = dict(snapshots[chosen])
-                elif name == "drop" and chosen:
-                    await changes.delete_snapshot(chosen)
-                    del snapshots[chosen]
-                elif name == "fork":
-                    fork = await changes.fork_bank("b", f"fork{len(forks)}", chosen)
-                    forks[fork.name] = dict(snapshots[chosen] if chosen else model)
-                newest = max(newest, store.bank.newest_version)
-                if name == "reopen":
-                    break
-            await store.engine.promotions.drain()
-            await until(lambda: store.stats.dram.dirty_bytes == 0)
-            assert await store.bodies(*range(6)) == {expert: _value(model, expert) for expert in range(6)}
-            for name, values in forks.items():
-                fork = Store(store.engine, store.engine.catalog.bank(name))
-                assert await fork.bodies(*range(6)) == {expert: _value(values, expert) for expert in range(6)}
-            slots = [record.slot for bank in store.engine.catalog.banks.values() for record in bank.records.values() if record.slot]
-            slots += [slot for snapshot in store.engine.catalog.snapshots.values() for slot in snapshot.slots(store.bank.id)]
-            assert store.engine.snapshot_stats().nvme.used_bytes == len(set(slots)) * RECORD
-
-
-def _value(model: dict[int, int], expert: int) -> bytes:
-    return body_of(model[expert]) if expert in model else bytes(LAYOUT.body_bytes)

@@ -99,6 +99,10 @@ class SnapshotPromise:
     deleted: float = inf
 
 
+# Whether a refusal is forgiven: the error, and the value that had to be there (None: a snapshot's).
+Forgive = Callable[[OocMoeError, Value | None], bool]
+
+
 class Ledger:
     """All promises of one store."""
 
@@ -133,7 +137,7 @@ class Ledger:
             default=0,
         )
 
-    async def check(self, engine: Engine, moment: float, *, damaged: Callable[[OocMoeError], bool] | None = None) -> int:
+    async def check(self, engine: Engine, moment: float, *, damaged: Forgive | None = None) -> int:
         """Compares a store with what was promised at `moment`; returns how many experts were refused as damaged.
 
         Pushes to one expert in the end, which is noted as later than `moment`.
@@ -141,7 +145,7 @@ class Ledger:
         Raises:
             BrokenPromise: it lost, mixed or invented something, or refused an expert that `damaged` does not forgive.
         """
-        forgiven = damaged or (lambda _error: False)
+        forgiven = damaged or (lambda _error, _value: False)
         found = self._check_banks(engine, moment)
         num_damaged = 0
         for bank in found:
@@ -169,7 +173,7 @@ class Ledger:
             _require(bank in found or not kept, f"bank {bank.name!r} is gone")
         return found
 
-    async def _check_values(self, engine: Engine, bank: BankPromise, moment: float, forgiven: Callable[[OocMoeError], bool]) -> int:
+    async def _check_values(self, engine: Engine, bank: BankPromise, moment: float, forgiven: Forgive) -> int:
         present = engine.catalog.bank(bank.name)
         seen: dict[object, set[bool]] = {}
         num_damaged = 0
@@ -178,7 +182,7 @@ class Ledger:
             history = [value for value in bank.history(expert) if value.began <= moment]
             oldest = max(index for index, value in enumerate(history) if value.durable <= moment)
             if isinstance(body, OocMoeError):
-                _require(forgiven(body), f"{where}: {body}")
+                _require(forgiven(body, history[oldest]), f"{where}: {body}")
                 _require(any(value.version in (version, None) for value in history[oldest:]), f"{where} is damaged, and a wrong version")
                 num_damaged += 1
                 continue
@@ -192,9 +196,7 @@ class Ledger:
         _require(all(len(answers) == 1 for answers in seen.values()), f"bank {bank.name!r}: half of a restore is there")
         return num_damaged
 
-    async def _check_snapshots(
-        self, engine: Engine, banks: list[BankPromise], moment: float, forgiven: Callable[[OocMoeError], bool]
-    ) -> int:
+    async def _check_snapshots(self, engine: Engine, banks: list[BankPromise], moment: float, forgiven: Forgive) -> int:
         names = {snapshot.name: snapshot for snapshot in self.snapshots}
         present = {snapshot.name: snapshot for snapshot in engine.catalog.snapshots.values()}
         for promise in self.snapshots:
@@ -245,15 +247,13 @@ def _check_slots(engine: Engine) -> None:
     _require(pinned == 0, f"{pinned} bytes of DRAM stay pinned")
 
 
-async def _check_fork(
-    engine: Engine, bank: BankPromise, snapshot_id: int, bodies: dict[int, bytes], forgiven: Callable[[OocMoeError], bool]
-) -> int:
+async def _check_fork(engine: Engine, bank: BankPromise, snapshot_id: int, bodies: dict[int, bytes], forgiven: Forgive) -> int:
     """The contents of a snapshot, seen through a fork of it."""
     num_damaged = 0
     fork = await engine.changes.fork_bank(bank.name, f"check-{bank.name}-{snapshot_id}", snapshot_id)
     for expert, (_, body) in (await fetch(engine, fork.name, range(fork.num_experts))).items():
         if isinstance(body, OocMoeError):
-            _require(forgiven(body), f"snapshot {snapshot_id}, bank {bank.name!r}, expert {expert}: {body}")
+            _require(forgiven(body, None), f"snapshot {snapshot_id}, bank {bank.name!r}, expert {expert}: {body}")
             num_damaged += 1
         else:
             wanted = bodies.get(expert) or seeded(bank.spec, expert)

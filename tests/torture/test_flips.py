@@ -100,7 +100,7 @@ async def look(store: Store, directory: Path, name: str) -> str:
             assert rebuilt.is_whole, rebuilt.damage
             engine = await Engine.open(directory, DRAM_BYTES)
         try:
-            num_damaged = await store.ledger.check(engine, store.moment, damaged=lambda error: is_of_slab(error, name))
+            num_damaged = await store.ledger.check(engine, store.moment, damaged=lambda error, _: is_of_slab(error, name))
         finally:
             await engine.close()
     assert findings or not num_damaged, "verify did not see what a fetch refuses"

@@ -406,4 +406,4 @@ def test_the_engine_is_a_dict():
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_the_engine_is_a_dict_for_much_longer():
-    run_state_machine_as_test(StoreMachine, settings=settings(SETTINGS, max_examples=2000, stateful_step_count=60, derandomize=False))
+    run_state_machine_as_test(StoreMachine, settings=settings(SETTINGS, max_examples=600, stateful_step_count=50, derandomize=False))

@@ -9,7 +9,6 @@ import asyncio
 import itertools
 import random
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ from ooc_moe_server.engine import Engine
 from ooc_moe_server.rebuild import rebuild
 from ooc_moe_wire.errors import CorruptRecord, OocMoeError
 from tests.torture.power_loss import Choice, Recorder, any_part, everything, materialise, nothing, prefix
-from tests.torture.promises import LARGE, BrokenPromise, Ledger, Value, push, random_body
+from tests.torture.promises import LARGE, BrokenPromise, Forgive, Ledger, Value, push, random_body
 from tests.torture.workload import Workload, ram_directory, small_files
 
 DRAM_BYTES = 160 << 10  # A dozen records: fewer than there are.
@@ -50,7 +49,7 @@ async def record(root: Path, rng: random.Random, *, num_rounds: int, lying: tupl
     return recorder, ledger
 
 
-async def check(directory: Path, ledger: Ledger, moment: float, damaged: Callable[[OocMoeError], bool] | None = None) -> int:
+async def check(directory: Path, ledger: Ledger, moment: float, damaged: Forgive | None = None) -> int:
     """Starts on what survived, and compares; returns how many experts were refused as damaged."""
     with held(directory):
         try:
@@ -76,8 +75,8 @@ def draw(rng: random.Random) -> Choice:
     return rng.choice((nothing, everything, prefix(rng), any_part(rng), any_part(rng)))
 
 
-async def crash(recorder: Recorder, ledger: Ledger, directory: Path, moment: float, rng: random.Random) -> None:
-    """Power is lost; sometimes again while the store starts anew."""
+async def crash(recorder: Recorder, ledger: Ledger, directory: Path, moment: float, rng: random.Random) -> int:
+    """Power is lost; sometimes again while the store starts anew. Returns how many experts a rebuild could not bring back."""
     survivors = recorder.survivors(moment, draw(rng))
     materialise(survivors, directory / "first")
     if rng.random() < 0.3:
@@ -89,23 +88,29 @@ async def crash(recorder: Recorder, ledger: Ledger, directory: Path, moment: flo
     materialise(survivors, directory / "last")
     materialise(survivors, directory / "rebuilt")
     await check(directory / "last", ledger, moment)
-    await check_rebuilt(directory / "rebuilt", ledger, moment)
+    return await check_rebuilt(directory / "rebuilt", ledger, moment)
 
 
-async def check_rebuilt(directory: Path, ledger: Ledger, moment: float) -> None:
-    """The index is lost as well: what is rebuilt from everything else keeps the same promise."""
+async def check_rebuilt(directory: Path, ledger: Ledger, moment: float) -> int:
+    """The index is lost as well: what is rebuilt keeps the same promise, but for experts that it says are lost; returns how many."""
     for path in directory.glob("index.sqlite*"):
         path.unlink()
     with held(directory):
         rebuilt = await asyncio.to_thread(rebuild, directory)
-    # TODO(rebuild): none may be lost. See the expected failure below.
+    # Known, and counted: an expert's first write, cut off, makes it refused instead of giving its initial value back (see the test below).
     num_lost = sum("lost; fetches say so" in line for line in rebuilt.damage)
-    assert await check(directory, ledger, moment, damaged=lambda error: isinstance(error, CorruptRecord)) <= num_lost, rebuilt.damage
+    num_refused = await check(directory, ledger, moment, damaged=is_first_write)
+    assert num_refused <= num_lost, rebuilt.damage
+    return num_refused
 
 
-async def torture(ram_path: Path, seed: int, *, num_workloads: int, num_rounds: int, num_crashes: int) -> int:
-    """Returns how many events were recorded."""
-    num_events = 0
+def is_first_write(error: OocMoeError, promised: Value | None) -> bool:
+    return isinstance(error, CorruptRecord) and promised is not None and promised.version == 0
+
+
+async def torture(ram_path: Path, seed: int, *, num_workloads: int, num_rounds: int, num_crashes: int) -> tuple[int, int]:
+    """Returns how many events were recorded, and how many experts rebuilds could not bring back."""
+    num_events = num_refused = 0
     for workload in range(num_workloads):
         rng = random.Random(seed * 1000 + workload)
         root = ram_path / f"store{workload}"
@@ -115,12 +120,12 @@ async def torture(ram_path: Path, seed: int, *, num_workloads: int, num_rounds: 
             directory = ram_path / f"crash{workload}.{number}"
             directory.mkdir()
             try:
-                await crash(recorder, ledger, directory, moment, rng)
+                num_refused += await crash(recorder, ledger, directory, moment, rng)
             except Exception as error:
                 error.add_note(f"seed {seed}, workload {workload}, crash {number} at event {moment} of {recorder.clock}")
                 raise
             shutil.rmtree(directory)
-    return num_events
+    return num_events, num_refused
 
 
 def test_what_was_acknowledged_survives_a_power_loss(ram_path, seed):
@@ -184,12 +189,13 @@ def test_a_first_write_that_was_cut_off_gives_the_initial_value_back_when_the_in
 @pytest.mark.timeout(7200)
 def test_what_was_acknowledged_survives_thousands_of_power_losses(ram_path, seed, report):
     num_workloads, num_crashes = 40, 50
-    num_events = asyncio.run(torture(ram_path, seed, num_workloads=num_workloads, num_rounds=60, num_crashes=num_crashes))
+    num_events, num_refused = asyncio.run(torture(ram_path, seed, num_workloads=num_workloads, num_rounds=60, num_crashes=num_crashes))
     command = f"python -m pytest tests/torture/test_power_loss.py -m slow --results tests/bench/results --torture-seed {seed}"
     counts = {
         "workloads": num_workloads,
         "power losses, each also with the index lost and rebuilt": num_workloads * num_crashes,
         "recorded events (writes, syncs, names; their begin and end)": num_events,
-        "broken promises": 0,
+        "promises broken by a start on what survived": 0,  # The first would have ended this.
+        "experts refused as damaged, and reported, after a rebuild without the index": num_refused,
     }
     report("power_loss", command, counts)
