@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 from ooc_moe_client.remote import RemoteStore
 from ooc_moe_client.store import Priority, Push, Sections
+from ooc_moe_wire.errors import Unavailable
 from ooc_moe_wire.layout import Layout
 from ooc_moe_wire.v1 import expert_pb2
 from tests.server.conftest import Client, PushStream
@@ -32,6 +33,19 @@ def fetch(store: RemoteStore, bank: str, layout: Layout, tag_bank: int, experts:
     fetched = list(store.fetch(bank, experts, into=lambda expert: memoryview(bodies[expert])))
     assert sorted(item.expert for item in fetched) == sorted(experts)
     return {item.expert: (item.version, tag_of(layout, tag_bank, item.expert, bodies[item.expert])) for item in fetched}
+
+
+def connected(target: str, trainer: str, dying: threading.Event) -> RemoteStore:
+    """A store without patience, once it has a connection: what ends it later is the daemon's death."""
+    store = RemoteStore(target, trainer=trainer, patience_s=0)
+    while True:
+        try:
+            store.stats()
+            return store
+        except Unavailable:  # A busy machine may need longer than the client's first attempts.
+            if dying.is_set():
+                store.close()
+                raise
 
 
 @dataclass
@@ -59,7 +73,7 @@ class Pusher:
         """Makes the bank."""
         store.create_bank(spec_of(self.name, self.layout, self._tag_bank, len(self.cells)))
 
-    def run(self, target: str) -> None:
+    def run(self, target: str, dying: threading.Event) -> None:
         """Pushes; at first, half of what was not answered in the life before, once more."""
         client = Client(target, layout=self.layout)
         under_way: dict[int, UnderWay] = {}
@@ -136,9 +150,9 @@ class Reader:
     def __init__(self, pushers: Sequence[Pusher], ledger: Ledger, random: random.Random) -> None:
         self._pushers, self._ledger, self._random = pushers, ledger, random
 
-    def run(self, target: str) -> None:
+    def run(self, target: str, dying: threading.Event) -> None:
         """Fetches."""
-        store = RemoteStore(target, trainer="reader", patience_s=0)
+        store = connected(target, "reader", dying)
         try:
             while True:
                 self._fetch(store, self._random.choice(self._pushers))
@@ -168,9 +182,9 @@ class Prefetcher:
     def __init__(self, pushers: Sequence[Pusher], random: random.Random) -> None:
         self._pushers, self._random = pushers, random
 
-    def run(self, target: str) -> None:
+    def run(self, target: str, dying: threading.Event) -> None:
         """Prefetches."""
-        store = RemoteStore(target, trainer="prefetcher", patience_s=0)
+        store = connected(target, "prefetcher", dying)
         try:
             while True:
                 pusher = self._random.choice(self._pushers)
@@ -212,9 +226,9 @@ class Keeper:
         self._ids: dict[str, int] = {}
         self._numbers = 0
 
-    def run(self, target: str) -> None:
+    def run(self, target: str, dying: threading.Event) -> None:
         """Changes things."""
-        store = RemoteStore(target, trainer="keeper", patience_s=0)
+        store = connected(target, "keeper", dying)
         client = Client(target, layout=self.LAYOUT)
         try:
             while True:
