@@ -16,12 +16,13 @@ import grpc
 import grpc.aio
 
 from ooc_moe_wire.codec import decode_push_request
-from ooc_moe_wire.errors import STATUS, Internal, OocMoeError, TierFull, Unavailable, trailing_metadata
+from ooc_moe_wire.errors import STATUS, Internal, InvalidRequest, OocMoeError, TierFull, Unavailable, trailing_metadata
 
 log = logging.getLogger(__name__)
 
 # Under way at once; more are asked to come again.
 CALLS_MAX = 1024
+ERROR_CHARS_MAX = 500
 _PREFIX = "/ooc_moe_wire.v1."
 # Requests that are parsed by hand.
 _DECODERS: dict[str, Callable[[bytes], Any]] = {f"{_PREFIX}ExpertService/PushExperts": decode_push_request}
@@ -56,12 +57,14 @@ class Guard(grpc.aio.ServerInterceptor):
         }[handler.request_streaming, handler.response_streaming]
         behaviour: Any = handler.unary_unary or handler.unary_stream or handler.stream_stream
         decode = _DECODERS.get(details.method, handler.request_deserializer)
-        return kind(self._guarded(behaviour, details.method), decode, _unless_encoded(handler.response_serializer))
+        return kind(self._guarded(behaviour, details.method), _or_not_a_message(decode), _unless_encoded(handler.response_serializer))
 
     def _guarded(self, behaviour: Callable[..., Awaitable[Any]], method: str) -> Callable[..., Awaitable[Any]]:
         async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             try:
                 async with self._counted():
+                    if isinstance(request, NotAMessage):
+                        raise request.error
                     return await behaviour(request, context)
             except OocMoeError as error:
                 await _abort(context, error)
@@ -92,7 +95,34 @@ class Guard(grpc.aio.ServerInterceptor):
 
 
 async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: OocMoeError) -> None:
-    await context.abort(STATUS[type(error)], str(error), trailing_metadata(error))
+    # gRPC drops the name of an error, and its status with it, when the metadata grow beyond 8 KiB: a message may quote a long name.
+    text = str(error)
+    shown = text if len(text) <= ERROR_CHARS_MAX else f"{text[:ERROR_CHARS_MAX]} ..."
+    await context.abort(STATUS[type(error)], shown, trailing_metadata(error))
+
+
+class NotAMessage:
+    """What stands for bytes that are no message of the method. Looking into it says so."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = InvalidRequest(f"the request cannot be decoded: {error}")
+
+    def WhichOneof(self, _name: str) -> str:
+        """Raises InvalidRequest: what a stream does first with a message."""
+        raise self.error
+
+
+def _or_not_a_message(decode: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
+    """gRPC itself would answer UNKNOWN or INTERNAL to what cannot be decoded, and log a traceback."""
+    assert decode is not None
+
+    def decoded(data: bytes) -> Any:
+        try:
+            return decode(data)
+        except Exception as error:
+            return NotAMessage(error)
+
+    return decoded
 
 
 def _unless_encoded(serialize: Callable[[Any], bytes] | None) -> Callable[[Any], bytes]:

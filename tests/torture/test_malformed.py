@@ -40,10 +40,6 @@ NUM_THREADS = 4
 CALL_S = 20
 RESPONSES_MAX = 64
 KINDS = {kind.__name__: kind for kind in STATUS}
-of_the_guard = pytest.mark.xfail(
-    strict=True,
-    reason="guard.py: bytes that are no message end as UNKNOWN or INTERNAL with a traceback, and errors about long names lose their own",
-)
 WATCH = "/ooc_moe_wire.v1.StatsService/WatchStats"
 QUIET_S = 15
 
@@ -226,20 +222,17 @@ def torture_and_compare(victim: Victim, seed: int, num_messages: int) -> None:
     assert len({status.split()[1] for status in statuses}) >= 5  # Not all died of the same fault.
 
 
-@of_the_guard
 @pytest.mark.timeout(120)
 def test_wrong_messages_get_typed_statuses_and_leave_nothing_behind(victim: Victim, seed: int) -> None:
     torture_and_compare(victim, seed, NUM_MESSAGES)
 
 
-@of_the_guard
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_50_000_wrong_messages_get_typed_statuses_and_leave_nothing_behind(victim: Victim, seed: int) -> None:
     torture_and_compare(victim, seed, NUM_MESSAGES_SLOW)
 
 
-@of_the_guard
 @pytest.mark.parametrize("method", methods(), ids=lambda method: method.path.rpartition("/")[2])
 def test_bytes_that_are_no_message_are_an_invalid_request(victim: Victim, method: Method) -> None:
     with grpc.insecure_channel(victim.daemon.target) as channel:
@@ -247,7 +240,6 @@ def test_bytes_that_are_no_message_are_an_invalid_request(victim: Victim, method
     victim.check_log()
 
 
-@of_the_guard
 def test_an_error_about_a_very_long_name_keeps_its_status(victim: Victim) -> None:
     by_name = {method.path.rpartition("/")[2]: method for method in methods()}
     request = bank_pb2.GetBankRequest(bank="y" * 100_000).SerializeToString()
