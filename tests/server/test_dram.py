@@ -325,7 +325,7 @@ def test_speculation_never_evicts_what_is_pinned_or_among_the_last_demanded_half
                 put(dram, expert, blocks)
                 sizes[expert] = blocks
         elif step == "prefetch" and expert not in before:
-            kept = set(demanded) | {number for number, _ in pinned}
+            kept = set(demanded) | {number for number, entry in pinned if entry.source == Seed(1, number)}
             with contextlib.suppress(TierFull):
                 prefetch(dram, expert, blocks)
                 sizes[expert] = blocks
