@@ -34,7 +34,7 @@ OPTIONS: list[tuple[str, int]] = [
     # Experts do not travel through a web proxy that the environment names.
     ("grpc.enable_http_proxy", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 2000),  # Also the time that a connection may take to be made.
     ("grpc.max_reconnect_backoff_ms", 500),
 ]
 

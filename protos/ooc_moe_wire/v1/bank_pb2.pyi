@@ -61,7 +61,7 @@ class Tensor(google.protobuf.message.Message):
     """A numpy dtype name: "float32", "float16", "int64", "int32", "uint8"; "bfloat16" is named too and travels as raw 16-bit words."""
     @property
     def shape(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """At least one dimension, each at least 1."""
+        """1 to 32 dimensions, each at least 1."""
 
     @property
     def initializer(self) -> global___Initializer: ...
