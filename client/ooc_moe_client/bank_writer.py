@@ -19,11 +19,11 @@ import numpy as np
 from tenacity import RetryCallState
 
 from ooc_moe_client.connection import Connection
-from ooc_moe_client.local_plane import LocalPlane, copy_hashed
+from ooc_moe_client.local_plane import LocalPlane
 from ooc_moe_client.planes import Planes
 from ooc_moe_client.staging import Staging
 from ooc_moe_client.store import Durability
-from ooc_moe_wire.codec import Checksums, encoded_chunks
+from ooc_moe_wire.codec import Checksums, copy_hashed, encoded_chunks
 from ooc_moe_wire.errors import LeaseExpired, OocMoeError, Unavailable, error_named
 from ooc_moe_wire.layout import Layout
 from ooc_moe_wire.v1 import expert_pb2

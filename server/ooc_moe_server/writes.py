@@ -7,7 +7,7 @@ import numpy as np
 
 from ooc_moe_server.catalog import Bank, Record, Slot
 from ooc_moe_server.dram import Entry
-from ooc_moe_wire.codec import Checksums, RecordHeader, verify
+from ooc_moe_wire.codec import Checksums, RecordHeader, compare, copy_hashed, verify
 from ooc_moe_wire.errors import LostUpdate, OocMoeError, StaleVersion
 
 
@@ -72,10 +72,13 @@ class Push:
 
     def verify(self) -> None:
         """Brings staged bytes over and checks what lies in the arena, where nobody else can change it; any thread. Raises CorruptRecord."""
-        if self.staged is not None:
-            np.copyto(np.frombuffer(self.entry.body, np.uint8), np.frombuffer(self.staged, np.uint8))  # Without the GIL.
+        layout = self.bank.layout
+        if self.staged is None:
+            verify(layout, self.entry.body, self.checksums, what=self.name)
+        else:
+            source, body = np.frombuffer(self.staged, np.uint8), np.frombuffer(self.entry.body, np.uint8)
             self.staged = None
-        verify(self.bank.layout, self.entry.body, self.checksums, what=self.name)
+            compare(copy_hashed(source, body, layout.parameter_bytes), self.checksums, whole=layout.optimizer_bytes > 0, what=self.name)
 
     def verify_and_pack(self) -> None:
         """As `verify`, and writes the header block."""

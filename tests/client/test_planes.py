@@ -10,9 +10,9 @@ from concurrent import futures
 import numpy as np
 import pytest
 
-from ooc_moe_client.local_plane import PIECE_BYTES
 from ooc_moe_client.remote import RemoteStore
 from ooc_moe_client.store import Durability, Plane, Push, Sections
+from ooc_moe_wire.codec import PIECE_BYTES
 from ooc_moe_wire.errors import InvalidRequest
 from ooc_moe_wire.initializers import Initializer
 from ooc_moe_wire.layout import Layout, TensorSpec

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import xxhash
 from google.protobuf.message import DecodeError
@@ -7,11 +8,13 @@ from hypothesis import strategies as st
 from ooc_moe_wire.codec import (
     CHUNK_BYTES,
     FORMAT,
+    PIECE_BYTES,
     Assembler,
     Checksums,
     ChunkView,
     RecordHeader,
     chunks,
+    copy_hashed,
     decode_fetch_response,
     decode_push_request,
     encoded_chunks,
@@ -296,3 +299,13 @@ def test_an_assembler_takes_chunks_as_views_too():
         assembler.add(ChunkView(4, memoryview(b"")))
     assembler.add(expert_pb2.Chunk(offset=4, payload=b"!!"))
     assert received == b"view!!"
+
+
+@pytest.mark.parametrize("floats", [1, PIECE_BYTES // 4, PIECE_BYTES * 3 // 4 + 5])
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_copy_that_is_hashed_on_the_way_has_the_bytes_and_the_checksums(floats, whole):
+    layout = Layout(parameters=(TensorSpec(name="w", shape=(floats,)),), optimizer=(TensorSpec(name="m", shape=(floats * 2,)),))
+    source = np.random.default_rng(floats).integers(0, 256, layout.body_bytes if whole else layout.parameter_bytes, dtype=np.uint8)
+    into = np.zeros_like(source)
+    assert copy_hashed(source, into, layout.parameter_bytes) == Checksums.of(layout, source.data)
+    assert bytes(into) == bytes(source)
