@@ -161,9 +161,10 @@ class StoreMachine(RuleBasedStateMachine):
             bank.records[expert] = [*older, value]
         assert len({outcome.version for outcome in outcomes.values()}) == len(wanted)
 
-    @precondition(lambda self: self._pushed())
     @rule(which=ANY, durability=DURABILITIES)
     def repeat(self, which: int, durability: int) -> None:
+        if not self._pushed():  # Not a precondition: what a crash left depends on timing, and Hypothesis wants the same rules again.
+            return
         bank, expert, value = self._pushed()[which % len(self._pushed())]
         assert value.push is not None
         number, base = value.push
@@ -172,9 +173,10 @@ class StoreMachine(RuleBasedStateMachine):
         if outcomes[expert].durable:
             bank.records[expert] = [value]
 
-    @precondition(lambda self: self._written())
     @rule(which=ANY, base=st.sampled_from(["older", "newer"]))
     def conflict(self, which: int, base: str) -> None:
+        if not self._written():
+            return
         bank, expert, value = self._written()[which % len(self._written())]
         wrong = value.version - 1 if base == "older" else value.version + 1_000_000_000
         outcomes = self.run(push(self.engine, bank.spec.name, {expert: (wrong, random_body(bank.layout, 0))}, self.numbers))
