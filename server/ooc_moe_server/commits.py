@@ -22,8 +22,9 @@ from typing import TypeVar
 from ooc_moe_server.catalog import Bank, Catalog, Record, Slot, Unsaved
 from ooc_moe_server.dram import DramTier
 from ooc_moe_server.index import Index, Write
-from ooc_moe_server.index_writer import IndexWriter, is_full
+from ooc_moe_server.index_writer import IndexWriter
 from ooc_moe_server.nvme import QUOTA_RETRY_MS, NvmeTier
+from ooc_moe_server.reserve import is_disk_full
 from ooc_moe_server.stats import Stats
 from ooc_moe_server.unsaved import UnsavedRecords
 from ooc_moe_server.writes import Push, check_base, future
@@ -264,7 +265,7 @@ class Committer:
         try:
             push.epoch = await self._nvme.write(push.slot, push.entry.record, prepare)
         except OSError as error:
-            if not is_full(error):
+            if not is_disk_full(error):
                 self._condemn(push)
             raise
 

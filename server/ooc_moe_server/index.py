@@ -10,7 +10,6 @@ Synchronous, for the one thread that owns it. Stores what it is told and decides
 from __future__ import annotations
 
 import errno
-import gc
 import logging
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -133,7 +132,7 @@ class Index:
 
     def read(self) -> Catalog:
         """Reads and checks everything, and changes nothing. Raises CorruptRecord."""
-        with self._reading(), _without_collections():
+        with self._reading():
             self._check_pages()
             return self._read()
 
@@ -431,18 +430,6 @@ _DISK_TROUBLE = (
     sqlite3.SQLITE_READONLY,
     sqlite3.SQLITE_BUSY,
 )
-
-
-@contextmanager
-def _without_collections() -> Iterator[None]:
-    """Hundreds of thousands of objects that all stay: looking for garbage among them takes a third of the time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def damaged(path: Path, what: str) -> CorruptRecord:

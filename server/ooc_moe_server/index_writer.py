@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import sqlite3
 from collections.abc import Callable, Iterable
@@ -13,6 +12,7 @@ from typing import TypeVar
 from ooc_moe_server.catalog import Catalog, Slot
 from ooc_moe_server.index import VERSION_RESERVE, Index, Write
 from ooc_moe_server.nvme import NvmeTier
+from ooc_moe_server.reserve import is_disk_full
 from ooc_moe_wire.errors import Internal, OocMoeError, TierFull
 
 log = logging.getLogger(__name__)
@@ -90,13 +90,6 @@ def store_error(error: Exception, *, what: str) -> OocMoeError:
     """What a failure of files or index means to the caller."""
     if isinstance(error, OocMoeError):
         return error
-    if is_full(error):
+    if is_disk_full(error):
         return TierFull(f"NVMe tier: {what}: the disk is full", retry_after_ms=1000)
     return Internal(f"{what}: {type(error).__name__}: {error}")
-
-
-def is_full(error: Exception) -> bool:
-    """Whether it says that the disk, or what we may use of it, is full."""
-    if isinstance(error, sqlite3.Error):
-        return getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
