@@ -12,7 +12,7 @@ evicted, slab.py where the bytes lie. Deliberately knows nothing of layers, rout
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from types import TracebackType
@@ -47,6 +47,7 @@ class ExpertCache:
         capacity_experts: the number of slots.
         device: "cpu", "cuda" or "cuda:N".
         prefetch_experts_max: the most experts that wait in the prefetch queue.
+        on_access: told the ids of each counted reading, in order and under the cache's lock: it must be quick, and not call the cache.
 
     Raises:
         InvalidRequest: capacity_experts is below 1.
@@ -61,6 +62,7 @@ class ExpertCache:
         capacity_experts: int,
         device: str | torch.device = "cpu",
         prefetch_experts_max: int = PREFETCH_EXPERTS_MAX,
+        on_access: Callable[[Sequence[int]], None] | None = None,
     ) -> None:
         if capacity_experts < 1:
             raise InvalidRequest(f"capacity_experts: {capacity_experts} slots cannot hold one expert of bank {bank!r}")
@@ -72,6 +74,7 @@ class ExpertCache:
         self.capacity_experts = capacity_experts
         self.device = torch.device(device)
         self._num_experts = spec.num_experts
+        self._on_access = on_access
         self._slab = _slab_on(self.device, spec.layout, capacity_experts)
         self._core = Core(store, bank, spec.layout, self._slab, capacity_experts)
         self._table = self._core.table
@@ -306,6 +309,8 @@ class ExpertCache:
                 self._table.demand(resident)
                 ready += resident.holds(sections)
         if counted:
+            if self._on_access is not None:
+                self._on_access(experts)
             self._counters.accesses += len(experts)
             self._counters.hits += ready
             self._counters.misses += len(experts) - ready
