@@ -7,13 +7,10 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
 from ooc_moe import checkpoint, envs
 from ooc_moe.agent import Agent
@@ -28,72 +25,7 @@ from ooc_moe_client.cache import ExpertCache
 from ooc_moe_client.in_memory import InMemoryStore
 from ooc_moe_client.remote import RemoteStore
 from ooc_moe_wire.errors import InvalidRequest
-
-SILENT = Console(quiet=True)
-PPO = PPOConfig(num_envs=4, rollout_steps=8, epochs=2, minibatch_segments=4)
-
-
-def tiny_run(run_dir: Path, **changes) -> RunConfig:
-    """Two updates in each game, through all tiers: HBM holds half of the experts and so does DRAM."""
-    fields = {"games": ("krull", "road_runner"), "steps_per_game": 64, "eval_envs": 2, "eval_steps": 12, "seed": 7}
-    return RunConfig(run_dir=run_dir, agent=PRESETS["tiny"], ppo=PPO, **(fields | changes))
-
-
-@contextmanager
-def run_store(run_dir: Path):
-    """The run's own store, opened again, and the name of its bank."""
-    config = RunConfig.read(run_dir)
-    (bank,) = config.agent.bank_names(config.name)
-    with embedded_daemon(run_dir / "store", dram_bytes=1 << 20) as target:
-        store = RemoteStore(target)
-        yield store, bank
-        store.close()
-
-
-def stored_experts(run_dir: Path, *, snapshot_id: int | None = None):
-    """What the run's store holds: expert -> (parameter checksum, optimizer checksum), live or of a snapshot."""
-    with run_store(run_dir) as (store, bank):
-        if snapshot_id is not None:
-            store.fork_bank(bank, "look", snapshot_id=snapshot_id)
-            bank = "look"
-        found = {info.expert: (info.parameter_xxh3, info.optimizer_xxh3) for info in store.list_experts(bank) if info.version}
-        if bank == "look":
-            store.delete_bank(bank)
-    return found
-
-
-def end_of(run_dir: Path, name: str) -> checkpoint.Checkpoint:
-    return checkpoint.load(run_dir / "checkpoints" / name)
-
-
-def without_clock(run_dir: Path):
-    """The run's events without what depends on time or on the order in which background work happened to run."""
-    kept = ("event", "step", "update", "game", "losses", "usage", "detector", "returns", "evaluated", "episode_return_mean", "believed")
-    events = [event for event in read_metrics(run_dir) if event["event"] != "resumed"]
-    return [{key: event[key] for key in kept if key in event} for event in events]
-
-
-def assert_same_run(first: Path, second: Path) -> None:
-    assert without_clock(first) == without_clock(second)
-    assert stored_experts(first) == stored_experts(second)
-    a, b = end_of(first, "latest.pt"), end_of(second, "latest.pt")
-    assert a.progress == b.progress
-    assert_same_state(a.state | {"metrics_position": 0}, b.state | {"metrics_position": 0})
-
-
-def assert_same_state(a, b, where="state") -> None:
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_same_state(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), where
-        for index, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same_state(x, y, f"{where}[{index}]")
-    else:
-        assert a == b, where
+from tests.ooc_moe.runs import PPO, SILENT, assert_same_run, end_of, run_store, stored_experts, tiny_run, updates, wait_for, without_clock
 
 
 @pytest.fixture(scope="module")
@@ -309,18 +241,6 @@ def test_a_bank_that_was_written_is_refused_unless_forked(finished, tmp_path):
             store.close()
     finally:
         os.rename(tmp_path / "store", finished / "store")
-
-
-def updates(run_dir: Path):
-    return [event for event in read_metrics(run_dir) if event["event"] == "update"]
-
-
-def wait_for(condition, timeout_s: float = 90) -> None:
-    """Polls another process's files; fails loudly instead of waiting for ever."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "the run made no progress"
-        time.sleep(0.05)
 
 
 def test_the_configuration_survives_its_file(tmp_path):

@@ -1,0 +1,126 @@
+"""Small whole runs for tests, and what a run leaves, to be compared bit for bit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from ooc_moe import checkpoint
+from ooc_moe.config import PRESETS
+from ooc_moe.daemon import embedded_daemon
+from ooc_moe.metrics import Event, MetricsWriter, read_metrics
+from ooc_moe.run_config import PPOConfig, RunConfig
+from ooc_moe.session import open_session
+from ooc_moe.train import Trainer
+from ooc_moe_client.cache_stats import CacheStats
+from ooc_moe_client.remote import RemoteStore
+from ooc_moe_client.store import ExpertStore
+
+SILENT = Console(quiet=True)
+PPO = PPOConfig(num_envs=4, rollout_steps=8, epochs=2, minibatch_segments=4)
+
+
+def tiny_run(run_dir: Path, **changes: Any) -> RunConfig:
+    """Two updates in each game, through all tiers: HBM holds half of the experts and so does DRAM."""
+    fields = {"games": ("krull", "road_runner"), "steps_per_game": 64, "eval_envs": 2, "eval_steps": 12, "seed": 7}
+    return RunConfig(run_dir=run_dir, agent=PRESETS["tiny"], ppo=PPO, **(fields | changes))
+
+
+def play(config: RunConfig, store: ExpertStore) -> CacheStats:
+    """A new run in a store that is open, without the report; returns what its caches counted."""
+    for spec in config.agent.bank_specs(config.name, config.seed):
+        store.create_bank(spec)
+    with open_session(config, store, config.agent.bank_names(config.name)) as session:
+        writer = MetricsWriter(config.run_dir, tensorboard=False)
+        Trainer(session, writer, SILENT).run()
+        writer.close()
+        return session.cache_stats()
+
+
+def bodies(store: ExpertStore, bank: str) -> dict[int, bytes]:
+    """All bytes of all experts: parameters, moments and step counts."""
+    spec = store.get_bank(bank).spec
+    landing = {expert: bytearray(spec.layout.body_bytes) for expert in range(spec.num_experts)}
+    for _ in store.fetch(bank, list(landing), into=lambda expert: memoryview(landing[expert])):
+        pass
+    return {expert: bytes(body) for expert, body in landing.items()}
+
+
+@contextmanager
+def run_store(run_dir: Path) -> Iterator[tuple[RemoteStore, str]]:
+    """The run's own store, opened again, and the name of its bank."""
+    config = RunConfig.read(run_dir)
+    (bank,) = config.agent.bank_names(config.name)
+    with embedded_daemon(run_dir / "store", dram_bytes=1 << 20) as target:
+        store = RemoteStore(target)
+        yield store, bank
+        store.close()
+
+
+def stored_experts(run_dir: Path, *, snapshot_id: int | None = None) -> dict[int, tuple[int, int]]:
+    """What the run's store holds: expert -> (parameter checksum, optimizer checksum), live or of a snapshot."""
+    with run_store(run_dir) as (store, bank):
+        if snapshot_id is not None:
+            store.fork_bank(bank, "look", snapshot_id=snapshot_id)
+            bank = "look"
+        found = {info.expert: (info.parameter_xxh3, info.optimizer_xxh3) for info in store.list_experts(bank) if info.version}
+        if bank == "look":
+            store.delete_bank(bank)
+    return found
+
+
+def end_of(run_dir: Path, name: str) -> checkpoint.Checkpoint:
+    return checkpoint.load(run_dir / "checkpoints" / name)
+
+
+def without_clock(run_dir: Path) -> list[Event]:
+    """The run's events without what depends on time or on the order in which background work happened to run."""
+    kept = ("event", "step", "update", "game", "losses", "usage", "detector", "returns", "evaluated", "episode_return_mean", "believed")
+    events = [event for event in read_metrics(run_dir) if event["event"] != "resumed"]
+    return [{key: event[key] for key in kept if key in event} for event in events]
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    assert without_clock(first) == without_clock(second)
+    assert stored_experts(first) == stored_experts(second)
+    assert_same_end(first, second)
+
+
+def assert_same_end(first: Path, second: Path, name: str = "latest.pt") -> None:
+    """Compares what two runs keep outside the store: where they stand, dense parameters and moments, the detector, the generator."""
+    a, b = end_of(first, name), end_of(second, name)
+    assert a.progress == b.progress
+    assert_same_state(a.state | {"metrics_position": 0}, b.state | {"metrics_position": 0})
+
+
+def assert_same_state(a: Any, b: Any, where: str = "state") -> None:
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same_state(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for index, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same_state(x, y, f"{where}[{index}]")
+    else:
+        assert a == b, where
+
+
+def updates(run_dir: Path) -> list[Event]:
+    return [event for event in read_metrics(run_dir) if event["event"] == "update"]
+
+
+def wait_for(condition: Callable[[], object], timeout_s: float = 90) -> None:
+    """Polls another process's files; fails loudly instead of waiting for ever."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "the run made no progress"
+        time.sleep(0.05)
