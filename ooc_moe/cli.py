@@ -72,6 +72,7 @@ def train(
     eval_steps: Annotated[int | None, typer.Option(help="The most steps of an evaluation episode; 0: no evaluation.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
     threads: Annotated[int | None, typer.Option(help="Torch's threads.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Record which experts are asked for, for ooc-moe simulate.", metavar="FILE")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
     frame_size: Annotated[int | None, typer.Option(help="Height and width of a frame in pixels.", rich_help_panel=_AGENT)] = None,
     num_experts: Annotated[int | None, typer.Option("--experts", help="Experts of each bank at the start.", rich_help_panel=_AGENT)] = None,
@@ -141,6 +142,7 @@ def train(
             "from_bank": from_bank,
             "device": device,
             "threads": threads,
+            "trace": None if trace is None else str(trace.absolute()),
         }
         training.train(_run_config(directory, _games(games), preset, agent=agent, ppo=ppo, run=run), console)
     except training.Interrupted as stop:

@@ -90,6 +90,7 @@ class Evaluator:
         session.agent.eval()
         for game in games:
             game_envs, seed = self._envs_of(game), derived_seed(config.seed, "evaluation", game) % 2**31
+            session.mark_game(game, evaluating=True)
             before = session.cache_stats()
             player = _BelievingPlayer(session, belief, torch.Generator().manual_seed(seed))
             score = _play(game_envs, player, steps=config.eval_steps, seed=seed)

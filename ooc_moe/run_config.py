@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ooc_moe.config import AgentConfig
+from ooc_moe.trace import TraceInfo
 from ooc_moe_client.connection import check_target
 from ooc_moe_client.store import Plane
 from ooc_moe_wire.errors import InvalidRequest
@@ -95,6 +96,8 @@ class RunConfig:
     """Torch's threads; small agents gain little from more, and lose much where other work shares the cores."""
     env_threads: int = 2
     """Threads that emulate Atari; results do not depend on it."""
+    trace: str | None = None
+    """The file that records which experts are asked for; None records nothing."""
 
     def __post_init__(self) -> None:
         _require(_NAME.fullmatch(self.name) is not None, "run_dir", self.run_dir, f"named with {_NAME_SAYS}, which its banks' names carry")
@@ -128,6 +131,16 @@ class RunConfig:
     def updates_per_game(self) -> int:
         """PPO updates in each game: the steps rounded up to whole rollouts."""
         return -(-self.steps_per_game // self.steps_per_update)
+
+    def trace_info(self) -> TraceInfo:
+        """What a trace of this run says of itself."""
+        agent = self.agent
+        return TraceInfo(
+            source=self.name,
+            num_banks=agent.num_banks,
+            expert_bytes=agent.expert_layout().body_bytes,
+            hbm_experts=agent.hbm_experts // agent.num_banks * agent.num_banks,
+        )
 
     def to_json(self) -> str:
         """The configuration as text; run_dir is left out, so that a run may be moved."""

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ooc_moe.daemon import embedded_daemon
 from ooc_moe.detector import Detector
 from ooc_moe.envs import GameEnvs
 from ooc_moe.run_config import RunConfig
+from ooc_moe.trace import TraceWriter
 from ooc_moe_client.cache import ExpertCache
 from ooc_moe_client.cache_stats import CacheStats
 from ooc_moe_client.remote import RemoteStore
@@ -42,6 +44,12 @@ class Session:
     agent: Agent
     detector: Detector
     reporter: Reporter
+    trace: TraceWriter | None = None
+
+    def mark_game(self, game: str, *, evaluating: bool = False) -> None:
+        """Notes in the trace which game is on the screen from here on."""
+        if self.trace is not None:
+            self.trace.mark(game, evaluating=evaluating)
 
     def prefetch(self, experts: Iterable[int]) -> None:
         """Asks every cache for its share of `experts` (numbered as the detector does: expert x banks + bank)."""
@@ -96,15 +104,18 @@ def check_device(device: str) -> None:
 
 
 @contextmanager
-def open_session(config: RunConfig, store: ExpertStore, bank_names: Sequence[str]) -> Iterator[Session]:
-    """Opens caches on existing banks, and an agent and a detector that know no game yet."""
+def open_session(
+    config: RunConfig, store: ExpertStore, bank_names: Sequence[str], *, trace: TraceWriter | None = None
+) -> Iterator[Session]:
+    """Opens caches on existing banks, and an agent and a detector that know no game yet. `trace` is told what the caches are asked for."""
     torch.set_num_threads(config.threads)
     agent_config = config.agent
     per_cache = agent_config.hbm_experts // len(bank_names)
     with ExitStack() as stack:
         caches = []
-        for bank in bank_names:
-            cache = ExpertCache(store, bank, capacity_experts=per_cache, device=config.device)
+        for number, bank in enumerate(bank_names):
+            on_access = None if trace is None else partial(trace.access, number)
+            cache = ExpertCache(store, bank, capacity_experts=per_cache, device=config.device, on_access=on_access)
             stack.callback(cache.close)
             caches.append(cache)
         agent = Agent(agent_config, caches, seed=config.seed).to(config.device)
@@ -117,7 +128,7 @@ def open_session(config: RunConfig, store: ExpertStore, bank_names: Sequence[str
         )
         agent.predictor = detector.predict
         reporter = stack.enter_context(Reporter(store, caches))
-        yield Session(config=config, store=store, caches=caches, agent=agent, detector=detector, reporter=reporter)
+        yield Session(config=config, store=store, caches=caches, agent=agent, detector=detector, reporter=reporter, trace=trace)
 
 
 @contextmanager

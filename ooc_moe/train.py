@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from ooc_moe.rollout import Collector, Rollout
 from ooc_moe.run_config import CONFIG_FILE, RunConfig
 from ooc_moe.session import Session, check_device, open_session, open_store
 from ooc_moe.stem_replay import FRAMES_PER_GAME, StemReplay
+from ooc_moe.trace import TraceWriter, check_new
 from ooc_moe_client.store import ExpertStore
 from ooc_moe_wire.errors import InvalidRequest
 
@@ -53,6 +54,8 @@ def train(config: RunConfig, console: Console) -> Path:
     for game in config.games:
         envs.check_name(game)
     check_device(config.device)
+    if config.trace is not None:
+        check_new(Path(config.trace))
     config_file = config.run_dir / CONFIG_FILE
     if config_file.exists():
         raise InvalidRequest(f"run_dir: {config.run_dir} already holds a run; go on with --resume, or choose another --name")
@@ -100,7 +103,8 @@ def _create_banks(config: RunConfig, store: ExpertStore) -> None:
 
 def _run(config: RunConfig, store: ExpertStore, console: Console, saved: checkpoint.Checkpoint | None = None) -> None:
     with ExitStack() as stack:
-        session = stack.enter_context(open_session(config, store, config.agent.bank_names(config.name)))
+        trace = None if config.trace is None else stack.enter_context(closing(TraceWriter(Path(config.trace), config.trace_info())))
+        session = stack.enter_context(open_session(config, store, config.agent.bank_names(config.name), trace=trace))
         writer = MetricsWriter(config.run_dir)
         stack.callback(writer.close)
         trainer = Trainer(session, writer, console)
@@ -147,6 +151,7 @@ class Trainer:
 
     def _learn(self, game: str, progress: Progress, interrupted: Callable[[], bool]) -> None:
         """Plays and learns one game, then leaves it."""
+        self.session.mark_game(game)
         if self.at.update_in_game == 0:
             self._enter(game)
         updates = self.config.updates_per_game
@@ -252,6 +257,7 @@ class Trainer:
             "dense_optimizer": dense,
             "generator": self.generator.get_state(),
             "metrics_position": self.writer.position(),
+            "trace_position": self.session.trace.position() if self.session.trace is not None else None,
         }
 
     def load(self, saved: checkpoint.Checkpoint) -> None:
@@ -263,6 +269,8 @@ class Trainer:
         self._dense_state = state["dense_optimizer"]
         self.generator.set_state(state["generator"])
         self.writer.truncate(state["metrics_position"])
+        if self.session.trace is not None:
+            self.session.trace.truncate(state["trace_position"])
         # Checkpoints at the ends of games stay; any other is dropped after the next one.
         ends_a_game = self.at.phase > 0 and self.at.update_in_game == 0
         self._snapshot_id = None if ends_a_game else saved.snapshot_id

@@ -1,0 +1,264 @@
+"""A trace: which experts a run asked its caches for, in order, and which game was on the screen.
+
+    ooc-moe train --games krull,boxing --trace krull.trace         # records one
+    ooc-moe simulate krull.trace --hbm 8,16                        # replays it
+
+One access is one expert of one layer call, as the cache counts its hits: what acting, forward and evaluation ask for, not the second looks
+of backward and optimizer. It is written as expert x banks + bank, the numbering of the detector, which stays valid when a bank grows;
+with a bank per layer the bank is the layer. Marks between the accesses say which game begins there, and whether it is evaluated.
+
+The file is 8 bytes of magic and chunks: a head "<IIQ" (kind, payload bytes, xxh3 of the payload seeded with the kind), then the payload:
+accesses (uint32 each), or JSON (the first chunk says what was recorded, the others are marks). Chunks are appended whole, so a killed
+writer leaves at most one torn chunk at the end, which readers drop with a word and `TraceWriter.truncate` cuts off. Four bytes an access:
+40 MB for ten million. Knows nothing of caches and of replaying.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import struct
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from ooc_moe_wire.errors import InvalidRequest
+
+log = logging.getLogger(__name__)
+
+MAGIC = b"OOCTRAC\x01"  # Its last byte is the version.
+CHUNK_ACCESSES = 1 << 16
+_HEAD = struct.Struct("<IIQ")
+_INFO, _ACCESSES, _MARK = range(3)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TraceInfo:
+    """What was recorded."""
+
+    source: str
+    """The run's name, or what made the trace."""
+    num_banks: int
+    expert_bytes: int
+    """Bytes that one expert fills in HBM."""
+    hbm_experts: int | None = None
+    """Capacity of the caches that were recorded, over all banks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """From access number `position` on, this game is played."""
+
+    position: int
+    game: str
+    evaluating: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A stretch of accesses within one game, all of training or all of evaluation."""
+
+    game: str
+    evaluating: bool
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trace:
+    """Accesses in order, and the marks between them.
+
+    Attributes:
+        keys_A: (accesses,) uint32, expert x banks + bank.
+        marks: by position; what stands before the first belongs to no game.
+        torn_bytes: bytes at the end of the file that were dropped, because the writer was stopped in the middle of them.
+    """
+
+    info: TraceInfo
+    keys_A: NDArray[np.uint32]
+    marks: tuple[Mark, ...]
+    torn_bytes: int = 0
+
+    @property
+    def num_experts(self) -> int:
+        """How many different ones were asked for."""
+        return len(np.unique(self.keys_A))
+
+    def spans(self) -> list[Span]:
+        """The stretches between marks that change something, in order; empty ones left out."""
+        ends = [*self.marks, Mark(len(self.keys_A), "", False)]
+        if ends[0].position:
+            ends.insert(0, Mark(0, "", False))
+        spans: list[Span] = []
+        for mark, following in pairwise(ends):
+            if mark.position == following.position:
+                continue
+            if spans and (spans[-1].game, spans[-1].evaluating) == (mark.game, mark.evaluating):
+                spans[-1] = Span(mark.game, mark.evaluating, spans[-1].start, following.position)
+            else:
+                spans.append(Span(mark.game, mark.evaluating, mark.position, following.position))
+        return spans
+
+
+class TraceWriter:
+    """Appends to a trace file; used by one thread.
+
+    Args:
+        path: a new file, or one that is gone on with (see `truncate`).
+        info: what is recorded; written to a new file.
+
+    Raises:
+        InvalidRequest: the file cannot be made, or holds something else.
+    """
+
+    def __init__(self, path: Path, info: TraceInfo) -> None:
+        self._path, self._num_banks = path, info.num_banks
+        self._buffer = array("I")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("r+b" if path.exists() else "x+b")
+        except OSError as error:
+            raise InvalidRequest(f"trace: {path} cannot be written: {error.strerror}") from error
+        if self._file.seek(0, os.SEEK_END):
+            self._file.seek(0)
+            _check_magic(self._file.read(len(MAGIC)), path)
+            self._file.seek(0, os.SEEK_END)
+        else:
+            self._file.write(MAGIC)
+            self._append(_INFO, _json(asdict(info)))
+
+    def access(self, bank: int, experts: Sequence[int]) -> None:
+        """The cache of `bank` was asked for these."""
+        num_banks = self._num_banks
+        self._buffer.extend([expert * num_banks + bank for expert in experts])
+        if len(self._buffer) >= CHUNK_ACCESSES:
+            self._write_accesses()
+
+    def mark(self, game: str, *, evaluating: bool) -> None:
+        """From here on, this game is played."""
+        self._write_accesses()
+        self._append(_MARK, _json({"game": game, "evaluating": evaluating}))
+
+    def position(self) -> int:
+        """The file's length in bytes when everything until now is durable, for a checkpoint to remember."""
+        self._write_accesses()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def truncate(self, position: int) -> None:
+        """Takes back everything beyond `position` (a checkpoint's), whole or torn.
+
+        Raises:
+            InvalidRequest: the file is shorter.
+        """
+        if (length := self._file.seek(0, os.SEEK_END)) < position:
+            raise InvalidRequest(f"trace: {self._path} has {length} bytes, but the checkpoint was made at {position}; it was cut or moved")
+        self._buffer = array("I")
+        self._file.truncate(position)
+        self._file.seek(position)
+
+    def close(self) -> None:
+        """Writes what is left."""
+        self._write_accesses()
+        self._file.close()
+
+    def _write_accesses(self) -> None:
+        if self._buffer:
+            self._append(_ACCESSES, np.asarray(self._buffer, dtype="<u4").tobytes())
+            self._buffer = array("I")
+
+    def _append(self, kind: int, payload: bytes) -> None:
+        self._file.write(_HEAD.pack(kind, len(payload), _checksum(kind, payload)) + payload)
+        self._file.flush()
+
+
+def check_new(path: Path) -> None:
+    """Raises InvalidRequest when there is a file already."""
+    if path.exists():
+        raise InvalidRequest(f"trace: {path} exists; name a new file, or delete it first")
+
+
+def read_trace(path: Path) -> Trace:
+    """Reads a whole trace. A torn end is dropped, and said in the log and in `torn_bytes`.
+
+    Raises:
+        InvalidRequest: there is no file, it is no trace, of another version, or damaged elsewhere than at its end.
+    """
+    try:
+        content = memoryview(path.read_bytes())
+    except OSError as error:
+        raise InvalidRequest(f"trace: {path} cannot be read: {error.strerror}") from error
+    _check_magic(bytes(content[: len(MAGIC)]), path)
+    info: TraceInfo | None = None
+    pieces: list[NDArray[np.uint32]] = []
+    marks: list[Mark] = []
+    num_accesses, end = 0, len(MAGIC)
+    for kind, payload in _chunks(content, path):
+        end += _HEAD.size + len(payload)
+        if kind == _ACCESSES:
+            pieces.append(np.frombuffer(payload, dtype="<u4"))
+            num_accesses += len(pieces[-1])
+        elif kind == _MARK:
+            marks.append(Mark(num_accesses, **json.loads(bytes(payload))))
+        else:
+            info = TraceInfo(**json.loads(bytes(payload)))
+    if info is None:
+        raise InvalidRequest(f"trace: {path} is torn in its first chunk; nothing was recorded")
+    if torn := len(content) - end:
+        log.warning("%s: %d bytes at the end are torn (its writer was stopped in the middle of them) and left out", path, torn)
+    keys = np.concatenate(pieces) if pieces else np.empty(0, np.uint32)
+    return Trace(info=info, keys_A=keys, marks=tuple(marks), torn_bytes=torn)
+
+
+def write_trace(path: Path, trace: Trace) -> None:
+    """Writes a trace that was made, not recorded. Raises InvalidRequest when there is a file already."""
+    check_new(path)
+    writer = TraceWriter(path, trace.info)
+    for span in trace.spans():
+        writer.mark(span.game, evaluating=span.evaluating)
+        for start in range(span.start, span.stop, CHUNK_ACCESSES):
+            writer._append(_ACCESSES, trace.keys_A[start : min(start + CHUNK_ACCESSES, span.stop)].astype("<u4").tobytes())
+    writer.close()
+
+
+def _chunks(content: memoryview, path: Path) -> Iterator[tuple[int, memoryview]]:
+    """Kind and payload of each chunk, until the file ends or the last chunk is torn."""
+    start = len(MAGIC)
+    while start + _HEAD.size <= len(content):
+        kind, length, checksum = _HEAD.unpack_from(content, start)
+        payload = content[start + _HEAD.size : start + _HEAD.size + length]
+        end = start + _HEAD.size + length
+        if end > len(content):
+            return
+        if kind > _MARK or _checksum(kind, payload) != checksum:
+            if end == len(content):
+                return
+            raise InvalidRequest(f"trace: {path} is damaged at byte {start}: the chunk's checksum does not match")
+        yield kind, payload
+        start = end
+
+
+def _check_magic(found: bytes, path: Path) -> None:
+    if found[:-1] != MAGIC[:-1]:
+        raise InvalidRequest(
+            f"trace: {path} is not a trace; record one with ooc-moe train --trace, or make one with ooc-moe simulate --make"
+        )
+    if found != MAGIC:
+        raise InvalidRequest(f"trace: {path} has version {found[-1]}, this program reads {MAGIC[-1]}")
+
+
+def _checksum(kind: int, payload: bytes | memoryview) -> int:
+    return xxhash.xxh3_64_intdigest(payload, seed=kind)
+
+
+def _json(fields: dict[str, Any]) -> bytes:
+    return json.dumps(fields).encode()
