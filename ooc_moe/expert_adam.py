@@ -43,10 +43,7 @@ class ExpertAdam:
         for cache, gradients in self._pairs:
             for wave in cache.waves(gradients.experts):
                 with cache.updating(wave) as slots:
-                    cache.views["step"][slots] += 1
-                    steps = cache.views["step"][slots, 0].tolist()
-                    for expert, slot, step in zip(wave, slots, steps, strict=True):
-                        self._update(cache.views, slot, gradients.of(expert), step)
+                    self._update(cache.views, slots, [gradients.of(expert) for expert in wave])
 
     def zero_grad(self) -> None:
         """Forgets all gradients of experts."""
@@ -63,17 +60,30 @@ class ExpertAdam:
         flats += [gradients.flat(expert) for _, gradients in self._pairs for expert in gradients.experts]
         if not flats:
             return 0.0
-        norms = torch.stack([torch.linalg.vector_norm(flat, dtype=torch.float64) for flat in flats])
+        norms = torch.stack(torch._foreach_norm(flats, dtype=torch.float64))
         norm = sum(norms.square().tolist()) ** 0.5
         if norm > max_norm:
             torch._foreach_mul_(flats, max_norm / (norm + 1e-6))
         return float(norm)
 
-    def _update(self, views: dict[str, Tensor], slot: int, gradients: dict[str, Tensor], step: int) -> None:
-        beta1, beta2 = self.betas
-        for name in PARAMETERS:
-            mean, square = views[f"{name}.exp_avg"][slot], views[f"{name}.exp_avg_sq"][slot]
-            mean.lerp_(gradients[name], 1 - beta1)
-            square.mul_(beta2).addcmul_(gradients[name], gradients[name], value=1 - beta2)
-            denominator = (square.sqrt() / (1 - beta2**step) ** 0.5).add_(self.eps)
-            views[name][slot].addcdiv_(mean, denominator, value=-self.lr / (1 - beta1**step))
+    def _update(self, views: dict[str, Tensor], slots: list[int], gradients: list[dict[str, Tensor]]) -> None:
+        """All tensors of all slots in one fused operation, in which no element depends on another: waves make no difference."""
+        views["step"][slots] += 1
+        # As floats, because the fused kernel of CUDA reads such.
+        steps = views["step"][slots, 0].float().unbind()
+        pairs = [(slot, name) for slot in slots for name in PARAMETERS]
+        torch._fused_adam_(
+            [views[name][slot] for slot, name in pairs],
+            [gradient[name] for gradient in gradients for name in PARAMETERS],
+            [views[f"{name}.exp_avg"][slot] for slot, name in pairs],
+            [views[f"{name}.exp_avg_sq"][slot] for slot, name in pairs],
+            [],
+            [step for step in steps for _ in PARAMETERS],
+            lr=self.lr,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            weight_decay=0.0,
+            eps=self.eps,
+            amsgrad=False,
+            maximize=False,
+        )

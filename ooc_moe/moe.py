@@ -3,13 +3,16 @@
 Experts are read through `ExpertCache` in waves that fit it, in forward and again in backward, so that nothing stays pinned in between and
 any capacity of at least one expert gives the same bits: each expert is one GEMM pair per call, its results land at
 (token, k), and sums over k and over calls run in an order that residency cannot change. Knows nothing of games.
+
+Shapes: N tokens, K experts a token, M = N * K assignments sorted by expert, D wide, H inside an expert.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -26,51 +29,50 @@ PARAMETERS = ("w1", "b1", "w2", "b2")
 class ExpertGradients:
     """Gradients of the experts that got tokens since `zero`; nothing is held for the others.
 
-    An expert's gradients lie in one flat tensor, so that its norm and its scaling are one operation each.
+    An expert's gradients lie in one flat tensor, so that its norm and its scaling are one operation each. What was made once is used
+    again: after the first step with that many experts nothing is allocated.
     """
 
     def __init__(self, cache: ExpertCache) -> None:
         self._shapes = {tensor.name: tensor.shape for tensor in cache.layout.parameters}
         self._sizes = [math.prod(shape) for shape in self._shapes.values()]
         self._device = cache.device
-        self._flat: dict[int, Tensor] = {}
-        self._spare: list[Tensor] = []
+        self._rows: dict[int, _Row] = {}
+        self._spare: list[_Row] = []
 
     @property
     def experts(self) -> list[int]:
         """Ids of the experts with gradients, ascending."""
-        return sorted(self._flat)
+        return sorted(self._rows)
 
     def of(self, expert: int) -> dict[str, Tensor]:
         """The expert's gradients by tensor name, as views to add to; zeros at first."""
-        if expert not in self._flat:
-            self._flat[expert] = self._spare.pop().zero_() if self._spare else torch.zeros(sum(self._sizes), device=self._device)
-        return self._views(self._flat[expert])
+        if expert not in self._rows:
+            self._rows[expert] = self._spare.pop() if self._spare else self._new_row()
+            self._rows[expert].flat.zero_()
+        return self._rows[expert].views
 
     def flat(self, expert: int) -> Tensor:
         """The expert's gradients as one vector. Raises KeyError when it has none."""
-        return self._flat[expert]
+        return self._rows[expert].flat
 
     def zero(self) -> None:
         """Forgets all gradients; their memory is kept for the next ones."""
-        self._spare.extend(self._flat.values())
-        self._flat.clear()
+        self._spare.extend(self._rows.values())
+        self._rows.clear()
 
-    def _views(self, flat: Tensor) -> dict[str, Tensor]:
-        pieces = torch.split(flat, self._sizes)
-        return {name: piece.view(shape) for (name, shape), piece in zip(self._shapes.items(), pieces, strict=True)}
+    def _new_row(self) -> _Row:
+        flat = torch.empty(sum(self._sizes), device=self._device)
+        pieces = zip(self._shapes.items(), torch.split(flat, self._sizes), strict=True)
+        return _Row(flat, {name: piece.view(shape) for (name, shape), piece in pieces})
 
 
-def _sorted_by_expert(experts_NK: Tensor) -> tuple[Tensor, dict[int, slice]]:
-    """The permutation that sorts the flat assignments (token, k) by expert, and the rows that each expert then has."""
-    flat_M = experts_NK.flatten()
-    order_M = torch.argsort(flat_M, stable=True)
-    ids, counts = torch.unique_consecutive(flat_M[order_M], return_counts=True)
-    spans, start = {}, 0
-    for expert, rows in zip(ids.tolist(), counts.tolist(), strict=True):
-        spans[expert] = slice(start, start + rows)
-        start += rows
-    return order_M, spans
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One expert's gradients, and the views of it by tensor name."""
+
+    flat: Tensor
+    views: dict[str, Tensor]
 
 
 class TieredExperts:
@@ -86,64 +88,88 @@ class TieredExperts:
         # Makes autograd call backward even where no dense parameter before this layer is trained.
         self._anchor = torch.zeros((), requires_grad=True)
 
-    def __call__(self, x_ND: Tensor, experts_NK: Tensor) -> tuple[Tensor, dict[int, int]]:
-        """What each chosen expert makes of each token `(tokens, k, dim)`, and the number of tokens of each expert that got any."""
-        order_M, spans = _sorted_by_expert(experts_NK)
-        y_NKD: Tensor = _ExpertGemms.apply(x_ND, self._anchor, self, order_M, spans)  # type: ignore[no-untyped-call]
-        return y_NKD, {expert: span.stop - span.start for expert, span in spans.items()}
+    def __call__(self, x_ND: Tensor, routed: Routed) -> Tensor:
+        """Each token's sum over its experts, weighted by the gates `(tokens, dim)`."""
+        y_ND: Tensor = _ExpertGemms.apply(x_ND, routed.gates_NK, self._anchor, self, routed)  # type: ignore[no-untyped-call]
+        return y_ND
 
-    def visit(self, spans: dict[int, slice], work: Callable[[int, slice, dict[str, Tensor]], None], *, counted: bool) -> None:
-        """Calls `work(expert, rows, parameters)` for each expert in order of ids, wave by wave, with the parameters in place."""
-        for wave in self.cache.waves(list(spans)):
+    def visit(self, experts: Sequence[int], work: Callable[[int, dict[str, Tensor]], None], *, counted: bool) -> None:
+        """Calls `work(place, parameters)` for each expert in order of ids, wave by wave, with its parameters in the cache.
+
+        Args:
+            experts: ascending ids; `place` counts them.
+            work: does the expert's part.
+            counted: as for `ExpertCache.reading`.
+        """
+        place = 0
+        for wave in self.cache.waves(experts):
             with self.cache.reading(wave, sections=Sections.PARAMETERS, counted=counted) as slots:
-                for expert, slot in zip(wave, slots, strict=True):
-                    work(expert, spans[expert], self._parameters[slot])
+                for slot in slots:
+                    work(place, self._parameters[slot])
+                    place += 1
 
 
 class _ExpertGemms(torch.autograd.Function):
-    """Tokens (N, D) and assignments sorted by expert -> what each token's experts make of it (N, K, D).
+    """Tokens (N, D), gates (N, K) and their routing -> the weighted sum of what each token's experts make of it (N, D).
 
-    Elementwise work is done expert by expert too, never over a wave. Sorting back and summing over k are done here, because autograd's own
-    backward of an indexing adds up in an order that depends on threads.
+    Elementwise work on hidden units is done expert by expert too: it meets them in the CPU's caches. Sorting back and summing over k are
+    done here, because autograd's own backward of an indexing adds up in an order that depends on threads.
     """
 
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, anchor: Tensor, experts: TieredExperts, order_M: Tensor, spans: dict[int, slice]) -> Tensor:
-        top_k = len(order_M) // len(x_ND)
-        rows_MD = x_ND[order_M // top_k]
+    def forward(ctx: Any, x_ND: Tensor, gates_NK: Tensor, anchor: Tensor, experts: TieredExperts, routed: Routed) -> Tensor:
+        order_M, sizes = routed.order_M, list(routed.tokens_by_expert.values())
+        rows_MD = x_ND.index_select(0, order_M // gates_NK.shape[1])
         before_MH, after_MH = rows_MD.new_empty(2, len(rows_MD), experts.cache.views["b1"].shape[1])
         out_MD = torch.empty_like(rows_MD)
+        pieces = list(zip(*(tensor.split(sizes) for tensor in (rows_MD, before_MH, after_MH, out_MD)), strict=True))
 
-        def work(_: int, span: slice, p: dict[str, Tensor]) -> None:
-            torch.addmm(p["b1"], rows_MD[span], p["w1"], out=before_MH[span])
-            torch.ops.aten.gelu.out(before_MH[span], out=after_MH[span])
-            torch.addmm(p["b2"], after_MH[span], p["w2"], out=out_MD[span])
+        def work(place: int, p: dict[str, Tensor]) -> None:
+            x, before, after, y = pieces[place]
+            torch.addmm(p["b1"], x, p["w1"], out=before)
+            torch.ops.aten.gelu.out(before, out=after)
+            torch.addmm(p["b2"], after, p["w2"], out=y)
 
-        experts.visit(spans, work, counted=True)
-        ctx.save_for_backward(rows_MD, before_MH, after_MH, order_M)
-        ctx.experts, ctx.spans = experts, spans
-        return torch.empty_like(out_MD).index_copy_(0, order_M, out_MD).view(len(x_ND), top_k, -1)
+        experts.visit(list(routed.tokens_by_expert), work, counted=True)
+        back_M = torch.empty_like(order_M).scatter_(0, order_M, torch.arange(len(order_M), device=order_M.device))
+        each_NKD = out_MD.index_select(0, back_M).view(*gates_NK.shape, -1)
+        ctx.save_for_backward(rows_MD, before_MH, after_MH, each_NKD, gates_NK, back_M)
+        ctx.experts, ctx.routed = experts, routed
+        return _sum_over_k(each_NKD * gates_NK.unsqueeze(2))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_NKD: Tensor) -> tuple[Tensor | None, ...]:
-        rows_MD, before_MH, after_MH, order_M = ctx.saved_tensors
-        grad_MD = grad_NKD.flatten(0, 1)[order_M]
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
+        rows_MD, before_MH, after_MH, each_NKD, gates_NK, back_M = ctx.saved_tensors
+        tokens_by_expert = ctx.routed.tokens_by_expert
+        experts, sizes = list(tokens_by_expert), list(tokens_by_expert.values())
+        grad_gates_NK = (each_NKD * grad_ND.unsqueeze(1)).sum(2)
+        grad_each_NKD = grad_ND.unsqueeze(1) * gates_NK.unsqueeze(2)
+        grad_MD = grad_each_NKD.flatten(0, 1).index_select(0, ctx.routed.order_M)
         grad_rows_MD = torch.empty_like(rows_MD)
+        scratch_RH = before_MH.new_empty(max(sizes), before_MH.shape[1])
+        pieces = list(zip(*(tensor.split(sizes) for tensor in (rows_MD, before_MH, after_MH, grad_MD, grad_rows_MD)), strict=True))
 
-        def work(expert: int, span: slice, p: dict[str, Tensor]) -> None:
-            x, y = rows_MD[span], grad_MD[span]
-            hidden = torch.ops.aten.gelu_backward(y @ p["w2"].t(), before_MH[span])
-            torch.mm(hidden, p["w1"].t(), out=grad_rows_MD[span])
-            gradients = ctx.experts.gradients.of(expert)
-            gradients["w1"].addmm_(x.t(), hidden)
-            gradients["b1"].add_(hidden.sum(0))
-            gradients["w2"].addmm_(after_MH[span].t(), y)
-            gradients["b2"].add_(y.sum(0))
+        def work(place: int, p: dict[str, Tensor]) -> None:
+            x, before, after, grad_y, grad_x = pieces[place]
+            grad_before = scratch_RH[: len(x)]
+            torch.mm(grad_y, p["w2"].t(), out=grad_before)
+            torch.ops.aten.gelu_backward.grad_input(grad_before, before, grad_input=grad_before)
+            torch.mm(grad_before, p["w1"].t(), out=grad_x)
+            gradients = ctx.experts.gradients.of(experts[place])
+            gradients["w1"].addmm_(x.t(), grad_before)
+            gradients["b1"].add_(grad_before.sum(0))
+            gradients["w2"].addmm_(after.t(), grad_y)
+            gradients["b2"].add_(grad_y.sum(0))
 
-        ctx.experts.visit(ctx.spans, work, counted=False)
-        grad_x_ND = torch.empty_like(grad_rows_MD).index_copy_(0, order_M, grad_rows_MD).view_as(grad_NKD).sum(1)
-        return grad_x_ND, None, None, None, None
+        ctx.experts.visit(experts, work, counted=False)
+        grad_x_ND = _sum_over_k(grad_rows_MD.index_select(0, back_M).view_as(each_NKD))
+        return grad_x_ND, grad_gates_NK, None, None, None
+
+
+def _sum_over_k(each_NKD: Tensor) -> Tensor:
+    """One after another: a few times faster than `sum(1)` for the few that K is."""
+    return reduce(torch.add, each_NKD.unbind(1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +204,5 @@ class TieredMoE(nn.Module):
         """
         normal_ND = self.norm(x).flatten(0, -2)
         routed = self.router(normal_ND, experts_NK=experts_NK, noisy=noisy, generator=generator)
-        each_NKD, tokens_by_expert = self._experts(normal_ND, routed.experts_NK)
-        mixed_ND = torch.bmm(routed.gates_NK.unsqueeze(1), each_NKD).squeeze(1)
-        return MoEOutput(x + self.dropout(mixed_ND.view_as(x)), routed, tokens_by_expert)
+        mixed_ND = self._experts(normal_ND, routed)
+        return MoEOutput(x + self.dropout(mixed_ND.view_as(x)), routed, routed.tokens_by_expert)

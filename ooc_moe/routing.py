@@ -23,12 +23,16 @@ class Routed:
         chosen_NK: places of the chosen among them.
         experts_NK: their global ids.
         gates_NK: their weights, which sum to 1.
+        order_M: the permutation that sorts the M = N * K flat assignments (token, k) by expert; equal ones keep their order.
+        tokens_by_expert: by global id, ascending, how many assignments each expert got; none that got none.
     """
 
     logits_NE: Tensor
     chosen_NK: Tensor
     experts_NK: Tensor
     gates_NK: Tensor
+    order_M: Tensor
+    tokens_by_expert: dict[int, int]
 
 
 class Router(nn.Module):
@@ -46,6 +50,7 @@ class Router(nn.Module):
     """
 
     experts: Tensor
+    _places: Tensor
 
     def __init__(self, dim: int, experts: Sequence[int], *, top_k: int, noise: float) -> None:
         super().__init__()
@@ -53,6 +58,8 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.randn(len(experts), dim) * (0.1 * dim**-0.5))
         # Not in the state: the book of pools owns this.
         self.register_buffer("experts", torch.tensor(experts), persistent=False)
+        self.register_buffer("_places", torch.arange(len(experts)), persistent=False)
+        self._ids = list(experts)
 
     def forward(
         self, x_ND: Tensor, *, experts_NK: Tensor | None = None, noisy: bool = False, generator: torch.Generator | None = None
@@ -73,9 +80,11 @@ class Router(nn.Module):
             chosen_NK = self._choose(logits_NE.detach(), noisy, generator)
             experts_NK = self.experts[chosen_NK]
         else:
-            chosen_NK = self._places(experts_NK, len(x_ND))
+            chosen_NK = self._places_of(experts_NK, len(x_ND))
+        sorted_M, order_M = chosen_NK.flatten().sort(stable=True)
+        tokens_by_expert = self._counts(sorted_M, order_M, experts_NK)
         gates_NK = torch.softmax(logits_NE.gather(1, chosen_NK), dim=1)
-        return Routed(logits_NE, chosen_NK, experts_NK, gates_NK)
+        return Routed(logits_NE, chosen_NK, experts_NK, gates_NK, order_M, tokens_by_expert)
 
     def _choose(self, logits_NE: Tensor, noisy: bool, generator: torch.Generator | None) -> Tensor:
         if noisy and self.training and self.noise > 0:
@@ -84,15 +93,20 @@ class Router(nn.Module):
             logits_NE = logits_NE + self.noise * noise_NE.to(logits_NE.device)
         return logits_NE.topk(self.top_k, dim=1).indices
 
-    def _places(self, experts_NK: Tensor, num_tokens: int) -> Tensor:
-        """Where the given ids stand among this router's."""
+    def _places_of(self, experts_NK: Tensor, num_tokens: int) -> Tensor:
+        """Where the given ids stand among this router's; a stranger, behind the last."""
         if experts_NK.shape != (num_tokens, self.top_k):
             raise InvalidRequest(f"routing: shape {tuple(experts_NK.shape)} is not ({num_tokens}, {self.top_k}) (tokens, top_k)")
-        places_NK = torch.searchsorted(self.experts, experts_NK.to(self.experts.dtype).contiguous()).clamp_(max=len(self.experts) - 1)
-        wrong_NK = self.experts[places_NK] != experts_NK
-        if wrong_NK.any():
-            raise InvalidRequest(f"routing: expert {int(experts_NK[wrong_NK][0])} is not one of this router's {self.experts.tolist()}")
-        return places_NK
+        places_NK = torch.searchsorted(self.experts, experts_NK.to(self.experts.dtype).contiguous()).clamp_(max=len(self._ids) - 1)
+        return places_NK.masked_fill_(self.experts[places_NK] != experts_NK, len(self._ids))
+
+    def _counts(self, sorted_M: Tensor, order_M: Tensor, experts_NK: Tensor) -> dict[int, int]:
+        """The assignments of each expert. Here, once a layer, the host waits for the device: the cache must know whom to bring."""
+        ends = torch.searchsorted(sorted_M, self._places, right=True).tolist()
+        if ends[-1] < len(order_M):
+            stranger = int(experts_NK.flatten()[order_M[ends[-1]]])
+            raise InvalidRequest(f"routing: expert {stranger} is not one of this router's {self._ids}")
+        return {expert: end - start for expert, start, end in zip(self._ids, [0, *ends], ends, strict=False) if end > start}
 
 
 def balance_loss(routed: Routed) -> Tensor:

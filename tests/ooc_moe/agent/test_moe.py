@@ -129,14 +129,15 @@ def test_a_failure_inside_an_expert_leaves_nothing_pinned(make_layer) -> None:
 
     for _ in range(2):
         with pytest.raises(RuntimeError, match="in the middle"):
-            layer._experts.visit({1: slice(0, 1), 4: slice(1, 2)}, fail, counted=True)
+            layer._experts.visit([1, 4], fail, counted=True)
     assert layer(tokens(12)).y.isfinite().all()
 
 
 def test_a_larger_model_dimension_needs_no_other_code(world, twin) -> None:
     config = dataclasses.replace(TINY, dim=24, hidden=40, num_heads=3)
     (cache,) = world.caches(config, capacity=3)
-    experts, x_ND = TieredExperts(cache), torch.randn(5, 24)
+    x_ND = torch.randn(5, 24)
     experts_NK = torch.tensor([[0, 1], [2, 3], [4, 5], [6, 7], [0, 15]])
-    y_NKD, _ = experts(x_ND, experts_NK)
-    torch.testing.assert_close(y_NKD.sum(1), twin(config)(x_ND, experts_NK, torch.ones(5, 2)))
+    routed = Router(24, range(16), top_k=2, noise=0.0)(x_ND, experts_NK=experts_NK)
+    y_ND = TieredExperts(cache)(x_ND, routed)
+    torch.testing.assert_close(y_ND, twin(config)(x_ND, experts_NK, routed.gates_NK))
