@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ooc_moe.agent import Agent
 from ooc_moe.expert_adam import ExpertAdam
+from ooc_moe.lookahead import uses_of_update
 from ooc_moe.ppo import clipped_loss
 from ooc_moe.rollout import Rollout
 from ooc_moe.run_config import RunConfig
@@ -46,13 +47,20 @@ class Learner:
         learning_rate = self.config.ppo.learning_rate * remaining
         self.dense.param_groups[0]["lr"] = self.experts.lr = learning_rate
         self.agent.train()
+        minibatches = self._minibatches(len(rollout.frames_BTSHW))
+        uses = uses_of_update(rollout.experts_BTLK, minibatches, num_banks=len(self.agent.caches))
+        for cache, to_come in zip(self.agent.caches, uses, strict=True):
+            cache.schedule(to_come, ahead=self.config.prefetch != "off")
         measured: defaultdict[str, list[float]] = defaultdict(list)
-        for _ in range(self.config.ppo.epochs):
-            order = torch.randperm(len(rollout.frames_BTSHW), generator=self._generator)
-            for rows in torch.split(order, self.config.ppo.minibatch_segments):
-                for name, value in self._minibatch(rollout, rows).items():
-                    measured[name].append(value)
+        for rows in minibatches:
+            for name, value in self._minibatch(rollout, rows).items():
+                measured[name].append(value)
         return {name: sum(values) / len(values) for name, values in measured.items()} | {"lr": learning_rate}
+
+    def _minibatches(self, num_segments: int) -> list[Tensor]:
+        """The segments of each optimizer step, all epochs'."""
+        orders = [torch.randperm(num_segments, generator=self._generator) for _ in range(self.config.ppo.epochs)]
+        return [rows for order in orders for rows in torch.split(order, self.config.ppo.minibatch_segments)]
 
     def _minibatch(self, rollout: Rollout, rows: Tensor) -> dict[str, float]:
         """One optimizer step on these segments."""

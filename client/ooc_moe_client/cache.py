@@ -12,7 +12,7 @@ evicted, slab.py where the bytes lie. Deliberately knows nothing of layers, rout
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from types import TracebackType
@@ -21,10 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ooc_moe_client.admission import AdmissionMode
 from ooc_moe_client.cache_stats import CacheStats
 from ooc_moe_client.core import Core
 from ooc_moe_client.cuda_slab import CudaSlab
 from ooc_moe_client.prefetch import Prefetcher
+from ooc_moe_client.schedule import Schedule, Use
 from ooc_moe_client.slab import HostSlab, Slab
 from ooc_moe_client.store import ExpertStore, Priority, Sections
 from ooc_moe_client.table import Resident, State
@@ -47,6 +49,7 @@ class ExpertCache:
         capacity_experts: the number of slots.
         device: "cpu", "cuda" or "cuda:N".
         prefetch_experts_max: the most experts that wait in the prefetch queue.
+        admission: whether prefetches are judged (see admission.py).
         on_access: told the ids of each counted reading, in order and under the cache's lock: it must be quick, and not call the cache.
 
     Raises:
@@ -62,6 +65,7 @@ class ExpertCache:
         capacity_experts: int,
         device: str | torch.device = "cpu",
         prefetch_experts_max: int = PREFETCH_EXPERTS_MAX,
+        admission: AdmissionMode = AdmissionMode.OFF,
         on_access: Callable[[Sequence[int]], None] | None = None,
     ) -> None:
         if capacity_experts < 1:
@@ -76,7 +80,8 @@ class ExpertCache:
         self._num_experts = spec.num_experts
         self._on_access = on_access
         self._slab = _slab_on(self.device, spec.layout, capacity_experts)
-        self._core = Core(store, bank, spec.layout, self._slab, capacity_experts)
+        self._core = Core(store, bank, spec.layout, self._slab, capacity_experts, admission)
+        self._wave_experts = capacity_experts
         self._table = self._core.table
         self._counters = self._core.counters
         self._write_back = WriteBack(self._core)
@@ -104,7 +109,8 @@ class ExpertCache:
 
         Args:
             experts: distinct ids, at most `capacity_experts` (see `waves`).
-            sections: PARAMETERS fetches only these; a later reading of ALL fetches the expert anew.
+            sections: PARAMETERS fetches only these, unless the schedule updates the expert while it is still here; a later reading of ALL
+                fetches the expert anew.
             counted: False for a second look at what was already counted (backward, optimizer): not in accesses, hits or misses.
 
         Raises:
@@ -129,10 +135,32 @@ class ExpertCache:
             self._unpin(residents, updated=True)
 
     def waves(self, experts: Sequence[int]) -> Iterator[list[int]]:
-        """Cuts a list into pieces that fit the slots, in ascending order of ids, so that sums over them never depend on residency."""
+        """Cuts a list into pieces that fit the slots, in ascending order of ids, so that sums over them never depend on residency.
+
+        While a schedule is followed that the slots have no room for, pieces fit half of them: the next one comes while one is computed.
+        """
         ordered = sorted(experts)
-        for start in range(0, len(ordered), self.capacity_experts):
-            yield ordered[start : start + self.capacity_experts]
+        for start in range(0, len(ordered), self._wave_experts):
+            yield ordered[start : start + self._wave_experts]
+
+    def schedule(self, uses: Iterable[Use], *, ahead: bool = True) -> None:
+        """Tells which experts will be read (PARAMETERS) and updated (ALL) from now on, in order; replaces what was told before.
+
+        It is advice: whoever has the furthest next use leaves first, and with `ahead` what is needed next is fetched before anybody asks.
+        What is read or updated otherwise, or never, costs time but is right.
+
+        Raises:
+            UnknownExpert: an id outside the bank.
+        """
+        uses = list(uses)
+        experts = {expert for use in uses for expert in use.experts}
+        self._check_ids(sorted(experts))
+        self._wave_experts = self.capacity_experts if len(experts) <= self.capacity_experts else max(1, self.capacity_experts // 2)
+        schedule = Schedule(Use(tuple(wave), use.sections) for use in uses for wave in self.waves(use.experts))
+        with self._core.changed:
+            self._core.raise_error()
+            self._table.follow(schedule)
+            self._prefetcher.follow_schedule(ahead=ahead)
 
     def new_working_set(self) -> None:
         """Says that what was read until now is no longer needed: prefetches may take its slots once it is clean (see `write_back`)."""
@@ -143,11 +171,24 @@ class ExpertCache:
 
     # Behind
 
-    def prefetch(self, experts: Sequence[int], *, sections: Sections = Sections.ALL) -> None:
+    def prefetch(
+        self,
+        experts: Sequence[int],
+        *,
+        sections: Sections = Sections.ALL,
+        within_s: float | None = None,
+        probabilities: Mapping[int, float] | None = None,
+    ) -> None:
         """Asks for experts that will be needed, the most urgent first; returns at once.
 
         The daemon promotes them to DRAM; then they are fetched into slots that are free or hold something clean and outside the working set
         (see `new_working_set`). What is resident or queued already is not asked for twice.
+
+        Args:
+            experts: ids.
+            sections: what to fetch of them.
+            within_s: when they will be needed, for the admission; None: nobody knows.
+            probabilities: how likely each is to be needed, for the admission; None: certain.
 
         Raises:
             UnknownExpert: an id outside the bank.
@@ -155,7 +196,7 @@ class ExpertCache:
         self._check_ids(experts)
         with self._core.changed:
             self._core.raise_error()
-            self._prefetcher.enqueue(experts, sections)
+            self._prefetcher.enqueue(experts, sections, within_s=within_s, probabilities=probabilities)
 
     def cancel_prefetch(self) -> None:
         """Forgets what is still queued, here and in the daemon."""
@@ -272,9 +313,9 @@ class ExpertCache:
             self._core.raise_error()
             self._count(experts, sections, counted)
             try:
-                self._pin_ready(experts, sections, pinned)
+                self._pin_ready(experts, sections, pinned, updating)
                 if len(pinned) < len(experts):
-                    self._bring(experts, sections, pinned)
+                    self._bring(experts, sections, pinned, updating)
             except BaseException:
                 for resident in pinned.values():
                     resident.pins -= 1
@@ -294,13 +335,14 @@ class ExpertCache:
                 if updated:
                     resident.updating -= 1
                     resident.generation += 1
-                    resident.dirty = True
+                    self._table.mark(resident, dirty=True)
             if self._prefetcher.waiting or self._write_back.waiting:
                 self._core.changed.notify_all()
 
     def _count(self, experts: Sequence[int], sections: Sections, counted: bool) -> None:
         """Notes the demand, and whether each expert is there for it."""
         ready = 0
+        self._table.advance(experts)
         for expert in experts:
             resident = self._table.residents.get(expert)
             if resident is None:
@@ -317,51 +359,69 @@ class ExpertCache:
         else:
             self._counters.refetches += len(experts) - ready
 
-    def _pin_ready(self, experts: Sequence[int], sections: Sections, pinned: dict[int, Resident]) -> None:
+    def _pin_ready(self, experts: Sequence[int], sections: Sections, pinned: dict[int, Resident], updating: bool) -> None:
         for expert in experts:
             resident = self._table.residents.get(expert)
-            if expert not in pinned and resident is not None and resident.holds(sections):
+            if expert not in pinned and resident is not None and resident.holds(sections) and not (updating and resident.copying):
                 resident.pins += 1
                 pinned[expert] = resident
 
-    def _bring(self, experts: Sequence[int], sections: Sections, pinned: dict[int, Resident]) -> None:
+    def _bring(self, experts: Sequence[int], sections: Sections, pinned: dict[int, Resident], updating: bool) -> None:
         """Fetches and waits until all are pinned. Enters and leaves with the lock, and lets go of it to fetch and to wait."""
         started = time.perf_counter()
         try:
             while len(pinned) < len(experts):
-                missing = [expert for expert in experts if expert not in pinned and not self._is_loading(expert)]
+                missing = [expert for expert in experts if expert not in pinned and not self._is_coming(expert)]
                 if missing:
                     self._fetch_missing(missing, sections, pinned)
                 else:
                     self._core.changed.wait()
-                self._pin_ready(experts, sections, pinned)
+                self._pin_ready(experts, sections, pinned, updating)
         finally:
             self._counters.stall_s += time.perf_counter() - started
 
-    def _is_loading(self, expert: int) -> bool:
+    def _is_coming(self, expert: int) -> bool:
+        """It will be ready by itself: it is loading, or being copied out before it may be updated."""
         resident = self._table.residents.get(expert)
-        return resident is not None and resident.state is State.LOADING
+        return resident is not None and (resident.state is State.LOADING or resident.copying)
 
     def _fetch_missing(self, missing: Sequence[int], sections: Sections, pinned: dict[int, Resident]) -> None:
         for expert in missing:
             self._wait_for_push(expert)
         claimed: list[Resident] = []
+        self._core.demanding = True
         try:
             for expert in missing:
                 self._claim(expert, sections, claimed)
         except BaseException:
-            for resident in claimed:
-                resident.pins = 0
-                self._table.remove(resident)
+            self._discard(claimed)
             raise
-        if not claimed:
-            return
+        finally:
+            self._core.demanding = False
+        self._core.changed.notify_all()
         self._core.changed.release()
         try:
-            self._core.load(claimed, sections, Priority.DEMAND)
+            self._load(claimed)
         finally:
             self._core.changed.acquire()
             pinned.update((resident.expert, resident) for resident in claimed if resident.state is State.READY)
+
+    def _load(self, claimed: Sequence[Resident]) -> None:
+        """One fetch for each choice of sections: one in all, but where the schedule keeps only some until their update."""
+        parts = [[resident for resident in claimed if resident.sections is sections] for sections in Sections]
+        try:
+            while parts:
+                if part := parts.pop(0):
+                    self._core.load(part, part[0].sections, Priority.DEMAND)
+        except BaseException:
+            with self._core.changed:
+                self._discard([resident for part in parts for resident in part])
+            raise
+
+    def _discard(self, claimed: Sequence[Resident]) -> None:
+        for resident in claimed:
+            resident.pins = 0
+            self._table.remove(resident)
 
     def _wait_for_push(self, expert: int) -> None:
         """Until the store has what was last changed in the expert, if it was evicted: fetching it earlier would bring an older version."""
@@ -380,21 +440,16 @@ class ExpertCache:
         self._wait_for_room(claimed)
         if expert in self._table.residents or self._write_back.pending(expert) is not None:
             return
-        resident = self._table.insert(expert, sections)
+        resident = self._table.insert(expert, self._table.sections_now(expert, sections))
         self._table.demand(resident)
         resident.pins = 1
         claimed.append(resident)
 
     def _wait_for_room(self, claimed: Sequence[Resident]) -> None:
-        """Until a slot is free: evicts the least recently used resident that is idle and saved."""
+        """Until a slot is free: evicts the next to leave that is idle and saved. Lets go of the lock to save one, and to wait."""
         while not self._table.num_free:
-            victim = next((resident for resident in self._table.idle() if self._write_back.try_save(resident)), None)
-            if victim is not None:
-                was_dirty = victim.dirty
-                self._table.evict(victim)
-                if was_dirty:
-                    self._clean_ahead()
-                return
+            if self._write_back.make_room(lambda resident: True):
+                continue
             if (error := self._write_back.failed()) is not None:
                 raise error
             mine = {resident.expert for resident in claimed}
@@ -402,12 +457,6 @@ class ExpertCache:
             if not (self._write_back.busy or loading):
                 raise TierFull(f"bank {self.bank!r}: all {self.capacity_experts} slots are pinned")
             self._core.changed.wait()
-
-    def _clean_ahead(self) -> None:
-        """A dirty victim had to be saved while demand waited: have the next ones written before they are needed."""
-        ahead = max(1, self.capacity_experts // 4)
-        dirty = [resident.expert for resident in self._table.idle() if resident.dirty]
-        self._write_back.request(dirty[:ahead])
 
 
 def _slab_on(device: torch.device, layout: Layout, num_slots: int) -> Slab:

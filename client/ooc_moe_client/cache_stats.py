@@ -1,16 +1,18 @@
 """What a cache counts, and the snapshot of it that reports and metrics read.
 
-Invariants that tests hold: accesses = hits + misses; every prefetch issued ends as exactly one of useful, late, wasted or cancelled, or is
-still queued, loading, or resident and unused.
+Invariants that tests hold, in experts and in bytes: accesses = hits + misses; every prefetch issued ends as exactly one of useful, late,
+wasted or cancelled, or is still queued, loading, or resident and unused. What is refused was never issued.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 from ooc_moe_wire.v1 import stats_pb2
+
+PrefetchCount = Literal["issued", "useful", "late", "wasted", "cancelled", "refused"]
 
 
 @dataclass(slots=True)
@@ -31,7 +33,19 @@ class Counters:
     bytes_in: int = 0
     bytes_out: int = 0
     stall_s: float = 0.0
+    prefetch_refused: int = 0
+    prefetch_issued_bytes: int = 0
+    prefetch_useful_bytes: int = 0
+    prefetch_late_bytes: int = 0
+    prefetch_wasted_bytes: int = 0
+    prefetch_cancelled_bytes: int = 0
+    prefetch_refused_bytes: int = 0
     fetched_from: dict[str, int] = field(default_factory=dict)
+
+    def count_prefetch(self, what: PrefetchCount, num_bytes: int) -> None:
+        """One expert of so many bytes was issued or refused, or came to its end."""
+        for name, count in ((f"prefetch_{what}", 1), (f"prefetch_{what}_bytes", num_bytes)):
+            setattr(self, name, getattr(self, name) + count)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,11 +59,12 @@ class CacheStats:
         hits: of the accesses, those that were ready in their slot.
         misses: the others; those that a prefetch was just bringing are among them, and in `prefetch_late`.
         refetches: fetched again for a reading that was not counted (backward, optimizer).
-        prefetch_issued: accepted into the prefetch queue.
+        prefetch_issued: accepted into the prefetch queue, or fetched ahead by the schedule. Beside it and the following, the same in bytes.
         prefetch_useful: ready when first asked for.
         prefetch_late: asked for while still queued or loading.
         prefetch_wasted: evicted or forgotten before anybody asked.
         prefetch_cancelled: left the queue unread, or could not be fetched.
+        prefetch_refused: judged not worth a fetch (see admission.py): not issued, or, where admission only observes, issued all the same.
         bytes_in: fetched, on demand and by prefetch.
         bytes_out: pushed and acknowledged.
         stall_s: time the training thread waited for experts.
@@ -76,12 +91,31 @@ class CacheStats:
     bytes_in: int = 0
     bytes_out: int = 0
     stall_s: float = 0.0
+    prefetch_refused: int = 0
+    prefetch_issued_bytes: int = 0
+    prefetch_useful_bytes: int = 0
+    prefetch_late_bytes: int = 0
+    prefetch_wasted_bytes: int = 0
+    prefetch_cancelled_bytes: int = 0
+    prefetch_refused_bytes: int = 0
     fetched_from: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def hit_rate(self) -> float:
         """Hits per access; 0 before the first."""
         return self.hits / self.accesses if self.accesses else 0.0
+
+    @property
+    def prefetch_recall(self) -> float:
+        """Of the experts that were not resident for another reason when asked for, the share that a prefetch had ready; 0 without any."""
+        asked = self.prefetch_useful + self.misses + self.refetches
+        return self.prefetch_useful / asked if asked else 0.0
+
+    @property
+    def prefetch_precision(self) -> float:
+        """Of the prefetches that came to their end with a fetch, the share that was ready when asked for; 0 without any."""
+        ended = self.prefetch_useful + self.prefetch_late + self.prefetch_wasted
+        return self.prefetch_useful / ended if ended else 0.0
 
     def __add__(self, other: CacheStats) -> CacheStats:
         """The sum over two caches (of two layers, say). `expert_bytes` is the larger."""
@@ -128,6 +162,14 @@ class CacheStats:
             bytes_in=self.bytes_in,
             bytes_out=self.bytes_out,
             stall_s=self.stall_s,
+            refetches=self.refetches,
+            prefetch_refused=self.prefetch_refused,
+            prefetch_issued_bytes=self.prefetch_issued_bytes,
+            prefetch_useful_bytes=self.prefetch_useful_bytes,
+            prefetch_late_bytes=self.prefetch_late_bytes,
+            prefetch_wasted_bytes=self.prefetch_wasted_bytes,
+            prefetch_cancelled_bytes=self.prefetch_cancelled_bytes,
+            prefetch_refused_bytes=self.prefetch_refused_bytes,
         )
 
 

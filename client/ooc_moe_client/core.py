@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Sequence
 
+from ooc_moe_client.admission import Admission, AdmissionMode
 from ooc_moe_client.cache_stats import Counters
 from ooc_moe_client.slab import Slab
 from ooc_moe_client.store import ExpertStore, Fetched, Priority, Sections
-from ooc_moe_client.table import Resident, State, Table
+from ooc_moe_client.table import Resident, State, Table, num_bytes
 from ooc_moe_wire.errors import InvalidRequest, LostUpdate
 from ooc_moe_wire.layout import Layout
 
@@ -22,15 +24,19 @@ log = logging.getLogger(__name__)
 class Core:
     """The shared state of one cache. `changed` guards everything in it, and is notified whenever a waiter might go on."""
 
-    def __init__(self, store: ExpertStore, bank: str, layout: Layout, slab: Slab, capacity: int) -> None:
+    def __init__(
+        self, store: ExpertStore, bank: str, layout: Layout, slab: Slab, capacity: int, admission: AdmissionMode = AdmissionMode.OFF
+    ) -> None:
         self.store = store
         self.bank = bank
         self.layout = layout
         self.slab = slab
         self.changed = threading.Condition()
         self.counters = Counters()
-        self.table = Table(capacity, self.counters)
+        self.table = Table(layout, capacity, self.counters)
+        self.admission = Admission(admission)
         self.acknowledged: dict[int, int] = {}  # by expert: the newest version of our own pushes
+        self.demanding = False  # the training thread is taking slots; speculation stands back
         self.closed = False
         self._error: Exception | None = None
 
@@ -62,18 +68,21 @@ class Core:
             Whatever the store raises; what had not arrived is then no longer resident (its pins are dropped).
         """
         loading = {resident.expert: resident for resident in residents}
-        num_bytes = self.layout.body_bytes if sections is Sections.ALL else self.layout.parameter_bytes
+        size = num_bytes(self.layout, sections)
+        began = time.perf_counter()
         try:
             for fetched in self.store.fetch(
                 self.bank,
                 list(loading),
-                into=lambda expert: self.slab.landing(loading[expert].slot, num_bytes),
+                into=lambda expert: self.slab.landing(loading[expert].slot, size),
                 sections=sections,
                 priority=priority,
             ):
                 self._check_version(fetched)
-                self.slab.landed(loading[fetched.expert].slot, num_bytes)
-                self._ready(loading.pop(fetched.expert), fetched, num_bytes)
+                self.slab.landed(loading[fetched.expert].slot, size)
+                self._ready(loading.pop(fetched.expert), fetched)
+            with self.changed:
+                self.admission.measure(size * len(residents), time.perf_counter() - began)
         finally:
             self._drop(list(loading.values()))
 
@@ -84,11 +93,11 @@ class Core:
                 f"bank {self.bank!r}, expert {fetched.expert}: the store gave version {fetched.version}, but had acknowledged {newest}"
             )
 
-    def _ready(self, resident: Resident, fetched: Fetched, num_bytes: int) -> None:
+    def _ready(self, resident: Resident, fetched: Fetched) -> None:
         with self.changed:
             resident.state = State.READY
             resident.version = fetched.version
-            self.counters.bytes_in += num_bytes
+            self.counters.bytes_in += resident.num_bytes
             tier = fetched.served_from.name.lower()
             self.counters.fetched_from[tier] = self.counters.fetched_from.get(tier, 0) + 1
             self.changed.notify_all()
@@ -98,7 +107,8 @@ class Core:
             for resident in residents:
                 self.slab.abandon(resident.slot)
                 resident.pins = 0
-                self.counters.prefetch_cancelled += resident.prefetched
-                resident.prefetched = False
+                if resident.prefetched:
+                    resident.prefetched = False
+                    self.counters.count_prefetch("cancelled", resident.num_bytes)
                 self.table.remove(resident)
             self.changed.notify_all()

@@ -5,6 +5,9 @@ beyond a reserve for demand, then clean, idle ones outside the working set that 
 finds no such slot waits in the queue. Demand goes first everywhere: an expert that is asked for leaves the queue, and what is already
 loading is waited for.
 
+What the schedule foretells is no speculation: it is fetched in the order of need, before anything that is queued, into slots that are free
+or hold what is needed later still, saving it first where it is dirty.
+
 An error of speculation that demand would meet and retry by itself (daemon away, tier full) is only logged; any other surfaces.
 """
 
@@ -12,12 +15,14 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from ooc_moe_client.admission import AdmissionMode
+from ooc_moe_client.cache_stats import PrefetchCount
 from ooc_moe_client.core import Core
 from ooc_moe_client.store import Priority, Sections
-from ooc_moe_client.table import Resident
+from ooc_moe_client.table import Resident, State, num_bytes
 from ooc_moe_client.write_back import WriteBack
 from ooc_moe_wire.errors import DeadlineExceeded, TierFull, Unavailable
 
@@ -45,6 +50,8 @@ class Prefetcher:
         self._reserve = core.table.capacity // 8
         self._calls = 0
         self._queue: dict[int, Sections] = {}  # in order of need
+        self._ahead = False  # the schedule is fetched before it is asked for
+        self._complete_at: int | None = None  # all that it needs was there when so many residents had been removed
         self._promote: dict[int, None] = {}  # not yet named to the daemon
         self._cancel = False  # the daemon is to drop its queue
         self._thread = threading.Thread(target=self._run, name=f"prefetch {core.bank}", daemon=True)
@@ -54,19 +61,51 @@ class Prefetcher:
         """Waits for the thread, after `core.closed` was set."""
         self._thread.join()
 
-    def enqueue(self, experts: Iterable[int], sections: Sections) -> None:
-        """Adds what is neither resident nor queued. When the queue is full, what has waited longest is cancelled."""
+    def enqueue(
+        self, experts: Iterable[int], sections: Sections, *, within_s: float | None = None, probabilities: Mapping[int, float] | None = None
+    ) -> None:
+        """Adds what is neither resident nor queued, and admitted. When the queue is full, what has waited longest is cancelled."""
         self._calls += 1
+        absent = []
         for expert in experts:
             resident = self._core.table.residents.get(expert)
             if resident is not None:
                 resident.wanted_by = self._calls
             elif expert not in self._queue:
+                absent.append(expert)
+        for expert in absent:
+            if self._admits(sections, within_s, 1.0 if probabilities is None else probabilities[expert]):
                 self._queue[expert] = sections
                 self._promote[expert] = None
-                self._core.counters.prefetch_issued += 1
+                self._count("issued", sections)
         while len(self._queue) > self._experts_max:
             self._cancel_queued(next(iter(self._queue)))
+        self._core.changed.notify_all()
+
+    def _admits(self, sections: Sections, within_s: float | None, probability: float) -> bool:
+        """Asks the admission, after what is queued already."""
+        admission, table, layout = self._core.admission, self._core.table, self._core.layout
+        if admission.mode is AdmissionMode.OFF:
+            return True
+        replaceable = sum(not table.in_working_set(resident) and resident.wanted_by != self._calls for resident in table.idle())
+        before = sum(num_bytes(layout, queued) for queued in self._queue.values())
+        loading = sum(resident.num_bytes for resident in table.residents.values() if resident.state is State.LOADING)
+        refused = admission.refuses(
+            num_bytes=loading + before + num_bytes(layout, sections),
+            slots_left=max(0, table.num_free - self._reserve) + replaceable - len(self._queue),
+            within_s=within_s,
+            probability=probability,
+        )
+        if refused:
+            self._count("refused", sections)
+        return not refused or admission.mode is AdmissionMode.OBSERVE
+
+    def _count(self, what: PrefetchCount, sections: Sections) -> None:
+        self._core.counters.count_prefetch(what, num_bytes(self._core.layout, sections))
+
+    def follow_schedule(self, *, ahead: bool) -> None:
+        """The schedule changed; `ahead`: it is to be fetched before it is asked for."""
+        self._ahead, self._complete_at = ahead, None
         self._core.changed.notify_all()
 
     def cancel(self) -> None:
@@ -77,31 +116,30 @@ class Prefetcher:
         self._core.changed.notify_all()
 
     def _cancel_queued(self, expert: int) -> None:
-        del self._queue[expert]
+        self._count("cancelled", self._queue.pop(expert))
         self._promote.pop(expert, None)
-        self._core.counters.prefetch_cancelled += 1
 
     @property
     def waiting(self) -> bool:
-        """Something is queued, perhaps for want of a slot."""
-        return bool(self._queue)
+        """Something is queued or foretold, perhaps for want of a slot."""
+        return bool(self._queue) or (self._ahead and self._complete_at != self._core.table.num_removed)
 
     def take(self, expert: int) -> None:
         """Demand takes over: the expert leaves the queue, if it is there, and counts as late."""
-        if self._queue.pop(expert, None) is not None:
+        if (sections := self._queue.pop(expert, None)) is not None:
             self._promote.pop(expert, None)
-            self._core.counters.prefetch_late += 1
+            self._count("late", sections)
 
     # The thread
 
     def _run(self) -> None:
         while True:
-            with self._core.changed:
-                while (work := self._next_work()) is None:
-                    if self._core.closed:
-                        return
-                    self._core.changed.wait()
             try:
+                with self._core.changed:
+                    while (work := self._next_work()) is None:
+                        if self._core.closed:
+                            return
+                        self._core.changed.wait()
                 self._do(work)
             except (Unavailable, DeadlineExceeded, TierFull) as error:
                 log.info("bank %s: prefetch failed: %s", self._core.bank, error)
@@ -115,8 +153,63 @@ class Prefetcher:
             work = _Work(cancel=self._cancel, promote=list(self._promote))
             self._cancel, self._promote = False, {}
             return work
-        loading = self._claim()
+        if self._core.demanding:
+            return None
+        loading = self._claim_foretold() or self._claim()
         return _Work(load=loading) if loading else None
+
+    def _claim_foretold(self) -> list[Resident]:
+        """Takes slots for what the schedule needs next, in its order, from what it needs later."""
+        table = self._core.table
+        claimed: list[Resident] = []
+        for next_use, expert in self._foretold() if self.waiting else ():
+            if len(claimed) == BATCH_EXPERTS_MAX:
+                break
+            resident = table.residents.get(expert)
+            if self._write_back.pending(expert) is not None or (resident is not None and resident.pins):
+                continue
+            if resident is not None:
+                table.remove(resident)  # It lacks its optimizer section.
+            if not self._make_room_before(next_use):
+                break
+            if expert in table.residents or table.schedule.next_use(expert) != next_use:
+                break  # Demand was faster, while the lock was let go to save a victim.
+            sections = table.sections_ahead(expert)
+            if claimed and sections is not claimed[0].sections:
+                break
+            self._issue_foretold(expert, sections)
+            claimed.append(self._insert(expert, sections))
+        return claimed
+
+    def _issue_foretold(self, expert: int, sections: Sections) -> None:
+        """Counts it, unless speculation has queued just that."""
+        queued = self._queue.pop(expert, None)
+        if queued is not sections:
+            if queued is not None:
+                self._count("cancelled", queued)
+            self._count("issued", sections)
+
+    def _foretold(self) -> list[tuple[int, int]]:
+        """(next use, expert) of what is still to be fetched, the soonest first."""
+        table = self._core.table
+        uses = [(next_use, expert) for expert in table.schedule.experts if (next_use := table.schedule.next_use(expert)) is not None]
+        missing = sorted((next_use, expert) for next_use, expert in uses if table.lacks(expert))
+        if not missing and all(table.residents[expert].sections is Sections.ALL for _, expert in uses):
+            self._complete_at = table.num_removed
+        return missing
+
+    def _make_room_before(self, next_use: int) -> bool:
+        """Frees a slot that nothing needs before `next_use`; may let go of the lock."""
+        table = self._core.table
+
+        def later(resident: Resident) -> bool:
+            other = table.schedule.next_use(resident.expert)
+            return other is None or other > next_use
+
+        while not table.num_free:
+            if self._core.demanding or not self._write_back.make_room(later):
+                return False
+        return True
 
     def _claim(self) -> list[Resident]:
         """Takes slots for the first experts of the queue that need the same sections."""
@@ -129,11 +222,14 @@ class Prefetcher:
             if not self._make_room():
                 break
             del self._queue[expert]
-            resident = self._core.table.insert(expert, sections)
-            resident.prefetched = True
-            resident.wanted_by = self._calls
-            claimed.append(resident)
+            claimed.append(self._insert(expert, sections))
         return claimed
+
+    def _insert(self, expert: int, sections: Sections) -> Resident:
+        resident = self._core.table.insert(expert, sections)
+        resident.prefetched = True
+        resident.wanted_by = self._calls
+        return resident
 
     def _make_room(self) -> bool:
         """Whether a slot is free for speculation; evicts one that may be."""

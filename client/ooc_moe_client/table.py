@@ -1,18 +1,21 @@
 """Which expert is in which slot, and who may be evicted for whom.
 
-The rules of eviction stand here; demand, write-back and prefetch (cache.py, write_back.py, prefetch.py) call it with the lock held. Knows
+The rules of eviction stand here; demand, write-back and prefetch (cache.py, write_back.py, prefetch.py) call it with the lock held. Who has
+the furthest next use leaves first, as far as a schedule tells; of whom it tells nothing, the least recently used, before all others. Knows
 nothing of networks, threads or devices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
 from ooc_moe_client.cache_stats import Counters
+from ooc_moe_client.schedule import Schedule
 from ooc_moe_client.store import Sections
-from ooc_moe_wire.policy import LRU
+from ooc_moe_wire.layout import Layout
+from ooc_moe_wire.policy import NextUse
 
 NEVER = -1
 
@@ -31,11 +34,13 @@ class Resident:
     expert: int
     slot: int
     sections: Sections
+    num_bytes: int  # of these
     state: State = State.LOADING
     version: int = 0
     pins: int = 0
     dirty: bool = False
     updating: int = 0  # open `updating` blocks: their slot is never copied out
+    copying: bool = False  # being copied out: neither updated nor evicted
     generation: int = 0  # grows with every update; a push clears `dirty` only if it has not grown since
     prefetched: bool = False  # brought by a prefetch and not asked for yet
     demanded_at: int = NEVER  # the table's clock when it was last asked for
@@ -49,12 +54,16 @@ class Resident:
 class Table:
     """Residents, free slots and their order of leaving. Every method needs the cache's lock."""
 
-    def __init__(self, capacity: int, counters: Counters) -> None:
+    def __init__(self, layout: Layout, capacity: int, counters: Counters) -> None:
         self.capacity = capacity
         self.residents: dict[int, Resident] = {}
+        self.num_dirty = 0  # residents with changes that the store does not have
+        self.schedule = Schedule()
+        self._layout = layout
         self._counters = counters
         self._free = list(range(capacity - 1, -1, -1))
-        self._order: LRU[int] = LRU()
+        self._order: NextUse[int] = NextUse(lambda expert: self.schedule.next_use(expert))
+        self.num_removed = 0  # so far
         self._clock = 0  # experts demanded so far
         self._working_set_since = 0
 
@@ -63,10 +72,35 @@ class Table:
         """Slots that hold nothing."""
         return len(self._free)
 
-    @property
-    def num_dirty(self) -> int:
-        """Residents with changes that the store does not have."""
-        return sum(resident.dirty for resident in self.residents.values())
+    def follow(self, schedule: Schedule) -> None:
+        """Goes by another schedule from now on."""
+        self.schedule = schedule
+        self._reorder()
+
+    def advance(self, experts: Sequence[int]) -> None:
+        """Notes that the training thread asks for these, in one call; `demand` follows for each."""
+        if not self.schedule.advance(experts):
+            self._reorder()
+
+    def _reorder(self) -> None:
+        """Asks the schedule anew about everyone."""
+        for expert in list(self._order.victims()):
+            self._order.touch(expert)
+
+    def sections_now(self, expert: int, sections: Sections) -> Sections:
+        """What to fetch of an expert that is asked for: the optimizer section too, if it will stay until the schedule updates it."""
+        return Sections.ALL if self.schedule.updated_within(expert, self.capacity) else sections
+
+    def sections_ahead(self, expert: int) -> Sections:
+        """What to fetch for the next use of an expert that the schedule names."""
+        sections = self.schedule.next_sections(expert)
+        assert sections is not None
+        return self.sections_now(expert, sections)
+
+    def lacks(self, expert: int) -> bool:
+        """It is not here, or not all that its next use needs."""
+        resident, sections = self.residents.get(expert), self.schedule.next_sections(expert)
+        return resident is None or (sections is Sections.ALL and resident.sections is not Sections.ALL and resident.state is State.READY)
 
     def demand(self, resident: Resident) -> None:
         """Notes that the training thread asked for it."""
@@ -74,11 +108,13 @@ class Table:
         resident.demanded_at = self._clock
         if resident.prefetched:
             resident.prefetched = False
-            if resident.state is State.READY:
-                self._counters.prefetch_useful += 1
-            else:
-                self._counters.prefetch_late += 1
+            self._counters.count_prefetch("useful" if resident.state is State.READY else "late", resident.num_bytes)
         self._order.touch(resident.expert)
+
+    def mark(self, resident: Resident, *, dirty: bool) -> None:
+        """Notes whether the store has its last change."""
+        self.num_dirty += dirty - resident.dirty
+        resident.dirty = dirty
 
     def new_working_set(self) -> None:
         """What was demanded until now may make room for prefetches."""
@@ -94,7 +130,7 @@ class Table:
 
     def insert(self, expert: int, sections: Sections) -> Resident:
         """Puts an expert, still loading, into a free slot."""
-        resident = self.residents[expert] = Resident(expert, self._free.pop(), sections)
+        resident = self.residents[expert] = Resident(expert, self._free.pop(), sections, num_bytes(self._layout, sections))
         self._order.insert(expert)
         return resident
 
@@ -102,7 +138,9 @@ class Table:
         """Empties its slot. What it held is clean, or in a buffer of the write-back."""
         assert resident.pins == 0, f"expert {resident.expert} leaves while it is pinned"
         if resident.prefetched:
-            self._counters.prefetch_wasted += 1
+            self._counters.count_prefetch("wasted", resident.num_bytes)
+        self.num_removed += 1
+        self.num_dirty -= resident.dirty
         del self.residents[resident.expert]
         self._order.remove(resident.expert)
         self._free.append(resident.slot)
@@ -113,8 +151,13 @@ class Table:
         self.remove(resident)
 
     def idle(self) -> Iterator[Resident]:
-        """Residents that nobody uses at the moment, the least recently used first."""
+        """Residents that nobody uses at the moment, the next to leave first."""
         for expert in self._order.victims():
             resident = self.residents[expert]
-            if resident.state is State.READY and resident.pins == 0:
+            if resident.state is State.READY and not (resident.pins or resident.copying):
                 yield resident
+
+
+def num_bytes(layout: Layout, sections: Sections) -> int:
+    """What travels of an expert."""
+    return layout.body_bytes if sections is Sections.ALL else layout.parameter_bytes

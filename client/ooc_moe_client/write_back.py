@@ -2,14 +2,15 @@
 
 An expert on its way is an `Outgoing`: a host copy and the version it started from. There is at most one per expert, so pushes of one expert
 never overtake each other. While it exists the expert is not fetched again; when it fails after the expert was evicted it stays, because
-its buffer is then the only copy. Nothing leaves a slot while the optimizer writes it (`Resident.updating`).
+its buffer is then the only copy. Nothing leaves a slot while the optimizer writes it (`Resident.updating`), and the optimizer waits while
+it is copied out (`Resident.copying`); the lock is let go meanwhile.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -34,8 +35,8 @@ class Outgoing:
     base_version: int
     generation: int
     buffer: Tensor  # (body_bytes,) uint8, on the host
-    copied: CopyOut
-    queued: bool = True  # False while it is being pushed
+    copied: CopyOut | None = None  # None until the copy has begun
+    queued: bool = False  # to be pushed
     error: Exception | None = None  # why the last try was refused; only of an expert that was evicted
 
 
@@ -93,30 +94,48 @@ class WriteBack:
                 outgoing.queued, outgoing.error = True, None
         self._core.changed.notify_all()
 
-    def try_save(self, resident: Resident) -> bool:
-        """Whether its slot may be given away now: it is clean, or its last change is in a buffer."""
-        if not resident.dirty or self._is_leaving(resident):
-            return True
-        return resident.expert not in self._outgoing and self._copy_out(resident) is not None
+    def make_room(self, may_leave: Callable[[Resident], bool]) -> bool:
+        """Evicts the next to leave among those that are idle and `may_leave`; what is dirty is first copied to a buffer, without the lock.
+
+        True: look again, a slot is free, or something was saved and others had the lock meanwhile. False: nobody can leave now.
+        """
+        for resident in self._core.table.idle():
+            if not may_leave(resident):
+                continue
+            if not resident.dirty or self._is_leaving(resident):
+                self._core.table.evict(resident)
+                return True
+            if resident.expert not in self._outgoing and (buffer := self._take_buffer()) is not None:
+                self._copy_out(resident, buffer).queued = True
+                self.clean_ahead()
+                return True
+        return False
+
+    def clean_ahead(self) -> None:
+        """A dirty victim had to be saved while somebody waited: has the next ones written before they are needed."""
+        ahead = max(1, self._core.table.capacity // 4)
+        dirty = [resident.expert for resident in self._core.table.idle() if resident.dirty and not self._is_leaving(resident)]
+        self.request(dirty[:ahead])
 
     def _is_leaving(self, resident: Resident) -> bool:
         """Its last change is on its way."""
         outgoing = self._outgoing.get(resident.expert)
         return outgoing is not None and outgoing.generation == resident.generation
 
-    def _copy_out(self, resident: Resident) -> Outgoing | None:
-        buffer = self._take_buffer()
-        if buffer is None:
-            return None
+    def _copy_out(self, resident: Resident, buffer: Tensor) -> Outgoing:
+        """Enters and leaves with the lock, and lets go of it to copy."""
         outgoing = self._outgoing[resident.expert] = Outgoing(
-            expert=resident.expert,
-            base_version=resident.version,
-            generation=resident.generation,
-            buffer=buffer,
-            copied=self._core.slab.copy_out(resident.slot, buffer),
+            expert=resident.expert, base_version=resident.version, generation=resident.generation, buffer=buffer
         )
         self._wanted.pop(resident.expert, None)
-        self._core.changed.notify_all()
+        resident.copying = True
+        self._core.changed.release()
+        try:
+            outgoing.copied = self._core.slab.copy_out(resident.slot, buffer)
+        finally:
+            self._core.changed.acquire()
+            resident.copying = False
+            self._core.changed.notify_all()
         return outgoing
 
     def _take_buffer(self) -> Tensor | None:
@@ -138,10 +157,8 @@ class WriteBack:
             if resident is None or not resident.dirty:
                 del self._wanted[expert]
             elif resident.state is State.READY and not resident.updating and expert not in self._outgoing:
-                copied = self._copy_out(resident)
-                if copied is not None:
-                    copied.queued = False
-                return copied
+                buffer = self._take_buffer()
+                return None if buffer is None else self._copy_out(resident, buffer)
         return None
 
     # The thread
@@ -174,6 +191,7 @@ class WriteBack:
         """One outcome per expert. An error of the whole call becomes everyone's; when one body spoils the call, each is tried alone."""
         try:
             for outgoing in batch:
+                assert outgoing.copied is not None
                 outgoing.copied.synchronize()
             pushes = [Push(expert=item.expert, base_version=item.base_version, body=item.buffer.numpy()) for item in batch]
             return self._core.store.push(self._core.bank, pushes)
@@ -198,6 +216,6 @@ class WriteBack:
             self._core.counters.bytes_out += self._core.layout.body_bytes
             if resident is not None:
                 resident.version = outcome
-                resident.dirty = resident.generation != outgoing.generation
+                self._core.table.mark(resident, dirty=resident.generation != outgoing.generation)
         del self._outgoing[outgoing.expert]
         self._spare.append(outgoing.buffer)

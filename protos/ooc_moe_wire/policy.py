@@ -6,6 +6,8 @@ changes nothing, takes the first that it may take, and says so with `evict`; wha
 
 from __future__ import annotations
 
+import random
+from array import array
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -47,25 +49,24 @@ class LRU(Generic[Key]):
     name: ClassVar[str] = "lru"
 
     def __init__(self) -> None:
-        self._order: OrderedDict[int, Key] = OrderedDict()  # By the time of the last use.
-        self._used_at: dict[Key, int] = {}
-        self._clock = 0
+        self._order: OrderedDict[int, Key] = OrderedDict()  # By the time of the last use; under tickets, which outlast a renaming.
+        self._tickets: dict[Key, int] = {}
+        self._next_ticket = 0
 
     def insert(self, key: Key, size: int = 1) -> None:
         """Enters as the most recently used."""
-        self._clock += 1
-        self._used_at[key] = self._clock
-        self._order[self._clock] = key
+        ticket = self._tickets[key] = self._next_ticket
+        self._order[ticket] = key
+        self._next_ticket += 1
 
     def touch(self, key: Key) -> None:
         """Becomes the most recently used."""
-        self.remove(key)
-        self.insert(key)
+        self._order.move_to_end(self._tickets[key])
 
     def rename(self, old: Key, new: Key) -> None:
         """Keeps the time of its last use."""
-        used_at = self._used_at[new] = self._used_at.pop(old)
-        self._order[used_at] = new
+        ticket = self._tickets[new] = self._tickets.pop(old)
+        self._order[ticket] = new
 
     def evict(self, key: Key) -> None:
         """Forgets the key."""
@@ -73,7 +74,7 @@ class LRU(Generic[Key]):
 
     def remove(self, key: Key) -> None:
         """Forgets the key."""
-        del self._order[self._used_at.pop(key)]
+        del self._order[self._tickets.pop(key)]
 
     def victims(self) -> Iterator[Key]:
         """From the least to the most recently used."""
@@ -142,7 +143,8 @@ class S3FIFO(Generic[Key]):
     def touch(self, key: Key) -> None:
         """Counts a use; moves nothing."""
         resident = self._residents[key]
-        resident.uses = min(resident.uses + 1, self.USES_MAX)
+        if resident.uses < self.USES_MAX:
+            resident.uses += 1
 
     def rename(self, old: Key, new: Key) -> None:
         """Keeps its place and its uses."""
@@ -215,30 +217,75 @@ class S3FIFO(Generic[Key]):
         return size > 0
 
 
-class Belady(Generic[Key]):
-    """The one whose next use is furthest leaves first: the optimum for records of one size (Belady 1966), to measure the others against.
+class Random(Generic[Key]):
+    """Anyone leaves, all with the same chance: what a policy must beat to have learned anything from the past."""
 
-    It must be told the future: `trace` is every access in order, and each insert or touch is the next of them.
+    name: ClassVar[str] = "random"
+
+    def __init__(self, seed: int = 0) -> None:
+        self._random = random.Random(seed)
+        self._keys: list[Key] = []
+        self._places: dict[Key, int] = {}
+
+    def insert(self, key: Key, size: int = 1) -> None:
+        """Enters."""
+        self._places[key] = len(self._keys)
+        self._keys.append(key)
+
+    def touch(self, key: Key) -> None:
+        """Changes nothing."""
+        self._places[key]
+
+    def rename(self, old: Key, new: Key) -> None:
+        """Goes by another key."""
+        place = self._places[new] = self._places.pop(old)
+        self._keys[place] = new
+
+    def evict(self, key: Key) -> None:
+        """Forgets the key."""
+        self.remove(key)
+
+    def remove(self, key: Key) -> None:
+        """Forgets the key; the last one takes its place."""
+        place, last = self._places.pop(key), self._keys.pop()
+        if place < len(self._keys):
+            self._keys[place] = last
+            self._places[last] = place
+
+    def victims(self) -> Iterator[Key]:
+        """In a random order, another each time."""
+        drawn: set[int] = set()
+        while len(drawn) < len(self._keys):
+            place = int(self._random.random() * len(self._keys))
+            if place not in drawn:
+                drawn.add(place)
+                yield self._keys[place]
+
+
+class NextUse(Generic[Key]):
+    """The one whose next use is furthest leaves first; those of which none is known before all others, the least recently used first.
+
+    Args:
+        next_use: when a key will be used next, as a number that no other key answers; None where nobody knows. Asked at insert and touch.
     """
 
-    name: ClassVar[str] = "belady"
+    name: ClassVar[str] = "next-use"
 
-    def __init__(self, trace: Sequence[Key]) -> None:
-        self._trace = trace
-        self._next_uses = _next_uses(trace)
-        self._num_accesses = 0
+    def __init__(self, next_use: Callable[[Key], int | None]) -> None:
+        self._foretold = next_use
+        self._clock = 0
         self._next_use: dict[Key, int] = {}  # Of the residents.
         self._by_next_use: dict[int, Key] = {}
         self._furthest: list[int] = []  # A heap of negated next uses, some of them outdated.
 
     def insert(self, key: Key, size: int = 1) -> None:
-        """Is the next access of the trace."""
-        assert self._trace[self._num_accesses] == key, "not the access that the trace foretold"
-        self._place(key, self._next_uses[self._num_accesses])
-        self._num_accesses += 1
+        """Enters with its next use."""
+        self._clock += 1
+        foretold = self._foretold(key)
+        self._place(key, _UNKNOWN - self._clock if foretold is None else foretold)
 
     def touch(self, key: Key) -> None:
-        """Is the next access of the trace."""
+        """Its next use is now a later one."""
         self.remove(key)
         self.insert(key)
 
@@ -257,7 +304,7 @@ class Belady(Generic[Key]):
         del self._by_next_use[self._next_use.pop(key)]
 
     def victims(self) -> Iterator[Key]:
-        """From the furthest to the nearest next use; those without one first. The first costs little, all of them a sort."""
+        """From the furthest to the nearest next use. The first costs little, all of them a sort."""
         while self._furthest and -self._furthest[0] not in self._by_next_use:
             heappop(self._furthest)
         if not self._furthest:
@@ -275,21 +322,44 @@ class Belady(Generic[Key]):
             heapify(self._furthest)
 
 
-def _next_uses(trace: Sequence[Key]) -> list[int]:
+_UNKNOWN = 1 << 62  # Later than any next use that is known.
+
+
+class Belady(NextUse[Key]):
+    """The optimum for records of one size (Belady 1966), to measure the others against: `NextUse` that knows everything.
+
+    It must be told the future: `trace` is every access in order, and each insert or touch is the next of them.
+    """
+
+    name: ClassVar[str] = "belady"
+
+    def __init__(self, trace: Sequence[Key]) -> None:
+        super().__init__(self._following)
+        self._trace = trace
+        self._next_uses = _next_uses(trace)
+        self._num_accesses = 0
+
+    def _following(self, key: Key) -> int:
+        assert self._trace[self._num_accesses] == key, "not the access that the trace foretold"
+        self._num_accesses += 1
+        return self._next_uses[self._num_accesses - 1]
+
+
+def _next_uses(trace: Sequence[Key]) -> array[int]:
     """For each access the position of the same key's next one; beyond the end, each another, where there is none."""
     following: dict[Key, int] = {}
-    next_uses = [0] * len(trace)
+    next_uses = array("q", bytes(8 * len(trace)))
     for position in range(len(trace) - 1, -1, -1):
         next_uses[position] = following.get(trace[position], len(trace) + position)
         following[trace[position]] = position
     return next_uses
 
 
-_POLICIES: dict[str, Callable[[], EvictionPolicy[Any]]] = {LRU.name: LRU, S3FIFO.name: S3FIFO}
+_POLICIES: dict[str, Callable[[], EvictionPolicy[Any]]] = {LRU.name: LRU, S3FIFO.name: S3FIFO, Random.name: Random}
 
 
 def make_policy(name: str) -> EvictionPolicy[Any]:
-    """An online policy by its name: "lru" or "s3fifo". Raises InvalidRequest."""
+    """An online policy by its name: "lru", "s3fifo" or "random". Raises InvalidRequest."""
     if name not in _POLICIES:
         raise InvalidRequest(f"policy: {name!r} is not one of {', '.join(_POLICIES)}")
     return _POLICIES[name]()

@@ -6,14 +6,18 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from ooc_moe_client.admission import AdmissionMode
 from ooc_moe_client.cache import ExpertCache
 from ooc_moe_client.in_memory import InMemoryStore
 from ooc_moe_client.remote import RemoteStore
+from ooc_moe_client.schedule import Use
 from ooc_moe_client.store import ExpertStore, Sections
+from ooc_moe_client.table import num_bytes
 from tests.client.conftest import LAYOUT, NUM_EXPERTS, spec, step_of
 from tests.conftest import DaemonProcess
 
 experts = st.lists(st.integers(0, NUM_EXPERTS - 1), min_size=1, max_size=NUM_EXPERTS, unique=True)
+uses = st.lists(st.tuples(experts, st.sampled_from(Sections)), max_size=6)
 
 
 class CacheAgainstDict(RuleBasedStateMachine):
@@ -25,10 +29,10 @@ class CacheAgainstDict(RuleBasedStateMachine):
         self.snapshot: tuple[int, dict[int, int]] | None = None
         self.store: ExpertStore = InMemoryStore()
 
-    @initialize(capacity=st.integers(1, NUM_EXPERTS + 2))
-    def begin(self, capacity: int) -> None:
+    @initialize(capacity=st.integers(1, NUM_EXPERTS + 2), admission=st.sampled_from(AdmissionMode))
+    def begin(self, capacity: int, admission: AdmissionMode) -> None:
         self.store.create_bank(spec("b"))
-        self.cache = ExpertCache(self.store, "b", capacity_experts=capacity)
+        self.cache = ExpertCache(self.store, "b", capacity_experts=capacity, admission=admission)
         self.first_weight = {}
         for expert in range(NUM_EXPERTS):
             body = bytearray(LAYOUT.body_bytes)
@@ -62,9 +66,22 @@ class CacheAgainstDict(RuleBasedStateMachine):
                     self.cache.views["step"][slot] += 1
                     self.cache.views["w1"][slot, 0, 0] = self.weight(expert)
 
-    @rule(experts=experts, sections=st.sampled_from(Sections))
-    def prefetch(self, experts: list[int], sections: Sections) -> None:
-        self.cache.prefetch(experts, sections=sections)
+    @rule(experts=experts, sections=st.sampled_from(Sections), within_s=st.none() | st.floats(0, 1e-3), probability=st.floats(0, 1))
+    def prefetch(self, experts: list[int], sections: Sections, within_s: float | None, probability: float) -> None:
+        self.cache.prefetch(experts, sections=sections, within_s=within_s, probabilities=dict.fromkeys(experts, probability))
+
+    @rule(uses=uses, ahead=st.booleans())
+    def tell_a_schedule_that_may_be_wrong(self, uses: list[tuple[list[int], Sections]], ahead: bool) -> None:
+        self.cache.schedule([Use(tuple(experts), sections) for experts, sections in uses], ahead=ahead)
+
+    @rule(uses=uses, ahead=st.booleans())
+    def follow_a_schedule(self, uses: list[tuple[list[int], Sections]], ahead: bool) -> None:
+        self.tell_a_schedule_that_may_be_wrong(uses, ahead)
+        for experts, sections in uses:
+            if sections is Sections.ALL:
+                self.update(experts)
+            else:
+                self.read(experts, sections, counted=True)
 
     @rule()
     def cancel_prefetch(self) -> None:
@@ -104,8 +121,21 @@ class CacheAgainstDict(RuleBasedStateMachine):
         stats = self.cache.stats()
         assert stats.hits + stats.misses == stats.accesses
         assert stats.resident <= stats.capacity
-        ended = stats.prefetch_useful + stats.prefetch_late + stats.prefetch_wasted + stats.prefetch_cancelled
-        assert ended <= stats.prefetch_issued
+
+    @invariant()
+    def every_prefetch_ends_as_exactly_one(self) -> None:
+        with self.cache._core.changed:
+            residents = self.cache._table.residents.values()
+            unused = [resident.num_bytes for resident in residents if resident.prefetched]
+            queued = [num_bytes(LAYOUT, sections) for sections in self.cache._prefetcher._queue.values()]
+            stats = self.cache.stats()
+            assert stats.dirty == sum(resident.dirty for resident in residents)
+            assert stats.resident + self.cache._table.num_free == stats.capacity
+        ends = ("useful", "late", "wasted", "cancelled")
+        count = {end: getattr(stats, f"prefetch_{end}") for end in ends}
+        size = {end: getattr(stats, f"prefetch_{end}_bytes") for end in ends}
+        assert stats.prefetch_issued == sum(count.values()) + len(unused) + len(queued)
+        assert stats.prefetch_issued_bytes == sum(size.values()) + sum(unused) + sum(queued)
 
     def teardown(self) -> None:
         if hasattr(self, "cache"):

@@ -292,6 +292,14 @@ class HbmStats(google.protobuf.message.Message):
     BYTES_IN_FIELD_NUMBER: builtins.int
     BYTES_OUT_FIELD_NUMBER: builtins.int
     STALL_S_FIELD_NUMBER: builtins.int
+    REFETCHES_FIELD_NUMBER: builtins.int
+    PREFETCH_REFUSED_FIELD_NUMBER: builtins.int
+    PREFETCH_ISSUED_BYTES_FIELD_NUMBER: builtins.int
+    PREFETCH_USEFUL_BYTES_FIELD_NUMBER: builtins.int
+    PREFETCH_LATE_BYTES_FIELD_NUMBER: builtins.int
+    PREFETCH_WASTED_BYTES_FIELD_NUMBER: builtins.int
+    PREFETCH_CANCELLED_BYTES_FIELD_NUMBER: builtins.int
+    PREFETCH_REFUSED_BYTES_FIELD_NUMBER: builtins.int
     bank: builtins.str
     capacity_experts: builtins.int
     resident_experts: builtins.int
@@ -309,6 +317,16 @@ class HbmStats(google.protobuf.message.Message):
     bytes_in: builtins.int
     bytes_out: builtins.int
     stall_s: builtins.float
+    refetches: builtins.int
+    """Misses of readings that count as no access: backward, optimizer."""
+    prefetch_refused: builtins.int
+    """Judged not worth a fetch; where admission only observes, issued all the same."""
+    prefetch_issued_bytes: builtins.int
+    prefetch_useful_bytes: builtins.int
+    prefetch_late_bytes: builtins.int
+    prefetch_wasted_bytes: builtins.int
+    prefetch_cancelled_bytes: builtins.int
+    prefetch_refused_bytes: builtins.int
     def __init__(
         self,
         *,
@@ -329,8 +347,16 @@ class HbmStats(google.protobuf.message.Message):
         bytes_in: builtins.int = ...,
         bytes_out: builtins.int = ...,
         stall_s: builtins.float = ...,
+        refetches: builtins.int = ...,
+        prefetch_refused: builtins.int = ...,
+        prefetch_issued_bytes: builtins.int = ...,
+        prefetch_useful_bytes: builtins.int = ...,
+        prefetch_late_bytes: builtins.int = ...,
+        prefetch_wasted_bytes: builtins.int = ...,
+        prefetch_cancelled_bytes: builtins.int = ...,
+        prefetch_refused_bytes: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["bank", b"bank", "bytes_in", b"bytes_in", "bytes_out", b"bytes_out", "capacity_experts", b"capacity_experts", "dirty_experts", b"dirty_experts", "evictions", b"evictions", "expert_bytes", b"expert_bytes", "hits", b"hits", "misses", b"misses", "prefetch_cancelled", b"prefetch_cancelled", "prefetch_issued", b"prefetch_issued", "prefetch_late", b"prefetch_late", "prefetch_useful", b"prefetch_useful", "prefetch_wasted", b"prefetch_wasted", "resident_experts", b"resident_experts", "stall_s", b"stall_s", "write_backs", b"write_backs"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bank", b"bank", "bytes_in", b"bytes_in", "bytes_out", b"bytes_out", "capacity_experts", b"capacity_experts", "dirty_experts", b"dirty_experts", "evictions", b"evictions", "expert_bytes", b"expert_bytes", "hits", b"hits", "misses", b"misses", "prefetch_cancelled", b"prefetch_cancelled", "prefetch_cancelled_bytes", b"prefetch_cancelled_bytes", "prefetch_issued", b"prefetch_issued", "prefetch_issued_bytes", b"prefetch_issued_bytes", "prefetch_late", b"prefetch_late", "prefetch_late_bytes", b"prefetch_late_bytes", "prefetch_refused", b"prefetch_refused", "prefetch_refused_bytes", b"prefetch_refused_bytes", "prefetch_useful", b"prefetch_useful", "prefetch_useful_bytes", b"prefetch_useful_bytes", "prefetch_wasted", b"prefetch_wasted", "prefetch_wasted_bytes", b"prefetch_wasted_bytes", "refetches", b"refetches", "resident_experts", b"resident_experts", "stall_s", b"stall_s", "write_backs", b"write_backs"]) -> None: ...
 
 global___HbmStats = HbmStats
 
