@@ -18,7 +18,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from ooc_moe import cli_bench, cli_store
+from ooc_moe import cli_bench, cli_simulate, cli_store
 from ooc_moe_wire.errors import InvalidRequest, OocMoeError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, rich_markup_mode="rich")
@@ -26,6 +26,7 @@ app.command()(cli_store.stats)
 app.add_typer(cli_store.bank_app, name="bank")
 app.add_typer(cli_store.snapshot_app, name="snapshot")
 app.add_typer(cli_bench.bench_app, name="bench")
+app.command()(cli_simulate.simulate)
 
 INTERRUPTED_EXIT = 130
 _RESUME_FLAGS = {"resume", "run_dir", "name", "store", "plane", "quiet"}

@@ -1,0 +1,187 @@
+"""`ooc-moe simulate` and `ooc-moe plan`: what a run would ask of its tiers. Flags become a study, or a plan; neither touches a GPU."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ooc_moe.simulate.made import Made, make_trace
+from ooc_moe.simulate.replay import Latency, Prefetch
+from ooc_moe.simulate.study import Study, latency, markdown, run, seconds, table
+from ooc_moe.trace import read_trace, write_trace
+from ooc_moe_wire.errors import InvalidRequest
+from ooc_moe_wire.sizes import parse_size
+
+_MAKE, _TIME, _AHEAD = "Making a trace", "Time", "Prefetch"
+_MADE = Made()
+_WIDTH = 140
+
+
+def simulate(
+    file: Annotated[Path | None, typer.Argument(help="A trace, recorded by ooc-moe train --trace.", metavar="FILE")] = None,
+    hbm: Annotated[str, typer.Option(help="HBM capacities: experts, or shares of those in the trace.", metavar="N,N,P%")] = "25%,50%",
+    dram: Annotated[str | None, typer.Option(help="DRAM capacity, likewise; room for all if not given.", metavar="N|P%")] = None,
+    policy: Annotated[
+        str, typer.Option(help="HBM policies: lru, s3fifo, random, and belady, the optimum.", metavar="A,B,C")
+    ] = "lru,s3fifo,random,belady",
+    dram_policy: Annotated[str, typer.Option(help="lru, s3fifo or random.")] = "lru",
+    prefetch: Annotated[
+        str, typer.Option(help="Sources to try with the first policy, beside none at all.", metavar="A,B,C", rich_help_panel=_AHEAD)
+    ] = "perfect,detector,random",
+    prefetch_experts: Annotated[
+        int | None, typer.Option(help="Experts named at a switch; as many as HBM holds if not given.", rich_help_panel=_AHEAD)
+    ] = None,
+    detect_after: Annotated[int, typer.Option(help="Accesses until the detector notices a switch.", rich_help_panel=_AHEAD)] = 100,
+    detect_accuracy: Annotated[float, typer.Option(help="Its chance to name the right game.", rich_help_panel=_AHEAD)] = 0.95,
+    switch_every: Annotated[
+        str | None,
+        typer.Option(
+            help="Deal the training out anew in turns of so many accesses; leaves evaluation out. With --make: the turns made.",
+            metavar="N,N,N",
+        ),
+    ] = None,
+    latency_text: Annotated[
+        str,
+        typer.Option("--latency", help="Of a load, by tier: latency+bandwidth.", metavar="TIER=T+B/s,...", rich_help_panel=_TIME),
+    ] = "dram=20us+12GB/s,nvme=80us+3GB/s",
+    compute: Annotated[str, typer.Option(help="Compute time of one access.", metavar="T", rich_help_panel=_TIME)] = "100us",
+    expert_bytes: Annotated[
+        str | None, typer.Option(help="Bytes of an expert, if not the trace's own.", metavar="SIZE", rich_help_panel=_TIME)
+    ] = None,
+    make: Annotated[Path | None, typer.Option(help="Make a trace, in this new file, and replay it.", rich_help_panel=_MAKE)] = None,
+    games: Annotated[int, typer.Option(rich_help_panel=_MAKE, help="Games in turns, in rounds of random order.")] = _MADE.games,
+    experts: Annotated[int, typer.Option(rich_help_panel=_MAKE, help="Experts of all games together.")] = _MADE.experts,
+    accesses: Annotated[int, typer.Option(rich_help_panel=_MAKE, help="Length.")] = _MADE.accesses,
+    layers: Annotated[int, typer.Option(rich_help_panel=_MAKE, help="Parts of a game's pool, asked in turn.")] = _MADE.layers,
+    zipf: Annotated[
+        float, typer.Option(rich_help_panel=_MAKE, help="How uneven: the n-th expert of a pool has weight n^-ZIPF.")
+    ] = _MADE.zipf,
+    eval_every: Annotated[
+        int | None, typer.Option(rich_help_panel=_MAKE, help="Turns between evaluations of all games; none if not given.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of what is made, and of what guesses.")] = 0,
+    plot: Annotated[Path | None, typer.Option(help="Draw hit rates over capacity and switch interval.", metavar="FILE.png")] = None,
+    results: Annotated[Path | None, typer.Option(help="Save the table as Markdown.", metavar="FILE.md")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of the table.")] = False,
+) -> None:
+    """Replay a trace through HBM, DRAM and NVMe of any size, policy and latency. Needs no GPU and no torch.
+
+    What would a smaller cache have cost that run, and how far is LRU from the best possible?
+
+    \b
+    $ ooc-moe train --games krull,boxing --trace krull.trace
+    $ ooc-moe simulate krull.trace --hbm 4,8,16 --policy lru,s3fifo,belady --latency nvme=80us+3GB/s,dram=20us+12GB/s
+
+    The same games, had they changed more often; with a picture:
+
+    \b
+    $ ooc-moe simulate krull.trace --hbm 25%,50% --switch-every 100,1000,10000 --plot hits.png
+
+    Before there is a run: 57 games, 10,000 experts, ten million accesses:
+
+    \b
+    $ ooc-moe simulate --make all.trace --hbm 2%,5% --dram 25% --policy lru,belady
+    $ ooc-moe simulate --make short.trace --accesses 1000000 --eval-every 20
+
+    One access is one expert of one layer call. A hit was in HBM when asked for: what a prefetch brings late is a miss. Belady knows the
+    future but does not prefetch, so a prefetch can beat it.
+    """
+    turns = _numbers("switch_every", switch_every) if switch_every else []
+    made_turns = turns[0] if turns else _MADE.switch_every
+    if (file is None) == (make is None):
+        raise InvalidRequest("file: give a trace to replay, or --make FILE to make one")
+    study = Study(
+        hbm=_words(hbm),
+        dram=dram,
+        policies=_words(policy),
+        dram_policy=dram_policy,
+        prefetches=tuple(
+            Prefetch(source=word, delay=detect_after, accuracy=detect_accuracy, experts_max=prefetch_experts)
+            for word in _words(prefetch)
+            if word != "none"
+        ),
+        # What was made in these turns needs no dealing out.
+        switch_every=() if turns == [made_turns] and make is not None else tuple(turns),
+        latency=Latency(**latency(latency_text), compute_s=seconds("compute", compute)),
+        expert_bytes=_size("expert_bytes", expert_bytes) if expert_bytes else None,
+        seed=seed,
+    )
+    trace = read_trace(file) if file is not None else None
+    if make is not None:
+        trace = make_trace(
+            Made(
+                games=games,
+                experts=experts,
+                accesses=accesses,
+                switch_every=made_turns,
+                layers=layers,
+                zipf=zipf,
+                eval_every=eval_every,
+                seed=seed,
+            )
+        )
+        write_trace(make, trace)
+    assert trace is not None
+    with _progress(Console(stderr=True)) as progress:
+        bar = progress.add_task("", total=None)
+        rows = run(
+            trace,
+            study,
+            begin=lambda what, total: progress.reset(bar, description=what, total=total),
+            advance=lambda done: progress.advance(bar, done),
+        )
+    if as_json:
+        print(json.dumps([asdict(row) for row in rows], indent=2))
+    else:
+        console = Console() if sys.stdout.isatty() else Console(width=_WIDTH)
+        console.print(table(trace, rows))
+    if results is not None:
+        results.parent.mkdir(parents=True, exist_ok=True)
+        results.write_text(markdown(trace, rows, command=_command()))
+    if plot is not None:
+        from ooc_moe.simulate.chart import save_chart
+
+        save_chart(plot, rows)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _numbers(name: str, text: str) -> list[int]:
+    try:
+        return [int(word) for word in _words(text)]
+    except ValueError as error:
+        raise InvalidRequest(f"{name}: {text!r} is not a list of numbers; write for example 1000,10000") from error
+
+
+def _size(name: str, text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise InvalidRequest(f"{name}: {error}") from error
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description:>40}"),
+        BarColumn(bar_width=30),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+
+
+def _command() -> str:
+    """The command as it was given, without places of this machine."""
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    return shlex.join(["ooc-moe", *words])
