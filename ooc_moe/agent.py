@@ -117,6 +117,11 @@ class Agent(nn.Module):
         """What backward leaves for the experts, one per cache."""
         return [experts.gradients for experts in self._experts]
 
+    @property
+    def num_experts(self) -> int:
+        """Experts of all banks together. A bank may hold more: it never shrinks, also when a run goes back to before it grew."""
+        return self.config.num_banks * self._book.num_experts
+
     def add_game(self, game: str) -> GamePools:
         """Makes a game known: its network, and pools of unowned experts; banks grow when there are too few. A known one is answered."""
         if game in self._book.games:

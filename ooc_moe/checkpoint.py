@@ -31,6 +31,11 @@ class Progress:
     update: int = 0
     step: int = 0
 
+    @property
+    def ends_a_game(self) -> bool:
+        """Nothing of the present game was played, and one before it was."""
+        return self.phase > 0 and self.update_in_game == 0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
@@ -79,6 +84,19 @@ def load(path: Path) -> Checkpoint:
     if content.get("format") != FORMAT:
         raise InvalidRequest(f"resume: {path} has format {content.get('format')}, this version reads {FORMAT}")
     return Checkpoint(progress=Progress(**content["progress"]), snapshot_id=content["snapshot_id"], state=content["state"])
+
+
+def load_named(directory: Path, name: str) -> Checkpoint:
+    """Reads the dense file `name`.pt. Raises InvalidRequest, with the names that there are, when it is not among them."""
+    names = sorted(path.stem for path in directory.glob("*.pt"))
+    if name not in names:
+        raise InvalidRequest(f"checkpoint: {name!r} is not in {directory}, which holds {', '.join(names) or 'none'}")
+    return load(directory / f"{name}.pt")
+
+
+def end_of_game(phase: int, game: str) -> str:
+    """The file name of the checkpoint that a run keeps of the end of its game number `phase`."""
+    return f"{phase}-{game.replace('/', '-')}.pt"
 
 
 def named_snapshots(directory: Path) -> set[int]:

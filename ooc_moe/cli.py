@@ -29,7 +29,7 @@ app.add_typer(cli_bench.bench_app, name="bench")
 app.command()(cli_simulate.simulate)
 
 INTERRUPTED_EXIT = 130
-_RESUME_FLAGS = {"resume", "run_dir", "name", "store", "plane", "quiet"}
+_RESUME_FLAGS = {"resume", "checkpoint", "run_dir", "name", "store", "plane", "quiet"}
 _AGENT, _PPO = "The agent", "Learning"
 PLANE = typer.Option(
     help="How experts travel: over the connection, through memory that a daemon on this host shares, or so where possible.",
@@ -68,6 +68,10 @@ def train(
     plane: Annotated[str | None, PLANE] = None,
     from_bank: Annotated[str | None, typer.Option(help="Begin with this bank's experts.", metavar="BANK")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of --name or --run-dir.")] = False,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(help="With --resume: go back to this one of the run's checkpoints, and drop what came after it.", metavar="NAME"),
+    ] = None,
     checkpoint_every: Annotated[int | None, typer.Option(help="Updates between checkpoints; 0: at the end of each game only.")] = None,
     eval_episodes: Annotated[int | None, typer.Option(help="Episodes per evaluated game, played side by side.")] = None,
     eval_steps: Annotated[int | None, typer.Option(help="The most steps of an evaluation episode; 0: no evaluation.")] = None,
@@ -111,6 +115,11 @@ def train(
     \b
     $ ooc-moe train --games krull,road_runner --store host:50051 --name second
     $ ooc-moe train --resume --name second
+
+    Back to the end of the first game, and on from there (to keep what came after it, see ooc-moe branch):
+
+    \b
+    $ ooc-moe train --resume --name second --checkpoint 0-krull
     """
     from ooc_moe import train as training
 
@@ -119,8 +128,10 @@ def train(
     try:
         if resume:
             _refuse_flags_with_resume(context)
-            training.resume(directory, console, store=store, plane=plane)
+            training.resume(directory, console, store=store, plane=plane, name=checkpoint)
             return
+        if checkpoint is not None:
+            raise InvalidRequest(f"checkpoint: {checkpoint!r} needs --resume; ooc-moe branch begins another run from it")
         agent = {
             "frame_size": frame_size,
             "num_experts": num_experts,
@@ -149,6 +160,28 @@ def train(
     except training.Interrupted as stop:
         console.print(str(stop), soft_wrap=True, markup=False, highlight=False)
         raise typer.Exit(INTERRUPTED_EXIT) from None
+
+
+@app.command()
+def branch(
+    run_dir: Annotated[Path, typer.Argument(help="The directory of the run to begin from.", metavar="RUN_DIR")],
+    new_dir: Annotated[Path, typer.Argument(help="The directory of the new run.", metavar="NEW_DIR")],
+    checkpoint: Annotated[str, typer.Option(help="Where it begins: one of the run's checkpoints.", metavar="NAME")] = "latest",
+    games: Annotated[str, typer.Option(help="Learned from there on, instead of the run's own.", metavar="A,B,C")] = "",
+    store: Annotated[str | None, typer.Option(help="The daemon's address, if it moved.", metavar="ADDRESS")] = None,
+) -> None:
+    """Make a new run of an old one's checkpoint, dense parameters and experts; the experts' bytes are shared, not copied.
+
+    Another second game after the first one:
+
+    \b
+    $ ooc-moe branch runs/first runs/second --checkpoint 0-krull --games boxing
+    $ ooc-moe train --resume --name second
+    """
+    from ooc_moe.branch import branch as branch_run
+
+    branch_run(run_dir, new_dir, checkpoint, games=_games(games) if games else (), store=store)
+    Console().print(f"made {new_dir}; go on with ooc-moe train --resume --run-dir {new_dir}", soft_wrap=True, markup=False, highlight=False)
 
 
 @app.command(name="eval")

@@ -162,6 +162,8 @@ def bank_fork(
 ) -> None:
     """Make a new bank from another one, without copying its bytes.
 
+    The experts alone, for `ooc-moe train --from-bank`; `ooc-moe branch` takes a run's dense parameters too.
+
     \b
     $ ooc-moe bank fork first/experts second/experts --snapshot 3
     """
@@ -218,6 +220,8 @@ def snapshot_restore(
     yes: YesOption = False,
 ) -> None:
     """Bring the banks of a snapshot back to it; what they hold now is lost unless another snapshot has it.
+
+    The experts alone: `ooc-moe train --resume --checkpoint` takes a run back, with its dense parameters.
 
     \b
     $ ooc-moe snapshot restore 3

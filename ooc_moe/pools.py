@@ -44,6 +44,12 @@ class PoolBook:
         pools = [tuple(islice(unowned[pool % config.num_banks], config.pool_size)) for pool in range(config.pools_per_game)]
         return GamePools(game, tuple(pools[layer % len(pools)] for layer in range(config.num_layers)))
 
+    @property
+    def num_experts(self) -> int:
+        """The experts of each bank that there are for this book: those it began with, and those it assigned beyond."""
+        assigned = (expert for pools in self.games.values() for layer in pools.layers for expert in layer)
+        return max(self._config.num_experts, 1 + max(assigned, default=0))
+
     def record(self, pools: GamePools) -> None:
         """From now on the game owns these experts."""
         self.games[pools.game] = pools

@@ -75,7 +75,7 @@ class Session:
     @property
     def num_experts(self) -> int:
         """Experts of all banks together."""
-        return sum(cache.num_experts for cache in self.caches)
+        return self.agent.num_experts
 
     def cache_stats(self) -> CacheStats:
         """The HBM counters of all caches, added up."""
@@ -122,7 +122,7 @@ def open_session(
         detector = Detector(
             frame_stack=agent_config.frame_stack,
             frame_size=agent_config.frame_size,
-            num_experts=sum(cache.num_experts for cache in caches),
+            num_experts=agent.num_experts,
             prefetch_experts=agent_config.prefetch_experts,
             seed=config.seed,
         )

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from ooc_moe import checkpoint, envs
+from ooc_moe.branch import go_back
 from ooc_moe.evaluate import Evaluator
 from ooc_moe.learner import Learner
 from ooc_moe.metrics import MetricsWriter
@@ -67,14 +68,25 @@ def train(config: RunConfig, console: Console) -> Path:
     return config.run_dir
 
 
-def resume(run_dir: Path, console: Console, *, store: str | None = None, plane: str | None = None) -> Path:
-    """Goes on from the last checkpoint as if nothing had happened. `store`, `plane`: the daemon's address and the way to it, if changed."""
+def resume(run_dir: Path, console: Console, *, store: str | None = None, plane: str | None = None, name: str | None = None) -> Path:
+    """Goes on from a checkpoint as if nothing had happened since.
+
+    Args:
+        run_dir: the run's directory.
+        console: where progress is shown.
+        store: the daemon's address, if it changed.
+        plane: the way to it, if it changed.
+        name: an earlier checkpoint than the last one, for example "0-krull"; what the run did after it is dropped.
+    """
     config = RunConfig.read(run_dir)
     config = dataclasses.replace(config, store=store or config.store, plane=plane or config.plane)
     check_device(config.device)
-    saved = checkpoint.load(run_dir / checkpoint.DIRECTORY / checkpoint.LATEST)
+    directory = run_dir / checkpoint.DIRECTORY
+    saved = checkpoint.load(directory / checkpoint.LATEST) if name is None else checkpoint.load_named(directory, name)
     with open_store(config) as opened:
         opened.restore_snapshot(saved.snapshot_id)
+        if name is not None:
+            go_back(run_dir, name)
         _run(config, opened, console, saved)
     return run_dir
 
@@ -143,7 +155,7 @@ class Trainer:
                 self._learn(game, progress, interrupted)
                 self._evaluate(phase, progress)
                 self.at = dataclasses.replace(self.at, phase=phase + 1, update_in_game=0)
-                self.save(also=f"{phase}-{game.replace('/', '-')}.pt")
+                self.save(also=checkpoint.end_of_game(phase, game))
                 if interrupted() and self.at.phase < len(self.config.games):
                     raise Interrupted(f"stopped after {game}; saved in {self.config.run_dir}")
         cache, store = self.session.cache_stats().to_dict(), self.session.store_stats()
@@ -272,8 +284,7 @@ class Trainer:
         if self.session.trace is not None:
             self.session.trace.truncate(state["trace_position"])
         # Checkpoints at the ends of games stay; any other is dropped after the next one.
-        ends_a_game = self.at.phase > 0 and self.at.update_in_game == 0
-        self._snapshot_id = None if ends_a_game else saved.snapshot_id
+        self._snapshot_id = None if self.at.ends_a_game else saved.snapshot_id
         self._drop_nameless_snapshots()
 
     def _env_seed(self) -> int:
