@@ -18,12 +18,12 @@ from ooc_moe_wire.sizes import parse_size
 
 bench_app = typer.Typer(
     no_args_is_help=True,
-    help="Measure the storage daemon beside its peers, and cache policies beside the best possible.",
+    help="Measure the storage daemon, the cache and its layer beside their peers, and cache policies beside the best possible.",
     rich_markup_mode="rich",
 )
 bench_app.command(name="policies")(policies.main)
 # Wide enough for the table, where the output is no terminal.
-TABLE_WIDTH = 120
+TABLE_WIDTH = 140
 
 
 @bench_app.command()
@@ -63,6 +63,64 @@ def store(
             console.print(f"missing: {missing}", markup=False, highlight=False)
     if results is not None:
         save(measured, bench.TITLES, results)
+
+
+PARTS = ("layer",)
+
+
+@bench_app.command()
+def cache(
+    parts: Annotated[str, typer.Option(help="What to measure. layer: the MoE layer beside a dense one.", metavar="A,B,C")] = ",".join(
+        PARTS
+    ),
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    threads: Annotated[int, typer.Option(help="Torch's threads.")] = 1,
+    rounds: Annotated[int | None, typer.Option(help="Interleaved rounds. [default: 15; 3 with --quick]")] = None,
+    sizes: Annotated[str, typer.Option(help="Presets whose sizes the layer has.", metavar="A,B,C")] = "full,demo,tiny",
+    tokens: Annotated[str, typer.Option(help="Tokens of a call of the layer.", metavar="A,B,C")] = "512,4096",
+    pools: Annotated[str, typer.Option(help="Experts of the layer's pool.", metavar="A,B,C")] = "4,16",
+    results: Annotated[
+        Path | None, typer.Option(help="Save each part's table here, as PART.md; its notes are kept.", metavar="DIR")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of the tables.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A first look: 3 rounds. Not to be quoted.")] = False,
+) -> None:
+    """Measure what training with experts in a cache costs: the MoE layer beside a dense FFN of the same active FLOPs.
+
+    On a GPU both sides run in bfloat16.
+
+    \b
+    $ ooc-moe bench cache --results tests/bench/results
+    $ ooc-moe bench cache --parts layer --sizes demo --quick
+    """
+    from ooc_moe.bench import layer
+
+    for part in _words(parts):
+        if part not in PARTS:
+            raise InvalidRequest(f"parts: {part!r} is not one of {', '.join(PARTS)}")
+    chosen = layer.LayerBench(
+        sizes=_words(sizes),
+        tokens=_whole_numbers("tokens", tokens),
+        pools=_whole_numbers("pools", pools),
+        device=device,
+        threads=threads,
+        rounds=rounds if rounds is not None else layer.QUICK_ROUNDS if quick else layer.ROUNDS,
+    )
+    rows = layer.run(chosen, Console(stderr=True))
+    if as_json:
+        print(json.dumps({"layer": [asdict(row) for row in rows]}, indent=2))
+    else:
+        console = Console() if sys.stdout.isatty() else Console(width=TABLE_WIDTH)
+        console.print(layer.table(rows))
+    if results is not None:
+        layer.save(rows, chosen, results / "layer.md", command=_command())
+
+
+def _whole_numbers(name: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError as error:
+        raise InvalidRequest(f"{name}: {text!r} is not whole numbers with commas between") from error
 
 
 def _words(text: str | None) -> tuple[str, ...]:

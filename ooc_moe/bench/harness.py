@@ -80,12 +80,19 @@ def measure(
         order: shuffles each round.
         on_run: called after every sample.
     """
+    seconds = timed_rounds(paths, calls=calls, rounds=rounds, order=order, on_run=on_run)
+    return {name: [num_bytes / value / GB for value in values] for name, values in seconds.items()}
+
+
+def timed_rounds(
+    paths: Sequence[Path], *, calls: int, rounds: int, order: random.Random, on_run: Callable[[], None]
+) -> dict[str, list[float]]:
+    """Seconds of one run of every path, one sample a round, each the mean of `calls` runs. As `measure` otherwise."""
     samples: dict[str, list[float]] = {path.name: [] for path in paths}
     for _ in range(rounds):
         gc.collect()
         for path in order.sample(paths, len(paths)):
-            seconds = sum(_timed(path) for _ in range(calls))
-            samples[path.name].append(calls * num_bytes / seconds / GB)
+            samples[path.name].append(sum(_timed(path) for _ in range(calls)) / calls)
             on_run()
     return samples
 
