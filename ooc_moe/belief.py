@@ -38,6 +38,14 @@ class Prediction:
     """What to prefetch for the batch: the experts that any of its frames of a known game makes probable, the most probable first."""
 
     @property
+    def expert_probabilities(self) -> dict[int, float]:
+        """Of each of `experts`: its probability in the frame that makes it most probable."""
+        if not self.experts:
+            return {}
+        best_E = self.expert_probabilities_NE[~self.unknown_N].amax(0)
+        return dict(zip(self.experts, best_E[self.experts].tolist(), strict=True))
+
+    @property
     def names(self) -> list[str]:
         """The most probable game of each frame, known or not."""
         return [self.games[game] for game in self.probabilities_NG.argmax(1).tolist()]

@@ -94,7 +94,7 @@ def _trainers(stats: stats_pb2.Stats) -> Table:
 
 
 def _hbm(stats: stats_pb2.Stats) -> Table:
-    table = _table("HBM", "|bank", "resident", "hits", "prefetch useful", "late", "wasted", "stalled")
+    table = _table("HBM", "|bank", "resident", "hits", "prefetch useful", "late", "wasted", "recall", "stalled")
     for trainer in stats.trainers:
         for hbm in trainer.hbm:
             table.add_row(
@@ -105,6 +105,7 @@ def _hbm(stats: stats_pb2.Stats) -> Table:
                 _count(hbm.prefetch_useful),
                 _count(hbm.prefetch_late),
                 _count(hbm.prefetch_wasted),
+                _share(hbm.prefetch_useful, hbm.misses + hbm.refetches),
                 f"{hbm.stall_s:,.1f} s",
             )
     return table

@@ -8,6 +8,7 @@ over, so that the first steps of a game are played with the pool of the one befo
 from __future__ import annotations
 
 import dataclasses
+import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -183,7 +184,7 @@ class _BelievingPlayer:
 
     def __init__(self, session: Session, belief: Belief, generator: torch.Generator) -> None:
         self._session, self._belief, self._generator = session, belief, generator
-        self._step = 0
+        self._step, self._began = 0, time.monotonic()
         self._history: list[list[str]] = []
         self._counts = torch.zeros(session.config.agent.num_layers, session.caches[0].num_experts, dtype=torch.long)
         self.believed: Counter[str] = Counter()
@@ -193,7 +194,7 @@ class _BelievingPlayer:
         prediction = session.detector.predict(frames_NSHW)
         games, doubts = self._belief.update(prediction)
         if session.config.prefetch == "detector" and any(doubts):
-            session.prefetch(prediction.experts)
+            session.prefetch(prediction.experts, within_s=self._next_segment_s(), probabilities=prediction.expert_probabilities)
         if self._step % session.config.agent.context == 0:
             self._begin_segment(games)
         actions_N = torch.zeros(len(frames_NSHW), dtype=torch.long)
@@ -206,6 +207,12 @@ class _BelievingPlayer:
         self._history.append(self._acting_as)
         self._step += 1
         return actions_N.numpy()
+
+    def _next_segment_s(self) -> float:
+        """When the next segment begins, and with it perhaps another pool, at the pace so far."""
+        context = self._session.config.agent.context
+        steps_left = -self._step % context
+        return steps_left * (time.monotonic() - self._began) / max(1, self._step)
 
     def _begin_segment(self, games: list[str]) -> None:
         """Groups the environments by what they are believed to be."""

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 from ooc_moe.config import AgentConfig
 from ooc_moe.trace import TraceInfo
+from ooc_moe_client.admission import AdmissionMode
 from ooc_moe_client.connection import check_target
 from ooc_moe_client.store import Plane
 from ooc_moe_wire.errors import InvalidRequest
@@ -79,7 +80,11 @@ class RunConfig:
     plane: str = "auto"
     """How experts travel: over the connection ("stream"), through memory that a daemon on this host shares ("local"), or so if possible."""
     prefetch: PrefetchSource = "detector"
-    """Who names the experts to bring ahead: nobody, the detector, or the schedule (which knows the next game)."""
+    """Who names the experts to bring ahead: nobody, the detector, or the schedule (which knows the next game). Unless it is nobody, an
+    update's own are brought ahead too, which its replayed routing names."""
+    prefetch_admission: str = "observe"
+    """What becomes of a named expert that has no slot to spare, or cannot come in time at the measured bandwidth: fetched all the same
+    ("off"), and counted ("observe"), or dropped ("enforce")."""
     stem_protection: StemProtection = "replay"
     """How later games are kept from changing what the shared stem sees in earlier ones."""
     stem_replay_weight: float = 0.05
@@ -110,6 +115,8 @@ class RunConfig:
         _require(
             self.stem_protection in get_args(StemProtection), "stem_protection", self.stem_protection, f"one of {get_args(StemProtection)}"
         )
+        modes = tuple(mode.value for mode in AdmissionMode)
+        _require(self.prefetch_admission in modes, "prefetch_admission", self.prefetch_admission, f"one of {modes}")
         planes = tuple(plane.value for plane in Plane)
         _require(self.plane in planes, "plane", self.plane, f"one of {planes}")
         if self.store is not None:

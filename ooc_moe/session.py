@@ -6,7 +6,7 @@ Training and evaluation both open one. Knows nothing of PPO, phases or reports.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +24,7 @@ from ooc_moe.detector import Detector
 from ooc_moe.envs import GameEnvs
 from ooc_moe.run_config import RunConfig
 from ooc_moe.trace import TraceWriter
+from ooc_moe_client.admission import AdmissionMode
 from ooc_moe_client.cache import ExpertCache
 from ooc_moe_client.cache_stats import CacheStats
 from ooc_moe_client.remote import RemoteStore
@@ -51,14 +52,20 @@ class Session:
         if self.trace is not None:
             self.trace.mark(game, evaluating=evaluating)
 
-    def prefetch(self, experts: Iterable[int]) -> None:
-        """Asks every cache for its share of `experts` (numbered as the detector does: expert x banks + bank)."""
-        wanted: list[list[int]] = [[] for _ in self.caches]
+    def prefetch(self, experts: Iterable[int], *, within_s: float | None = None, probabilities: Mapping[int, float] | None = None) -> None:
+        """Asks every cache for its share of `experts` (numbered as the detector does: expert x banks + bank).
+
+        Args:
+            experts: the most urgent first.
+            within_s: when they will be needed; None: nobody knows.
+            probabilities: how likely each is to be needed; None: certain.
+        """
+        wanted: list[dict[int, float]] = [{} for _ in self.caches]
         for expert in experts:
-            wanted[expert % len(self.caches)].append(expert // len(self.caches))
-        for cache, ids in zip(self.caches, wanted, strict=True):
-            if ids:
-                cache.prefetch(ids)
+            wanted[expert % len(self.caches)][expert // len(self.caches)] = 1.0 if probabilities is None else probabilities[expert]
+        for cache, share in zip(self.caches, wanted, strict=True):
+            if share:
+                cache.prefetch(list(share), within_s=within_s, probabilities=share)
 
     def usage_of(self, experts_BTLK: Tensor) -> Tensor:
         """How often each expert (numbered as the detector does) was used: counts, one per expert of all banks."""
@@ -115,9 +122,15 @@ def open_session(
         caches = []
         for number, bank in enumerate(bank_names):
             on_access = None if trace is None else partial(trace.access, number)
-            cache = ExpertCache(store, bank, capacity_experts=per_cache, device=config.device, on_access=on_access)
-            stack.callback(cache.close)
-            caches.append(cache)
+            cache = ExpertCache(
+                store,
+                bank,
+                capacity_experts=per_cache,
+                device=config.device,
+                admission=AdmissionMode(config.prefetch_admission),
+                on_access=on_access,
+            )
+            caches.append(stack.enter_context(cache))
         agent = Agent(agent_config, caches, seed=config.seed).to(config.device)
         detector = Detector(
             frame_stack=agent_config.frame_stack,

@@ -161,18 +161,28 @@ def tier_table(record: RunRecord) -> TextTable:
 
 def prefetch_table(record: RunRecord) -> TextTable:
     """What became of prefetched experts."""
-    issued = record.total("cache", "prefetch_issued")
-    fates = {fate: record.total("cache", f"prefetch_{fate}") for fate in ("useful", "late", "wasted", "cancelled")}
-    fates["unused yet"] = issued - sum(fates.values())
-    rows = [["experts", format_count(issued), *(format_count(count) for count in fates.values())]]
-    if issued > 0:
-        rows.append(["share", "100 %", *(format_share(_ratio(count, issued)) for count in fates.values())])
+    count, size = _prefetched(record, ""), _prefetched(record, "_bytes")
+    rows = [["experts", *map(format_count, count.values())], ["bytes", *map(format_bytes, size.values())]]
+    if count["issued"] > 0:
+        rows.append(["share of bytes", *(format_share(_ratio(part, size["issued"])) for part in size.values())])
+    waited = count["useful"] + record.total("cache", "misses") + record.total("cache", "refetches")
+    arrived = count["useful"] + count["late"] + count["wasted"]
     return TextTable(
         f"Prefetch into HBM (by {record.config['prefetch']})" if "prefetch" in record.config else "Prefetch into HBM",
-        ["", "issued", *fates],
+        ["", *count],
         rows,
-        "Useful: there when it was asked for. Late: asked for while still on its way. Wasted: evicted before anybody asked.",
+        "Useful: there when it was asked for. Late: asked for while still on its way. Wasted: evicted before anybody asked. Refused: not "
+        "worth a fetch by measured bandwidth and room; fetched all the same where admission only observes. "
+        f"Precision (useful, of useful, late and wasted): {format_share(_ratio(count['useful'], arrived))}. "
+        f"Recall (useful, of these and of all that had to be waited for): {format_share(_ratio(count['useful'], waited))}.",
     )
+
+
+def _prefetched(record: RunRecord, unit: str) -> dict[str, float]:
+    """Experts ("") or "_bytes" that were prefetched, by what became of them."""
+    count = {what: record.total("cache", f"prefetch_{what}{unit}") for what in ("issued", "useful", "late", "wasted", "cancelled")}
+    ended = sum(count.values()) - count["issued"]
+    return count | {"unused yet": count["issued"] - ended, "refused": record.total("cache", f"prefetch_refused{unit}")}
 
 
 def overlap_table(record: RunRecord) -> TextTable:

@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 
 from ooc_moe.metrics import MetricsWriter
+from ooc_moe_client.cache_stats import PrefetchCount
 
 GAMES = ("krull", "road_runner", "crazy_climber")
 RANDOM = {"krull": 1000.0, "road_runner": 50.0, "crazy_climber": 3000.0}
@@ -32,7 +33,7 @@ class MadeUpRun:
             "dirty": 0,
             "expert_bytes": EXPERT_BYTES,
             **dict.fromkeys(("accesses", "hits", "misses", "refetches", "evictions", "write_backs", "bytes_in", "bytes_out"), 0),
-            **dict.fromkeys(("prefetch_issued", "prefetch_useful", "prefetch_late", "prefetch_wasted", "prefetch_cancelled"), 0),
+            **{f"prefetch_{what}{unit}": 0 for what in get_args(PrefetchCount) for unit in ("", "_bytes")},
             "stall_s": 0.0,
             "fetched_from": {},
         }
@@ -104,6 +105,7 @@ class MadeUpRun:
         cache["resident"] = min(8, cache["resident"] + misses + prefetched)
         for fate, count in (("issued", prefetched), ("useful", prefetched // 2), ("late", prefetched // 4), ("wasted", prefetched // 4)):
             cache[f"prefetch_{fate}"] += count
+            cache[f"prefetch_{fate}_bytes"] += count * EXPERT_BYTES
         cache["bytes_in"] += (misses + prefetched) * EXPERT_BYTES
         cache["bytes_out"] += 2 * EXPERT_BYTES
         cache["stall_s"] += 0.01 * misses

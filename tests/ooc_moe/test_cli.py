@@ -95,7 +95,7 @@ def test_stats_shows_tiers_banks_and_trainers(run: Run, shared_daemon: Any, stor
     store.report_trainer([hbm], "training krull, step 12288")
     ran = run("stats", "--store", shared_daemon.target)
     assert ran.code == 0
-    for part in ("DRAM", "32.0M", "NVMe", "HBM", "8.0K", bank, "tester", "training krull, step 12288", "5/8 75.0% 7 0 0", "push"):
+    for part in ("DRAM", "32.0M", "NVMe", "HBM", "8.0K", bank, "tester", "training krull, step 12288", "5/8 75.0% 7 0 0 87.5%", "push"):
         assert part in ran.out
 
 
@@ -120,7 +120,7 @@ def test_stats_fit_80_columns_whatever_the_names_and_the_numbers() -> None:
     assert "999.0M not yet on NVMe" in lines[0]
     assert any(line.startswith("Waiting") and line.endswith("local 64") for line in lines)
     headings = "used size records served hits evicted in/s out/s doing resident prefetch useful late wasted stalled refused writer push p99"
-    assert set(headings.split()) <= set(" ".join(lines).split())
+    assert {*headings.split(), "recall"} <= set(" ".join(lines).split())
     assert [line.split().count("999,999") for line in lines if line.startswith(("DRAM", "NVMe", "b"))] == [3, 3, 3]
 
 

@@ -17,6 +17,7 @@ from ooc_moe.metrics import MetricsWriter
 from ooc_moe.report import summary_tables, write_report
 from ooc_moe.run_record import RunRecord
 from ooc_moe_wire.errors import InvalidRequest
+from tests.ooc_moe.conftest import EXPERT_BYTES
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -113,7 +114,15 @@ def test_hit_rates_fetches_and_bytes_are_those_of_the_counters(finished_run: Pat
 def test_prefetches_are_useful_late_or_wasted(finished_run: Path) -> None:
     table = summary.prefetch_table(RunRecord.read(finished_run))
     assert table.title == "Prefetch into HBM (by detector)"
-    assert rows(table) == {"experts": ["12", "6", "3", "3", "0", "0"], "share": ["100 %", "50.0 %", "25.0 %", "25.0 %", "0.0 %", "0.0 %"]}
+    sizes = [summary.format_bytes(count * EXPERT_BYTES) for count in (12, 6, 3, 3, 0, 0, 0)]
+    assert rows(table) == {
+        "experts": ["12", "6", "3", "3", "0", "0", "0"],
+        "bytes": sizes,
+        "share of bytes": ["100.0 %", "50.0 %", "25.0 %", "25.0 %", "0.0 %", "0.0 %", "0.0 %"],
+    }
+    cache = RunRecord.read(finished_run).updates[-1]["cache"]
+    assert "Precision (useful, of useful, late and wasted): 50.0 %" in table.note
+    assert f"{100 * 6 / (6 + cache['misses']):.1f} %" in table.note
 
 
 def test_overlap_is_measured_in_training_and_in_evaluation(finished_run: Path) -> None:

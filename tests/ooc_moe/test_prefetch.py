@@ -1,0 +1,118 @@
+"""The update's own prefetch: its schedule is what it then does, it changes no bit, and it spares bytes."""
+
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+import torch
+
+from ooc_moe import envs
+from ooc_moe.agent import Agent
+from ooc_moe.config import PRESETS
+from ooc_moe.learner import Learner
+from ooc_moe.lookahead import uses_of_update
+from ooc_moe.rollout import Collector
+from ooc_moe.run_config import PPOConfig, RunConfig
+from ooc_moe.stem_replay import StemReplay
+from ooc_moe_client.cache import ExpertCache
+from ooc_moe_client.cache_stats import CacheStats
+from ooc_moe_client.in_memory import InMemoryStore
+from ooc_moe_client.schedule import Use
+from ooc_moe_client.store import Sections
+from ooc_moe_wire.errors import InvalidRequest
+
+GAME = "pixel/toward"
+PPO = PPOConfig(num_envs=4, rollout_steps=8, epochs=2, minibatch_segments=2)
+
+
+class Run:
+    """Updates of a tiny agent with so many slots in all; `hashes` are of the experts that the store holds at the end."""
+
+    def __init__(self, *, slots: int, prefetch: str = "off", told: bool = True, updates: int = 3, banks: str = "shared") -> None:
+        agent_config = replace(PRESETS["tiny"], banks=banks)
+        config = RunConfig(run_dir=Path("run"), games=(GAME,), agent=agent_config, ppo=PPO, prefetch=prefetch, stem_protection="none")
+        store = InMemoryStore()
+        for spec in agent_config.bank_specs("run", 0):
+            store.create_bank(spec)
+        names = agent_config.bank_names("run")
+        caches = [ExpertCache(store, name, capacity_experts=slots // len(names)) for name in names]
+        if not told:
+            for cache in caches:
+                cache.schedule = lambda uses, ahead: None  # type: ignore[method-assign]
+        agent = Agent(agent_config, caches, seed=0)
+        agent.add_game(GAME)
+        generator = torch.Generator().manual_seed(0)
+        game_envs = envs.make(GAME, PPO.num_envs, frame_size=agent_config.frame_size, frame_stack=agent_config.frame_stack, num_threads=1)
+        collector = Collector(agent, game_envs, PPO, generator=generator, on_segment=lambda frames: None)
+        learner = Learner(agent, GAME, config, stem_replay=StemReplay("cpu"), generator=generator)
+        collector.reset(0)
+        self.losses = []
+        for _ in range(updates):
+            rollout = collector.collect()
+            before = [cache.stats() for cache in caches]
+            self.losses.append(learner.update(rollout, remaining=1.0))
+            self.last: list[CacheStats] = [cache.stats() - earlier for cache, earlier in zip(caches, before, strict=True)]
+        self.uses_left = [cache._table.schedule.num_left for cache in caches]
+        self.expert_bytes = caches[0].layout.body_bytes
+        for cache in caches:
+            cache.close()
+        self.hashes = [self._hash(store, cache) for cache in caches]
+
+    def _hash(self, store: InMemoryStore, cache: ExpertCache) -> str:
+        bodies = [bytearray(cache.layout.body_bytes) for _ in range(cache.num_experts)]
+        list(store.fetch(cache.bank, range(cache.num_experts), into=lambda expert: memoryview(bodies[expert])))
+        return sha256(b"".join(bodies)).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def untold() -> Run:
+    """With room for everything, and no schedule."""
+    return Run(slots=16, told=False)
+
+
+def test_the_uses_are_each_minibatchs_layers_forward_backward_and_its_update():
+    experts_BTLK = torch.tensor([[[[1, 2], [5, 6]]], [[[2, 3], [6, 5]]], [[[0, 1], [4, 7]]]])
+    reads, all_of = Sections.PARAMETERS, Sections.ALL
+    minibatches = [torch.tensor([1, 0]), torch.tensor([2])]
+    low, high = Use((1, 2, 3), reads), Use((5, 6), reads)
+    (shared,) = uses_of_update(experts_BTLK, minibatches, num_banks=1)
+    assert shared[:5] == [low, high, high, low, Use((1, 2, 3, 5, 6), all_of)]
+    assert shared[5:] == [Use(x, reads) for x in ((0, 1), (4, 7), (4, 7), (0, 1))] + [Use((0, 1, 4, 7), all_of)]
+    first, second = uses_of_update(experts_BTLK, minibatches, num_banks=2)
+    assert first[:3] == [low, low, Use((1, 2, 3), all_of)]
+    assert second[:3] == [high, high, Use((5, 6), all_of)]
+
+
+@pytest.mark.parametrize("banks", ["shared", "per-layer"])
+@pytest.mark.parametrize("slots", [2, 6])
+def test_an_update_does_what_its_schedule_says_to_the_last_use(slots: int, banks: str):
+    assert set(Run(slots=slots, banks=banks, updates=1).uses_left) == {0}
+
+
+@pytest.mark.parametrize("prefetch", ["off", "detector"])
+@pytest.mark.parametrize("slots", [1, 2, 6])
+def test_neither_room_nor_prefetch_nor_the_schedule_change_a_bit(untold: Run, slots: int, prefetch: str):
+    run = Run(slots=slots, prefetch=prefetch)
+    assert run.losses == untold.losses
+    assert run.hashes == untold.hashes
+
+
+def test_with_room_for_the_working_set_an_update_fetches_no_expert_twice():
+    run = Run(slots=8, updates=1)
+    (cache,) = run.last
+    assert cache.bytes_in <= 8 * run.expert_bytes + 8 * run.expert_bytes  # Acting brought parameters only; each comes whole once.
+    assert cache.bytes_in == (cache.misses + cache.refetches) * run.expert_bytes
+
+
+def test_with_less_room_the_schedule_spares_bytes_and_then_the_waiting():
+    untold, told, ahead = (Run(slots=6, told=False), Run(slots=6), Run(slots=6, prefetch="detector"))
+    assert told.last[0].bytes_in < 0.85 * untold.last[0].bytes_in
+    waits = [run.last[0].misses + run.last[0].refetches for run in (told, ahead)]
+    assert waits[1] < waits[0]
+    assert ahead.last[0].prefetch_recall > 0.5
+
+
+def test_an_unknown_admission_is_refused():
+    with pytest.raises(InvalidRequest, match="prefetch_admission: maybe"):
+        RunConfig(run_dir=Path("run"), games=(GAME,), agent=PRESETS["tiny"], prefetch_admission="maybe")
