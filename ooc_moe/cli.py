@@ -27,6 +27,7 @@ app.add_typer(cli_store.bank_app, name="bank")
 app.add_typer(cli_store.snapshot_app, name="snapshot")
 app.add_typer(cli_bench.bench_app, name="bench")
 app.command()(cli_simulate.simulate)
+app.command()(cli_simulate.plan)
 
 INTERRUPTED_EXIT = 130
 _RESUME_FLAGS = {"resume", "checkpoint", "run_dir", "name", "store", "plane", "quiet"}

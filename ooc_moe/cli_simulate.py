@@ -5,20 +5,23 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ooc_moe.simulate.made import Made, make_trace
-from ooc_moe.simulate.replay import Latency, Prefetch
+from ooc_moe.simulate.replay import Prefetch
 from ooc_moe.simulate.study import Study, latency, markdown, run, seconds, table
 from ooc_moe.trace import read_trace, write_trace
 from ooc_moe_wire.errors import InvalidRequest
 from ooc_moe_wire.sizes import parse_size
+
+if TYPE_CHECKING:
+    from ooc_moe.run_config import RunConfig
 
 _MAKE, _TIME, _AHEAD = "Making a trace", "Time", "Prefetch"
 _MADE = Made()
@@ -110,7 +113,7 @@ def simulate(
         ),
         # What was made in these turns needs no dealing out.
         switch_every=() if turns == [made_turns] and make is not None else tuple(turns),
-        latency=Latency(**latency(latency_text), compute_s=seconds("compute", compute)),
+        latency=replace(latency(latency_text), compute_s=seconds("compute", compute)),
         expert_bytes=_size("expert_bytes", expert_bytes) if expert_bytes else None,
         seed=seed,
     )
@@ -150,6 +153,80 @@ def simulate(
         from ooc_moe.simulate.chart import save_chart
 
         save_chart(plot, rows)
+
+
+def plan(
+    config: Annotated[str, typer.Option(help="A preset (tiny, demo, full), or a run's directory.", metavar="PRESET|RUN_DIR")] = "full",
+    games: Annotated[int | None, typer.Option(help="How many will be learned, if not as many as the configuration says.")] = None,
+    gpu_bytes: Annotated[str | None, typer.Option(help="Of the trainer's device, to judge whether it is enough.", metavar="SIZE")] = None,
+    dram_bytes: Annotated[str | None, typer.Option(help="Of the daemon; as configured if not given.", metavar="SIZE")] = None,
+    nvme: Annotated[str | None, typer.Option(help="Of the daemon's disk, to judge whether it is enough.", metavar="SIZE")] = None,
+    hbm_experts: Annotated[int | None, typer.Option(help="Experts in HBM, if not as configured.")] = None,
+    steps_per_s: Annotated[float | None, typer.Option(help="Environment steps a second with all experts resident, as measured.")] = None,
+    latency_text: Annotated[
+        str, typer.Option("--latency", help="Of a load, by tier: latency+bandwidth.", metavar="TIER=T+B/s,...")
+    ] = "dram=20us+12GB/s,nvme=80us+3GB/s",
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure loads here instead, through a daemon started for it (some seconds).")
+    ] = False,
+    data_dir: Annotated[Path, typer.Option(help="With --measure: on the daemon's disk.", metavar="DIR")] = Path(),
+    device: Annotated[str, typer.Option(help="With --measure: where HBM is, cpu or cuda.")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of the table.")] = False,
+) -> None:
+    """Predict a run's bytes in each tier, its loads and its stalls; and say when out-of-core will not work, or is not worth it.
+
+    \b
+    $ ooc-moe plan --config full --gpu-bytes 24GB --dram-bytes 16GiB --nvme 200GB --steps-per-s 2000
+    $ ooc-moe plan --config demo --hbm-experts 6 --measure --steps-per-s 900
+    $ ooc-moe plan --config runs/first --measure
+
+    Where do steps per second come from? From metrics.jsonl (steps_per_s) of a short run whose HBM holds everything.
+    """
+    from ooc_moe import plan as planning
+
+    run_config = _planned(config, games, hbm_experts)
+    layout = run_config.agent.expert_layout()
+    if measure:
+        rates = planning.measure(layout, data_dir, device=device)
+    else:
+        given = latency(latency_text)
+        dram_s = given.dram.seconds(layout.body_bytes)
+        nvme_s = dram_s + given.nvme.seconds(layout.body_bytes)
+        rates = planning.Rates(dram=dram_s, nvme=nvme_s, seed=nvme_s, push=nvme_s)
+    made = planning.plan(
+        run_config,
+        rates,
+        gpu_bytes=_size("gpu_bytes", gpu_bytes) if gpu_bytes else None,
+        dram_bytes=_size("dram_bytes", dram_bytes) if dram_bytes else None,
+        nvme_bytes=_size("nvme", nvme) if nvme else None,
+        steps_per_s=steps_per_s,
+    )
+    if as_json:
+        print(json.dumps(asdict(made) | {"rates": asdict(rates)}, indent=2))
+        return
+    console = Console() if sys.stdout.isatty() else Console(width=_WIDTH)
+    console.print(planning.table(made, rates))
+    for finding in made.findings or ("worth trying: nothing speaks against it",):
+        console.print(f"- {finding}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _planned(config: str, games: int | None, hbm_experts: int | None) -> RunConfig:
+    from ooc_moe.config import PRESETS
+    from ooc_moe.run_config import RunConfig
+
+    if config in PRESETS:
+        made = RunConfig(run_dir=Path("plan"), games=_game_names(PRESETS[config].num_games), agent=PRESETS[config])
+    elif Path(config).is_dir():
+        made = RunConfig.read(Path(config))
+    else:
+        raise InvalidRequest(f"config: {config!r} is neither one of {', '.join(PRESETS)} nor a run's directory")
+    if games is not None:
+        made = replace(made, games=_game_names(games))
+    return made if hbm_experts is None else replace(made, agent=replace(made.agent, hbm_experts=hbm_experts))
+
+
+def _game_names(number: int) -> tuple[str, ...]:
+    return tuple(f"game{index}" for index in range(number))
 
 
 def _words(text: str) -> tuple[str, ...]:

@@ -205,8 +205,8 @@ def seconds(name: str, text: str) -> float:
     return float(match[1]) * _UNIT_S[match[2]]
 
 
-def latency(text: str) -> dict[str, Link]:
-    """Links by tier: "nvme=80us+3GB/s,dram=20us+12GB/s". Raises InvalidRequest."""
+def latency(text: str) -> Latency:
+    """By tier, "nvme=80us+3GB/s,dram=20us+12GB/s"; the default for one that is not named. Raises InvalidRequest."""
     links: dict[str, Link] = {}
     for word in text.split(","):
         tier, _, cost = word.partition("=")
@@ -214,7 +214,8 @@ def latency(text: str) -> dict[str, Link]:
         if tier.strip() not in ("dram", "nvme") or not rate.strip().endswith("/s"):
             raise InvalidRequest(f"latency: {word!r} is not tier=latency+bandwidth; write for example nvme=80us+3GB/s,dram=20us+12GB/s")
         links[tier.strip()] = Link(latency_s=seconds("latency", wait), bytes_per_s=_bandwidth(rate.strip()))
-    return links
+    default = Latency()
+    return Latency(dram=links.get("dram", default.dram), nvme=links.get("nvme", default.nvme))
 
 
 def _bandwidth(text: str) -> int:

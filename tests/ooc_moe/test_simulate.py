@@ -234,10 +234,9 @@ def test_switching_less_often_misses_less():
 
 
 def test_words_are_understood():
-    assert latency("nvme=250ms+3GB/s, dram=1.5ms+12GiB/s") == {
-        "nvme": Link(latency_s=0.25, bytes_per_s=3 * 10**9),
-        "dram": Link(latency_s=1.5e-3, bytes_per_s=12 * 2**30),
-    }
+    nvme, dram = Link(latency_s=0.25, bytes_per_s=3 * 10**9), Link(latency_s=1.5e-3, bytes_per_s=12 * 2**30)
+    assert latency("nvme=250ms+3GB/s, dram=1.5ms+12GiB/s") == Latency(nvme=nvme, dram=dram)
+    assert latency("nvme=250ms+3GB/s") == Latency(nvme=nvme)
     assert (capacity("hbm", "25%", 40), capacity("hbm", "0.1%", 40), capacity("hbm", "16", 40)) == (10, 1, 16)
     assert seconds("compute", "2s") == 2
 
