@@ -89,6 +89,14 @@ def train(
     prefetch: Annotated[
         str | None, typer.Option(help="Who names the experts to bring ahead.", metavar="off|detector|schedule", rich_help_panel=_AGENT)
     ] = None,
+    prefetch_admission: Annotated[
+        str | None,
+        typer.Option(
+            help="Speculation that has no slot to spare, or cannot come in time: fetched, fetched and counted, or dropped.",
+            metavar="off|observe|enforce",
+            rich_help_panel=_AGENT,
+        ),
+    ] = None,
     stem: Annotated[
         str | None,
         typer.Option(help="How later games leave the shared stem alone.", metavar="replay|freeze|none", rich_help_panel=_AGENT),
@@ -148,6 +156,7 @@ def train(
             "store": store,
             "plane": plane,
             "prefetch": prefetch,
+            "prefetch_admission": prefetch_admission,
             "stem_protection": stem,
             "eval_envs": eval_episodes,
             "eval_steps": eval_steps,

@@ -82,7 +82,7 @@ class RunConfig:
     prefetch: PrefetchSource = "detector"
     """Who names the experts to bring ahead: nobody, the detector, or the schedule (which knows the next game). Unless it is nobody, an
     update's own are brought ahead too, which its replayed routing names."""
-    prefetch_admission: str = "observe"
+    prefetch_admission: str = "enforce"
     """What becomes of a named expert that has no slot to spare, or cannot come in time at the measured bandwidth: fetched all the same
     ("off"), and counted ("observe"), or dropped ("enforce")."""
     stem_protection: StemProtection = "replay"

@@ -220,7 +220,8 @@ class Trainer:
     def _on_segment(self, frames_NSHW: torch.Tensor) -> None:
         """Lets the detector look at what is on the screen, and bring what it expects to be needed."""
         if self.config.prefetch == "detector":
-            self.session.prefetch(self.session.detector.predict(frames_NSHW).experts)
+            prediction = self.session.detector.predict(frames_NSHW)
+            self.session.prefetch(prediction.experts, probabilities=prediction.expert_probabilities)
 
     def _teach_detector(self, game: str, rollout: Rollout) -> dict[str, float]:
         """One online step of the detector on frames of this rollout, each with the experts that it was routed to."""

@@ -290,6 +290,7 @@ def test_every_flag_of_train_reaches_the_configuration(run: Run, configured: lis
         "--hbm-experts": 6,
         "--dram-experts": 12,
         "--prefetch": "schedule",
+        "--prefetch-admission": "observe",
         "--routing": "token",
         "--banks": "per-layer",
         "--envs": 4,
@@ -308,7 +309,7 @@ def test_every_flag_of_train_reaches_the_configuration(run: Run, configured: lis
         "older/experts",
     )
     assert (config.steps_per_game, config.seed, config.checkpoint_every, config.eval_envs, config.eval_steps) == (512, 3, 5, 2, 77)
-    assert (config.device, config.threads, config.prefetch) == ("cuda", 1, "schedule")
+    assert (config.device, config.threads, config.prefetch, config.prefetch_admission) == ("cuda", 1, "schedule", "observe")
     agent, ppo = config.agent, config.ppo
     assert (agent.frame_size, agent.num_experts, agent.hbm_experts, agent.dram_experts) == (64, 24, 6, 12)
     assert (agent.routing, agent.banks) == ("token", "per-layer")

@@ -75,6 +75,38 @@ def test_moments_survive_eviction_and_a_new_cache(world, stored) -> None:
     assert results[0] == results[1]
 
 
+def test_an_experts_update_is_the_same_bit_for_bit_whichever_others_are_in_its_wave(world, stored) -> None:
+    results = []
+    for capacity, order in ((1, (0, 2, 5, 9)), (2, (9, 5, 2, 0)), (3, (5, 0, 9, 2)), (16, (2, 9, 0, 5))):
+        (cache,) = world.caches(TINY, capacity=capacity)
+        # Residents from before move the experts to other slots.
+        for expert in range(capacity):
+            with cache.reading([15 - expert]):
+                pass
+        gradients = ExpertGradients(cache)
+        adam = ExpertAdam([cache], [gradients], lr=0.01)
+        for step in range(5):
+            adam.zero_grad()
+            fill(gradients, tuple(expert for expert in order if step % 2 or expert != 5), step)
+            adam.step()
+        results.append(stored(cache))
+    assert results.count(results[0]) == len(results)
+    assert len({results[0][expert] for expert in (0, 2, 5, 9)}) == 4
+
+
+def test_all_slots_of_a_wave_are_updated_in_one_fused_step(world, monkeypatch) -> None:
+    (cache,) = world.caches(TINY, capacity=3)
+    gradients = ExpertGradients(cache)
+    fill(gradients, (0, 1, 2, 3, 4), 0)
+    calls: list[int] = []
+    fused = torch._fused_adam_
+    monkeypatch.setattr(
+        torch, "_fused_adam_", lambda parameters, *rest, **options: (calls.append(len(parameters)), fused(parameters, *rest, **options))
+    )
+    ExpertAdam([cache], [gradients], lr=0.01).step()
+    assert calls == [12, 8]
+
+
 @pytest.mark.parametrize("max_norm", [0.5, 1e6])
 def test_clipping_equals_torchs_over_dense_and_expert_gradients_together(world, max_norm: float) -> None:
     (cache,) = world.caches(TINY)

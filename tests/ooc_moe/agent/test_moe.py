@@ -141,3 +141,43 @@ def test_a_larger_model_dimension_needs_no_other_code(world, twin) -> None:
     routed = Router(24, range(16), top_k=2, noise=0.0)(x_ND, experts_NK=experts_NK)
     y_ND = TieredExperts(cache)(x_ND, routed)
     torch.testing.assert_close(y_ND, twin(config)(x_ND, experts_NK, routed.gates_NK))
+
+
+def test_autocast_to_bfloat16_stays_near_float32_and_its_gradients_add_up_in_float32(make_layer) -> None:
+    results = []
+    for enabled in (False, True):
+        layer, x = make_layer(capacity=2), tokens(40).requires_grad_()
+        routing = make_layer()(x).routed.experts_NK
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                output = layer(x, experts_NK=routing)
+            output.y.square().sum().backward()
+        gradients = layer._experts.gradients
+        results.append([output.y.detach(), x.grad, layer.router.weight.grad, *(gradients.flat(expert) for expert in gradients.experts)])
+    for plain, cast in zip(*results, strict=True):
+        assert cast.dtype == torch.float32
+        assert 1e-5 < float((cast - plain).norm() / plain.norm()) < 3e-2
+
+
+def test_a_visit_on_the_hit_path_takes_no_memory_for_gradients_or_slots_anew(make_layer) -> None:
+    layer = make_layer()
+    gradients = layer._experts.gradients
+
+    def addresses() -> dict[int, int]:
+        gradients.zero()
+        layer(tokens(20)).y.sum().backward()
+        return {expert: gradients.flat(expert).data_ptr() for expert in gradients.experts}
+
+    assert set(addresses().values()) == set(addresses().values())
+
+
+def test_a_layer_call_turns_the_device_into_host_numbers_once(make_layer, monkeypatch) -> None:
+    layer = make_layer()
+    layer(tokens(9)).y.sum().backward()
+    seen = []
+    for name in ("tolist", "item", "__bool__", "__int__", "__float__", "nonzero", "cpu", "numpy"):
+        right = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda self, *rest, name=name, right=right: (seen.append(name), right(self, *rest))[1])
+    output = layer(tokens(9))
+    layer(tokens(9), experts_NK=output.routed.experts_NK).y.sum().backward()
+    assert seen == ["tolist", "tolist"]

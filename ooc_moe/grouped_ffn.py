@@ -1,0 +1,64 @@
+"""Experts of a wave at once, in bfloat16 by grouped matrix multiplications: what autocast to bfloat16 means for the experts.
+
+Parameters are cast wave by wave, as autocast does with those of a dense layer, and their gradients add up in float32. On CUDA torch has
+kernels for it from compute capability 8.0, for widths that are multiples of 8; on the CPU torch loops. Nothing here waits for the device.
+Rows (M, D) and (M, H) are those of the wave, sorted by expert; G counts its experts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import grouped_mm
+
+
+def forward(
+    parameters: list[dict[str, Tensor]], counts: list[int], x_MD: Tensor, before_MH: Tensor, after_MH: Tensor, out_MD: Tensor
+) -> None:
+    """As `looped_ffn.forward`, rows in bfloat16."""
+    group_M, ends_G = _groups(counts, x_MD.device)
+    products_MH = grouped_mm(x_MD, _cast(parameters, "w1"), offs=ends_G)
+    torch.add(products_MH, _cast(parameters, "b1").index_select(0, group_M), out=before_MH)
+    torch.ops.aten.gelu.out(before_MH, out=after_MH)
+    products_MD = grouped_mm(after_MH, _cast(parameters, "w2"), offs=ends_G)
+    torch.add(products_MD, _cast(parameters, "b2").index_select(0, group_M), out=out_MD)
+
+
+def backward(
+    parameters: list[dict[str, Tensor]],
+    gradients: list[dict[str, Tensor]],
+    counts: list[int],
+    x_MD: Tensor,
+    before_MH: Tensor,
+    after_MH: Tensor,
+    grad_out_MD: Tensor,
+    grad_x_MD: Tensor,
+) -> None:
+    """As `looped_ffn.backward`, rows in bfloat16 and gradients of parameters in float32."""
+    group_M, ends_G = _groups(counts, x_MD.device)
+    member_GM = (torch.arange(len(counts), device=x_MD.device).unsqueeze(1) == group_M).to(x_MD.dtype)
+    grad_after_MH = grouped_mm(grad_out_MD, _cast(parameters, "w2").transpose(1, 2), offs=ends_G)
+    grad_before_MH = torch.ops.aten.gelu_backward(grad_after_MH, before_MH)
+    grad_x_MD.copy_(grouped_mm(grad_before_MH, _cast(parameters, "w1").transpose(1, 2), offs=ends_G))
+    new = {
+        "w1": grouped_mm(x_MD.t(), grad_before_MH, offs=ends_G),
+        "b1": member_GM @ grad_before_MH,
+        "w2": grouped_mm(after_MH.t(), grad_out_MD, offs=ends_G),
+        "b2": member_GM @ grad_out_MD,
+    }
+    for name, new_G in new.items():
+        torch._foreach_add_([gradient[name] for gradient in gradients], list(new_G.unbind()))
+
+
+def _groups(counts: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The group of each row (M,), and where the rows of each group end (G,) int32."""
+    counts_G = torch.tensor(counts, dtype=torch.int32).to(device, non_blocking=True)
+    return torch.repeat_interleave(counts_G, output_size=sum(counts)), counts_G.cumsum(0, dtype=torch.int32)
+
+
+def _cast(parameters: list[dict[str, Tensor]], name: str) -> Tensor:
+    """One tensor of all experts (G, *shape) in bfloat16, cast and gathered in one go."""
+    sources = [p[name] for p in parameters]
+    cast_G = sources[0].new_empty(len(sources), *sources[0].shape, dtype=torch.bfloat16)
+    torch._foreach_copy_(list(cast_G.unbind()), sources)
+    return cast_G
