@@ -2,7 +2,8 @@
 
 Experts are read through `ExpertCache` in waves that fit it, in forward and again in backward, so that nothing stays pinned in between and
 any capacity of at least one expert gives the same bits: each expert is one GEMM pair per call, its results land at
-(token, k), and sums over k and over calls run in an order that residency cannot change. Knows nothing of games.
+(token, k), and sums over k and over calls run in an order that residency cannot change. The arithmetic of a wave is in looped_ffn.py and
+grouped_ffn.py. Knows nothing of games.
 
 Shapes: N tokens, K experts a token, M = N * K assignments sorted by expert, D wide, H inside an expert.
 """
@@ -13,12 +14,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ooc_moe import grouped_ffn, looped_ffn
 from ooc_moe.routing import Routed, Router
 from ooc_moe_client.cache import ExpertCache
 from ooc_moe_client.store import Sections
@@ -89,82 +92,80 @@ class TieredExperts:
         self._anchor = torch.zeros((), requires_grad=True)
 
     def __call__(self, x_ND: Tensor, routed: Routed) -> Tensor:
-        """Each token's sum over its experts, weighted by the gates `(tokens, dim)`."""
-        y_ND: Tensor = _ExpertGemms.apply(x_ND, routed.gates_NK, self._anchor, self, routed)  # type: ignore[no-untyped-call]
+        """Each token's sum over its experts, weighted by the gates `(tokens, dim)`.
+
+        In float32; under autocast to bfloat16 in that, by grouped matrix multiplications, with gradients that add up in float32.
+        """
+        y_ND: Tensor = _MixedExperts.apply(x_ND, routed.gates_NK, self._anchor, self, routed)  # type: ignore[no-untyped-call]
         return y_ND
 
-    def visit(self, experts: Sequence[int], work: Callable[[int, dict[str, Tensor]], None], *, counted: bool) -> None:
-        """Calls `work(place, parameters)` for each expert in order of ids, wave by wave, with its parameters in the cache.
+    def visit(self, experts: Sequence[int], work: Callable[[slice, list[dict[str, Tensor]]], None], *, counted: bool) -> None:
+        """Calls `work(places, parameters)` wave by wave in order of ids, with the wave's parameters in the cache.
 
         Args:
-            experts: ascending ids; `place` counts them.
-            work: does the expert's part.
+            experts: ascending ids; `places` says which of them the wave has.
+            work: does the part of these experts.
             counted: as for `ExpertCache.reading`.
         """
-        place = 0
+        start = 0
         for wave in self.cache.waves(experts):
             with self.cache.reading(wave, sections=Sections.PARAMETERS, counted=counted) as slots:
-                for slot in slots:
-                    work(place, self._parameters[slot])
-                    place += 1
+                work(slice(start, start + len(wave)), [self._parameters[slot] for slot in slots])
+            start += len(wave)
 
 
-class _ExpertGemms(torch.autograd.Function):
+class _MixedExperts(torch.autograd.Function):
     """Tokens (N, D), gates (N, K) and their routing -> the weighted sum of what each token's experts make of it (N, D).
 
-    Elementwise work on hidden units is done expert by expert too: it meets them in the CPU's caches. Sorting back and summing over k are
-    done here, because autograd's own backward of an indexing adds up in an order that depends on threads.
+    Sorting back and summing over k are done here, because autograd's own backward of an indexing adds up in an order that depends on
+    threads.
     """
 
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, gates_NK: Tensor, anchor: Tensor, experts: TieredExperts, routed: Routed) -> Tensor:
-        order_M, sizes = routed.order_M, list(routed.tokens_by_expert.values())
-        rows_MD = x_ND.index_select(0, order_M // gates_NK.shape[1])
+        order_M, counts = routed.order_M, list(routed.tokens_by_expert.values())
+        grouped = torch.is_autocast_enabled(x_ND.device.type) and torch.get_autocast_dtype(x_ND.device.type) is torch.bfloat16
+        forward_wave = grouped_ffn.forward if grouped else looped_ffn.forward
+        rows_MD = x_ND.to(torch.bfloat16 if grouped else x_ND.dtype).index_select(0, order_M // gates_NK.shape[1])
         before_MH, after_MH = rows_MD.new_empty(2, len(rows_MD), experts.cache.views["b1"].shape[1])
         out_MD = torch.empty_like(rows_MD)
-        pieces = list(zip(*(tensor.split(sizes) for tensor in (rows_MD, before_MH, after_MH, out_MD)), strict=True))
-
-        def work(place: int, p: dict[str, Tensor]) -> None:
-            x, before, after, y = pieces[place]
-            torch.addmm(p["b1"], x, p["w1"], out=before)
-            torch.ops.aten.gelu.out(before, out=after)
-            torch.addmm(p["b2"], after, p["w2"], out=y)
-
-        experts.visit(list(routed.tokens_by_expert), work, counted=True)
+        pieces = _pieces(counts, rows_MD, before_MH, after_MH, out_MD)
+        experts.visit(
+            list(routed.tokens_by_expert),
+            lambda places, parameters: forward_wave(parameters, counts[places], *pieces(places)),
+            counted=True,
+        )
         back_M = torch.empty_like(order_M).scatter_(0, order_M, torch.arange(len(order_M), device=order_M.device))
         each_NKD = out_MD.index_select(0, back_M).view(*gates_NK.shape, -1)
         ctx.save_for_backward(rows_MD, before_MH, after_MH, each_NKD, gates_NK, back_M)
-        ctx.experts, ctx.routed = experts, routed
-        return _sum_over_k(each_NKD * gates_NK.unsqueeze(2))
+        ctx.experts, ctx.routed, ctx.grouped, ctx.dtype = experts, routed, grouped, x_ND.dtype
+        return _sum_over_k(each_NKD * gates_NK.unsqueeze(2)).to(x_ND.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
         rows_MD, before_MH, after_MH, each_NKD, gates_NK, back_M = ctx.saved_tensors
-        tokens_by_expert = ctx.routed.tokens_by_expert
-        experts, sizes = list(tokens_by_expert), list(tokens_by_expert.values())
+        experts, counts = list(ctx.routed.tokens_by_expert), list(ctx.routed.tokens_by_expert.values())
+        backward_wave = grouped_ffn.backward if ctx.grouped else looped_ffn.backward
         grad_gates_NK = (each_NKD * grad_ND.unsqueeze(1)).sum(2)
-        grad_each_NKD = grad_ND.unsqueeze(1) * gates_NK.unsqueeze(2)
-        grad_MD = grad_each_NKD.flatten(0, 1).index_select(0, ctx.routed.order_M)
+        grad_each_NKD = (grad_ND.unsqueeze(1) * gates_NK.unsqueeze(2)).to(rows_MD.dtype)
+        grad_out_MD = grad_each_NKD.flatten(0, 1).index_select(0, ctx.routed.order_M)
         grad_rows_MD = torch.empty_like(rows_MD)
-        scratch_RH = before_MH.new_empty(max(sizes), before_MH.shape[1])
-        pieces = list(zip(*(tensor.split(sizes) for tensor in (rows_MD, before_MH, after_MH, grad_MD, grad_rows_MD)), strict=True))
+        pieces = _pieces(counts, rows_MD, before_MH, after_MH, grad_out_MD, grad_rows_MD)
 
-        def work(place: int, p: dict[str, Tensor]) -> None:
-            x, before, after, grad_y, grad_x = pieces[place]
-            grad_before = scratch_RH[: len(x)]
-            torch.mm(grad_y, p["w2"].t(), out=grad_before)
-            torch.ops.aten.gelu_backward.grad_input(grad_before, before, grad_input=grad_before)
-            torch.mm(grad_before, p["w1"].t(), out=grad_x)
-            gradients = ctx.experts.gradients.of(experts[place])
-            gradients["w1"].addmm_(x.t(), grad_before)
-            gradients["b1"].add_(grad_before.sum(0))
-            gradients["w2"].addmm_(after.t(), grad_y)
-            gradients["b2"].add_(grad_y.sum(0))
+        def work(places: slice, parameters: list[dict[str, Tensor]]) -> None:
+            gradients = [ctx.experts.gradients.of(expert) for expert in experts[places]]
+            backward_wave(parameters, gradients, counts[places], *pieces(places))
 
         ctx.experts.visit(experts, work, counted=False)
         grad_x_ND = _sum_over_k(grad_rows_MD.index_select(0, back_M).view_as(each_NKD))
-        return grad_x_ND, grad_gates_NK, None, None, None
+        return grad_x_ND.to(ctx.dtype), grad_gates_NK.to(gates_NK.dtype), None, None, None
+
+
+def _pieces(counts: list[int], *tensors: Tensor) -> Callable[[slice], list[Tensor]]:
+    """Gives the rows of each tensor that belong to the experts at the given places."""
+    ends = [0, *accumulate(counts)]
+    return lambda places: [tensor[ends[places.start] : ends[places.stop]] for tensor in tensors]
 
 
 def _sum_over_k(each_NKD: Tensor) -> Tensor:

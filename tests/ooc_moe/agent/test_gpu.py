@@ -69,7 +69,7 @@ def trained(device: str, capacity: int, *, steps: int = STEPS, autocast: bool = 
         results["router.grad"] = router.weight.grad.cpu()
         for expert in POOL:
             with cache.reading([expert]) as (slot,):
-                results |= {f"{name} of {expert}": view[slot].cpu() for name, view in cache.views.items()}
+                results |= {f"{name} of {expert}": view[slot].clone().cpu() for name, view in cache.views.items()}
     return results
 
 
