@@ -187,7 +187,7 @@ def plan(
     run_config = _planned(config, games, hbm_experts)
     layout = run_config.agent.expert_layout()
     if measure:
-        rates = planning.measure(layout, data_dir, device=device)
+        rates = planning.measure(run_config.agent, data_dir, device=device)
     else:
         given = latency(latency_text)
         dram_s = given.dram.seconds(layout.body_bytes)

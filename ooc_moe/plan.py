@@ -27,7 +27,7 @@ from ooc_moe.run_config import RunConfig
 from ooc_moe.simulate.replay import Setup, replay
 from ooc_moe.trace import Mark, Trace, TraceInfo
 from ooc_moe_wire.errors import InvalidRequest
-from ooc_moe_wire.layout import BankSpec, Layout
+from ooc_moe_wire.layout import BankSpec
 
 PROBE_BYTES = 256 << 20
 
@@ -248,8 +248,8 @@ def _hbm_parts(made: Plan, size: Callable[[int], str]) -> str:
 # Measuring
 
 
-def measure(layout: Layout, data_dir: Path, *, device: str = "cpu") -> Rates:
-    """Seconds an expert takes, through a daemon of its own in a new directory below `data_dir`: some seconds, and a GiB of disk at most.
+def measure(agent: AgentConfig, data_dir: Path, *, device: str = "cpu") -> Rates:
+    """Seconds an expert takes, a pool in each call, through a daemon of its own below `data_dir`: some seconds, and 2 GiB of disk at most.
 
     Raises:
         InvalidRequest: the experts are too large to be probed so.
@@ -258,9 +258,10 @@ def measure(layout: Layout, data_dir: Path, *, device: str = "cpu") -> Rates:
     from ooc_moe_client.cache import ExpertCache
     from ooc_moe_client.remote import RemoteStore
 
-    batch = min(8, PROBE_BYTES // layout.record_bytes // 4)
+    layout = agent.expert_layout()
+    batch = min(agent.choices, PROBE_BYTES // layout.record_bytes)
     if batch < 1:
-        raise InvalidRequest(f"measure: experts of {layout.record_bytes} bytes are too large for the probe; give --latency instead")
+        raise InvalidRequest(f"measure: experts of {layout.record_bytes:,} bytes are too large for the probe; give --latency instead")
     waves = [list(range(start, start + batch)) for start in range(0, 8 * batch, batch)]
     with (
         tempfile.TemporaryDirectory(dir=data_dir, prefix="ooc-moe-probe-") as directory,

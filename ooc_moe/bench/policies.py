@@ -2,8 +2,9 @@
 
     python -m ooc_moe.bench.policies [--seed N] [--results FILE]
 
-The policies are those of the daemon and the trainer's cache (ooc_moe_wire.policy), not copies. Traces are of expert ids, made from a seed;
-records are of one size, and every miss is brought in. No daemon runs, and nothing is timed.
+The policies are those of the daemon and the trainer's cache (ooc_moe_wire.policy), and the replay is that of ooc-moe simulate, which also
+takes recorded traces, and tiers. Patterns are of expert ids, made from a seed; every miss is brought in. No daemon runs, and nothing is
+timed.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from ooc_moe import trace
 from ooc_moe.bench.machine import facts
-from ooc_moe_wire.policy import LRU, S3FIFO, Belady, EvictionPolicy
+from ooc_moe.simulate.replay import Setup, replay
 
 CACHE_SHARES = (0.05, 0.1, 0.25, 0.5)
 NUM_GAMES = 57
@@ -29,11 +31,11 @@ NUM_LAYERS = 4
 POOL_EXPERTS = 8  # Of one game in one layer.
 TOP_K = 2
 GAME_EXPERTS = NUM_LAYERS * POOL_EXPERTS
-POLICIES = ("LRU", "S3-FIFO", "Belady")
+POLICIES = {"LRU": "lru", "S3-FIFO": "s3fifo", "Belady": "belady"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Trace:
+class Pattern:
     """The experts that were asked for, in order."""
 
     name: str
@@ -50,51 +52,40 @@ class Trace:
 class Row:
     """One trace with a cache of one size; hit rates in the order of POLICIES."""
 
-    trace: Trace
+    pattern: Pattern
     cache_share: float
     cache_experts: int
     hit_rates: tuple[float, ...]
 
 
-def hit_rate(policy: EvictionPolicy[int], trace: Sequence[int], cache_experts: int) -> float:
-    """Hits per access of a cache that begins empty and takes in every miss."""
-    residents: set[int] = set()
-    num_hits = 0
-    for expert in trace:
-        if expert in residents:
-            num_hits += 1
-            policy.touch(expert)
-            continue
-        if len(residents) == cache_experts:
-            victim = next(policy.victims())
-            policy.evict(victim)
-            residents.remove(victim)
-        policy.insert(expert)
-        residents.add(expert)
-    return num_hits / len(trace)
+def hit_rate(policy: str, experts: Sequence[int], cache_experts: int) -> float:
+    """Hits per access of a cache that begins empty and takes in every miss: a replay without tiers below it."""
+    info = trace.TraceInfo(source="made", num_banks=1, expert_bytes=1)
+    played = trace.Trace(info=info, keys_A=np.asarray(experts, dtype=np.uint32), marks=())
+    return replay(played, Setup(hbm_experts=cache_experts, policy=policy)).training.hit_rate
 
 
-def traces(seed: int, *, length: int = 60_000, num_games: int = NUM_GAMES) -> list[Trace]:
-    """All traces, of about `length` accesses each."""
+def patterns(seed: int, *, length: int = 60_000, num_games: int = NUM_GAMES) -> list[Pattern]:
+    """All patterns, of about `length` accesses each."""
     rng = np.random.default_rng(seed)
     num_experts = num_games * GAME_EXPERTS
     return [
-        Trace(
+        Pattern(
             name="zipf",
             what="independent draws, the n-th most popular expert with weight 1 / n",
             experts=rng.choice(num_experts, length, p=_zipf(num_experts, 1.0)).tolist(),
         ),
-        Trace(
+        Pattern(
             name="games",
             what=f"{num_games} games in random turns of 40 steps, each for {TOP_K} of {POOL_EXPERTS} experts in {NUM_LAYERS} layers",
             experts=_cut(_turns(rng, num_games, steps=40), length),
         ),
-        Trace(
+        Pattern(
             name="cyclic scan",
             what=f"all {num_experts} experts in the same order again and again",
             experts=[access % num_experts for access in range(length)],
         ),
-        Trace(
+        Pattern(
             name="games + scans",
             what=f"turns of {max(1, num_games // 8)} games; after every 20 an evaluation: all {num_games} games' experts, once each",
             experts=_cut(_turns_with_evaluations(rng, num_games), length),
@@ -102,14 +93,13 @@ def traces(seed: int, *, length: int = 60_000, num_games: int = NUM_GAMES) -> li
     ]
 
 
-def compare(made: Sequence[Trace], shares: Sequence[float] = CACHE_SHARES) -> Iterator[Row]:
+def compare(made: Sequence[Pattern], shares: Sequence[float] = CACHE_SHARES) -> Iterator[Row]:
     """A row for each trace and size of cache, as it is done."""
-    for trace in made:
+    for pattern in made:
         for share in shares:
-            cache_experts = max(1, round(share * trace.num_experts))
-            policies: tuple[EvictionPolicy[int], ...] = (LRU(), S3FIFO(), Belady(trace.experts))
-            rates = tuple(hit_rate(policy, trace.experts, cache_experts) for policy in policies)
-            yield Row(trace=trace, cache_share=share, cache_experts=cache_experts, hit_rates=rates)
+            cache_experts = max(1, round(share * pattern.num_experts))
+            rates = tuple(hit_rate(policy, pattern.experts, cache_experts) for policy in POLICIES.values())
+            yield Row(pattern=pattern, cache_share=share, cache_experts=cache_experts, hit_rates=rates)
 
 
 def table(rows: Sequence[Row]) -> Table:
@@ -118,7 +108,7 @@ def table(rows: Sequence[Row]) -> Table:
     for column in shown.columns[1:]:
         column.justify = "right"
     for index, row in enumerate(rows):
-        if index and row.trace is not rows[index - 1].trace:
+        if index and row.pattern is not rows[index - 1].pattern:
             shown.add_section()
         shown.add_row(*_cells(row))
     return shown
@@ -129,7 +119,7 @@ def markdown(rows: Sequence[Row], *, command: str) -> str:
     headings = ("trace", "experts", "accesses", "cache", *POLICIES)
     lines = ["# ooc-moe bench policies", "", "Hit rates; each trace by every policy.", ""]
     lines += [f"- {name}: {value}" for name, value in facts(Path(), command=command).items()]
-    lines += [f'- trace "{name}": {what}' for name, what in dict.fromkeys((row.trace.name, row.trace.what) for row in rows)]
+    lines += [f'- trace "{name}": {what}' for name, what in dict.fromkeys((row.pattern.name, row.pattern.what) for row in rows)]
     lines += ["", f"| {' | '.join(headings)} |", "|---|" + "---:|" * (len(headings) - 1)]
     lines += [f"| {' | '.join(_cells(row))} |" for row in rows]
     return "\n".join([*lines, ""])
@@ -138,7 +128,7 @@ def markdown(rows: Sequence[Row], *, command: str) -> str:
 def _cells(row: Row) -> tuple[str, ...]:
     cache = f"{row.cache_experts} ({row.cache_share:.0%})"
     rates = (f"{rate:.1%}" for rate in row.hit_rates)
-    return (row.trace.name, str(row.trace.num_experts), str(len(row.trace.experts)), cache, *rates)
+    return (row.pattern.name, str(row.pattern.num_experts), str(len(row.pattern.experts)), cache, *rates)
 
 
 def _zipf(number: int, exponent: float) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
@@ -178,8 +168,8 @@ def _turns_with_evaluations(rng: np.random.Generator, num_games: int) -> Iterato
 def run(console: Console, *, seed: int, show: Callable[[str], None]) -> list[Row]:
     """Compares on all traces, saying on the way which is done, and prints the table."""
     rows = []
-    for row in compare(traces(seed)):
-        show(f"{row.trace.name}, {row.cache_share:.0%}")
+    for row in compare(patterns(seed)):
+        show(f"{row.pattern.name}, {row.cache_share:.0%}")
         rows.append(row)
     console.print(table(rows))
     return rows

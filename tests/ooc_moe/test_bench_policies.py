@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from ooc_moe.bench import policies as bench
-from ooc_moe.bench.policies import Trace, compare, hit_rate, markdown, traces
-from ooc_moe_wire.policy import LRU, S3FIFO, Belady
+from ooc_moe.bench.policies import Pattern, compare, hit_rate, markdown, patterns
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=80), st.integers(1, 8))
@@ -16,13 +15,13 @@ def test_the_simulated_lru_hits_as_often_as_pythons(trace, cache_experts):
     cached = lru_cache(maxsize=cache_experts)(lambda expert: expert)
     for expert in trace:
         cached(expert)
-    assert hit_rate(LRU(), trace, cache_experts) == cached.cache_info().hits / len(trace)
+    assert hit_rate("lru", trace, cache_experts) == cached.cache_info().hits / len(trace)
 
 
 def test_each_trace_is_compared_with_each_cache_and_the_optimum_is_never_beaten():
-    made = traces(1, length=3000, num_games=6)
+    made = patterns(1, length=3000, num_games=6)
     rows = list(compare(made, (0.1, 0.5)))
-    assert [(row.trace.name, row.cache_share) for row in rows] == [(trace.name, share) for trace in made for share in (0.1, 0.5)]
+    assert [(row.pattern.name, row.cache_share) for row in rows] == [(trace.name, share) for trace in made for share in (0.1, 0.5)]
     for row in rows:
         lru, s3fifo, belady = row.hit_rates
         assert 0 <= max(lru, s3fifo) <= belady < 1
@@ -30,24 +29,24 @@ def test_each_trace_is_compared_with_each_cache_and_the_optimum_is_never_beaten(
 
 
 def test_the_same_seed_gives_the_same_rows_and_another_does_not():
-    rows = [[row.hit_rates for row in compare(traces(seed, length=2000, num_games=5), (0.2,))] for seed in (3, 3, 4)]
+    rows = [[row.hit_rates for row in compare(patterns(seed, length=2000, num_games=5), (0.2,))] for seed in (3, 3, 4)]
     assert rows[0] == rows[1] != rows[2]
 
 
 def test_lru_never_hits_in_a_scan_larger_than_the_cache_and_the_optimum_does():
     scan = list(range(10)) * 20
-    assert hit_rate(LRU(), scan, 5) == 0
-    assert hit_rate(Belady(scan), scan, 5) > 0.4
+    assert hit_rate("lru", scan, 5) == 0
+    assert hit_rate("belady", scan, 5) > 0.4
 
 
 def test_s3_fifo_keeps_a_working_set_through_scans_that_flush_lru():
     games, evaluation = [number % 20 for number in range(200)], list(range(100, 400))
     trace = (games + evaluation) * 5
-    assert hit_rate(S3FIFO(), trace, 40) > hit_rate(LRU(), trace, 40) + 0.02
+    assert hit_rate("s3fifo", trace, 40) > hit_rate("lru", trace, 40) + 0.02
 
 
 def test_the_games_trace_asks_for_two_experts_of_one_pool_in_each_layer():
-    trace = next(trace for trace in traces(0, length=640, num_games=3) if trace.name == "games")
+    trace = next(trace for trace in patterns(0, length=640, num_games=3) if trace.name == "games")
     step = trace.experts[:8]
     assert {expert // bench.GAME_EXPERTS for expert in trace.experts[:320]} == {step[0] // bench.GAME_EXPERTS}
     assert [expert % bench.GAME_EXPERTS // bench.POOL_EXPERTS for expert in step] == [0, 0, 1, 1, 2, 2, 3, 3]
@@ -55,8 +54,8 @@ def test_the_games_trace_asks_for_two_experts_of_one_pool_in_each_layer():
 
 
 def test_the_command_prints_the_table_and_saves_it_with_what_made_it(tmp_path, monkeypatch):
-    tiny = [Trace(name="loop", what="0 1 2 again and again", experts=[0, 1, 2] * 5)]
-    monkeypatch.setattr(bench, "traces", lambda seed: tiny)
+    tiny = [Pattern(name="loop", what="0 1 2 again and again", experts=[0, 1, 2] * 5)]
+    monkeypatch.setattr(bench, "patterns", lambda seed: tiny)
     app = bench.typer.Typer()
     app.command()(bench.main)
     saved = tmp_path / "new" / "policies.md"
@@ -71,5 +70,5 @@ def test_the_command_prints_the_table_and_saves_it_with_what_made_it(tmp_path, m
 
 
 def test_the_file_says_what_each_trace_is():
-    rows = list(compare([Trace(name="loop", what="0 1 2 again and again", experts=[0, 1, 2])], (0.5,)))
+    rows = list(compare([Pattern(name="loop", what="0 1 2 again and again", experts=[0, 1, 2])], (0.5,)))
     assert '- trace "loop": 0 1 2 again and again' in markdown(rows, command="x")

@@ -95,7 +95,7 @@ def test_sizes_of_nothing_are_refused_by_name(name):
 
 
 def test_loads_are_measured_through_a_real_daemon(tmp_path):
-    rates = measure(PRESETS["tiny"].expert_layout(), tmp_path)
+    rates = measure(PRESETS["tiny"], tmp_path)
     assert all(0 < seconds < 1 for seconds in dataclasses.asdict(rates).values())
     assert list(tmp_path.iterdir()) == []
 
