@@ -24,7 +24,8 @@ class Routed:
         experts_NK: their global ids.
         gates_NK: their weights, which sum to 1.
         order_M: the permutation that sorts the M = N * K flat assignments (token, k) by expert; equal ones keep their order.
-        tokens_by_expert: by global id, ascending, how many assignments each expert got; none that got none.
+        counts_E: assignments of each expert to choose from.
+        tokens_by_expert: the same by global id, ascending, on the host; none that got none.
     """
 
     logits_NE: Tensor
@@ -32,6 +33,7 @@ class Routed:
     experts_NK: Tensor
     gates_NK: Tensor
     order_M: Tensor
+    counts_E: Tensor
     tokens_by_expert: dict[int, int]
 
 
@@ -82,9 +84,10 @@ class Router(nn.Module):
         else:
             chosen_NK = self._places_of(experts_NK, len(x_ND))
         sorted_M, order_M = chosen_NK.flatten().sort(stable=True)
-        tokens_by_expert = self._counts(sorted_M, order_M, experts_NK)
+        counts_E = torch.searchsorted(sorted_M, self._places, right=True).diff(prepend=self._places.new_zeros(1))
+        tokens_by_expert = self._on_host(counts_E, order_M, experts_NK)
         gates_NK = torch.softmax(logits_NE.gather(1, chosen_NK), dim=1)
-        return Routed(logits_NE, chosen_NK, experts_NK, gates_NK, order_M, tokens_by_expert)
+        return Routed(logits_NE, chosen_NK, experts_NK, gates_NK, order_M, counts_E, tokens_by_expert)
 
     def _choose(self, logits_NE: Tensor, noisy: bool, generator: torch.Generator | None) -> Tensor:
         if noisy and self.training and self.noise > 0:
@@ -100,13 +103,13 @@ class Router(nn.Module):
         places_NK = torch.searchsorted(self.experts, experts_NK.to(self.experts.dtype).contiguous()).clamp_(max=len(self._ids) - 1)
         return places_NK.masked_fill_(self.experts[places_NK] != experts_NK, len(self._ids))
 
-    def _counts(self, sorted_M: Tensor, order_M: Tensor, experts_NK: Tensor) -> dict[int, int]:
-        """The assignments of each expert. Here, once a layer, the host waits for the device: the cache must know whom to bring."""
-        ends = torch.searchsorted(sorted_M, self._places, right=True).tolist()
-        if ends[-1] < len(order_M):
-            stranger = int(experts_NK.flatten()[order_M[ends[-1]]])
+    def _on_host(self, counts_E: Tensor, order_M: Tensor, experts_NK: Tensor) -> dict[int, int]:
+        """The counts by id. Here, once a layer, the host waits for the device: the cache must know whom to bring."""
+        counts = counts_E.tolist()
+        if sum(counts) < len(order_M):
+            stranger = int(experts_NK.flatten()[order_M[sum(counts)]])
             raise InvalidRequest(f"routing: expert {stranger} is not one of this router's {self._ids}")
-        return {expert: end - start for expert, start, end in zip(self._ids, [0, *ends], ends, strict=False) if end > start}
+        return {expert: count for expert, count in zip(self._ids, counts, strict=True) if count}
 
 
 def balance_loss(routed: Routed) -> Tensor:
@@ -115,6 +118,6 @@ def balance_loss(routed: Routed) -> Tensor:
     f_i is expert i's share of the assignments, P_i its mean probability; only P_i carries a gradient.
     """
     num_experts = routed.logits_NE.shape[1]
-    shares_E = torch.bincount(routed.chosen_NK.flatten(), minlength=num_experts) / routed.chosen_NK.numel()
+    shares_E = routed.counts_E / routed.chosen_NK.numel()
     probabilities_E = torch.softmax(routed.logits_NE, dim=1).mean(dim=0)
     return num_experts * (shares_E * probabilities_E).sum()

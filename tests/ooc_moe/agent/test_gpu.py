@@ -10,7 +10,7 @@ import torch
 from ooc_moe.config import PRESETS
 from ooc_moe.expert_adam import ExpertAdam
 from ooc_moe.moe import TieredExperts, TieredMoE
-from ooc_moe.routing import Router
+from ooc_moe.routing import Router, balance_loss
 from ooc_moe_client.cache import ExpertCache
 from ooc_moe_client.in_memory import InMemoryStore
 
@@ -111,15 +111,18 @@ def test_a_layer_call_waits_for_the_device_once() -> None:
     with ExpertCache(store, spec.name, capacity_experts=16, device="cuda") as cache:
         layer = TieredMoE(TieredExperts(cache), Router(DEMO.dim, POOL, top_k=2, noise=0.0), dim=DEMO.dim, dropout=0.0).cuda()
         x_ND = inputs(0)[0].cuda().requires_grad_()
-        layer(x_ND).y.sum().backward()
+
+        def step(*, autocast: bool) -> None:
+            with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+                output = layer(x_ND)
+            (output.y.sum() + balance_loss(output.routed)).backward()
+
         for autocast in (False, True):
+            step(autocast=autocast)  # fetches and allocates
             torch.cuda.set_sync_debug_mode("warn")
             try:
-                with (
-                    pytest.warns(UserWarning, match="synchronizing CUDA operation") as warned,
-                    torch.autocast("cuda", torch.bfloat16, enabled=autocast),
-                ):
-                    layer(x_ND).y.sum().backward()
+                with pytest.warns(UserWarning, match="synchronizing CUDA operation") as warned:
+                    step(autocast=autocast)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
             assert len([one for one in warned if "synchronizing CUDA operation" in str(one.message)]) == 1

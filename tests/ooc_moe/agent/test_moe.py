@@ -5,7 +5,7 @@ import torch
 
 from ooc_moe.config import PRESETS
 from ooc_moe.moe import TieredExperts, TieredMoE
-from ooc_moe.routing import Router
+from ooc_moe.routing import Router, balance_loss
 
 TINY = PRESETS["tiny"]
 POOL = (1, 4, 6, 9, 15)
@@ -179,5 +179,6 @@ def test_a_layer_call_turns_the_device_into_host_numbers_once(make_layer, monkey
         right = getattr(torch.Tensor, name)
         monkeypatch.setattr(torch.Tensor, name, lambda self, *rest, name=name, right=right: (seen.append(name), right(self, *rest))[1])
     output = layer(tokens(9))
-    layer(tokens(9), experts_NK=output.routed.experts_NK).y.sum().backward()
+    again = layer(tokens(9), experts_NK=output.routed.experts_NK)
+    (again.y.sum() + balance_loss(again.routed)).backward()
     assert seen == ["tolist", "tolist"]

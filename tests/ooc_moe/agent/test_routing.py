@@ -87,3 +87,13 @@ def test_the_balancing_loss_equals_the_formula_and_pushes_load_from_the_busiest(
     balance_loss(routed).backward()
     slope_E = routed.logits_NE.grad.sum(0)
     assert slope_E[f.index(max(f))] > 0 > slope_E[f.index(min(f))]
+
+
+def test_assignments_are_counted_and_sorted_by_expert_each_experts_in_the_order_of_tokens(router: Router, x_ND: torch.Tensor) -> None:
+    routed = router(x_ND)
+    flat = routed.experts_NK.flatten().tolist()
+    assert routed.order_M.tolist() == sorted(range(80), key=lambda place: flat[place])
+    assert routed.counts_E.tolist() == [flat.count(expert) for expert in EXPERTS]
+    few = router(x_ND[:1])
+    assert few.tokens_by_expert == dict.fromkeys(few.experts_NK.flatten().tolist(), 1)
+    assert list(few.tokens_by_expert) == sorted(few.tokens_by_expert)
