@@ -17,7 +17,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception_type, sleep_us
 
 from ooc_moe_wire.allocator import keep_large_buffers
 from ooc_moe_wire.codec import MESSAGE_BYTES_MAX, TRAINER_BYTES_MAX, TRAINER_KEY
-from ooc_moe_wire.errors import DeadlineExceeded, InvalidRequest, TierFull, Unavailable, from_rpc_error
+from ooc_moe_wire.errors import DeadlineExceeded, InvalidRequest, OocMoeError, TierFull, Unavailable, from_rpc_error
 
 # A daemon that was never seen is more likely mistyped or not started than restarting.
 FIRST_CONTACT_S = 5.0
@@ -88,6 +88,7 @@ class Connection:
             raise InvalidRequest(f"timeout_s {timeout_s} must be positive and patience_s {patience_s} not negative")
         self.target = target
         self.timeout_s = timeout_s
+        self.trainer = trainer
         self.metadata = ((TRAINER_KEY, trainer),)
         keep_large_buffers()
         self.channel = grpc.insecure_channel(target, options=OPTIONS)
@@ -116,10 +117,14 @@ class Connection:
         except grpc.RpcError as error:
             translated = from_rpc_error(error)
             if isinstance(translated, Unavailable | DeadlineExceeded):
-                translated = type(translated)(f"daemon at {self.target}: {translated}")
+                translated = self.named(translated)
             else:
                 self.answered()
             raise translated from error
+
+    def named(self, error: Unavailable | DeadlineExceeded) -> OocMoeError:
+        """The error, with the daemon's address."""
+        return type(error)(f"daemon at {self.target}: {error}")
 
     def once(self, method: grpc.UnaryUnaryMultiCallable[Request, Response], request: Request) -> Response:
         """One call, not retried."""

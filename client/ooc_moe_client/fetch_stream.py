@@ -5,6 +5,7 @@ Knows nothing of retries: `next` fails once, and may be called again.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import cast
 
@@ -13,13 +14,14 @@ import grpc
 from ooc_moe_client.acknowledged import Acknowledged
 from ooc_moe_client.checks import check_memory
 from ooc_moe_client.connection import Connection, Responses
-from ooc_moe_client.local_plane import LocalPlane
+from ooc_moe_client.local_plane import LocalCall
 from ooc_moe_client.planes import Planes
 from ooc_moe_client.store import Fetched, Priority, Sections, Tier
 from ooc_moe_wire.codec import HOLDS_NONE, Assembler, Checksums, ChunkView, decode_fetch_response, verify
-from ooc_moe_wire.errors import CorruptRecord, Internal, InvalidRequest, LeaseExpired, OocMoeError, Unavailable, error_named
+from ooc_moe_wire.errors import CorruptRecord, DeadlineExceeded, Internal, InvalidRequest, OocMoeError, Unavailable, error_named
 from ooc_moe_wire.layout import Layout
-from ooc_moe_wire.v1 import expert_pb2
+from ooc_moe_wire.local import FETCHED_MAX
+from ooc_moe_wire.v1 import expert_pb2, local_pb2
 
 # A stream's deadline allows for the slowest disk and network worth using.
 SLOWEST_BYTES_PER_S = 10 << 20
@@ -72,10 +74,9 @@ class FetchStream:
         self._left = dict(zip(experts, known_versions or [None] * len(experts), strict=True))
         self._has_known = known_versions is not None
         self._least: dict[int, int] = {}  # by expert: what had been acknowledged when the stream was opened
-        self._call: Responses[_Message] | None = None
-        self._plane: LocalPlane | None = None  # of the present call
-        self._leases: Iterator[_Lease] = iter(())  # that came and were not used
+        self._call: Responses[_Message] | LocalCall | None = None
         self._used: list[int] = []  # leases to be given back
+        self._num_after = 0  # experts to be asked for after the present call
         self._num_overwritten = 0  # experts of the present call that were overwritten before they were copied
         self._rounds_overwritten = 0  # calls that ended with some
         self.error: OocMoeError | None = None  # the first expert's that could not be served
@@ -83,20 +84,15 @@ class FetchStream:
     def next(self) -> Iterable[Fetched] | None:
         """The next experts, each there as it is drawn; draw them all. None when all have come or failed (see `error`)."""
         try:
-            while self._left:
+            while self._left or isinstance(self._call, LocalCall):  # Whose end is read, so that its session can be used again.
                 with self._connection.errors():
                     message = self._message()
                 if message is None:
                     self._end()
-                elif message.HasField("leases"):
-                    return self._copied(message.leases)
-                elif (fetched := self._received(message.header)) is not None:
+                elif isinstance(message, local_pb2.Leases):
+                    return self._copied(message)
+                elif (fetched := self._received(message)) is not None:
                     return (fetched,)
-        except LeaseExpired as error:
-            if self._plane is not None:
-                self._planes.drop(self._plane)
-            self.cancel()
-            raise Unavailable(f"daemon at {self._connection.target}: {error}") from error
         except BaseException:
             self.cancel()
             raise
@@ -107,45 +103,53 @@ class FetchStream:
         if self._call is not None:
             self._call.cancel()
             self._call = None
-        self._used += [lease[0] for lease in self._leases if lease[0]]
-        self._leases = iter(())
-        self._give_back()
+        self._used = []
 
-    def _open(self) -> Responses[_Message]:
-        leased = self._rounds_overwritten < OVERWRITTEN_ROUNDS_MAX
-        self._plane = self._planes.local() if leased else None
-        self._least = self._acknowledged.of(self._bank, self._left)
-        self._num_overwritten = 0
-        known = [HOLDS_NONE if version is None else version for version in self._left.values()] if self._has_known else []
-        return self._fetch_experts(
-            expert_pb2.FetchExpertsRequest(
-                bank=self._bank,
-                experts=list(self._left),
-                sections=cast(expert_pb2.Sections.ValueType, self._sections.value),
-                known_versions=known,
-                priority=cast(expert_pb2.Priority.ValueType, self._priority.value),
-                local_session=0 if self._plane is None else self._plane.session,
-            ),
-            timeout=self._connection.timeout_s + len(self._left) * self._layout.body_bytes / SLOWEST_BYTES_PER_S,
-            metadata=self._connection.metadata,
+    def _open(self) -> Responses[_Message] | LocalCall:
+        plane = self._planes.local() if self._rounds_overwritten < OVERWRITTEN_ROUNDS_MAX else None
+        asked = dict(itertools.islice(self._left.items(), len(self._left) if plane is None else FETCHED_MAX))
+        self._least = self._acknowledged.of(self._bank, asked)
+        self._num_overwritten, self._num_after = 0, len(self._left) - len(asked)
+        request = expert_pb2.FetchExpertsRequest(
+            bank=self._bank,
+            experts=list(asked),
+            sections=cast(expert_pb2.Sections.ValueType, self._sections.value),
+            known_versions=[HOLDS_NONE if version is None else version for version in asked.values()] if self._has_known else [],
+            priority=cast(expert_pb2.Priority.ValueType, self._priority.value),
         )
+        timeout_s = self._connection.timeout_s + len(asked) * self._layout.body_bytes / SLOWEST_BYTES_PER_S
+        if plane is None:
+            return self._fetch_experts(request, timeout=timeout_s, metadata=self._connection.metadata)
+        try:
+            return plane.fetch(local_pb2.LocalFetch(trainer=self._connection.trainer, request=request), timeout_s=timeout_s)
+        except Unavailable as error:  # It has no session to spare, or went away.
+            self._planes.drop(plane)
+            raise self._connection.named(error) from error
 
-    def _message(self) -> expert_pb2.FetchExpertsResponse | None:
-        """The next message that is no chunk; None at the end of the stream."""
+    def _message(self) -> local_pb2.Leases | expert_pb2.ExpertHeader | None:
+        """The next message that is no chunk; None at the end of the call."""
         if self._call is None:
             self._call = self._open()
+        if isinstance(self._call, LocalCall):
+            try:
+                answer = self._call.next()
+            except (Unavailable, DeadlineExceeded) as error:
+                raise self._connection.named(error) from error
+            self._connection.answered()
+            return answer and (answer.leases if answer.HasField("leases") else answer.header)
         message = next(self._call, None)
         self._connection.answered()
         if isinstance(message, ChunkView):
             raise Internal(f"bank {self._bank!r}: a chunk without a header")
-        return message
+        return message and message.header
 
     def _end(self) -> None:
-        """The stream ended before all had come: right when these were overwritten before they were copied."""
+        """The call ended before all had come: right when these were overwritten before they were copied, or are asked for afterwards."""
         self._call = None
-        if self._num_overwritten < len(self._left):
-            raise Internal(f"bank {self._bank!r}: the stream ended without {len(self._left)} of the experts")
-        self._rounds_overwritten += 1
+        num_missing = len(self._left) - self._num_after
+        if self._num_overwritten < num_missing:
+            raise Internal(f"bank {self._bank!r}: the call ended without {num_missing} of the experts")
+        self._rounds_overwritten += num_missing > 0
 
     # The stream plane
 
@@ -176,9 +180,11 @@ class FetchStream:
             )
         body = self._landing(header.expert)
         assembler = Assembler(body, what=what)
-        assert self._call is not None
+        call = self._call
+        assert call is not None
+        assert not isinstance(call, LocalCall)
         while not assembler.complete:
-            message = next(self._call, None)
+            message = next(call, None)
             if message is None:
                 raise Internal(f"{what}: the stream ended in the middle")
             assembler.add(message if isinstance(message, ChunkView) else message.chunk)
@@ -186,17 +192,16 @@ class FetchStream:
 
     # The local plane
 
-    def _copied(self, leases: expert_pb2.Leases) -> Iterator[Fetched]:
+    def _copied(self, leases: local_pb2.Leases) -> Iterator[Fetched]:
         """Copies one record after the other, as they are drawn, and gives the leases back."""
         # Slices: lists, which are walked faster than messages.
         ids, sums = leases.ids[:], (leases.parameter_xxh3[:], leases.optimizer_xxh3[:])
         columns = leases.experts[:], leases.versions[:], leases.served_from[:], leases.offsets[:], leases.generations[:], *sums
         if any(len(column) != len(ids) for column in columns):
             raise Internal(f"bank {self._bank!r}: leases with columns of different lengths")
-        self._leases = zip(ids, *columns, strict=True)
         # In parts: where the session's share of the arena is small, the next batch needs the room of this one.
         used_max = max(1, min(RELEASED_BYTES // self._num_bytes, len(ids) // 4))
-        for lease in self._leases:
+        for lease in zip(ids, *columns, strict=True):
             if not lease[0]:
                 self._check_wanted(lease[1])
                 if (unchanged := self._arrived(*lease[1:4], unchanged=True)) is not None:
@@ -214,14 +219,14 @@ class FetchStream:
         """One record; None when it was overwritten, and is to come again, or is damaged."""
         _, expert, version, tier, offset, generation, parameters, optimizer = lease
         self._check_wanted(expert)
-        assert self._plane is not None
-        body = self._landing(expert)
+        assert isinstance(self._call, LocalCall)
+        memory, body = self._call.plane.memory, self._landing(expert)
         if not self._verify:
-            if self._plane.copy(offset, generation, body):
+            if memory.copy(offset, generation, body):
                 return self._arrived(expert, version, tier)
             self._num_overwritten += 1
             return None
-        checksums = self._plane.copy_hashed(offset, generation, body, self._layout.parameter_bytes)
+        checksums = memory.copy_hashed(offset, generation, body, self._layout.parameter_bytes)
         if checksums is None:
             self._num_overwritten += 1
             return None
@@ -234,8 +239,8 @@ class FetchStream:
         return self._arrived(expert, version, tier)
 
     def _give_back(self) -> None:
-        if self._plane is not None and self._used:
-            self._plane.release(self._used)
+        if isinstance(self._call, LocalCall) and self._used:
+            self._call.release(self._used)
         self._used = []
 
     # Both

@@ -2,6 +2,7 @@
 
     daemon -> caller   Welcome, with the descriptors of the arena and of the generation table     on connecting
     caller -> daemon   stage(num_bytes), with the descriptor of a staging memfd                   answered by ACK
+    caller -> daemon   fetch(LocalFetch)                                                          answered by LocalAnswers
     caller -> daemon   release(lease ids)                                                         not answered
 
 Knows nothing of sockets or memory.
@@ -13,19 +14,23 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ooc_moe_wire.errors import InvalidRequest
+from google.protobuf.message import DecodeError
 
-PROTOCOL = 1
+from ooc_moe_wire.errors import InvalidRequest
+from ooc_moe_wire.v1 import local_pb2
+
+PROTOCOL = 2
 ACK = b"\x06"
 PACKET_BYTES_MAX = 64 << 10
 RELEASES_MAX = 4096  # Ids in one packet.
+FETCHED_MAX = 2048  # Experts of one fetch; with their known versions they fit into a packet.
 LEASE_S = 10.0  # How long a lease lasts that is not pinned.
 # fcntl.F_SEAL_FUTURE_WRITE, which Python 3.11 does not name: no new writable mapping, and no write(); mappings made before stay.
 F_SEAL_FUTURE_WRITE = 0x10
 
 _MAGIC = b"OOCLOCAL"
 _WELCOME = struct.Struct("<8sIQQ")
-_STAGE, _RELEASE = b"S", b"R"
+_STAGE, _RELEASE, _FETCH = b"S", b"R", b"F"
 _SIZE = struct.Struct("<Q")
 
 
@@ -61,15 +66,25 @@ def pack_stage(num_bytes: int) -> bytes:
     return _STAGE + _SIZE.pack(num_bytes)
 
 
-def unpack(packet: bytes) -> tuple[int, ...] | int:
-    """A caller's packet: the leases it releases (a tuple), or the size of the staging memory it sends (an int).
+def pack_fetch(fetch: local_pb2.LocalFetch) -> bytes:
+    """The packet that asks for leases."""
+    return _FETCH + fetch.SerializeToString()
+
+
+def unpack(packet: bytes) -> tuple[int, ...] | int | local_pb2.LocalFetch:
+    """A caller's packet: the leases it releases (a tuple), the size of the staging memory it sends (an int), or what it fetches.
 
     Raises:
-        InvalidRequest: it is neither.
+        InvalidRequest: it is none of these.
     """
     kind, rest = packet[:1], packet[1:]
     if kind == _RELEASE and len(rest) % 8 == 0 and len(rest) <= 8 * RELEASES_MAX:
         return struct.unpack(f"<{len(rest) // 8}Q", rest)
     if kind == _STAGE and len(rest) == _SIZE.size:
         return int(_SIZE.unpack(rest)[0])
+    if kind == _FETCH:
+        try:
+            return local_pb2.LocalFetch.FromString(rest)
+        except DecodeError as error:
+            raise InvalidRequest(f"local plane: a fetch that cannot be decoded: {error}") from error
     raise InvalidRequest(f"local plane: a packet of {len(packet)} bytes that begins with {kind!r}")

@@ -15,7 +15,7 @@ from ooc_moe_server.pushes import error_info
 from ooc_moe_server.turns import Turns
 from ooc_moe_wire.codec import CHUNK_BYTES, CHUNK_BYTES_MAX, encoded_chunks
 from ooc_moe_wire.layout import BLOCK_BYTES, Layout
-from ooc_moe_wire.v1 import expert_pb2
+from ooc_moe_wire.v1 import expert_pb2, local_pb2
 
 # A message, or one that is serialized already.
 Send = Callable[[expert_pb2.FetchExpertsResponse | bytes], Awaitable[None]]
@@ -42,34 +42,25 @@ async def stream(fetch: Fetch, layout: Layout, send: Send, *, whole: bool, turns
                         await send(next(encoded))
 
 
-async def lease(fetch: Fetch, layout: Layout, send: Send, *, session: Session, arena: Arena, pinned: bool) -> None:
+async def lease(fetch: Fetch, layout: Layout, session: Session, *, arena: Arena, pinned: bool) -> None:
     """Sends leases of the session for all that has bytes, in batches, rows without a lease for what is unchanged, and headers with errors.
-
-    When the call ends early its pinned leases get an end: whether the caller heard of them is unknown.
 
     Raises:
         TierFull, LeaseExpired: see `Session.room`.
     """
     ramp = _Ramp(session, layout.record_bytes)
-    made: list[range] = []
-    try:
-        async with contextlib.aclosing(fetch.batches(ramp.room)) as batches:
-            async for batch in batches:
-                leased = [served for served in batch if served.entry]
-                if leased:
-                    made.append(session.lease([served.entry for served in leased if served.entry], pinned=pinned))
-                    await send(expert_pb2.FetchExpertsResponse(leases=_leases(made[-1], leased, arena)))
-                    fetch.sent(leased, leased=True)
-                if unchanged := [served for served in batch if not served.entry and not served.error]:
-                    await send(expert_pb2.FetchExpertsResponse(leases=_unchanged(unchanged)))
-                for served in batch:
-                    if served.error:
-                        await send(expert_pb2.FetchExpertsResponse(header=_header(served, layout, whole=True)))
-    except BaseException:
-        if pinned:
-            for ids in made:
-                session.let_expire(ids)
-        raise
+    async with contextlib.aclosing(fetch.batches(ramp.room)) as batches:
+        async for batch in batches:
+            leased = [served for served in batch if served.entry]
+            if leased:
+                ids = session.lease([served.entry for served in leased if served.entry], pinned=pinned)
+                await session.send(local_pb2.LocalAnswer(leases=_leases(ids, leased, arena)))
+                fetch.sent(leased, leased=True)
+            if unchanged := [served for served in batch if not served.entry and not served.error]:
+                await session.send(local_pb2.LocalAnswer(leases=_unchanged(unchanged)))
+            for served in batch:
+                if served.error:
+                    await session.send(local_pb2.LocalAnswer(header=_header(served, layout, whole=True)))
 
 
 class _Ramp:
@@ -87,11 +78,11 @@ class _Ramp:
         return number
 
 
-def _leases(ids: range, leased: Sequence[Served], arena: Arena) -> expert_pb2.Leases:
+def _leases(ids: range, leased: Sequence[Served], arena: Arena) -> local_pb2.Leases:
     entries = [served.entry for served in leased if served.entry]
     checksums = [entry.checksums for entry in entries if entry.checksums]
     starts = [entry.extent.start for entry in entries]
-    return expert_pb2.Leases(
+    return local_pb2.Leases(
         ids=ids,
         experts=[served.expert for served in leased],
         versions=[served.version for served in leased],
@@ -103,10 +94,10 @@ def _leases(ids: range, leased: Sequence[Served], arena: Arena) -> expert_pb2.Le
     )
 
 
-def _unchanged(unchanged: Sequence[Served]) -> expert_pb2.Leases:
+def _unchanged(unchanged: Sequence[Served]) -> local_pb2.Leases:
     """Rows without a lease: hundreds of messages would take longer than copying the records."""
     zeros = [0] * len(unchanged)
-    return expert_pb2.Leases(
+    return local_pb2.Leases(
         ids=zeros,
         experts=[served.expert for served in unchanged],
         versions=[served.version for served in unchanged],

@@ -23,6 +23,7 @@ from ooc_moe_server.config import ServerConfig, split_address
 from ooc_moe_server.engine import Engine
 from ooc_moe_server.guard import Guard
 from ooc_moe_server.local import LocalPlane
+from ooc_moe_server.local_fetches import LocalFetches
 from ooc_moe_server.services import BankService, ExpertService, LocalService, SnapshotService, StatsService
 from ooc_moe_wire.allocator import keep_large_buffers
 from ooc_moe_wire.codec import MESSAGE_BYTES_MAX
@@ -101,7 +102,8 @@ class Daemon:
                 bank_bytes=self._config.bank_bytes,
             )
             if self._config.local:
-                self._plane = LocalPlane(self._engine.arena, self._engine.dram)
+                fetches = LocalFetches(self._ready_engine, self._guard)
+                self._plane = LocalPlane(self._engine.arena, self._engine.dram, fetches.serve)
             self._guard.refusal = None
             await self._set_health(health_pb2.HealthCheckResponse.SERVING)
             log.info("ready: listening on %s", ", ".join(addresses))

@@ -1,5 +1,7 @@
 """The one place where calls meet the daemon's state: refused while it starts or drains, counted and bounded, errors translated.
 
+Calls that come through the local plane's socket are counted here too (`counted`).
+
 An `OocMoeError` becomes its status with its name in the trailing metadata; anything else is a fault of ours: INTERNAL, logged once with its
 traceback. Health and reflection pass untouched. Streams are coroutines that write to the context, so that a caller who hangs up ends them.
 """
@@ -62,7 +64,7 @@ class Guard(grpc.aio.ServerInterceptor):
     def _guarded(self, behaviour: Callable[..., Awaitable[Any]], method: str) -> Callable[..., Awaitable[Any]]:
         async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             try:
-                async with self._counted():
+                async with self.counted():
                     if isinstance(request, NotAMessage):
                         raise request.error
                     return await behaviour(request, context)
@@ -79,7 +81,8 @@ class Guard(grpc.aio.ServerInterceptor):
         return call
 
     @asynccontextmanager
-    async def _counted(self) -> AsyncIterator[None]:
+    async def counted(self) -> AsyncIterator[None]:
+        """Counts a call while it is under way. Raises Unavailable, TierFull."""
         if self.refusal is not None:
             raise Unavailable(self.refusal)
         if self.num_open >= CALLS_MAX:
@@ -95,10 +98,13 @@ class Guard(grpc.aio.ServerInterceptor):
 
 
 async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: OocMoeError) -> None:
-    # gRPC drops the name of an error, and its status with it, when the metadata grow beyond 8 KiB: a message may quote a long name.
+    await context.abort(STATUS[type(error)], shown(error), trailing_metadata(error))
+
+
+def shown(error: OocMoeError) -> str:
+    """Its message, cut: gRPC drops the name of an error when the metadata grow beyond 8 KiB, and it may quote a long name."""
     text = str(error)
-    shown = text if len(text) <= ERROR_CHARS_MAX else f"{text[:ERROR_CHARS_MAX]} ..."
-    await context.abort(STATUS[type(error)], shown, trailing_metadata(error))
+    return text if len(text) <= ERROR_CHARS_MAX else f"{text[:ERROR_CHARS_MAX]} ..."
 
 
 class NotAMessage:

@@ -1,8 +1,9 @@
 """The daemon's end of the local plane (see v1/local.proto): callers on this host read the arena in place, and stage what they push.
 
-    connect -> peer checked -> welcome, with descriptors -> leases, releases, staging memory -> closed: all of it is dropped
+    connect -> peer checked -> welcome, with descriptors -> fetches, releases, staging memory -> closed: all of it is dropped
 
-A lease is a pin in the DRAM tier that ends by itself. Lives on the event loop and never blocks it. Knows nothing of gRPC.
+A lease is a pin in the DRAM tier that ends by itself. Lives on the event loop and never blocks it.
+Knows nothing of gRPC, nor what is fetched.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import secrets
 import socket
 import struct
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import NamedTuple
 
 from ooc_moe_server.arena import Arena
@@ -24,6 +25,7 @@ from ooc_moe_server.dram import DramTier, Entry
 from ooc_moe_wire import local as packets
 from ooc_moe_wire.errors import InvalidRequest, LeaseExpired, OocMoeError, TierFull
 from ooc_moe_wire.local import ACK, LEASE_S, PACKET_BYTES_MAX, Welcome
+from ooc_moe_wire.v1 import local_pb2
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +36,8 @@ SESSION_SHARE, TOTAL_SHARE = 1 / 2, 3 / 4
 _SWEEP_S = 1.0
 _ACCEPT_AGAIN_S = 1.0  # After the process had no descriptor left for a new connection.
 _DESCRIPTORS_MAX = 4  # Taken from one packet, so that those that do not belong can be closed.
+# Serves a session's fetch: sends answers, the last of them with `end`. Never raises.
+Serve = Callable[["Session", local_pb2.LocalFetch], Awaitable[None]]
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
@@ -51,6 +55,7 @@ class LocalPlane:
         self,
         arena: Arena,
         dram: DramTier,
+        serve: Serve,
         *,
         patience_s: float = 2.0,
         clock: Callable[[], float] = time.monotonic,
@@ -58,7 +63,7 @@ class LocalPlane:
     ) -> None:
         """Listens, on the running loop, until `close`. `patience_s`: how long a fetch waits for leases to end before TierFull."""
         self.socket_name = f"ooc-moe-{secrets.token_hex(16)}"
-        self.dram, self.clock, self.patience_s = dram, clock, patience_s
+        self.dram, self.serve, self.clock, self.patience_s = dram, serve, clock, patience_s
         self.session_bytes_max, self.total_bytes_max = int(arena.num_bytes * SESSION_SHARE), int(arena.num_bytes * TOTAL_SHARE)
         self.leased_bytes = 0
         self.freed = asyncio.Event()  # Set whenever a lease or a session ended.
@@ -169,6 +174,7 @@ class Session:
         self._leases: dict[int, _Lease] = {}
         self._next_lease = 1
         self._staging: mmap.mmap | None = None
+        self._fetching: asyncio.Future[None] | None = None
 
     async def room(self, record_bytes: int) -> int:
         """How many records of a size may be leased now, at least one; waits for leases to end when that is none.
@@ -200,13 +206,6 @@ class Session:
         self._account(sum(entry.extent.size for entry in entries))
         return ids
 
-    def let_expire(self, ids: Iterable[int]) -> None:
-        """Gives pinned leases an end, because their holder may never have heard of them."""
-        expires_at = self._plane.clock() + LEASE_S
-        for each in ids:
-            if each in self._leases:
-                self._leases[each] = _Lease(self._leases[each].entry, expires_at)
-
     def expire(self, now: float) -> None:
         """Ends the leases whose time has come."""
         self._release([each for each, lease in self._leases.items() if lease.expires_at is not None and lease.expires_at <= now])
@@ -221,7 +220,7 @@ class Session:
         return memoryview(self._staging)[offset : offset + size]
 
     def receive(self) -> bool:
-        """Takes one packet; False when the caller has closed. Raises InvalidRequest, OSError."""
+        """Takes one packet; False when the caller has closed. Raises InvalidRequest, also for a fetch during another, and OSError."""
         packet, descriptors, flags, _ = socket.recv_fds(self.connection, PACKET_BYTES_MAX, _DESCRIPTORS_MAX, socket.MSG_CMSG_CLOEXEC)
         try:
             if not packet:
@@ -234,19 +233,40 @@ class Session:
             if isinstance(told, int):
                 self._staging = _mapped(descriptors[0], told)
                 self.connection.send(ACK)
-            else:
+            elif isinstance(told, tuple):
                 self._release(told)
+            elif self._fetching is None:
+                self._fetching = asyncio.ensure_future(self._plane.serve(self, told))
+                self._fetching.add_done_callback(self._fetched)
+            else:
+                raise InvalidRequest("a fetch before the end of another")
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
         return True
 
+    async def send(self, answer: local_pb2.LocalAnswer) -> None:
+        """Sends one answer, when the caller has room for it. Raises LeaseExpired when the session was closed."""
+        if not self.closed:
+            try:
+                await asyncio.get_running_loop().sock_sendall(self.connection, answer.SerializeToString())
+            except OSError as error:
+                raise LeaseExpired(f"local_session: {self.number:#x}: {error.strerror}") from error
+        if self.closed:
+            raise LeaseExpired(f"local_session: {self.number:#x} was closed")
+
     def close(self) -> None:
-        """Ends the leases, and forgets the staging memory: what copies from it keeps it mapped."""
+        """Ends the fetch and the leases, and forgets the staging memory: what copies from it keeps it mapped."""
         self.closed = True
+        if self._fetching:
+            self._fetching.cancel()
+        asyncio.get_running_loop().remove_writer(self.connection)
         self.connection.close()
         self._release(list(self._leases))
         self._staging = None
+
+    def _fetched(self, _: asyncio.Future[None]) -> None:
+        self._fetching = None
 
     def _room(self, record_bytes: int) -> int:
         if self.closed:

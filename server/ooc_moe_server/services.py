@@ -15,6 +15,7 @@ import grpc.aio
 from ooc_moe_server import answers
 from ooc_moe_server.catalog import Bank
 from ooc_moe_server.engine import Engine
+from ooc_moe_server.fetches import Fetch
 from ooc_moe_server.local import LocalPlane, Session
 from ooc_moe_server.pushes import Writer
 from ooc_moe_server.stats import Scopes
@@ -81,22 +82,10 @@ class ExpertService(expert_pb2_grpc.ExpertServiceServicer):
         self.writers: set[Writer] = set()
 
     async def FetchExperts(self, request: expert_pb2.FetchExpertsRequest, context: Context) -> None:  # type: ignore[override]
-        """Streams records, or leases of them."""
-        engine, bank, scopes = self._bank(request.bank, context)
-        session = self._session(request.local_session)
+        """Streams records."""
+        bank, fetch = fetch_of(self._engine(), request, trainer_of(context))
         whole = request.sections == expert_pb2.SECTIONS_ALL
-        fetch = engine.fetch(
-            bank,
-            request.experts,
-            known_versions=request.known_versions,
-            demand=request.priority == expert_pb2.PRIORITY_DEMAND,
-            section_bytes=bank.layout.body_bytes if whole else bank.layout.parameter_bytes,
-            scopes=scopes,
-        )
-        if session is None:
-            await answers.stream(fetch, bank.layout, context.write, whole=whole, turns=self._turns)
-        else:
-            await answers.lease(fetch, bank.layout, context.write, session=session, arena=engine.arena, pinned=request.pin)
+        await answers.stream(fetch, bank.layout, context.write, whole=whole, turns=self._turns)
 
     async def PushExperts(self, requests: object, context: Context) -> None:  # type: ignore[override]
         """Receives records and answers each with its outcome."""
@@ -224,10 +213,29 @@ class StatsService(stats_pb2_grpc.StatsServiceServicer):
 
 def trainer_of(context: Context) -> str:
     """How the caller names itself. Raises InvalidRequest when that is too long."""
-    trainer = str(dict(context.invocation_metadata() or ()).get(TRAINER_KEY, ""))
+    return checked_trainer(str(dict(context.invocation_metadata() or ()).get(TRAINER_KEY, "")))
+
+
+def checked_trainer(trainer: str) -> str:
+    """The name itself. Raises InvalidRequest when it is too long."""
     if len(trainer.encode()) > TRAINER_BYTES_MAX:
         raise InvalidRequest(f"{TRAINER_KEY}: {len(trainer.encode())} bytes are more than {TRAINER_BYTES_MAX}")
     return trainer
+
+
+def fetch_of(engine: Engine, request: expert_pb2.FetchExpertsRequest, trainer: str) -> tuple[Bank, Fetch]:
+    """What a request asks for, checked. Raises UnknownBank, UnknownExpert, InvalidRequest."""
+    bank = engine.catalog.bank(request.bank)
+    whole = request.sections == expert_pb2.SECTIONS_ALL
+    fetch = engine.fetch(
+        bank,
+        request.experts,
+        known_versions=request.known_versions,
+        demand=request.priority == expert_pb2.PRIORITY_DEMAND,
+        section_bytes=bank.layout.body_bytes if whole else bank.layout.parameter_bytes,
+        scopes=engine.stats.scopes(trainer, bank.access),
+    )
+    return bank, fetch
 
 
 async def _serve(writer: Writer, context: Context) -> None:

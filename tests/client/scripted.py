@@ -58,8 +58,12 @@ class ScriptedDaemon(bank_pb2_grpc.BankServiceServicer, expert_pb2_grpc.ExpertSe
         return local_pb2.LocalPlane(socket=self.socket_name)
 
     def FetchExperts(self, request, context):
+        yield from self.fetch(request, context, session=0)
+
+    def fetch(self, request, context, *, session: int):
+        """A fetch of either plane."""
         self.fetches.append(list(request.experts))
-        self.sessions.append(request.local_session)
+        self.sessions.append(session)
         script = self.fetch_scripts.pop(0) if len(self.fetch_scripts) > 1 else self.fetch_scripts[0]
         yield from script(list(request.experts), context)
 
@@ -105,7 +109,10 @@ def served(expert: int, *, damaged: bool = False) -> Iterator[expert_pb2.FetchEx
         yield expert_pb2.FetchExpertsResponse(chunk=chunk)
 
 
-def abort(context: grpc.ServicerContext, error: OocMoeError) -> None:
+def abort(context: grpc.ServicerContext | None, error: OocMoeError) -> None:
+    """Ends a script with an error; no context: that of a fetch of the local plane."""
+    if context is None:
+        raise error
     context.set_trailing_metadata(trailing_metadata(error))
     context.abort(STATUS[type(error)], str(error))
 
@@ -130,13 +137,16 @@ def sealed(num_bytes: int, seals: int = fcntl.F_SEAL_SHRINK) -> int:
 class ScriptedArena:
     """The daemon's end of the local plane: an arena of `num_records`, and a socket that remembers what it was told.
 
-    Expert `e` lies in the arena's `e`th place once `put` was called.
+    Expert `e` lies in the arena's `e`th place once `put` was called. Fetches are answered by the scripts of `daemon`.
     """
+
+    daemon: ScriptedDaemon
 
     def __init__(self, num_records: int = 8, *, seals: int = fcntl.F_SEAL_SHRINK, welcome: bytes | None = None) -> None:
         self.released: list[int] = []
         self.staged: list[mmap.mmap] = []  # by session that sent some
         self.sessions: list[int] = []
+        self.num_ended = 0  # of these
         self._num_bytes = num_records * LAYOUT.record_bytes
         self._fds = [sealed(self._num_bytes, seals), sealed(self._num_bytes // BLOCK_BYTES * 8, seals)]
         self.bytes = np.frombuffer(mmap.mmap(self._fds[0], self._num_bytes), np.uint8)
@@ -159,9 +169,9 @@ class ScriptedArena:
         self.bytes[start + BLOCK_BYTES : start + LAYOUT.record_bytes] = np.frombuffer(body(value), np.uint8)
         self.generations[start // BLOCK_BYTES] += np.uint64(1)
 
-    def leases(self, experts: list[int], *, older: int = 0) -> expert_pb2.FetchExpertsResponse:
-        """The message that lends them; `older`: with generations of so long ago."""
-        leases = expert_pb2.Leases()
+    def leases(self, experts: list[int], *, older: int = 0) -> local_pb2.LocalAnswer:
+        """The answer that lends them; `older`: with generations of so long ago."""
+        leases = local_pb2.Leases()
         for expert in experts:
             start = expert * LAYOUT.record_bytes
             checksums = Checksums.of(LAYOUT, memoryview(self.bytes)[start + BLOCK_BYTES : start + LAYOUT.record_bytes])
@@ -173,12 +183,17 @@ class ScriptedArena:
             leases.generations.append(int(self.generations[start // BLOCK_BYTES]) - older)
             leases.parameter_xxh3.append(checksums.parameters)
             leases.optimizer_xxh3.append(checksums.optimizer)
-        return expert_pb2.FetchExpertsResponse(leases=leases)
+        return local_pb2.LocalAnswer(leases=leases)
 
     def wait_released(self, leases: int) -> None:
         """Returns when so many leases came back."""
         with self._changed:
             assert self._changed.wait_for(lambda: len(self.released) >= leases, timeout=30), f"only {self.released} came back"
+
+    def wait_ended(self, sessions: int) -> None:
+        """Returns when so many sessions have ended."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: self.num_ended >= sessions, timeout=30), f"only {self.num_ended} have ended"
 
     def hang_up(self) -> None:
         """Ends every session, as a daemon that dies; a new one may come."""
@@ -208,14 +223,26 @@ class ScriptedArena:
         welcome = Welcome(session=session, arena_bytes=self._num_bytes).pack() if self._welcome is None else self._welcome
         with contextlib.suppress(OSError):
             connection.sendmsg([welcome], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", self._fds))])
-            while self._receive(connection):
+            while self._receive(connection, session):
                 pass
+        with self._changed:
+            self.num_ended += 1
+            self._changed.notify_all()
 
-    def _receive(self, connection: socket.socket) -> bool:
+    def _receive(self, connection: socket.socket, session: int) -> bool:
         packet, fds, _, _ = socket.recv_fds(connection, PACKET_BYTES_MAX, 1)
         if not packet:
             return False
         told = unpack(packet)
+        if isinstance(told, local_pb2.LocalFetch):
+            end = local_pb2.LocalEnd()
+            try:
+                for answer in self.daemon.fetch(told.request, None, session=session):
+                    connection.send(answer.SerializeToString())
+            except OocMoeError as error:
+                end.error.CopyFrom(expert_pb2.ErrorInfo(kind=type(error).__name__, message=str(error)))
+            connection.send(local_pb2.LocalAnswer(end=end).SerializeToString())
+            return True
         with self._changed:
             if isinstance(told, int):
                 self.staged.append(mmap.mmap(fds[0], told, prot=mmap.PROT_READ))

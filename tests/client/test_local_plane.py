@@ -19,12 +19,24 @@ from ooc_moe_client.remote import RemoteStore
 from ooc_moe_client.staging import Staging
 from ooc_moe_client.store import Durability, Plane, Push, Sections
 from ooc_moe_wire.codec import Checksums
-from ooc_moe_wire.errors import CorruptRecord, InvalidRequest, LeaseExpired, LostUpdate, Unavailable
+from ooc_moe_wire.errors import (
+    CorruptRecord,
+    DeadlineExceeded,
+    Internal,
+    InvalidRequest,
+    LeaseExpired,
+    LostUpdate,
+    TierFull,
+    Unavailable,
+    UnknownExpert,
+)
 from ooc_moe_wire.layout import BLOCK_BYTES
-from ooc_moe_wire.local import Welcome
-from ooc_moe_wire.v1 import expert_pb2
+from ooc_moe_wire.local import PROTOCOL, Welcome
+from ooc_moe_wire.v1 import expert_pb2, local_pb2
 from tests.client.conftest import LAYOUT, body, write
 from tests.client.scripted import ScriptedArena, ScriptedDaemon, abort, acknowledge, fetch_into, served
+
+WELCOME = Welcome(session=1, arena_bytes=4096)
 
 
 @pytest.fixture
@@ -38,7 +50,7 @@ def arena() -> Iterator[ScriptedArena]:
 
 @pytest.fixture
 def scripted(arena: ScriptedArena) -> Iterator[ScriptedDaemon]:
-    daemon = ScriptedDaemon(arena.name)
+    arena.daemon = daemon = ScriptedDaemon(arena.name)
     yield daemon
     daemon.stop()
 
@@ -68,7 +80,7 @@ def test_leased_records_are_copied_and_their_leases_go_back(arena, scripted, con
     fetched = list(fetch_into(bodies, connect(scripted, verify=verify), [3, 0, 1, 7]))
     assert [(item.expert, item.version) for item in fetched] == [(3, 4), (0, 1), (1, 2), (7, 8)]
     assert bodies == bodies_of([3, 0, 1, 7])
-    assert scripted.sessions == arena.sessions
+    assert (scripted.sessions, arena.sessions) == ([1001], [1000, 1001])
     arena.wait_released(4)
     assert sorted(arena.released) == [1, 2, 3, 4]
 
@@ -82,9 +94,7 @@ def test_the_parameters_alone_are_copied(arena, scripted, connect):
 
 def test_what_moves_no_bytes_comes_between_leases(arena, scripted, connect):
     def script(experts, context):
-        yield expert_pb2.FetchExpertsResponse(
-            header=expert_pb2.ExpertHeader(expert=2, version=9, served_from=expert_pb2.TIER_DRAM, unchanged=True)
-        )
+        yield local_pb2.LocalAnswer(header=expert_pb2.ExpertHeader(expert=2, version=9, served_from=expert_pb2.TIER_DRAM, unchanged=True))
         yield arena.leases([1])
 
     scripted.fetch_scripts = [script]
@@ -119,7 +129,7 @@ def test_records_that_are_overwritten_again_and_again_come_in_chunks(arena, scri
     bodies: dict[int, bytearray] = {}
     list(fetch_into(bodies, connect(scripted), [0, 1]))
     assert bodies == bodies_of([0, 1])
-    assert scripted.sessions == [1000] * OVERWRITTEN_ROUNDS_MAX + [0]
+    assert scripted.sessions == [1001] * OVERWRITTEN_ROUNDS_MAX + [0]
 
 
 def test_a_copy_torn_by_a_writer_is_never_taken_for_whole():
@@ -141,7 +151,7 @@ def test_a_copy_torn_by_a_writer_is_never_taken_for_whole():
     try:
         for _ in range(400):
             generation = int(record.generations[0])
-            outcomes.append(plane.copy(BLOCK_BYTES, generation, memoryview(memory)))
+            outcomes.append(plane.memory.copy(BLOCK_BYTES, generation, memoryview(memory)))
             if outcomes[-1]:
                 assert np.ptp(np.frombuffer(memory, np.uint8)) == 0
     finally:
@@ -166,19 +176,20 @@ def test_damaged_bytes_are_an_error_of_that_expert_and_only_verified_ones_are_no
     assert [item.expert for item in fetch_into({}, connect(scripted, verify=False), [0, 1, 2])] == [0, 1, 2]
 
 
-def test_a_fetch_that_is_dropped_gives_all_its_leases_back(arena, scripted, connect):
+def test_a_fetch_that_is_dropped_ends_its_session_and_with_it_its_leases(arena, scripted, connect):
     scripted.fetch_scripts = [lambda experts, context: iter([arena.leases(experts)])]
     fetching = fetch_into({}, connect(scripted), [0, 1, 2, 3])
     next(fetching)
     fetching.close()
-    arena.wait_released(4)
+    arena.wait_ended(1)
 
     def refuse(_: int) -> memoryview:
         raise RuntimeError("no memory")
 
     with pytest.raises(RuntimeError):
         list(connect(scripted).fetch("b", [4, 5], into=refuse))
-    arena.wait_released(6)
+    arena.wait_ended(2)
+    assert arena.sessions == [1000, 1001, 1002, 1003]
 
 
 def test_an_older_version_than_was_acknowledged_is_a_lost_update(arena, scripted, connect):
@@ -216,9 +227,54 @@ def test_a_session_that_ended_is_replaced_by_another(arena, scripted, connect):
     list(fetch_into({}, store, [0]))
     arena.hang_up()
     list(fetch_into({}, store, [1]))
-    scripted.fetch_scripts = [lambda experts, context: abort(context, LeaseExpired("who?")), scripted.fetch_scripts[0]]
     list(fetch_into({}, store, [2]))
-    assert scripted.sessions == [1000, 1001, 1001, 1002]
+    assert scripted.sessions == [1001, 1003, 1003]
+
+
+def test_fetches_at_once_have_a_session_each_and_idle_ones_are_used_again(arena, scripted, connect):
+    scripted.fetch_scripts = [lambda experts, context: iter([arena.leases(experts)])]
+    store = connect(scripted)
+    fetches = [fetch_into({}, store, [0, 1]) for _ in range(3)]
+    assert [next(fetching).expert for fetching in fetches] == [0, 0, 0]
+    assert [len(list(fetching)) for fetching in fetches] == [1, 1, 1]
+    list(fetch_into({}, store, [2]))
+    assert arena.sessions == [1000, 1001, 1002, 1003]
+    assert scripted.sessions == [1001, 1002, 1003, 1003]
+
+
+def test_what_is_more_than_a_packet_holds_is_asked_for_in_parts(arena, scripted, connect, monkeypatch):
+    monkeypatch.setattr("ooc_moe_client.fetch_stream.FETCHED_MAX", 3)
+    scripted.fetch_scripts = [lambda experts, context: iter([arena.leases(experts)])]
+    bodies: dict[int, bytearray] = {}
+    assert len(list(fetch_into(bodies, connect(scripted), list(range(8))))) == 8
+    assert bodies == bodies_of(range(8))
+    assert scripted.fetches == [[0, 1, 2], [3, 4, 5], [6, 7]]
+    scripted.fetch_scripts = [lambda experts, context: iter([arena.leases(experts[:2])])]
+    with pytest.raises(Internal, match="without 1 of the experts"):
+        list(fetch_into({}, connect(scripted), list(range(8))))
+
+
+@pytest.mark.parametrize(
+    ("sent", "error", "reason"),
+    [
+        (UnknownExpert("expert 9"), UnknownExpert, "expert 9"),
+        (TierFull("leases"), TierFull, "leases"),
+        (Unavailable("draining"), Unavailable, r"daemon at 127\.0\.0\.1:\d+: draining"),
+    ],
+)
+def test_what_ends_a_fetch_is_the_callers_error(arena, scripted, connect, monkeypatch, sent, error, reason):
+    monkeypatch.setattr("ooc_moe_client.connection.TIER_FULL_TRIES_MAX", 2)
+    scripted.fetch_scripts = [lambda experts, context: abort(context, sent)]
+    with pytest.raises(error, match=reason):
+        list(fetch_into({}, connect(scripted, patience_s=0.2), [0]))
+
+
+def test_a_daemon_that_does_not_answer_in_time_is_named(arena, scripted, connect, monkeypatch):
+    silent = threading.Event()
+    scripted.fetch_scripts = [lambda experts, context: iter([silent.wait(30)][:0])]
+    with pytest.raises(DeadlineExceeded, match=f"daemon at {scripted.target}: .*in time"):
+        list(fetch_into({}, connect(scripted, timeout_s=0.3), [0]))
+    silent.set()
 
 
 def test_a_session_that_ends_in_the_middle_loses_nothing(arena, scripted, connect):
@@ -276,7 +332,10 @@ def test_a_refusal_is_asked_about_again_after_a_while(arena, scripted, connect):
         ({"seals": 0}, "sealed against shrinking"),
         ({"welcome": b"hello"}, "is no welcome"),
         ({"welcome": Welcome(session=1, arena_bytes=1 << 40).pack()}, "sealed against shrinking"),
-        ({"welcome": Welcome(session=1, arena_bytes=4096).pack().replace(struct.pack("<I", 1), struct.pack("<I", 9), 1)}, "protocol 9"),
+        (
+            {"welcome": Welcome(session=1, arena_bytes=4096).pack().replace(struct.pack("<I", PROTOCOL), struct.pack("<I", 9), 1)},
+            "protocol 9",
+        ),
     ],
 )
 def test_a_daemon_whose_memory_cannot_be_trusted_is_refused(options: dict, reason: str):

@@ -19,11 +19,13 @@ import pytest
 
 from ooc_moe_server import answers, local
 from ooc_moe_server.engine import Engine
+from ooc_moe_server.guard import Guard
 from ooc_moe_server.local import LocalPlane
+from ooc_moe_server.local_fetches import LocalFetches
 from ooc_moe_wire.codec import HOLDS_NONE, Checksums
-from ooc_moe_wire.errors import CorruptRecord, InvalidRequest, LeaseExpired, TierFull
+from ooc_moe_wire.errors import CorruptRecord, InvalidRequest, LeaseExpired, TierFull, Unavailable, error_named
 from ooc_moe_wire.layout import BLOCK_BYTES, BankSpec, Layout, TensorSpec
-from ooc_moe_wire.local import ACK, F_SEAL_FUTURE_WRITE, LEASE_S, Welcome, pack_release, pack_stage
+from ooc_moe_wire.local import ACK, F_SEAL_FUTURE_WRITE, LEASE_S, PACKET_BYTES_MAX, Welcome, pack_fetch, pack_release, pack_stage
 from ooc_moe_wire.v1 import expert_pb2, local_pb2, local_pb2_grpc
 
 LAYOUT = Layout(parameters=(TensorSpec(name="w", shape=(8,)),), optimizer=(TensorSpec(name="m", shape=(8,)),))
@@ -66,6 +68,22 @@ class Caller:
         socket.send_fds(self.socket, [pack_stage(size if said is None else said)], [descriptor] * descriptors)
         return descriptor
 
+    def ask(self, fetch: local_pb2.LocalFetch) -> None:
+        self.socket.send(pack_fetch(fetch))
+
+    def answers(self) -> list[local_pb2.LocalAnswer]:
+        """Of the fetch that was asked for, the end included."""
+        received = []
+        while not received or not received[-1].HasField("end"):
+            if not (packet := self.socket.recv(PACKET_BYTES_MAX)):
+                raise ConnectionError("the daemon ended the session")
+            received.append(local_pb2.LocalAnswer.FromString(packet))
+        return received
+
+    def fetch(self, bank: str, *experts: int, pin: bool = False, **options) -> list[local_pb2.LocalAnswer]:
+        self.ask(local_pb2.LocalFetch(request=expert_pb2.FetchExpertsRequest(bank=bank, experts=experts, **options), pin=pin))
+        return self.answers()
+
     def release(self, *ids: int) -> None:
         self.socket.send(pack_release(ids))
 
@@ -86,14 +104,14 @@ class Caller:
 class Lease:
     """One row of Leases."""
 
-    def __init__(self, leases: expert_pb2.Leases, row: int) -> None:
+    def __init__(self, leases: local_pb2.Leases, row: int) -> None:
         self.id, self.expert, self.version = leases.ids[row], leases.experts[row], leases.versions[row]
         self.served_from, self.offset, self.generation = leases.served_from[row], leases.offsets[row], leases.generations[row]
         self.checksums = Checksums(leases.parameter_xxh3[row], leases.optimizer_xxh3[row])
 
 
-def rows(message: expert_pb2.FetchExpertsResponse) -> list[Lease]:
-    return [Lease(message.leases, row) for row in range(len(message.leases.ids))]
+def rows(answer: local_pb2.LocalAnswer) -> list[Lease]:
+    return [Lease(answer.leases, row) for row in range(len(answer.leases.ids))]
 
 
 class Store:
@@ -101,32 +119,31 @@ class Store:
 
     def __init__(self, engine: Engine, bank) -> None:
         self.engine, self.bank, self.now, self.uid = engine, bank, 100.0, os.geteuid()
-        self.plane = LocalPlane(engine.arena, engine.dram, patience_s=0.0, clock=lambda: self.now, uid_of=lambda _: self.uid)
+        self.guard = Guard()
+        self.guard.refusal = None
+        self.plane = LocalPlane(
+            engine.arena,
+            engine.dram,
+            LocalFetches(lambda: engine, self.guard).serve,
+            patience_s=0.0,
+            clock=lambda: self.now,
+            uid_of=lambda _: self.uid,
+        )
         self.callers: list[Caller] = []
 
     async def connect(self) -> Caller:
         self.callers.append(await asyncio.to_thread(Caller, self.plane.socket_name))
         return self.callers[-1]
 
-    async def fetch(self, caller: Caller, *experts: int, pin: bool = False, **options) -> list[expert_pb2.FetchExpertsResponse]:
-        messages = []
-
-        async def send(message) -> None:
-            messages.append(message)
-
-        await self.fetch_to(send, caller, *experts, pin=pin, **options)
-        return messages
-
-    async def fetch_to(self, send, caller: Caller, *experts: int, pin: bool = False, known_versions=()) -> None:
-        session = self.plane.session(caller.session)
-        scopes = self.engine.stats.scopes("t", self.bank.access)
-        fetch = self.engine.fetch(
-            self.bank, experts, known_versions=known_versions, demand=True, section_bytes=LAYOUT.body_bytes, scopes=scopes
-        )
-        await answers.lease(fetch, LAYOUT, send, session=session, arena=self.engine.arena, pinned=pin)
+    async def fetch(self, caller: Caller, *experts: int, **options) -> list[local_pb2.LocalAnswer]:
+        """Its answers. Raises what ended it."""
+        *answers, last = await asyncio.to_thread(caller.fetch, "b", *experts, **options)
+        if last.end.HasField("error"):
+            raise error_named(last.end.error.kind, last.end.error.message)
+        return answers
 
     async def lease(self, caller: Caller, *experts: int, pin: bool = False) -> list[Lease]:
-        return [lease for message in await self.fetch(caller, *experts, pin=pin) for lease in rows(message)]
+        return [lease for answer in await self.fetch(caller, *experts, pin=pin) for lease in rows(answer)]
 
     async def bring(self, *experts: int) -> None:
         """Makes them resident."""
@@ -138,6 +155,10 @@ class Store:
     @property
     def pinned_bytes(self) -> int:
         return self.engine.snapshot_stats().dram.pinned_bytes
+
+    @property
+    def num_unchanged(self) -> int:
+        return self.engine.snapshot_stats().total.unchanged
 
     def evict(self, expert: int) -> None:
         self.engine.dram.discard(self.bank.source(expert, self.bank.record(expert)))
@@ -249,23 +270,6 @@ def test_pinned_leases_stay_until_they_are_released(tmp_path):
     run(scenario, tmp_path)
 
 
-def test_pinned_leases_of_a_call_that_broke_off_get_an_end(tmp_path):
-    async def scenario(store):
-        caller = await store.connect()
-
-        async def send(message) -> None:
-            raise ConnectionError
-
-        with pytest.raises(ConnectionError):
-            await store.fetch_to(send, caller, 1, 2, pin=True)
-        assert store.pinned_bytes > 0
-        store.now += LEASE_S
-        store.plane.expire()
-        await until(lambda: store.pinned_bytes == 0)
-
-    run(scenario, tmp_path)
-
-
 def test_a_closed_session_leaves_no_pin_and_is_unknown(tmp_path):
     async def scenario(store):
         caller = await store.connect()
@@ -275,7 +279,7 @@ def test_a_closed_session_leaves_no_pin_and_is_unknown(tmp_path):
         await until(lambda: store.plane.num_sessions == 0)
         assert store.pinned_bytes == store.plane.leased_bytes == 0
         with pytest.raises(LeaseExpired):
-            await store.fetch(caller, 1)
+            store.plane.session(caller.session)
 
     run(scenario, tmp_path)
 
@@ -286,23 +290,24 @@ def test_leases_come_in_growing_batches_within_the_sessions_room(tmp_path, monke
     async def scenario(store):
         caller = await store.connect()
         await store.bring(*range(24))
-        sizes = []
-
-        async def send(message) -> None:
-            leases = rows(message)
-            sizes.append(len(leases))
-            assert store.plane.leased_bytes <= store.plane.session_bytes_max
-            assert all(caller.body(lease) == store.seeded(lease.expert) for lease in leases)
-            caller.release(*(lease.id for lease in leases))
-            await until(lambda: store.plane.leased_bytes == 0)
-
         store.plane.patience_s = 30.0
-        await store.fetch_to(send, caller, *range(24))
-        assert sizes == [1, 4, 16, 3]
+
+        def copy_all() -> list[int]:
+            caller.ask(local_pb2.LocalFetch(request=expert_pb2.FetchExpertsRequest(bank="b", experts=range(24))))
+            sizes = []
+            while not (answer := local_pb2.LocalAnswer.FromString(caller.socket.recv(PACKET_BYTES_MAX))).HasField("end"):
+                leases = rows(answer)
+                sizes.append(len(leases))
+                assert all(caller.body(lease) == store.seeded(lease.expert) for lease in leases)
+                caller.release(*(lease.id for lease in leases))
+            return sizes
+
+        assert await asyncio.to_thread(copy_all) == [1, 4, 16, 3]
+        await until(lambda: store.plane.leased_bytes == 0)
         store.plane.session_bytes_max = 8 * RECORD
-        sizes.clear()
-        await store.fetch_to(send, caller, *range(24))
-        assert sizes == [1, 4, 8, 8, 3]
+        sizes = await asyncio.to_thread(copy_all)
+        assert sum(sizes) == 24
+        assert max(sizes) <= 8
 
     run(scenario, tmp_path)
 
@@ -331,22 +336,21 @@ def test_leases_of_all_together_take_at_most_three_quarters_of_the_arena_and_wai
         await store.bring(*range(180))
         highest = 0
 
-        async def copy_all(caller: Caller, first: int) -> int:
+        def copy_all(caller: Caller, first: int) -> int:
+            nonlocal highest
+            caller.ask(local_pb2.LocalFetch(request=expert_pb2.FetchExpertsRequest(bank="b", experts=range(first, first + 30))))
             num_right = 0
-
-            async def send(message) -> None:
-                nonlocal highest, num_right
-                leases = rows(message)
+            while not (answer := local_pb2.LocalAnswer.FromString(caller.socket.recv(PACKET_BYTES_MAX))).HasField("end"):
+                leases = rows(answer)
                 highest = max(highest, store.plane.leased_bytes)
-                await asyncio.sleep(0)
+                time.sleep(0.005)
                 num_right += sum(caller.body(lease) == store.seeded(lease.expert) and caller.is_whole(lease) for lease in leases)
                 caller.release(*(lease.id for lease in leases))
-
-            await store.fetch_to(send, caller, *range(first, first + 30))
             return num_right
 
-        assert await asyncio.gather(*(copy_all(caller, 30 * place) for place, caller in enumerate(callers))) == [30] * 6
-        assert 100 * RECORD < highest <= 150 * RECORD
+        copying = (asyncio.to_thread(copy_all, caller, 30 * place) for place, caller in enumerate(callers))
+        assert await asyncio.gather(*copying) == [30] * 6
+        assert 0 < highest <= 150 * RECORD
         await until(lambda: store.pinned_bytes == 0)
 
     run(scenario, tmp_path, records=200)
@@ -369,9 +373,10 @@ def test_a_session_that_closes_ends_the_fetch_that_waits_for_its_leases(tmp_path
         waiting = asyncio.create_task(store.lease(caller, 100))
         await asyncio.sleep(0.01)
         assert not waiting.done()
-        caller.socket.close()
-        with pytest.raises(LeaseExpired):
+        caller.socket.shutdown(socket.SHUT_RDWR)
+        with pytest.raises(ConnectionError):
             await waiting
+        await until(lambda: store.guard.num_open == 0)
         await until(lambda: store.pinned_bytes == 0)
 
     run(scenario, tmp_path)
@@ -411,7 +416,70 @@ def test_current_experts_come_as_rows_without_a_lease_in_one_message(tmp_path):
     run(scenario, tmp_path)
 
 
-@pytest.mark.parametrize("packet", [b"X", b"R1234567", b"S", b"Z" * 70_000, b"S" + bytes(8)])
+def test_what_ends_a_fetch_is_said_and_the_session_lives_on(tmp_path, monkeypatch):
+    async def scenario(store):
+        caller = await store.connect()
+        for bank, experts, trainer, refusal in (
+            ("b", [256], "", "UnknownExpert"),
+            ("nobody", [1], "", "UnknownBank"),
+            ("b", [1, 1], "", "InvalidRequest"),
+            ("b", [1], "t" * 129, "InvalidRequest"),
+        ):
+            caller.ask(local_pb2.LocalFetch(trainer=trainer, request=expert_pb2.FetchExpertsRequest(bank=bank, experts=experts)))
+            (last,) = await asyncio.to_thread(caller.answers)
+            assert last.end.error.kind == refusal
+        store.guard.refusal = "the daemon is draining"
+        with pytest.raises(Unavailable, match="draining"):
+            await store.fetch(caller, 1)
+        store.guard.refusal = None
+        monkeypatch.setattr(answers, "lease", None)  # A fault of ours.
+        (last,) = await asyncio.to_thread(caller.fetch, "b", 1)
+        assert last.end.error.kind == "Internal"
+        monkeypatch.undo()
+        assert len(await store.lease(caller, 1)) == 1
+        access = store.engine.snapshot_stats().total
+        assert access.leased_bytes == LAYOUT.body_bytes
+
+    run(scenario, tmp_path)
+
+
+def test_a_fetch_during_another_closes_the_session(tmp_path):
+    async def scenario(store):
+        store.plane.patience_s = 30.0
+        caller = await store.connect()
+        await store.lease(caller, *range(32))
+        for _ in range(2):
+            caller.ask(local_pb2.LocalFetch(request=expert_pb2.FetchExpertsRequest(bank="b", experts=[100])))
+        assert await asyncio.to_thread(caller.is_closed)
+        await until(lambda: store.guard.num_open == 0)
+        assert store.pinned_bytes == store.plane.num_sessions == 0
+
+    run(scenario, tmp_path)
+
+
+def test_a_caller_that_reads_no_answer_holds_up_no_other_and_leaves_nothing(tmp_path):
+    async def scenario(store):
+        deaf, other = await store.connect(), await store.connect()
+        ids = list(range(256))
+        await store.bring(*ids)
+        session, versions = store.plane.session(deaf.session), [0] * 256
+        for served in range(300):  # Until its queue is full.
+            deaf.ask(local_pb2.LocalFetch(request=expert_pb2.FetchExpertsRequest(bank="b", experts=ids, known_versions=versions)))
+            try:
+                answered = until(lambda served=served: store.num_unchanged == 256 * (served + 1) and session._fetching is None)
+                await asyncio.wait_for(answered, 1.0)
+            except TimeoutError:
+                break
+        assert session._fetching is not None
+        assert len(await store.lease(other, 1, 2)) == 2
+        deaf.close()
+        await until(lambda: session._fetching is None)
+        await until(lambda: store.plane.num_sessions == 1)
+
+    run(scenario, tmp_path, records=300)
+
+
+@pytest.mark.parametrize("packet", [b"X", b"R1234567", b"S", b"Z" * 70_000, b"S" + bytes(8), b"F\xff"])
 def test_a_malformed_packet_closes_its_session_and_no_other(tmp_path, packet):
     async def scenario(store):
         bad, good = await store.connect(), await store.connect()
@@ -564,9 +632,8 @@ def plane_of(target: str) -> str:
         return local_pb2_grpc.LocalServiceStub(channel).GetLocalPlane(local_pb2.GetLocalPlaneRequest(), timeout=30).socket
 
 
-def lease_from(client, caller: Caller, bank: str, *experts: int, **options) -> list[Lease]:
-    request = expert_pb2.FetchExpertsRequest(bank=bank, experts=experts, local_session=caller.session, **options)
-    return [lease for message in client.call(client.experts.FetchExperts, request) for lease in rows(message)]
+def lease_from(caller: Caller, bank: str, *experts: int, **options) -> list[Lease]:
+    return [lease for answer in caller.fetch(bank, *experts, **options) for lease in rows(answer)]
 
 
 def until_stats(client, condition) -> None:
@@ -585,7 +652,7 @@ def caller(shared_daemon):
 def test_a_daemon_leases_what_a_push_wrote_and_counts_it(client, bank, caller):
     body = client.random_body(1)
     versions = client.put(bank, {1: body})
-    (lease,) = lease_from(client, caller, bank, 1, pin=True)
+    (lease,) = lease_from(caller, bank, 1, pin=True)
     assert caller.body(lease, client.layout.body_bytes) == body
     assert (lease.version, lease.served_from) == (versions[1], expert_pb2.TIER_DRAM)
     stats = client.stats()
@@ -597,8 +664,6 @@ def test_a_daemon_leases_what_a_push_wrote_and_counts_it(client, bank, caller):
 
 
 def test_an_unknown_session_is_refused(client, bank, caller):
-    with client.refused(LeaseExpired, "local_session"):
-        client.fetch(bank, [1], local_session=caller.session ^ 1)
     with client.refused(LeaseExpired, "local_session"):
         stream = client.stream(bank, open_it=False)
         stream.send(open=expert_pb2.PushOpen(bank=bank, writer_id="w", local_session=caller.session ^ 1))
@@ -626,23 +691,24 @@ def test_the_arena_and_the_generations_cannot_be_written_or_resized_by_a_caller(
 
 CHILD = """
 import socket, sys, time
-import grpc
-from ooc_moe_wire.local import Welcome
-from ooc_moe_wire.v1 import expert_pb2, expert_pb2_grpc
-target, name, bank = sys.argv[1:]
+from ooc_moe_wire.local import PACKET_BYTES_MAX, pack_fetch
+from ooc_moe_wire.v1 import expert_pb2, local_pb2
+name, bank = sys.argv[1:]
 connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 connection.connect("\\0" + name)
 packet, *_ = socket.recv_fds(connection, 1024, 4)
-experts = expert_pb2_grpc.ExpertServiceStub(grpc.insecure_channel(target))
-request = expert_pb2.FetchExpertsRequest(bank=bank, experts=[1, 2, 3], local_session=Welcome.unpack(packet).session, pin=True)
-assert sum(len(message.leases.ids) for message in experts.FetchExperts(request)) == 3
+connection.send(pack_fetch(local_pb2.LocalFetch(request=expert_pb2.FetchExpertsRequest(bank=bank, experts=[1, 2, 3]), pin=True)))
+num_leased = 0
+while not (answer := local_pb2.LocalAnswer.FromString(connection.recv(PACKET_BYTES_MAX))).HasField("end"):
+    num_leased += len(answer.leases.ids)
+assert num_leased == 3
 print("leased", flush=True)
 time.sleep(60)
 """
 
 
 def test_a_caller_that_is_killed_leaves_no_pin_behind(shared_daemon, client, bank):
-    command = [sys.executable, "-c", CHILD, shared_daemon.target, plane_of(shared_daemon.target), bank]
+    command = [sys.executable, "-c", CHILD, plane_of(shared_daemon.target), bank]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout.readline() == "leased\n"
         until_stats(client, lambda stats: stats.dram.pinned_bytes == stats.queues.leased_bytes == 3 * client.layout.record_bytes)
@@ -677,7 +743,9 @@ def test_a_daemon_without_the_local_plane_says_so(start_daemon, connect):
     client = connect(daemon.target)
     client.create("b")
     with client.refused(LeaseExpired, "no local plane"):
-        client.fetch("b", [1], local_session=1)
+        stream = client.stream("b", open_it=False)
+        stream.send(open=expert_pb2.PushOpen(bank="b", writer_id="w", local_session=1))
+        next(stream.call)
 
 
 def test_a_daemon_that_drains_closes_its_sessions(daemon):

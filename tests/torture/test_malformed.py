@@ -26,7 +26,7 @@ from ooc_moe_client.remote import RemoteStore
 from ooc_moe_client.store import Plane, Push
 from ooc_moe_wire.codec import MESSAGE_BYTES_MAX, TRAINER_KEY
 from ooc_moe_wire.errors import ERROR_KEY, STATUS, Internal
-from ooc_moe_wire.local import PACKET_BYTES_MAX, Welcome, pack_release, pack_stage
+from ooc_moe_wire.local import PACKET_BYTES_MAX, Welcome, pack_fetch, pack_release, pack_stage
 from ooc_moe_wire.v1 import bank_pb2, expert_pb2, local_pb2, local_pb2_grpc, stats_pb2, stats_pb2_grpc
 from tests.conftest import DaemonProcess
 from tests.server.conftest import Client, layout_of
@@ -300,7 +300,7 @@ def open_session(victim: Victim) -> tuple[socket.socket, Welcome]:
 
 
 def some_packet(chosen: random.Random) -> bytes:
-    match chosen.randrange(5):
+    match chosen.randrange(7):
         case 0:
             return chosen.randbytes(chosen.choice((1, 2, 9, 100, 5000)))
         case 1:
@@ -309,6 +309,12 @@ def some_packet(chosen: random.Random) -> bytes:
             return pack_stage(chosen.choice((0, 1, 4096, 1 << 20, 1 << 40, 2**64 - 1)))
         case 3:
             return pack_release(range(5000))
+        case 4:
+            ids = [chosen.choice((0, 1, 7, 2**63, 2**64 - 1)) for _ in range(chosen.randrange(5))]
+            request = expert_pb2.FetchExpertsRequest(bank=chosen.choice(("b", "c", "", "?")), experts=ids, sections=chosen.randrange(3))
+            return pack_fetch(local_pb2.LocalFetch(trainer="t" * chosen.choice((0, 1, 500)), request=request, pin=chosen.random() < 0.5))
+        case 5:
+            return b"F" + chosen.randbytes(chosen.randrange(40))
         case _:
             return b"S" + chosen.randbytes(chosen.randrange(12))
 
@@ -361,10 +367,12 @@ def test_many_idle_sessions_and_dying_ones_leave_nothing_behind(victim: Victim) 
     before = victim.vitals()
     victim.remake_banks()
     sessions = [open_session(victim) for _ in range(20)]
-    for _, welcome in sessions:
-        request = expert_pb2.FetchExpertsRequest(bank="b", experts=range(8), local_session=welcome.session, pin=True)
-        messages = list(victim.client.call(victim.client.experts.FetchExperts, request))
-        assert sum(len(message.leases.ids) for message in messages) == 8
+    for connection, _ in sessions:
+        connection.send(pack_fetch(local_pb2.LocalFetch(request=expert_pb2.FetchExpertsRequest(bank="b", experts=range(8)), pin=True)))
+        num_leased = 0
+        while not (answer := local_pb2.LocalAnswer.FromString(connection.recv(PACKET_BYTES_MAX))).HasField("end"):
+            num_leased += len(answer.leases.ids)
+        assert num_leased == 8
     stats = stats_pb2_grpc.StatsServiceStub(victim.client.channel).GetStats(stats_pb2.GetStatsRequest(), timeout=CALL_S)
     assert stats.queues.local_sessions == 20
     assert stats.queues.leased_bytes > 0
@@ -380,10 +388,8 @@ def test_a_session_that_does_not_exist_is_lease_expired(victim: Victim, session:
     open_session(victim)[0].close()
     victim.remake_banks()
     by_name = {method.path.rpartition("/")[2]: method for method in methods()}
-    fetch = expert_pb2.FetchExpertsRequest(bank="b", experts=[0], local_session=session).SerializeToString()
     push = expert_pb2.PushExpertsRequest(open=expert_pb2.PushOpen(bank="b", writer_id="w", local_session=session)).SerializeToString()
     with grpc.insecure_channel(victim.daemon.target) as channel:
-        assert attempt(channel, by_name["FetchExperts"], [fetch]) == "FAILED_PRECONDITION"
         assert attempt(channel, by_name["PushExperts"], [push]) == "FAILED_PRECONDITION"
     victim.check()
 

@@ -143,15 +143,9 @@ class FetchExpertsRequest(google.protobuf.message.Message):
     SECTIONS_FIELD_NUMBER: builtins.int
     KNOWN_VERSIONS_FIELD_NUMBER: builtins.int
     PRIORITY_FIELD_NUMBER: builtins.int
-    LOCAL_SESSION_FIELD_NUMBER: builtins.int
-    PIN_FIELD_NUMBER: builtins.int
     bank: builtins.str
     sections: global___Sections.ValueType
     priority: global___Priority.ValueType
-    local_session: builtins.int
-    """Of the local plane; zero: the bytes travel in chunks."""
-    pin: builtins.bool
-    """The leases do not expire: they end when they are released, or with the session. For copies that the caller cannot repeat."""
     @property
     def experts(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
     @property
@@ -166,10 +160,8 @@ class FetchExpertsRequest(google.protobuf.message.Message):
         sections: global___Sections.ValueType = ...,
         known_versions: collections.abc.Iterable[builtins.int] | None = ...,
         priority: global___Priority.ValueType = ...,
-        local_session: builtins.int = ...,
-        pin: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["bank", b"bank", "experts", b"experts", "known_versions", b"known_versions", "local_session", b"local_session", "pin", b"pin", "priority", b"priority", "sections", b"sections"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bank", b"bank", "experts", b"experts", "known_versions", b"known_versions", "priority", b"priority", "sections", b"sections"]) -> None: ...
 
 global___FetchExpertsRequest = FetchExpertsRequest
 
@@ -242,84 +234,24 @@ class Chunk(google.protobuf.message.Message):
 global___Chunk = Chunk
 
 @typing.final
-class Leases(google.protobuf.message.Message):
-    """Rights to read records where they lie in the daemon's shared memory, column by column: one value per expert in each. A lease ends when its holder
-    releases it, when the session ends, or after 10 s; a caller copies the bytes and then checks that the generation is still the same.
-    """
-
-    DESCRIPTOR: google.protobuf.descriptor.Descriptor
-
-    IDS_FIELD_NUMBER: builtins.int
-    EXPERTS_FIELD_NUMBER: builtins.int
-    VERSIONS_FIELD_NUMBER: builtins.int
-    SERVED_FROM_FIELD_NUMBER: builtins.int
-    OFFSETS_FIELD_NUMBER: builtins.int
-    GENERATIONS_FIELD_NUMBER: builtins.int
-    PARAMETER_XXH3_FIELD_NUMBER: builtins.int
-    OPTIMIZER_XXH3_FIELD_NUMBER: builtins.int
-    @property
-    def ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """Zero: no lease. The caller's known version is current; the columns after served_from mean nothing."""
-
-    @property
-    def experts(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
-    @property
-    def versions(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
-    @property
-    def served_from(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[global___Tier.ValueType]: ...
-    @property
-    def offsets(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """Of the body, in the arena."""
-
-    @property
-    def generations(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """The value of the generation table at the record's block (see local.proto)."""
-
-    @property
-    def parameter_xxh3(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """xxh3_64 of each section."""
-
-    @property
-    def optimizer_xxh3(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
-    def __init__(
-        self,
-        *,
-        ids: collections.abc.Iterable[builtins.int] | None = ...,
-        experts: collections.abc.Iterable[builtins.int] | None = ...,
-        versions: collections.abc.Iterable[builtins.int] | None = ...,
-        served_from: collections.abc.Iterable[global___Tier.ValueType] | None = ...,
-        offsets: collections.abc.Iterable[builtins.int] | None = ...,
-        generations: collections.abc.Iterable[builtins.int] | None = ...,
-        parameter_xxh3: collections.abc.Iterable[builtins.int] | None = ...,
-        optimizer_xxh3: collections.abc.Iterable[builtins.int] | None = ...,
-    ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["experts", b"experts", "generations", b"generations", "ids", b"ids", "offsets", b"offsets", "optimizer_xxh3", b"optimizer_xxh3", "parameter_xxh3", b"parameter_xxh3", "served_from", b"served_from", "versions", b"versions"]) -> None: ...
-
-global___Leases = Leases
-
-@typing.final
 class FetchExpertsResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     HEADER_FIELD_NUMBER: builtins.int
     CHUNK_FIELD_NUMBER: builtins.int
-    LEASES_FIELD_NUMBER: builtins.int
     @property
     def header(self) -> global___ExpertHeader: ...
     @property
     def chunk(self) -> global___Chunk: ...
-    @property
-    def leases(self) -> global___Leases: ...
     def __init__(
         self,
         *,
         header: global___ExpertHeader | None = ...,
         chunk: global___Chunk | None = ...,
-        leases: global___Leases | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["chunk", b"chunk", "header", b"header", "leases", b"leases", "message", b"message"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["chunk", b"chunk", "header", b"header", "leases", b"leases", "message", b"message"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["header", "chunk", "leases"] | None: ...
+    def HasField(self, field_name: typing.Literal["chunk", b"chunk", "header", b"header", "message", b"message"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["chunk", b"chunk", "header", b"header", "message", b"message"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["message", b"message"]) -> typing.Literal["header", "chunk"] | None: ...
 
 global___FetchExpertsResponse = FetchExpertsResponse
 

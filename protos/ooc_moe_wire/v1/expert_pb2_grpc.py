@@ -70,8 +70,7 @@ class ExpertServiceServicer(object):
         Retry: yes. INVALID_ARGUMENT InvalidRequest: no ids, a repeated id, or known_versions of another length. NOT_FOUND UnknownBank, or
         UnknownExpert naming the id (checked before anything is sent). A damaged expert arrives as a header with `error` set (CorruptRecord) and no
         chunks; the others are not affected. RESOURCE_EXHAUSTED TierFull: pins left no room in the DRAM tier for about two
-        seconds; what was sent before is sound. With a local_session, experts whose bytes would have been chunks come as Leases instead (see local.proto).
-        FAILED_PRECONDITION LeaseExpired: the daemon does not know the session (any more).
+        seconds; what was sent before is sound. Callers on the daemon's host do better with leases (see local.proto).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

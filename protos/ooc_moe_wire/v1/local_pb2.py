@@ -22,19 +22,28 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from ooc_moe_wire.v1 import expert_pb2 as ooc__moe__wire_dot_v1_dot_expert__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1booc_moe_wire/v1/local.proto\x12\x0fooc_moe_wire.v1\"\x16\n\x14GetLocalPlaneRequest\"\x1c\n\nLocalPlane\x12\x0e\n\x06socket\x18\x01 \x01(\t2c\n\x0cLocalService\x12S\n\rGetLocalPlane\x12%.ooc_moe_wire.v1.GetLocalPlaneRequest\x1a\x1b.ooc_moe_wire.v1.LocalPlaneb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1booc_moe_wire/v1/local.proto\x12\x0fooc_moe_wire.v1\x1a\x1cooc_moe_wire/v1/expert.proto\"\x16\n\x14GetLocalPlaneRequest\"\x1c\n\nLocalPlane\x12\x0e\n\x06socket\x18\x01 \x01(\t\"a\n\nLocalFetch\x12\x0f\n\x07trainer\x18\x01 \x01(\t\x12\x35\n\x07request\x18\x02 \x01(\x0b\x32$.ooc_moe_wire.v1.FetchExpertsRequest\x12\x0b\n\x03pin\x18\x03 \x01(\x08\"\x9d\x01\n\x0bLocalAnswer\x12)\n\x06leases\x18\x01 \x01(\x0b\x32\x17.ooc_moe_wire.v1.LeasesH\x00\x12/\n\x06header\x18\x02 \x01(\x0b\x32\x1d.ooc_moe_wire.v1.ExpertHeaderH\x00\x12(\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x19.ooc_moe_wire.v1.LocalEndH\x00\x42\x08\n\x06\x61nswer\"M\n\x08LocalEnd\x12)\n\x05\x65rror\x18\x01 \x01(\x0b\x32\x1a.ooc_moe_wire.v1.ErrorInfo\x12\x16\n\x0eretry_after_ms\x18\x02 \x01(\r\"\xba\x01\n\x06Leases\x12\x0b\n\x03ids\x18\x01 \x03(\x04\x12\x0f\n\x07\x65xperts\x18\x02 \x03(\x04\x12\x10\n\x08versions\x18\x03 \x03(\x04\x12*\n\x0bserved_from\x18\x04 \x03(\x0e\x32\x15.ooc_moe_wire.v1.Tier\x12\x0f\n\x07offsets\x18\x05 \x03(\x04\x12\x13\n\x0bgenerations\x18\x06 \x03(\x04\x12\x16\n\x0eparameter_xxh3\x18\x07 \x03(\x06\x12\x16\n\x0eoptimizer_xxh3\x18\x08 \x03(\x06\x32\x63\n\x0cLocalService\x12S\n\rGetLocalPlane\x12%.ooc_moe_wire.v1.GetLocalPlaneRequest\x1a\x1b.ooc_moe_wire.v1.LocalPlaneb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'ooc_moe_wire.v1.local_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_GETLOCALPLANEREQUEST']._serialized_start=48
-  _globals['_GETLOCALPLANEREQUEST']._serialized_end=70
-  _globals['_LOCALPLANE']._serialized_start=72
-  _globals['_LOCALPLANE']._serialized_end=100
-  _globals['_LOCALSERVICE']._serialized_start=102
-  _globals['_LOCALSERVICE']._serialized_end=201
+  _globals['_GETLOCALPLANEREQUEST']._serialized_start=78
+  _globals['_GETLOCALPLANEREQUEST']._serialized_end=100
+  _globals['_LOCALPLANE']._serialized_start=102
+  _globals['_LOCALPLANE']._serialized_end=130
+  _globals['_LOCALFETCH']._serialized_start=132
+  _globals['_LOCALFETCH']._serialized_end=229
+  _globals['_LOCALANSWER']._serialized_start=232
+  _globals['_LOCALANSWER']._serialized_end=389
+  _globals['_LOCALEND']._serialized_start=391
+  _globals['_LOCALEND']._serialized_end=468
+  _globals['_LEASES']._serialized_start=471
+  _globals['_LEASES']._serialized_end=657
+  _globals['_LOCALSERVICE']._serialized_start=659
+  _globals['_LOCALSERVICE']._serialized_end=758
 # @@protoc_insertion_point(module_scope)

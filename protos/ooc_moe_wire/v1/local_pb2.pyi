@@ -6,7 +6,8 @@ The local plane: callers on the daemon's host read records where they lie, and b
   1. GetLocalPlane names a Unix socket. Connecting to it (SOCK_SEQPACKET, abstract namespace) succeeds on the same host only.
   2. The daemon checks the peer's user and sends one packet, the welcome: the session's number, with two file descriptors: the arena, which the peer can
      map for reading only, and the table of generations. ooc_moe_wire/local.py packs the packets.
-  3. FetchExperts with that session answers Leases. The caller copies a record from the arena, checks its generation, and releases the lease through the socket.
+  3. The caller sends a LocalFetch through the socket, and gets LocalAnswers, the last of them with `end`; one fetch at a time in each session. It copies a
+     leased record from the arena, checks its generation, and releases the lease through the socket.
   4. For pushes the caller makes a staging memfd, sealed against shrinking and growing, and sends it through the socket; PushHeader.staged_at names where in
      it a body lies. The daemon copies the body into its arena first, and verifies it there.
 
@@ -15,8 +16,11 @@ record is overwritten, and even, and another one, when a record is complete ther
 """
 
 import builtins
+import collections.abc
 import google.protobuf.descriptor
+import google.protobuf.internal.containers
 import google.protobuf.message
+import ooc_moe_wire.v1.expert_pb2
 import typing
 
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
@@ -46,3 +50,139 @@ class LocalPlane(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["socket", b"socket"]) -> None: ...
 
 global___LocalPlane = LocalPlane
+
+@typing.final
+class LocalFetch(google.protobuf.message.Message):
+    """FetchExperts through the socket."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TRAINER_FIELD_NUMBER: builtins.int
+    REQUEST_FIELD_NUMBER: builtins.int
+    PIN_FIELD_NUMBER: builtins.int
+    trainer: builtins.str
+    """How the caller names itself, as in a call's metadata."""
+    pin: builtins.bool
+    """The leases do not expire: they end when they are released, or with the session. For copies that the caller cannot repeat."""
+    @property
+    def request(self) -> ooc_moe_wire.v1.expert_pb2.FetchExpertsRequest: ...
+    def __init__(
+        self,
+        *,
+        trainer: builtins.str = ...,
+        request: ooc_moe_wire.v1.expert_pb2.FetchExpertsRequest | None = ...,
+        pin: builtins.bool = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["request", b"request"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["pin", b"pin", "request", b"request", "trainer", b"trainer"]) -> None: ...
+
+global___LocalFetch = LocalFetch
+
+@typing.final
+class LocalAnswer(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LEASES_FIELD_NUMBER: builtins.int
+    HEADER_FIELD_NUMBER: builtins.int
+    END_FIELD_NUMBER: builtins.int
+    @property
+    def leases(self) -> global___Leases: ...
+    @property
+    def header(self) -> ooc_moe_wire.v1.expert_pb2.ExpertHeader:
+        """Of an expert that cannot be served: its `error` is set."""
+
+    @property
+    def end(self) -> global___LocalEnd:
+        """Nothing follows."""
+
+    def __init__(
+        self,
+        *,
+        leases: global___Leases | None = ...,
+        header: ooc_moe_wire.v1.expert_pb2.ExpertHeader | None = ...,
+        end: global___LocalEnd | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["answer", b"answer", "end", b"end", "header", b"header", "leases", b"leases"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["answer", b"answer", "end", b"end", "header", b"header", "leases", b"leases"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["answer", b"answer"]) -> typing.Literal["leases", "header", "end"] | None: ...
+
+global___LocalAnswer = LocalAnswer
+
+@typing.final
+class LocalEnd(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ERROR_FIELD_NUMBER: builtins.int
+    RETRY_AFTER_MS_FIELD_NUMBER: builtins.int
+    retry_after_ms: builtins.int
+    """Of a TierFull."""
+    @property
+    def error(self) -> ooc_moe_wire.v1.expert_pb2.ErrorInfo:
+        """Set: what ended the fetch before all had come; what was sent before is sound."""
+
+    def __init__(
+        self,
+        *,
+        error: ooc_moe_wire.v1.expert_pb2.ErrorInfo | None = ...,
+        retry_after_ms: builtins.int = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["error", b"error"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["error", b"error", "retry_after_ms", b"retry_after_ms"]) -> None: ...
+
+global___LocalEnd = LocalEnd
+
+@typing.final
+class Leases(google.protobuf.message.Message):
+    """Rights to read records where they lie in the daemon's shared memory, column by column: one value per expert in each. A lease ends when its holder
+    releases it, when the session ends, or after 10 s; a caller copies the bytes and then checks that the generation is still the same.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    IDS_FIELD_NUMBER: builtins.int
+    EXPERTS_FIELD_NUMBER: builtins.int
+    VERSIONS_FIELD_NUMBER: builtins.int
+    SERVED_FROM_FIELD_NUMBER: builtins.int
+    OFFSETS_FIELD_NUMBER: builtins.int
+    GENERATIONS_FIELD_NUMBER: builtins.int
+    PARAMETER_XXH3_FIELD_NUMBER: builtins.int
+    OPTIMIZER_XXH3_FIELD_NUMBER: builtins.int
+    @property
+    def ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Zero: no lease. The caller's known version is current; the columns after served_from mean nothing."""
+
+    @property
+    def experts(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    @property
+    def versions(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    @property
+    def served_from(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[ooc_moe_wire.v1.expert_pb2.Tier.ValueType]: ...
+    @property
+    def offsets(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Of the body, in the arena."""
+
+    @property
+    def generations(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """The value of the generation table at the record's block (see local.proto)."""
+
+    @property
+    def parameter_xxh3(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """xxh3_64 of each section."""
+
+    @property
+    def optimizer_xxh3(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        ids: collections.abc.Iterable[builtins.int] | None = ...,
+        experts: collections.abc.Iterable[builtins.int] | None = ...,
+        versions: collections.abc.Iterable[builtins.int] | None = ...,
+        served_from: collections.abc.Iterable[ooc_moe_wire.v1.expert_pb2.Tier.ValueType] | None = ...,
+        offsets: collections.abc.Iterable[builtins.int] | None = ...,
+        generations: collections.abc.Iterable[builtins.int] | None = ...,
+        parameter_xxh3: collections.abc.Iterable[builtins.int] | None = ...,
+        optimizer_xxh3: collections.abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["experts", b"experts", "generations", b"generations", "ids", b"ids", "offsets", b"offsets", "optimizer_xxh3", b"optimizer_xxh3", "parameter_xxh3", b"parameter_xxh3", "served_from", b"served_from", "versions", b"versions"]) -> None: ...
+
+global___Leases = Leases

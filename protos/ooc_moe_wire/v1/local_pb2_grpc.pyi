@@ -6,7 +6,8 @@ The local plane: callers on the daemon's host read records where they lie, and b
   1. GetLocalPlane names a Unix socket. Connecting to it (SOCK_SEQPACKET, abstract namespace) succeeds on the same host only.
   2. The daemon checks the peer's user and sends one packet, the welcome: the session's number, with two file descriptors: the arena, which the peer can
      map for reading only, and the table of generations. ooc_moe_wire/local.py packs the packets.
-  3. FetchExperts with that session answers Leases. The caller copies a record from the arena, checks its generation, and releases the lease through the socket.
+  3. The caller sends a LocalFetch through the socket, and gets LocalAnswers, the last of them with `end`; one fetch at a time in each session. It copies a
+     leased record from the arena, checks its generation, and releases the lease through the socket.
   4. For pushes the caller makes a staging memfd, sealed against shrinking and growing, and sends it through the socket; PushHeader.staged_at names where in
      it a body lies. The daemon copies the body into its arena first, and verifies it there.
 
