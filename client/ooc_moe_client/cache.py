@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import fields
 from types import TracebackType
 from typing import Any
@@ -29,7 +28,7 @@ from ooc_moe_client.prefetch import Prefetcher
 from ooc_moe_client.schedule import Schedule, Use
 from ooc_moe_client.slab import HostSlab, Slab
 from ooc_moe_client.store import ExpertStore, Priority, Sections
-from ooc_moe_client.table import Resident, State
+from ooc_moe_client.table import Group, Resident, State
 from ooc_moe_client.write_back import WriteBack
 from ooc_moe_wire.errors import InvalidRequest, TierFull, UnknownExpert
 from ooc_moe_wire.layout import Layout
@@ -103,9 +102,10 @@ class ExpertCache:
 
     # The working set
 
-    @contextmanager
-    def reading(self, experts: Sequence[int], *, sections: Sections = Sections.ALL, counted: bool = True) -> Iterator[list[int]]:
+    def reading(self, experts: Sequence[int], *, sections: Sections = Sections.ALL, counted: bool = True) -> Pinned:
         """Pins experts for reading; gives their slots, in the same order. Misses are fetched in one call.
+
+        What was read together before, and is still here, costs one look at the table.
 
         Args:
             experts: distinct ids, at most `capacity_experts` (see `waves`).
@@ -119,20 +119,11 @@ class ExpertCache:
             TierFull: too many slots are pinned.
             And what the store raises, or raised behind (CorruptRecord, Unavailable, StaleVersion, LostUpdate, NotTheWriter).
         """
-        residents = self._pin(experts, sections, counted)
-        try:
-            yield [resident.slot for resident in residents]
-        finally:
-            self._unpin(residents)
+        return Pinned(self, experts, sections, counted=counted)
 
-    @contextmanager
-    def updating(self, experts: Sequence[int]) -> Iterator[list[int]]:
+    def updating(self, experts: Sequence[int]) -> Pinned:
         """Pins experts for writing, both sections; they are dirty afterwards, also after an exception. Raises as `reading`."""
-        residents = self._pin(experts, Sections.ALL, counted=False, updating=True)
-        try:
-            yield [resident.slot for resident in residents]
-        finally:
-            self._unpin(residents, updated=True)
+        return Pinned(self, experts, Sections.ALL, counted=False, updating=True)
 
     def waves(self, experts: Sequence[int]) -> Iterator[list[int]]:
         """Cuts a list into pieces that fit the slots, in ascending order of ids, so that sums over them never depend on residency.
@@ -306,31 +297,43 @@ class ExpertCache:
                 f"bank {self.bank!r}: {len(experts)} experts at once, capacity_experts is {self.capacity_experts}; use waves()"
             )
 
-    def _pin(self, experts: Sequence[int], sections: Sections, counted: bool, updating: bool = False) -> list[Resident]:
-        self._check_reading(experts)
-        pinned: dict[int, Resident] = {}
+    def _pin(self, experts: tuple[int, ...], sections: Sections, counted: bool, updating: bool) -> Group:
         with self._core.changed:
             self._core.raise_error()
-            self._count(experts, sections, counted)
-            try:
-                self._pin_ready(experts, sections, pinned, updating)
-                if len(pinned) < len(experts):
-                    self._bring(experts, sections, pinned, updating)
-            except BaseException:
-                for resident in pinned.values():
-                    resident.pins -= 1
-                self._core.changed.notify_all()
-                raise
-            residents = [pinned[expert] for expert in experts]
-            for resident in residents:
-                resident.updating += updating
-            self._slab.acquire([resident.slot for resident in residents], writing=updating)
-        return residents
+            group = self._table.group(experts, sections)
+            if group is None or (updating and any(resident.copying for resident in group.residents)):
+                group = self._pin_singly(experts, sections, counted, updating)
+            else:
+                self._table.demand_group(group)
+                self._count(experts, len(experts), counted)
+                for resident in group.residents:
+                    resident.pins += 1
+            if updating:
+                for resident in group.residents:
+                    resident.updating += 1
+            self._slab.acquire(group.slots, writing=updating)
+        return group
 
-    def _unpin(self, residents: Sequence[Resident], *, updated: bool = False) -> None:
+    def _pin_singly(self, experts: tuple[int, ...], sections: Sections, counted: bool, updating: bool) -> Group:
+        """Looks at each expert, fetches what is not there, and waits for what is on its way."""
+        self._check_reading(experts)
+        pinned: dict[int, Resident] = {}
+        self._count(experts, self._demand(experts, sections), counted)
+        try:
+            self._pin_ready(experts, sections, pinned, updating)
+            if len(pinned) < len(experts):
+                self._bring(experts, sections, pinned, updating)
+        except BaseException:
+            for resident in pinned.values():
+                resident.pins -= 1
+            self._core.changed.notify_all()
+            raise
+        return self._table.make_group(experts, [pinned[expert] for expert in experts])
+
+    def _unpin(self, group: Group, *, updated: bool = False) -> None:
         with self._core.changed:
-            self._slab.release([resident.slot for resident in residents])
-            for resident in residents:
+            self._slab.release(group.slots)
+            for resident in group.residents:
                 resident.pins -= 1
                 if updated:
                     resident.updating -= 1
@@ -339,8 +342,8 @@ class ExpertCache:
             if self._prefetcher.waiting or self._write_back.waiting:
                 self._core.changed.notify_all()
 
-    def _count(self, experts: Sequence[int], sections: Sections, counted: bool) -> None:
-        """Notes the demand, and whether each expert is there for it."""
+    def _demand(self, experts: tuple[int, ...], sections: Sections) -> int:
+        """Notes the demand for each; how many are there for it."""
         ready = 0
         self._table.advance(experts)
         for expert in experts:
@@ -350,6 +353,9 @@ class ExpertCache:
             else:
                 self._table.demand(resident)
                 ready += resident.holds(sections)
+        return ready
+
+    def _count(self, experts: tuple[int, ...], ready: int, counted: bool) -> None:
         if counted:
             if self._on_access is not None:
                 self._on_access(experts)
@@ -457,6 +463,22 @@ class ExpertCache:
             if not (self._write_back.busy or loading):
                 raise TierFull(f"bank {self.bank!r}: all {self.capacity_experts} slots are pinned")
             self._core.changed.wait()
+
+
+class Pinned:
+    """A `with` block in which experts stay in their slots; gives these slots, in the order of the experts."""
+
+    __slots__ = ("_cache", "_counted", "_experts", "_group", "_sections", "_updating")
+
+    def __init__(self, cache: ExpertCache, experts: Sequence[int], sections: Sections, *, counted: bool, updating: bool = False) -> None:
+        self._cache, self._experts, self._sections, self._counted, self._updating = cache, experts, sections, counted, updating
+
+    def __enter__(self) -> list[int]:
+        self._group = self._cache._pin(tuple(self._experts), self._sections, self._counted, self._updating)
+        return self._group.slots
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._cache._unpin(self._group, updated=self._updating)
 
 
 def _slab_on(device: torch.device, layout: Layout, num_slots: int) -> Slab:

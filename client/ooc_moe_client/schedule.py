@@ -48,6 +48,8 @@ class Schedule:
 
     def advance(self, experts: Sequence[int]) -> bool:
         """These are used now, in one call. False where others' next uses are not as they were: some were skipped, or it is the end."""
+        if not self.num_left:
+            return True
         number = _first(self._same.get(tuple(experts), ()), self._at)
         if number is None:
             return True

@@ -18,6 +18,7 @@ from ooc_moe_wire.layout import Layout
 from ooc_moe_wire.policy import NextUse
 
 NEVER = -1
+GROUPS_MAX = 256
 
 
 class State(Enum):
@@ -51,6 +52,16 @@ class Resident:
         return self.state is State.READY and (self.sections is Sections.ALL or sections is Sections.PARAMETERS)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Group:
+    """Residents that were asked for together. What is asked for again and again is found by one look, as long as nobody of it left."""
+
+    experts: tuple[int, ...]
+    residents: list[Resident]
+    slots: list[int]
+    sections: Sections  # that all of them hold
+
+
 class Table:
     """Residents, free slots and their order of leaving. Every method needs the cache's lock."""
 
@@ -62,6 +73,8 @@ class Table:
         self._layout = layout
         self._counters = counters
         self._free = list(range(capacity - 1, -1, -1))
+        self._groups: dict[tuple[int, ...], Group] = {}
+        self._demanded: dict[Group, int] = {}  # groups that are still to be noted in the order, by the time of their demand
         self._order: NextUse[int] = NextUse(lambda expert: self.schedule.next_use(expert))
         self.num_removed = 0  # so far
         self._clock = 0  # experts demanded so far
@@ -82,8 +95,38 @@ class Table:
         if not self.schedule.advance(experts):
             self._reorder()
 
+    def group(self, experts: tuple[int, ...], sections: Sections) -> Group | None:
+        """These experts, if they were asked for together before, hold `sections`, and are all still here."""
+        group = self._groups.get(experts)
+        return group if group is not None and (group.sections is Sections.ALL or sections is Sections.PARAMETERS) else None
+
+    def make_group(self, experts: tuple[int, ...], residents: list[Resident]) -> Group:
+        """Remembers ready residents as a group."""
+        is_whole = all(resident.sections is Sections.ALL for resident in residents)
+        group = Group(experts, residents, [resident.slot for resident in residents], Sections.ALL if is_whole else Sections.PARAMETERS)
+        if len(self._groups) == GROUPS_MAX:
+            del self._groups[next(iter(self._groups))]
+        self._groups[experts] = group
+        return group
+
+    def demand_group(self, group: Group) -> None:
+        """As `advance` and `demand` of each; the order of eviction learns of it when somebody asks for it."""
+        self._clock += len(group.experts)
+        self._demanded.pop(group, None)
+        self._demanded[group] = self._clock
+        self.advance(group.experts)
+
+    def _settle(self) -> None:
+        """Notes the demands of groups, in their order."""
+        for group, clock in self._demanded.items():
+            for resident in group.residents:
+                resident.demanded_at = clock
+                self._order.touch(resident.expert)
+        self._demanded.clear()
+
     def _reorder(self) -> None:
         """Asks the schedule anew about everyone."""
+        self._settle()
         for expert in list(self._order.victims()):
             self._order.touch(expert)
 
@@ -104,6 +147,7 @@ class Table:
 
     def demand(self, resident: Resident) -> None:
         """Notes that the training thread asked for it."""
+        self._settle()
         self._clock += 1
         resident.demanded_at = self._clock
         if resident.prefetched:
@@ -130,6 +174,7 @@ class Table:
 
     def insert(self, expert: int, sections: Sections) -> Resident:
         """Puts an expert, still loading, into a free slot."""
+        self._settle()
         resident = self.residents[expert] = Resident(expert, self._free.pop(), sections, num_bytes(self._layout, sections))
         self._order.insert(expert)
         return resident
@@ -137,6 +182,8 @@ class Table:
     def remove(self, resident: Resident) -> None:
         """Empties its slot. What it held is clean, or in a buffer of the write-back."""
         assert resident.pins == 0, f"expert {resident.expert} leaves while it is pinned"
+        self._settle()
+        self._groups.clear()
         if resident.prefetched:
             self._counters.count_prefetch("wasted", resident.num_bytes)
         self.num_removed += 1
@@ -152,6 +199,7 @@ class Table:
 
     def idle(self) -> Iterator[Resident]:
         """Residents that nobody uses at the moment, the next to leave first."""
+        self._settle()
         for expert in self._order.victims():
             resident = self.residents[expert]
             if resident.state is State.READY and not (resident.pins or resident.copying):

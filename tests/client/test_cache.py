@@ -4,6 +4,7 @@ Races are played with a gated store: a call waits at the gate until the test has
 """
 
 import itertools
+import sys
 import threading
 from concurrent import futures
 
@@ -183,6 +184,36 @@ def test_the_least_recently_used_leaves_first(gated: GatedStore, bank: str):
         assert cache.stats().evictions == 1
 
 
+def test_the_order_of_leaving_is_that_of_the_last_uses_of_groups_too(gated: GatedStore, bank: str):
+    with ExpertCache(gated, bank, capacity_experts=4) as cache:
+        for experts in ([0, 1], [2, 3], [0, 1], [3, 0], [2, 3], [0, 1], [3, 0]):
+            visit(cache, experts)
+        visit(cache, [4])
+        visit(cache, [5])
+        with cache._core.changed:
+            assert sorted(cache._table.residents) == [0, 3, 4, 5]  # 2 was used before 1.
+
+
+def test_reading_what_was_read_together_before_costs_the_same_for_two_experts_and_for_six(gated: GatedStore, bank: str):
+    def calls_of(cache: ExpertCache, experts: list[int]) -> int:
+        events: list[str] = []
+        sys.setprofile(lambda frame, event, argument: events.append(event))
+        try:
+            with cache.reading(experts, sections=Sections.PARAMETERS, counted=True):
+                pass
+        finally:
+            sys.setprofile(None)
+        return sum(event in ("call", "c_call") for event in events)
+
+    with ExpertCache(gated, bank, capacity_experts=6) as cache:
+        for experts in ([0, 1], [0, 1, 2, 3, 4, 5]):
+            visit(cache, experts)
+        two, six = calls_of(cache, [0, 1]), calls_of(cache, [0, 1, 2, 3, 4, 5])
+        assert two == six < 50
+        visit(cache, [5, 4, 3, 2, 1, 0])
+        assert cache.stats().misses == 6
+
+
 def test_what_is_pinned_stays(gated: GatedStore, bank: str):
     with ExpertCache(gated, bank, capacity_experts=2) as cache:
         with cache.reading([0]) as slots:
@@ -300,6 +331,30 @@ def test_an_expert_changed_during_its_push_is_evicted_only_after_it(gated: Gated
         gated.let("push")
         assert reading.result(timeout=30) == [0]
         assert visit(cache, [0]) == [2]
+
+
+def test_saving_an_expert_keeps_nobody_from_reading_but_from_updating_it(gated: GatedStore, bank: str):
+    with ExpertCache(gated, bank, capacity_experts=2) as cache, futures.ThreadPoolExecutor() as pool:
+        update(cache, [0, 1])
+        copy_out, copying, go_on = cache._slab.copy_out, threading.Event(), threading.Event()
+
+        def slowly(slot: int, buffer: torch.Tensor):
+            copying.set()
+            assert go_on.wait(30)
+            return copy_out(slot, buffer)
+
+        cache._slab.copy_out = slowly  # type: ignore[method-assign]
+        cache.write_back([0])
+        assert copying.wait(30)
+        assert visit(cache, [0, 1]) == [1, 1]
+        assert cache.stats().dirty == 2
+        updating = pool.submit(update, cache, [0])
+        with pytest.raises(futures.TimeoutError):
+            updating.result(timeout=0.1)
+        go_on.set()
+        updating.result(timeout=30)
+        cache.flush()
+        assert step_of(gated, bank, 0) == 2
 
 
 def test_a_slot_is_not_copied_out_while_it_is_updated(gated: GatedStore, bank: str):
