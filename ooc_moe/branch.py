@@ -51,7 +51,7 @@ def branch(source: Path, run_dir: Path, name: str, *, games: Sequence[str] = (),
     for game in games:
         envs.check_name(game)
     schedule = (*old.games[: saved.progress.phase], *games) if games else old.games
-    config = dataclasses.replace(old, run_dir=run_dir, games=schedule, store=store or old.store)
+    config = dataclasses.replace(old, run_dir=run_dir, games=schedule, store=store or old.store, trace=None)
     if config.store is None:
         own = source / "store"
         raise InvalidRequest(f"store: {source} has a daemon of its own; run ooc-moe-server --data-dir {own} and give its address")

@@ -57,6 +57,12 @@ class Study:
             if policy != Belady.name:
                 _check_policy("policy", policy)
         _check_policy("dram_policy", self.dram_policy)
+        for name, words in (("hbm", self.hbm), ("dram", (self.dram,) if self.dram is not None else ())):
+            for word in words:
+                capacity(name, word, 1)
+        for every in self.switch_every:
+            if every < 1:
+                raise InvalidRequest(f"switch_every: {every} accesses are less than one")
 
     def setups(self, num_experts: int) -> Iterator[Setup]:
         """Every replay of a trace with so many experts."""
