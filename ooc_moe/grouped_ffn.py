@@ -7,6 +7,8 @@ Rows (M, D) and (M, H) are those of the wave, sorted by expert; G counts its exp
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import grouped_mm
@@ -26,7 +28,7 @@ def forward(
 
 def backward(
     parameters: list[dict[str, Tensor]],
-    gradients: list[dict[str, Tensor]],
+    gradients: Iterable[dict[str, Tensor]],
     counts: list[int],
     x_MD: Tensor,
     before_MH: Tensor,
@@ -46,8 +48,8 @@ def backward(
         "w2": grouped_mm(after_MH.t(), grad_out_MD, offs=ends_G),
         "b2": member_GM @ grad_out_MD,
     }
-    for name, new_G in new.items():
-        torch._foreach_add_([gradient[name] for gradient in gradients], list(new_G.unbind()))
+    for gradient, *added in zip(gradients, *(new_G.unbind() for new_G in new.values()), strict=True):
+        torch._foreach_add_([gradient[name] for name in new], added)
 
 
 def _groups(counts: list[int], device: torch.device) -> tuple[Tensor, Tensor]:

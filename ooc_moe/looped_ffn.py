@@ -6,6 +6,8 @@ hidden units in the CPU's caches, too. Rows (M, D) and (M, H) are those of the w
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -28,7 +30,7 @@ def forward(
 
 def backward(
     parameters: list[dict[str, Tensor]],
-    gradients: list[dict[str, Tensor]],
+    gradients: Iterable[dict[str, Tensor]],
     counts: list[int],
     x_MD: Tensor,
     before_MH: Tensor,

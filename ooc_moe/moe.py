@@ -154,7 +154,8 @@ class _MixedExperts(torch.autograd.Function):
         pieces = _pieces(counts, rows_MD, before_MH, after_MH, grad_out_MD, grad_rows_MD)
 
         def work(places: slice, parameters: list[dict[str, Tensor]]) -> None:
-            gradients = [ctx.experts.gradients.of(expert) for expert in experts[places]]
+            # One by one: zeros are still in the CPU's caches when the first product is added to them.
+            gradients = map(ctx.experts.gradients.of, experts[places])
             backward_wave(parameters, gradients, counts[places], *pieces(places))
 
         ctx.experts.visit(experts, work, counted=False)
