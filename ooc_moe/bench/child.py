@@ -1,4 +1,4 @@
-"""The other processes of the benchmark: one that makes the records, and one each that serves them by TCP and by Arrow Flight, or streams.
+"""The other processes of the benchmark: one that makes the records, and one each that serves them (TCP, bare gRPC, Flight) or streams.
 
 `child(role, ...)` starts one, waits for the line in which it says that it is ready, and ends it. Each holds the records by the file
 descriptor that it inherits, so none makes a copy.
@@ -81,6 +81,13 @@ def _flight(fd: str, num_bytes: str, record_bytes: str) -> None:
     serve(mmap.mmap(int(fd), int(num_bytes), prot=mmap.PROT_READ), int(record_bytes), _ready)
 
 
+def _bare(fd: str, num_bytes: str) -> None:
+    """Serves the records, and echoes, by bare gRPC."""
+    from ooc_moe.bench.bare import serve
+
+    serve(memoryview(mmap.mmap(int(fd), int(num_bytes), prot=mmap.PROT_READ)), _ready)
+
+
 def _stream(target: str, bank: str) -> None:
     """Fetches a whole bank over the stream, again and again."""
     from ooc_moe.bench.ours import stream_for_ever
@@ -88,7 +95,7 @@ def _stream(target: str, bank: str) -> None:
     stream_for_ever(target, bank, _ready)
 
 
-ROLES: dict[str, Callable[..., None]] = {"fill": _fill, "tcp": _tcp, "flight": _flight, "stream": _stream}
+ROLES: dict[str, Callable[..., None]] = {"fill": _fill, "tcp": _tcp, "flight": _flight, "bare": _bare, "stream": _stream}
 
 if __name__ == "__main__":
     stop_with_parent()

@@ -194,16 +194,19 @@ def stream_for_ever(target: str, bank: str, ready: Callable[[], None]) -> None:
             pass
 
 
-def stats_latencies(daemon: Daemon, *, seconds: float) -> tuple[list[float], float]:
-    """The milliseconds of each GetStats in that time, and the GB/s that the daemon served meanwhile."""
+def stats_latencies(daemon: Daemon, echo: Callable[[], None], *, seconds: float) -> tuple[list[float], list[float], float]:
+    """The milliseconds of each GetStats and of each echo of an idle server in that time; the GB/s that the daemon served meanwhile."""
     with daemon.store(Plane.STREAM) as store:
         before = store.stats()
         began = time.perf_counter()
-        latencies = []
+        latencies: list[float] = []
+        echoes: list[float] = []
         while time.perf_counter() - began < seconds:
-            asked = time.perf_counter()
-            now = store.stats()
-            latencies.append((time.perf_counter() - asked) * 1e3)
-            time.sleep(STATS_INTERVAL_S)
+            for call, taken in ((store.stats, latencies), (echo, echoes)):
+                asked = time.perf_counter()
+                call()
+                taken.append((time.perf_counter() - asked) * 1e3)
+                time.sleep(STATS_INTERVAL_S)
+        now = store.stats()
         served = (now.total.fetched_bytes - before.total.fetched_bytes) / (time.perf_counter() - began) / 1e9
-    return latencies, served
+    return latencies, echoes, served

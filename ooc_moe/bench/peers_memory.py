@@ -1,4 +1,4 @@
-"""Peers that move records between processes in memory: memcpy, TCP, Arrow Flight, Ray.
+"""Peers that move records between processes in memory: memcpy, TCP, bare gRPC, Arrow Flight, Ray.
 
 Each is a context manager that gives its paths and takes down what it set up. What is timed, peer by peer, is said beside it. Modules of the
 `bench` extra are imported when their peer is asked for.
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from ooc_moe.bench import bare
 from ooc_moe.bench.child import child
 from ooc_moe.bench.harness import Path, WrongBytes
 from ooc_moe.bench.records import Records
@@ -53,6 +54,13 @@ def _receive(connection: socket.socket, into: memoryview) -> None:
         if not count:
             raise WrongBytes(f"the sender ended after {done} of {len(into)} bytes")
         done += count
+
+
+@contextmanager
+def grpc(records: Records) -> Iterator[list[Path]]:
+    """Bare gRPC for Python (bare.py): one stream of messages as large as ours, each copied into the caller's memory."""
+    with child("bare", str(records.fd), str(records.num_bytes), pass_fds=(records.fd,)) as port, bare.connected(port) as client:
+        yield [Path(name="grpc", run=lambda: client.stream_into(records.destination.data), check=records.check)]
 
 
 @contextmanager

@@ -22,10 +22,11 @@ from pathlib import Path as FilePath
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from ooc_moe.bench import machine, ours, peers_disk, peers_memory
+from ooc_moe.bench import bare, machine, ours, peers_disk, peers_memory
+from ooc_moe.bench.child import child
 from ooc_moe.bench.harness import Path, measure, warm_up
 from ooc_moe.bench.records import SAMPLE_BYTES, Records, check_record_bytes, count_of, made
-from ooc_moe.bench.results import Results, Row, StatsRow, size_text, with_ratios
+from ooc_moe.bench.results import Latency, Results, Row, StatsRow, size_text, with_ratios
 from ooc_moe_wire.errors import InvalidRequest
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ PATHS: dict[str, tuple[str, ...]] = {
         "ray",
         "flight",
         "tcp",
+        "grpc",
         "flight put",
         "ray put",
     ),
@@ -217,6 +219,7 @@ _PEERS: dict[str, tuple[tuple[tuple[str, ...], Peer], ...]] = {
     "fetch": (
         (("memcpy",), _in_memory(peers_memory.memcpy)),
         (("tcp",), _in_memory(peers_memory.tcp)),
+        (("grpc",), _in_memory(peers_memory.grpc)),
         (("flight", "flight put"), _in_memory(peers_memory.flight)),
         (("ray", "ray put"), _in_memory(peers_memory.ray)),
     ),
@@ -239,24 +242,26 @@ def _measure_stats(bench: StoreBench, directory: FilePath) -> StatsRow:
     size = STATS_RECORD_BYTES if STATS_RECORD_BYTES in bench.sizes else max(bench.sizes)
     seconds = QUICK_STATS_ROUND_S if bench.quick else STATS_ROUND_S
     latencies: list[float] = []
+    echoes: list[float] = []
     served: list[float] = []
     with ExitStack() as stack:
         records = stack.enter_context(made(size, count_of(size, quick=bench.quick)))
         scratch = stack.enter_context(_scratch(directory))
         daemon = stack.enter_context(ours.daemon(records, scratch, arena_records=records.count + ours.SPARE_RECORDS))
         ours.fill(daemon, records)
+        port = stack.enter_context(child("bare", str(records.fd), str(records.record_bytes), pass_fds=(records.fd,)))
+        echo = stack.enter_context(bare.connected(port)).echo
         stack.enter_context(ours.streams(daemon))
         for _ in range(bench.num_rounds):
-            taken, rate = ours.stats_latencies(daemon, seconds=seconds)
+            taken, echoed, rate = ours.stats_latencies(daemon, echo, seconds=seconds)
             latencies += taken
+            echoes += echoed
             served.append(rate)
-    latencies.sort()
     return StatsRow(
         record_bytes=size,
         calls=len(latencies),
-        p50_ms=statistics.median(latencies),
-        p99_ms=latencies[min(len(latencies) - 1, round(0.99 * len(latencies)))],
-        max_ms=latencies[-1],
+        latency=Latency.of(latencies),
+        echo=Latency.of(echoes),
         streams=ours.STREAMS,
         served=statistics.median(served),
     )

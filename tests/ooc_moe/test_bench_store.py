@@ -18,16 +18,14 @@ import pytest
 from ooc_moe.bench import store as bench_store
 from ooc_moe.bench.harness import Path, Spread, WrongBytes, measure, warm_up
 from ooc_moe.bench.records import Records, made
-from ooc_moe.bench.results import NOTES, Ratio, Results, StatsRow, markdown, save, with_ratios
+from ooc_moe.bench.results import NOTES, Latency, Ratio, Results, StatsRow, markdown, save, with_ratios
 from ooc_moe.bench.store import TITLES, StoreBench
 from ooc_moe.cli import main
 from ooc_moe_wire.errors import InvalidRequest
 
 MIB = 1 << 20
 # Ours and the peers that need nothing installed.
-BUILT_IN = (
-    "fetch/local,fetch/local-xxh3,fetch/stream,fetch/stream-unix,fetch/memcpy,fetch/tcp,push/local,push/stream,push/raw,nvme/local,nvme/raw"
-)
+BUILT_IN = "fetch/local,fetch/local-xxh3,fetch/stream,fetch/stream-unix,fetch/memcpy,fetch/tcp,fetch/grpc,push/local,push/stream,push/raw,nvme/local,nvme/raw"
 
 
 def bench(*words: str) -> int:
@@ -56,7 +54,8 @@ def test_statistics_are_timed_while_four_clients_stream(tmp_path, capsys):
     assert stats["streams"] == 4
     assert stats["served"] > 0
     assert stats["calls"] > 0
-    assert 0 < stats["p50_ms"] <= stats["p99_ms"] <= stats["max_ms"]
+    for latency in (stats["latency"], stats["echo"]):
+        assert 0 < latency["p50_ms"] <= latency["p99_ms"] <= latency["max_ms"]
 
 
 @pytest.fixture
@@ -154,7 +153,14 @@ def test_spreads_are_medians_and_quartiles():
 
 
 def test_the_saved_table_says_how_it_was_made_and_keeps_the_notes(tmp_path):
-    stats = StatsRow(record_bytes=MIB, calls=10, p50_ms=2.0, p99_ms=12.0, max_ms=30.0, streams=4, served=2.5)
+    stats = StatsRow(
+        record_bytes=MIB,
+        calls=10,
+        latency=Latency(p50_ms=2.0, p99_ms=12.0, max_ms=30.0),
+        echo=Latency(p50_ms=1.0, p99_ms=8.0, max_ms=9.0),
+        streams=4,
+        served=2.5,
+    )
     rows = with_ratios("fetch", 8 * MIB, {"local": [9.0, 9.0], "memcpy": [10.0, 10.0]})
     results = Results(
         rows=tuple(rows), stats=stats, missing=("fio (apt install fio)",), facts={"command": "`ooc-moe bench store`"}, rounds=2
@@ -165,7 +171,7 @@ def test_the_saved_table_says_how_it_was_made_and_keeps_the_notes(tmp_path):
     assert "- command: `ooc-moe bench store`" in text
     assert "- missing: fio (apt install fio)" in text
     assert "| **fetch from DRAM** | local | 8 MiB | 9.00 [9.00, 9.00] | 0.90 x memcpy | 0.85 | 0.95 | must |" in text
-    assert "p99 12.0 ms (p50 2.0) | 25 ms | 10 ms | must |" in text
+    assert "p99 12.0 ms (p50 2.0); an idle server's 8.0 ms | 25 ms | 10 ms | must |" in text
     path.write_text(text[: text.index(NOTES)] + f"{NOTES}\n\nThe copy does.\n")
     save(results, TITLES, path)
     assert path.read_text() == markdown(results, TITLES, notes=f"{NOTES}\n\nThe copy does.\n")
