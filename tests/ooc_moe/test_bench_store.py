@@ -25,7 +25,10 @@ from ooc_moe_wire.errors import InvalidRequest
 
 MIB = 1 << 20
 # Ours and the peers that need nothing installed.
-BUILT_IN = "fetch/local,fetch/local-xxh3,fetch/stream,fetch/stream-unix,fetch/memcpy,fetch/tcp,fetch/grpc,push/local,push/stream,push/raw,nvme/local,nvme/raw"
+BUILT_IN = (
+    "fetch/local,fetch/local-xxh3,fetch/stream,fetch/stream-unix,fetch/memcpy,fetch/tcp,fetch/grpc,"
+    "push/local,push/stream,push/raw,nvme/local,nvme/raw"
+)
 
 
 def bench(*words: str) -> int:
