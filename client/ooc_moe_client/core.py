@@ -15,8 +15,8 @@ from ooc_moe_client.cache_stats import Counters
 from ooc_moe_client.slab import Slab
 from ooc_moe_client.store import ExpertStore, Fetched, Priority, Sections
 from ooc_moe_client.table import Resident, State, Table, num_bytes
-from ooc_moe_wire.errors import InvalidRequest, LostUpdate
-from ooc_moe_wire.layout import Layout
+from ooc_moe_wire.errors import InvalidRequest, LostUpdate, UnknownExpert
+from ooc_moe_wire.layout import BankSpec
 
 log = logging.getLogger(__name__)
 
@@ -24,21 +24,26 @@ log = logging.getLogger(__name__)
 class Core:
     """The shared state of one cache. `changed` guards everything in it, and is notified whenever a waiter might go on."""
 
-    def __init__(
-        self, store: ExpertStore, bank: str, layout: Layout, slab: Slab, capacity: int, admission: AdmissionMode = AdmissionMode.OFF
-    ) -> None:
+    def __init__(self, store: ExpertStore, spec: BankSpec, slab: Slab, capacity: int, admission: AdmissionMode = AdmissionMode.OFF) -> None:
         self.store = store
-        self.bank = bank
-        self.layout = layout
+        self.bank = spec.name
+        self.layout = spec.layout
+        self.num_experts = spec.num_experts
         self.slab = slab
         self.changed = threading.Condition()
         self.counters = Counters()
-        self.table = Table(layout, capacity, self.counters)
+        self.table = Table(spec.layout, capacity, self.counters)
         self.admission = Admission(admission)
         self.acknowledged: dict[int, int] = {}  # by expert: the newest version of our own pushes
         self.demanding = False  # the training thread is taking slots; speculation stands back
         self.closed = False
         self._error: Exception | None = None
+
+    def check_ids(self, experts: Sequence[int]) -> None:
+        """Raises UnknownExpert for an id outside the bank."""
+        for expert in experts:
+            if not 0 <= expert < self.num_experts:
+                raise UnknownExpert(f"bank {self.bank!r}: expert {expert} is not between 0 and {self.num_experts - 1}")
 
     def fail(self, error: Exception) -> None:
         """Keeps a background error for the training thread; the first one wins, the others are logged."""
