@@ -238,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         code = app(args=arguments if arguments is None else list(arguments), standalone_mode=False)
     except OocMoeError as error:
-        _fail(str(error))
+        _fail("; ".join((str(error), *getattr(error, "__notes__", ()))))
     except OSError as error:
         _fail(f"{error.filename or 'system'}: {error.strerror or error}")
     except typer.TyperException as error:

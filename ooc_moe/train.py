@@ -35,7 +35,7 @@ from ooc_moe.session import Session, check_device, open_session, open_store
 from ooc_moe.stem_replay import FRAMES_PER_GAME, StemReplay
 from ooc_moe.trace import TraceWriter, check_new
 from ooc_moe_client.store import ExpertStore
-from ooc_moe_wire.errors import InvalidRequest
+from ooc_moe_wire.errors import InvalidRequest, OocMoeError
 
 DETECTOR_FRAMES = 64
 
@@ -116,13 +116,21 @@ def _create_banks(config: RunConfig, store: ExpertStore) -> None:
 def _run(config: RunConfig, store: ExpertStore, console: Console, saved: checkpoint.Checkpoint | None = None) -> None:
     with ExitStack() as stack:
         trace = None if config.trace is None else stack.enter_context(closing(TraceWriter(Path(config.trace), config.trace_info())))
-        session = stack.enter_context(open_session(config, store, config.agent.bank_names(config.name), trace=trace))
+        banks = config.agent.bank_names(config.name)
+        for bank in banks:
+            store.open_for_writing(bank)  # A second trainer is refused now, not after its first rollout.
+        session = stack.enter_context(open_session(config, store, banks, trace=trace))
         writer = MetricsWriter(config.run_dir)
         stack.callback(writer.close)
         trainer = Trainer(session, writer, console)
         if saved is not None:
             trainer.load(saved)
-        trainer.run()
+        try:
+            trainer.run()
+        except OocMoeError as error:
+            if not isinstance(error, InvalidRequest):  # That would come again.
+                error.add_note(trainer.how_to_go_on())
+            raise
     report = write_report(config.run_dir)
     for table in summary_tables(config.run_dir):
         console.print(table)
@@ -143,6 +151,7 @@ class Trainer:
         self._checkpoints = self.config.run_dir / checkpoint.DIRECTORY
         self._snapshot_prefix = f"{self.config.name}/update-"
         self._snapshot_id: int | None = None
+        self._saved_at: checkpoint.Progress | None = None
         self._dense_state: dict[str, Any] | None = None
 
     def run(self) -> None:
@@ -160,6 +169,15 @@ class Trainer:
                     raise Interrupted(f"stopped after {game}; saved in {self.config.run_dir}")
         cache, store = self.session.cache_stats().to_dict(), self.session.store_stats()
         self.writer.log("done", step=self.at.step, update=self.at.update, cache=cache, store=store)
+
+    def how_to_go_on(self) -> str:
+        """For the message of what stopped the run: where it was, and the way back to its last checkpoint."""
+        if self._saved_at is None:
+            return "the run has no checkpoint yet: begin it again under another --name"
+        return (
+            f"stopped at step {self.at.step}; once that is mended, go on from the checkpoint of step {self._saved_at.step} with "
+            f"ooc-moe train --resume --run-dir {self.config.run_dir}"
+        )
 
     def _learn(self, game: str, progress: Progress, interrupted: Callable[[], bool]) -> None:
         """Plays and learns one game, then leaves it."""
@@ -251,6 +269,7 @@ class Trainer:
         if also is not None:
             checkpoint.save(self._checkpoints / also, saved)
         checkpoint.save(self._checkpoints / checkpoint.LATEST, saved)
+        self._saved_at = self.at
         older, self._snapshot_id = self._snapshot_id, None if also else snapshot.id
         if older is not None:
             self.session.store.delete_snapshot(older)
@@ -275,7 +294,8 @@ class Trainer:
 
     def load(self, saved: checkpoint.Checkpoint) -> None:
         """Takes up a checkpoint; the banks are already restored to its snapshot."""
-        self.at, state = saved.progress, saved.state
+        self.at = self._saved_at = saved.progress
+        state = saved.state
         self.agent.load_state_dict(state["agent"])
         self.session.detector.load_state_dict(state["detector"])
         self.stem_replay.load_state_dict(state["stem_replay"])

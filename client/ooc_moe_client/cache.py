@@ -11,6 +11,7 @@ evicted, slab.py where the bytes lie. Deliberately knows nothing of layers, rout
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from types import TracebackType
@@ -32,6 +33,8 @@ from ooc_moe_client.table import State
 from ooc_moe_client.write_back import WriteBack
 from ooc_moe_wire.errors import InvalidRequest
 from ooc_moe_wire.layout import Layout
+
+log = logging.getLogger(__name__)
 
 PREFETCH_EXPERTS_MAX = 64
 
@@ -222,6 +225,7 @@ class ExpertCache:
         Raises:
             InvalidRequest: an expert is pinned, or has changes that the store does not have.
         """
+        newest = self._core.newest_version()
         with self._core.changed:
             self._core.raise_error()
             self._prefetcher.cancel()
@@ -237,6 +241,7 @@ class ExpertCache:
             for resident in list(self._table.residents.values()):
                 self._table.remove(resident)
             self._core.acknowledged.clear()
+            self._core.version_at_open = newest
 
     def stats(self) -> CacheStats:
         """The cache at this moment. From any thread."""
@@ -277,7 +282,13 @@ class ExpertCache:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self.close()
+        """Closes. What goes wrong in that does not hide what went wrong before."""
+        try:
+            self.close()
+        except Exception as later:
+            if error is None:
+                raise
+            log.info("bank %s: closing after an error, another one: %s", self.bank, later)
 
 
 def _slab_on(device: torch.device, layout: Layout, num_slots: int) -> Slab:

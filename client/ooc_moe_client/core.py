@@ -15,7 +15,7 @@ from ooc_moe_client.cache_stats import Counters
 from ooc_moe_client.slab import Slab
 from ooc_moe_client.store import ExpertStore, Fetched, Priority, Sections
 from ooc_moe_client.table import Resident, State, Table, num_bytes
-from ooc_moe_wire.errors import InvalidRequest, LostUpdate, UnknownExpert
+from ooc_moe_wire.errors import InvalidRequest, LostUpdate, StaleVersion, UnknownExpert
 from ooc_moe_wire.layout import BankSpec
 
 log = logging.getLogger(__name__)
@@ -35,6 +35,7 @@ class Core:
         self.table = Table(spec.layout, capacity, self.counters)
         self.admission = Admission(admission)
         self.acknowledged: dict[int, int] = {}  # by expert: the newest version of our own pushes
+        self.version_at_open = self.newest_version()  # what is newer and not our own is another writer's
         self.demanding = False  # the training thread is taking slots; speculation stands back
         self.closed = False
         self._error: Exception | None = None
@@ -44,6 +45,10 @@ class Core:
         for expert in experts:
             if not 0 <= expert < self.num_experts:
                 raise UnknownExpert(f"bank {self.bank!r}: expert {expert} is not between 0 and {self.num_experts - 1}")
+
+    def newest_version(self) -> int:
+        """Of the whole bank, as the store has it now."""
+        return self.store.get_bank(self.bank).newest_version
 
     def fail(self, error: Exception) -> None:
         """Keeps a background error for the training thread; the first one wins, the others are logged."""
@@ -83,7 +88,8 @@ class Core:
                 sections=sections,
                 priority=priority,
             ):
-                self._check_version(fetched)
+                if not self._is_right_version(fetched, priority):
+                    continue
                 self.slab.landed(loading[fetched.expert].slot, size)
                 self._ready(loading.pop(fetched.expert), fetched)
             with self.changed:
@@ -91,12 +97,21 @@ class Core:
         finally:
             self._drop(list(loading.values()))
 
-    def _check_version(self, fetched: Fetched) -> None:
+    def _is_right_version(self, fetched: Fetched, priority: Priority) -> bool:
+        """What this cache writes nobody else may have written: an older version is wrong, and so is a newer one that is not its own.
+
+        A newer one by prefetch is only not taken, for it may be a snapshot restored since (see `ExpertCache.forget`).
+        """
         newest = self.acknowledged.get(fetched.expert, 0)
         if fetched.version < newest:
             raise LostUpdate(
                 f"bank {self.bank!r}, expert {fetched.expert}: the store gave version {fetched.version}, but had acknowledged {newest}"
             )
+        if self.acknowledged and fetched.version > (newest or self.version_at_open):
+            if priority is Priority.DEMAND:
+                raise StaleVersion(f"bank {self.bank!r}, expert {fetched.expert}: another writer made version {fetched.version} meanwhile")
+            return False
+        return True
 
     def _ready(self, resident: Resident, fetched: Fetched) -> None:
         with self.changed:

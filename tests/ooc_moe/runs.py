@@ -29,7 +29,7 @@ PPO = PPOConfig(num_envs=4, rollout_steps=8, epochs=2, minibatch_segments=4)
 def tiny_run(run_dir: Path, **changes: Any) -> RunConfig:
     """Two updates in each game, through all tiers: HBM holds half of the experts and so does DRAM."""
     fields = {"games": ("krull", "road_runner"), "steps_per_game": 64, "eval_envs": 2, "eval_steps": 12, "seed": 7}
-    return RunConfig(run_dir=run_dir, agent=PRESETS["tiny"], ppo=PPO, **(fields | changes))
+    return RunConfig(run_dir=run_dir, **({"agent": PRESETS["tiny"], "ppo": PPO} | fields | changes))
 
 
 def play(config: RunConfig, store: ExpertStore) -> CacheStats:

@@ -26,6 +26,9 @@ from ooc_moe_client.store import Plane
 from tests.conftest import DaemonProcess
 from tests.ooc_moe.runs import assert_same_end, bodies, play, without_clock
 
+# Not by a signal: a cache that waits for ever would wait again while it is closed.
+pytestmark = pytest.mark.timeout(120, method="thread")
+
 # Two layers with a pool of three each: a step needs six experts, a layer three.
 AGENT = dataclasses.replace(PRESETS["tiny"], num_experts=16, pool_size=3)
 PER_LAYER = dataclasses.replace(AGENT, banks="per-layer", num_experts=8)
@@ -138,7 +141,6 @@ def test_training_with_room_for_few_experts_computes_the_same_bits(train, varian
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("prefetch", get_args(PrefetchSource))
 @pytest.mark.parametrize("plane", ["stream", "local"])
 @pytest.mark.parametrize("hbm_experts", [ALL, QUARTER, ONE_LAYER, LESS, ONE])

@@ -16,6 +16,8 @@ class LossyProxy:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._sockets: list[socket.socket] = []
         self._losing: set[socket.socket] = set()
+        self.refuses = False
+        """Whether connections end as they are made."""
         threading.Thread(target=self._accept, daemon=True).start()
 
     @property
@@ -46,6 +48,10 @@ class LossyProxy:
                 server = socket.create_connection(self._upstream)
             except OSError:
                 return
+            if self.refuses:
+                client.close()
+                server.close()
+                continue
             self._sockets += [client, server]
             threading.Thread(target=self._pump, args=(client, server), daemon=True).start()
             threading.Thread(target=self._pump, args=(server, client), daemon=True).start()
