@@ -17,7 +17,7 @@ from ooc_moe_client.connection import Connection, Responses
 from ooc_moe_client.local_plane import LocalCall
 from ooc_moe_client.planes import Planes
 from ooc_moe_client.store import Fetched, Priority, Sections, Tier
-from ooc_moe_wire.codec import HOLDS_NONE, Assembler, Checksums, ChunkView, decode_fetch_response, verify
+from ooc_moe_wire.codec import HOLDS_NONE, Assembler, Checksums, ChunkView, HashingAssembler, compare, decode_fetch_response
 from ooc_moe_wire.errors import CorruptRecord, DeadlineExceeded, Internal, InvalidRequest, OocMoeError, Unavailable, error_named
 from ooc_moe_wire.layout import Layout
 from ooc_moe_wire.local import FETCHED_MAX
@@ -162,16 +162,18 @@ class FetchStream:
             return None
         if not header.unchanged:
             with self._connection.errors():
-                body = self._receive_body(header, what)
+                received = self._receive_body(header, what)
             try:
-                if self._verify:
-                    verify(self._layout, body, Checksums(header.parameter_xxh3, header.optimizer_xxh3), what=what)
+                if received is not None:
+                    expected = Checksums(header.parameter_xxh3, header.optimizer_xxh3)
+                    compare(received, expected, whole=self._sections is Sections.ALL, what=what)
             except CorruptRecord as error:
                 self._fail(header.expert, error)
                 return None
         return self._arrived(header.expert, header.version, header.served_from, unchanged=header.unchanged)
 
-    def _receive_body(self, header: expert_pb2.ExpertHeader, what: str) -> memoryview:
+    def _receive_body(self, header: expert_pb2.ExpertHeader, what: str) -> Checksums | None:
+        """Receives the chunks; returns what their bytes hash to, if that is to be verified."""
         optimizer_bytes = self._layout.optimizer_bytes if self._sections is Sections.ALL else 0
         if (header.parameter_bytes, header.optimizer_bytes) != (self._layout.parameter_bytes, optimizer_bytes):
             raise InvalidRequest(
@@ -179,7 +181,8 @@ class FetchStream:
                 f"the layout has {self._layout.parameter_bytes} and {optimizer_bytes}"
             )
         body = self._landing(header.expert)
-        assembler = Assembler(body, what=what)
+        hashing = HashingAssembler(body, parameter_bytes=self._layout.parameter_bytes, what=what) if self._verify else None
+        assembler = hashing or Assembler(body, what=what)
         call = self._call
         assert call is not None
         assert not isinstance(call, LocalCall)
@@ -188,7 +191,7 @@ class FetchStream:
             if message is None:
                 raise Internal(f"{what}: the stream ended in the middle")
             assembler.add(message if isinstance(message, ChunkView) else message.chunk)
-        return body
+        return hashing.checksums if hashing else None
 
     # The local plane
 
@@ -230,12 +233,12 @@ class FetchStream:
         if checksums is None:
             self._num_overwritten += 1
             return None
-        if checksums.parameters != parameters or (self._sections is Sections.ALL and checksums.optimizer != optimizer):
-            try:  # Hashed once more, for the error that says what differs.
-                verify(self._layout, body, Checksums(parameters, optimizer), what=f"bank {self._bank!r}, expert {expert}")
-            except CorruptRecord as error:
-                self._fail(expert, error)
-                return None
+        try:
+            expected = Checksums(parameters, optimizer)
+            compare(checksums, expected, whole=self._sections is Sections.ALL, what=f"bank {self._bank!r}, expert {expert}")
+        except CorruptRecord as error:
+            self._fail(expert, error)
+            return None
         return self._arrived(expert, version, tier)
 
     def _give_back(self) -> None:

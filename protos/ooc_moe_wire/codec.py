@@ -268,3 +268,25 @@ class Assembler:
             )
         self.body[offset:end] = payload
         self._received = end
+
+
+class HashingAssembler(Assembler):
+    """Hashes each chunk as it lands, while it is in the processor's cache."""
+
+    def __init__(self, body: memoryview, *, parameter_bytes: int, what: str) -> None:
+        super().__init__(body, what=what)
+        self._parameter_bytes = parameter_bytes
+        self._parameters, self._optimizer = xxhash.xxh3_64(), xxhash.xxh3_64()
+
+    def add(self, chunk: expert_pb2.Chunk | ChunkView) -> None:
+        """See Assembler."""
+        start, split = self._received, self._parameter_bytes
+        super().add(chunk)
+        self._parameters.update(self.body[start : min(self._received, split)])
+        self._optimizer.update(self.body[max(start, split) : self._received])
+
+    @property
+    def checksums(self) -> Checksums:
+        """Of what came, as `Checksums.of`."""
+        has_optimizer = len(self.body) > self._parameter_bytes
+        return Checksums(self._parameters.intdigest(), self._optimizer.intdigest() if has_optimizer else 0)

@@ -12,6 +12,7 @@ from ooc_moe_wire.codec import (
     Assembler,
     Checksums,
     ChunkView,
+    HashingAssembler,
     RecordHeader,
     chunks,
     copy_hashed,
@@ -163,6 +164,22 @@ def test_an_assembler_takes_pieces_of_any_size(body, data):
         assembler.add(expert_pb2.Chunk(offset=offset, payload=body[offset:end]))
         offset = end
     assert received == body
+
+
+@given(st.binary(min_size=1, max_size=100), st.data())
+def test_a_hashing_assembler_makes_the_checksums_of_the_body(body, data):
+    layout = Layout(parameters=(TensorSpec(name="w", shape=(1024,)),), optimizer=(TensorSpec(name="m", shape=(2048,)),))
+    body = memoryview((body * layout.body_bytes)[: layout.body_bytes])
+    body = body[: data.draw(st.sampled_from([layout.parameter_bytes, layout.body_bytes]))]
+    received = bytearray(len(body))
+    assembler = HashingAssembler(memoryview(received), parameter_bytes=layout.parameter_bytes, what="expert 5")
+    offset = 0
+    while not assembler.complete:
+        end = data.draw(st.integers(offset + 1, len(body)))
+        assembler.add(expert_pb2.Chunk(offset=offset, payload=bytes(body[offset:end])))
+        offset = end
+    assert received == body
+    assert assembler.checksums == Checksums.of(layout, body)
 
 
 @pytest.mark.parametrize(
