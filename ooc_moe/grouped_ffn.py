@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import grouped_mm
+from torch.nn import functional
 
 
 def forward(
@@ -19,10 +19,10 @@ def forward(
 ) -> None:
     """As `looped_ffn.forward`, rows in bfloat16."""
     group_M, ends_G = _groups(counts, x_MD.device)
-    products_MH = grouped_mm(x_MD, _cast(parameters, "w1"), offs=ends_G)
+    products_MH = functional.grouped_mm(x_MD, _cast(parameters, "w1"), offs=ends_G)
     torch.add(products_MH, _cast(parameters, "b1").index_select(0, group_M), out=before_MH)
     torch.ops.aten.gelu.out(before_MH, out=after_MH)
-    products_MD = grouped_mm(after_MH, _cast(parameters, "w2"), offs=ends_G)
+    products_MD = functional.grouped_mm(after_MH, _cast(parameters, "w2"), offs=ends_G)
     torch.add(products_MD, _cast(parameters, "b2").index_select(0, group_M), out=out_MD)
 
 
@@ -39,13 +39,13 @@ def backward(
     """As `looped_ffn.backward`, rows in bfloat16 and gradients of parameters in float32."""
     group_M, ends_G = _groups(counts, x_MD.device)
     member_GM = (torch.arange(len(counts), device=x_MD.device).unsqueeze(1) == group_M).to(x_MD.dtype)
-    grad_after_MH = grouped_mm(grad_out_MD, _cast(parameters, "w2").transpose(1, 2), offs=ends_G)
+    grad_after_MH = functional.grouped_mm(grad_out_MD, _cast(parameters, "w2").transpose(1, 2), offs=ends_G)
     grad_before_MH = torch.ops.aten.gelu_backward(grad_after_MH, before_MH)
     grad_x_MD.copy_(grouped_mm(grad_before_MH, _cast(parameters, "w1").transpose(1, 2), offs=ends_G))
     new = {
-        "w1": grouped_mm(x_MD.t(), grad_before_MH, offs=ends_G),
+        "w1": functional.grouped_mm(x_MD.t(), grad_before_MH, offs=ends_G),
         "b1": member_GM @ grad_before_MH,
-        "w2": grouped_mm(after_MH.t(), grad_out_MD, offs=ends_G),
+        "w2": functional.grouped_mm(after_MH.t(), grad_out_MD, offs=ends_G),
         "b2": member_GM @ grad_out_MD,
     }
     for gradient, *added in zip(gradients, *(new_G.unbind() for new_G in new.values()), strict=True):

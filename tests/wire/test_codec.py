@@ -166,20 +166,16 @@ def test_an_assembler_takes_pieces_of_any_size(body, data):
     assert received == body
 
 
-@given(st.binary(min_size=1, max_size=100), st.data())
-def test_a_hashing_assembler_makes_the_checksums_of_the_body(body, data):
-    layout = Layout(parameters=(TensorSpec(name="w", shape=(1024,)),), optimizer=(TensorSpec(name="m", shape=(2048,)),))
-    body = memoryview((body * layout.body_bytes)[: layout.body_bytes])
-    body = body[: data.draw(st.sampled_from([layout.parameter_bytes, layout.body_bytes]))]
-    received = bytearray(len(body))
-    assembler = HashingAssembler(memoryview(received), parameter_bytes=layout.parameter_bytes, what="expert 5")
-    offset = 0
-    while not assembler.complete:
-        end = data.draw(st.integers(offset + 1, len(body)))
-        assembler.add(expert_pb2.Chunk(offset=offset, payload=bytes(body[offset:end])))
-        offset = end
+@given(st.sets(st.integers(1, LAYOUT.body_bytes), max_size=8), st.booleans())
+def test_a_hashing_assembler_makes_the_checksums_of_the_body(cuts, whole):
+    size = LAYOUT.body_bytes if whole else LAYOUT.parameter_bytes
+    body, received = memoryview(bytes(index % 251 for index in range(size))), bytearray(size)
+    assembler = HashingAssembler(memoryview(received), parameter_bytes=LAYOUT.parameter_bytes, what="expert 5")
+    ends = [*sorted(cut for cut in cuts if cut < size), size]
+    for start, end in zip([0, *ends], ends, strict=False):
+        assembler.add(expert_pb2.Chunk(offset=start, payload=bytes(body[start:end])))
     assert received == body
-    assert assembler.checksums == Checksums.of(layout, body)
+    assert assembler.checksums == Checksums.of(LAYOUT, body)
 
 
 @pytest.mark.parametrize(
