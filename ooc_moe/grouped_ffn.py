@@ -41,7 +41,7 @@ def backward(
     member_GM = (torch.arange(len(counts), device=x_MD.device).unsqueeze(1) == group_M).to(x_MD.dtype)
     grad_after_MH = functional.grouped_mm(grad_out_MD, _cast(parameters, "w2").transpose(1, 2), offs=ends_G)
     grad_before_MH = torch.ops.aten.gelu_backward(grad_after_MH, before_MH)
-    grad_x_MD.copy_(grouped_mm(grad_before_MH, _cast(parameters, "w1").transpose(1, 2), offs=ends_G))
+    grad_x_MD.copy_(functional.grouped_mm(grad_before_MH, _cast(parameters, "w1").transpose(1, 2), offs=ends_G))
     new = {
         "w1": functional.grouped_mm(x_MD.t(), grad_before_MH, offs=ends_G),
         "b1": member_GM @ grad_before_MH,
