@@ -45,13 +45,17 @@ class LossyProxy:
         while True:
             try:
                 client, _ = self._listener.accept()
-                server = socket.create_connection(self._upstream)
             except OSError:
                 return
-            if self.refuses:
+            try:
+                if self.refuses:
+                    raise ConnectionRefusedError
+                server = socket.create_connection(self._upstream)
+            except OSError:  # The daemon is away: so is the proxy.
                 client.close()
-                server.close()
                 continue
+            for each in (client, server):
+                each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._sockets += [client, server]
             threading.Thread(target=self._pump, args=(client, server), daemon=True).start()
             threading.Thread(target=self._pump, args=(server, client), daemon=True).start()
