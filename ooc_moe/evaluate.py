@@ -25,6 +25,7 @@ from torch import Tensor
 from ooc_moe import checkpoint
 from ooc_moe.detector import Belief
 from ooc_moe.envs import GameEnvs
+from ooc_moe.lookahead import foretell_acting
 from ooc_moe.run_config import RunConfig
 from ooc_moe.seeds import derived_seed
 from ooc_moe.session import Session, check_device, open_session, open_store
@@ -198,11 +199,14 @@ class _BelievingPlayer:
         if self._step % session.config.agent.context == 0:
             self._begin_segment(games)
         actions_N = torch.zeros(len(frames_NSHW), dtype=torch.long)
+        routed: list[Tensor] = []
         for segment, rows in self._segments:
             acted = session.agent.act(frames_NSHW[rows], segment, starts_N=starts_N[rows], generator=self._generator)
             actions_N[rows] = acted.actions_N.cpu()
-            for layer, experts in enumerate(acted.experts_NLK.cpu().unbind(1)):
+            routed.append(acted.experts_NLK.cpu())
+            for layer, experts in enumerate(routed[-1].unbind(1)):
                 self._counts[layer] += torch.bincount(experts.flatten().long(), minlength=self._counts.shape[1])
+        foretell_acting(session.agent.caches, routed, ahead=session.config.prefetch != "off")
         self.believed.update(self._acting_as)
         self._history.append(self._acting_as)
         self._step += 1

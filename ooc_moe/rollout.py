@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ooc_moe.agent import Agent
 from ooc_moe.envs import GameEnvs
+from ooc_moe.lookahead import foretell_acting
 from ooc_moe.ppo import advantages
 from ooc_moe.run_config import PPOConfig
 
@@ -49,6 +50,7 @@ class Collector:
         config: rollout length, discount and lambda.
         generator: draws actions and router noise.
         on_segment: called with the observations (N, S, H, W) at the start of each segment, before anything acts on them.
+        ahead: whether the experts of the next step are fetched before they are asked for, where HBM has no room for all of them.
     """
 
     def __init__(
@@ -59,9 +61,10 @@ class Collector:
         *,
         generator: torch.Generator,
         on_segment: Callable[[Tensor], None],
+        ahead: bool = True,
     ) -> None:
         self.agent, self.envs, self.config = agent, envs, config
-        self._generator, self._on_segment = generator, on_segment
+        self._generator, self._on_segment, self._ahead = generator, on_segment, ahead
 
     def reset(self, seed: int) -> None:
         """Starts all episodes anew, from `seed`."""
@@ -106,6 +109,8 @@ class Collector:
         episode_returns: list[float] = []
         for _ in range(self.agent.config.context):
             acted = self.agent.act(self._frames_NSHW, segment, starts_N=self._starts_N, generator=self._generator)
+            experts_NLK = acted.experts_NLK.cpu()
+            foretell_acting(self.agent.caches, [experts_NLK], ahead=self._ahead)
             step = self.envs.step(acted.actions_N.cpu().numpy())
             now = {
                 "frames": self._frames_NSHW,
@@ -113,7 +118,7 @@ class Collector:
                 "actions": acted.actions_N.cpu(),
                 "log_probs": acted.log_probs_N.cpu(),
                 "values": acted.values_N.cpu(),
-                "experts": acted.experts_NLK.cpu(),
+                "experts": experts_NLK,
                 "rewards": torch.from_numpy(step.rewards),
                 "terminated": torch.from_numpy(step.terminated),
                 "truncated": torch.from_numpy(step.truncated),

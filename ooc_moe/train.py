@@ -190,7 +190,8 @@ class Trainer:
             learner.dense.load_state_dict(self._dense_state)
             self._dense_state = None
         game_envs = self.session.make_envs(game, self.config.ppo.num_envs)
-        collector = Collector(self.agent, game_envs, self.config.ppo, generator=self.generator, on_segment=self._on_segment)
+        ahead = self.config.prefetch != "off"
+        collector = Collector(self.agent, game_envs, self.config.ppo, generator=self.generator, on_segment=self._on_segment, ahead=ahead)
         collector.reset(self._env_seed())
         bar = progress.add_task(game, total=updates, completed=self.at.update_in_game, note="")
         while self.at.update_in_game < updates:

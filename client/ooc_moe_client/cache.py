@@ -152,6 +152,8 @@ class ExpertCache:
         schedule = Schedule(Use(tuple(wave), use.sections) for use in uses for wave in self.waves(use.experts))
         with self._core.changed:
             self._core.raise_error()
+            if not (uses or self._table.schedule.num_left):
+                return
             self._table.follow(schedule)
             self._prefetcher.follow_schedule(ahead=ahead)
 

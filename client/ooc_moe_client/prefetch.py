@@ -6,7 +6,8 @@ finds no such slot waits in the queue. Demand goes first everywhere: an expert t
 loading is waited for.
 
 What the schedule foretells is no speculation: it is fetched in the order of need, before anything that is queued, into slots that are free
-or hold what is needed later still, saving it first where it is dirty.
+or hold what the schedule does not name. For what is needed soon, what is needed later leaves too, saved first where it is dirty. Only for
+that: in a loop, what was used last is what is needed last, and would be given up for the next missing one after each use.
 
 An error of speculation that demand would meet and retry by itself (daemon away, tier full) is only logged; any other surfaces.
 """
@@ -201,10 +202,11 @@ class Prefetcher:
     def _make_room_before(self, next_use: int) -> bool:
         """Frees a slot that nothing needs before `next_use`; may let go of the lock."""
         table = self._core.table
+        soon = next_use < table.schedule.soon(table.capacity // 2)
 
         def later(resident: Resident) -> bool:
             other = table.schedule.next_use(resident.expert)
-            return other is None or other > next_use
+            return other is None or (soon and other > next_use)
 
         while not table.num_free:
             if self._core.demanding or not self._write_back.make_room(later):

@@ -1,6 +1,7 @@
 """`Schedule`: the uses of experts that are still to come, told in advance, and how far one has got.
 
-It is advice: a use that nobody foretold leaves it where it is, one that comes out of turn moves it on. Knows nothing of slots or fetches.
+It is advice: a use that shares an expert with the next one is taken for it; one that nobody foretold leaves the schedule where it is, one
+that comes out of turn moves it on. Knows nothing of slots or fetches.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ class Schedule:
             return True
         number = _first(self._same.get(tuple(experts), ()), self._at)
         if number is None:
-            return True
+            if not any(expert in self._uses[self._at].experts for expert in experts):
+                return True
+            number = self._at
         in_turn = number == self._at
         self._at = number + 1
         return in_turn and self.num_left > 0
@@ -61,6 +64,15 @@ class Schedule:
         """When the expert is used next: a number that grows with time, and is no other expert's. None where no use is known."""
         number = self._next(expert)
         return None if number is None else number * _STRIDE + expert
+
+    def soon(self, num_experts: int) -> int:
+        """Where the next uses, one at least, of up to `num_experts` different experts end: what is in them has a lower `next_use`."""
+        used: set[int] = set()
+        for number in range(self._at, len(self._uses)):
+            used.update(self._uses[number].experts)
+            if len(used) > num_experts:
+                return max(number, self._at + 1) * _STRIDE
+        return len(self._uses) * _STRIDE
 
     def next_sections(self, expert: int) -> Sections | None:
         """What its next use needs."""

@@ -51,6 +51,12 @@ def test_every_answer_is_that_of_a_walk_through_what_is_left(uses: list[Use], nu
         updates = [at for at, use in enumerate(left) if expert in use.experts and use.sections is ALL]
         needed = {other for use in left[: updates[0] + 1] for other in use.experts} if updates else set()
         assert schedule.updated_within(expert, room) == (bool(updates) and len(needed) <= room)
+    prefixes = [left[:length] for length in range(1, len(left) + 1)]
+    soon = [prefix for prefix in prefixes if len({expert for use in prefix for expert in use.experts}) <= room] or prefixes[:1]
+    for expert, distance in distances.items():
+        assert (distance is not None and schedule.next_use(expert) < schedule.soon(room)) == (
+            distance is not None and distance < len(soon[-1])
+        )
 
 
 def test_a_use_out_of_turn_moves_the_schedule_on_and_an_unknown_one_does_not():
@@ -60,6 +66,14 @@ def test_a_use_out_of_turn_moves_the_schedule_on_and_an_unknown_one_does_not():
     assert not schedule.advance([2])  # Others' next uses changed with it.
     assert schedule.num_left == 1
     assert schedule.next_use(1) is None
+
+
+def test_a_use_that_shares_an_expert_with_the_next_one_is_taken_for_it():
+    schedule = Schedule([Use((0, 1, 2)), Use((3, 4)), Use((0, 1, 2))])
+    assert schedule.advance([0, 2])
+    assert schedule.num_left == 2
+    assert schedule.advance([1, 2]) is True  # Nothing of what is next: it stays.
+    assert schedule.num_left == 2
 
 
 def test_a_schedule_of_an_unknown_expert_is_refused(gated: GatedStore, bank: str):
@@ -131,6 +145,19 @@ def test_nothing_is_fetched_ahead_into_the_slot_of_what_is_needed_sooner(gated: 
         visit(cache, [0])
         wait_for_fetches(gated, cache, [[0, 1], [2]])
         assert sorted(cache._table.residents) == [1, 2]
+
+
+def test_who_is_needed_later_leaves_only_for_who_is_needed_soon(gated: GatedStore, bank: str):
+    loop = sweep(0, 1, 2, 3, 4)
+    with ExpertCache(gated, bank, capacity_experts=4) as cache:
+        visit(cache, [0, 1, 2, 3])
+        cache.schedule(loop * 2)
+        visit(cache, [0])
+        visit(cache, [1])
+        assert cache._prefetcher._claim_foretold() == []  # 4 comes after 2 and 3, and half of the slots are two.
+        visit(cache, [2])
+        wait_for_fetches(gated, cache, [[0, 1, 2, 3], [4]])
+        assert {0, 3, 4} < set(cache._table.residents)  # In the place of 2, which is needed last, or of 1 while 2 was still read.
 
 
 def test_a_dirty_expert_that_is_needed_later_is_saved_for_what_is_needed_sooner(gated: GatedStore, bank: str):
