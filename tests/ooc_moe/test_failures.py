@@ -138,6 +138,7 @@ def test_cut_connections_are_only_a_pause(begin, calm, proxy, shared_daemon):
     store.close()
 
 
+@pytest.mark.slow  # The soak has a slow disk too.
 def test_a_slow_disk_only_takes_time(begin, calm, start_daemon):
     daemon = start_daemon(dram_bytes=DRAM, command=(sys.executable, "-m", "tests.torture.slow_disk", "0.004"))
     training = begin(daemon.target)
@@ -175,7 +176,7 @@ def test_a_daemon_that_stays_away_stops_the_run_with_one_line(begin, calm, start
     store.close()
 
 
-@pytest.mark.parametrize("writes", [False, True], ids=["holds the bank", "wrote to it"])
+@pytest.mark.parametrize("writes", [pytest.param(False, id="holds the bank", marks=pytest.mark.slow), pytest.param(True, id="wrote to it")])
 def test_another_writer_stops_the_run(begin, calm, proxy, shared_daemon, writes):
     training = begin(proxy.target, plane="stream")
     training.wait_for_update(3)

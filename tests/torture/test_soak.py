@@ -30,7 +30,7 @@ from tests.ooc_moe.runs import SILENT, assert_same_end, bodies, end_of, updates,
 from tests.torture.proxy import LossyProxy
 
 COMMAND = "python -m pytest tests/torture/test_soak.py -m slow --results tests/bench/results --torture-seed"
-SOAK_S, SOAK_S_SLOW = 12.0, 1200.0
+SOAK_S, SOAK_S_SLOW = 8.0, 1200.0
 PAUSE_S_MAX = 2.5
 DISK_S = 0.002
 AGENT = dataclasses.replace(PRESETS["tiny"], pool_size=3, hbm_experts=4)
