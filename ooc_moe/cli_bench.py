@@ -7,7 +7,7 @@ import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -65,55 +65,85 @@ def store(
         save(measured, bench.TITLES, results)
 
 
-PARTS = ("layer",)
+PARTS = ("layer", "steady", "oversubscribed", "switch", "bandwidth")
 
 
 @bench_app.command()
 def cache(
-    parts: Annotated[str, typer.Option(help="What to measure. layer: the MoE layer beside a dense one.", metavar="A,B,C")] = ",".join(
-        PARTS
-    ),
+    parts: Annotated[
+        str,
+        typer.Option(
+            help="What to measure. layer: the MoE layer beside a dense one; steady: steps of one game; oversubscribed: of one twice the "
+            "HBM; switch: to another game; bandwidth: of fetches.",
+            metavar="A,B,C",
+        ),
+    ] = ",".join(PARTS),
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     threads: Annotated[int, typer.Option(help="Torch's threads.")] = 1,
-    rounds: Annotated[int | None, typer.Option(help="Interleaved rounds. [default: 15; 3 with --quick]")] = None,
-    sizes: Annotated[str, typer.Option(help="Presets whose sizes the layer has.", metavar="A,B,C")] = "full,demo,tiny",
+    rounds: Annotated[
+        int | None, typer.Option(help="Interleaved rounds. [default: 15 of the layer, 5 of the others; 3 and 1 with --quick]")
+    ] = None,
+    sizes: Annotated[
+        str | None,
+        typer.Option(help="Presets whose sizes the experts have. [default: full,demo,tiny of the layer, else full,demo]", metavar="A,B,C"),
+    ] = None,
     tokens: Annotated[str, typer.Option(help="Tokens of a call of the layer.", metavar="A,B,C")] = "512,4096",
     pools: Annotated[str, typer.Option(help="Experts of the layer's pool.", metavar="A,B,C")] = "4,16",
+    data_dir: Annotated[
+        Path, typer.Option(help="On the disk to measure. A directory is made in it, and removed in the end.", metavar="DIR")
+    ] = Path(),
     results: Annotated[
-        Path | None, typer.Option(help="Save each part's table here, as PART.md; its notes are kept.", metavar="DIR")
+        Path | None, typer.Option(help="Save the tables here: layer.md, and cache.md for the others; notes are kept.", metavar="DIR")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of the tables.")] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="A first look: 3 rounds. Not to be quoted.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A first look: few rounds. Not to be quoted.")] = False,
 ) -> None:
-    """Measure what training with experts in a cache costs: the MoE layer beside a dense FFN of the same active FLOPs.
+    """Measure what training with experts in a cache costs: the MoE layer beside a dense FFN, and steps beside everything resident.
 
-    On a GPU both sides run in bfloat16.
+    A daemon is started and stopped for each part but the layer. On a GPU the layer is measured in bfloat16.
 
     \b
     $ ooc-moe bench cache --results tests/bench/results
-    $ ooc-moe bench cache --parts layer --sizes demo --quick
+    $ ooc-moe bench cache --parts steady,switch --sizes demo --quick
     """
-    from ooc_moe.bench import layer
+    from ooc_moe.bench import cache as caches
+    from ooc_moe.bench import cache_results, layer
 
-    for part in _words(parts):
+    wanted = _words(parts)
+    for part in wanted:
         if part not in PARTS:
             raise InvalidRequest(f"parts: {part!r} is not one of {', '.join(PARTS)}")
-    chosen = layer.LayerBench(
-        sizes=_words(sizes),
+    shared: dict[str, Any] = {"device": device, "threads": threads}
+    layer_bench = layer.LayerBench(
+        sizes=_words(sizes) or layer.SIZES,
         tokens=_whole_numbers("tokens", tokens),
         pools=_whole_numbers("pools", pools),
-        device=device,
-        threads=threads,
         rounds=rounds if rounds is not None else layer.QUICK_ROUNDS if quick else layer.ROUNDS,
+        **shared,
     )
-    rows = layer.run(chosen, Console(stderr=True))
+    cache_bench = caches.CacheBench(
+        parts=tuple(part for part in wanted if part != "layer"),
+        sizes=_words(sizes) or caches.SIZES,
+        rounds=rounds if rounds is not None else caches.QUICK_ROUNDS if quick else caches.ROUNDS,
+        data_dir=data_dir,
+        **shared,
+    )
+    progress = Console(stderr=True)
+    layer_rows = layer.run(layer_bench, progress) if "layer" in wanted else []
+    cache_rows = caches.run(cache_bench, progress)
     if as_json:
-        print(json.dumps({"layer": [asdict(row) for row in rows]}, indent=2))
+        print(json.dumps({"layer": [asdict(row) for row in layer_rows], "cache": [asdict(row) for row in cache_rows]}, indent=2))
     else:
         console = Console() if sys.stdout.isatty() else Console(width=TABLE_WIDTH)
-        console.print(layer.table(rows))
+        if layer_rows:
+            console.print(layer.table(layer_rows))
+        if cache_rows:
+            console.print(cache_results.table(cache_rows))
     if results is not None:
-        layer.save(rows, chosen, results / "layer.md", command=_command())
+        if layer_rows:
+            layer.save(layer_rows, layer_bench, results / "layer.md", command=_command())
+        if cache_rows:
+            cache_results.save(cache_rows, caches.facts(cache_bench, command=_command()), results / "cache.md")
 
 
 def _whole_numbers(name: str, text: str) -> tuple[int, ...]:

@@ -144,25 +144,32 @@ def _push_path(name: str, stores: dict[str, RemoteStore], records: Records) -> P
 
 @contextmanager
 def nvme_fetches(daemon: Daemon, records: Records, wanted: Sequence[str]) -> Iterator[list[Path]]:
-    """Fetches of what lies on NVMe only: before each run the DRAM tier is filled with experts of another bank that were never written."""
+    """Fetches of what lies on NVMe only."""
     planes = {"local": Plane.LOCAL, "stream": Plane.STREAM}
     with ExitStack() as stack:
-        flusher = stack.enter_context(daemon.store(Plane.STREAM, verify=False))
-        capacity_bytes = flusher.stats().dram.capacity_bytes
-        layout = Layout(parameters=records.layout.parameters)
-        count = math.ceil(capacity_bytes / (layout.body_bytes + BLOCK_BYTES)) + SPARE_RECORDS
-        flusher.create_bank(BankSpec(name=FILLER, num_experts=count, layout=layout))
-        scratch = memoryview(bytearray(layout.body_bytes))
-
-        def flush() -> None:
-            for _ in flusher.fetch(FILLER, range(count), into=lambda expert: scratch):
-                pass
-
+        flush = stack.enter_context(flusher(daemon, records))
         yield [
             fetch_path(name, stack.enter_context(daemon.store(planes[name])), records, Tier.NVME, prepare=flush)
             for name in planes
             if name in wanted
         ]
+
+
+@contextmanager
+def flusher(daemon: Daemon, records: Records) -> Iterator[Callable[[], None]]:
+    """What leaves the records on NVMe only: it fills the DRAM tier with experts of another bank that were never written."""
+    with daemon.store(Plane.STREAM, verify=False) as store:
+        capacity_bytes = store.stats().dram.capacity_bytes
+        layout = Layout(parameters=records.layout.parameters)
+        count = math.ceil(capacity_bytes / (layout.body_bytes + BLOCK_BYTES)) + SPARE_RECORDS
+        store.create_bank(BankSpec(name=FILLER, num_experts=count, layout=layout))
+        scratch = memoryview(bytearray(layout.body_bytes))
+
+        def flush() -> None:
+            for _ in store.fetch(FILLER, range(count), into=lambda expert: scratch):
+                pass
+
+        yield flush
 
 
 # GetStats under load
