@@ -42,6 +42,10 @@ class Counters:
     prefetch_refused_bytes: int = 0
     fetched_from: dict[str, int] = field(default_factory=dict)
 
+    def count_fetched(self, source: str) -> None:
+        """One expert came from there."""
+        self.fetched_from[source] = self.fetched_from.get(source, 0) + 1
+
     def count_prefetch(self, what: PrefetchCount, num_bytes: int) -> None:
         """One expert of so many bytes was issued or refused, or came to its end."""
         for name, count in ((f"prefetch_{what}", 1), (f"prefetch_{what}_bytes", num_bytes)):
@@ -68,7 +72,8 @@ class CacheStats:
         bytes_in: fetched, on demand and by prefetch.
         bytes_out: pushed and acknowledged.
         stall_s: time the training thread waited for experts.
-        fetched_from: experts fetched, by the daemon's tier that held them: "dram", "nvme", "seed".
+        fetched_from: experts fetched, by the daemon's tier that held them: "dram", "nvme", "seed"; and "write-back": those that had not
+            reached the daemon yet, and came back from their buffers (not in bytes_in).
     """
 
     bank: str

@@ -37,6 +37,7 @@ class Core:
         self.acknowledged: dict[int, int] = {}  # by expert: the newest version of our own pushes
         self.version_at_open = self.newest_version()  # what is newer and not our own is another writer's
         self.demanding = False  # the training thread is taking slots; speculation stands back
+        self.fetching = False  # the training thread waits for a fetch; write-back that nobody waits for stands back
         self.closed = False
         self._error: Exception | None = None
 
@@ -118,8 +119,7 @@ class Core:
             resident.state = State.READY
             resident.version = fetched.version
             self.counters.bytes_in += resident.num_bytes
-            tier = fetched.served_from.name.lower()
-            self.counters.fetched_from[tier] = self.counters.fetched_from.get(tier, 0) + 1
+            self.counters.count_fetched(fetched.served_from.name.lower())
             self.changed.notify_all()
 
     def _drop(self, residents: Sequence[Resident]) -> None:

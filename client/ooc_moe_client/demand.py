@@ -1,7 +1,8 @@
 """Demand: what the training thread does when it asks for experts: look, claim slots, fetch, wait, pin.
 
-Whoever is there is pinned at once; what is missing is fetched in one call, into slots that write-back freed where no clean one was; what a
-prefetch is just bringing is waited for. Knows nothing of the reasons for which experts are asked.
+Whoever is there is pinned at once; what is missing is fetched in one call, into slots that write-back freed where no clean one was; what is
+still on its way to the store comes back from its buffer; what a prefetch is just bringing is waited for. Knows nothing of the reasons for
+which experts are asked.
 """
 
 from __future__ import annotations
@@ -150,24 +151,27 @@ class Demand:
         return resident is not None and (resident.state is State.LOADING or resident.copying)
 
     def _fetch_missing(self, missing: Sequence[int], sections: Sections, pinned: dict[int, Resident]) -> None:
-        for expert in missing:
-            self._wait_for_push(expert)
         claimed: list[Resident] = []
         self._core.demanding = True
         try:
             for expert in missing:
-                self._claim(expert, sections, claimed)
+                self._claim(expert, sections, claimed, pinned)
         except BaseException:
             self._discard(claimed)
             raise
         finally:
             self._core.demanding = False
-        self._core.changed.notify_all()
+            self._core.changed.notify_all()
+        if not claimed:
+            return
+        self._core.fetching = True
         self._core.changed.release()
         try:
             self._load(claimed)
         finally:
             self._core.changed.acquire()
+            self._core.fetching = False
+            self._core.changed.notify_all()
             pinned.update((resident.expert, resident) for resident in claimed if resident.state is State.READY)
 
     def _load(self, claimed: Sequence[Resident]) -> None:
@@ -187,27 +191,26 @@ class Demand:
             resident.pins = 0
             self._table.remove(resident)
 
-    def _wait_for_push(self, expert: int) -> None:
-        """Until the store has what was last changed in the expert, if it was evicted: fetching it earlier would bring an older version."""
-        while expert not in self._table.residents and (outgoing := self._write_back.pending(expert)) is not None:
-            if outgoing.error is not None:
-                raise outgoing.error
-            self._core.changed.wait()
+    def _claim(self, expert: int, sections: Sections, claimed: list[Resident], pinned: dict[int, Resident]) -> None:
+        """Takes a slot for a missing expert, unless it came back while we waited for the slot (then the caller looks again).
 
-    def _claim(self, expert: int, sections: Sections, claimed: list[Resident]) -> None:
-        """Takes a slot for a missing expert, unless it came back while we waited for the slot (then the caller looks again)."""
+        What the store does not have yet comes from its buffer: fetching it would bring an older version.
+        """
         resident = self._table.residents.get(expert)
         if resident is not None and resident.state is State.READY and not resident.holds(sections):
             if resident.pins:
                 raise InvalidRequest(f"bank {self._core.bank!r}: expert {expert} is pinned with its parameters only")
             self._table.remove(resident)
         self._wait_for_room(claimed)
-        if expert in self._table.residents or self._write_back.pending(expert) is not None:
+        if expert in self._table.residents:
             return
-        resident = self._table.insert(expert, self._table.sections_now(expert, sections))
+        if self._write_back.pending(expert) is not None:
+            resident = pinned[expert] = self._write_back.bring_back(expert)
+        else:
+            resident = self._table.insert(expert, self._table.sections_now(expert, sections))
+            claimed.append(resident)
         self._table.demand(resident)
         resident.pins = 1
-        claimed.append(resident)
 
     def _wait_for_room(self, claimed: Sequence[Resident]) -> None:
         """Until a slot is free: evicts the next to leave that is idle and saved. Lets go of the lock to save one, and to wait."""

@@ -1,9 +1,12 @@
 """Write-back: the thread that brings changed experts to the store, and the buffers of those that had to leave their slots first.
 
 An expert on its way is an `Outgoing`: a host copy and the version it started from. There is at most one per expert, so pushes of one expert
-never overtake each other. While it exists the expert is not fetched again; when it fails after the expert was evicted it stays, because
-its buffer is then the only copy. Nothing leaves a slot while the optimizer writes it (`Resident.updating`), and the optimizer waits while
-it is copied out (`Resident.copying`); the lock is let go meanwhile.
+never overtake each other. While it exists the expert is not fetched again, but comes back from the buffer; when it fails after the expert
+was evicted it stays, because its buffer is then the only copy. Nothing leaves a slot while the optimizer writes it (`Resident.updating`),
+and the optimizer waits while it is copied out (`Resident.copying`); the lock is let go meanwhile.
+
+A push is bounded in experts and in bytes: a demand waits behind one at most, and while it is under way only those are pushed whose slots
+somebody waits for.
 """
 
 from __future__ import annotations
@@ -17,13 +20,14 @@ from torch import Tensor
 
 from ooc_moe_client.core import Core
 from ooc_moe_client.slab import CopyOut
-from ooc_moe_client.store import Push
+from ooc_moe_client.store import Push, Sections
 from ooc_moe_client.table import Resident, State
 from ooc_moe_wire.errors import InvalidRequest
 
 log = logging.getLogger(__name__)
 
 BATCH_EXPERTS_MAX = 8  # in one push call: one group commit
+BATCH_BYTES_MAX = 32 << 20  # likewise, but one expert at least
 BUFFERS_MAX = 2 * BATCH_EXPERTS_MAX  # one batch in flight, one being copied
 
 
@@ -49,6 +53,7 @@ class WriteBack:
         self._wanted: dict[int, None] = {}  # dirty residents to be copied out, in order
         self._spare: list[Tensor] = []
         self._num_buffers = 0
+        self._batch_max = max(1, min(BATCH_EXPERTS_MAX, BATCH_BYTES_MAX // core.layout.body_bytes))
         self._thread = threading.Thread(target=self._run, name=f"write-back {core.bank}", daemon=True)
         self._thread.start()
 
@@ -111,6 +116,21 @@ class WriteBack:
                 return True
         return False
 
+    def bring_back(self, expert: int) -> Resident:
+        """Gives an evicted expert that is still pending a free slot, filled from its buffer; its push goes on. Raises why that failed."""
+        outgoing = self._outgoing[expert]
+        if outgoing.error is not None:
+            raise outgoing.error
+        assert outgoing.copied is not None
+        outgoing.copied.synchronize()
+        resident = self._core.table.insert(expert, Sections.ALL)
+        self._core.slab.landing(resident.slot, resident.num_bytes)[:] = outgoing.buffer.numpy().data
+        self._core.slab.landed(resident.slot, resident.num_bytes)
+        resident.state, resident.version, resident.generation = State.READY, outgoing.base_version, outgoing.generation
+        self._core.table.mark(resident, dirty=True)
+        self._core.counters.count_fetched("write-back")
+        return resident
+
     def clean_ahead(self) -> None:
         """A dirty victim had to be saved while somebody waited: has the next ones written before they are needed."""
         ahead = max(1, self._core.table.capacity // 4)
@@ -152,7 +172,7 @@ class WriteBack:
             if outgoing.queued:
                 outgoing.queued = False
                 return outgoing
-        for expert in list(self._wanted):
+        for expert in () if self._core.fetching else list(self._wanted):
             resident = self._core.table.residents.get(expert)
             if resident is None or not resident.dirty:
                 del self._wanted[expert]
@@ -174,7 +194,7 @@ class WriteBack:
     def _next_batch(self) -> list[Outgoing]:
         """Waits for something to push. Takes the lock anew for each copy, so that the training thread gets in between. Empty at the end."""
         batch: list[Outgoing] = []
-        while len(batch) < BATCH_EXPERTS_MAX:
+        while len(batch) < self._batch_max:
             with self._core.changed:
                 following = self._try_next()
                 if following is None and not batch:

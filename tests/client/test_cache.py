@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from ooc_moe_client import write_back
 from ooc_moe_client.cache import ExpertCache
 from ooc_moe_client.in_memory import InMemoryStore
 from ooc_moe_client.store import Sections
@@ -288,17 +289,66 @@ def test_several_experts_go_in_one_push(gated: GatedStore, bank: str):
 
 def test_an_evicted_expert_comes_back_as_it_left(gated: GatedStore, bank: str):
     with ExpertCache(gated, bank, capacity_experts=1) as cache:
+        update(cache, [0])
+        visit(cache, [1])
+        assert visit(cache, [0]) == [1]
+
+
+def test_an_evicted_expert_whose_push_is_under_way_comes_back_from_its_buffer(gated: GatedStore, bank: str):
+    with ExpertCache(gated, bank, capacity_experts=1) as cache:
         gated.hold("push")
         update(cache, [0])
         visit(cache, [1])  # Evicts 0; its push waits at the gate.
         gated.wait_for("push", 1)
-        with futures.ThreadPoolExecutor() as pool:
-            reading = pool.submit(visit, cache, [0])
-            with pytest.raises(futures.TimeoutError):
-                reading.result(timeout=0.1)
-            assert gated.fetches == [[0], [1]]  # Not fetched while an older version would come.
-            gated.let("push")
-            assert reading.result(timeout=30) == [1]
+        assert visit(cache, [0]) == [1]
+        assert gated.fetches == [[0], [1]]  # An older version would have come.
+        assert (cache.stats().dirty, cache.stats().fetched_from) == (1, {"seed": 2, "write-back": 1})
+        visit(cache, [1])  # Leaves once more, without another push.
+        visit(cache, [0])
+        update(cache, [0])
+        gated.let("push")
+        cache.flush()
+        assert gated.pushes == [[0], [0]]
+        assert step_of(gated, bank, 0) == 2
+
+
+def test_what_came_back_is_clean_when_its_push_is_acknowledged(gated: GatedStore, bank: str):
+    with ExpertCache(gated, bank, capacity_experts=1) as cache:
+        gated.hold("push")
+        update(cache, [0])
+        visit(cache, [1])
+        visit(cache, [0])
+        gated.let("push")
+        cache.flush()
+        assert gated.pushes == [[0]]
+        update(cache, [0])
+        cache.flush()  # From the version that was acknowledged meanwhile; from the older one it would be stale.
+        assert step_of(gated, bank, 0) == 2
+
+
+def test_a_push_is_bounded_in_bytes(gated: GatedStore, bank: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(write_back, "BATCH_BYTES_MAX", 2 * LAYOUT.body_bytes)
+    with ExpertCache(gated, bank, capacity_experts=5) as cache:
+        gated.hold("push")
+        update(cache, [0, 1, 2, 3, 4])
+        cache.write_back()
+        gated.let("push")
+        cache.flush()
+        assert max(map(len, gated.pushes)) <= 2
+
+
+def test_write_back_that_nobody_waits_for_stands_back_while_demand_fetches(gated: GatedStore, bank: str):
+    with ExpertCache(gated, bank, capacity_experts=3) as cache, futures.ThreadPoolExecutor() as pool:
+        update(cache, [0, 1])
+        gated.hold("fetch")
+        reading = pool.submit(visit, cache, [2])
+        gated.wait_for("fetch", 2)
+        with cache._core.changed:
+            cache._write_back.request([0, 1])
+            assert cache._write_back._try_next() is None
+        gated.let("fetch")
+        assert reading.result(timeout=30) == [0]
+        gated.wait_for("push", 1)
 
 
 def test_an_update_during_its_push_stays_dirty_and_is_pushed_from_the_new_version(gated: GatedStore, bank: str):
