@@ -60,9 +60,9 @@ def ram_path():
 
 
 @pytest.fixture(autouse=True)
-def with_small_files(monkeypatch):
-    with small_files():
-        monkeypatch.setattr(slab, "GROWTH_BYTES", 1)  # Nearly every push makes a slab grow.
+def with_small_files():
+    # Nearly every push makes a slab grow. Not by monkeypatch, which would be undone after small_files and bring its value back for good.
+    with small_files(), mock.patch.object(slab, "GROWTH_BYTES", 1):
         yield
 
 
