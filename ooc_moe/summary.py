@@ -165,6 +165,9 @@ def prefetch_table(record: RunRecord) -> TextTable:
     rows = [["experts", *map(format_count, count.values())], ["bytes", *map(format_bytes, size.values())]]
     if count["issued"] > 0:
         rows.append(["share of bytes", *(format_share(_ratio(part, size["issued"])) for part in size.values())])
+    if (ahead := _prefetched(record, "", ahead=True))["issued"] > 0:
+        rows.append(["experts, by the schedule", *map(format_count, ahead.values())])
+        rows.append(["bytes, by the schedule", *map(format_bytes, _prefetched(record, "_bytes", ahead=True).values())])
     waited = count["useful"] + record.total("cache", "misses") + record.total("cache", "refetches")
     arrived = count["useful"] + count["late"] + count["wasted"]
     return TextTable(
@@ -172,17 +175,22 @@ def prefetch_table(record: RunRecord) -> TextTable:
         ["", *count],
         rows,
         "Useful: there when it was asked for. Late: asked for while still on its way. Wasted: evicted before anybody asked. Refused: not "
-        "worth a fetch by measured bandwidth and room; fetched all the same where admission only observes. "
+        "worth a fetch by measured bandwidth and room; fetched all the same where admission only observes. By the schedule: ahead of an "
+        "update's or the next acting step's needs, where HBM has no room for all of them; not in precision and recall. "
         f"Precision (useful, of useful, late and wasted): {format_share(_ratio(count['useful'], arrived))}. "
         f"Recall (useful, of these and of all that had to be waited for): {format_share(_ratio(count['useful'], waited))}.",
     )
 
 
-def _prefetched(record: RunRecord, unit: str) -> dict[str, float]:
-    """Experts ("") or "_bytes" that were prefetched, by what became of them."""
-    count = {what: record.total("cache", f"prefetch_{what}{unit}") for what in ("issued", "useful", "late", "wasted", "cancelled")}
+def _prefetched(record: RunRecord, unit: str, *, ahead: bool = False) -> dict[str, float]:
+    """Experts ("") or "_bytes" that were prefetched, by what became of them; `ahead`: by the schedule."""
+
+    def total(what: str) -> float:
+        return record.total("cache", "ahead", what + unit) if ahead else record.total("cache", f"prefetch_{what}{unit}")
+
+    count = {what: total(what) for what in ("issued", "useful", "late", "wasted", "cancelled")}
     ended = sum(count.values()) - count["issued"]
-    return count | {"unused yet": count["issued"] - ended, "refused": record.total("cache", f"prefetch_refused{unit}")}
+    return count | {"unused yet": count["issued"] - ended, "refused": total("refused")}
 
 
 def overlap_table(record: RunRecord) -> TextTable:

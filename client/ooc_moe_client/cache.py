@@ -249,7 +249,7 @@ class ExpertCache:
         """The cache at this moment. From any thread."""
         with self._core.changed:
             counts: dict[str, Any] = {item.name: getattr(self._counters, item.name) for item in fields(self._counters)}
-            counts["fetched_from"] = dict(self._counters.fetched_from)
+            counts |= {"fetched_from": dict(self._counters.fetched_from), "ahead": dict(self._counters.ahead)}
             return CacheStats(
                 bank=self.bank,
                 capacity=self.capacity_experts,

@@ -1,7 +1,9 @@
 """What a cache counts, and the snapshot of it that reports and metrics read.
 
-Invariants that tests hold, in experts and in bytes: accesses = hits + misses; every prefetch issued ends as exactly one of useful, late,
-wasted or cancelled, or is still queued, loading, or resident and unused. What is refused was never issued.
+Speculation (`prefetch_*`) may be wrong; what the schedule has fetched ahead (`ahead`) hardly ever is, so the two are counted apart.
+
+Invariants that tests hold, in experts and in bytes, for each of the two: accesses = hits + misses; every prefetch issued ends as exactly
+one of useful, late, wasted or cancelled, or is still queued, loading, or resident and unused. What is refused was never issued.
 """
 
 from __future__ import annotations
@@ -41,15 +43,19 @@ class Counters:
     prefetch_cancelled_bytes: int = 0
     prefetch_refused_bytes: int = 0
     fetched_from: dict[str, int] = field(default_factory=dict)
+    ahead: dict[str, int] = field(default_factory=dict)
 
     def count_fetched(self, source: str) -> None:
         """One expert came from there."""
         self.fetched_from[source] = self.fetched_from.get(source, 0) + 1
 
-    def count_prefetch(self, what: PrefetchCount, num_bytes: int) -> None:
-        """One expert of so many bytes was issued or refused, or came to its end."""
-        for name, count in ((f"prefetch_{what}", 1), (f"prefetch_{what}_bytes", num_bytes)):
-            setattr(self, name, getattr(self, name) + count)
+    def count_prefetch(self, what: PrefetchCount, num_bytes: int, *, foretold: bool = False) -> None:
+        """One expert of so many bytes was issued or refused, or came to its end; `foretold`: by the schedule."""
+        for name, count in ((what, 1), (f"{what}_bytes", num_bytes)):
+            if foretold:
+                self.ahead[name] = self.ahead.get(name, 0) + count
+            else:
+                setattr(self, f"prefetch_{name}", getattr(self, f"prefetch_{name}") + count)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +69,7 @@ class CacheStats:
         hits: of the accesses, those that were ready in their slot.
         misses: the others; those that a prefetch was just bringing are among them, and in `prefetch_late`.
         refetches: fetched again for a reading that was not counted (backward, optimizer).
-        prefetch_issued: accepted into the prefetch queue, or fetched ahead by the schedule. Beside it and the following, the same in bytes.
+        prefetch_issued: accepted into the prefetch queue. Beside it and the following, the same in bytes.
         prefetch_useful: ready when first asked for.
         prefetch_late: asked for while still queued or loading.
         prefetch_wasted: evicted or forgotten before anybody asked.
@@ -74,6 +80,8 @@ class CacheStats:
         stall_s: time the training thread waited for experts.
         fetched_from: experts fetched, by the daemon's tier that held them: "dram", "nvme", "seed"; and "write-back": those that had not
             reached the daemon yet, and came back from their buffers (not in bytes_in).
+        ahead: what the schedule had fetched before it was asked for: "issued", "useful", "late", "wasted", "cancelled", each also
+            as "..._bytes".
     """
 
     bank: str
@@ -104,6 +112,7 @@ class CacheStats:
     prefetch_cancelled_bytes: int = 0
     prefetch_refused_bytes: int = 0
     fetched_from: Mapping[str, int] = field(default_factory=dict)
+    ahead: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def hit_rate(self) -> float:
@@ -139,13 +148,14 @@ class CacheStats:
 
     def _combined(self, other: CacheStats, sign: int) -> dict[str, Any]:
         counts: dict[str, Any] = {name: getattr(self, name) + sign * getattr(other, name) for name in _NUMBERS}
-        tiers = sorted({*self.fetched_from, *other.fetched_from})
-        counts["fetched_from"] = {tier: self.fetched_from.get(tier, 0) + sign * other.fetched_from.get(tier, 0) for tier in tiers}
+        for name in _MAPPINGS:
+            mine, others = getattr(self, name), getattr(other, name)
+            counts[name] = {key: mine.get(key, 0) + sign * others.get(key, 0) for key in sorted({*mine, *others})}
         return counts
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return {item.name: getattr(self, item.name) for item in fields(self)} | {"fetched_from": dict(self.fetched_from)}
+        return {item.name: getattr(self, item.name) for item in fields(self)} | {name: dict(getattr(self, name)) for name in _MAPPINGS}
 
     def to_proto(self) -> stats_pb2.HbmStats:
         """The message a trainer reports."""
@@ -178,5 +188,5 @@ class CacheStats:
         )
 
 
-# What adds up: every counter but the mapping.
-_NUMBERS = [item.name for item in fields(Counters) if item.name != "fetched_from"]
+_MAPPINGS = ("fetched_from", "ahead")
+_NUMBERS = [item.name for item in fields(Counters) if item.name not in _MAPPINGS]

@@ -129,6 +129,6 @@ class Core:
                 resident.pins = 0
                 if resident.prefetched:
                     resident.prefetched = False
-                    self.counters.count_prefetch("cancelled", resident.num_bytes)
+                    self.counters.count_prefetch("cancelled", resident.num_bytes, foretold=resident.foretold)
                 self.table.remove(resident)
             self.changed.notify_all()

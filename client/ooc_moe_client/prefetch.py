@@ -179,16 +179,14 @@ class Prefetcher:
             if claimed and sections is not claimed[0].sections:
                 break
             self._issue_foretold(expert, sections)
-            claimed.append(self._insert(expert, sections))
+            claimed.append(self._insert(expert, sections, foretold=True))
         return claimed
 
     def _issue_foretold(self, expert: int, sections: Sections) -> None:
-        """Counts it, unless speculation has queued just that."""
-        queued = self._queue.pop(expert, None)
-        if queued is not sections:
-            if queued is not None:
-                self._count("cancelled", queued)
-            self._count("issued", sections)
+        """Counts it; the schedule takes over what speculation has queued."""
+        if (queued := self._queue.pop(expert, None)) is not None:
+            self._count("cancelled", queued)
+        self._core.counters.count_prefetch("issued", num_bytes(self._core.layout, sections), foretold=True)
 
     def _foretold(self) -> list[tuple[int, int]]:
         """(next use, expert) of what is still to be fetched, the soonest first."""
@@ -227,9 +225,9 @@ class Prefetcher:
             claimed.append(self._insert(expert, sections))
         return claimed
 
-    def _insert(self, expert: int, sections: Sections) -> Resident:
+    def _insert(self, expert: int, sections: Sections, *, foretold: bool = False) -> Resident:
         resident = self._core.table.insert(expert, sections)
-        resident.prefetched = True
+        resident.prefetched, resident.foretold = True, foretold
         resident.wanted_by = self._calls
         return resident
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from ooc_moe_client.cache_stats import Counters
+from ooc_moe_client.cache_stats import Counters, PrefetchCount
 from ooc_moe_client.schedule import Schedule
 from ooc_moe_client.store import Sections
 from ooc_moe_wire.layout import Layout
@@ -44,6 +44,7 @@ class Resident:
     copying: bool = False  # being copied out: neither updated nor evicted
     generation: int = 0  # grows with every update; a push clears `dirty` only if it has not grown since
     prefetched: bool = False  # brought by a prefetch and not asked for yet
+    foretold: bool = False  # a prefetch brought it because the schedule names it
     demanded_at: int = NEVER  # the table's clock when it was last asked for
     wanted_by: int = 0  # the number of the last prefetch call that named it
 
@@ -152,7 +153,8 @@ class Table:
         resident.demanded_at = self._clock
         if resident.prefetched:
             resident.prefetched = False
-            self._counters.count_prefetch("useful" if resident.state is State.READY else "late", resident.num_bytes)
+            fate: PrefetchCount = "useful" if resident.state is State.READY else "late"
+            self._counters.count_prefetch(fate, resident.num_bytes, foretold=resident.foretold)
         self._order.touch(resident.expert)
 
     def mark(self, resident: Resident, *, dirty: bool) -> None:
@@ -185,7 +187,7 @@ class Table:
         self._settle()
         self._groups.clear()
         if resident.prefetched:
-            self._counters.count_prefetch("wasted", resident.num_bytes)
+            self._counters.count_prefetch("wasted", resident.num_bytes, foretold=resident.foretold)
         self.num_removed += 1
         self.num_dirty -= resident.dirty
         del self.residents[resident.expert]

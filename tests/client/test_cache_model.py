@@ -126,16 +126,17 @@ class CacheAgainstDict(RuleBasedStateMachine):
     def every_prefetch_ends_as_exactly_one(self) -> None:
         with self.cache._core.changed:
             residents = self.cache._table.residents.values()
-            unused = [resident.num_bytes for resident in residents if resident.prefetched]
-            queued = [num_bytes(LAYOUT, sections) for sections in self.cache._prefetcher._queue.values()]
+            unused = [(resident.foretold, resident.num_bytes) for resident in residents if resident.prefetched]
+            queued = [(False, num_bytes(LAYOUT, sections)) for sections in self.cache._prefetcher._queue.values()]
             stats = self.cache.stats()
             assert stats.dirty == sum(resident.dirty for resident in residents)
             assert stats.resident + self.cache._table.num_free == stats.capacity
-        ends = ("useful", "late", "wasted", "cancelled")
-        count = {end: getattr(stats, f"prefetch_{end}") for end in ends}
-        size = {end: getattr(stats, f"prefetch_{end}_bytes") for end in ends}
-        assert stats.prefetch_issued == sum(count.values()) + len(unused) + len(queued)
-        assert stats.prefetch_issued_bytes == sum(size.values()) + sum(unused) + sum(queued)
+        for foretold in (False, True):
+            counted = stats.ahead if foretold else {name.removeprefix("prefetch_"): count for name, count in stats.to_dict().items()}
+            sizes = [size for source, size in unused + queued if source is foretold]
+            for unit, open_ones in (("", len(sizes)), ("_bytes", sum(sizes))):
+                ended = sum(counted.get(end + unit, 0) for end in ("useful", "late", "wasted", "cancelled"))
+                assert counted.get(f"issued{unit}", 0) == ended + open_ones
 
     def teardown(self) -> None:
         if hasattr(self, "cache"):

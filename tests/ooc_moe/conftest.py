@@ -36,6 +36,7 @@ class MadeUpRun:
             **{f"prefetch_{what}{unit}": 0 for what in get_args(PrefetchCount) for unit in ("", "_bytes")},
             "stall_s": 0.0,
             "fetched_from": {},
+            "ahead": {},
         }
         run_dir.mkdir(parents=True)
         config = {
@@ -106,6 +107,8 @@ class MadeUpRun:
         for fate, count in (("issued", prefetched), ("useful", prefetched // 2), ("late", prefetched // 4), ("wasted", prefetched // 4)):
             cache[f"prefetch_{fate}"] += count
             cache[f"prefetch_{fate}_bytes"] += count * EXPERT_BYTES
+        ahead = 2 * self.update
+        cache["ahead"] = {"issued": ahead, "issued_bytes": ahead * EXPERT_BYTES, "useful": ahead, "useful_bytes": ahead * EXPERT_BYTES}
         cache["bytes_in"] += (misses + prefetched) * EXPERT_BYTES
         cache["bytes_out"] += 2 * EXPERT_BYTES
         cache["stall_s"] += 0.01 * misses

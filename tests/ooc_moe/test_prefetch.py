@@ -135,7 +135,7 @@ def test_with_less_room_the_schedule_spares_bytes_and_then_the_waiting():
     assert told.last[0].bytes_in < 0.85 * untold.last[0].bytes_in
     waits = [run.last[0].misses + run.last[0].refetches for run in (told, ahead)]
     assert waits[1] < waits[0]
-    assert ahead.last[0].prefetch_recall > 0.5
+    assert ahead.last[0].ahead["useful"] > 0.5 * ahead.last[0].ahead["issued"]
 
 
 def test_acting_with_room_for_a_part_of_a_game_keeps_what_is_asked_for_first():

@@ -17,7 +17,7 @@ from ooc_moe.metrics import MetricsWriter
 from ooc_moe.report import summary_tables, write_report
 from ooc_moe.run_record import RunRecord
 from ooc_moe_wire.errors import InvalidRequest
-from tests.ooc_moe.conftest import EXPERT_BYTES
+from tests.ooc_moe.conftest import EXPERT_BYTES, UPDATES_PER_GAME
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -115,10 +115,13 @@ def test_prefetches_are_useful_late_or_wasted(finished_run: Path) -> None:
     table = summary.prefetch_table(RunRecord.read(finished_run))
     assert table.title == "Prefetch into HBM (by detector)"
     sizes = [summary.format_bytes(count * EXPERT_BYTES) for count in (12, 6, 3, 3, 0, 0, 0)]
+    ahead = 2 * 3 * UPDATES_PER_GAME
     assert rows(table) == {
         "experts": ["12", "6", "3", "3", "0", "0", "0"],
         "bytes": sizes,
         "share of bytes": ["100.0 %", "50.0 %", "25.0 %", "25.0 %", "0.0 %", "0.0 %", "0.0 %"],
+        "experts, by the schedule": [f"{ahead}", f"{ahead}", "0", "0", "0", "0", "0"],
+        "bytes, by the schedule": [summary.format_bytes(count * EXPERT_BYTES) for count in (ahead, ahead, 0, 0, 0, 0, 0)],
     }
     cache = RunRecord.read(finished_run).updates[-1]["cache"]
     assert "Precision (useful, of useful, late and wasted): 50.0 %" in table.note
