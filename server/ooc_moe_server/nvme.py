@@ -46,7 +46,8 @@ class NvmeTier:
         self._extending: dict[int, asyncio.Lock] = {}
         self._stats = stats_pb2.TierStats(io_mode="direct" if self.direct else "buffered")
         self._used_bytes = sum(slot.record_bytes for slot in self._references)
-        self._replacing: dict[Slot, int] = {}  # Slots that will set bytes free when they are committed, and how many.
+        self._replacing: set[Slot] = set()  # Slots that will set another's bytes free when they are committed.
+        self._replaced_bytes = 0  # What these will set free, and those that wait for their slab to grow.
         self._trimming: dict[Slab, asyncio.Task[None]] = {}
         for record_bytes in {slot.record_bytes for slot in self._references} | _record_sizes(directory):
             self._open(record_bytes)
@@ -67,16 +68,19 @@ class NvmeTier:
             TierFull: the quota is used up.
             OSError: ENOSPC when the disk is full.
         """
-        self._check_quota(record_bytes, replaced)
-        self._used_bytes += record_bytes  # At once, so that others see it while the slab grows.
+        replaced_bytes = record_bytes if self._is_sole(replaced) else 0
+        self._check_quota(record_bytes, replaced_bytes)
+        self._used_bytes += record_bytes  # At once, so that others see both while the slab grows.
+        self._replaced_bytes += replaced_bytes
         try:
             slot = Slot(record_bytes, await self._take(record_bytes))
         except BaseException:
             self._used_bytes -= record_bytes
+            self._replaced_bytes -= replaced_bytes
             raise
         self._references[slot] = 1
-        if self._is_sole(replaced):
-            self._replacing[slot] = record_bytes
+        if replaced_bytes:
+            self._replacing.add(slot)
         return slot
 
     def hold(self, slot: Slot) -> None:
@@ -102,7 +106,9 @@ class NvmeTier:
 
     def committed(self, slot: Slot) -> None:
         """What the slot replaces has been let go."""
-        self._replacing.pop(slot, None)
+        if slot in self._replacing:
+            self._replacing.remove(slot)
+            self._replaced_bytes -= slot.record_bytes
 
     async def write(self, slot: Slot, record: memoryview, prepare: Callable[[], None]) -> int:
         """Runs `prepare` and then writes a record into its slot, both on a thread for writes; durable after `sync`.
@@ -194,7 +200,7 @@ class NvmeTier:
 
     def _forget(self, slot: Slot) -> None:
         del self._references[slot]
-        self._replacing.pop(slot, None)
+        self.committed(slot)  # Or never will be.
         self._used_bytes -= slot.record_bytes
         self._on_free(slot)
 
@@ -202,8 +208,8 @@ class NvmeTier:
         """Whether only its record refers to it, no snapshot or fork, so that its end frees its bytes."""
         return slot is not None and self._references[slot] == 1
 
-    def _check_quota(self, record_bytes: int, replaced: Slot | None) -> None:
-        needed = self._used_bytes - sum(self._replacing.values()) + (0 if self._is_sole(replaced) else record_bytes)
+    def _check_quota(self, record_bytes: int, replaced_bytes: int) -> None:
+        needed = self._used_bytes - self._replaced_bytes + record_bytes - replaced_bytes
         if self._quota_bytes is not None and needed > self._quota_bytes:
             raise TierFull(
                 f"NVMe tier: nvme_bytes: {self._quota_bytes} allow no record of {record_bytes} bytes more, {self._used_bytes} are in use; "

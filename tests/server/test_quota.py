@@ -38,7 +38,10 @@ def test_the_refusal_says_when_to_try_again(tmp_path):
     asyncio.run(scenario())
 
 
-def test_a_full_store_still_overwrites_what_it_holds_many_at_once(tmp_path):
+@pytest.mark.parametrize("growth_bytes", [slab_module.GROWTH_BYTES, 1])
+def test_a_full_store_still_overwrites_what_it_holds_many_at_once(tmp_path, monkeypatch, growth_bytes):
+    monkeypatch.setattr(slab_module, "GROWTH_BYTES", growth_bytes)  # 1: the slab grows for each record, and the others wait.
+
     async def scenario():
         async with opened(tmp_path, nvme_bytes=3 * RECORD) as store:
             for number in range(5):
