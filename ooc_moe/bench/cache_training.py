@@ -26,7 +26,7 @@ STEADY_PATHS, OVERSUBSCRIBED_PATHS = 3, 6
 
 
 def steps_per_game() -> int:
-    """Optimizer steps between two write-backs of a game's experts, as `train` has it by default: when the game ends."""
+    """Optimizer steps between two write-backs of a game, which come at its end: by default, with the full preset."""
     steps_per_rollout = PPO.num_envs * PPO.rollout_steps
     rollouts = STEPS_PER_GAME // steps_per_rollout
     segments = steps_per_rollout // PRESETS["full"].context
