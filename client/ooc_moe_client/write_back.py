@@ -110,7 +110,7 @@ class WriteBack:
             if not resident.dirty or self._is_leaving(resident):
                 self._core.table.evict(resident)
                 return True
-            if resident.expert not in self._outgoing and (buffer := self._take_buffer()) is not None:
+            if (buffer := self._buffer_for(resident.expert)) is not None:
                 self._copy_out(resident, buffer).queued = True
                 self.clean_ahead()
                 return True
@@ -157,6 +157,13 @@ class WriteBack:
             resident.copying = False
             self._core.changed.notify_all()
         return outgoing
+
+    def _buffer_for(self, expert: int) -> Tensor | None:
+        """One that holds nothing, or what was changed since: an older change whose push has not begun need not be pushed."""
+        outgoing = self._outgoing.get(expert)
+        if outgoing is None:
+            return self._take_buffer()
+        return outgoing.buffer if outgoing.queued else None
 
     def _take_buffer(self) -> Tensor | None:
         if self._spare:

@@ -312,6 +312,22 @@ def test_an_evicted_expert_whose_push_is_under_way_comes_back_from_its_buffer(ga
         assert step_of(gated, bank, 0) == 2
 
 
+def test_a_change_replaces_an_older_one_whose_push_has_not_begun(gated: GatedStore, bank: str):
+    with ExpertCache(gated, bank, capacity_experts=1) as cache:
+        gated.hold("push")
+        update(cache, [0])
+        update(cache, [1])
+        gated.wait_for("push", 1)  # Of 0; that of 1 waits behind it.
+        for step in (1, 2, 3):
+            assert visit(cache, [0]) == [1]
+            assert visit(cache, [1]) == [step]
+            update(cache, [1])
+        gated.let("push")
+        cache.flush()
+        assert sorted(itertools.chain(*gated.pushes)) == [0, 1, 1]  # The last is of the resident.
+        assert (step_of(gated, bank, 0), step_of(gated, bank, 1)) == (1, 4)
+
+
 def test_what_came_back_is_clean_when_its_push_is_acknowledged(gated: GatedStore, bank: str):
     with ExpertCache(gated, bank, capacity_experts=1) as cache:
         gated.hold("push")
