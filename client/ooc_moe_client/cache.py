@@ -276,6 +276,7 @@ class ExpertCache:
             with self._core.changed:
                 self._core.closed = True
                 self._core.changed.notify_all()
+            self._demand.join()
             self._prefetcher.join()
             self._write_back.join()
             self._slab.close()

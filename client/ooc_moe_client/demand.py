@@ -1,14 +1,15 @@
 """Demand: what the training thread does when it asks for experts: look, claim slots, fetch, wait, pin.
 
 Whoever is there is pinned at once; what is missing is fetched in one call, into slots that write-back freed where no clean one was; what is
-still on its way to the store comes back from its buffer; what a prefetch is just bringing is waited for. Knows nothing of the reasons for
-which experts are asked.
+still on its way to the store comes back from its buffer; what a prefetch is just bringing is waited for. Where large victims have to be
+saved first, what has a slot is fetched meanwhile, in pieces. Knows nothing of the reasons for which experts are asked.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import TracebackType
 
 from ooc_moe_client.core import Core
@@ -17,6 +18,9 @@ from ooc_moe_client.store import Priority, Sections
 from ooc_moe_client.table import Group, Resident, State
 from ooc_moe_client.write_back import WriteBack
 from ooc_moe_wire.errors import InvalidRequest, TierFull
+
+# What is worth a fetch of its own while the next victim is saved.
+PIECE_BYTES = 8 << 20
 
 
 class Pinned:
@@ -43,6 +47,11 @@ class Demand:
     ) -> None:
         self._core, self._table, self._counters = core, core.table, core.counters
         self._write_back, self._prefetcher, self._on_access = write_back, prefetcher, on_access
+        self._fetcher = ThreadPoolExecutor(1, thread_name_prefix=f"fetch {core.bank}")
+
+    def join(self) -> None:
+        """Ends the thread."""
+        self._fetcher.shutdown()
 
     def pin(self, experts: tuple[int, ...], sections: Sections, counted: bool, updating: bool) -> Group:
         """Returns when all are ready and pinned."""
@@ -152,23 +161,40 @@ class Demand:
 
     def _fetch_missing(self, missing: Sequence[int], sections: Sections, pinned: dict[int, Resident]) -> None:
         claimed: list[Resident] = []
+        pieces: list[Future[None]] = []
+        num_sent = 0
         self._core.demanding = True
         try:
             for expert in missing:
+                if self._is_worth_sending(claimed[num_sent:]):
+                    pieces.append(self._fetcher.submit(self._load, claimed[num_sent:]))
+                    num_sent = len(claimed)
                 self._claim(expert, sections, claimed, pinned)
         except BaseException:
-            self._discard(claimed)
+            self._discard(claimed[num_sent:])
+            del claimed[num_sent:]
             raise
         finally:
             self._core.demanding = False
             self._core.changed.notify_all()
-        if not claimed:
-            return
+            if claimed:
+                self._finish(claimed, num_sent, pieces, pinned)
+
+    def _is_worth_sending(self, claimed: Sequence[Resident]) -> bool:
+        """Whether to fetch these while the next victim is saved."""
+        num_bytes = sum(resident.num_bytes for resident in claimed)
+        return num_bytes >= PIECE_BYTES and not self._table.num_free and self._write_back.must_save
+
+    def _finish(self, claimed: Sequence[Resident], num_sent: int, pieces: Sequence[Future[None]], pinned: dict[int, Resident]) -> None:
+        """Fetches what was not sent, and waits for the pieces. Enters and leaves with the lock. Raises what went wrong first."""
         self._core.fetching = True
         self._core.changed.release()
         try:
-            self._load(claimed)
+            self._load(claimed[num_sent:])
+            for piece in pieces:
+                piece.result()
         finally:
+            wait(pieces)
             self._core.changed.acquire()
             self._core.fetching = False
             self._core.changed.notify_all()

@@ -1,7 +1,7 @@
 """Prefetch: the thread that brings experts nearer before anybody asks for them.
 
 First the daemon is asked to promote them (NVMe to DRAM), then they are fetched, few at a time, into slots that nobody misses: free ones
-beyond a reserve for demand, then clean, idle ones outside the working set that no newer prefetch names. Never a dirty or a pinned one. What
+beyond a reserve for demand, then idle ones outside the working set that no newer prefetch names, saved first where they are dirty. What
 finds no such slot waits in the queue. Demand goes first everywhere: an expert that is asked for leaves the queue, and what is already
 loading is waited for.
 
@@ -221,7 +221,8 @@ class Prefetcher:
                 continue
             if not self._make_room():
                 break
-            del self._queue[expert]
+            if self._queue.pop(expert, None) is None:
+                continue  # Demand was faster, while the lock was let go to save a victim.
             claimed.append(self._insert(expert, sections))
         return claimed
 
@@ -232,15 +233,19 @@ class Prefetcher:
         return resident
 
     def _make_room(self) -> bool:
-        """Whether a slot is free for speculation; evicts one that may be."""
+        """Whether a slot is free for speculation; evicts one that may be, and may let go of the lock."""
         table = self._core.table
         if table.num_free > self._reserve:
             return True
-        for resident in table.idle():
-            if not (resident.dirty or table.in_working_set(resident) or resident.wanted_by == self._calls):
-                table.evict(resident)
-                return True
-        return False
+        num_free = table.num_free
+
+        def may_leave(resident: Resident) -> bool:
+            return not (table.in_working_set(resident) or resident.wanted_by == self._calls)
+
+        while table.num_free <= num_free:
+            if self._core.demanding or not self._write_back.make_room(may_leave):
+                return False
+        return True
 
     def _do(self, work: _Work) -> None:
         if work.cancel:

@@ -116,6 +116,12 @@ class WriteBack:
                 return True
         return False
 
+    @property
+    def must_save(self) -> bool:
+        """Whether the next to leave must be copied first."""
+        resident = next(iter(self._core.table.idle()), None)
+        return resident is not None and resident.dirty and not self._is_leaving(resident)
+
     def bring_back(self, expert: int) -> Resident:
         """Gives an evicted expert that is still pending a free slot, filled from its buffer; its push goes on. Raises why that failed."""
         outgoing = self._outgoing[expert]

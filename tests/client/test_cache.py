@@ -52,6 +52,14 @@ def settle(cache: ExpertCache) -> None:
         )
 
 
+def settle_loading(cache: ExpertCache) -> None:
+    """Returns when nothing is loading."""
+    with cache._core.changed:
+        assert cache._core.changed.wait_for(
+            lambda: all(resident.state.name == "READY" for resident in cache._table.residents.values()), timeout=30
+        )
+
+
 def residents_after_speculation(cache: ExpertCache) -> list[int]:
     """The residents once the prefetcher has taken what it may: it is made to look for room here, whether its thread did or not."""
     with cache._core.changed:
@@ -674,19 +682,57 @@ def test_what_was_not_demanded_for_long_makes_room_by_itself(gated: GatedStore, 
         assert gated.fetches == [[0, 1], [2]]
 
 
-def test_speculation_takes_neither_dirty_nor_pinned_slots(gated: GatedStore, bank: str):
+def test_speculation_takes_no_pinned_slot_and_saves_a_dirty_expert_before_it_takes_its_slot(gated: GatedStore, bank: str):
     with ExpertCache(gated, bank, capacity_experts=2) as cache:
         update(cache, [0])
+        gated.hold("push")
         with cache.reading([1]):
-            cache.new_working_set()
             cache.prefetch([2, 3])
-            assert residents_after_speculation(cache) == [0, 1]
-            cache.write_back()
-            gated.wait_for("fetch", 3)  # 0 is clean now: its slot went to 2.
+            assert residents_after_speculation(cache) == [0, 1]  # 0 is of the working set still.
+            cache.new_working_set()
+            gated.wait_for("fetch", 3)
             assert gated.fetches[2] == [2]
+            settle_loading(cache)
             with cache._core.changed:
                 assert sorted(cache._table.residents) == [1, 2]
         cache.cancel_prefetch()
+        assert visit(cache, [0]) == [1]  # From its buffer: the store has not got it yet.
+        gated.let("push")
+
+
+def test_victims_are_saved_while_others_are_fetched(gated: GatedStore, bank: str, monkeypatch):
+    monkeypatch.setattr("ooc_moe_client.demand.PIECE_BYTES", 1)
+    with ExpertCache(gated, bank, capacity_experts=3) as cache:
+        update(cache, [0, 1, 2])
+        gated.hold("push")
+        gated.hold("fetch")
+        with futures.ThreadPoolExecutor() as pool:
+            visiting = pool.submit(visit, cache, [3, 4, 5])
+            gated.wait_for("fetch", 2)
+            with cache._core.changed:  # While the first is held, the others' slots are freed.
+                assert cache._core.changed.wait_for(lambda: not {0, 1, 2} & cache._table.residents.keys(), timeout=30)
+            gated.let("fetch")
+            assert visiting.result(timeout=30) == [0] * 3
+        assert sorted(expert for fetch in gated.fetches[1:] for expert in fetch) == [3, 4, 5]
+        assert len(gated.fetches) > 2
+        gated.let("push")
+
+
+@pytest.mark.parametrize("damaged", [0, 1, 2])
+def test_a_piece_that_fails_leaves_no_pin_and_loses_no_victim(gated: GatedStore, bank: str, monkeypatch, damaged: int):
+    monkeypatch.setattr("ooc_moe_client.demand.PIECE_BYTES", 1)
+    with ExpertCache(gated, bank, capacity_experts=3) as cache:
+        update(cache, [3, 4, 5])
+        gated.hold("push")
+        gated.fetch_errors[damaged] = CorruptRecord("flipped")
+        with pytest.raises(CorruptRecord):
+            visit(cache, [0, 1, 2])
+        with cache._core.changed:
+            assert not any(resident.pins or resident.state.name != "READY" for resident in cache._table.residents.values())
+        gated.fetch_errors.clear()
+        assert visit(cache, [0, 1, 2]) == [0] * 3
+        gated.let("push")
+        assert visit(cache, [3, 4, 5]) == [1] * 3
 
 
 def test_a_later_prefetch_replaces_an_unused_one_which_is_wasted(gated: GatedStore, bank: str):
