@@ -13,7 +13,7 @@ demo: $(READY)  ## train on three Atari games in turn, evaluate, write a report 
 	$(BIN)/ooc-moe train --preset demo --games krull,road_runner,crazy_climber --steps-per-game 16384 --eval-steps 400
 
 test: lint  ## lint, then run the tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(READY)  ## check style, types and import rules
 	$(BIN)/ruff check

@@ -29,7 +29,7 @@ from ooc_moe_wire.v1 import local_pb2
 
 log = logging.getLogger(__name__)
 
-SESSIONS_MAX = 256
+SESSIONS_MAX = 512
 STAGING_BYTES_MAX = 1 << 30
 # Of the arena, what leases may pin: one session's, and all together. One record is always allowed.
 SESSION_SHARE, TOTAL_SHARE = 1 / 2, 3 / 4
