@@ -277,7 +277,8 @@ def test_bad_words_are_refused_by_name(tmp_path, monkeypatch, capsys, arguments,
     assert not (tmp_path / "new.trace").exists()
 
 
-def test_the_command_replays_saves_and_draws(tmp_path, capsys):
+def test_the_command_replays_saves_and_draws(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ooc-moe", "simulate"])
     made, drawn, saved = tmp_path / "a.trace", tmp_path / "hits.png", tmp_path / "new" / "a.md"
     with pytest.raises(SystemExit) as stopped:
         cli.main(
