@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +12,7 @@ import typer
 from rich.console import Console
 
 from ooc_moe.bench import policies
+from ooc_moe.bench.machine import command_given
 from ooc_moe_wire.errors import InvalidRequest
 from ooc_moe_wire.sizes import parse_size
 
@@ -53,7 +53,7 @@ def store(
     from ooc_moe.bench.results import save, table
 
     chosen = bench.StoreBench(data_dir=data_dir, sizes=_sizes(sizes), rounds=rounds, paths=_words(paths), quick=quick)
-    measured = bench.run(chosen, Console(stderr=True), command=_command())
+    measured = bench.run(chosen, Console(stderr=True), command=command_given())
     if as_json:
         print(json.dumps(asdict(measured), indent=2))
     else:
@@ -141,9 +141,9 @@ def cache(
             console.print(cache_results.table(cache_rows))
     if results is not None:
         if layer_rows:
-            layer.save(layer_rows, layer_bench, results / "layer.md", command=_command())
+            layer.save(layer_rows, layer_bench, results / "layer.md", command=command_given())
         if cache_rows:
-            cache_results.save(cache_rows, caches.facts(cache_bench, command=_command()), results / "cache.md")
+            cache_results.save(cache_rows, caches.facts(cache_bench, command=command_given()), results / "cache.md")
 
 
 def _whole_numbers(name: str, text: str) -> tuple[int, ...]:
@@ -162,9 +162,3 @@ def _sizes(text: str) -> tuple[int, ...]:
         return tuple(parse_size(word) for word in text.split(","))
     except ValueError as error:
         raise InvalidRequest(f"sizes: {error}") from error
-
-
-def _command() -> str:
-    """The command as it was given, without places of this machine."""
-    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
-    return shlex.join(["ooc-moe", *words])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ooc_moe.bench.machine import command_given
 from ooc_moe.simulate.made import Made, make_trace
 from ooc_moe.simulate.replay import Prefetch
 from ooc_moe.simulate.study import Study, latency, markdown, run, seconds, table
@@ -148,7 +148,7 @@ def simulate(
         console.print(table(trace, rows))
     if results is not None:
         results.parent.mkdir(parents=True, exist_ok=True)
-        results.write_text(markdown(trace, rows, command=_command()))
+        results.write_text(markdown(trace, rows, command=command_given()))
     if plot is not None:
         from ooc_moe.simulate.chart import save_chart
 
@@ -256,9 +256,3 @@ def _progress(console: Console) -> Progress:
         console=console,
         transient=True,
     )
-
-
-def _command() -> str:
-    """The command as it was given, without places of this machine."""
-    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
-    return shlex.join(["ooc-moe", *words])

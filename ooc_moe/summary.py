@@ -162,17 +162,23 @@ def tier_table(record: RunRecord) -> TextTable:
 def prefetch_table(record: RunRecord) -> TextTable:
     """What became of prefetched experts."""
     count, size = _prefetched(record, ""), _prefetched(record, "_bytes")
-    rows = [["experts", *map(format_count, count.values())], ["bytes", *map(format_bytes, size.values())]]
-    if count["issued"] > 0:
-        rows.append(["share of bytes", *(format_share(_ratio(part, size["issued"])) for part in size.values())])
-    if (ahead := _prefetched(record, "", ahead=True))["issued"] > 0:
-        rows.append(["experts, by the schedule", *map(format_count, ahead.values())])
-        rows.append(["bytes, by the schedule", *map(format_bytes, _prefetched(record, "_bytes", ahead=True).values())])
+    ahead, ahead_size = _prefetched(record, "", ahead=True), _prefetched(record, "_bytes", ahead=True)
+    rows = [
+        [
+            what,
+            format_count(count[what]),
+            format_bytes(size[what]),
+            DASH if what == "refused" else format_share(_ratio(size[what], size["issued"])),
+            format_count(ahead[what]),
+            format_bytes(ahead_size[what]),
+        ]
+        for what in count
+    ]
     waited = count["useful"] + record.total("cache", "misses") + record.total("cache", "refetches")
     arrived = count["useful"] + count["late"] + count["wasted"]
     return TextTable(
         f"Prefetch into HBM (by {record.config['prefetch']})" if "prefetch" in record.config else "Prefetch into HBM",
-        ["", *count],
+        ["", "experts", "bytes", "share", "by the schedule", "bytes"],
         rows,
         "Useful: there when it was asked for. Late: asked for while still on its way. Wasted: evicted before anybody asked. Refused: not "
         "worth a fetch by measured bandwidth and room; fetched all the same where admission only observes. By the schedule: ahead of an "

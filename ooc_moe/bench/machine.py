@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shlex
 import shutil
 import subprocess
+import sys
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +27,12 @@ def facts(data_dir: Path, *, command: str) -> dict[str, str]:
         "machine": f"{_processor()}, {os.cpu_count()} cores, {_total_memory()}, Linux {platform.release()}, {_disk(data_dir)}",
         "versions": f"Python {platform.python_version()}, {', '.join(_versions())}",
     }
+
+
+def command_given() -> str:
+    """The command line of `ooc-moe`, without places of this machine."""
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    return shlex.join(["ooc-moe", *words])
 
 
 def available_memory_bytes() -> int:
