@@ -79,7 +79,7 @@ class LocalPlane:
 
     @property
     def num_sessions(self) -> int:
-        """Callers that are connected."""
+        """Sessions that are open; a caller may have several."""
         return len(self._sessions)
 
     def session(self, number: int) -> Session:

@@ -223,7 +223,7 @@ class Queues(google.protobuf.message.Message):
     """Received, not yet durable."""
     open_streams: builtins.int
     local_sessions: builtins.int
-    """Callers on this host that map the DRAM tier."""
+    """Of callers on this host: one for each store, and one for each of its fetches at once."""
     leased_bytes: builtins.int
     """Pinned by their leases now."""
     def __init__(
