@@ -76,6 +76,14 @@ def train(
     checkpoint_every: Annotated[int | None, typer.Option(help="Updates between checkpoints; 0: at the end of each game only.")] = None,
     eval_episodes: Annotated[int | None, typer.Option(help="Episodes per evaluated game, played side by side.")] = None,
     eval_steps: Annotated[int | None, typer.Option(help="The most steps of an evaluation episode; 0: no evaluation.")] = None,
+    eval_unseen: Annotated[bool, typer.Option("--eval-unseen", help="Evaluate the games still to come, too (forward transfer).")] = False,
+    recognise: Annotated[
+        str | None,
+        typer.Option(help="Who tells evaluation which game is on the screen.", metavar="detector|nearest-mean|oracle"),
+    ] = None,
+    switch_every: Annotated[
+        int | None, typer.Option(help="Updates in a game before the next one's turn; 0: all of a game's at once; 1: joint training.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
     threads: Annotated[int | None, typer.Option(help="Torch's threads.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Record which experts are asked for, for ooc-moe simulate.", metavar="FILE")] = None,
@@ -97,12 +105,25 @@ def train(
             rich_help_panel=_AGENT,
         ),
     ] = None,
-    stem: Annotated[
+    protection: Annotated[
         str | None,
-        typer.Option(help="How later games leave the shared stem alone.", metavar="replay|freeze|none", rich_help_panel=_AGENT),
+        typer.Option(help="How later games leave alone what all share.", metavar="replay|freeze|ewc|clone|none", rich_help_panel=_AGENT),
+    ] = None,
+    protection_weight: Annotated[
+        float | None, typer.Option(help="Weight of the protection's loss, if not its own default.", rich_help_panel=_AGENT)
     ] = None,
     routing: Annotated[
         str | None, typer.Option(help="Inside the game's pool, or among all experts.", metavar="pool|token", rich_help_panel=_AGENT)
+    ] = None,
+    pool_size: Annotated[int | None, typer.Option(help="Experts that a game owns in each pool.", rich_help_panel=_AGENT)] = None,
+    shared_experts: Annotated[
+        int | None, typer.Option(help="Older games' experts that a new pool borrows, to read.", rich_help_panel=_AGENT)
+    ] = None,
+    pools: Annotated[
+        str | None, typer.Option(help="One pool of a game for all layers, or one each.", metavar="shared|per-layer", rich_help_panel=_AGENT)
+    ] = None,
+    attention: Annotated[
+        str | None, typer.Option(help="Whose attention a game uses.", metavar="per-game|first-game|shared", rich_help_panel=_AGENT)
     ] = None,
     banks: Annotated[
         str | None, typer.Option(help="One bank for all layers, or one each.", metavar="shared|per-layer", rich_help_panel=_AGENT)
@@ -148,6 +169,10 @@ def train(
             "dram_experts": dram_experts,
             "routing": routing,
             "banks": banks,
+            "pool_size": pool_size,
+            "shared_experts": shared_experts,
+            "pools": pools,
+            "attention": attention,
         }
         ppo = {"num_envs": envs, "rollout_steps": rollout, "epochs": epochs, "learning_rate": lr}
         run = {
@@ -157,7 +182,11 @@ def train(
             "plane": plane,
             "prefetch": prefetch,
             "prefetch_admission": prefetch_admission,
-            "stem_protection": stem,
+            "protection": protection,
+            "protection_weight": protection_weight,
+            "switch_every": switch_every,
+            "recognise": recognise,
+            "eval_unseen": True if eval_unseen else None,
             "eval_envs": eval_episodes,
             "eval_steps": eval_steps,
             "checkpoint_every": checkpoint_every,

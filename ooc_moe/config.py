@@ -16,7 +16,7 @@ from ooc_moe_wire.layout import BankSpec, Layout, TensorSpec
 
 Routing = Literal["pool", "token"]
 Scope = Literal["shared", "per-layer"]
-AttentionOwner = Literal["per-game", "first-game"]
+AttentionOwner = Literal["per-game", "first-game", "shared"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,7 +56,9 @@ class AgentConfig:
     routing: Routing = "pool"
     """What a token chooses from: the pool of its game, or (token) all experts of the bank, with one router for all games."""
     pool_size: int = 4
-    """Experts of a pool."""
+    """Experts of a pool that its game owns."""
+    shared_experts: int = 0
+    """Older games' experts that a new game's pool borrows beside its own, to read, never to change."""
     pools: Scope = "shared"
     """One pool of a game for all its layers, or one per layer (which banks per layer imply)."""
     top_k: int = 2
@@ -66,7 +68,8 @@ class AgentConfig:
     balance_weight: float = 0.01
     """Weight of the load-balancing loss."""
     attention: AttentionOwner = "per-game"
-    """Whose attention a block uses: its game's, or that of the first game, frozen once there is a second (an ablation)."""
+    """Whose attention a block uses: its game's, that of the first game, frozen once there is a second (an ablation), or one that all games
+    train (as ordinary networks do)."""
     hbm_experts: int = 32
     """Experts in the trainer's HBM, over all banks."""
     dram_experts: int = 128
@@ -87,7 +90,7 @@ class AgentConfig:
         self._check_stem()
 
     def _check_types(self) -> None:
-        for name in (*_AT_LEAST_ONE, "prefetch_experts"):
+        for name in (*_AT_LEAST_ONE, "prefetch_experts", "shared_experts"):
             value = getattr(self, name)
             _require(isinstance(value, int) and not isinstance(value, bool), name, repr(value), "a whole number")
 
@@ -95,7 +98,9 @@ class AgentConfig:
         _require(self.dim % self.num_heads == 0, "num_heads", self.num_heads, f"a divisor of dim {self.dim}")
         _require(self.pool_size <= self.num_experts, "pool_size", self.pool_size, f"at most num_experts {self.num_experts}")
         _require(self.top_k <= self.choices, "top_k", self.top_k, f"at most the {self.choices} experts a token can choose from")
-        _require(self.prefetch_experts >= 0, "prefetch_experts", self.prefetch_experts, "at least 0")
+        for name in ("prefetch_experts", "shared_experts"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        _require(self.routing == "pool" or not self.shared_experts, "shared_experts", self.shared_experts, "0, with token routing")
         for name in ("hbm_experts", "dram_experts"):
             _require(getattr(self, name) >= self.num_banks, name, getattr(self, name), f"at least one for each of {self.num_banks} banks")
 

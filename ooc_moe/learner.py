@@ -22,6 +22,7 @@ from ooc_moe.stem_replay import StemReplay
 from ooc_moe_wire.errors import InvalidRequest
 
 ADAM_EPS = 1e-5
+STEM_REPLAY_WEIGHT = 0.05
 
 
 class Learner:
@@ -32,7 +33,7 @@ class Learner:
         self._stem_replay, self._generator = stem_replay, generator
         self.dense_parameters = [*agent.game_parameters(game)]
         # Frozen for good once there is a second game: also when the first one comes back.
-        if config.stem_protection != "freeze" or agent.games == [game]:
+        if config.protection != "freeze" or agent.games == [game]:
             self.dense_parameters += agent.stem_parameters()
         self.dense = torch.optim.Adam(self.dense_parameters, lr=config.ppo.learning_rate, eps=ADAM_EPS)
         self.experts = ExpertAdam(agent.caches, agent.gradients, lr=config.ppo.learning_rate, eps=ADAM_EPS)
@@ -82,7 +83,7 @@ class Learner:
             played_BT=rollout.played_BT[rows].to(device),
         )
         balance = self.agent.config.balance_weight * output.aux_loss
-        replay = self.config.stem_replay_weight * self._replay_loss()
+        replay = STEM_REPLAY_WEIGHT * self._replay_loss()
         total = loss.total + balance + replay
         self._check_finite("loss", float(total.detach()))
         self.dense.zero_grad()
@@ -110,6 +111,6 @@ class Learner:
             raise InvalidRequest(f"learning_rate: with {self.config.ppo.learning_rate:g} the {name} became {value}; begin again with less")
 
     def _replay_loss(self) -> Tensor:
-        if self.config.stem_protection != "replay":
+        if self.config.protection != "replay":
             return torch.zeros((), device=self.config.device)
         return self._stem_replay.loss(self.agent.stem, self._generator)

@@ -19,7 +19,8 @@ from ooc_moe_wire.errors import InvalidRequest
 
 CONFIG_FILE = "config.json"
 PrefetchSource = Literal["off", "detector", "schedule"]
-StemProtection = Literal["replay", "freeze", "none"]
+Protection = Literal["replay", "freeze", "ewc", "clone", "none"]
+Recogniser = Literal["detector", "nearest-mean", "oracle"]
 # What a bank's name may hold, but no slash; the rest of it has room beside.
 _NAME, _NAME_SAYS = re.compile(r"[A-Za-z0-9_\-.]{1,100}"), "1 to 100 letters, digits, '_', '-' or '.'"
 
@@ -85,13 +86,23 @@ class RunConfig:
     prefetch_admission: str = "enforce"
     """What becomes of a named expert that has no slot to spare, or cannot come in time at the measured bandwidth: fetched all the same
     ("off"), and counted ("observe"), or dropped ("enforce")."""
-    stem_protection: StemProtection = "replay"
-    """How later games are kept from changing what the shared stem sees in earlier ones."""
-    stem_replay_weight: float = 0.05
-    """Weight of the feature replay loss (small: see StemReplay)."""
+    switch_every: int = 0
+    """Updates in a game before the next one has its turn, round after round until each had all its steps; 0: all of a game's at once.
+    1 is joint training, as far as one set of environments at a time can be."""
+    protection: Protection = "replay"
+    """How later games are kept from changing what all games share: feature replay for the stem; the stem frozen after the first game;
+    elastic weight consolidation; the earlier games' outputs cloned; not at all."""
+    protection_weight: float | None = None
+    """Weight of the protection's loss; None: its own default."""
+    recognise: Recogniser = "detector"
+    """Who tells evaluation which game is on the screen: the detector, its baseline, or the truth."""
     eval_envs: int = 8
+    eval_episodes: int = 1
+    """Episodes that evaluation plays in each environment, one after another."""
     eval_steps: int = 1000
-    """Evaluation plays the first episode of each environment, at most this many steps of it; 0 switches evaluation off."""
+    """The most steps of an evaluation in each environment; 0 switches evaluation off."""
+    eval_unseen: bool = False
+    """Whether the games that are still to come are evaluated too, which forward transfer is measured by."""
     checkpoint_every: int = 0
     """Updates between checkpoints inside a game; 0: only at the end of each game. A checkpoint resets the environments."""
     from_bank: str | None = None
@@ -107,14 +118,14 @@ class RunConfig:
     def __post_init__(self) -> None:
         _require(_NAME.fullmatch(self.name) is not None, "run_dir", self.run_dir, f"named with {_NAME_SAYS}, which its banks' names carry")
         _require(bool(self.games), "games", self.games, "at least one game")
-        for name in ("steps_per_game", "eval_envs", "threads", "env_threads"):
+        for name in ("steps_per_game", "eval_envs", "eval_episodes", "threads", "env_threads"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("eval_steps", "checkpoint_every", "seed", "stem_replay_weight"):
+        for name in ("eval_steps", "checkpoint_every", "switch_every", "seed"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-        _require(self.prefetch in get_args(PrefetchSource), "prefetch", self.prefetch, f"one of {get_args(PrefetchSource)}")
-        _require(
-            self.stem_protection in get_args(StemProtection), "stem_protection", self.stem_protection, f"one of {get_args(StemProtection)}"
-        )
+        weight = self.protection_weight
+        _require(weight is None or 0 <= weight < math.inf, "protection_weight", weight, "a number of at least 0")
+        for name, choices in (("prefetch", PrefetchSource), ("protection", Protection), ("recognise", Recogniser)):
+            _require(getattr(self, name) in get_args(choices), name, getattr(self, name), f"one of {get_args(choices)}")
         modes = tuple(mode.value for mode in AdmissionMode)
         _require(self.prefetch_admission in modes, "prefetch_admission", self.prefetch_admission, f"one of {modes}")
         planes = tuple(plane.value for plane in Plane)

@@ -231,7 +231,7 @@ class Trainer:
         for cache in self.session.caches:
             cache.write_back()
             cache.new_working_set()
-        if self.config.stem_protection == "replay":
+        if self.config.protection == "replay":
             frames_MSHW = rollout.frames_BTSHW.flatten(0, 1)
             chosen = torch.randperm(len(frames_MSHW), generator=self.generator)[:FRAMES_PER_GAME]
             self.stem_replay.store(frames_MSHW[chosen], self.agent.stem)

@@ -33,7 +33,7 @@ class Run:
 
     def __init__(self, *, slots: int, prefetch: str = "off", told: bool = True, updates: int = 3, banks: str = "shared") -> None:
         agent_config = replace(PRESETS["tiny"], banks=banks)
-        config = RunConfig(run_dir=Path("run"), games=(GAME,), agent=agent_config, ppo=PPO, prefetch=prefetch, stem_protection="none")
+        config = RunConfig(run_dir=Path("run"), games=(GAME,), agent=agent_config, ppo=PPO, prefetch=prefetch, protection="none")
         store = InMemoryStore()
         for spec in agent_config.bank_specs("run", 0):
             store.create_bank(spec)

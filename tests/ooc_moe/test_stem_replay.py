@@ -72,7 +72,7 @@ def test_its_state_goes_on_where_it_was(frames):
 
 @pytest.mark.parametrize(("protection", "learns"), [("replay", [True] * 3), ("none", [True] * 3), ("freeze", [True, False, False])])
 def test_a_frozen_stem_learns_until_there_is_a_second_game(protection, learns, generator):
-    config = RunConfig(run_dir=Path("unused"), games=GAMES, agent=PRESETS["tiny"], ppo=PPO, stem_protection=protection)
+    config = RunConfig(run_dir=Path("unused"), games=GAMES, agent=PRESETS["tiny"], ppo=PPO, protection=protection)
     store = InMemoryStore()
     (spec,) = config.agent.bank_specs("run", config.seed)
     store.create_bank(spec)
