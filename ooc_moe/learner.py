@@ -1,7 +1,8 @@
 """One PPO update: epochs of minibatches over a rollout, for the dense parameters of one game and the experts it used.
 
 The learner lives as long as its game is in training: dense Adam is rebuilt for every game, so that no momentum of one game moves another's
-parameters; the experts' moments travel in their records. Knows nothing of environments, phases or files.
+parameters; only games that take turns share the optimizer of what they share. The experts' moments travel in their records. Knows nothing
+of environments, phases or files.
 """
 
 from __future__ import annotations
@@ -16,26 +17,41 @@ from ooc_moe.agent import Agent
 from ooc_moe.expert_adam import ExpertAdam
 from ooc_moe.lookahead import uses_of_update
 from ooc_moe.ppo import clipped_loss
+from ooc_moe.protection import Protection
 from ooc_moe.rollout import Rollout
 from ooc_moe.run_config import RunConfig
-from ooc_moe.stem_replay import StemReplay
 from ooc_moe_wire.errors import InvalidRequest
 
 ADAM_EPS = 1e-5
-STEM_REPLAY_WEIGHT = 0.05
 
 
 class Learner:
-    """Updates the agent from rollouts of `game`."""
+    """Updates the agent from rollouts of `game`.
 
-    def __init__(self, agent: Agent, game: str, config: RunConfig, *, stem_replay: StemReplay, generator: torch.Generator) -> None:
+    Args:
+        agent: what is trained.
+        game: whose parameters are, beside the shared ones.
+        config: the run's.
+        protection: of what earlier games share with this one.
+        generator: draws minibatches.
+        shared: the optimizer of the shared parameters, where games take turns; None makes a new one.
+    """
+
+    def __init__(
+        self,
+        agent: Agent,
+        game: str,
+        config: RunConfig,
+        *,
+        protection: Protection,
+        generator: torch.Generator,
+        shared: torch.optim.Adam | None = None,
+    ) -> None:
         self.agent, self.game, self.config = agent, game, config
-        self._stem_replay, self._generator = stem_replay, generator
-        self.dense_parameters = [*agent.game_parameters(game)]
-        # Frozen for good once there is a second game: also when the first one comes back.
-        if config.protection != "freeze" or agent.games == [game]:
-            self.dense_parameters += agent.stem_parameters()
-        self.dense = torch.optim.Adam(self.dense_parameters, lr=config.ppo.learning_rate, eps=ADAM_EPS)
+        self._protection, self._generator = protection, generator
+        self.own = torch.optim.Adam(agent.game_parameters(game), lr=config.ppo.learning_rate, eps=ADAM_EPS)
+        self.shared = shared or torch.optim.Adam(agent.shared_parameters(), lr=config.ppo.learning_rate, eps=ADAM_EPS)
+        self.dense_parameters = [parameter for dense in (self.own, self.shared) for parameter in dense.param_groups[0]["params"]]
         self.experts = ExpertAdam(agent.caches, agent.gradients, lr=config.ppo.learning_rate, eps=ADAM_EPS)
 
     def update(self, rollout: Rollout, *, remaining: float) -> dict[str, float]:
@@ -46,7 +62,7 @@ class Learner:
             remaining: the share of this game's updates still to come, this one included; scales the learning rate.
         """
         learning_rate = self.config.ppo.learning_rate * remaining
-        self.dense.param_groups[0]["lr"] = self.experts.lr = learning_rate
+        self.own.param_groups[0]["lr"] = self.shared.param_groups[0]["lr"] = self.experts.lr = learning_rate
         self.agent.train()
         minibatches = self._minibatches(len(rollout.frames_BTSHW))
         uses = uses_of_update(rollout.experts_BTLK, minibatches, num_banks=len(self.agent.caches))
@@ -83,22 +99,25 @@ class Learner:
             played_BT=rollout.played_BT[rows].to(device),
         )
         balance = self.agent.config.balance_weight * output.aux_loss
-        replay = STEM_REPLAY_WEIGHT * self._replay_loss()
-        total = loss.total + balance + replay
+        protection = self._protection.loss(self._generator)
+        total = loss.total + balance + protection
         self._check_finite("loss", float(total.detach()))
-        self.dense.zero_grad()
+        self.own.zero_grad()
+        self.shared.zero_grad()
         self.experts.zero_grad()
         total.backward()
+        self._protection.add_expert_gradients()
         grad_norm = self.experts.clip_grad_norm(self.dense_parameters, self.config.ppo.max_grad_norm)
         self._check_finite("gradient norm", grad_norm)
-        self.dense.step()
+        self.own.step()
+        self.shared.step()
         self.experts.step()
         return {
             "policy": float(loss.policy),
             "value": float(loss.value),
             "entropy": float(loss.entropy),
             "balance": float(output.aux_loss.detach()),
-            "stem_replay": float(replay.detach()),
+            "protection": float(protection.detach()),
             "total": float(total.detach()),
             "approx_kl": float(loss.approx_kl),
             "clip_fraction": float(loss.clip_fraction),
@@ -109,8 +128,3 @@ class Learner:
         """Stops a run that diverges before a step makes parameters of it."""
         if not math.isfinite(value):
             raise InvalidRequest(f"learning_rate: with {self.config.ppo.learning_rate:g} the {name} became {value}; begin again with less")
-
-    def _replay_loss(self) -> Tensor:
-        if self.config.protection != "replay":
-            return torch.zeros((), device=self.config.device)
-        return self._stem_replay.loss(self.agent.stem, self._generator)

@@ -12,34 +12,51 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ooc_moe.rollout import Rollout
+
 FRAMES_PER_GAME = 1000
 FRAMES_PER_STEP = 64
 
 
 class StemReplay:
-    """Stored frames (on the CPU) and features (on the stem's device) of the games that were left."""
+    """Stored frames (on the CPU) and features (on the stem's device) of the games that were left.
 
-    def __init__(self, device: str = "cpu") -> None:
-        self._device = device
+    Args:
+        stem: frames (M, S, H, W) -> features (M, D).
+        weight: of the loss.
+        device: the stem's.
+    """
+
+    def __init__(self, stem: Callable[[Tensor], Tensor], *, weight: float = 0.05, device: str = "cpu") -> None:
+        self._stem, self._weight, self._device = stem, weight, device
         self.frames_MSHW: Tensor | None = None
         self.features_MD: Tensor | None = None
 
+    def leave(self, game: str, rollout: Rollout, generator: torch.Generator) -> None:
+        """Stores some of the frames of a game's last rollout."""
+        frames_MSHW = rollout.frames_BTSHW.flatten(0, 1)
+        chosen = torch.randperm(len(frames_MSHW), generator=generator)[:FRAMES_PER_GAME]
+        self.store(frames_MSHW[chosen])
+
     @torch.no_grad()
-    def store(self, frames_MSHW: Tensor, stem: Callable[[Tensor], Tensor]) -> None:
+    def store(self, frames_MSHW: Tensor) -> None:
         """Adds a game's frames (uint8, M x stack x height x width) and what the stem makes of them now."""
-        features_MD = torch.cat([stem(piece.to(self._device)) for piece in torch.split(frames_MSHW, 256)])
+        features_MD = torch.cat([self._stem(piece.to(self._device)) for piece in torch.split(frames_MSHW, 256)])
         if self.frames_MSHW is not None and self.features_MD is not None:
             frames_MSHW = torch.cat([self.frames_MSHW, frames_MSHW])
             features_MD = torch.cat([self.features_MD, features_MD])
         self._set(frames_MSHW, features_MD)
 
-    def loss(self, stem: Callable[[Tensor], Tensor], generator: torch.Generator) -> Tensor:
+    def loss(self, generator: torch.Generator) -> Tensor:
         """Squared distance of the stem's outputs from the stored ones on a random batch, in units of the features' variance."""
         if self.frames_MSHW is None or self.features_MD is None:
             return torch.zeros((), device=self._device)
         rows = torch.randint(len(self.frames_MSHW), (FRAMES_PER_STEP,), generator=generator)
-        distance_MD = (stem(self.frames_MSHW[rows].to(self._device)) - self.features_MD[rows.to(self._device)]).square()
-        return (distance_MD / self._variance).mean()
+        distance_MD = (self._stem(self.frames_MSHW[rows].to(self._device)) - self.features_MD[rows.to(self._device)]).square()
+        return self._weight * (distance_MD / self._variance).mean()
+
+    def add_expert_gradients(self) -> None:
+        """None: the stem has no experts."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """For the checkpoint; empty when nothing was stored."""

@@ -28,11 +28,11 @@ from ooc_moe.branch import go_back
 from ooc_moe.evaluate import Evaluator
 from ooc_moe.learner import Learner
 from ooc_moe.metrics import MetricsWriter
+from ooc_moe.protection import make_protection
 from ooc_moe.report import summary_tables, write_report
 from ooc_moe.rollout import Collector, Rollout
 from ooc_moe.run_config import CONFIG_FILE, RunConfig
 from ooc_moe.session import Session, check_device, open_session, open_store
-from ooc_moe.stem_replay import FRAMES_PER_GAME, StemReplay
 from ooc_moe.trace import TraceWriter, check_new
 from ooc_moe_client.store import ExpertStore
 from ooc_moe_wire.errors import InvalidRequest, OocMoeError
@@ -146,7 +146,7 @@ class Trainer:
         self.writer, self.console = writer, console
         self.at = checkpoint.Progress()
         self.generator = torch.Generator().manual_seed(self.config.seed)
-        self.stem_replay = StemReplay(self.config.device)
+        self.protection = make_protection(self.config, self.agent)
         self.evaluator = Evaluator(session)
         self._checkpoints = self.config.run_dir / checkpoint.DIRECTORY
         self._snapshot_prefix = f"{self.config.name}/update-"
@@ -185,9 +185,10 @@ class Trainer:
         if self.at.update_in_game == 0:
             self._enter(game)
         updates = self.config.updates_per_game
-        learner = Learner(self.agent, game, self.config, stem_replay=self.stem_replay, generator=self.generator)
+        learner = Learner(self.agent, game, self.config, protection=self.protection, generator=self.generator)
         if self._dense_state is not None:
-            learner.dense.load_state_dict(self._dense_state)
+            learner.own.load_state_dict(self._dense_state["own"])
+            learner.shared.load_state_dict(self._dense_state["shared"])
             self._dense_state = None
         game_envs = self.session.make_envs(game, self.config.ppo.num_envs)
         ahead = self.config.prefetch != "off"
@@ -205,12 +206,12 @@ class Trainer:
             self._show(progress, bar, game, rollout)
             due = self.config.checkpoint_every and self.at.update_in_game % self.config.checkpoint_every == 0
             if (due or interrupted()) and self.at.update_in_game < updates:
-                self.save(dense=learner.dense.state_dict())
+                self.save(dense={"own": learner.own.state_dict(), "shared": learner.shared.state_dict()})
                 collector.reset(self._env_seed())
                 if interrupted():
                     raise Interrupted(f"stopped at step {self.at.step} of {game}; saved in {self.config.run_dir}")
         game_envs.close()
-        self._leave(rollout)
+        self._leave(game, rollout)
 
     def _enter(self, game: str) -> None:
         """Gives a new game its pools, and tells the record that the game on the screen changed."""
@@ -221,20 +222,18 @@ class Trainer:
         )
         if game not in self.agent.games:
             self.agent.add_game(game)
-            self.session.detector.add_game(game)
-            self.session.detector.grow_experts(self.session.num_experts)
+            for recogniser in (self.session.detector, self.session.nearest_mean):
+                recogniser.add_game(game)
+                recogniser.grow_experts(self.session.num_experts)
         if self.config.prefetch == "schedule":
             self.session.prefetch(self.agent.prefetch_set(game))
 
-    def _leave(self, rollout: Rollout) -> None:
-        """Writes the game's experts back behind what follows, and remembers what the stem saw in it."""
+    def _leave(self, game: str, rollout: Rollout) -> None:
+        """Writes the game's experts back behind what follows, and lets the protection remember it."""
         for cache in self.session.caches:
             cache.write_back()
             cache.new_working_set()
-        if self.config.protection == "replay":
-            frames_MSHW = rollout.frames_BTSHW.flatten(0, 1)
-            chosen = torch.randperm(len(frames_MSHW), generator=self.generator)[:FRAMES_PER_GAME]
-            self.stem_replay.store(frames_MSHW[chosen], self.agent.stem)
+        self.protection.leave(game, rollout, self.generator)
 
     def _on_segment(self, frames_NSHW: torch.Tensor) -> None:
         """Lets the detector look at what is on the screen, and bring what it expects to be needed."""
@@ -246,16 +245,19 @@ class Trainer:
         """One online step of the detector on frames of this rollout, each with the experts that it was routed to."""
         frames_MSHW, experts_MLK = rollout.frames_BTSHW.flatten(0, 1), rollout.experts_BTLK.flatten(0, 1)
         chosen = torch.randperm(len(frames_MSHW), generator=self.generator)[:DETECTOR_FRAMES]
-        return self.session.detector.learn(frames_MSHW[chosen], game, self.session.usage_of(experts_MLK[chosen]))
+        used_E = self.session.usage_of(experts_MLK[chosen])
+        self.session.nearest_mean.learn(frames_MSHW[chosen], game, used_E)
+        return self.session.detector.learn(frames_MSHW[chosen], game, used_E)
 
     def _evaluate(self, phase: int, progress: Progress) -> None:
-        """Plays all games known so far, without telling the agent which; each beside random play under the same protocol."""
+        """Plays the games known so far (or all), without telling the agent which; each beside random play under the same protocol."""
         if not self.config.eval_steps:
             return
-        known = list(dict.fromkeys(self.config.games[: phase + 1]))
+        games = self.config.games[: phase + 1] + (self.config.games if self.config.eval_unseen else ())
+        games = tuple(dict.fromkeys(games))
         self.session.reporter.activity = f"evaluating at step {self.at.step}"
-        bar = progress.add_task("evaluation", total=len(known), note="")
-        for fields in self.evaluator.evaluate(known):
+        bar = progress.add_task("evaluation", total=len(games), note="")
+        for fields in self.evaluator.evaluate(games):
             self.writer.log("evaluation", step=self.at.step, update=self.at.update, game=self.config.games[phase], phase=phase, **fields)
             progress.update(bar, advance=1, note=f"{fields['evaluated']} {fields['return_mean']:.0f} (random {fields['random_mean']:.0f})")
 
@@ -286,7 +288,8 @@ class Trainer:
         return {
             "agent": self.agent.state_dict(),
             "detector": self.session.detector.state_dict(),
-            "stem_replay": self.stem_replay.state_dict(),
+            "nearest_mean": self.session.nearest_mean.state_dict(),
+            "protection": self.protection.state_dict(),
             "dense_optimizer": dense,
             "generator": self.generator.get_state(),
             "metrics_position": self.writer.position(),
@@ -299,7 +302,8 @@ class Trainer:
         state = saved.state
         self.agent.load_state_dict(state["agent"])
         self.session.detector.load_state_dict(state["detector"])
-        self.stem_replay.load_state_dict(state["stem_replay"])
+        self.session.nearest_mean.load_state_dict(state["nearest_mean"])
+        self.protection.load_state_dict(state["protection"])
         self._dense_state = state["dense_optimizer"]
         self.generator.set_state(state["generator"])
         self.writer.truncate(state["metrics_position"])

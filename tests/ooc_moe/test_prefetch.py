@@ -13,9 +13,9 @@ from ooc_moe.agent import Agent
 from ooc_moe.config import PRESETS
 from ooc_moe.learner import Learner
 from ooc_moe.lookahead import foretell_acting, uses_of_update
+from ooc_moe.protection import Unprotected
 from ooc_moe.rollout import Collector
 from ooc_moe.run_config import PPOConfig, RunConfig
-from ooc_moe.stem_replay import StemReplay
 from ooc_moe_client.cache import ExpertCache
 from ooc_moe_client.cache_stats import CacheStats
 from ooc_moe_client.in_memory import InMemoryStore
@@ -48,7 +48,7 @@ class Run:
         generator = torch.Generator().manual_seed(0)
         game_envs = envs.make(GAME, PPO.num_envs, frame_size=agent_config.frame_size, frame_stack=agent_config.frame_stack, num_threads=1)
         collector = Collector(agent, game_envs, PPO, generator=generator, on_segment=lambda frames: None, ahead=prefetch != "off")
-        learner = Learner(agent, GAME, config, stem_replay=StemReplay("cpu"), generator=generator)
+        learner = Learner(agent, GAME, config, protection=Unprotected(), generator=generator)
         collector.reset(0)
         self.losses = []
         self.hits_of_acting, self.optimum_of_acting = 0, 0

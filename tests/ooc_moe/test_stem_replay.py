@@ -10,6 +10,7 @@ from ooc_moe.agent import Agent
 from ooc_moe.config import PRESETS
 from ooc_moe.envs import make
 from ooc_moe.learner import Learner
+from ooc_moe.protection import make_protection
 from ooc_moe.rollout import Collector
 from ooc_moe.run_config import PPOConfig, RunConfig
 from ooc_moe.stem_replay import StemReplay
@@ -40,32 +41,34 @@ class Stem(nn.Module):
 
 
 def test_nothing_stored_costs_nothing(generator):
-    assert StemReplay().loss(Stem(), generator) == 0
+    assert StemReplay(Stem()).loss(generator) == 0
 
 
 def test_an_unchanged_stem_costs_nothing_and_a_changed_one_is_pulled_back(frames, generator):
-    stem, replay = Stem(), StemReplay()
-    replay.store(frames, stem)
-    assert replay.loss(stem, generator) < 1e-10
+    stem = Stem()
+    replay = StemReplay(stem)
+    replay.store(frames)
+    assert replay.loss(generator) < 1e-10
     with torch.no_grad():
         stem.linear.weight += 0.1 * torch.randn(stem.linear.weight.shape, generator=generator)
     optimizer = torch.optim.Adam(stem.parameters(), lr=1e-2)
-    before = replay.loss(stem, generator).item()
+    before = replay.loss(generator).item()
     for _ in range(50):
         optimizer.zero_grad()
-        replay.loss(stem, generator).backward()
+        replay.loss(generator).backward()
         optimizer.step()
-    assert replay.loss(stem, generator).item() < 0.2 * before
+    assert replay.loss(generator).item() < 0.2 * before
 
 
 def test_its_state_goes_on_where_it_was(frames):
-    stem, replay, loaded = Stem(), StemReplay(), StemReplay()
-    replay.store(frames[:200], stem)
-    replay.store(frames[200:], stem)
+    stem = Stem()
+    replay, loaded = StemReplay(stem), StemReplay(stem)
+    replay.store(frames[:200])
+    replay.store(frames[200:])
     loaded.load_state_dict(replay.state_dict())
-    loaded.load_state_dict(StemReplay().state_dict())  # Of a run without a finished game.
-    other = Stem()
-    losses = [each.loss(other, torch.Generator().manual_seed(3)) for each in (replay, loaded)]
+    loaded.load_state_dict(StemReplay(stem).state_dict())  # Of a run without a finished game.
+    stem.linear.reset_parameters()
+    losses = [each.loss(torch.Generator().manual_seed(3)) for each in (replay, loaded)]
     assert torch.equal(*losses)
     assert losses[0] > 0
 
@@ -78,13 +81,16 @@ def test_a_frozen_stem_learns_until_there_is_a_second_game(protection, learns, g
     store.create_bank(spec)
     with ExpertCache(store, spec.name, capacity_experts=8) as cache:
         agent = Agent(config.agent, [cache], seed=0)
+        protection = make_protection(config, agent)
         for game, expected in zip((*GAMES, GAMES[0]), learns, strict=True):
             agent.add_game(game)
             before = {name: value.clone() for name, value in agent.stem.state_dict().items()}
-            learner = Learner(agent, game, config, stem_replay=StemReplay(), generator=generator)
+            learner = Learner(agent, game, config, protection=protection, generator=generator)
             played = Collector(agent, make(game, 2, frame_size=42), PPO, generator=generator, on_segment=lambda frames: None)
             played.reset(0)
-            losses = learner.update(played.collect(), remaining=1.0)
+            rollout = played.collect()
+            losses = learner.update(rollout, remaining=1.0)
+            protection.leave(game, rollout, generator)
             assert losses["grad_norm"] > 0
             changed = [not torch.equal(value, before[name]) for name, value in agent.stem.state_dict().items()]
             assert any(changed) == expected

@@ -1,0 +1,93 @@
+"""How later games are kept from changing what all games share: the interface, and its two simplest kinds.
+
+The others are stem_replay.py, ewc.py and cloning.py. Knows nothing of how a game is learned.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ooc_moe.agent import Agent
+from ooc_moe.rollout import Rollout
+from ooc_moe.run_config import RunConfig
+from ooc_moe.stem_replay import StemReplay
+from ooc_moe_wire.errors import InvalidRequest
+
+
+class Protection(Protocol):
+    """What the learner adds to its loss for the games that were left."""
+
+    def loss(self, generator: torch.Generator) -> Tensor:
+        """The penalty of this optimizer step, weight included; zero before a game was left. `generator` draws its minibatch."""
+
+    def add_expert_gradients(self) -> None:
+        """Adds to the gradients of the step's experts what autograd, which does not know them, cannot; called after backward."""
+
+    def leave(self, game: str, rollout: Rollout, generator: torch.Generator) -> None:
+        """Remembers a game that had all its updates; `rollout` is its last."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Reads `state_dict` back."""
+
+
+class Unprotected:
+    """Later games change what they like."""
+
+    def loss(self, generator: torch.Generator) -> Tensor:
+        """Zero."""
+        return torch.zeros(())
+
+    def add_expert_gradients(self) -> None:
+        """Adds nothing."""
+
+    def leave(self, game: str, rollout: Rollout, generator: torch.Generator) -> None:
+        """Remembers nothing."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Empty."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Reads nothing."""
+
+
+class Freeze(Unprotected):
+    """The stem learns in the first game only; what else games share (attention, token routing and its experts) goes on learning."""
+
+    def __init__(self, stem: nn.Module) -> None:
+        self._stem = stem
+        self._frozen = False
+
+    def leave(self, game: str, rollout: Rollout, generator: torch.Generator) -> None:
+        """Freezes the stem for good."""
+        self._frozen = True
+        self._stem.requires_grad_(False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whether it is frozen."""
+        return {"frozen": self._frozen}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Freezes the stem if it was."""
+        self._frozen = state["frozen"]
+        self._stem.requires_grad_(not self._frozen)
+
+
+def make_protection(config: RunConfig, agent: Agent) -> Protection:
+    """The protection that a run asks for."""
+    weight = {} if config.protection_weight is None else {"weight": config.protection_weight}
+    match config.protection:
+        case "replay":
+            return StemReplay(agent.stem, device=config.device, **weight)
+        case "freeze":
+            return Freeze(agent.stem)
+        case "none":
+            return Unprotected()
+        case kind:
+            raise InvalidRequest(f"protection: {kind!r} is not built yet")
