@@ -7,6 +7,9 @@ Letters: N frames, S stacked frames, H height, W width, G games, E experts, D fe
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -111,3 +114,21 @@ class NearestClassMean:
             expert_probabilities_NE=uses_NE,
             experts=prefetch_set(uses_NE[~unknown_N], self._prefetch_experts),
         )
+
+    # Checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Games and what was added up of each; the random features come from the seed. Loadable with weights_only."""
+        return {
+            "games": list(self._games),
+            "counts": self._counts_G.clone(),
+            "sums": self._sums_GD.clone(),
+            "squares": self._squares_GD.clone(),
+            "uses": self._uses_GE.clone(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes up a state; needs the seed of the one that made it."""
+        self._games = list(state["games"])
+        self._counts_G, self._sums_GD = state["counts"].clone(), state["sums"].clone()
+        self._squares_GD, self._uses_GE = state["squares"].clone(), state["uses"].clone()

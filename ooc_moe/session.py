@@ -22,6 +22,7 @@ from ooc_moe.agent import Agent
 from ooc_moe.daemon import embedded_daemon
 from ooc_moe.detector import Detector
 from ooc_moe.envs import GameEnvs
+from ooc_moe.nearest_mean import NearestClassMean
 from ooc_moe.run_config import RunConfig
 from ooc_moe.trace import TraceWriter
 from ooc_moe_client.admission import AdmissionMode
@@ -44,6 +45,7 @@ class Session:
     caches: list[ExpertCache]
     agent: Agent
     detector: Detector
+    nearest_mean: NearestClassMean
     reporter: Reporter
     trace: TraceWriter | None = None
 
@@ -114,7 +116,10 @@ def check_device(device: str) -> None:
 def open_session(
     config: RunConfig, store: ExpertStore, bank_names: Sequence[str], *, trace: TraceWriter | None = None
 ) -> Iterator[Session]:
-    """Opens caches on existing banks, and an agent and a detector that know no game yet. `trace` is told what the caches are asked for."""
+    """Opens caches on existing banks, and an agent, a detector and its baseline that know no game yet.
+
+    `trace` is told what the caches are asked for.
+    """
     torch.set_num_threads(config.threads)
     agent_config = config.agent
     per_cache = agent_config.hbm_experts // len(bank_names)
@@ -132,16 +137,26 @@ def open_session(
             )
             caches.append(stack.enter_context(cache))
         agent = Agent(agent_config, caches, seed=config.seed).to(config.device)
-        detector = Detector(
-            frame_stack=agent_config.frame_stack,
-            frame_size=agent_config.frame_size,
-            num_experts=agent.num_experts,
-            prefetch_experts=agent_config.prefetch_experts,
-            seed=config.seed,
-        )
+        recogniser = {
+            "frame_stack": agent_config.frame_stack,
+            "frame_size": agent_config.frame_size,
+            "num_experts": agent.num_experts,
+            "prefetch_experts": agent_config.prefetch_experts,
+            "seed": config.seed,
+        }
+        detector = Detector(**recogniser)
         agent.predictor = detector.predict
         reporter = stack.enter_context(Reporter(store, caches))
-        yield Session(config=config, store=store, caches=caches, agent=agent, detector=detector, reporter=reporter, trace=trace)
+        yield Session(
+            config=config,
+            store=store,
+            caches=caches,
+            agent=agent,
+            detector=detector,
+            nearest_mean=NearestClassMean(**recogniser),
+            reporter=reporter,
+            trace=trace,
+        )
 
 
 @contextmanager
