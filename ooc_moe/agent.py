@@ -2,7 +2,8 @@
 
     frames -> stem (shared) -> + embedding -> [causal attention -> tiered MoE] x layers -> norm -> logits, value
 
-Everything dense but the stem belongs to one game. Knows nothing of environments, losses or checkpoints' files.
+Everything dense but the stem belongs to one game, unless the configuration shares it. Knows nothing of environments, losses or
+checkpoints' files.
 """
 
 from __future__ import annotations
@@ -99,6 +100,10 @@ class Agent(nn.Module):
         self.networks = cast("dict[str, GameNetwork]", nn.ModuleDict())
         with seeded(derived_seed(seed, "stem")):
             self.stem = Stem(config)
+        with seeded(derived_seed(seed, "attention")):
+            layers = config.num_layers if config.attention == "shared" else 0
+            attentions = [CausalAttention(config.dim, config.num_heads) for _ in range(layers)]
+        self.attentions = cast("Sequence[CausalAttention]", nn.ModuleList(attentions))
         # With token routing the routers choose from whole banks and belong to all games.
         with seeded(derived_seed(seed, "routers")):
             token = config.routing == "token"
@@ -148,12 +153,16 @@ class Agent(nn.Module):
         }
 
     def game_parameters(self, game: str) -> Iterator[nn.Parameter]:
-        """A game's own dense parameters that are to be trained (with token routing, the shared routers too)."""
-        return (parameter for parameter in self._network(game).parameters() if parameter.requires_grad)
+        """A game's own dense parameters that are to be trained."""
+        shared = set(self.shared_parameters())
+        return (parameter for parameter in self._network(game).parameters() if parameter.requires_grad and parameter not in shared)
 
-    def stem_parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters that all games share."""
-        return self.stem.parameters()
+    def shared_parameters(self) -> Iterator[nn.Parameter]:
+        """The dense parameters that every game trains: the stem, attention where it is shared, the routers with token routing."""
+        modules = cast("tuple[nn.Module, ...]", (self.stem, self.attentions, self.routers))
+        return (parameter for module in modules for parameter in module.parameters())
+
+    stem_parameters = shared_parameters
 
     # Seeing whole segments
 
@@ -315,7 +324,9 @@ class Agent(nn.Module):
     def _block(self, layer: int, experts: Sequence[int], first: GameNetwork | None) -> Block:
         config = self.config
         attention = CausalAttention(config.dim, config.num_heads)
-        if config.attention == "first-game" and first is not None:
+        if config.attention == "shared":
+            attention = self.attentions[layer]
+        elif config.attention == "first-game" and first is not None:
             attention = first.blocks[layer].attention
         router = self.routers[layer] if config.routing == "token" else self._router(experts)
         moe = TieredMoE(self._experts[layer % len(self._experts)], router, dim=config.dim, dropout=config.dropout)

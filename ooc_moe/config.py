@@ -96,7 +96,8 @@ class AgentConfig:
 
     def _check_sizes(self) -> None:
         _require(self.dim % self.num_heads == 0, "num_heads", self.num_heads, f"a divisor of dim {self.dim}")
-        _require(self.pool_size <= self.num_experts, "pool_size", self.pool_size, f"at most num_experts {self.num_experts}")
+        fits = self.routing == "token" or self.pool_size <= self.num_experts
+        _require(fits, "pool_size", self.pool_size, f"at most num_experts {self.num_experts}")
         _require(self.top_k <= self.choices, "top_k", self.top_k, f"at most the {self.choices} experts a token can choose from")
         for name in ("prefetch_experts", "shared_experts"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")

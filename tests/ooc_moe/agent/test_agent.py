@@ -8,7 +8,7 @@ from ooc_moe.expert_adam import ExpertAdam
 from ooc_moe_wire.errors import InvalidRequest, Unavailable
 
 CONTEXT = 4
-VARIANTS = [{}, {"routing": "token"}, {"banks": "per-layer"}, {"pools": "shared"}, {"attention": "first-game"}]
+VARIANTS = [{}, {"routing": "token"}, {"banks": "per-layer"}, {"pools": "shared"}, {"attention": "first-game"}, {"attention": "shared"}]
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -33,7 +33,7 @@ def play(agent: Agent, frames_BTSHW, *, game: str = "a", starts_BT=None, seed: i
 
 def train(agent: Agent, frames_BTSHW, *, game: str = "a", steps: int = 3, seed: int = 0, max_norm: float = 1.0) -> list[float]:
     """A few optimizer steps on a made-up loss; returns losses and gradient norms."""
-    dense = [*agent.game_parameters(game), *agent.stem_parameters()]
+    dense = [*agent.game_parameters(game), *agent.shared_parameters()]
     adam, expert_adam = torch.optim.Adam(dense, lr=0.01), ExpertAdam(agent.caches, agent.gradients, lr=0.01)
     noise, measured = generator(seed), []
     for _ in range(steps):
@@ -171,8 +171,9 @@ def test_token_routing_reaches_experts_of_the_whole_bank_with_one_router_for_all
     assert len(used) > 12
     train(agent, frames(agent, 2, CONTEXT), game="a", steps=1)
     a, b = (list(agent.game_parameters(game)) for game in "ab")
-    shared = {id(parameter) for parameter in a} & {id(parameter) for parameter in b}
-    assert shared == {id(parameter) for parameter in agent.routers.parameters()}
+    assert {*agent.routers.parameters()} < {*agent.shared_parameters()}
+    assert all(parameter.grad.any() for parameter in agent.routers.parameters())
+    assert not {*a} & {*b}
     assert agent.caches[0].num_experts == 16
 
 
@@ -302,9 +303,35 @@ def test_the_first_games_attention_serves_all_and_freezes_with_the_second(world,
     assert all(torch.equal(agent.state_dict()[name], moved[name]) for name in moved)
 
 
-def test_parameters_divide_into_the_stem_and_the_games(world) -> None:
-    agent = world.agent(games=("a", "b"))
-    parts = [*agent.stem_parameters(), *agent.game_parameters("a"), *agent.game_parameters("b")]
+def test_shared_attention_is_trained_by_every_game_and_by_none_alone(world, frames) -> None:
+    agent = world.agent(games=("a", "b"), attention="shared")
+    assert {*agent.attentions.parameters()} < {*agent.shared_parameters()}
+    for game in "ab":
+        before = [parameter.detach().clone() for parameter in agent.attentions.parameters()]
+        train(agent, frames(agent, 2, CONTEXT), game=game, steps=1)
+        assert not any(map(torch.equal, agent.attentions.parameters(), before))
+    network = agent.networks[_module(agent, "a")]
+    assert all(block.attention is attention for block, attention in zip(network.blocks, agent.attentions, strict=True))
+
+
+def test_the_gradient_of_shared_attention_is_the_sum_over_games_of_that_of_their_own(world, frames) -> None:
+    """The twin has an attention per game with the shared one's values."""
+    agent, twin = (world.agent(games=("a", "b"), attention=attention) for attention in ("shared", "per-game"))
+    for game in "ab":
+        twin.networks[_module(twin, game)].load_state_dict(agent.networks[_module(agent, game)].state_dict())
+    for one in (agent, twin):
+        for game in "ab":
+            one.eval()(frames(one, 2, CONTEXT), game=game).value_BT.sum().backward()
+    for layer, attention in enumerate(agent.attentions):
+        own = [twin.networks[_module(twin, game)].blocks[layer].attention for game in "ab"]
+        for shared, first, second in zip(attention.parameters(), *(module.parameters() for module in own), strict=True):
+            torch.testing.assert_close(shared.grad, first.grad + second.grad)
+
+
+@pytest.mark.parametrize("changes", [{}, {"routing": "token"}, {"attention": "shared"}])
+def test_parameters_divide_into_what_all_games_share_and_the_games(world, changes: dict) -> None:
+    agent = world.agent(games=("a", "b"), **changes)
+    parts = [*agent.shared_parameters(), *agent.game_parameters("a"), *agent.game_parameters("b")]
     assert len({id(parameter) for parameter in parts}) == len(parts)
     assert {id(parameter) for parameter in parts} == {id(parameter) for parameter in agent.parameters()}
 

@@ -14,6 +14,8 @@ VARIANTS = [
     {"routing": "token"},
     {"routing": "token", "banks": "per-layer"},
     {"attention": "first-game"},
+    {"attention": "shared"},
+    {"routing": "token", "num_experts": 1, "top_k": 1, "banks": "per-layer"},
     {"num_games": 5, "num_experts": 4},
     {"num_layers": 3, "context": 7, "frame_size": 50, "num_heads": 1},
 ]
