@@ -18,7 +18,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from ooc_moe import cli_bench, cli_simulate, cli_store
+from ooc_moe import cli_bench, cli_simulate, cli_store, cli_study
 from ooc_moe_wire.errors import InvalidRequest, OocMoeError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, rich_markup_mode="rich")
@@ -28,6 +28,7 @@ app.add_typer(cli_store.snapshot_app, name="snapshot")
 app.add_typer(cli_bench.bench_app, name="bench")
 app.command()(cli_simulate.simulate)
 app.command()(cli_simulate.plan)
+app.command()(cli_study.study)
 
 INTERRUPTED_EXIT = 130
 _RESUME_FLAGS = {"resume", "checkpoint", "run_dir", "name", "store", "plane", "quiet"}
@@ -74,8 +75,9 @@ def train(
         typer.Option(help="With --resume: go back to this one of the run's checkpoints, and drop what came after it.", metavar="NAME"),
     ] = None,
     checkpoint_every: Annotated[int | None, typer.Option(help="Updates between checkpoints; 0: at the end of each game only.")] = None,
-    eval_episodes: Annotated[int | None, typer.Option(help="Episodes per evaluated game, played side by side.")] = None,
-    eval_steps: Annotated[int | None, typer.Option(help="The most steps of an evaluation episode; 0: no evaluation.")] = None,
+    eval_envs: Annotated[int | None, typer.Option(help="Environments of an evaluation, played side by side.")] = None,
+    eval_episodes: Annotated[int | None, typer.Option(help="Whole games that each of them plays, one after another.")] = None,
+    eval_steps: Annotated[int | None, typer.Option(help="The most steps of each of them in an evaluation; 0: no evaluation.")] = None,
     eval_unseen: Annotated[bool, typer.Option("--eval-unseen", help="Evaluate the games still to come, too (forward transfer).")] = False,
     recognise: Annotated[
         str | None,
@@ -187,7 +189,8 @@ def train(
             "switch_every": switch_every,
             "recognise": recognise,
             "eval_unseen": True if eval_unseen else None,
-            "eval_envs": eval_episodes,
+            "eval_envs": eval_envs,
+            "eval_episodes": eval_episodes,
             "eval_steps": eval_steps,
             "checkpoint_every": checkpoint_every,
             "from_bank": from_bank,
@@ -228,17 +231,23 @@ def evaluate(
     run_dir: Annotated[Path, typer.Argument(help="The run's directory.", metavar="RUN_DIR")],
     store: Annotated[str | None, typer.Option(help="The daemon's address, if it moved.", metavar="ADDRESS")] = None,
     plane: Annotated[str | None, PLANE] = None,
-    eval_episodes: Annotated[int | None, typer.Option(help="Episodes per game, played side by side.")] = None,
-    eval_steps: Annotated[int | None, typer.Option(help="The most steps of an episode.")] = None,
+    eval_envs: Annotated[int | None, typer.Option(help="Environments, played side by side.")] = None,
+    eval_episodes: Annotated[int | None, typer.Option(help="Whole games that each of them plays, one after another.")] = None,
+    eval_steps: Annotated[int | None, typer.Option(help="The most steps of each of them in one game.")] = None,
+    eval_unseen: Annotated[bool, typer.Option("--eval-unseen", help="Play the run's games that it has not learned yet, too.")] = False,
+    recognise: Annotated[
+        str | None, typer.Option(help="Who tells which game is on the screen.", metavar="detector|nearest-mean|oracle")
+    ] = None,
 ) -> None:
     """Play the games of a run from its last checkpoint, without telling the agent which is which.
 
     \b
-    $ ooc-moe eval runs/first --eval-episodes 16 --eval-steps 5000
+    $ ooc-moe eval runs/first --eval-envs 16 --eval-steps 5000
     """
     from ooc_moe.evaluate import evaluate_run
 
-    evaluate_run(run_dir, Console(), store=store, plane=plane, **_given(eval_envs=eval_episodes, eval_steps=eval_steps))
+    given = _given(eval_envs=eval_envs, eval_episodes=eval_episodes, eval_steps=eval_steps, recognise=recognise)
+    evaluate_run(run_dir, Console(), store=store, plane=plane, eval_unseen=eval_unseen, **given)
 
 
 @app.command()

@@ -1,0 +1,147 @@
+"""`ooc-moe study`: many runs and what they show. torch is imported by the runs' own processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ooc_moe.bench.machine import command_given
+from ooc_moe_wire.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from ooc_moe.study.definitions import Study, StudyRun
+    from ooc_moe.study.runner import Outcome, Status
+
+INTERRUPTED_EXIT = 130
+
+
+def study(
+    name: Annotated[str | None, typer.Argument(help="Which study; none: list them.", metavar="NAME")] = None,
+    variants: Annotated[str, typer.Option(help="Only these.", metavar="A,B,C")] = "",
+    seeds: Annotated[int | None, typer.Option(help="At most so many of each variant.")] = None,
+    jobs: Annotated[int, typer.Option(help="Runs at a time, each with one torch thread.")] = 2,
+    steps_per_game: Annotated[int | None, typer.Option(help="Environment steps in each game, instead of the study's own.")] = None,
+    runs: Annotated[Path, typer.Option(help="Where runs are kept, below studies/NAME.", metavar="DIR")] = Path("runs"),
+    results: Annotated[Path, typer.Option(help="Where table, figures and numbers are written.", metavar="DIR")] = Path(
+        "tests/bench/results/studies"
+    ),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the runs, and how far each came.")] = False,
+    tables_only: Annotated[bool, typer.Option("--tables-only", help="Make no run; write what the present ones show.")] = False,
+) -> None:
+    """Test the claim: many runs, a table, figures and verdicts whose rules were fixed beforehand.
+
+    Every run is an ordinary one (ooc-moe report works on it), with a daemon of its own. Ctrl-C saves; the same command goes on.
+
+    \b
+    $ ooc-moe study                       # which there are
+    $ ooc-moe study synthetic --jobs 2
+    $ ooc-moe study synthetic --variants full,dense --seeds 1
+    $ ooc-moe study synthetic --tables-only
+    """
+    from ooc_moe.study.definitions import STUDIES, find_study
+
+    console = Console()
+    if name is None:
+        console.print(_list_of(list(STUDIES.values())))
+        return
+    chosen = find_study(name)
+    wanted = chosen.runs(
+        runs / "studies",
+        variants=tuple(word.strip() for word in variants.split(",") if word.strip()),
+        seeds=_at_least_one("seeds", seeds),
+        steps_per_game=_at_least_one("steps_per_game", steps_per_game),
+    )
+    if dry_run:
+        console.print(_table_of(wanted))
+        return
+    outcome = None if tables_only else _make(chosen, wanted, jobs, console)
+    _write_home(chosen, wanted, runs / "studies", results, console)
+    if outcome is not None:
+        _say(outcome, console)
+
+
+def _make(chosen: Study, wanted: list[StudyRun], jobs: int, console: Console) -> Outcome:
+    from ooc_moe.study.runner import run_all
+
+    if chosen.recipe.device != "cpu":
+        from ooc_moe.session import check_device
+
+        check_device(chosen.recipe.device)
+    labels = {run.config.run_dir: run.label for run in wanted}
+    with _progress(console) as progress:
+        overall = progress.add_task(chosen.name, total=None, note="")
+        bars: dict[Path, TaskID] = {}
+        sizes = {run.config.run_dir: run.config for run in wanted}
+
+        def watch(status: Status) -> None:
+            from ooc_moe.study.runner import steps_of
+
+            failed = f", {status.failed} failed" if status.failed else ""
+            note = f"{status.done} of {status.total} runs{failed}"
+            progress.update(overall, completed=status.steps_done, total=status.steps_total, note=note)
+            for run_dir in [run_dir for run_dir in bars if run_dir not in status.running]:
+                progress.remove_task(bars.pop(run_dir))
+            for run_dir, steps in status.running.items():
+                if run_dir not in bars:
+                    bars[run_dir] = progress.add_task(labels[run_dir], total=steps_of(sizes[run_dir]), note="")
+                progress.update(bars[run_dir], completed=steps)
+
+        return run_all([run.config for run in wanted], jobs=jobs, watch=watch)
+
+
+def _say(outcome: Outcome, console: Console) -> None:
+    for run_dir, words in outcome.failed.items():
+        console.print(f"failed: {run_dir}: {words}", style="red", markup=False, soft_wrap=True)
+    if outcome.interrupted:
+        console.print(f"stopped; every run saved a checkpoint. Go on with: {command_given()}", markup=False, soft_wrap=True)
+        raise typer.Exit(INTERRUPTED_EXIT)
+    if outcome.failed:
+        raise typer.Exit(1)
+
+
+def _write_home(chosen: Study, wanted: list[StudyRun], studies_dir: Path, results: Path, console: Console) -> None:
+    pass
+
+
+def _list_of(studies: list[Study]) -> Table:
+    table = Table("study", "asks", "variants", "runs", box=SIMPLE_HEAD)
+    for each in studies:
+        table.add_row(each.name, each.asks, ", ".join(each.seeds), str(len(each.runs(Path()))))
+    return table
+
+
+def _table_of(wanted: list[StudyRun]) -> Table:
+    from ooc_moe.study.runner import state_of, steps_done, steps_of
+
+    table = Table("run", "steps", "of", "state", box=SIMPLE_HEAD)
+    for run in wanted:
+        try:
+            state = state_of(run.config).value
+        except InvalidRequest as error:
+            state = str(error)
+        table.add_row(str(run.config.run_dir), f"{steps_done(run.config.run_dir):,}", f"{steps_of(run.config):,}", state)
+    return table
+
+
+def _at_least_one(name: str, value: int | None) -> int | None:
+    if value is not None and value < 1:
+        raise InvalidRequest(f"{name}: {value} is not at least 1")
+    return value
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description:>34}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+    )

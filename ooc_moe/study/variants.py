@@ -1,0 +1,95 @@
+"""What a study compares: each variant is a change of the full recipe's configuration.
+
+Heads, norms and position embeddings belong to a game in every variant; the comparison would measure them otherwise. Every variant is
+evaluated without being told the game. Knows nothing of games, seeds and directories.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from ooc_moe.run_config import RunConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One row of a table. `change` makes its configuration from the full recipe's."""
+
+    name: str
+    says: str
+    change: Callable[[RunConfig], RunConfig]
+    alone: bool = False
+    """Whether each game is learned by a network of its own."""
+
+
+def _full(config: RunConfig) -> RunConfig:
+    return config
+
+
+def _pools(config: RunConfig) -> RunConfig:
+    return replace(config, protection="none")
+
+
+def _pools_freeze(config: RunConfig) -> RunConfig:
+    return replace(config, protection="freeze")
+
+
+def _moe_token(config: RunConfig) -> RunConfig:
+    agent = replace(config.agent, routing="token", attention="shared", shared_experts=0)
+    return replace(config, agent=agent, protection="none")
+
+
+def _dense(config: RunConfig, *, hidden: int | None = None) -> RunConfig:
+    """One expert in each layer, through which every token goes; as wide as the experts of one token are together."""
+    agent = config.agent
+    agent = replace(
+        agent,
+        routing="token",
+        banks="per-layer",
+        pools="per-layer",
+        num_experts=1,
+        pool_size=1,
+        top_k=1,
+        shared_experts=0,
+        hidden=hidden or agent.top_k * agent.hidden,
+        attention="shared",
+        hbm_experts=agent.num_layers,
+        dram_experts=agent.num_layers,
+    )
+    return replace(config, agent=agent, protection="none", prefetch="off")
+
+
+def _dense_total(config: RunConfig) -> RunConfig:
+    agent = config.agent
+    return _dense(config, hidden=agent.num_banks * agent.num_experts * agent.hidden // agent.num_layers)
+
+
+def _dense_clone(config: RunConfig) -> RunConfig:
+    return replace(_dense(config), protection="clone")
+
+
+def _dense_ewc(config: RunConfig) -> RunConfig:
+    return replace(_dense(config), protection="ewc")
+
+
+def _joint(config: RunConfig) -> RunConfig:
+    return replace(_dense(config), switch_every=1)
+
+
+VARIANTS = {
+    variant.name: variant
+    for variant in (
+        Variant("full", "pools, each game's own attention, stem with feature replay", _full),
+        Variant("pools", "the same, stem unprotected", _pools),
+        Variant("pools-freeze", "the same, stem frozen after the first game", _pools_freeze),
+        Variant("moe-token", "tokens routed over all experts, shared attention, unprotected", _moe_token),
+        Variant("dense", "one FFN, as many active parameters, unprotected", _dense),
+        Variant("dense-total", "one FFN, as many parameters in all, unprotected", _dense_total),
+        Variant("dense-clone", "dense with output cloning", _dense_clone),
+        Variant("dense-ewc", "dense with elastic weight consolidation", _dense_ewc),
+        Variant("joint", "dense, all games in turns of one update", _joint),
+        Variant("single", "dense, one network for each game", _dense, alone=True),
+    )
+}
+"""By name. Random play and the best constant action need no runs of their own: every evaluation plays them beside the agent."""
