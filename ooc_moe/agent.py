@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ooc_moe.config import AgentConfig
 from ooc_moe.encoder import Stem
 from ooc_moe.moe import ExpertGradients, TieredExperts, TieredMoE
-from ooc_moe.pools import GamePools, PoolBook
+from ooc_moe.pools import GamePools, Layers, PoolBook
 from ooc_moe.routing import Router, balance_loss
 from ooc_moe.seeds import derived_seed, seeded
 from ooc_moe.transformer import Block, CausalAttention, GameNetwork, KeysValues, episode_mask
@@ -77,7 +77,8 @@ class Agent(nn.Module):
     Args:
         config: all sizes.
         caches: one for a shared bank, or one per layer, on the agent's device. The caller made the banks (`config.bank_specs`).
-        seed: of all initial values; each game's depend on the seed and the game's name only, not on the order of games.
+        seed: of all initial values; each game's depend on the seed, the game's name and how many experts it borrows, not on the order of
+            games.
 
     Raises:
         InvalidRequest: the number of caches, or a bank's layout, is not what `config` needs.
@@ -127,11 +128,20 @@ class Agent(nn.Module):
         """Experts of all banks together. A bank may hold more: it never shrinks, also when a run goes back to before it grew."""
         return self.config.num_banks * self._book.num_experts
 
-    def add_game(self, game: str) -> GamePools:
-        """Makes a game known: its network, and pools of unowned experts; banks grow when there are too few. A known one is answered."""
+    def add_game(self, game: str, *, borrowed: Sequence[Sequence[int]] | None = None) -> GamePools:
+        """Makes a game known: its network, and pools of unowned experts; banks grow when there are too few. A known one is answered.
+
+        Args:
+            game: its name.
+            borrowed: older games' experts of each bank that would be of use to it, the most useful first: it reads up to
+                `shared_experts` of them in each pool, and never changes them. None: none.
+
+        Raises:
+            InvalidRequest: `borrowed` has not one list for each bank, or names an expert that no game owns.
+        """
         if game in self._book.games:
             return self._book.games[game]
-        return self._build(self._book.propose(game))
+        return self._build(self._book.propose(game, borrowed))
 
     def pools(self, game: str) -> GamePools:
         """The experts a game routes to. Raises InvalidRequest for an unknown game."""
@@ -161,8 +171,6 @@ class Agent(nn.Module):
         """The dense parameters that every game trains: the stem, attention where it is shared, the routers with token routing."""
         modules = cast("tuple[nn.Module, ...]", (self.stem, self.attentions, self.routers))
         return (parameter for module in modules for parameter in module.parameters())
-
-    stem_parameters = shared_parameters
 
     # Seeing whole segments
 
@@ -287,14 +295,14 @@ class Agent(nn.Module):
 
     # Checkpoints
 
-    def get_extra_state(self) -> dict[str, list[list[int]]]:
+    def get_extra_state(self) -> dict[str, dict[str, Layers]]:
         """Games and pools, in order: what `load_state_dict` needs to build the networks before it fills them."""
-        return {game: [list(layer) for layer in pools.layers] for game, pools in self._book.games.items()}
+        return {game: {"owned": pools.owned, "borrowed": pools.borrowed} for game, pools in self._book.games.items()}
 
-    def set_extra_state(self, state: dict[str, list[list[int]]]) -> None:
+    def set_extra_state(self, state: dict[str, dict[str, Layers]]) -> None:
         """Builds the games of a state; torch calls it before it loads the children."""
         for game, layers in state.items():
-            pools = GamePools(game, tuple(tuple(layer) for layer in layers))
+            pools = GamePools(game, **layers)
             if game not in self._book.games:
                 self._build(pools)
             elif self._book.games[game] != pools:
@@ -312,7 +320,7 @@ class Agent(nn.Module):
                 cache.grow(experts[-1] + 1)
         first = next(iter(self.networks.values()), None)
         with seeded(derived_seed(self._seed, "game", pools.game)):
-            blocks = [self._block(layer, experts, first) for layer, experts in enumerate(pools.layers)]
+            blocks = [self._block(layer, pools, first) for layer in range(self.config.num_layers)]
             network = GameNetwork(self.config, blocks).to(self._device)
         self.networks[_key(pools.game)] = network.train(self.training)
         if self.config.attention == "first-game" and len(self.networks) == 2:
@@ -321,15 +329,16 @@ class Agent(nn.Module):
         self._book.record(pools)
         return pools
 
-    def _block(self, layer: int, experts: Sequence[int], first: GameNetwork | None) -> Block:
+    def _block(self, layer: int, pools: GamePools, first: GameNetwork | None) -> Block:
         config = self.config
         attention = CausalAttention(config.dim, config.num_heads)
         if config.attention == "shared":
             attention = self.attentions[layer]
         elif config.attention == "first-game" and first is not None:
             attention = first.blocks[layer].attention
-        router = self.routers[layer] if config.routing == "token" else self._router(experts)
-        moe = TieredMoE(self._experts[layer % len(self._experts)], router, dim=config.dim, dropout=config.dropout)
+        router = self.routers[layer] if config.routing == "token" else self._router(pools.layers[layer])
+        experts = self._experts[layer % len(self._experts)]
+        moe = TieredMoE(experts, router, dim=config.dim, dropout=config.dropout, read_only=pools.borrowed[layer])
         return Block(attention, moe, dim=config.dim, dropout=config.dropout)
 
     def _router(self, experts: Sequence[int]) -> Router:

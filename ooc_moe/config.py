@@ -115,7 +115,7 @@ class AgentConfig:
 
     @property
     def choices(self) -> int:
-        """Experts among which a token's router chooses."""
+        """Experts among which a token's router chooses, borrowed ones apart."""
         return self.pool_size if self.routing == "pool" else self.num_experts
 
     @property
@@ -167,17 +167,18 @@ class AgentConfig:
         ]
 
     def estimate_params(self) -> ParamEstimate:
-        """Parameters and bytes of an agent that has learned `num_games` games."""
+        """Parameters and bytes of an agent that has learned `num_games` games, each of which borrows as many experts as it may."""
         dim, games, layers, layout = self.dim, self.num_games, self.num_layers, self.expert_layout()
         owned = games * self.pools_per_game * self.pool_size if self.routing == "pool" else 0
         num_experts = max(self.num_banks * self.num_experts, owned)
         attentions = layers * (games if self.attention == "per-game" else 1)
-        routers = layers * (games if self.routing == "pool" else 1)
+        borrowed = sum(min(self.shared_experts, game * self.pool_size) for game in range(games))
+        rows = games * self.pool_size + borrowed if self.routing == "pool" else self.num_experts
         return ParamEstimate(
             num_experts=num_experts,
             experts=num_experts * sum(math.prod(tensor.shape) for tensor in layout.parameters),
             attention=attentions * (4 * dim * dim + 4 * dim),
-            routers=routers * dim * self.choices,
+            routers=layers * rows * dim,
             stem=self._stem_params(),
             embeddings=games * (self.context + 1) * dim,
             norms=games * (2 * layers + 1) * 2 * dim,

@@ -28,7 +28,7 @@ def forward(
 
 def backward(
     parameters: list[dict[str, Tensor]],
-    gradients: Iterable[dict[str, Tensor]],
+    gradients: Iterable[dict[str, Tensor] | None],
     counts: list[int],
     x_MD: Tensor,
     before_MH: Tensor,
@@ -38,17 +38,24 @@ def backward(
 ) -> None:
     """As `looped_ffn.backward`, rows in bfloat16 and gradients of parameters in float32."""
     group_M, ends_G = _groups(counts, x_MD.device)
-    member_GM = (torch.arange(len(counts), device=x_MD.device).unsqueeze(1) == group_M).to(x_MD.dtype)
     grad_after_MH = functional.grouped_mm(grad_out_MD, _cast(parameters, "w2").transpose(1, 2), offs=ends_G)
     grad_before_MH = torch.ops.aten.gelu_backward(grad_after_MH, before_MH)
     grad_x_MD.copy_(functional.grouped_mm(grad_before_MH, _cast(parameters, "w1").transpose(1, 2), offs=ends_G))
+    trained = {number: gradient for number, gradient in enumerate(gradients) if gradient is not None}
+    if not trained:
+        return
+    if len(trained) < len(counts):
+        rows = (torch.split(tensor, counts) for tensor in (x_MD, grad_before_MH, after_MH, grad_out_MD))
+        x_MD, grad_before_MH, after_MH, grad_out_MD = (torch.cat([pieces[number] for number in trained]) for pieces in rows)
+        group_M, ends_G = _groups([counts[number] for number in trained], x_MD.device)
+    member_GM = (torch.arange(len(trained), device=x_MD.device).unsqueeze(1) == group_M).to(x_MD.dtype)
     new = {
         "w1": functional.grouped_mm(x_MD.t(), grad_before_MH, offs=ends_G),
         "b1": member_GM @ grad_before_MH,
         "w2": functional.grouped_mm(after_MH.t(), grad_out_MD, offs=ends_G),
         "b2": member_GM @ grad_out_MD,
     }
-    for gradient, *added in zip(gradients, *(new_G.unbind() for new_G in new.values()), strict=True):
+    for gradient, *added in zip(trained.values(), *(new_G.unbind() for new_G in new.values()), strict=True):
         torch._foreach_add_([gradient[name] for name in new], added)
 
 

@@ -65,7 +65,9 @@ class Learner:
         self.own.param_groups[0]["lr"] = self.shared.param_groups[0]["lr"] = self.experts.lr = learning_rate
         self.agent.train()
         minibatches = self._minibatches(len(rollout.frames_BTSHW))
-        uses = uses_of_update(rollout.experts_BTLK, minibatches, num_banks=len(self.agent.caches))
+        num_banks = len(self.agent.caches)
+        borrowed = self.agent.pools(self.game).borrowed_by_bank(num_banks)
+        uses = uses_of_update(rollout.experts_BTLK, minibatches, num_banks=num_banks, read_only=borrowed)
         for cache, to_come in zip(self.agent.caches, uses, strict=True):
             cache.schedule(to_come, ahead=self.config.prefetch != "off")
         measured: defaultdict[str, list[float]] = defaultdict(list)

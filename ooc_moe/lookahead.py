@@ -7,7 +7,7 @@ of their order: forward through the layers, backward through them, then the expe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,21 +20,27 @@ from ooc_moe_client.store import Sections
 STEPS_FORETOLD = 2
 
 
-def uses_of_update(experts_BTLK: Tensor, minibatches: Iterable[Tensor], *, num_banks: int) -> list[list[Use]]:
+def uses_of_update(
+    experts_BTLK: Tensor, minibatches: Iterable[Tensor], *, num_banks: int, read_only: Sequence[Collection[int]] | None = None
+) -> list[list[Use]]:
     """The uses of each bank's experts, in order.
 
     Args:
         experts_BTLK: the routing that is replayed: segments, time, layers, top_k.
         minibatches: the segments of each optimizer step.
         num_banks: layer `l` uses bank `l % num_banks`.
+        read_only: the experts of each bank that are not updated; None: all are.
     """
+    read_only = [()] * num_banks if read_only is None else read_only
     uses: list[list[Use]] = [[] for _ in range(num_banks)]
     for rows in minibatches:
         layers = _experts_of_layers(experts_BTLK[rows])
         for bank, order in enumerate(uses):
             forward = [Use(experts, Sections.PARAMETERS) for experts in layers[bank::num_banks]]
-            updated = {expert for use in forward for expert in use.experts}
-            order += [*forward, *reversed(forward), Use(tuple(sorted(updated)), Sections.ALL)]
+            order += [*forward, *reversed(forward)]
+            updated = {expert for use in forward for expert in use.experts}.difference(read_only[bank])
+            if updated:
+                order.append(Use(tuple(sorted(updated)), Sections.ALL))
     return uses
 
 

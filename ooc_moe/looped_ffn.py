@@ -30,7 +30,7 @@ def forward(
 
 def backward(
     parameters: list[dict[str, Tensor]],
-    gradients: Iterable[dict[str, Tensor]],
+    gradients: Iterable[dict[str, Tensor] | None],
     counts: list[int],
     x_MD: Tensor,
     before_MH: Tensor,
@@ -38,7 +38,7 @@ def backward(
     grad_out_MD: Tensor,
     grad_x_MD: Tensor,
 ) -> None:
-    """Fills `grad_x_MD`, and adds to the gradients of each expert, named as its parameters."""
+    """Fills `grad_x_MD`, and adds to the gradients of each expert, named as its parameters; None for one that is only read."""
     scratch_RH = before_MH.new_empty(max(counts), before_MH.shape[1])
     pieces = (torch.split(tensor, counts) for tensor in (x_MD, before_MH, after_MH, grad_out_MD, grad_x_MD))
     for p, gradient, x, before, after, grad_out, grad_x in zip(parameters, gradients, *pieces, strict=True):
@@ -46,6 +46,8 @@ def backward(
         torch.mm(grad_out, p["w2"].t(), out=grad_before)
         torch.ops.aten.gelu_backward.grad_input(grad_before, before, grad_input=grad_before)
         torch.mm(grad_before, p["w1"].t(), out=grad_x)
+        if gradient is None:
+            continue
         gradient["w1"].addmm_(x.t(), grad_before)
         gradient["b1"].add_(grad_before.sum(0))
         gradient["w2"].addmm_(after.t(), grad_out)

@@ -11,7 +11,7 @@ Shapes: N tokens, K experts a token, M = N * K assignments sorted by expert, D w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import accumulate
@@ -91,12 +91,13 @@ class TieredExperts:
         # Makes autograd call backward even where no dense parameter before this layer is trained.
         self._anchor = torch.zeros((), requires_grad=True)
 
-    def __call__(self, x_ND: Tensor, routed: Routed) -> Tensor:
+    def __call__(self, x_ND: Tensor, routed: Routed, *, read_only: Collection[int] = ()) -> Tensor:
         """Each token's sum over its experts, weighted by the gates `(tokens, dim)`.
 
-        In float32; under autocast to bfloat16 in that, by grouped matrix multiplications, with gradients that add up in float32.
+        In float32; under autocast to bfloat16 in that, by grouped matrix multiplications, with gradients that add up in float32. Those of
+        the experts in `read_only` are not computed: to the loss these are constants that gradients flow through.
         """
-        y_ND: Tensor = _MixedExperts.apply(x_ND, routed.gates_NK, self._anchor, self, routed)  # type: ignore[no-untyped-call]
+        y_ND: Tensor = _MixedExperts.apply(x_ND, routed.gates_NK, self._anchor, self, routed, read_only)  # type: ignore[no-untyped-call]
         return y_ND
 
     def visit(self, experts: Sequence[int], work: Callable[[slice, list[dict[str, Tensor]]], None], *, counted: bool) -> None:
@@ -122,7 +123,9 @@ class _MixedExperts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, gates_NK: Tensor, anchor: Tensor, experts: TieredExperts, routed: Routed) -> Tensor:
+    def forward(
+        ctx: Any, x_ND: Tensor, gates_NK: Tensor, anchor: Tensor, experts: TieredExperts, routed: Routed, read_only: Collection[int]
+    ) -> Tensor:
         order_M, counts = routed.order_M, list(routed.tokens_by_expert.values())
         grouped = torch.is_autocast_enabled(x_ND.device.type) and torch.get_autocast_dtype(x_ND.device.type) is torch.bfloat16
         forward_wave = grouped_ffn.forward if grouped else looped_ffn.forward
@@ -138,7 +141,7 @@ class _MixedExperts(torch.autograd.Function):
         back_M = torch.empty_like(order_M).scatter_(0, order_M, torch.arange(len(order_M), device=order_M.device))
         each_NKD = out_MD.index_select(0, back_M).view(*gates_NK.shape, -1)
         ctx.save_for_backward(rows_MD, before_MH, after_MH, each_NKD, gates_NK, back_M)
-        ctx.experts, ctx.routed, ctx.grouped, ctx.dtype = experts, routed, grouped, x_ND.dtype
+        ctx.experts, ctx.routed, ctx.read_only, ctx.grouped, ctx.dtype = experts, routed, read_only, grouped, x_ND.dtype
         return _sum_over_k(each_NKD * gates_NK.unsqueeze(2)).to(x_ND.dtype)
 
     @staticmethod
@@ -147,20 +150,21 @@ class _MixedExperts(torch.autograd.Function):
         rows_MD, before_MH, after_MH, each_NKD, gates_NK, back_M = ctx.saved_tensors
         experts, counts = list(ctx.routed.tokens_by_expert), list(ctx.routed.tokens_by_expert.values())
         backward_wave = grouped_ffn.backward if ctx.grouped else looped_ffn.backward
-        grad_gates_NK = (each_NKD * grad_ND.unsqueeze(1)).sum(2)
+        grad_gates_NK = (each_NKD * grad_ND.unsqueeze(1)).sum(2).to(gates_NK.dtype) if ctx.needs_input_grad[1] else None
         grad_each_NKD = (grad_ND.unsqueeze(1) * gates_NK.unsqueeze(2)).to(rows_MD.dtype)
         grad_out_MD = grad_each_NKD.flatten(0, 1).index_select(0, ctx.routed.order_M)
         grad_rows_MD = torch.empty_like(rows_MD)
+        gradients_of = ctx.experts.gradients.of
         pieces = _pieces(counts, rows_MD, before_MH, after_MH, grad_out_MD, grad_rows_MD)
 
         def work(places: slice, parameters: list[dict[str, Tensor]]) -> None:
             # One by one: zeros are still in the CPU's caches when the first product is added to them.
-            gradients = map(ctx.experts.gradients.of, experts[places])
+            gradients = (None if expert in ctx.read_only else gradients_of(expert) for expert in experts[places])
             backward_wave(parameters, gradients, counts[places], *pieces(places))
 
         ctx.experts.visit(experts, work, counted=False)
         grad_x_ND = _sum_over_k(grad_rows_MD.index_select(0, back_M).view_as(each_NKD))
-        return grad_x_ND.to(ctx.dtype), grad_gates_NK.to(gates_NK.dtype), None, None, None
+        return grad_x_ND.to(ctx.dtype), grad_gates_NK, None, None, None, None
 
 
 def _pieces(counts: list[int], *tensors: Tensor) -> Callable[[slice], list[Tensor]]:
@@ -184,11 +188,12 @@ class MoEOutput:
 
 
 class TieredMoE(nn.Module):
-    """Pre-norm mixture of experts with a residual: `x + dropout(sum_k gate_k * expert_k(norm(x)))`."""
+    """Pre-norm mixture of experts with a residual: `x + dropout(sum_k gate_k * expert_k(norm(x)))`. It trains none in `read_only`."""
 
-    def __init__(self, experts: TieredExperts, router: Router, *, dim: int, dropout: float) -> None:
+    def __init__(self, experts: TieredExperts, router: Router, *, dim: int, dropout: float, read_only: Collection[int] = ()) -> None:
         super().__init__()
         self._experts = experts
+        self._read_only = frozenset(read_only)
         self.norm = nn.LayerNorm(dim)
         self.router = router
         self.dropout = nn.Dropout(dropout)
@@ -206,5 +211,5 @@ class TieredMoE(nn.Module):
         """
         normal_ND = self.norm(x).flatten(0, -2)
         routed = self.router(normal_ND, experts_NK=experts_NK, noisy=noisy, generator=generator)
-        mixed_ND = self._experts(normal_ND, routed)
+        mixed_ND = self._experts(normal_ND, routed, read_only=self._read_only)
         return MoEOutput(x + self.dropout(mixed_ND.view_as(x)), routed, routed.tokens_by_expert)

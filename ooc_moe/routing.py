@@ -78,6 +78,8 @@ class Router(nn.Module):
             InvalidRequest: `experts_NK` names an expert outside this router's, or has another shape.
         """
         logits_NE = x_ND @ self.weight.t()
+        if len(self._ids) == 1:
+            logits_NE = logits_NE.detach()  # No choice, nothing to learn: the gate is 1.
         if experts_NK is None:
             chosen_NK = self._choose(logits_NE.detach(), noisy, generator)
             experts_NK = self.experts[chosen_NK]

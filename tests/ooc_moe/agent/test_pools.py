@@ -49,7 +49,7 @@ def test_each_layer_counts_its_own_ids_where_it_has_its_own_bank() -> None:
 
 def test_recorded_pools_stay_owned() -> None:
     book = PoolBook(TINY)
-    book.record(GamePools("old", ((1, 2, 3, 5), (6, 7, 8, 9))))
+    book.record(GamePools("old", ((1, 2, 3, 5), (6, 7, 8, 9)), ((), ())))
     assert assign(book, "new").layers == ((0, 4, 10, 11), (12, 13, 14, 15))
 
 
