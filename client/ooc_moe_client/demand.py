@@ -143,6 +143,7 @@ class Demand:
     def _bring(self, experts: Sequence[int], sections: Sections, pinned: dict[int, Resident], updating: bool) -> None:
         """Fetches and waits until all are pinned. Enters and leaves with the lock, and lets go of it to fetch and to wait."""
         started = time.perf_counter()
+        self._core.fetching = True
         try:
             while len(pinned) < len(experts):
                 missing = [expert for expert in experts if expert not in pinned and not self._is_coming(expert)]
@@ -152,6 +153,8 @@ class Demand:
                     self._core.changed.wait()
                 self._pin_ready(experts, sections, pinned, updating)
         finally:
+            self._core.fetching = False
+            self._core.changed.notify_all()
             self._counters.stall_s += time.perf_counter() - started
 
     def _is_coming(self, expert: int) -> bool:
@@ -161,13 +164,13 @@ class Demand:
 
     def _fetch_missing(self, missing: Sequence[int], sections: Sections, pinned: dict[int, Resident]) -> None:
         claimed: list[Resident] = []
-        pieces: list[Future[None]] = []
+        pieces: dict[Future[None], list[Resident]] = {}
         num_sent = 0
         self._core.demanding = True
         try:
             for expert in missing:
                 if self._is_worth_sending(claimed[num_sent:]):
-                    pieces.append(self._fetcher.submit(self._load, claimed[num_sent:]))
+                    pieces[self._fetcher.submit(self._load, claimed[num_sent:])] = claimed[num_sent:]
                     num_sent = len(claimed)
                 self._claim(expert, sections, claimed, pinned)
         except BaseException:
@@ -185,19 +188,22 @@ class Demand:
         num_bytes = sum(resident.num_bytes for resident in claimed)
         return num_bytes >= PIECE_BYTES and not self._table.num_free and self._write_back.must_save
 
-    def _finish(self, claimed: Sequence[Resident], num_sent: int, pieces: Sequence[Future[None]], pinned: dict[int, Resident]) -> None:
-        """Fetches what was not sent, and waits for the pieces. Enters and leaves with the lock. Raises what went wrong first."""
-        self._core.fetching = True
+    def _finish(
+        self, claimed: Sequence[Resident], num_sent: int, pieces: dict[Future[None], list[Resident]], pinned: dict[int, Resident]
+    ) -> None:
+        """Fetches what was not sent, helps with the pieces, and waits. Enters and leaves with the lock. Raises what went wrong first."""
         self._core.changed.release()
         try:
             self._load(claimed[num_sent:])
+            for piece, residents in reversed(pieces.items()):
+                if piece.cancel():
+                    self._load(residents)
             for piece in pieces:
-                piece.result()
+                if not piece.cancelled():
+                    piece.result()
         finally:
             wait(pieces)
             self._core.changed.acquire()
-            self._core.fetching = False
-            self._core.changed.notify_all()
             pinned.update((resident.expert, resident) for resident in claimed if resident.state is State.READY)
 
     def _load(self, claimed: Sequence[Resident]) -> None:
@@ -249,4 +255,7 @@ class Demand:
             loading = any(resident.state is State.LOADING and resident.expert not in mine for resident in self._table.residents.values())
             if not (self._write_back.busy or loading):
                 raise TierFull(f"bank {self._core.bank!r}: all {self._table.capacity} slots are pinned")
+            self._core.fetching = False  # What it waits for may be a push.
+            self._core.changed.notify_all()
             self._core.changed.wait()
+            self._core.fetching = True

@@ -180,18 +180,22 @@ class WriteBack:
         return self._core.slab.host_buffer()
 
     def _try_next(self) -> Outgoing | None:
-        """The next expert to push: those without a slot first."""
+        """The next expert to push: those without a slot first. None while the training thread waits for a fetch: it would be slowed."""
+        if self._core.fetching:
+            return None
         for outgoing in self._outgoing.values():
             if outgoing.queued:
                 outgoing.queued = False
                 return outgoing
-        for expert in () if self._core.fetching else list(self._wanted):
+        for expert in list(self._wanted):
             resident = self._core.table.residents.get(expert)
             if resident is None or not resident.dirty:
                 del self._wanted[expert]
             elif resident.state is State.READY and not resident.updating and expert not in self._outgoing:
-                buffer = self._take_buffer()
-                return None if buffer is None else self._copy_out(resident, buffer)
+                if (buffer := self._take_buffer()) is None:
+                    return None
+                self._copy_out(resident, buffer).queued = True
+                return self._try_next()
         return None
 
     # The thread

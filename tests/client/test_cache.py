@@ -361,18 +361,28 @@ def test_a_push_is_bounded_in_bytes(gated: GatedStore, bank: str, monkeypatch: p
         assert max(map(len, gated.pushes)) <= 2
 
 
-def test_write_back_that_nobody_waits_for_stands_back_while_demand_fetches(gated: GatedStore, bank: str):
+def test_pushes_stand_back_while_demand_fetches(gated: GatedStore, bank: str):
     with ExpertCache(gated, bank, capacity_experts=3) as cache, futures.ThreadPoolExecutor() as pool:
-        update(cache, [0, 1])
+        update(cache, [0, 1, 2])
         gated.hold("fetch")
-        reading = pool.submit(visit, cache, [2])
+        reading = pool.submit(visit, cache, [3])  # Evicts 0, and has 1 written ahead.
         gated.wait_for("fetch", 2)
         with cache._core.changed:
-            cache._write_back.request([0, 1])
+            assert cache._write_back.busy
+            assert cache._write_back.waiting
             assert cache._write_back._try_next() is None
         gated.let("fetch")
         assert reading.result(timeout=30) == [0]
-        gated.wait_for("push", 1)
+        cache.flush()
+        assert sorted(itertools.chain(*gated.pushes)) == [0, 1, 2]
+
+
+def test_pushes_go_on_while_demand_waits_for_their_buffers(gated: GatedStore, bank: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(write_back, "BUFFERS_MAX", 1)
+    with ExpertCache(gated, bank, capacity_experts=3) as cache, futures.ThreadPoolExecutor() as pool:
+        update(cache, [0, 1, 2])
+        assert pool.submit(visit, cache, [3, 4, 5]).result(timeout=30) == [0] * 3
+        assert visit(cache, [0, 1, 2]) == [1] * 3
 
 
 def test_an_update_during_its_push_stays_dirty_and_is_pushed_from_the_new_version(gated: GatedStore, bank: str):
@@ -716,6 +726,23 @@ def test_victims_are_saved_while_others_are_fetched(gated: GatedStore, bank: str
         assert sorted(expert for fetch in gated.fetches[1:] for expert in fetch) == [3, 4, 5]
         assert len(gated.fetches) > 2
         gated.let("push")
+
+
+def test_the_training_thread_helps_with_the_pieces(gated: GatedStore, bank: str, monkeypatch):
+    monkeypatch.setattr("ooc_moe_client.demand.PIECE_BYTES", 1)
+    fetch, others = gated.fetch, threading.Event()
+
+    def fetch_the_first_last(bank: str, experts: list[int], **options):
+        if experts == [3]:
+            assert others.wait(timeout=30)
+        yield from fetch(bank, experts, **options)
+        if sorted(itertools.chain(*gated.fetches[1:])) == [4, 5]:
+            others.set()
+
+    with ExpertCache(gated, bank, capacity_experts=3) as cache:
+        update(cache, [0, 1, 2])
+        monkeypatch.setattr(gated, "fetch", fetch_the_first_last)
+        assert visit(cache, [3, 4, 5]) == [0] * 3
 
 
 @pytest.mark.parametrize("damaged", [0, 1, 2])
