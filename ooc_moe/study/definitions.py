@@ -107,7 +107,8 @@ _SYNTHETIC_AGENT = AgentConfig(
     frame_size=10,
     frame_stack=2,
     stem_channels=(16, 32),
-    stem_kernels=(3, 3),
+    # Together they see every pixel: with (3, 3) the last row and column of the grid fall off, and with them the paddle.
+    stem_kernels=(2, 3),
     stem_strides=(1, 2),
     dim=64,
     hidden=128,
@@ -125,7 +126,9 @@ _SYNTHETIC = RunConfig(
     run_dir=Path("synthetic"),
     games=_CONFLICTING,
     agent=_SYNTHETIC_AGENT,
-    ppo=PPOConfig(num_envs=32, rollout_steps=32, epochs=3, minibatch_segments=32, learning_rate=2e-3, gamma=0.9, entropy_coef=0.005),
+    ppo=PPOConfig(
+        num_envs=32, rollout_steps=32, epochs=3, minibatch_segments=32, learning_rate=2e-3, gamma=0.95, gae_lambda=0.9, entropy_coef=0.01
+    ),
     steps_per_game=51_200,
     eval_envs=16,
     eval_episodes=4,
