@@ -8,6 +8,7 @@ Letters: N frames or environments, G games, E experts.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -78,10 +79,16 @@ class Belief:
         self._belief_NG = torch.zeros(num_envs, 0)
         self._believed_N = torch.full((num_envs,), -1)
 
+    @property
+    def steps_to_switch(self) -> int:
+        """Predictions, each certain of another game, from the first doubt to the one that turns the belief."""
+        return math.ceil(math.log(1 - self._switch_at) / math.log(self._smoothing)) - 1 if self._smoothing else 0
+
     def update(self, prediction: Prediction) -> tuple[list[str], list[bool]]:
         """Takes in one prediction; gives the game believed and whether it is in doubt, for each environment.
 
-        In doubt is who looks unlike the game believed now, or unlike any. The first prediction is believed at once, for want of a better.
+        In doubt is who looks unlike the game believed until now, or unlike any; at first, everyone. The first prediction is believed at
+        once, for want of a better.
 
         Raises:
             InvalidRequest: the prediction has another number of rows.
@@ -90,12 +97,13 @@ class Belief:
         if rows != self._num_envs:
             raise InvalidRequest(f"prediction: {rows} rows for {self._num_envs} environments")
         seen_NG = prediction.probabilities_NG
-        if (self._believed_N < 0).any():
+        first_N = self._believed_N < 0
+        if first_N.any():
             self._belief_NG, self._believed_N = seen_NG.clone(), seen_NG.argmax(1)
         self._belief_NG = F.pad(self._belief_NG, (0, num_games - self._belief_NG.shape[1]))
         weight_N = (1 - self._smoothing) * torch.where(prediction.unknown_N, UNKNOWN_WEIGHT, 1.0)
         self._belief_NG = self._belief_NG.lerp(seen_NG, weight_N.unsqueeze(1))
         best = self._belief_NG.max(1)
         self._believed_N = torch.where(best.values >= self._switch_at, best.indices, self._believed_N)
-        doubts_N = prediction.unknown_N | (seen_NG.argmax(1) != self._believed_N)
+        doubts_N = first_N | prediction.unknown_N | (seen_NG.argmax(1) != self._believed_N)
         return [prediction.games[game] for game in self._believed_N.tolist()], doubts_N.tolist()

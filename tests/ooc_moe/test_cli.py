@@ -281,7 +281,8 @@ def test_every_flag_of_train_reaches_the_configuration(run: Run, configured: lis
         "--plane": "stream",
         "--from-bank": "older/experts",
         "--checkpoint-every": 5,
-        "--eval-episodes": 2,
+        "--eval-envs": 2,
+        "--eval-episodes": 4,
         "--eval-steps": 77,
         "--device": "cuda",
         "--threads": 1,
@@ -308,7 +309,8 @@ def test_every_flag_of_train_reaches_the_configuration(run: Run, configured: lis
         "stream",
         "older/experts",
     )
-    assert (config.steps_per_game, config.seed, config.checkpoint_every, config.eval_envs, config.eval_steps) == (512, 3, 5, 2, 77)
+    assert (config.steps_per_game, config.seed, config.checkpoint_every) == (512, 3, 5)
+    assert (config.eval_envs, config.eval_episodes, config.eval_steps) == (2, 4, 77)
     assert (config.device, config.threads, config.prefetch, config.prefetch_admission) == ("cuda", 1, "schedule", "observe")
     agent, ppo = config.agent, config.ppo
     assert (agent.frame_size, agent.num_experts, agent.hbm_experts, agent.dram_experts) == (64, 24, 6, 12)
@@ -444,8 +446,8 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) ->
 def test_eval_asks_for_the_run_and_what_was_given(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Path, dict[str, Any]]] = []
     monkeypatch.setattr("ooc_moe.evaluate.evaluate_run", lambda run_dir, console, **options: asked.append((run_dir, options)))
-    assert run("eval", tmp_path, "--store", "storage:50051", "--plane", "local", "--eval-episodes", 3).code == 0
-    assert asked == [(tmp_path, {"store": "storage:50051", "plane": "local", "eval_envs": 3})]
+    assert run("eval", tmp_path, "--store", "storage:50051", "--plane", "local", "--eval-envs", 3, "--recognise", "oracle").code == 0
+    assert asked == [(tmp_path, {"store": "storage:50051", "plane": "local", "eval_envs": 3, "eval_unseen": False, "recognise": "oracle"})]
 
 
 def test_evaluating_what_is_not_a_run_names_the_directory(run: Run, tmp_path: Path) -> None:

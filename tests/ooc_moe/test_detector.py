@@ -390,8 +390,18 @@ def seen(*rows: list[float], unknown: list[bool] | None = None) -> Prediction:
     )
 
 
-def test_the_first_prediction_is_believed_at_once():
-    assert Belief(2).update(seen([0.9, 0.1], [0.4, 0.6])) == (["a", "b"], [False, False])
+def test_the_first_prediction_is_believed_at_once_and_doubted_as_nothing_was_believed_before():
+    belief = Belief(2)
+    assert belief.update(seen([0.9, 0.1], [0.4, 0.6])) == (["a", "b"], [True, True])
+    assert belief.update(seen([0.9, 0.1], [0.4, 0.6])) == (["a", "b"], [False, False])
+
+
+@pytest.mark.parametrize(("smoothing", "switch_at"), [(0.7, 0.7), (0.9, 0.7), (0.5, 0.9), (0.0, 0.7)])
+def test_the_belief_says_how_many_certain_frames_turn_it(smoothing, switch_at):
+    belief = Belief(1, smoothing=smoothing, switch_at=switch_at)
+    belief.update(seen([1.0, 0.0]))
+    found = [belief.update(seen([0.0, 1.0]))[0] for _ in range(30)]
+    assert found.index(["b"]) == belief.steps_to_switch
 
 
 def test_a_switch_takes_several_frames_and_is_doubted_from_the_first():
