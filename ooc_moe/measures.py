@@ -85,6 +85,43 @@ def forward_transfer(scores_PG: ArrayLike, trained_P: Sequence[int], untrained_G
     return np.array([scores[first - 1, game] - untrained[game] if first else np.nan for game, first in _first_phases(scores, trained_P)])
 
 
+def isolated_forgetting(scores_PG: ArrayLike, trained_P: Sequence[int], scale_G: ArrayLike | None = None) -> Floats:
+    """(P, G) what learning another game took from a game that was learned before: (A[k-1, i] - A[k, i]) / scale[i].
+
+    With the scale of `greatest_score` it is CORA's isolated forgetting (Powers et al. 2021, "CORA", section 4). That scale is the run's
+    own, so a method that learns little may look as if it forgot much; a fixed scale (single-task score - random) compares methods.
+
+    NaN where game i was not yet trained, or is trained, in phase k. Negative when it got better.
+    """
+    changes_PG, before_PG, own_PG = _changes(scores_PG, trained_P)
+    return np.where(before_PG & ~own_PG, -changes_PG, np.nan) / _scale(scores_PG, scale_G)
+
+
+def zero_shot_transfer(scores_PG: ArrayLike, trained_P: Sequence[int], untrained_G: ArrayLike, scale_G: ArrayLike | None = None) -> Floats:
+    """(P, G) what learning another game gave to a game that was not trained yet: (A[k, i] - A[k-1, i]) / scale[i], A[-1] = untrained.
+
+    CORA's zero-shot forward transfer (Powers et al. 2021, section 4); the scale as in `isolated_forgetting`. NaN from the game's own first
+    phase on.
+    """
+    changes_PG, before_PG, own_PG = _changes(scores_PG, trained_P, untrained_G)
+    return np.where(before_PG | own_PG, np.nan, changes_PG) / _scale(scores_PG, scale_G)
+
+
+def greatest_score(scores_PG: ArrayLike) -> Floats:
+    """(G,) max over k of |A[k, i]|, CORA's scale; NaN for a game that was never evaluated or always scored 0."""
+    scores = np.abs(np.asarray(scores_PG, float))
+    greatest = np.array([_max(scores[:, game]) for game in range(scores.shape[1])])
+    return np.where(greatest > 0, greatest, np.nan)
+
+
+def without_last(values_G: ArrayLike, trained_P: Sequence[int]) -> Floats:
+    """(G,) the same, NaN for the game that was trained last: nothing came after it, so that it flatters every measure of what is left."""
+    values = np.array(values_G, float)
+    if trained_P:
+        values[trained_P[-1]] = np.nan
+    return values
+
+
 def clearly_above(returns: Sequence[float], floor: float) -> bool:
     """Whether the mean of `returns` lies more than two standard errors above `floor`; False for fewer than two returns."""
     if len(returns) < 2:
@@ -144,6 +181,22 @@ def _first_phases(scores: Floats, trained_P: Sequence[int]) -> list[tuple[int, i
 def _trained_last(scores: Floats, trained_P: Sequence[int]) -> NDArray[np.bool_]:
     last = trained_P[len(scores) - 1] if len(scores) else -1
     return np.asarray(np.arange(scores.shape[1]) == last)
+
+
+def _changes(
+    scores_PG: ArrayLike, trained_P: Sequence[int], untrained_G: ArrayLike | None = None
+) -> tuple[Floats, NDArray[np.bool_], NDArray[np.bool_]]:
+    """(P, G) each: change since the phase before; whether the game was trained before phase k; whether it is trained in phase k."""
+    scores = np.asarray(scores_PG, float)
+    first = np.full((1, scores.shape[1]), np.nan) if untrained_G is None else np.asarray(untrained_G, float)[None]
+    own = np.zeros(scores.shape, bool)
+    own[np.arange(len(scores)), list(trained_P)[: len(scores)]] = True
+    before = np.cumsum(own, axis=0) - own > 0
+    return np.diff(np.concatenate([first, scores]), axis=0), before, own
+
+
+def _scale(scores_PG: ArrayLike, scale_G: ArrayLike | None) -> Floats:
+    return greatest_score(scores_PG) if scale_G is None else np.asarray(scale_G, float)
 
 
 def _max(values: Floats) -> float:

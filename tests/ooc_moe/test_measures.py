@@ -63,6 +63,39 @@ def test_forward_transfer_is_what_came_before_the_own_phase() -> None:
     equal(measures.forward_transfer(SCORES, TRAINED, [0.0, 3.0, 1.0]), [NAN, -2, 2])
 
 
+def test_isolated_forgetting_is_what_each_later_game_took_over_the_greatest_score() -> None:
+    found = measures.isolated_forgetting(SCORES, TRAINED)
+    equal(found, [[NAN, NAN, NAN], [(10 - 9) / 10, NAN, NAN], [(9 - 6) / 10, (4 - 5) / 5, NAN]])
+
+
+def test_isolated_forgetting_on_a_fixed_scale_is_not_made_larger_by_a_low_score() -> None:
+    low = np.asarray(SCORES) / 10
+    scale = [8.0, 4.0, 8.0]
+    equal(measures.isolated_forgetting(low, TRAINED), measures.isolated_forgetting(SCORES, TRAINED))
+    equal(measures.isolated_forgetting(low, TRAINED, scale), measures.isolated_forgetting(SCORES, TRAINED, scale) / 10)
+    equal(measures.isolated_forgetting(SCORES, TRAINED, scale)[2], [3 / 8, -1 / 4, NAN])
+
+
+def test_zero_shot_transfer_is_what_each_earlier_game_gave_to_one_that_was_not_trained() -> None:
+    found = measures.zero_shot_transfer(SCORES, TRAINED, [0.0, 3.0, 1.0])
+    equal(found, [[NAN, (1 - 3) / 5, (2 - 1) / 8], [NAN, NAN, (3 - 2) / 8], [NAN, NAN, NAN]])
+    equal(measures.zero_shot_transfer(SCORES, TRAINED, [NAN] * 3, [1.0, 1.0, 2.0]), [[NAN] * 3, [NAN, NAN, 0.5], [NAN] * 3])
+
+
+def test_a_game_that_comes_back_neither_forgets_nor_transfers_in_its_own_phases() -> None:
+    scores = [[10.0, 0.0], [7.0, 5.0], [9.0, 4.0]]
+    equal(measures.isolated_forgetting(scores, (0, 1, 0)), [[NAN, NAN], [0.3, NAN], [NAN, 0.2]])
+    equal(measures.zero_shot_transfer(scores, (0, 1, 0), [0.0, 1.0]), [[NAN, -0.2], [NAN, NAN], [NAN, NAN]])
+
+
+def test_the_greatest_score_is_of_absolute_values_and_unsaid_for_zero() -> None:
+    equal(measures.greatest_score([[-3.0, 0.0, NAN], [2.0, 0.0, NAN]]), [3, NAN, NAN])
+
+
+def test_without_the_last_game_its_score_is_unsaid() -> None:
+    equal(measures.without_last([1, 2, 3], (0, 2, 1)), [1, NAN, 3])
+
+
 def test_a_game_that_comes_back_is_learned_at_its_last_phase_and_first_met_at_its_first() -> None:
     scores = [[10.0, 0.0], [7.0, 5.0], [9.0, 4.0]]
     equal(measures.learning(scores, (0, 1, 0)), [9, 5])

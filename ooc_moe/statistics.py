@@ -1,0 +1,121 @@
+"""Statistics of few runs: interquartile mean, stratified bootstrap, permutation test; pure functions of numpy arrays.
+
+As in rliable (Agarwal et al. 2021, "Deep RL at the Edge of the Statistical Precipice"), but strata may differ in size, and nothing beyond
+numpy is needed (rliable brings arch, numba and more). A stratum is what is drawn alike: the seeds of one game in one order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from itertools import permutations
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Floats = NDArray[np.float64]
+RESAMPLES = 10_000
+
+
+def iqm(values: ArrayLike) -> Any:
+    """Interquartile mean over the last axis: the mean without the lowest and the highest quarter (rounded down, as scipy's trim_mean)."""
+    ordered = np.sort(np.asarray(values, float), axis=-1)
+    cut = ordered.shape[-1] // 4
+    return mean(ordered[..., cut : ordered.shape[-1] - cut])
+
+
+def mean(values: ArrayLike) -> Any:
+    """The mean over the last axis; NaN of nothing."""
+    array = np.asarray(values, float)
+    return array.mean(axis=-1) if array.shape[-1] else np.full(array.shape[:-1], np.nan)[()]
+
+
+def bootstrap(
+    strata: Sequence[ArrayLike], statistic: Callable[[Floats], Any] = mean, *, resamples: int = RESAMPLES, seed: int = 0
+) -> Floats:
+    """(resamples,) the statistic of samples that draw from each stratum, with replacement, as many values as it has.
+
+    Args:
+        strata: values, NaN left out; empty strata count for nothing.
+        statistic: of an array's last axis.
+        resamples: how many.
+        seed: of the draws.
+    """
+    rng = np.random.default_rng(seed)
+    known = [values[~np.isnan(values)] for values in (np.asarray(stratum, float).ravel() for stratum in strata)]
+    drawn = [values[rng.integers(0, len(values), (resamples, len(values)))] for values in known if len(values)]
+    return np.asarray(statistic(np.concatenate(drawn, axis=1) if drawn else np.empty((resamples, 0))))
+
+
+def interval(samples: ArrayLike, level: float = 0.95) -> tuple[float, float]:
+    """The percentile interval of bootstrap samples; NaN of what is unsaid."""
+    tail = 50 * (1 - level)
+    low, high = np.percentile(np.asarray(samples, float), [tail, 100 - tail])
+    return float(low), float(high)
+
+
+def difference(
+    first: Sequence[ArrayLike], second: Sequence[ArrayLike], *, resamples: int = RESAMPLES, seed: int = 0
+) -> tuple[float, float, float]:
+    """(mean of the first strata - mean of the second, low, high): the 95 % interval is of independent bootstraps of both."""
+    ours, theirs = bootstrap(first, resamples=resamples, seed=seed), bootstrap(second, resamples=resamples, seed=seed + 1)
+    return mean(pooled(first)) - mean(pooled(second)), *interval(ours - theirs)
+
+
+def pooled(strata: Sequence[ArrayLike]) -> Floats:
+    """All values of all strata that are not NaN."""
+    values = np.concatenate([np.asarray(stratum, float).ravel() for stratum in strata]) if strata else np.empty(0)
+    return np.asarray(values[~np.isnan(values)])
+
+
+def within_and_between(similarity_NN: ArrayLike, labels_N: Sequence[Hashable]) -> tuple[float, float]:
+    """The mean similarity of two different members of one group, and of members of two groups; NaN where there are none."""
+    similarity, same = np.asarray(similarity_NN, float), _same(labels_N)
+    pairs = np.triu(np.ones_like(same), 1)
+    return float(_nanmean(similarity[pairs & same])), float(_nanmean(similarity[pairs & ~same]))
+
+
+def separation_p(similarity_NN: ArrayLike, labels_N: Sequence[Hashable], *, resamples: int = RESAMPLES, seed: int = 0) -> float:
+    """The p-value of "groups differ": how often labels dealt out at random separate similarities at least as well as the true ones.
+
+    One-sided, for (mean within groups - mean between groups). Exact where there are at most `resamples` ways to deal the labels out;
+    otherwise (1 + as good) / (1 + resamples) (Phipson & Smyth 2010). NaN where either mean is unsaid.
+    """
+    similarity = np.asarray(similarity_NN, float)
+    upper = np.triu_indices(len(similarity), 1)
+    values = similarity[upper]
+    known = ~np.isnan(values)
+
+    def gap(labels: NDArray[np.int64]) -> float:
+        same = (labels[upper[0]] == labels[upper[1]])[known]
+        if same.all() or not same.any():
+            return float("nan")
+        return float(values[known][same].mean() - values[known][~same].mean())
+
+    numbers = {label: number for number, label in enumerate(dict.fromkeys(labels_N))}
+    labels = np.array([numbers[label] for label in labels_N])
+    observed = gap(labels)
+    if np.isnan(observed):
+        return observed
+    deals, exact = _deals(labels, resamples, seed)
+    gaps = np.array([gap(deal) for deal in deals])
+    as_good = int((gaps >= observed - 1e-12).sum())
+    return as_good / len(gaps) if exact else (1 + as_good) / (1 + len(gaps))
+
+
+def _deals(labels: NDArray[np.int64], resamples: int, seed: int) -> tuple[Iterator[NDArray[np.int64]], bool]:
+    ways = math.factorial(len(labels)) // math.prod(map(math.factorial, Counter(labels.tolist()).values()))
+    if ways <= resamples and len(labels) <= 9:  # Distinct ways are found among all n! orders: 362,880 for nine.
+        return (np.array(deal) for deal in set(permutations(labels.tolist()))), True
+    rng = np.random.default_rng(seed)
+    return (rng.permutation(labels) for _ in range(resamples)), False
+
+
+def _same(labels_N: Sequence[Hashable]) -> NDArray[np.bool_]:
+    return np.array([[a == b for b in labels_N] for a in labels_N], bool).reshape(len(labels_N), len(labels_N))
+
+
+def _nanmean(values: Floats) -> float:
+    return float(mean(values[~np.isnan(values)]))
