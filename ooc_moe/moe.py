@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import gelu
 
 from ooc_moe import grouped_ffn, looped_ffn
 from ooc_moe.routing import Routed, Router
@@ -213,3 +214,17 @@ class TieredMoE(nn.Module):
         routed = self.router(normal_ND, experts_NK=experts_NK, noisy=noisy, generator=generator)
         mixed_ND = self._experts(normal_ND, routed, read_only=self._read_only)
         return MoEOutput(x + self.dropout(mixed_ND.view_as(x)), routed, routed.tokens_by_expert)
+
+    @torch.no_grad()
+    def activity(self, x: Tensor, routed: Routed) -> dict[int, Tensor]:
+        """Mean absolute activation `(hidden,)` of each expert's hidden units over the tokens of `x` that were routed to it, by id."""
+        rows_MD = self.norm(x).flatten(0, -2).index_select(0, routed.order_M // routed.experts_NK.shape[1])
+        experts, pieces = list(routed.tokens_by_expert), torch.split(rows_MD, list(routed.tokens_by_expert.values()))
+        found: dict[int, Tensor] = {}
+
+        def work(places: slice, parameters: list[dict[str, Tensor]]) -> None:
+            for expert, rows_RD, p in zip(experts[places], pieces[places], parameters, strict=True):
+                found[expert] = gelu(torch.addmm(p["b1"], rows_RD, p["w1"])).abs().mean(0)
+
+        self._experts.visit(experts, work, counted=False)
+        return found
