@@ -23,9 +23,9 @@ def go_back(run_dir: Path, name: str) -> None:
     """Makes the named checkpoint the latest one; drops the checkpoints of what came after it, and with the next resume their snapshots."""
     directory = run_dir / checkpoint.DIRECTORY
     chosen = checkpoint.load_named(directory, name)
-    for path in directory.glob("*.pt"):
-        if path.name != checkpoint.LATEST and checkpoint.load(path).progress.update > chosen.progress.update:
-            path.unlink()
+    for file, saved in checkpoint.kept(directory).items():
+        if saved.progress.update > chosen.progress.update:
+            (directory / file).unlink()
     checkpoint.save(directory / checkpoint.LATEST, chosen)
 
 
@@ -40,17 +40,20 @@ def branch(source: Path, run_dir: Path, name: str, *, games: Sequence[str] = (),
         store: the daemon's address, if it moved.
 
     Raises:
-        InvalidRequest: there is no such run or checkpoint, the checkpoint lies inside a game that `games` would replace, a game is unknown,
-            run_dir holds a run already, or the run has a daemon of its own and `store` does not say where it listens.
+        InvalidRequest: there is no such run or checkpoint, the checkpoint lies inside a game that `games` would replace, or the source's
+            games take turns, a game is unknown, run_dir holds a run already, or the run has a daemon of its own and `store` does not say
+            where it listens.
         BankExists: the store has banks under the new run's name.
     """
     old = RunConfig.read(source)
     saved = checkpoint.load_named(source / checkpoint.DIRECTORY, name)
-    if games and saved.progress.update_in_game:
-        raise InvalidRequest(f"games: checkpoint {name!r} lies inside {old.games[saved.progress.phase]!r}; choose the end of a game")
+    if games and old.switch_every:
+        raise InvalidRequest(f"games: those of {source} take turns, none has an end to go on from")
+    if games and saved.progress.update_in_turn:
+        raise InvalidRequest(f"games: checkpoint {name!r} lies inside {old.games[saved.progress.turn]!r}; choose the end of a game")
     for game in games:
         envs.check_name(game)
-    schedule = (*old.games[: saved.progress.phase], *games) if games else old.games
+    schedule = (*old.games[: saved.progress.turn], *games) if games else old.games
     config = dataclasses.replace(old, run_dir=run_dir, games=schedule, store=store or old.store, trace=None)
     if config.store is None:
         own = source / "store"
@@ -64,9 +67,9 @@ def branch(source: Path, run_dir: Path, name: str, *, games: Sequence[str] = (),
         snapshot = opened.create_snapshot(banks, name=f"{config.name}/update-{saved.progress.update}-{uuid.uuid4().hex[:8]}")
     moved = dataclasses.replace(saved, snapshot_id=snapshot.id)
     directory = run_dir / checkpoint.DIRECTORY
-    ended = saved.progress.phase - 1
-    if saved.progress.ends_a_game:
-        checkpoint.save(directory / checkpoint.end_of_game(ended, schedule[ended]), moved)
+    for file, kept in checkpoint.kept(source / checkpoint.DIRECTORY).items():
+        if kept.progress == saved.progress:
+            checkpoint.save(directory / file, moved)
     checkpoint.save(directory / checkpoint.LATEST, moved)
     (run_dir / METRICS_FILE).write_bytes((source / METRICS_FILE).read_bytes()[: saved.state["metrics_position"]])
     (run_dir / CONFIG_FILE).write_text(config.to_json())

@@ -19,22 +19,17 @@ from ooc_moe_wire.errors import InvalidRequest, TierFull
 
 DIRECTORY = "checkpoints"
 LATEST = "latest.pt"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """Where a run stands: the next thing to do is update `update_in_game` of game number `phase`."""
+    """Where a run stands: the next thing to do is update `update_in_turn` of turn number `turn` (see `RunConfig.turns`)."""
 
-    phase: int = 0
-    update_in_game: int = 0
+    turn: int = 0
+    update_in_turn: int = 0
     update: int = 0
     step: int = 0
-
-    @property
-    def ends_a_game(self) -> bool:
-        """Nothing of the present game was played, and one before it was."""
-        return self.phase > 0 and self.update_in_game == 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +92,11 @@ def load_named(directory: Path, name: str) -> Checkpoint:
 def end_of_game(phase: int, game: str) -> str:
     """The file name of the checkpoint that a run keeps of the end of its game number `phase`."""
     return f"{phase}-{game.replace('/', '-')}.pt"
+
+
+def kept(directory: Path) -> dict[str, Checkpoint]:
+    """The checkpoints that a run keeps of the ends of its games, by file name."""
+    return {path.name: load(path) for path in sorted(directory.glob("*.pt")) if path.name != LATEST}
 
 
 def named_snapshots(directory: Path) -> set[int]:

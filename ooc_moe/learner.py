@@ -101,14 +101,14 @@ class Learner:
             played_BT=rollout.played_BT[rows].to(device),
         )
         balance = self.agent.config.balance_weight * output.aux_loss
-        protection = self._protection.loss(self._generator)
+        protection = self._protection.loss(self.game, self._generator)
         total = loss.total + balance + protection
         self._check_finite("loss", float(total.detach()))
         self.own.zero_grad()
         self.shared.zero_grad()
         self.experts.zero_grad()
         total.backward()
-        self._protection.add_expert_gradients()
+        self._protection.correct_gradients(self.game)
         grad_norm = self.experts.clip_grad_norm(self.dense_parameters, self.config.ppo.max_grad_norm)
         self._check_finite("gradient norm", grad_norm)
         self.own.step()

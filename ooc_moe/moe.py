@@ -60,6 +60,11 @@ class ExpertGradients:
         """The expert's gradients as one vector. Raises KeyError when it has none."""
         return self._rows[expert].flat
 
+    def keep(self, experts: Collection[int]) -> None:
+        """Forgets the gradients of all others."""
+        for expert in [expert for expert in self._rows if expert not in experts]:
+            self._spare.append(self._rows.pop(expert))
+
     def zero(self) -> None:
         """Forgets all gradients; their memory is kept for the next ones."""
         self._spare.extend(self._rows.values())

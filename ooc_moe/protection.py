@@ -11,20 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from ooc_moe.agent import Agent
+from ooc_moe.cloning import OutputCloning
+from ooc_moe.ewc import ElasticWeights
 from ooc_moe.rollout import Rollout
 from ooc_moe.run_config import RunConfig
 from ooc_moe.stem_replay import StemReplay
-from ooc_moe_wire.errors import InvalidRequest
 
 
 class Protection(Protocol):
     """What the learner adds to its loss for the games that were left."""
 
-    def loss(self, generator: torch.Generator) -> Tensor:
-        """The penalty of this optimizer step, weight included; zero before a game was left. `generator` draws its minibatch."""
+    def loss(self, game: str, generator: torch.Generator) -> Tensor:
+        """The penalty of an optimizer step in `game`, weight included; zero before a game was left. `generator` draws its minibatch."""
 
-    def add_expert_gradients(self) -> None:
-        """Adds to the gradients of the step's experts what autograd, which does not know them, cannot; called after backward."""
+    def correct_gradients(self, game: str) -> None:
+        """Puts the gradients of the step right where autograd, which knows neither experts nor whose they are, cannot; after backward."""
 
     def leave(self, game: str, rollout: Rollout, generator: torch.Generator) -> None:
         """Remembers a game that had all its updates; `rollout` is its last."""
@@ -39,12 +40,12 @@ class Protection(Protocol):
 class Unprotected:
     """Later games change what they like."""
 
-    def loss(self, generator: torch.Generator) -> Tensor:
+    def loss(self, game: str, generator: torch.Generator) -> Tensor:
         """Zero."""
         return torch.zeros(())
 
-    def add_expert_gradients(self) -> None:
-        """Adds nothing."""
+    def correct_gradients(self, game: str) -> None:
+        """Nothing to correct."""
 
     def leave(self, game: str, rollout: Rollout, generator: torch.Generator) -> None:
         """Remembers nothing."""
@@ -89,5 +90,7 @@ def make_protection(config: RunConfig, agent: Agent) -> Protection:
             return Freeze(agent.stem)
         case "none":
             return Unprotected()
-        case kind:
-            raise InvalidRequest(f"protection: {kind!r} is not built yet")
+        case "ewc":
+            return ElasticWeights(agent, **weight)
+        case "clone":
+            return OutputCloning(agent, **weight)

@@ -25,6 +25,17 @@ Recogniser = Literal["detector", "nearest-mean", "oracle"]
 _NAME, _NAME_SAYS = re.compile(r"[A-Za-z0-9_\-.]{1,100}"), "1 to 100 letters, digits, '_', '-' or '.'"
 
 
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """Updates that follow one another in one game: number `first` to `end - 1` of `games[phase]`."""
+
+    phase: int
+    first: int
+    end: int
+    evaluated: bool
+    """Whether the games are evaluated after it, and a checkpoint is kept."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PPOConfig:
     """Proximal policy optimisation (Schulman et al. 2017), with the values common for Atari."""
@@ -88,7 +99,7 @@ class RunConfig:
     ("off"), and counted ("observe"), or dropped ("enforce")."""
     switch_every: int = 0
     """Updates in a game before the next one has its turn, round after round until each had all its steps; 0: all of a game's at once.
-    1 is joint training, as far as one set of environments at a time can be."""
+    1 is joint training, as far as one set of environments at a time can be. The games are evaluated once, at the end."""
     protection: Protection = "replay"
     """How later games are kept from changing what all games share: feature replay for the stem; the stem frozen after the first game;
     elastic weight consolidation; the earlier games' outputs cloned; not at all."""
@@ -104,7 +115,8 @@ class RunConfig:
     eval_unseen: bool = False
     """Whether the games that are still to come are evaluated too, which forward transfer is measured by."""
     checkpoint_every: int = 0
-    """Updates between checkpoints inside a game; 0: only at the end of each game. A checkpoint resets the environments."""
+    """Updates between checkpoints; 0: only at the end of each game (of the run, where games take turns). A checkpoint resets the
+    environments."""
     from_bank: str | None = None
     """Fork the experts' first values from this bank."""
     device: str = "cpu"
@@ -118,6 +130,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         _require(_NAME.fullmatch(self.name) is not None, "run_dir", self.run_dir, f"named with {_NAME_SAYS}, which its banks' names carry")
         _require(bool(self.games), "games", self.games, "at least one game")
+        comes_back = self.switch_every > 0 and len(set(self.games)) < len(self.games)
+        _require(not comes_back, "games", self.games, "different games, which a run with switch_every needs")
         for name in ("steps_per_game", "eval_envs", "eval_episodes", "threads", "env_threads"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("eval_steps", "checkpoint_every", "switch_every", "seed"):
@@ -149,6 +163,15 @@ class RunConfig:
     def updates_per_game(self) -> int:
         """PPO updates in each game: the steps rounded up to whole rollouts."""
         return -(-self.steps_per_game // self.steps_per_update)
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """The run's order: all updates of a game at once, or `switch_every` of each game, round after round."""
+        updates, games = self.updates_per_game, range(len(self.games))
+        if not self.switch_every:
+            return tuple(Turn(phase, 0, updates, evaluated=True) for phase in games)
+        rounds = [(first, min(first + self.switch_every, updates)) for first in range(0, updates, self.switch_every)]
+        return tuple(Turn(phase, *span, evaluated=span == rounds[-1] and phase == games[-1]) for span in rounds for phase in games)
 
     def trace_info(self) -> TraceInfo:
         """What a trace of this run says of itself."""

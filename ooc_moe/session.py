@@ -6,7 +6,8 @@ Training and evaluation both open one. Knows nothing of PPO, phases or reports.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -30,10 +31,13 @@ from ooc_moe_client.cache import ExpertCache
 from ooc_moe_client.cache_stats import CacheStats
 from ooc_moe_client.remote import RemoteStore
 from ooc_moe_client.reporter import Reporter
-from ooc_moe_client.store import ExpertStore, Plane
+from ooc_moe_client.store import ExpertStore, Plane, Sections
 from ooc_moe_wire.errors import InvalidRequest
 
 log = logging.getLogger(__name__)
+
+LEAST_USEFUL = 0.1
+"""An older game's expert is lent to a new one if the detector expects it to be used for at least so many of its frames."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,20 +58,43 @@ class Session:
         if self.trace is not None:
             self.trace.mark(game, evaluating=evaluating)
 
-    def prefetch(self, experts: Iterable[int], *, within_s: float | None = None, probabilities: Mapping[int, float] | None = None) -> None:
+    def prefetch(
+        self,
+        experts: Iterable[int],
+        *,
+        within_s: float | None = None,
+        probabilities: Mapping[int, float] | None = None,
+        read_only: Collection[int] = (),
+    ) -> None:
         """Asks every cache for its share of `experts` (numbered as the detector does: expert x banks + bank).
 
         Args:
             experts: the most urgent first.
             within_s: when they will be needed; None: nobody knows.
             probabilities: how likely each is to be needed; None: certain.
+            read_only: those that come without their moments.
         """
-        wanted: list[dict[int, float]] = [{} for _ in self.caches]
-        for expert in experts:
-            wanted[expert % len(self.caches)][expert // len(self.caches)] = 1.0 if probabilities is None else probabilities[expert]
-        for cache, share in zip(self.caches, wanted, strict=True):
-            if share:
-                cache.prefetch(list(share), within_s=within_s, probabilities=share)
+        wanted: defaultdict[tuple[int, Sections], dict[int, float]] = defaultdict(dict)
+        for number in experts:
+            expert, bank = divmod(number, len(self.caches))
+            sections = Sections.PARAMETERS if number in read_only else Sections.ALL
+            wanted[bank, sections][expert] = 1.0 if probabilities is None else probabilities[number]
+        for (bank, sections), share in wanted.items():
+            self.caches[bank].prefetch(list(share), sections=sections, within_s=within_s, probabilities=share)
+
+    def useful_experts(self, frames_NSHW: Tensor) -> list[list[int]]:
+        """Which experts of known games might serve a new one, for `Agent.add_game`: ids by bank, the most useful first.
+
+        Useful is what the detector, which knows the older games only, expects to be used for the new one's frames; as a mean over these.
+        """
+        num_banks, agent = len(self.caches), self.agent
+        older = sorted({number for game in agent.games for number in agent.prefetch_set(game)})
+        if not older:
+            return [[] for _ in self.caches]
+        probabilities_E = self.detector.predict(frames_NSHW).expert_probabilities_NE.mean(0)
+        likeliest_first = (older[place] for place in probabilities_E[older].argsort(descending=True, stable=True).tolist())
+        useful = [number for number in likeliest_first if probabilities_E[number] >= LEAST_USEFUL]
+        return [[number // num_banks for number in useful if number % num_banks == bank] for bank in range(num_banks)]
 
     def usage_of(self, experts_BTLK: Tensor) -> Tensor:
         """How often each expert (numbered as the detector does) was used: counts, one per expert of all banks."""
@@ -94,7 +121,7 @@ class Session:
     def store_stats(self) -> dict[str, Any]:
         """The daemon's tiers: what `ooc-moe stats --json` prints under dram, nvme and total."""
         stats = MessageToDict(self.store.stats(), preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
-        return {name: {key: _number(value) for key, value in stats[name].items()} for name in ("dram", "nvme", "total")}
+        return {name: {key: _number(value) for key, value in stats.get(name, {}).items()} for name in ("dram", "nvme", "total")}
 
     def flush(self) -> None:
         """Returns when every trained expert is durable."""

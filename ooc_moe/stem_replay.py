@@ -47,7 +47,7 @@ class StemReplay:
             features_MD = torch.cat([self.features_MD, features_MD])
         self._set(frames_MSHW, features_MD)
 
-    def loss(self, generator: torch.Generator) -> Tensor:
+    def loss(self, game: str, generator: torch.Generator) -> Tensor:
         """Squared distance of the stem's outputs from the stored ones on a random batch, in units of the features' variance."""
         if self.frames_MSHW is None or self.features_MD is None:
             return torch.zeros((), device=self._device)
@@ -55,8 +55,8 @@ class StemReplay:
         distance_MD = (self._stem(self.frames_MSHW[rows].to(self._device)) - self.features_MD[rows.to(self._device)]).square()
         return self._weight * (distance_MD / self._variance).mean()
 
-    def add_expert_gradients(self) -> None:
-        """None: the stem has no experts."""
+    def correct_gradients(self, game: str) -> None:
+        """Nothing to correct: the stem has no experts."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """For the checkpoint; empty when nothing was stored."""

@@ -1,7 +1,7 @@
 """Learns games one after another with experts that live in the store: a run from its first step to its report.
 
 Read `Trainer.run` first: learn a game, leave it, evaluate, checkpoint, next game. What an update computes is in learner.py, what a
-checkpoint holds in checkpoint.py. Knows nothing of flags.
+checkpoint holds in checkpoint.py, which updates follow one another in `RunConfig.turns`. Knows nothing of flags.
 
 Run: ooc-moe train --games krull,road_runner --preset demo
 """
@@ -16,6 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from ooc_moe.metrics import MetricsWriter
 from ooc_moe.protection import make_protection
 from ooc_moe.report import summary_tables, write_report
 from ooc_moe.rollout import Collector, Rollout
-from ooc_moe.run_config import CONFIG_FILE, RunConfig
+from ooc_moe.run_config import CONFIG_FILE, RunConfig, Turn
 from ooc_moe.session import Session, check_device, open_session, open_store
 from ooc_moe.trace import TraceWriter, check_new
 from ooc_moe_client.store import ExpertStore
@@ -152,21 +153,29 @@ class Trainer:
         self._snapshot_prefix = f"{self.config.name}/update-"
         self._snapshot_id: int | None = None
         self._saved_at: checkpoint.Progress | None = None
-        self._dense_state: dict[str, Any] | None = None
+        # What lives between the turns of a game: its optimizer, its environments, and whether these were reset since the last checkpoint.
+        self._learners: dict[str, Learner] = {}
+        self._collectors: dict[str, Collector] = {}
+        self._playing: set[str] = set()
+        self._bars: dict[int, TaskID] = {}
 
     def run(self) -> None:
         """Plays the schedule to its end."""
         if self.at == checkpoint.Progress():
             self.save()  # So that a run can be resumed from its first moment on.
+        turns = self.config.turns
         with _interruptible() as interrupted, _progress(self.console) as progress:
-            for phase in range(self.at.phase, len(self.config.games)):
-                game = self.config.games[phase]
-                self._learn(game, progress, interrupted)
-                self._evaluate(phase, progress)
-                self.at = dataclasses.replace(self.at, phase=phase + 1, update_in_game=0)
-                self.save(also=checkpoint.end_of_game(phase, game))
-                if interrupted() and self.at.phase < len(self.config.games):
-                    raise Interrupted(f"stopped after {game}; saved in {self.config.run_dir}")
+            for turn in turns[self.at.turn :]:
+                self._learn(turn, progress, interrupted)
+                if turn.evaluated:
+                    self._evaluate(turn.phase, progress)
+                self.at = dataclasses.replace(self.at, turn=self.at.turn + 1, update_in_turn=0)
+                if turn.evaluated:
+                    self.save(also=checkpoint.end_of_game(turn.phase, self.config.games[turn.phase]))
+                elif interrupted() or self._checkpoint_due():
+                    self.save()
+                if interrupted() and self.at.turn < len(turns):
+                    raise Interrupted(f"stopped after {self.config.games[turn.phase]}; saved in {self.config.run_dir}")
         cache, store = self.session.cache_stats().to_dict(), self.session.store_stats()
         self.writer.log("done", step=self.at.step, update=self.at.update, cache=cache, store=store)
 
@@ -179,67 +188,87 @@ class Trainer:
             f"ooc-moe train --resume --run-dir {self.config.run_dir}"
         )
 
-    def _learn(self, game: str, progress: Progress, interrupted: Callable[[], bool]) -> None:
-        """Plays and learns one game, then leaves it."""
+    def _learn(self, turn: Turn, progress: Progress, interrupted: Callable[[], bool]) -> None:
+        """Plays and learns one game for a turn, then leaves it."""
+        game, updates = self.config.games[turn.phase], self.config.updates_per_game
         self.session.mark_game(game)
-        if self.at.update_in_game == 0:
-            self._enter(game)
-        updates = self.config.updates_per_game
-        learner = Learner(self.agent, game, self.config, protection=self.protection, generator=self.generator)
-        if self._dense_state is not None:
-            learner.own.load_state_dict(self._dense_state["own"])
-            learner.shared.load_state_dict(self._dense_state["shared"])
-            self._dense_state = None
-        game_envs = self.session.make_envs(game, self.config.ppo.num_envs)
-        ahead = self.config.prefetch != "off"
-        collector = Collector(self.agent, game_envs, self.config.ppo, generator=self.generator, on_segment=self._on_segment, ahead=ahead)
-        collector.reset(self._env_seed())
-        bar = progress.add_task(game, total=updates, completed=self.at.update_in_game, note="")
-        while self.at.update_in_game < updates:
+        if self.at.update_in_turn == 0:
+            self._enter(game, turn)
+        learner, collector = self._learner(game), self._collector(game)
+        bar = self._bar(progress, turn)
+        for in_game in range(turn.first + self.at.update_in_turn, turn.end):
             self.session.reporter.activity = f"training {game}, step {self.at.step}"
             began = time.monotonic()
             rollout = collector.collect()
-            losses = learner.update(rollout, remaining=1 - self.at.update_in_game / updates)
+            losses = learner.update(rollout, remaining=1 - in_game / updates)
             detected = self._teach_detector(game, rollout)
             self._advance()
             self._log_update(game, rollout, losses, detected, time.monotonic() - began)
-            self._show(progress, bar, game, rollout)
-            due = self.config.checkpoint_every and self.at.update_in_game % self.config.checkpoint_every == 0
-            if (due or interrupted()) and self.at.update_in_game < updates:
-                self.save(dense={"own": learner.own.state_dict(), "shared": learner.shared.state_dict()})
-                collector.reset(self._env_seed())
+            self._show(progress, bar, in_game + 1, rollout)
+            if in_game + 1 < turn.end and (self._checkpoint_due() or interrupted()):
+                self.save()
+                collector = self._collector(game)
                 if interrupted():
                     raise Interrupted(f"stopped at step {self.at.step} of {game}; saved in {self.config.run_dir}")
-        game_envs.close()
-        self._leave(game, rollout)
+        if turn.end == updates:
+            self._leave(game, rollout)
+        self._make_room()
 
-    def _enter(self, game: str) -> None:
+    def _learner(self, game: str) -> Learner:
+        """The game's, or a new one; while games take turns they share the optimizer of what they share."""
+        if game not in self._learners:
+            shared = next((learner.shared for learner in self._learners.values()), None)
+            self._learners[game] = Learner(
+                self.agent, game, self.config, protection=self.protection, generator=self.generator, shared=shared
+            )
+        return self._learners[game]
+
+    def _collector(self, game: str) -> Collector:
+        """The game's environments, reset if they were not since the last checkpoint."""
+        if game not in self._collectors:
+            game_envs, ahead = self.session.make_envs(game, self.config.ppo.num_envs), self.config.prefetch != "off"
+            self._collectors[game] = Collector(
+                self.agent, game_envs, self.config.ppo, generator=self.generator, on_segment=partial(self._on_segment, game), ahead=ahead
+            )
+        if game not in self._playing:
+            self._collectors[game].reset(self._env_seed())
+            self._playing.add(game)
+        return self._collectors[game]
+
+    def _enter(self, game: str, turn: Turn) -> None:
         """Gives a new game its pools, and tells the record that the game on the screen changed."""
-        games = self.config.games
-        previous = games[self.at.phase - 1] if self.at.phase else None
-        self.writer.log(
-            "switch", step=self.at.step, update=self.at.update, game=game, phase=self.at.phase, **{"from": previous, "to": game}
-        )
+        turns = self.config.turns
+        previous = self.config.games[turns[self.at.turn - 1].phase] if self.at.turn else None
+        self.writer.log("switch", step=self.at.step, update=self.at.update, game=game, phase=turn.phase, **{"from": previous, "to": game})
         if game not in self.agent.games:
-            self.agent.add_game(game)
+            useful = self.session.useful_experts(self._collector(game).frames_NSHW) if self.agent.config.shared_experts else None
+            self.agent.add_game(game, borrowed=useful)
             for recogniser in (self.session.detector, self.session.nearest_mean):
                 recogniser.add_game(game)
                 recogniser.grow_experts(self.session.num_experts)
         if self.config.prefetch == "schedule":
-            self.session.prefetch(self.agent.prefetch_set(game))
+            self.session.prefetch(self.agent.prefetch_set(game), read_only=self.agent.read_only_set(game))
 
-    def _leave(self, game: str, rollout: Rollout) -> None:
-        """Writes the game's experts back behind what follows, and lets the protection remember it."""
+    def _make_room(self) -> None:
+        """Writes the game's experts back behind what follows, for the next game's to take their place."""
         for cache in self.session.caches:
             cache.write_back()
             cache.new_working_set()
-        self.protection.leave(game, rollout, self.generator)
 
-    def _on_segment(self, frames_NSHW: torch.Tensor) -> None:
+    def _leave(self, game: str, rollout: Rollout) -> None:
+        """Ends a game that had all its updates: the protection remembers it, and its momentum is forgotten."""
+        self.protection.leave(game, rollout, self.generator)
+        self._playing.discard(game)
+        self._collectors.pop(game).envs.close()
+        if not self.config.switch_every:
+            del self._learners[game]
+
+    def _on_segment(self, game: str, frames_NSHW: torch.Tensor) -> None:
         """Lets the detector look at what is on the screen, and bring what it expects to be needed."""
         if self.config.prefetch == "detector":
             prediction = self.session.detector.predict(frames_NSHW)
-            self.session.prefetch(prediction.experts, probabilities=prediction.expert_probabilities)
+            read_only = self.agent.read_only_set(game)
+            self.session.prefetch(prediction.experts, probabilities=prediction.expert_probabilities, read_only=read_only)
 
     def _teach_detector(self, game: str, rollout: Rollout) -> dict[str, float]:
         """One online step of the detector on frames of this rollout, each with the experts that it was routed to."""
@@ -261,14 +290,15 @@ class Trainer:
             self.writer.log("evaluation", step=self.at.step, update=self.at.update, game=self.config.games[phase], phase=phase, **fields)
             progress.update(bar, advance=1, note=f"{fields['evaluated']} {fields['return_mean']:.0f} (random {fields['random_mean']:.0f})")
 
-    def save(self, *, dense: dict[str, Any] | None = None, also: str | None = None) -> None:
-        """Makes a checkpoint. `also`: keep it, and its snapshot, under that name too (the end of a game)."""
+    def save(self, *, also: str | None = None) -> None:
+        """Makes a checkpoint, after which all environments begin anew. `also`: keep it, and its snapshot, under that name too."""
+        self._playing.clear()
         self.session.flush()
         banks = self.config.agent.bank_names(self.config.name)
         # No name is used twice: a name left over from before a crash would answer with the experts of that time.
         name = f"{self._snapshot_prefix}{self.at.update}-{uuid.uuid4().hex[:8]}"
         snapshot = self.session.store.create_snapshot(banks, name=name)
-        saved = checkpoint.Checkpoint(progress=self.at, snapshot_id=snapshot.id, state=self._state(dense))
+        saved = checkpoint.Checkpoint(progress=self.at, snapshot_id=snapshot.id, state=self._state())
         if also is not None:
             checkpoint.save(self._checkpoints / also, saved)
         checkpoint.save(self._checkpoints / checkpoint.LATEST, saved)
@@ -284,13 +314,14 @@ class Trainer:
             if snapshot.name.startswith(self._snapshot_prefix) and snapshot.id not in named:
                 store.delete_snapshot(snapshot.id)
 
-    def _state(self, dense: dict[str, Any] | None) -> dict[str, Any]:
+    def _state(self) -> dict[str, Any]:
         return {
             "agent": self.agent.state_dict(),
             "detector": self.session.detector.state_dict(),
             "nearest_mean": self.session.nearest_mean.state_dict(),
             "protection": self.protection.state_dict(),
-            "dense_optimizer": dense,
+            "optimizers": {game: learner.own.state_dict() for game, learner in self._learners.items()},
+            "shared_optimizer": next((learner.shared.state_dict() for learner in self._learners.values()), None),
             "generator": self.generator.get_state(),
             "metrics_position": self.writer.position(),
             "trace_position": self.session.trace.position() if self.session.trace is not None else None,
@@ -304,14 +335,20 @@ class Trainer:
         self.session.detector.load_state_dict(state["detector"])
         self.session.nearest_mean.load_state_dict(state["nearest_mean"])
         self.protection.load_state_dict(state["protection"])
-        self._dense_state = state["dense_optimizer"]
+        for game, optimizer in state["optimizers"].items():
+            self._learner(game).own.load_state_dict(optimizer)
+            self._learner(game).shared.load_state_dict(state["shared_optimizer"])
         self.generator.set_state(state["generator"])
         self.writer.truncate(state["metrics_position"])
         if self.session.trace is not None:
             self.session.trace.truncate(state["trace_position"])
         # Checkpoints at the ends of games stay; any other is dropped after the next one.
-        self._snapshot_id = None if self.at.ends_a_game else saved.snapshot_id
+        kept = [each.snapshot_id for each in checkpoint.kept(self._checkpoints).values()]
+        self._snapshot_id = None if saved.snapshot_id in kept else saved.snapshot_id
         self._drop_nameless_snapshots()
+
+    def _checkpoint_due(self) -> bool:
+        return self.config.checkpoint_every > 0 and self.at.update % self.config.checkpoint_every == 0
 
     def _env_seed(self) -> int:
         """A function of run and update, so that a resumed run and an undisturbed one play the same episodes."""
@@ -321,7 +358,7 @@ class Trainer:
         self.at = dataclasses.replace(
             self.at,
             update=self.at.update + 1,
-            update_in_game=self.at.update_in_game + 1,
+            update_in_turn=self.at.update_in_turn + 1,
             step=self.at.step + self.config.steps_per_update,
         )
 
@@ -343,11 +380,20 @@ class Trainer:
             detector=detected,
         )
 
-    def _show(self, progress: Progress, bar: TaskID, game: str, rollout: Rollout) -> None:
+    def _bar(self, progress: Progress, turn: Turn) -> TaskID:
+        """The phase's bar: one for all its turns."""
+        if turn.phase not in self._bars:
+            done = turn.first + self.at.update_in_turn
+            self._bars[turn.phase] = progress.add_task(
+                self.config.games[turn.phase], total=self.config.updates_per_game, completed=done, note=""
+            )
+        return self._bars[turn.phase]
+
+    def _show(self, progress: Progress, bar: TaskID, done: int, rollout: Rollout) -> None:
         cache = self.session.cache_stats()
         episodes = rollout.episode_returns
         score = f"return {sum(episodes) / len(episodes):.0f}" if episodes else f"{1000 * rollout.reward_per_step:.0f} points per 1000 steps"
-        progress.update(bar, completed=self.at.update_in_game, note=f"{score}, HBM hits {cache.hit_rate:.1%}")
+        progress.update(bar, completed=done, note=f"{score}, HBM hits {cache.hit_rate:.1%}")
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from ooc_moe_client.cache_stats import CacheStats
 from ooc_moe_client.remote import RemoteStore
 from ooc_moe_client.store import ExpertStore
 
+# As tiny as "tiny", for the pixel games' own 10 x 10 frames.
+PIXEL_AGENT = replace(PRESETS["tiny"], frame_size=10, stem_channels=(8,), stem_kernels=(4,), stem_strides=(2,))
 SILENT = Console(quiet=True)
 PPO = PPOConfig(num_envs=4, rollout_steps=8, epochs=2, minibatch_segments=4)
 
@@ -32,13 +35,30 @@ def tiny_run(run_dir: Path, **changes: Any) -> RunConfig:
     return RunConfig(run_dir=run_dir, **({"agent": PRESETS["tiny"], "ppo": PPO} | fields | changes))
 
 
+def pixel_run(run_dir: Path, *, updates: int = 2, **changes: Any) -> RunConfig:
+    """A run of pixel games that takes a fraction of a second an update."""
+    fields = {"games": ("pixel/catch", "pixel/avoid"), "agent": PIXEL_AGENT, "ppo": PPO, "eval_envs": 2, "eval_steps": 0, "seed": 7}
+    return RunConfig(run_dir=run_dir, steps_per_game=updates * PPO.num_envs * PPO.rollout_steps, **(fields | changes))
+
+
 def play(config: RunConfig, store: ExpertStore) -> CacheStats:
     """A new run in a store that is open, without the report; returns what its caches counted."""
     for spec in config.agent.bank_specs(config.name, config.seed):
         store.create_bank(spec)
+    return take_up(config, store, new=True)
+
+
+def take_up(config: RunConfig, store: ExpertStore, *, new: bool = False) -> CacheStats:
+    """Goes on from the run's last checkpoint; `new`: begins it."""
+    saved = None if new else end_of(config.run_dir, checkpoint.LATEST)
+    if saved is not None:
+        store.restore_snapshot(saved.snapshot_id)
     with open_session(config, store, config.agent.bank_names(config.name)) as session:
         writer = MetricsWriter(config.run_dir, tensorboard=False)
-        Trainer(session, writer, SILENT).run()
+        trainer = Trainer(session, writer, SILENT)
+        if saved is not None:
+            trainer.load(saved)
+        trainer.run()
         writer.close()
         return session.cache_stats()
 

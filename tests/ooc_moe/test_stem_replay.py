@@ -41,23 +41,23 @@ class Stem(nn.Module):
 
 
 def test_nothing_stored_costs_nothing(generator):
-    assert StemReplay(Stem()).loss(generator) == 0
+    assert StemReplay(Stem()).loss(GAMES[0], generator) == 0
 
 
 def test_an_unchanged_stem_costs_nothing_and_a_changed_one_is_pulled_back(frames, generator):
     stem = Stem()
     replay = StemReplay(stem)
     replay.store(frames)
-    assert replay.loss(generator) < 1e-10
+    assert replay.loss(GAMES[0], generator) < 1e-10
     with torch.no_grad():
         stem.linear.weight += 0.1 * torch.randn(stem.linear.weight.shape, generator=generator)
     optimizer = torch.optim.Adam(stem.parameters(), lr=1e-2)
-    before = replay.loss(generator).item()
+    before = replay.loss(GAMES[0], generator).item()
     for _ in range(50):
         optimizer.zero_grad()
-        replay.loss(generator).backward()
+        replay.loss(GAMES[0], generator).backward()
         optimizer.step()
-    assert replay.loss(generator).item() < 0.2 * before
+    assert replay.loss(GAMES[0], generator).item() < 0.2 * before
 
 
 def test_its_state_goes_on_where_it_was(frames):
@@ -68,7 +68,7 @@ def test_its_state_goes_on_where_it_was(frames):
     loaded.load_state_dict(replay.state_dict())
     loaded.load_state_dict(StemReplay(stem).state_dict())  # Of a run without a finished game.
     stem.linear.reset_parameters()
-    losses = [each.loss(torch.Generator().manual_seed(3)) for each in (replay, loaded)]
+    losses = [each.loss(GAMES[0], torch.Generator().manual_seed(3)) for each in (replay, loaded)]
     assert torch.equal(*losses)
     assert losses[0] > 0
 

@@ -133,7 +133,7 @@ def test_ctrl_c_during_an_evaluation_stops_before_the_next_game(tmp_path, monkey
     monkeypatch.setattr(Trainer, "_evaluate", lambda *_: signal.raise_signal(signal.SIGINT))
     with pytest.raises(Interrupted, match="after pixel/catch"):
         train(config, SILENT)
-    assert end_of(config.run_dir, "latest.pt").progress == checkpoint.Progress(phase=1, update=2, step=64)
+    assert end_of(config.run_dir, "latest.pt").progress == checkpoint.Progress(turn=1, update=2, step=64)
 
 
 def test_before_the_first_update_all_ratios_are_1():
