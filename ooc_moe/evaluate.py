@@ -19,6 +19,7 @@ from rich.console import Console
 
 from ooc_moe import checkpoint
 from ooc_moe.belief import Belief
+from ooc_moe.dormant import dormant_share
 from ooc_moe.envs import GameEnvs
 from ooc_moe.episodes import Choose, Played, play, uniformly_random
 from ooc_moe.player import Player
@@ -70,6 +71,8 @@ class Evaluator:
             "usage": player.usage(),
             "cache": (session.cache_stats() - before).to_dict(),
         }
+        if fields["known"]:
+            fields["dormant"] = dormant_share(session.agent, player.frames_MSHW, game)
         if session.config.agent.routing == "token" and set(session.config.games) <= set(session.agent.games):
             fields["usage_by_env"] = player.usage_by_env()  # What tells whether games separate by themselves, once all were learned.
         return fields

@@ -3,7 +3,7 @@
 Pools change only where a segment begins. All environments begin one every `context` steps; an environment whose game is believed to have
 changed begins one at once. Prefetching starts earlier, at the first doubt. Knows nothing of scores or of training.
 
-Letters: N environments, S stacked frames, H height, W width, L layers, K top_k, E experts.
+Letters: N environments, M frames, S stacked frames, H height, W width, L layers, K top_k, E experts.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from ooc_moe.recognition import Recognition
 from ooc_moe.session import Session
 from ooc_moe.transformer import KeysValues
 
+SAMPLED_FRAMES = 512
+"""At most about so many frames of a game are kept to look at afterwards."""
 Usage = dict[str, dict[str, int]]
 """Layer -> expert -> tokens, those without tokens left out; keys are text, as JSON has them."""
 
@@ -43,6 +45,8 @@ class Player:
         self._groups: list[tuple[Segment, list[int]]] = []
         """Segments under way, and the environments that play each."""
         self._acting_as: list[str] = []
+        self._frames: list[Tensor] = []
+        self._frames_every = max(1, num_envs * session.config.eval_steps // SAMPLED_FRAMES)
         self._tokens_NLE = torch.zeros(num_envs, agent.num_layers, session.caches[0].num_experts, dtype=torch.long)
         self._named: set[int] = set()
         self._needed: dict[int, bool] = {}
@@ -52,6 +56,8 @@ class Player:
     def __call__(self, frames_NSHW: Tensor, starts_N: Tensor) -> Array:
         """Actions (N,) for frames (N, S, H, W), of which those that `starts_N` marks begin an episode."""
         session = self._session
+        if self._step % self._frames_every == 0:
+            self._frames.append(frames_NSHW)
         games = self._recognise(frames_NSHW)
         self._begin_segments(games)
         actions_N = torch.zeros(len(frames_NSHW), dtype=torch.long)
@@ -117,6 +123,11 @@ class Player:
         if self._session.config.prefetch != "detector" or not self._needed:
             return None
         return sum(self._needed.values()) / len(self._needed)
+
+    @property
+    def frames_MSHW(self) -> Tensor:
+        """A sample of what was on the screens, spread over the steps."""
+        return torch.cat(self._frames)
 
     def usage(self) -> Usage:
         """Tokens of each expert in each layer."""
