@@ -150,8 +150,14 @@ class Agent(nn.Module):
 
     def prefetch_set(self, game: str) -> list[int]:
         """The experts of a game's pools in all banks, numbered as the detector does: expert * banks + bank."""
+        return self._numbered(self.pools(game).by_bank(self.config.num_banks))
+
+    def read_only_set(self, game: str) -> list[int]:
+        """Those of them that the game borrows, numbered likewise: they are needed without their moments."""
+        return self._numbered(self.pools(game).borrowed_by_bank(self.config.num_banks))
+
+    def _numbered(self, by_bank: list[list[int]]) -> list[int]:
         num_banks = self.config.num_banks
-        by_bank = self.pools(game).by_bank(num_banks)
         return sorted(expert * num_banks + bank for bank, experts in enumerate(by_bank) for expert in experts)
 
     def usage(self, experts_LK: Tensor) -> dict[str, dict[str, int]]:

@@ -42,7 +42,7 @@ class Rollout:
 
 
 class Collector:
-    """Holds the environments of one game between rollouts.
+    """Holds the environments of one game between rollouts; `frames_NSHW` is what they show now.
 
     Args:
         agent: plays; its `context` is the segment's length.
@@ -68,7 +68,7 @@ class Collector:
 
     def reset(self, seed: int) -> None:
         """Starts all episodes anew, from `seed`."""
-        self._frames_NSHW = torch.from_numpy(self.envs.reset(seed))
+        self.frames_NSHW = torch.from_numpy(self.envs.reset(seed))
         self._starts_N = torch.ones(self.envs.num_envs, dtype=torch.bool)
 
     @torch.no_grad()
@@ -103,17 +103,17 @@ class Collector:
 
     def _segment(self) -> tuple[dict[str, Tensor], list[float]]:
         """One segment, time first; and the raw returns of the games that ended in it."""
-        self._on_segment(self._frames_NSHW)
+        self._on_segment(self.frames_NSHW)
         segment = self.agent.segment(self.envs.game, self.envs.num_envs)
         steps: dict[str, list[Tensor]] = {}
         episode_returns: list[float] = []
         for _ in range(self.agent.config.context):
-            acted = self.agent.act(self._frames_NSHW, segment, starts_N=self._starts_N, generator=self._generator)
+            acted = self.agent.act(self.frames_NSHW, segment, starts_N=self._starts_N, generator=self._generator)
             experts_NLK = acted.experts_NLK.cpu()
             foretell_acting(self.agent.caches, [experts_NLK], ahead=self._ahead)
             step = self.envs.step(acted.actions_N.cpu().numpy())
             now = {
-                "frames": self._frames_NSHW,
+                "frames": self.frames_NSHW,
                 "starts": self._starts_N,
                 "actions": acted.actions_N.cpu(),
                 "log_probs": acted.log_probs_N.cpu(),
@@ -127,10 +127,10 @@ class Collector:
             for name, value in now.items():
                 steps.setdefault(name, []).append(value)
             episode_returns += step.episode_returns
-            self._frames_NSHW = torch.from_numpy(step.observations)
+            self.frames_NSHW = torch.from_numpy(step.observations)
             self._starts_N = ~now["played"]
         # The value of what comes after the segment, seen with the segment's context.
-        last = self.agent.act(self._frames_NSHW, segment, starts_N=self._starts_N, deterministic=True)
+        last = self.agent.act(self.frames_NSHW, segment, starts_N=self._starts_N, deterministic=True)
         piece = {name: torch.stack(values) for name, values in steps.items()}
         piece["next_values"] = torch.cat([piece["values"][1:], last.values_N.cpu().unsqueeze(0)])
         return piece, episode_returns
