@@ -61,7 +61,7 @@ def study(
         console.print(_table_of(wanted))
         return
     outcome = None if tables_only else _make(chosen, wanted, jobs, console)
-    _write_home(chosen, wanted, runs / "studies", results, console)
+    _write_home(chosen, wanted, results, console)
     if outcome is not None:
         _say(outcome, console)
 
@@ -105,8 +105,20 @@ def _say(outcome: Outcome, console: Console) -> None:
         raise typer.Exit(1)
 
 
-def _write_home(chosen: Study, wanted: list[StudyRun], studies_dir: Path, results: Path, console: Console) -> None:
-    pass
+def _write_home(chosen: Study, wanted: list[StudyRun], results: Path, console: Console) -> None:
+    from ooc_moe.report import rich_table
+    from ooc_moe.study import home
+
+    found = home.results_of(chosen, wanted)
+    for table in found.tables[:2]:
+        console.print(rich_table(table))
+        console.print()
+    for verdict in found.verdicts:
+        console.print(f"{verdict.part}: {verdict.word}. {verdict.says}", markup=False, soft_wrap=True)
+    if found.found.missing:
+        console.print(f"{len(found.found.missing)} of {len(wanted)} runs are missing", style="yellow")
+    for path in home.write(found, results, command=command_given()):
+        console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _list_of(studies: list[Study]) -> Table:

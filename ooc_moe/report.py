@@ -71,10 +71,11 @@ def summary_tables(run_dir: Path) -> list[RenderableType]:
     """
     record = RunRecord.read(run_dir)
     notices = [Text(text, style="yellow") for text in summary.missing(record)]
-    return [*notices, *(_rich_table(table) for table in summary.tables(record) if table.rows)]
+    return [*notices, *(rich_table(table) for table in summary.tables(record) if table.rows)]
 
 
-def _rich_table(table: summary.TextTable) -> Table:
+def rich_table(table: summary.TextTable) -> Table:
+    """A table as the terminal shows it."""
     rich = Table(title=table.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for index, column in enumerate(table.columns):
         rich.add_column(

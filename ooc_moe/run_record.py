@@ -6,7 +6,7 @@ What figures and tables are made from. Computes nothing but differences and sums
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,8 @@ from ooc_moe_wire.errors import InvalidRequest
 
 CONFIG_FILE = "config.json"
 UNSAID = float("nan")
+_Usage = Mapping[str, Mapping[str, int]]
+"""Layer -> expert -> tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,17 +206,29 @@ class RunRecord:
         newest = max((event["phase"] for event in self.evaluations), default=None)
         return [event for event in self.evaluations if event["phase"] == newest]
 
-    def _usage(self, rows: Sequence[tuple[str, dict[str, dict[str, int]]]]) -> Floats:
-        """Token counts by game and expert: layers are added up where they share a bank, and stand side by side where each has its own."""
+    def usage_by_environment(self) -> tuple[list[str], Floats]:
+        """(game of each, (N, E) tokens) for all environments of the last phase's evaluations; none where it was not logged."""
+        rows = [(event["evaluated"], usage) for event in self.last_evaluations for usage in event.get("usage_by_env") or ()]
+        return [game for game, _ in rows], self._counts([usage for _, usage in rows])
+
+    def _usage(self, rows: Sequence[tuple[str, _Usage]]) -> Floats:
+        """Token counts by game and expert."""
+        games = [self.games.index(game) for game, _ in rows]
+        counts_RE = self._counts([usage for _, usage in rows])
+        counts_GE = np.zeros((len(self.games), counts_RE.shape[1]))
+        np.add.at(counts_GE, games, counts_RE)
+        return counts_GE
+
+    def _counts(self, usages: Sequence[_Usage]) -> Floats:
+        """(R, E) token counts: layers are added up where they share a bank, and stand side by side where each has its own."""
         shared = self.config.get("agent", {}).get("banks", "shared") == "shared"
-        layers = 1 if shared else max((int(layer) + 1 for _, usage in rows for layer in usage), default=1)
-        counts_GE = np.zeros((len(self.games), layers * self.num_experts))
-        row = {game: index for index, game in enumerate(self.games)}
-        for game, usage in rows:
+        layers = 1 if shared else max((int(layer) + 1 for usage in usages for layer in usage), default=1)
+        counts_RE = np.zeros((len(usages), layers * self.num_experts))
+        for row, usage in enumerate(usages):
             for layer, counts in usage.items():
                 for expert, count in counts.items():
-                    counts_GE[row[game], (0 if shared else int(layer) * self.num_experts) + int(expert)] += count
-        return counts_GE
+                    counts_RE[row, (0 if shared else int(layer) * self.num_experts) + int(expert)] += count
+        return counts_RE
 
     def _of(self, kind: str) -> list[Event]:
         return [event for event in self.events if event["event"] == kind]

@@ -1,0 +1,71 @@
+"""What each variant costs: parameters, bytes, fetches, time. Of a variant that has a network for each game, all networks together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ooc_moe import measures
+from ooc_moe.run_config import RunConfig
+from ooc_moe.run_record import RunRecord
+from ooc_moe.study.scores import StudyScores
+
+_FETCHED_FROM = ("dram", "nvme", "seed")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Costs:
+    """Means over the runs of a variant; NaN where nothing was logged."""
+
+    parameters: float
+    hbm_bytes: float
+    moved_bytes: float
+    """In and out of HBM, training and evaluation."""
+    fetched: float
+    """Experts brought into HBM while training, on demand or ahead."""
+    cold_share: float
+    """Of the tokens of a game's training, those computed by experts that an earlier game had used; the mean over games after the first."""
+    train_s: float
+    steps_per_s: float
+    stall_s: float
+
+
+def costs_of(found: StudyScores, variant: str) -> Costs:
+    """The costs of one variant."""
+    networks = len(found.study.games) if found.study.variants[variant].alone else 1
+    records = list(found.of(variant).values())
+    rows = [_costs_of_run(record) for record in records]
+
+    def mean(name: str) -> float:
+        return measures.mean([getattr(row, name) for row in rows])
+
+    sums = ("parameters", "hbm_bytes", "moved_bytes", "fetched", "train_s", "stall_s")
+    return Costs(**{name: networks * mean(name) for name in sums}, cold_share=mean("cold_share"), steps_per_s=mean("steps_per_s"))
+
+
+def _costs_of_run(record: RunRecord) -> Costs:
+    config = RunConfig.read(record.run_dir)
+    speed = record.series("steps_per_s")
+    agent = replace(config.agent, num_games=len(record.games), num_experts=record.num_experts)
+    fetched = sum(np.nansum(record.increments("cache", "fetched_from", tier)) for tier in _FETCHED_FROM)
+    return Costs(
+        parameters=agent.estimate_params().total,
+        hbm_bytes=record.last("cache", "capacity") * record.last("cache", "expert_bytes"),
+        moved_bytes=record.total("cache", "bytes_in") + record.total("cache", "bytes_out"),
+        fetched=float(fetched),
+        cold_share=cold_share(record),
+        train_s=float(np.nansum(config.steps_per_update / speed)) if len(speed) else float("nan"),
+        steps_per_s=float(np.nanmedian(speed)) if len(speed) else float("nan"),
+        stall_s=float(np.nansum(record.increments("cache", "stall_s"))),
+    )
+
+
+def cold_share(record: RunRecord) -> float:
+    """The mean over games, the first left out, of the share of a game's tokens that went to experts which an earlier game had used."""
+    usage_GE = record.training_usage()
+    earlier_GE = np.cumsum(usage_GE, axis=0) - usage_GE > 0
+    shares = [
+        float(usage_E[earlier_E].sum() / usage_E.sum()) for usage_E, earlier_E in zip(usage_GE, earlier_GE, strict=True) if usage_E.sum()
+    ]
+    return measures.mean(shares[1:]) if len(shares) > 1 else float("nan")

@@ -1,0 +1,203 @@
+"""Reads a study's runs and writes its results: NAME.md (tables, verdicts, what made them), NAME_*.png, and NAME.json with every number.
+
+A study that is not finished is written as far as it is, with what is missing.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+
+from ooc_moe import measures
+from ooc_moe.bench.machine import facts
+from ooc_moe.drawing import STYLE
+from ooc_moe.run_record import RunRecord
+from ooc_moe.study import verdicts
+from ooc_moe.study.caching import CachingPoint, caching_points
+from ooc_moe.study.costs import costs_of
+from ooc_moe.study.definitions import Study, StudyRun
+from ooc_moe.study.figures import figures
+from ooc_moe.study.runner import State, state_of, steps_done, steps_of
+from ooc_moe.study.scores import MEASURES, RAW_MEASURES, StudyScores
+from ooc_moe.study.tables import tables
+from ooc_moe.study.verdicts import Verdict
+from ooc_moe.summary import TextTable
+from ooc_moe_wire.errors import InvalidRequest
+
+NOTES = "## Notes"
+_PACKAGES = ("torch", "gymnasium", "ale-py")
+_FIGURES = {
+    "measures": "Every run a point, by order; the bar is the mean with its 95 % interval. Dashed: a network of its own for each game.",
+    "games": "Each game's score after every phase; means over seeds.",
+    "hits": "Hit rate of the HBM cache against how long a game stays.",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Results:
+    """What a study shows so far."""
+
+    found: StudyScores
+    tables: list[TextTable]
+    verdicts: list[Verdict]
+    points: list[CachingPoint]
+
+
+def collect(study: Study, runs: Sequence[StudyRun]) -> StudyScores:
+    """The finished ones among `runs`, and why the others are missing."""
+    records: dict[StudyRun, RunRecord] = {}
+    missing: dict[StudyRun, str] = {}
+    for run in runs:
+        try:
+            state = state_of(run.config)
+        except InvalidRequest as error:
+            missing[run] = str(error).partition(": ")[2]  # Without the place on this machine.
+            continue
+        if state is State.DONE:
+            records[run] = RunRecord.read(run.config.run_dir)
+        else:
+            missing[run] = f"{state.value}, {steps_done(run.config.run_dir):,} of {steps_of(run.config):,} steps"
+    return StudyScores(study, records, missing)
+
+
+def results_of(study: Study, runs: Sequence[StudyRun]) -> Results:
+    """Reads the runs and judges them."""
+    found = collect(study, runs)
+    points = caching_points(found)
+    spoken = (
+        verdicts.separation(found),
+        verdicts.caching(points, study.recipe.agent.pool_size),
+        verdicts.protection(found),
+    )
+    return Results(found=found, tables=tables(found, points), verdicts=[each for each in spoken if each is not None], points=points)
+
+
+def write(results: Results, directory: Path, *, command: str) -> list[Path]:
+    """Writes everything; returns the files. What an older NAME.md says under "Notes" stays."""
+    study = results.found.study
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = []
+    pictures = []
+    with mpl.rc_context(STYLE):
+        for name, figure in figures(results.found, results.points).items():
+            path = directory / f"{study.name}_{name}.png"
+            figure.savefig(path, format="png")
+            paths.append(path)
+            pictures.append(f"![{name}]({path.name})\n\n{_FIGURES[name]}")
+    described = facts(Path(), command=command) | {"learning": _versions()}
+    page = directory / f"{study.name}.md"
+    page.write_text(_markdown(results, described, pictures, _notes_of(page)))
+    numbers = directory / f"{study.name}.json"
+    numbers.write_text(json.dumps(_plain(_numbers(results, described)), indent=1) + "\n")
+    return [page, numbers, *paths]
+
+
+def _markdown(results: Results, described: dict[str, str], pictures: Sequence[str], notes: str) -> str:
+    found = results.found
+    study = found.study
+    done, missing = len(found.records), len(found.missing)
+    lines = [f"# ooc-moe study {study.name}", "", study.asks, ""]
+    lines += [f"- {name}: {value}" for name, value in described.items()]
+    lines += [f"- runs: {done} of {done + missing} are done" + (" (**not finished**: see the end)" if missing else "")]
+    lines += ["", "## Verdicts", ""]
+    lines += [f"- **{each.part}: {each.word}.** {_sentence(each.says)}" for each in results.verdicts] or ["This study gives none."]
+    lines += ["", f"The rules are in ooc_moe/study/verdicts.py. What this does not show: {study.limits}", ""]
+    lines += ["\n\n".join(pictures), ""] if pictures else []
+    for table in results.tables:
+        lines += [f"## {table.title}", "", *_markdown_table(table), "", table.note, ""]
+    lines += ["## Variants", "", *(f"- {name}: {study.variants[name].says}" for name in study.seeds), ""]
+    if found.missing:
+        lines += ["## Missing", "", *(f"- {run.label}: {why}" for run, why in found.missing.items()), ""]
+    lines += ["## The full recipe's configuration", "", "```json", _recipe(study), "```", "", notes.rstrip(), ""]
+    return "\n".join(lines)
+
+
+def _markdown_table(table: TextTable) -> list[str]:
+    rule = "|---|" + "---:|" * (len(table.columns) - 1)
+    return [f"| {' | '.join(table.columns)} |", rule, *(f"| {' | '.join(row)} |" for row in table.rows)]
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _recipe(study: Study) -> str:
+    fields = json.loads(study.recipe.to_json())
+    del fields["games"], fields["seed"]
+    return json.dumps(fields | {"orders": study.orders, "seeds": study.seeds}, indent=1)
+
+
+def _notes_of(page: Path) -> str:
+    if page.exists():
+        _, found, below = page.read_text().partition(NOTES)
+        if found:
+            return found + below
+    return f"{NOTES}\n\n(to be written: what it means)"
+
+
+def _versions() -> str:
+    found = []
+    for package in _PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{package} {importlib.metadata.version(package)}")
+    return ", ".join(found)
+
+
+def _numbers(results: Results, described: dict[str, str]) -> dict[str, Any]:
+    found = results.found
+    return {
+        "study": found.study.name,
+        "facts": described,
+        "verdicts": [asdict(each) for each in results.verdicts],
+        "games": {game: asdict(each) for game, each in found.facts.items()},
+        "costs": {name: asdict(costs_of(found, name)) for name in found.variants},
+        "caching": [asdict(point) | {"way": point.way.value} for point in results.points],
+        "separation": [
+            {"order": each.run.order, "seed": each.run.config.seed, "within": each.within, "between": each.between, "p": each.p}
+            for each in verdicts.separations(found)
+        ],
+        "measures": {
+            variant: {name: [asdict(cell) for cell in found.cells(variant, name)] for name in (*MEASURES, *RAW_MEASURES)}
+            for variant in found.variants
+        },
+        "runs": [_numbers_of_run(run, record) for run, record in found.records.items()],
+        "missing": {run.label: why for run, why in found.missing.items()},
+    }
+
+
+def _numbers_of_run(run: StudyRun, record: RunRecord) -> dict[str, Any]:
+    scores = record.scores
+    return {
+        "variant": run.variant,
+        "order": run.order,
+        "seed": run.config.seed,
+        "games": scores.games,
+        "trained": scores.trained_P,
+        "mean_returns": scores.mean_PG,
+        "random": scores.random_G,
+        "untrained": scores.untrained_G,
+        "last_evaluation": [
+            {key: value for key, value in event.items() if key not in ("usage", "usage_by_env", "cache", "time")}
+            for event in record.last_evaluations
+        ],
+        "training_mass_in_common": measures.mass_overlap(record.training_usage()),
+    }
+
+
+def _plain(value: Any) -> Any:
+    """In types that JSON has; NaN becomes null."""
+    if isinstance(value, dict):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, np.ndarray | list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, float | np.floating):
+        return float(value) if np.isfinite(value) else None
+    return value

@@ -1,0 +1,208 @@
+"""The scores of a study's runs on one scale: 0 is random play, 1 what a network of its own learns of the game (the mean of its seeds).
+
+Which games count in ratios is decided here, by rules that were fixed before any run: see `GameFacts.left_out`. Knows nothing of
+variants beyond their names, and of how results are printed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from ooc_moe import measures
+from ooc_moe.envs import REFERENCE_SCORES
+from ooc_moe.measures import Floats
+from ooc_moe.run_record import RunRecord, Scores
+from ooc_moe.study.definitions import Study, StudyRun
+
+SINGLE = "single"
+LEARNED_MIN = 0.2
+"""A game that is not learned this far has nothing to forget: below it, it is left out of ratios."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GameFacts:
+    """What a game's scores are measured by, raw; NaN where it was not measured."""
+
+    game: str
+    random: float
+    constant: float
+    """The best constant action's."""
+    single: float
+    """A network of its own; the mean of its seeds."""
+    reference: float
+    """A human's, or best play of a pixel game; NaN where evaluation cut games off."""
+    left_out: str
+    """Why the game counts in no ratio; "" if it counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A measure of one run and one game."""
+
+    order: str
+    seed: int
+    game: str
+    value: float
+
+
+Measure = Callable[[Floats, tuple[int, ...], Floats], Floats]
+"""(normalised scores (P, G), trained_P, normalised untrained scores (G,)) -> (G,)."""
+
+
+def _per_game(values_PG: Floats) -> Floats:
+    return np.array([measures.mean(column) for column in values_PG.T])
+
+
+def retention(scores_PG: Floats, trained_P: Sequence[int]) -> Floats:
+    """(G,) as measures.retention on normalised scores; unsaid where less than `LEARNED_MIN` was learned."""
+    kept = measures.retention(scores_PG, trained_P, np.zeros(scores_PG.shape[1]))
+    return np.where(measures.learning(scores_PG, trained_P) >= LEARNED_MIN, kept, np.nan)
+
+
+MEASURES: dict[str, tuple[str, Measure]] = {
+    "learning": ("right after the game's own training", lambda s, t, u: measures.learning(s, t)),
+    "average": ("at the end", lambda s, t, u: measures.final(s)),
+    "retention": (
+        f"average / learning, of games that are not the last and of which at least {LEARNED_MIN} was learned",
+        lambda s, t, u: retention(s, t),
+    ),
+    "forgetting": ("best earlier score - score at the end", lambda s, t, u: measures.forgetting(s, t)),
+    "learning without the last game": ("", lambda s, t, u: measures.without_last(measures.learning(s, t), t)),
+    "average without the last game": ("", lambda s, t, u: measures.without_last(measures.final(s), t)),
+    "isolated forgetting, fixed scale": (
+        "mean loss by one later game",
+        lambda s, t, u: _per_game(measures.isolated_forgetting(s, t, np.ones(s.shape[1]))),
+    ),
+    "zero-shot transfer, fixed scale": (
+        "mean gain by one earlier game",
+        lambda s, t, u: _per_game(measures.zero_shot_transfer(s, t, u, np.ones(s.shape[1]))),
+    ),
+    "forward transfer": ("score before its own training - untrained score", lambda s, t, u: measures.forward_transfer(s, t, u)),
+}
+"""By name, in the order of the tables: what it is, and how it is computed from scores that are 0 at random play, 1 at single-task."""
+
+RAW_MEASURES: dict[str, tuple[str, Measure]] = {
+    "isolated forgetting (CORA)": (
+        "of raw returns, on the scale of the run's own greatest return",
+        lambda s, t, u: _per_game(measures.isolated_forgetting(s, t)),
+    ),
+    "zero-shot transfer (CORA)": ("likewise", lambda s, t, u: _per_game(measures.zero_shot_transfer(s, t, u))),
+}
+"""The same, from raw returns."""
+
+
+@dataclass(frozen=True)
+class StudyScores:
+    """Finished runs of a study and what is missing."""
+
+    study: Study
+    records: Mapping[StudyRun, RunRecord]
+    missing: Mapping[StudyRun, str]
+    """Runs that are not there, and why."""
+
+    def of(self, variant: str) -> dict[StudyRun, RunRecord]:
+        """The finished runs of a variant."""
+        return {run: record for run, record in self.records.items() if run.variant == variant}
+
+    @cached_property
+    def variants(self) -> list[str]:
+        """Those with a finished run, in the study's order."""
+        return [name for name in self.study.seeds if self.of(name)]
+
+    @cached_property
+    def facts(self) -> dict[str, GameFacts]:
+        """By game."""
+        return {game: self._facts_of(game) for game in self.study.games}
+
+    @cached_property
+    def counted(self) -> set[str]:
+        """The games that count in ratios."""
+        return {game for game, facts in self.facts.items() if not facts.left_out}
+
+    def _facts_of(self, game: str) -> GameFacts:
+        events = [event for record in self.records.values() for event in record.evaluations if event["evaluated"] == game]
+        own = [event for record in self.of(SINGLE).values() for event in record.last_evaluations if event["evaluated"] == game]
+        random = measures.mean([_number(event.get("random_mean")) for event in events])
+        constant = measures.mean([_number(event.get("constant_mean")) for event in events])
+        single = measures.mean([event["return_mean"] for event in own])
+        whole = bool(own) and not any(event.get("episodes_truncated") for event in own)
+        reference = REFERENCE_SCORES.get(game.partition("@")[0], (np.nan, np.nan))[1] if whole else float("nan")
+        returns = [value for event in own for value in event["returns"]]
+        return GameFacts(
+            game=game,
+            random=random,
+            constant=constant,
+            single=single,
+            reference=reference,
+            left_out=_left_out(random, constant, single, reference, returns),
+        )
+
+    def normalised(self, record: RunRecord) -> tuple[Floats, Floats]:
+        """(P, G) scores and (G,) untrained scores of a run, by single-task; NaN for games whose single-task score is not known."""
+        scores = record.scores
+        random_G = [self.facts[game].random for game in scores.games]
+        single_G = [self.facts[game].single for game in scores.games]
+        return measures.normalise(scores.mean_PG, random_G, single_G), measures.normalise(scores.untrained_G, random_G, single_G)
+
+    def cells(self, variant: str, name: str) -> list[Cell]:
+        """A measure in every finished run of a variant, for each game that counts."""
+        found = []
+        for run, record in self.of(variant).items():
+            scores = record.scores
+            if name in RAW_MEASURES:
+                values_G = RAW_MEASURES[name][1](scores.mean_PG, scores.trained_P, scores.untrained_G)
+            else:
+                scores_PG, untrained_G = self.normalised(record)
+                values_G = MEASURES[name][1](scores_PG, scores.trained_P, untrained_G)
+            found += [
+                Cell(run.order, run.config.seed, game, float(value))
+                for game, value in zip(scores.games, values_G, strict=True)
+                if game in self.counted
+            ]
+        return found
+
+    def worst(self, variant: str, name: str = "forgetting") -> list[Cell]:
+        """The greatest value over the games in each run, as cells of no game."""
+        by_run: dict[tuple[str, int], list[float]] = {}
+        for cell in self.cells(variant, name):
+            if not np.isnan(cell.value):
+                by_run.setdefault((cell.order, cell.seed), []).append(cell.value)
+        return [Cell(order, seed, "", max(values)) for (order, seed), values in by_run.items()]
+
+
+def strata(cells: Sequence[Cell]) -> list[Floats]:
+    """The seeds of each order and game: what is drawn alike by a bootstrap."""
+    groups: dict[tuple[str, str], list[float]] = {}
+    for cell in cells:
+        if not np.isnan(cell.value):
+            groups.setdefault((cell.order, cell.game), []).append(cell.value)
+    return [np.array(values) for values in groups.values()]
+
+
+def human_normalised(scores: Scores, value_G: Floats) -> Floats:
+    """(G,) 0 at the published score of random play, 1 at a human's (or best play); NaN where that is not known."""
+    unknown = (float("nan"), float("nan"))
+    floors, ceilings = zip(*(REFERENCE_SCORES.get(game.partition("@")[0], unknown) for game in scores.games), strict=True)
+    return measures.normalise(value_G, floors, ceilings)
+
+
+def _left_out(random: float, constant: float, single: float, reference: float, returns: Sequence[float]) -> str:
+    """The rule: nothing counts that was not learned, or that needs no looking at the screen."""
+    if np.isnan(single):
+        return "no single-task run yet"
+    if not single > random:
+        return "single-task training is not above random play"
+    share = (single - random) / (reference - random)
+    if share < LEARNED_MIN:
+        return f"single-task score is {share:.2f} of the way from random play to the reference, under {LEARNED_MIN}"
+    if not np.isnan(constant) and not measures.clearly_above(returns, constant):
+        return "single-task score is not above the best constant action (by two standard errors)"
+    return ""
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else float("nan")

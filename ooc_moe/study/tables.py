@@ -1,0 +1,243 @@
+"""A study in tables of text. What is uncertain carries its 95 % interval; a dash stands for what cannot be said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ooc_moe import measures, statistics
+from ooc_moe.study.caching import CachingPoint
+from ooc_moe.study.costs import costs_of
+from ooc_moe.study.scores import MEASURES, RAW_MEASURES, Cell, StudyScores, strata
+from ooc_moe.study.verdicts import separations
+from ooc_moe.summary import DASH, TextTable, format_bytes, format_count, format_score, format_share
+
+_MAIN = ("learning", "average", "retention", "forgetting")
+_INTERVALS = "Mean over games, orders and seeds [95 % interval, stratified bootstrap over the seeds of each game and order]."
+
+
+def tables(found: StudyScores, points: Sequence[CachingPoint]) -> list[TextTable]:
+    """All tables of a study, those without a row left out."""
+    made = [
+        main_table(found),
+        robust_table(found),
+        *(order_table(found, order) for order in found.study.orders if len(found.study.orders) > 1),
+        other_table(found),
+        cost_table(found),
+        recognition_table(found),
+        separation_table(found),
+        caching_table(points),
+        game_table(found),
+        point_table(found),
+    ]
+    return [table for table in made if table.rows]
+
+
+def main_table(found: StudyScores) -> TextTable:
+    """One row per variant: what was learned, what is left of it."""
+    random, constant = _baselines(found)
+    rows = [["random", "–", DASH, random, DASH, DASH, DASH], ["best constant action", "–", DASH, constant, DASH, DASH, DASH]]
+    for name in found.variants:
+        cells = [spread(found.cells(name, measure)) for measure in _MAIN]
+        rows.append([name, str(len(found.of(name))), *cells, spread(found.worst(name))])
+    counted = bool(found.counted)
+    return TextTable(
+        "Learning and forgetting",
+        ["variant", "runs", *_MAIN, "worst forgetting"],
+        rows if counted and found.variants else [],
+        f"0 is random play, 1 what a network of its own learns of the game. {_INTERVALS} "
+        + " ".join(f"{name.capitalize()}: {MEASURES[name][0]}." for name in _MAIN)
+        + " Worst forgetting: of the game that forgot most in each run.",
+    )
+
+
+def robust_table(found: StudyScores) -> TextTable:
+    """The same as interquartile means."""
+    rows = [[name, *(spread(found.cells(name, each), statistics.iqm) for each in _MAIN)] for name in found.variants]
+    return TextTable(
+        "Interquartile means",
+        ["variant", *_MAIN],
+        rows if found.counted else [],
+        "The mean of the middle half of games, orders and seeds [95 % interval] (Agarwal et al. 2021). It hides a game that is forgotten "
+        "alone; the table above does not.",
+    )
+
+
+def order_table(found: StudyScores, order: str) -> TextTable:
+    """Learning and retention in one order of the games."""
+    rows = []
+    for name in found.variants:
+        cells = {each: [cell for cell in found.cells(name, each) if cell.order == order] for each in _MAIN}
+        if any(cells.values()):
+            rows.append([name, *(spread(cells[each]) for each in _MAIN)])
+    games = ", ".join(found.study.orders[order])
+    return TextTable(f"Order {order}", ["variant", *_MAIN], rows, f"{games}. As above.")
+
+
+def other_table(found: StudyScores) -> TextTable:
+    """Every other measure."""
+    names = [name for name in (*MEASURES, *RAW_MEASURES) if name not in _MAIN]
+    rows = [[variant, *(spread(found.cells(variant, name)) for name in names)] for variant in found.variants]
+    says = {name: says for name, (says, _) in (MEASURES | RAW_MEASURES).items() if name in names and says}
+    return TextTable(
+        "Other measures",
+        ["variant", *names],
+        rows if found.counted else [],
+        f"{_INTERVALS} {' '.join(f'{name.capitalize()}: {text}.' for name, text in says.items())}",
+    )
+
+
+def cost_table(found: StudyScores) -> TextTable:
+    """What each variant costs."""
+    rows = []
+    for name in found.variants:
+        cost = costs_of(found, name)
+        rows.append(
+            [
+                name,
+                format_count(cost.parameters),
+                format_bytes(cost.hbm_bytes),
+                format_bytes(cost.moved_bytes),
+                format_count(cost.fetched),
+                format_share(cost.cold_share),
+                f"{cost.train_s / 60:.1f} min",
+                format_count(cost.steps_per_s),
+                f"{cost.stall_s:.1f} s",
+            ]
+        )
+    return TextTable(
+        "Costs",
+        ["variant", "parameters", "HBM", "bytes moved", "experts fetched", "cold experts", "training", "steps/s", "stall"],
+        rows,
+        "Means over runs; single: all networks together. HBM: what the cache of experts can hold. Bytes moved: into and out of HBM. "
+        "Experts fetched: in training, ahead or on demand. Cold experts: share of a later game's training tokens "
+        "that were computed by experts which an earlier game had used. Times are of a machine that did other work beside; compare them with care.",
+    )
+
+
+def recognition_table(found: StudyScores) -> TextTable:
+    """How well games were recognised in the evaluations after the last game."""
+    fields = ("detector_accuracy", "nearest_mean_accuracy", "steps_to_detect", "false_switches", "prefetch_recall")
+    rows = []
+    for name in found.variants:
+        events = [event for record in found.of(name).values() if len(record.games) > 1 for event in record.last_evaluations]
+        accuracy, nearest, steps, false, recall = ([_number(event.get(field)) for event in events] for field in fields)
+        if events:
+            worst = np.nanmin(accuracy) if not np.isnan(accuracy).all() else float("nan")
+            rows.append(
+                [
+                    name,
+                    format_share(measures.mean(accuracy)),
+                    format_share(float(worst)),
+                    format_share(measures.mean(nearest)),
+                    format_score(measures.mean(steps)),
+                    format_score(measures.mean(false)),
+                    format_share(measures.mean(recall)),
+                ]
+            )
+    return TextTable(
+        "Recognising games",
+        ["variant", "detector", "worst game", "nearest mean", "steps to detect", "false switches", "prefetch recall"],
+        rows,
+        "After the last game, on episodes that were not trained on. Detector, nearest mean: share of frames whose most probable game is "
+        "the right one. False switches: per 1000 frames. Prefetch recall: share of the needed experts that were named before "
+        "their first use.",
+    )
+
+
+def separation_table(found: StudyScores) -> TextTable:
+    """Overlap of expert usage with plain token routing."""
+    rows = [
+        [each.run.order, str(each.run.config.seed), f"{each.within:.3f}", f"{each.between:.3f}", f"{each.p:.2g}"]
+        for each in separations(found)
+    ]
+    return TextTable(
+        "Separation with plain token routing",
+        ["order", "seed", "same game", "two games", "p"],
+        rows,
+        "Routed mass that two environments have in common in the last evaluation. p: of a permutation test over environments.",
+    )
+
+
+def caching_table(points: Sequence[CachingPoint]) -> TextTable:
+    """Hits and stalls by switch interval and HBM capacity."""
+    rows = [
+        [
+            point.way.value,
+            f"{point.hbm_experts} of {point.bank_experts}",
+            "blocks" if point.switch_every is None else f"{point.switch_every} updates",
+            format_count(point.accesses),
+            f"{point.hit_rate:.2%}",
+            DASH if np.isnan(point.belady) else f"{point.belady:.2%}",
+            f"{point.stall_s:.3g} s",
+        ]
+        for point in sorted(points, key=lambda point: (point.way.value, -point.hbm_experts, -(point.switch_every or 10**9)))
+    ]
+    return TextTable(
+        "Hits and stalls",
+        ["by", "HBM", "turns", "accesses", "hit rate", "Belady", "stall"],
+        rows,
+        "Trainer: measured, with prefetching. Simulator: the trace of the run in blocks, dealt out in turns and replayed through LRU and "
+        "Belady's optimum without prefetching, at the latencies that ooc-moe simulate assumes.",
+    )
+
+
+def game_table(found: StudyScores) -> TextTable:
+    """What each game's scores are measured by."""
+    rows = [
+        [
+            facts.game,
+            *(format_score(value) for value in (facts.random, facts.constant, facts.single, facts.reference)),
+            facts.left_out or "counts",
+        ]
+        for facts in found.facts.values()
+    ]
+    return TextTable(
+        "Games, raw returns",
+        ["game", "random", "best constant", "single-task", "human or best", "in ratios"],
+        rows,
+        "Means over seeds. A game that does not count is left out of every table of ratios above.",
+    )
+
+
+def point_table(found: StudyScores) -> TextTable:
+    """Every run: its mean over the games that count."""
+    rows = []
+    for run, record in found.records.items():
+        cells = [
+            measures.mean([c.value for c in found.cells(run.variant, name) if (c.order, c.seed) == (run.order, run.config.seed)])
+            for name in _MAIN
+        ]
+        raw = ", ".join(
+            f"{game} {format_score(score)}" for game, score in zip(record.games, measures.final(record.scores.mean_PG), strict=True)
+        )
+        rows.append([run.variant, run.order, str(run.config.seed), *(_two(value) for value in cells), raw])
+    return TextTable("All runs", ["variant", "order", "seed", *_MAIN, "raw returns at the end"], rows, "Means over the games that count.")
+
+
+def spread(cells: Sequence[Cell], statistic: Callable[[Any], Any] = statistics.mean) -> str:
+    """A statistic of cells with its interval, as text."""
+    groups = strata(cells)
+    if not groups:
+        return DASH
+    value = float(statistic(statistics.pooled(groups)))
+    if max(map(len, groups)) < 2:
+        return _two(value)  # One seed has no spread.
+    low, high = statistics.interval(statistics.bootstrap(groups, statistic))
+    return f"{_two(value)} [{_two(low)}, {_two(high)}]"
+
+
+def _baselines(found: StudyScores) -> tuple[str, str]:
+    facts = [found.facts[game] for game in sorted(found.counted)]
+    constants = [measures.normalise([each.constant], [each.random], [each.single])[0] for each in facts]
+    return _two(0.0), _two(measures.mean(constants))
+
+
+def _two(value: float) -> str:
+    return DASH if np.isnan(value) else f"{value:.2f}"
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else float("nan")

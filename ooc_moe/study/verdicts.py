@@ -1,0 +1,157 @@
+"""The three verdicts. Their rules stand here in code, and were fixed before any run was made.
+
+1. Separation: in every run with plain token routing (pixel or Atari, after the last game), the experts that two environments use overlap
+   less when they play two games than when they play one: permutation test over environments, p < 0.05 in every run.
+2. Caching: wherever HBM holds a game's pool, games in blocks hit more often and stall less than the same steps in turns of one update, as
+   the trainer measured it and as the simulator replays it.
+3. Protection: the 95 % intervals of retention(full) - retention(plain MoE) and of retention(full) - retention(dense) lie above zero, and
+   learning(full) is at least 0.9 of single-task. Games that scores.py leaves out are not in it.
+
+Fewer seeds or orders than a study's rule wants: points, and no verdict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ooc_moe import measures, statistics
+from ooc_moe.run_record import RunRecord
+from ooc_moe.study.caching import CachingPoint, Way
+from ooc_moe.study.definitions import StudyRun
+from ooc_moe.study.scores import StudyScores, strata
+
+FULL, MOE, DENSE = "full", "moe-token", "dense"
+SIGNIFICANCE = 0.05
+LEARNING_MIN = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What was found about one part of the claim; `holds` is None where the rule wants more runs than there are."""
+
+    part: str
+    holds: bool | None
+    says: str
+
+    @property
+    def word(self) -> str:
+        """For people."""
+        return {True: "holds", False: "does not hold", None: "no verdict"}[self.holds]
+
+
+@dataclass(frozen=True, slots=True)
+class Separation:
+    """Overlap of expert usage in one run: routed mass in common, 0 to 1."""
+
+    run: StudyRun
+    within: float
+    """Of environments that play one game."""
+    between: float
+    """Of environments that play two games."""
+    p: float
+
+
+def separations(found: StudyScores) -> list[Separation]:
+    """One for each run with plain token routing that logged usage by environment."""
+    made = [_separation(run, record) for run, record in found.of(MOE).items()]
+    return [each for each in made if each is not None]
+
+
+def _separation(run: StudyRun, record: RunRecord) -> Separation | None:
+    labels, counts_NE = record.usage_by_environment()
+    if not len(labels):
+        return None
+    similarity_NN = measures.mass_overlap(counts_NE)
+    within, between = statistics.within_and_between(similarity_NN, labels)
+    return Separation(run, within, between, statistics.separation_p(similarity_NN, labels))
+
+
+def separation(found: StudyScores) -> Verdict | None:
+    """The first verdict; None for a study that does not ask it."""
+    if MOE not in found.study.seeds:
+        return None
+    runs = separations(found)
+    if not runs:
+        return Verdict("separation", None, "no run with plain token routing logged which environment used which expert.")
+    worst = max(each.p for each in runs)
+    within, between = (measures.mean([getattr(each, name) for each in runs]) for name in ("within", "between"))
+    says = (
+        f"with plain token routing, environments of one game have {within:.2f} of their routed mass in common, of two games {between:.2f} "
+        f"({_count(runs, 'run')}, largest p {worst:.2g})."
+    )
+    enough = len({each.run.config.seed for each in runs}) >= found.study.verdict_seeds
+    if not enough:
+        return Verdict("separation", None, f"{says} The rule wants {found.study.verdict_seeds} seeds.")
+    return Verdict("separation", worst < SIGNIFICANCE, says)
+
+
+def protection(found: StudyScores) -> Verdict | None:
+    """The third verdict; None for a study that does not ask it."""
+    study = found.study
+    if not {FULL, MOE, DENSE} <= set(study.seeds):
+        return None
+    if not found.counted:
+        return Verdict("protection", None, "no game counts: single-task runs are missing, or nothing was learned.")
+    kept = {name: strata(found.cells(name, "retention")) for name in (FULL, MOE, DENSE)}
+    without = [name for name, groups in kept.items() if not groups]
+    if without:
+        return Verdict("protection", None, f"nothing to compare yet of {', '.join(without)}.")
+    learned = statistics.mean(statistics.pooled(strata(found.cells(FULL, "learning"))))
+    gaps = {name: statistics.difference(kept[FULL], kept[name]) for name in (MOE, DENSE)}
+    says = (
+        "; ".join(f"retention(full) - retention({name}) = {gap:+.2f} [{low:+.2f}, {high:+.2f}]" for name, (gap, low, high) in gaps.items())
+        + f"; learning(full) = {learned:.2f} of single-task."
+    )
+    short = _too_few(found)
+    if short:
+        return Verdict("protection", None, f"{says} {short}")
+    return Verdict("protection", all(low > 0 for _, low, _ in gaps.values()) and learned >= LEARNING_MIN, says)
+
+
+def caching(points: Sequence[CachingPoint], pool_experts: int) -> Verdict | None:
+    """The second verdict; None where nothing was measured."""
+    if not points:
+        return None
+    judged: list[str] = []
+    failed: list[str] = []
+    for way in Way:
+        by_hbm: dict[int, list[CachingPoint]] = {}
+        for point in points:
+            if point.way is way and point.hbm_experts >= pool_experts:
+                by_hbm.setdefault(point.hbm_experts, []).append(point)
+        for hbm, row in sorted(by_hbm.items()):
+            blocks, turns = ([point for point in row if point.switch_every == every] for every in (None, 1))
+            if blocks and turns:
+                better = blocks[0].hit_rate > turns[0].hit_rate and blocks[0].stall_s < turns[0].stall_s
+                words = f"{way.value}, HBM {hbm}: hits {_beside(blocks[0])} in blocks, {_beside(turns[0])} in turns of one update, "
+                words += f"stall {blocks[0].stall_s:.3g} s and {turns[0].stall_s:.3g} s"
+                (judged if better else failed).append(words)
+    if not judged + failed:
+        return Verdict("caching", None, "blocks and turns are not both there yet.")
+    says = "; ".join([*judged, *(f"NOT SO: {words}" for words in failed)]) + "."
+    return Verdict("caching", None if len({point.way for point in points}) < len(Way) else not failed, says)
+
+
+def _beside(point: CachingPoint) -> str:
+    return f"{point.hit_rate:.2%}" + ("" if np.isnan(point.belady) else f" (Belady {point.belady:.2%})")
+
+
+def _too_few(found: StudyScores) -> str:
+    study = found.study
+    for name in (FULL, MOE, DENSE):
+        seeds_of: dict[str, int] = {}
+        for run in found.of(name):
+            seeds_of[run.order] = seeds_of.get(run.order, 0) + 1
+        complete = [order for order, count in seeds_of.items() if count >= study.verdict_seeds]
+        if len(complete) < study.verdict_orders:
+            return f"The rule wants {study.verdict_seeds} seeds in {_count(range(study.verdict_orders), 'order')}; of {name} there are " + (
+                ", ".join(f"{count} in {order}" for order, count in seeds_of.items()) + "."
+            )
+    return ""
+
+
+def _count(things: Sequence[object], noun: str) -> str:
+    return f"{len(things)} {noun}{'' if len(things) == 1 else 's'}"
