@@ -37,7 +37,7 @@ class Core:
         self.acknowledged: dict[int, int] = {}  # by expert: the newest version of our own pushes
         self.version_at_open = self.newest_version()  # what is newer and not our own is another writer's
         self.demanding = False  # the training thread is taking slots; speculation stands back
-        self.fetching = False  # the training thread waits for a fetch; write-back that nobody waits for stands back
+        self.fetching = False  # the training thread waits for a fetch, and for no room: pushes stand back
         self.closed = False
         self._error: Exception | None = None
 

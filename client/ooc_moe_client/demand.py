@@ -2,7 +2,8 @@
 
 Whoever is there is pinned at once; what is missing is fetched in one call, into slots that write-back freed where no clean one was; what is
 still on its way to the store comes back from its buffer; what a prefetch is just bringing is waited for. Where large victims have to be
-saved first, what has a slot is fetched meanwhile, in pieces. Knows nothing of the reasons for which experts are asked.
+saved first, what has a slot is fetched meanwhile, in pieces, by a thread that the training thread helps in the end. Knows nothing of the
+reasons for which experts are asked.
 """
 
 from __future__ import annotations

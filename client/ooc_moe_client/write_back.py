@@ -5,8 +5,8 @@ never overtake each other. While it exists the expert is not fetched again, but 
 was evicted it stays, because its buffer is then the only copy. Nothing leaves a slot while the optimizer writes it (`Resident.updating`),
 and the optimizer waits while it is copied out (`Resident.copying`); the lock is let go meanwhile.
 
-A push is bounded in experts and in bytes: a demand waits behind one at most, and while it is under way only those are pushed whose slots
-somebody waits for.
+A push is bounded in experts and in bytes: a demand is slowed by one at most, and while it is under way none begins, but where it waits for
+room.
 """
 
 from __future__ import annotations
