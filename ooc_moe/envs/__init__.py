@@ -36,7 +36,7 @@ def make(
     """Makes environments of a game; `reset(seed)` starts them.
 
     Args:
-        game: a name of `ATARI_GAMES` or `PIXEL_GAMES`; a pixel game's may end in @1, @2, ... for another background.
+        game: a name of `ATARI_GAMES` or `PIXEL_GAMES`; a pixel game's may end in @1, @2, ..., @flip or @turn for another look.
         num_envs: how many.
         frame_size: height and width of a frame, in pixels.
         frame_stack: frames in an observation.

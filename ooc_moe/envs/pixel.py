@@ -6,8 +6,11 @@ Conflicting pairs share layout, dynamics and actions, and have opposite rewards;
     toward / away      a lamp lights up on the left or on the right; push the stick toward it, or away from it
     cross              walk up through four lanes of traffic; alone of its kind
 
-A name may end in @1, @2, ...: the same game before another faint background. Everything is vectorised over environments, and drawn from one
-generator seeded by `reset`. Knows nothing of agents.
+blind-toward and blind-away are a pair without the cell: no frame tells which is played, so that nobody can play both.
+
+A name may end in @1, @2, ...: the same game before another faint background; in @flip: its picture upside down; in @turn: its picture
+with rows for columns. The stick means what it meant. Everything is vectorised over environments, and drawn from one generator seeded by
+`reset`. Knows nothing of agents.
 """
 
 from __future__ import annotations
@@ -29,6 +32,13 @@ BRIGHT, MEDIUM, BACKGROUND_MAX = 255, 150, 60
 _RIGHT_A = np.array([0, 0, 0, 1, -1, 0, 1, -1, 1, -1, 0, 1, -1, 0, 1, -1, 1, -1])
 _UP_A = np.array([0, 0, 1, 0, 0, -1, 1, 1, -1, -1, 1, 0, 0, -1, 1, 1, -1, -1])
 _NOOP, _UP, _RIGHT, _LEFT = 0, 2, 3, 4
+
+_VIEWS: dict[str, Callable[[Array], Array]] = {
+    "": lambda canvas_NYX: canvas_NYX,
+    "flip": lambda canvas_NYX: canvas_NYX[:, ::-1],
+    "turn": lambda canvas_NYX: canvas_NYX.swapaxes(1, 2),
+}
+"""How the picture is arranged."""
 
 
 class _Rules(Protocol):
@@ -177,10 +187,10 @@ class _Crossing:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PixelGame:
-    """A game: its rules, the lit cell of the top row that identifies it, and what its play is worth."""
+    """A game: its rules, the lit cell of the top row that identifies it (None: nothing does), and what its play is worth."""
 
     name: str
-    cue_x: int
+    cue_x: int | None
     rules: Callable[[int], _Rules]
     """Makes the rules for a number of environments."""
     optimal_return: float
@@ -196,30 +206,34 @@ _GAMES = {
         PixelGame(name="pixel/avoid", cue_x=2, rules=lambda n: _Falling(n, -1), optimal_return=5.0, random_return=0.97),
         PixelGame(name="pixel/toward", cue_x=4, rules=lambda n: _Lamp(n, 1), optimal_return=20.0, random_return=0.0),
         PixelGame(name="pixel/away", cue_x=6, rules=lambda n: _Lamp(n, -1), optimal_return=20.0, random_return=0.0),
+        PixelGame(name="pixel/blind-toward", cue_x=None, rules=lambda n: _Lamp(n, 1), optimal_return=20.0, random_return=0.0),
+        PixelGame(name="pixel/blind-away", cue_x=None, rules=lambda n: _Lamp(n, -1), optimal_return=20.0, random_return=0.0),
         PixelGame(name="pixel/cross", cue_x=8, rules=_Crossing, optimal_return=4.0, random_return=0.31),
     )
 }
 PIXEL_GAMES: tuple[str, ...] = tuple(_GAMES)
-"""The names, without the backgrounds that may be added to them."""
+"""The names, without what may be added to them."""
 
 
-def pixel_game(name: str) -> tuple[PixelGame, int]:
-    """The game of a name, and the number of its background (0: plain).
+def pixel_game(name: str) -> tuple[PixelGame, int, str]:
+    """The game of a name, the number of its background (0: plain), and the view of its picture (flip, turn, or "": as it is).
 
     Raises:
         InvalidRequest: there is no such game.
     """
-    base, _, background = name.partition("@")
-    if base not in _GAMES or ("@" in name and not (background.isdecimal() and int(background) > 0)):
-        raise InvalidRequest(f"game: {name!r} is not one of {', '.join(_GAMES)}, with or without @1, @2, ...")
-    return _GAMES[base], int(background or 0)
+    base, at, look = name.partition("@")
+    background = int(look) if look.isdecimal() else 0
+    view = "" if background else look
+    if base not in _GAMES or view not in _VIEWS or (at and not look):
+        raise InvalidRequest(f"game: {name!r} is not one of {', '.join(_GAMES)}, with or without @1, @2, ..., @flip or @turn")
+    return _GAMES[base], background, view
 
 
 class PixelEnvs:
     """A batch of environments of one pixel game.
 
     Args:
-        game: one of `PIXEL_GAMES`, with or without a background.
+        game: one of `PIXEL_GAMES`, with or without a background or a view.
         num_envs: how many.
         frame_size: height and width of a frame, in pixels; a cell becomes a square of frame_size // 10, the rest a black margin.
         frame_stack: frames in an observation.
@@ -227,7 +241,7 @@ class PixelEnvs:
     """
 
     def __init__(self, game: str, num_envs: int, *, frame_size: int, frame_stack: int, max_episode_steps: int | None) -> None:
-        self._game, background = pixel_game(game)
+        self._game, background, view = pixel_game(game)
         if frame_size < GRID:
             raise InvalidRequest(f"frame_size: {frame_size} is less than the {GRID} cells of a pixel game")
         self.game = game
@@ -235,6 +249,7 @@ class PixelEnvs:
         self.num_actions = NUM_ACTIONS
         self.observation_shape = (frame_stack, frame_size, frame_size)
         self._steps_max = max_episode_steps
+        self._view = _VIEWS[view]
         self._background_YX = _background(background, self._game.cue_x)
         self._episodes = Episodes(num_envs)
 
@@ -297,14 +312,15 @@ class PixelEnvs:
         margin = (height - cell * GRID) // 2
         frames_NHW = np.zeros((self.num_envs, height, height), dtype=np.uint8)
         inside = slice(margin, margin + cell * GRID)
-        frames_NHW[:, inside, inside] = canvas_NYX.repeat(cell, axis=1).repeat(cell, axis=2)
+        frames_NHW[:, inside, inside] = self._view(canvas_NYX).repeat(cell, axis=1).repeat(cell, axis=2)
         return frames_NHW
 
 
-def _background(number: int, cue_x: int) -> Array:
-    """The empty screen: faint noise peculiar to the number (black for 0), and the game's lit cell in the top row."""
+def _background(number: int, cue_x: int | None) -> Array:
+    """The empty screen: faint noise peculiar to the number (black for 0), and the game's lit cell in the top row, if it has one."""
     screen_YX = np.zeros((GRID, GRID), dtype=np.uint8)
     if number:
         screen_YX[1:] = np.random.default_rng(number).integers(0, BACKGROUND_MAX + 1, (GRID - 1, GRID))
-    screen_YX[0, cue_x] = BRIGHT
+    if cue_x is not None:
+        screen_YX[0, cue_x] = BRIGHT
     return screen_YX

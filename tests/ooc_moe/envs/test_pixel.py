@@ -22,7 +22,7 @@ def random_actions(steps: int, num_envs: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 18, (steps, num_envs))
 
 
-@pytest.mark.parametrize("game", [*envs.PIXEL_GAMES, "pixel/cross@2"])
+@pytest.mark.parametrize("game", [*envs.PIXEL_GAMES, "pixel/cross@2", "pixel/cross@flip", "pixel/catch@turn"])
 def test_best_play_reaches_the_optimal_return_in_every_game(game):
     played = make(game)
     returns = [value for _ in range(200) for value in played.step(played.best_actions()).episode_returns]
@@ -32,7 +32,7 @@ def test_best_play_reaches_the_optimal_return_in_every_game(game):
 
 @pytest.mark.parametrize("game", envs.PIXEL_GAMES)
 def test_random_play_earns_what_is_said_and_so_does_no_constant_action_much_better(game):
-    rules, _ = pixel_game(game)
+    rules, _, _ = pixel_game(game)
     played = make(game, 128)
     returns = [value for actions in random_actions(400, 128) for value in played.step(actions).episode_returns]
     assert np.mean(returns) == pytest.approx(rules.random_return, abs=0.25)
@@ -136,6 +136,33 @@ def test_backgrounds_differ_by_number_and_leave_the_game_as_it_is():
         assert np.array_equal(b.observations[bright], a.observations[bright])
 
 
+@pytest.mark.parametrize(("view", "as_seen"), [("flip", lambda frame: frame[::-1]), ("turn", lambda frame: frame.T)])
+def test_a_view_rearranges_the_picture_and_leaves_the_game_as_it_is(view, as_seen):
+    plain, other = make("pixel/cross", frame_size=21), make(f"pixel/cross@{view}", frame_size=21)
+    for actions in random_actions(30, 8):
+        a, b = plain.step(actions), other.step(actions)
+        assert np.array_equal(a.rewards, b.rewards)
+        assert np.array_equal(as_seen(a.observations[0, -1, :20, :20]), b.observations[0, -1, :20, :20])
+        assert not np.array_equal(a.observations, b.observations)
+
+
+def test_nothing_but_its_rewards_tells_the_blind_pair_apart():
+    toward, away = make("pixel/blind-toward"), make("pixel/blind-away")
+    total = 0
+    for actions in random_actions(60, 8):
+        a, b = toward.step(actions), away.step(actions)
+        assert np.array_equal(a.observations, b.observations)
+        assert np.array_equal(a.rewards, -b.rewards)
+        total += np.abs(a.rewards).sum()
+    assert total > 0
+
+
+def test_eight_games_of_the_same_rules_look_different():
+    names = [f"pixel/{rules}{look}" for rules in ("catch", "avoid", "toward", "cross") for look in ("", "@flip", "@turn")]
+    screens = {name: make(name).step(np.zeros(8, dtype=np.int64)).observations.tobytes() for name in names}
+    assert len(set(screens.values())) == 12
+
+
 def test_sixteen_environments_play_thousands_of_steps_a_second():
     played = make("pixel/catch", 16, frame_size=42, frame_stack=4)
     actions = random_actions(100, 16)
@@ -145,7 +172,9 @@ def test_sixteen_environments_play_thousands_of_steps_a_second():
     assert 1600 / (time.process_time() - began) > 5000  # 40,000 on an idle core: this only catches a loop over environments.
 
 
-@pytest.mark.parametrize("name", ["pixel/chess", "pixel/", "pixel/catch@", "pixel/catch@0", "pixel/catch@x", "pixel/catch@-1", "pixel/@1"])
+@pytest.mark.parametrize(
+    "name", ["pixel/chess", "pixel/", "pixel/catch@", "pixel/catch@0", "pixel/catch@x", "pixel/catch@-1", "pixel/catch@flop", "pixel/@1"]
+)
 def test_an_unknown_pixel_game_is_refused_with_the_known_ones(name):
     with pytest.raises(InvalidRequest, match=r"pixel/catch, pixel/avoid"):
         envs.make(name, 1)
