@@ -129,7 +129,7 @@ _SYNTHETIC = RunConfig(
     games=_CONFLICTING,
     agent=_SYNTHETIC_AGENT,
     ppo=PPOConfig(
-        num_envs=32, rollout_steps=32, epochs=3, minibatch_segments=32, learning_rate=2e-3, gamma=0.95, gae_lambda=0.9, entropy_coef=0.01
+        num_envs=32, rollout_steps=32, epochs=3, minibatch_segments=32, learning_rate=3e-3, gamma=0.95, gae_lambda=0.9, entropy_coef=0.01
     ),
     steps_per_game=51_200,
     eval_envs=16,
