@@ -61,7 +61,7 @@ def study(
         console.print(_table_of(wanted))
         return
     outcome = None if tables_only else _make(chosen, wanted, jobs, console)
-    _write_home(chosen, wanted, results, console)
+    _write_home(chosen, wanted, runs / "studies" / chosen.name, results, console)
     if outcome is not None:
         _say(outcome, console)
 
@@ -105,11 +105,13 @@ def _say(outcome: Outcome, console: Console) -> None:
         raise typer.Exit(1)
 
 
-def _write_home(chosen: Study, wanted: list[StudyRun], results: Path, console: Console) -> None:
+def _write_home(chosen: Study, wanted: list[StudyRun], study_dir: Path, results: Path, console: Console) -> None:
     from ooc_moe.report import rich_table
     from ooc_moe.study import home
 
-    found = home.results_of(chosen, wanted)
+    with console.status("") as status:
+        constants = home.play_constants(chosen, study_dir / "baselines", status.update)
+    found = home.results_of(chosen, wanted, constants)
     for table in found.tables[:2]:
         console.print(rich_table(table))
         console.print()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ import matplotlib as mpl
 import numpy as np
 
 from ooc_moe import measures
+from ooc_moe.baselines import baselines
 from ooc_moe.bench.machine import facts
 from ooc_moe.drawing import STYLE
 from ooc_moe.run_record import RunRecord
@@ -51,8 +52,8 @@ class Results:
     points: list[CachingPoint]
 
 
-def collect(study: Study, runs: Sequence[StudyRun]) -> StudyScores:
-    """The finished ones among `runs`, and why the others are missing."""
+def collect(study: Study, runs: Sequence[StudyRun], constants: Mapping[str, float]) -> StudyScores:
+    """The finished ones among `runs`, and why the others are missing. `constants`: the best constant action's mean return by game."""
     records: dict[StudyRun, RunRecord] = {}
     missing: dict[StudyRun, str] = {}
     for run in runs:
@@ -65,12 +66,32 @@ def collect(study: Study, runs: Sequence[StudyRun]) -> StudyScores:
             records[run] = RunRecord.read(run.config.run_dir)
         else:
             missing[run] = f"{state.value}, {steps_done(run.config.run_dir):,} of {steps_of(run.config):,} steps"
-    return StudyScores(study, records, missing)
+    return StudyScores(study, records, missing, constants)
 
 
-def results_of(study: Study, runs: Sequence[StudyRun]) -> Results:
+def play_constants(study: Study, directory: Path, say: Callable[[str], object] = lambda text: None) -> dict[str, float]:
+    """The best constant action's mean return in each game, by the protocol of the study's evaluations; kept in `directory`."""
+    recipe = study.recipe
+    if not recipe.eval_steps:
+        return {}
+    found = {}
+    for game in study.games:
+        say(f"constant actions in {game}")
+        played = baselines(
+            game,
+            directory,
+            eval_envs=recipe.eval_envs,
+            eval_episodes=recipe.eval_episodes,
+            eval_steps=recipe.eval_steps,
+            seed=recipe.seed,
+        )
+        found[game] = played.best_constant_mean
+    return found
+
+
+def results_of(study: Study, runs: Sequence[StudyRun], constants: Mapping[str, float]) -> Results:
     """Reads the runs and judges them."""
-    found = collect(study, runs)
+    found = collect(study, runs, constants)
     points = caching_points(found)
     spoken = (
         verdicts.separation(found),

@@ -15,7 +15,7 @@ import numpy as np
 from ooc_moe import measures
 from ooc_moe.envs import REFERENCE_SCORES
 from ooc_moe.measures import Floats
-from ooc_moe.run_record import RunRecord, Scores
+from ooc_moe.run_record import RunRecord
 from ooc_moe.study.definitions import Study, StudyRun
 
 SINGLE = "single"
@@ -103,6 +103,8 @@ class StudyScores:
     records: Mapping[StudyRun, RunRecord]
     missing: Mapping[StudyRun, str]
     """Runs that are not there, and why."""
+    constants: Mapping[str, float]
+    """Mean raw return of each game's best constant action."""
 
     def of(self, variant: str) -> dict[StudyRun, RunRecord]:
         """The finished runs of a variant."""
@@ -126,8 +128,8 @@ class StudyScores:
     def _facts_of(self, game: str) -> GameFacts:
         events = [event for record in self.records.values() for event in record.evaluations if event["evaluated"] == game]
         own = [event for record in self.of(SINGLE).values() for event in record.last_evaluations if event["evaluated"] == game]
-        random = measures.mean([_number(event.get("random_mean")) for event in events])
-        constant = measures.mean([_number(event.get("constant_mean")) for event in events])
+        random = measures.mean([event["random_mean"] for event in events])
+        constant = self.constants.get(game, float("nan"))
         single = measures.mean([event["return_mean"] for event in own])
         whole = bool(own) and not any(event.get("episodes_truncated") for event in own)
         reference = REFERENCE_SCORES.get(game.partition("@")[0], (np.nan, np.nan))[1] if whole else float("nan")
@@ -149,9 +151,14 @@ class StudyScores:
         return measures.normalise(scores.mean_PG, random_G, single_G), measures.normalise(scores.untrained_G, random_G, single_G)
 
     def cells(self, variant: str, name: str) -> list[Cell]:
-        """A measure in every finished run of a variant, for each game that counts."""
+        """A measure in every finished run of a variant, for each game that counts.
+
+        Games in turns are evaluated at the end only: their average is all that can be said.
+        """
         found = []
         for run, record in self.of(variant).items():
+            if run.config.switch_every and not name.startswith("average"):
+                continue
             scores = record.scores
             if name in RAW_MEASURES:
                 values_G = RAW_MEASURES[name][1](scores.mean_PG, scores.trained_P, scores.untrained_G)
@@ -183,13 +190,6 @@ def strata(cells: Sequence[Cell]) -> list[Floats]:
     return [np.array(values) for values in groups.values()]
 
 
-def human_normalised(scores: Scores, value_G: Floats) -> Floats:
-    """(G,) 0 at the published score of random play, 1 at a human's (or best play); NaN where that is not known."""
-    unknown = (float("nan"), float("nan"))
-    floors, ceilings = zip(*(REFERENCE_SCORES.get(game.partition("@")[0], unknown) for game in scores.games), strict=True)
-    return measures.normalise(value_G, floors, ceilings)
-
-
 def _left_out(random: float, constant: float, single: float, reference: float, returns: Sequence[float]) -> str:
     """The rule: nothing counts that was not learned, or that needs no looking at the screen."""
     if np.isnan(single):
@@ -202,7 +202,3 @@ def _left_out(random: float, constant: float, single: float, reference: float, r
     if not np.isnan(constant) and not measures.clearly_above(returns, constant):
         return "single-task score is not above the best constant action (by two standard errors)"
     return ""
-
-
-def _number(value: object) -> float:
-    return float(value) if isinstance(value, int | float) else float("nan")

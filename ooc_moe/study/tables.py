@@ -112,8 +112,8 @@ def cost_table(found: StudyScores) -> TextTable:
         ["variant", "parameters", "HBM", "bytes moved", "experts fetched", "cold experts", "training", "steps/s", "stall"],
         rows,
         "Means over runs; single: all networks together. HBM: what the cache of experts can hold. Bytes moved: into and out of HBM. "
-        "Experts fetched: in training, ahead or on demand. Cold experts: share of a later game's training tokens "
-        "that were computed by experts which an earlier game had used. Times are of a machine that did other work beside; compare them with care.",
+        "Experts fetched: in training, ahead or on demand. Cold experts: share of a later game's training tokens that were computed by "
+        "experts which an earlier game had used. Times are of a machine that did other work beside; compare them with care.",
     )
 
 
