@@ -55,6 +55,8 @@ class ActOutput:
     values_N: Tensor
     experts_NLK: Tensor
     """The experts chosen, int32."""
+    tokens_ND: Tensor
+    """What the stem made of the frames."""
     prediction: Any = None
 
 
@@ -69,6 +71,23 @@ class Segment:
     """Frames seen."""
     episode_from_N: Tensor | None = None
     """Where the present episode began in this segment; None while no episode began inside it."""
+
+    @staticmethod
+    def joined(segments: Sequence[Segment]) -> Segment:
+        """The environments of several equally long segments of one game, one after another, as those of one segment."""
+        memories = [
+            KeysValues(torch.cat([memory.keys for memory in layer]), torch.cat([memory.values for memory in layer]))
+            for layer in zip(*(segment.memories for segment in segments), strict=True)
+        ]
+        begun = [segment.episode_from_N for segment in segments]
+        known = [torch.zeros(segment.num_envs, dtype=torch.long) if N is None else N for N, segment in zip(begun, segments, strict=True)]
+        return Segment(
+            game=segments[0].game,
+            num_envs=sum(segment.num_envs for segment in segments),
+            memories=memories,
+            length=segments[0].length,
+            episode_from_N=None if all(N is None for N in begun) else torch.cat(known),
+        )
 
 
 class Agent(nn.Module):
@@ -261,19 +280,10 @@ class Agent(nn.Module):
         Raises:
             InvalidRequest: a frame or `starts_N` of another shape or dtype, or a full segment.
         """
-        network = self._network(segment.game)
         self._check_step(frames_NSHW, segment, starts_N)
-        mask = self._extend(segment, starts_N)
         frames_NSHW = frames_NSHW.to(self._device)
-        position = segment.length
-        x_BTD = (self.stem(frames_NSHW) + network.embedding_TD[position]).unsqueeze(1)
-        chosen = []
-        for block, memory in zip(network.blocks, segment.memories, strict=True):
-            output = block.step(x_BTD, memory, position, mask=mask, noisy=not deterministic, generator=generator)
-            x_BTD = output.y
-            chosen.append(output.routed.experts_NK)
-        segment.length += 1
-        logits_NA, values_N = network.heads(x_BTD.squeeze(1))
+        tokens_ND = self.stem(frames_NSHW)
+        logits_NA, values_N, experts_NLK = self._step(tokens_ND, segment, starts_N, noisy=not deterministic, generator=generator)
         log_probs_NA = torch.log_softmax(logits_NA, dim=-1)
         if log_probs_NA.isnan().any():
             raise InvalidRequest(
@@ -284,9 +294,31 @@ class Agent(nn.Module):
             actions_N=draw_N1.squeeze(-1),
             log_probs_N=log_probs_NA.gather(-1, draw_N1).squeeze(-1),
             values_N=values_N,
-            experts_NLK=torch.stack(chosen, dim=1).to(torch.int32),
+            experts_NLK=experts_NLK,
+            tokens_ND=tokens_ND,
             prediction=self._predict(frames_NSHW) if predict else None,
         )
+
+    @torch.no_grad()
+    def values(self, tokens_ND: Tensor, segment: Segment, *, starts_N: Tensor) -> Tensor:
+        """The values (N,) of one more frame of each environment, whose stem's tokens are known; the segment is extended by it."""
+        _, values_N, _ = self._step(tokens_ND, segment, starts_N, noisy=False, generator=None)
+        return values_N
+
+    def _step(
+        self, tokens_ND: Tensor, segment: Segment, starts_N: Tensor | None, *, noisy: bool, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits (N, A), values (N,) and the experts chosen (N, L, K) of one more frame; the segment is extended by it."""
+        network, position = self._network(segment.game), segment.length
+        mask = self._extend(segment, starts_N)
+        x_BTD = (tokens_ND + network.embedding_TD[position]).unsqueeze(1)
+        chosen = []
+        for block, memory in zip(network.blocks, segment.memories, strict=True):
+            output = block.step(x_BTD, memory, position, mask=mask, noisy=noisy, generator=generator)
+            x_BTD = output.y
+            chosen.append(output.routed.experts_NK)
+        segment.length += 1
+        return *network.heads(x_BTD.squeeze(1)), torch.stack(chosen, dim=1).to(torch.int32)
 
     @staticmethod
     def _extend(segment: Segment, starts_N: Tensor | None) -> Tensor | None:

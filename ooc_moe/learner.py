@@ -49,8 +49,8 @@ class Learner:
     ) -> None:
         self.agent, self.game, self.config = agent, game, config
         self._protection, self._generator = protection, generator
-        self.own = torch.optim.Adam(agent.game_parameters(game), lr=config.ppo.learning_rate, eps=ADAM_EPS)
-        self.shared = shared or torch.optim.Adam(agent.shared_parameters(), lr=config.ppo.learning_rate, eps=ADAM_EPS)
+        self.own = torch.optim.Adam(agent.game_parameters(game), lr=config.ppo.learning_rate, eps=ADAM_EPS, fused=True)
+        self.shared = shared or torch.optim.Adam(agent.shared_parameters(), lr=config.ppo.learning_rate, eps=ADAM_EPS, fused=True)
         self.dense_parameters = [parameter for dense in (self.own, self.shared) for parameter in dense.param_groups[0]["params"]]
         self.experts = ExpertAdam(agent.caches, agent.gradients, lr=config.ppo.learning_rate, eps=ADAM_EPS)
 

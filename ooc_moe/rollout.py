@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ooc_moe.agent import Agent
+from ooc_moe.agent import Agent, Segment
 from ooc_moe.envs import GameEnvs
 from ooc_moe.lookahead import foretell_acting
 from ooc_moe.ppo import advantages
@@ -74,13 +74,20 @@ class Collector:
     @torch.no_grad()
     def collect(self) -> Rollout:
         """Plays `rollout_steps` steps of every environment."""
-        pieces = [self._segment() for _ in range(self.config.rollout_steps // self.agent.config.context)]
-        time_first = {name: torch.cat([piece[name] for piece, _ in pieces]) for name in pieces[0][0]}
+        segments: list[Segment] = []
+        steps: list[dict[str, Tensor]] = []
+        episode_returns: list[float] = []
+        for t in range(self.config.rollout_steps):
+            if t % self.agent.config.context == 0:
+                self._on_segment(self.frames_NSHW)
+                segments.append(self.agent.segment(self.envs.game, self.envs.num_envs))
+            steps.append(self._step(segments[-1], episode_returns))
+        time_first = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
         rewards_TN = time_first.pop("rewards")
         advantages_TN = advantages(
             rewards_TN=rewards_TN.clamp(-1.0, 1.0),
             values_TN=time_first["values"],
-            next_values_TN=time_first.pop("next_values"),
+            next_values_TN=self._next_values(segments, time_first["values"], time_first["starts"], time_first.pop("tokens")),
             terminated_TN=time_first.pop("terminated"),
             truncated_TN=time_first.pop("truncated"),
             played_TN=time_first["played"],
@@ -97,43 +104,43 @@ class Collector:
             advantages_BT=rows["advantages"],
             played_BT=rows["played"],
             experts_BTLK=rows["experts"],
-            episode_returns=[value for _, returns in pieces for value in returns],
+            episode_returns=episode_returns,
             reward_per_step=float(rewards_TN.mean()),
         )
 
-    def _segment(self) -> tuple[dict[str, Tensor], list[float]]:
-        """One segment, time first; and the raw returns of the games that ended in it."""
-        self._on_segment(self.frames_NSHW)
-        segment = self.agent.segment(self.envs.game, self.envs.num_envs)
-        steps: dict[str, list[Tensor]] = {}
-        episode_returns: list[float] = []
-        for _ in range(self.agent.config.context):
-            acted = self.agent.act(self.frames_NSHW, segment, starts_N=self._starts_N, generator=self._generator)
-            experts_NLK = acted.experts_NLK.cpu()
-            foretell_acting(self.agent.caches, [experts_NLK], ahead=self._ahead)
-            step = self.envs.step(acted.actions_N.cpu().numpy())
-            now = {
-                "frames": self.frames_NSHW,
-                "starts": self._starts_N,
-                "actions": acted.actions_N.cpu(),
-                "log_probs": acted.log_probs_N.cpu(),
-                "values": acted.values_N.cpu(),
-                "experts": experts_NLK,
-                "rewards": torch.from_numpy(step.rewards),
-                "terminated": torch.from_numpy(step.terminated),
-                "truncated": torch.from_numpy(step.truncated),
-                "played": torch.from_numpy(step.played),
-            }
-            for name, value in now.items():
-                steps.setdefault(name, []).append(value)
-            episode_returns += step.episode_returns
-            self.frames_NSHW = torch.from_numpy(step.observations)
-            self._starts_N = ~now["played"]
-        # The value of what comes after the segment, seen with the segment's context.
-        last = self.agent.act(self.frames_NSHW, segment, starts_N=self._starts_N, deterministic=True)
-        piece = {name: torch.stack(values) for name, values in steps.items()}
-        piece["next_values"] = torch.cat([piece["values"][1:], last.values_N.cpu().unsqueeze(0)])
-        return piece, episode_returns
+    def _step(self, segment: Segment, episode_returns: list[float]) -> dict[str, Tensor]:
+        """One step; adds the raw returns of the games that ended with it."""
+        acted = self.agent.act(self.frames_NSHW, segment, starts_N=self._starts_N, generator=self._generator)
+        experts_NLK = acted.experts_NLK.cpu()
+        foretell_acting(self.agent.caches, [experts_NLK], ahead=self._ahead)
+        step = self.envs.step(acted.actions_N.cpu().numpy())
+        episode_returns += step.episode_returns
+        now = {
+            "frames": self.frames_NSHW,
+            "tokens": acted.tokens_ND,
+            "starts": self._starts_N,
+            "actions": acted.actions_N.cpu(),
+            "log_probs": acted.log_probs_N.cpu(),
+            "values": acted.values_N.cpu(),
+            "experts": experts_NLK,
+            "rewards": torch.from_numpy(step.rewards),
+            "terminated": torch.from_numpy(step.terminated),
+            "truncated": torch.from_numpy(step.truncated),
+            "played": torch.from_numpy(step.played),
+        }
+        self.frames_NSHW = torch.from_numpy(step.observations)
+        self._starts_N = ~now["played"]
+        return now
+
+    def _next_values(self, segments: list[Segment], values_TN: Tensor, starts_TN: Tensor, tokens_TND: Tensor) -> Tensor:
+        """The value of what follows each step, in its segment's context: after the last one, that of the frame where the next begins."""
+        context = self.agent.config.context
+        tokens_MND = torch.cat([tokens_TND[context::context], self.agent.stem(self.frames_NSHW.to(tokens_TND.device)).unsqueeze(0)])
+        starts_MN = torch.cat([starts_TN[context::context], self._starts_N.unsqueeze(0)])
+        ends_B = self.agent.values(tokens_MND.flatten(0, 1), Segment.joined(segments), starts_N=starts_MN.flatten())
+        next_values_TN = values_TN.roll(-1, dims=0)
+        next_values_TN[context - 1 :: context] = ends_B.view_as(starts_MN).cpu()
+        return next_values_TN
 
     def _as_rows(self, x_TN: Tensor) -> Tensor:
         """(segments * T, N, ...) -> (segments * N, T, ...)."""
