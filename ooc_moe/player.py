@@ -88,8 +88,9 @@ class Player:
         """Brings what a switch would need; at the pace so far it may come as soon as the belief can turn."""
         step_s = (time.monotonic() - self._began) / self._step if self._step else None
         within_s = None if step_s is None else step_s * self._belief.steps_to_switch
-        self._session.prefetch(prediction.experts, within_s=within_s, probabilities=prediction.expert_probabilities)
-        self._named.update(prediction.experts)
+        named = prediction.experts
+        self._session.prefetch(named, within_s=within_s, probabilities=prediction.expert_probabilities, read_only=named)
+        self._named.update(named)
 
     def _begin_segments(self, games: list[str]) -> None:
         """Regroups the environments whose segment begins, by what they are believed to be."""

@@ -13,6 +13,7 @@ from ooc_moe import envs
 from ooc_moe.belief import Prediction, prefetch_set
 from ooc_moe.detector import Belief, Detector
 from ooc_moe.nearest_mean import NearestClassMean
+from ooc_moe.recognition import ambiguous_pairs
 from ooc_moe.screens import Reservoir, ScreenFeatures
 from ooc_moe_wire.errors import InvalidRequest
 
@@ -123,11 +124,43 @@ def test_real_games_learned_one_after_another_are_told_apart_and_a_fourth_is_unk
     assert float(unseen.confidence_N.mean()) > 0.9  # The probabilities would not have told.
 
 
-def test_frames_of_84_pixels_are_recognised_as_well():
-    detector = Detector(**(SIZES | {"frame_size": 84}))
-    teach(detector, {game: frames_of(game, seed=1, steps=50, frame_size=84) for game in PIXEL[:2]}, calls=15)
+@pytest.mark.parametrize("frame_size", [10, 84])
+def test_a_conflicting_pair_is_told_apart_in_small_and_large_frames(frame_size):
+    detector = Detector(**(SIZES | {"frame_size": frame_size}))
+    teach(detector, {game: frames_of(game, seed=1, steps=50, frame_size=frame_size) for game in PIXEL[:2]}, calls=15)
     for game in PIXEL[:2]:
-        assert accuracy(detector, game, frames_of(game, seed=2, steps=20, frame_size=84)) > 0.95
+        assert accuracy(detector, game, frames_of(game, seed=2, steps=20, frame_size=frame_size)) >= 0.99
+
+
+def test_a_pair_that_looks_the_same_is_confused(taught):
+    detector = copy_of(taught)
+    blind = ("pixel/blind-toward", "pixel/blind-away")
+    teach(detector, {game: frames_of(game, seed=1, steps=20) for game in blind}, calls=10)
+    games = (*PIXEL, *blind)
+    played = {game: detector.predict(frames_of(game, seed=2, steps=20)) for game in games}
+    probabilities = {game: dict(zip(seen.games, seen.probabilities_NG.mean(0).tolist(), strict=True)) for game, seen in played.items()}
+    ((one, other, confusion),) = ambiguous_pairs(probabilities)
+    assert (one, other) == blind
+    assert confusion == pytest.approx(1.0, abs=0.05)
+
+
+def test_the_baseline_goes_on_from_a_file_bit_for_bit(pixel_frames, tmp_path: Path):
+    original = NearestClassMean(**SIZES)
+    teach(original, pixel_frames, calls=2)
+    torch.save(original.state_dict(), tmp_path / "mean.pt")
+    resumed = NearestClassMean(**(SIZES | {"num_experts": 2}))
+    resumed.load_state_dict(torch.load(tmp_path / "mean.pt", weights_only=True))
+    frames = pixel_frames[PIXEL[0]][:64]
+    for _ in range(2):
+        one, other = original.predict(frames), resumed.predict(frames)
+        assert torch.equal(one.probabilities_NG, other.probabilities_NG)
+        assert torch.equal(one.unknown_N, other.unknown_N)
+        assert one.experts == other.experts
+        assert original.learn(frames, PIXEL[0], usage(0)) == resumed.learn(frames, PIXEL[0], usage(0))
+    state = original.state_dict()
+    resumed.load_state_dict(state)
+    resumed.learn(frames, PIXEL[0], usage(0))
+    assert torch.equal(state["counts"], original.state_dict()["counts"])  # Shares nothing with what it was loaded from.
 
 
 def test_only_the_newest_frame_of_the_stack_counts(taught, pixel_frames):
