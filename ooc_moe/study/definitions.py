@@ -132,6 +132,8 @@ _SYNTHETIC = RunConfig(
         num_envs=32, rollout_steps=32, epochs=3, minibatch_segments=32, learning_rate=3e-3, gamma=0.95, gae_lambda=0.9, entropy_coef=0.01
     ),
     steps_per_game=51_200,
+    # The usual 0.05 kept 70 % of cross through four games, 0.3 keeps 96 %, and costs no learning that one seed could show.
+    protection_weight=0.3,
     eval_envs=16,
     eval_episodes=4,
     eval_steps=400,
@@ -146,10 +148,9 @@ _ATARI_CPU = RunConfig(
     games=("krull",),
     agent=replace(PRESETS["demo"], num_games=3),
     ppo=PPOConfig(),
-    steps_per_game=147_456,
+    steps_per_game=81_920,
     eval_envs=8,
-    eval_episodes=2,
-    eval_steps=4_500,
+    eval_steps=2_000,
     eval_unseen=True,
     env_threads=1,
 )
@@ -219,7 +220,7 @@ STUDIES = {
             asks="Is it reported that two games which look alike in every pixel cannot be told apart?",
             limits="It is no test of the recipe: no method that looks at frames can tell these two apart. It counts for no target.",
             recipe=replace(_SYNTHETIC, agent=replace(_SYNTHETIC_AGENT, num_games=2)),
-            orders={"twins": ("pixel/catch", "pixel/avoid")},
+            orders={"twins": ("pixel/blind-toward", "pixel/blind-away")},
             seeds={"full": 3, "single": 1},
             verdict_orders=1,
         ),
@@ -231,7 +232,9 @@ STUDIES = {
                 "much. One order."
             ),
             recipe=_ATARI_CPU,
-            orders={"krull-first": ("krull", "road_runner", "crazy_climber")},
+            # In these, 65k steps reached several times what random play and every constant action get; RoadRunner did not (left: 2000 points
+            # per 1000 steps).
+            orders={"krull-first": ("krull", "crazy_climber", "kung_fu_master")},
             seeds=dict.fromkeys(_RIVALS, 2),
             verdict_seeds=3,
         ),

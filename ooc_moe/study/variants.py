@@ -28,16 +28,16 @@ def _full(config: RunConfig) -> RunConfig:
 
 
 def _pools(config: RunConfig) -> RunConfig:
-    return replace(config, protection="none")
+    return replace(config, protection="none", protection_weight=None)
 
 
 def _pools_freeze(config: RunConfig) -> RunConfig:
-    return replace(config, protection="freeze")
+    return replace(config, protection="freeze", protection_weight=None)
 
 
 def _moe_token(config: RunConfig) -> RunConfig:
     agent = replace(config.agent, routing="token", attention="shared", shared_experts=0)
-    return replace(config, agent=agent, protection="none")
+    return replace(config, agent=agent, protection="none", protection_weight=None)
 
 
 def _dense(config: RunConfig, *, hidden: int | None = None) -> RunConfig:
@@ -57,7 +57,7 @@ def _dense(config: RunConfig, *, hidden: int | None = None) -> RunConfig:
         hbm_experts=agent.num_layers,
         dram_experts=agent.num_layers,
     )
-    return replace(config, agent=agent, protection="none", prefetch="off")
+    return replace(config, agent=agent, protection="none", protection_weight=None, prefetch="off")
 
 
 def _dense_total(config: RunConfig) -> RunConfig:
