@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from itertools import permutations
 from typing import Any
 
@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
 RESAMPLES = 10_000
+_DEALS_AT_ONCE = 500
 
 
 def iqm(values: ArrayLike) -> Any:
@@ -87,30 +88,31 @@ def separation_p(similarity_NN: ArrayLike, labels_N: Sequence[Hashable], *, resa
     upper = np.triu_indices(len(similarity), 1)
     values = similarity[upper]
     known = ~np.isnan(values)
-
-    def gap(labels: NDArray[np.int64]) -> float:
-        same = (labels[upper[0]] == labels[upper[1]])[known]
-        if same.all() or not same.any():
-            return float("nan")
-        return float(values[known][same].mean() - values[known][~same].mean())
-
+    first, second, values = upper[0][known], upper[1][known], values[known]
     numbers = {label: number for number, label in enumerate(dict.fromkeys(labels_N))}
-    labels = np.array([numbers[label] for label in labels_N])
-    observed = gap(labels)
+    labels_1N = np.array([[numbers[label] for label in labels_N]])
+
+    def gaps(labels_RN: NDArray[np.int64]) -> Floats:
+        same_RP = labels_RN[:, first] == labels_RN[:, second]
+        num_same, total_same = same_RP.sum(axis=1), same_RP @ values
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.asarray(total_same / num_same - (values.sum() - total_same) / (len(values) - num_same))
+
+    observed = gaps(labels_1N)[0]
     if np.isnan(observed):
-        return observed
-    deals, exact = _deals(labels, resamples, seed)
-    gaps = np.array([gap(deal) for deal in deals])
-    as_good = int((gaps >= observed - 1e-12).sum())
-    return as_good / len(gaps) if exact else (1 + as_good) / (1 + len(gaps))
+        return float("nan")
+    deals_RN, exact = _deals(labels_1N[0], resamples, seed)
+    pieces = np.array_split(deals_RN, -(-len(deals_RN) // _DEALS_AT_ONCE))
+    as_good = sum(int((gaps(piece) >= observed - 1e-12).sum()) for piece in pieces)
+    return as_good / len(deals_RN) if exact else (1 + as_good) / (1 + len(deals_RN))
 
 
-def _deals(labels: NDArray[np.int64], resamples: int, seed: int) -> tuple[Iterator[NDArray[np.int64]], bool]:
-    ways = math.factorial(len(labels)) // math.prod(map(math.factorial, Counter(labels.tolist()).values()))
-    if ways <= resamples and len(labels) <= 9:  # Distinct ways are found among all n! orders: 362,880 for nine.
-        return (np.array(deal) for deal in set(permutations(labels.tolist()))), True
-    rng = np.random.default_rng(seed)
-    return (rng.permutation(labels) for _ in range(resamples)), False
+def _deals(labels_N: NDArray[np.int64], resamples: int, seed: int) -> tuple[NDArray[np.int64], bool]:
+    """(R, N) ways to deal the labels out; whether they are all there are."""
+    ways = math.factorial(len(labels_N)) // math.prod(map(math.factorial, Counter(labels_N.tolist()).values()))
+    if ways <= resamples and len(labels_N) <= 9:  # Distinct ways are found among all n! orders: 362,880 for nine.
+        return np.array(sorted(set(permutations(labels_N.tolist())))), True
+    return np.random.default_rng(seed).permuted(np.tile(labels_N, (resamples, 1)), axis=1), False
 
 
 def _same(labels_N: Sequence[Hashable]) -> NDArray[np.bool_]:

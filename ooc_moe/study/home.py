@@ -29,7 +29,7 @@ from ooc_moe.study.figures import figures
 from ooc_moe.study.runner import State, state_of, steps_done, steps_of
 from ooc_moe.study.scores import MEASURES, RAW_MEASURES, StudyScores
 from ooc_moe.study.tables import tables
-from ooc_moe.study.verdicts import Verdict
+from ooc_moe.study.verdicts import Separation, Verdict
 from ooc_moe.summary import TextTable
 from ooc_moe_wire.errors import InvalidRequest
 
@@ -49,6 +49,7 @@ class Results:
     found: StudyScores
     tables: list[TextTable]
     verdicts: list[Verdict]
+    separated: list[Separation]
     points: list[CachingPoint]
 
 
@@ -92,13 +93,19 @@ def play_constants(study: Study, directory: Path, say: Callable[[str], object] =
 def results_of(study: Study, runs: Sequence[StudyRun], constants: Mapping[str, float]) -> Results:
     """Reads the runs and judges them."""
     found = collect(study, runs, constants)
-    points = caching_points(found)
+    separated, points = verdicts.separations(found), caching_points(found)
     spoken = (
-        verdicts.separation(found),
+        verdicts.separation(found, separated),
         verdicts.caching(points, study.recipe.agent.pool_size),
         verdicts.protection(found),
     )
-    return Results(found=found, tables=tables(found, points), verdicts=[each for each in spoken if each is not None], points=points)
+    return Results(
+        found=found,
+        tables=tables(found, separated, points),
+        verdicts=[each for each in spoken if each is not None],
+        separated=separated,
+        points=points,
+    )
 
 
 def write(results: Results, directory: Path, *, command: str) -> list[Path]:
@@ -183,7 +190,7 @@ def _numbers(results: Results, described: dict[str, str]) -> dict[str, Any]:
         "caching": [asdict(point) | {"way": point.way.value} for point in results.points],
         "separation": [
             {"order": each.run.order, "seed": each.run.config.seed, "within": each.within, "between": each.between, "p": each.p}
-            for each in verdicts.separations(found)
+            for each in results.separated
         ],
         "measures": {
             variant: {name: [asdict(cell) for cell in found.cells(variant, name)] for name in (*MEASURES, *RAW_MEASURES)}

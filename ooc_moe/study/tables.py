@@ -11,14 +11,14 @@ from ooc_moe import measures, statistics
 from ooc_moe.study.caching import CachingPoint
 from ooc_moe.study.costs import costs_of
 from ooc_moe.study.scores import MEASURES, RAW_MEASURES, Cell, StudyScores, strata
-from ooc_moe.study.verdicts import separations
+from ooc_moe.study.verdicts import Separation
 from ooc_moe.summary import DASH, TextTable, format_bytes, format_count, format_score, format_share
 
 _MAIN = ("learning", "average", "retention", "forgetting")
 _INTERVALS = "Mean over games, orders and seeds [95 % interval, stratified bootstrap over the seeds of each game and order]."
 
 
-def tables(found: StudyScores, points: Sequence[CachingPoint]) -> list[TextTable]:
+def tables(found: StudyScores, separated: Sequence[Separation], points: Sequence[CachingPoint]) -> list[TextTable]:
     """All tables of a study, those without a row left out."""
     made = [
         main_table(found),
@@ -27,7 +27,7 @@ def tables(found: StudyScores, points: Sequence[CachingPoint]) -> list[TextTable
         other_table(found),
         cost_table(found),
         recognition_table(found),
-        separation_table(found),
+        separation_table(separated),
         caching_table(points),
         game_table(found),
         point_table(found),
@@ -147,12 +147,9 @@ def recognition_table(found: StudyScores) -> TextTable:
     )
 
 
-def separation_table(found: StudyScores) -> TextTable:
+def separation_table(separated: Sequence[Separation]) -> TextTable:
     """Overlap of expert usage with plain token routing."""
-    rows = [
-        [each.run.order, str(each.run.config.seed), f"{each.within:.3f}", f"{each.between:.3f}", f"{each.p:.2g}"]
-        for each in separations(found)
-    ]
+    rows = [[each.run.order, str(each.run.config.seed), f"{each.within:.3f}", f"{each.between:.3f}", f"{each.p:.2g}"] for each in separated]
     return TextTable(
         "Separation with plain token routing",
         ["order", "seed", "same game", "two games", "p"],

@@ -1,6 +1,6 @@
 """The three verdicts. Their rules stand here in code, and were fixed before any run was made.
 
-1. Separation: in every run with plain token routing (pixel or Atari, after the last game), the experts that two environments use overlap
+1. Separation: in every run with plain token routing (after the last game), the experts that two environments use overlap
    less when they play two games than when they play one: permutation test over environments, p < 0.05 in every run.
 2. Caching: wherever HBM holds a game's pool, games in blocks hit more often and stall less than the same steps in turns of one update, as
    the trainer measured it and as the simulator replays it.
@@ -69,11 +69,10 @@ def _separation(run: StudyRun, record: RunRecord) -> Separation | None:
     return Separation(run, within, between, statistics.separation_p(similarity_NN, labels))
 
 
-def separation(found: StudyScores) -> Verdict | None:
-    """The first verdict; None for a study that does not ask it."""
+def separation(found: StudyScores, runs: Sequence[Separation]) -> Verdict | None:
+    """The first verdict, of what `separations` found; None for a study that does not ask it."""
     if MOE not in found.study.seeds:
         return None
-    runs = separations(found)
     if not runs:
         return Verdict("separation", None, "no run with plain token routing logged which environment used which expert.")
     worst = max(each.p for each in runs)
@@ -108,7 +107,7 @@ def protection(found: StudyScores) -> Verdict | None:
     short = _too_few(found)
     if short:
         return Verdict("protection", None, f"{says} {short}")
-    return Verdict("protection", all(low > 0 for _, low, _ in gaps.values()) and learned >= LEARNING_MIN, says)
+    return Verdict("protection", bool(all(low > 0 for _, low, _ in gaps.values()) and learned >= LEARNING_MIN), says)
 
 
 def caching(points: Sequence[CachingPoint], pool_experts: int) -> Verdict | None:
