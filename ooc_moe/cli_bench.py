@@ -146,6 +146,56 @@ def cache(
             cache_results.save(cache_rows, caches.facts(cache_bench, command=command_given()), results / "cache.md")
 
 
+@bench_app.command()
+def learning(
+    games: Annotated[str | None, typer.Option(help="Games whose speed is measured. [default: krull,pixel/catch]", metavar="A,B,C")] = None,
+    returns: Annotated[
+        str | None,
+        typer.Option(
+            help="Games whose returns are; none skips it. [default: pixel/catch,pixel/cross; krull,crazy_climber with --full]",
+            metavar="A,B,C",
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Environment steps before returns are read. [default: 61440; 204800 with --full]")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Trainings of each in each game.")] = 3,
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds of the speed.")] = 7,
+    threads: Annotated[int, typer.Option(help="Torch's threads.")] = 1,
+    env_threads: Annotated[int, typer.Option(help="Threads that emulate Atari in our environments.")] = 2,
+    results: Annotated[Path | None, typer.Option(help="Save the tables here, as learning.md; notes are kept.", metavar="DIR")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of the tables.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Returns of Atari games, which takes hours on a CPU.")] = False,
+) -> None:
+    """Measure our PPO with a dense network beside Stable-Baselines3's with the same network: steps per second, returns at equal steps.
+
+    \b
+    $ ooc-moe bench learning --results tests/bench/results
+    $ ooc-moe bench learning --games pixel/catch --returns none --rounds 3
+    """
+    from ooc_moe.bench import learning as bench
+    from ooc_moe.bench import learning_results
+
+    chosen = bench.LearningBench(
+        games=_words(games) or bench.GAMES,
+        returns_games=() if returns == "none" else _words(returns) or (bench.FULL_GAMES if full else bench.RETURNS_GAMES),
+        steps=steps if steps is not None else bench.FULL_STEPS if full else bench.STEPS,
+        seeds=seeds,
+        rounds=rounds,
+        threads=threads,
+        env_threads=env_threads,
+    )
+    speeds, reached = bench.run(chosen, Console(stderr=True))
+    if as_json:
+        print(json.dumps({"speed": [asdict(row) for row in speeds], "returns": [asdict(row) for row in reached]}, indent=2))
+    else:
+        console = Console() if sys.stdout.isatty() else Console(width=TABLE_WIDTH)
+        for table in learning_results.tables(speeds, reached):
+            console.print(table)
+    if results is not None:
+        learning_results.save(speeds, reached, bench.facts(chosen, command=command_given()), results / "learning.md")
+
+
 def _whole_numbers(name: str, text: str) -> tuple[int, ...]:
     try:
         return tuple(int(word) for word in text.split(","))

@@ -15,7 +15,10 @@ from pathlib import Path
 
 import humanize
 
-PACKAGES = ("ooc-moe", "grpcio", "protobuf", "numpy", "xxhash", "pyarrow", "ray", "lmdb", "rocksdict")
+PACKAGES = (
+    *("ooc-moe", "grpcio", "protobuf", "numpy", "xxhash", "pyarrow", "ray", "lmdb", "rocksdict"),
+    *("ale-py", "gymnasium", "stable-baselines3", "opencv-python-headless"),
+)
 
 
 def facts(data_dir: Path, *, command: str) -> dict[str, str]:
