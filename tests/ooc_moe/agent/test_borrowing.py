@@ -224,6 +224,14 @@ def test_a_bank_grows_for_a_borrower_as_for_any_game(borrower, frames) -> None:
     agent(frames(agent, 2, CONTEXT), game="c")
 
 
+@pytest.mark.parametrize("shared_experts", [2, 5])
+def test_the_estimate_counts_the_router_rows_of_what_is_borrowed(world, shared_experts: int) -> None:
+    agent = world.agent(games=("a",), shared_experts=shared_experts, num_games=3)
+    for game in "bc":
+        agent.add_game(game, borrowed=[list(range(agent.num_experts if game == "c" else 8))])
+    assert agent.config.estimate_params().dense == sum(parameter.numel() for parameter in agent.parameters())
+
+
 def test_the_state_keeps_who_owns_and_who_borrows(world, borrower, frames) -> None:
     store = world.store(TINY)
     agent = borrower(frames, store=store)
