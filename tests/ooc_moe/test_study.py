@@ -82,6 +82,13 @@ def test_only_the_full_recipe_and_cloning_and_consolidation_protect_what_is_shar
     assert protection["full"] == "replay"
 
 
+def test_a_rival_is_not_weighed_by_what_was_chosen_for_the_recipe() -> None:
+    weights = {
+        name: variant.change(replace(SYNTHETIC.recipe, protection_weight=0.3)).protection_weight for name, variant in VARIANTS.items()
+    }
+    assert weights == dict.fromkeys(VARIANTS) | {"full": 0.3}
+
+
 def test_the_synthetic_study_has_the_seeds_and_orders_that_the_verdicts_want() -> None:
     runs = SYNTHETIC.runs(Path("runs"))
     count: dict[tuple[str, str], int] = {}
