@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from ooc_moe.run_config import Protection, RunConfig
+from ooc_moe.run_config import RunConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +66,11 @@ def _dense_total(config: RunConfig) -> RunConfig:
 
 
 def _dense_clone(config: RunConfig) -> RunConfig:
-    return _protected(_dense(config), "clone")
+    return replace(_dense(config), protection="clone")
 
 
 def _dense_ewc(config: RunConfig) -> RunConfig:
-    return _protected(_dense(config), "ewc")
+    return replace(_dense(config), protection="ewc")
 
 
 def _joint(config: RunConfig) -> RunConfig:
