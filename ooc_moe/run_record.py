@@ -213,10 +213,10 @@ class RunRecord:
 
     def _usage(self, rows: Sequence[tuple[str, _Usage]]) -> Floats:
         """Token counts by game and expert."""
-        games = [self.games.index(game) for game, _ in rows]
+        rows = [(game, usage) for game, usage in rows if usage]
         counts_RE = self._counts([usage for _, usage in rows])
         counts_GE = np.zeros((len(self.games), counts_RE.shape[1]))
-        np.add.at(counts_GE, games, counts_RE)
+        np.add.at(counts_GE, [self.games.index(game) for game, _ in rows], counts_RE)
         return counts_GE
 
     def _counts(self, usages: Sequence[_Usage]) -> Floats:

@@ -12,6 +12,7 @@ import humanize
 import numpy as np
 
 from ooc_moe import measures
+from ooc_moe.metrics import Event
 from ooc_moe.run_record import RunRecord, Scores
 
 DASH = "–"
@@ -31,7 +32,14 @@ class TextTable:
 
 def tables(record: RunRecord) -> list[TextTable]:
     """All tables of a run, in order of reading."""
-    return [score_table(record), tier_table(record), prefetch_table(record), overlap_table(record), detector_table(record)]
+    return [
+        score_table(record),
+        measures_table(record),
+        tier_table(record),
+        prefetch_table(record),
+        overlap_table(record),
+        detector_table(record),
+    ]
 
 
 def headline(record: RunRecord) -> str:
@@ -213,17 +221,80 @@ def overlap_table(record: RunRecord) -> TextTable:
 
 
 def detector_table(record: RunRecord) -> TextTable:
-    """How well the detector recognises the games it was not told."""
+    """How well the games are recognised that nobody named."""
     rows = []
     for event in record.last_evaluations:
         right = (event.get("believed") or {}).get(event["evaluated"], 0.0) if event.get("believed") else float("nan")
-        steps = event.get("steps_to_detect")
-        rows.append([event["evaluated"], format_share(right), DASH if steps is None else f"{steps:.1f}"])
+        shares = [_said(event, name) for name in ("detector_accuracy", "nearest_mean_accuracy", "prefetch_recall")]
+        steps, false = (_said(event, name) for name in ("steps_to_detect", "false_switches"))
+        rows.append(
+            [
+                event["evaluated"],
+                format_share(right),
+                *(format_share(share) for share in shares[:2]),
+                DASH if np.isnan(steps) else f"{steps:.1f}",
+                DASH if np.isnan(false) else f"{false:.1f}",
+                format_share(shares[2]),
+            ]
+        )
     return TextTable(
         "Detector in the last evaluation",
-        ["game", "steps with the right belief", "steps to detect"],
+        ["game", "acted as it", "detector", "nearest mean", "steps to detect", "false switches", "prefetch recall"],
         rows,
-        "Steps to detect: mean over environments, from the game's first frame until its own pool of experts is in use.",
+        "Acted as it: share of steps played with the game's own experts and head. Detector, nearest mean: share of frames whose most "
+        "probable game is the right one, whoever acted. Steps to detect: mean over environments, from the game's first frame until its "
+        "own pool of experts is in use. False switches: away from the right game, per 1000 frames. Prefetch recall: of the experts that "
+        "the game needed, those named before their first use." + _ambiguous(record),
+    )
+
+
+def _ambiguous(record: RunRecord) -> str:
+    """A sentence for each pair of games that are not told apart."""
+    from ooc_moe.recognition import ambiguous_pairs
+
+    probabilities = {event["evaluated"]: event["probabilities"] for event in record.last_evaluations if event.get("probabilities")}
+    known = {game: row for game, row in probabilities.items() if game in row}
+    return "".join(
+        f" Ambiguous: {one} and {other}, confusion {confusion:.2f} (1: nothing tells them apart)."
+        for one, other, confusion in ambiguous_pairs(known)
+    )
+
+
+def measures_table(record: RunRecord) -> TextTable:
+    """The measures of continual learning, on the scale of this run."""
+    scores = record.scores
+    trained, ones = scores.trained_P, np.ones(len(scores.games))
+    ceiling_G = measures.best_own(scores.mean_PG, trained)
+    normal_PG = measures.normalise(scores.mean_PG, scores.random_G, ceiling_G)
+    untrained_G = measures.normalise(scores.untrained_G, scores.random_G, ceiling_G)
+    forgotten_G = measures.forgetting(normal_PG, trained)
+    isolated_PG, shot_PG = (
+        measures.isolated_forgetting(normal_PG, trained, ones),
+        measures.zero_shot_transfer(normal_PG, trained, untrained_G, ones),
+    )
+    by_game = {
+        "average": measures.final(normal_PG),
+        "learning": measures.learning(normal_PG, trained),
+        "retention": measures.retention(scores.mean_PG, trained, scores.random_G),
+        "forgetting": forgotten_G,
+        "isolated forgetting": np.array([measures.mean(column) for column in isolated_PG.T]),
+        "zero-shot transfer": np.array([measures.mean(column) for column in shot_PG.T]),
+        "forward transfer": measures.forward_transfer(normal_PG, trained, untrained_G),
+    }
+    rows = [
+        [name, format_share(measures.mean(values_G)), format_share(measures.mean(measures.without_last(values_G, trained)))]
+        for name, values_G in by_game.items()
+    ]
+    known = forgotten_G[~np.isnan(forgotten_G)]
+    worst = format_share(float(known.max())) if len(known) else DASH
+    rows.insert(4, ["worst forgetting", worst, worst])
+    return TextTable(
+        "Learning and forgetting",
+        ["mean over games", "all games", "without the last"],
+        rows if len(scores.mean_PG) else [],
+        "0 %: random play; 100 %: the best of this run (a study compares with single-task training). Average: at the end. Learning: right "
+        "after the own training. Isolated forgetting, zero-shot transfer: by one other game, on that scale (Powers et al. 2021). "
+        "Without the last: of the game trained last nothing can be forgotten.",
     )
 
 
@@ -274,6 +345,12 @@ def _of_reference(record: RunRecord, game: str, own: float) -> float:
         return float("nan")
     floor, ceiling = REFERENCE_SCORES[game]
     return float(measures.normalise([own], [floor], [ceiling])[0])
+
+
+def _said(event: Event, name: str) -> float:
+    """A number of an event; NaN where it was not logged or nothing could be said."""
+    value = event.get(name)
+    return float("nan") if value is None else float(value)
 
 
 def _ratio(part: float, whole: float) -> float:

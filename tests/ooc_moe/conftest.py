@@ -90,6 +90,10 @@ class MadeUpRun:
                 episodes_truncated=3,
                 believed={game: 0.96, **{name: 0.04 / len(others) for name in others}} if others else {game: 1.0},
                 steps_to_detect=12.5,
+                detector_accuracy=0.99,
+                nearest_mean_accuracy=0.88,
+                false_switches=1.5,
+                prefetch_recall=0.75,
                 usage={"0": {4 * column: 300, 4 * column + 1: 100}, "1": {4 * column: 80, (4 * column + 4) % 12: 20}},
                 cache={"accesses": 0, "hits": 0},
             )

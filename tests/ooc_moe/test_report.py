@@ -136,7 +136,37 @@ def test_overlap_is_measured_in_training_and_in_evaluation(finished_run: Path) -
 
 
 def test_the_detector_is_judged_by_the_games_it_was_not_told(finished_run: Path) -> None:
-    assert rows(summary.detector_table(RunRecord.read(finished_run)))["krull"] == ["96.0 %", "12.5"]
+    assert rows(summary.detector_table(RunRecord.read(finished_run)))["krull"] == [
+        *("96.0 %", "99.0 %", "88.0 %"),
+        *("12.5", "1.5", "75.0 %"),
+    ]
+
+
+def test_games_that_look_the_same_are_called_ambiguous(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path, tensorboard=False)
+    for game, mine, other in (("a", 0.6, 0.4), ("b", 0.3, 0.7), ("c", 0.0, 0.0)):
+        known = {"a": mine, "b": other, "c": 0.0} if game != "c" else {"a": 0.0, "b": 0.0, "c": 1.0}
+        writer.log("switch", step=0, update=0, game=game, phase=0, **{"from": None, "to": game})
+        writer.log(
+            "evaluation", step=1, update=1, phase=0, evaluated=game, return_mean=1.0, random_mean=0.0, returns=[1.0], probabilities=known
+        )
+    note = summary.detector_table(RunRecord.read(tmp_path)).note
+    assert "Ambiguous: a and b, confusion 0.70" in note
+    assert "a and c" not in note
+
+
+def test_measures_are_on_the_scale_of_the_run_with_and_without_the_last_game(finished_run: Path) -> None:
+    # krull: 1600 above random, then 1400, then 1200; road_runner keeps 1200; crazy_climber is the last.
+    assert rows(summary.measures_table(RunRecord.read(finished_run))) == {
+        "average": ["91.7 %", "87.5 %"],
+        "learning": ["100.0 %", "100.0 %"],
+        "retention": ["87.5 %", "87.5 %"],
+        "forgetting": ["12.5 %", "12.5 %"],
+        "worst forgetting": ["25.0 %", "25.0 %"],
+        "isolated forgetting": ["6.2 %", "6.2 %"],
+        "zero-shot transfer": ["–", "–"],
+        "forward transfer": ["–", "–"],
+    }
 
 
 def test_the_terminal_shows_the_same_tables_as_the_page(finished_run: Path, page: Path) -> None:
