@@ -61,7 +61,9 @@ def study(
         console.print(_table_of(wanted))
         return
     outcome = None if tables_only else _make(chosen, wanted, jobs, console)
-    _write_home(chosen, wanted, runs / "studies" / chosen.name, results, console)
+    # Of all runs, not only those of this call: the results stand for the whole study.
+    everything = chosen.runs(runs / "studies", steps_per_game=steps_per_game)
+    _write_home(chosen, everything, runs / "studies" / chosen.name, results, console)
     if outcome is not None:
         _say(outcome, console)
 

@@ -244,20 +244,17 @@ def detector_table(record: RunRecord) -> TextTable:
         "Acted as it: share of steps played with the game's own experts and head. Detector, nearest mean: share of frames whose most "
         "probable game is the right one, whoever acted. Steps to detect: mean over environments, from the game's first frame until its "
         "own pool of experts is in use. False switches: away from the right game, per 1000 frames. Prefetch recall: of the experts that "
-        "the game needed, those named before their first use." + _ambiguous(record),
+        "the game needed, those named before their first use."
+        + "".join(f" Ambiguous: {one} and {other}, confusion {confusion:.2f}." for one, other, confusion in ambiguous(record)),
     )
 
 
-def _ambiguous(record: RunRecord) -> str:
-    """A sentence for each pair of games that are not told apart."""
+def ambiguous(record: RunRecord) -> list[tuple[str, str, float]]:
+    """Pairs of games that the last evaluation could not tell apart, with their confusion (1: nothing tells them apart)."""
     from ooc_moe.recognition import ambiguous_pairs
 
     probabilities = {event["evaluated"]: event["probabilities"] for event in record.last_evaluations if event.get("probabilities")}
-    known = {game: row for game, row in probabilities.items() if game in row}
-    return "".join(
-        f" Ambiguous: {one} and {other}, confusion {confusion:.2f} (1: nothing tells them apart)."
-        for one, other, confusion in ambiguous_pairs(known)
-    )
+    return ambiguous_pairs({game: row for game, row in probabilities.items() if game in row})
 
 
 def measures_table(record: RunRecord) -> TextTable:

@@ -232,8 +232,8 @@ STUDIES = {
                 "much. One order."
             ),
             recipe=_ATARI_CPU,
-            # In these, 65k steps reached several times what random play and every constant action get; RoadRunner did not (left: 2000 points
-            # per 1000 steps).
+            # In these, 65k steps reached several times what random play and every constant action get; RoadRunner did not (left: 2000
+            # points per 1000 steps).
             orders={"krull-first": ("krull", "crazy_climber", "kung_fu_master")},
             seeds=dict.fromkeys(_RIVALS, 2),
             verdict_seeds=3,

@@ -31,7 +31,7 @@ def learning_and_retention(found: StudyScores) -> Figure | None:
     if not names:
         return None
     figure = Figure(figsize=(WIDTH, 1.4 + 0.42 * len(names)))
-    axes = figure.subplots(1, 3, sharey=True)
+    axes = figure.subplots(1, 3, sharex=True, sharey=True)
     orders = list(found.study.orders)
     colours = game_colours(orders)
     for ax, measure in zip(axes, ("learning", "average", "retention"), strict=True):
@@ -46,7 +46,10 @@ def learning_and_retention(found: StudyScores) -> Figure | None:
     axes[0].set_ylim(len(names) - 0.5, -0.5)
     for order in orders:
         axes[-1].plot([], [], "o", color=colours[order], markersize=4, label=order)
+    axes[-1].plot([], [], "o", color=INK, markersize=4, label="one game alone")
     legend(axes[-1])
+    # From random play on: an axis that begins at 0.99 makes much of nothing.
+    axes[0].set_xlim(min(-0.05, axes[0].get_xlim()[0]), max(1.1, axes[0].get_xlim()[1]))
     axes[1].set_xlabel("0: random play, 1: a network of its own")
     return figure
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,6 @@ from ooc_moe.summary import TextTable
 from ooc_moe_wire.errors import InvalidRequest
 
 NOTES = "## Notes"
-_PACKAGES = ("torch", "gymnasium", "ale-py")
 _FIGURES = {
     "measures": "Every run a point, by order; the bar is the mean with its 95 % interval. Dashed: a network of its own for each game.",
     "games": "Each game's score after every phase; means over seeds.",
@@ -120,7 +118,7 @@ def write(results: Results, directory: Path, *, command: str) -> list[Path]:
             figure.savefig(path, format="png")
             paths.append(path)
             pictures.append(f"![{name}]({path.name})\n\n{_FIGURES[name]}")
-    described = facts(Path(), command=command) | {"learning": _versions()}
+    described = facts(Path(), command=command) | {"torch": importlib.metadata.version("torch")}
     page = directory / f"{study.name}.md"
     page.write_text(_markdown(results, described, pictures, _notes_of(page)))
     numbers = directory / f"{study.name}.json"
@@ -169,14 +167,6 @@ def _notes_of(page: Path) -> str:
         if found:
             return found + below
     return f"{NOTES}\n\n(to be written: what it means)"
-
-
-def _versions() -> str:
-    found = []
-    for package in _PACKAGES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            found.append(f"{package} {importlib.metadata.version(package)}")
-    return ", ".join(found)
 
 
 def _numbers(results: Results, described: dict[str, str]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from ooc_moe.study.caching import CachingPoint
 from ooc_moe.study.costs import costs_of
 from ooc_moe.study.scores import MEASURES, RAW_MEASURES, Cell, StudyScores, strata
 from ooc_moe.study.verdicts import Separation
-from ooc_moe.summary import DASH, TextTable, format_bytes, format_count, format_score, format_share
+from ooc_moe.summary import DASH, TextTable, ambiguous, format_bytes, format_count, format_score, format_share
 
 _MAIN = ("learning", "average", "retention", "forgetting")
 _INTERVALS = "Mean over games, orders and seeds [95 % interval, stratified bootstrap over the seeds of each game and order]."
@@ -137,13 +137,21 @@ def recognition_table(found: StudyScores) -> TextTable:
                     format_share(measures.mean(recall)),
                 ]
             )
+    confused: dict[tuple[str, str], list[float]] = {}
+    for record in found.records.values():
+        for one, other, confusion in ambiguous(record):
+            confused.setdefault((min(one, other), max(one, other)), []).append(confusion)
+    said = "".join(
+        f" **Ambiguous: {one} and {other}**, confusion {measures.mean(values):.2f} in {len(values)} runs (1: nothing tells them apart)."
+        for (one, other), values in confused.items()
+    )
     return TextTable(
         "Recognising games",
         ["variant", "detector", "worst game", "nearest mean", "steps to detect", "false switches", "prefetch recall"],
         rows,
         "After the last game, on episodes that were not trained on. Detector, nearest mean: share of frames whose most probable game is "
         "the right one. False switches: per 1000 frames. Prefetch recall: share of the needed experts that were named before "
-        "their first use.",
+        f"their first use.{said}",
     )
 
 
@@ -164,7 +172,7 @@ def caching_table(points: Sequence[CachingPoint]) -> TextTable:
         [
             point.way.value,
             f"{point.hbm_experts} of {point.bank_experts}",
-            "blocks" if point.switch_every is None else f"{point.switch_every} updates",
+            "blocks" if point.switch_every is None else "1 update" if point.switch_every == 1 else f"{point.switch_every} updates",
             format_count(point.accesses),
             f"{point.hit_rate:.2%}",
             DASH if np.isnan(point.belady) else f"{point.belady:.2%}",

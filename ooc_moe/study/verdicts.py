@@ -26,6 +26,7 @@ from ooc_moe.study.scores import StudyScores, strata
 FULL, MOE, DENSE = "full", "moe-token", "dense"
 SIGNIFICANCE = 0.05
 LEARNING_MIN = 0.9
+POINTS_MIN = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +132,11 @@ def caching(points: Sequence[CachingPoint], pool_experts: int) -> Verdict | None
     if not judged + failed:
         return Verdict("caching", None, "blocks and turns are not both there yet.")
     says = "; ".join([*judged, *(f"NOT SO: {words}" for words in failed)]) + "."
-    return Verdict("caching", None if len({point.way for point in points}) < len(Way) else not failed, says)
+    measured = {(point.hbm_experts, point.switch_every) for point in points if point.way is Way.TRAINER}
+    sizes, intervals = {size for size, _ in measured}, {every for _, every in measured if every}
+    if len(sizes) < POINTS_MIN or len(intervals) < POINTS_MIN or len(measured) < len(sizes) * (len(intervals) + 1):
+        return Verdict("caching", None, f"{says} The rule wants {POINTS_MIN} intervals at {POINTS_MIN} sizes of HBM, and blocks at each.")
+    return Verdict("caching", not failed, says)
 
 
 def _beside(point: CachingPoint) -> str:

@@ -389,9 +389,23 @@ def points(blocks: tuple[float, float], turns: tuple[float, float], *, hbm: int 
 
 
 def test_caching_is_judged_wherever_hbm_holds_a_pool() -> None:
-    better, worse = points((0.9, 1.0), (0.5, 3.0)), points((0.9, 3.0), (0.5, 1.0))
-    small = points((0.5, 3.0), (0.5, 3.0), hbm=2)
-    for given, holds in ((better, True), (better + small, True), (worse, False), (better[:2], None), (small, None)):
+    better, worse, alike = ((0.9, 1.0), (0.5, 3.0)), ((0.9, 3.0), (0.5, 1.0)), ((0.5, 3.0), (0.5, 3.0))
+
+    def grid(*, two: object, four: object, eight: object) -> list[CachingPoint]:
+        rows = [points(*pair, hbm=hbm) for hbm, pair in ((2, two), (4, four), (8, eight))]  # type: ignore[misc]
+        between = [replace(point, switch_every=every) for row in rows for point in row if point.switch_every == 1 for every in (4, 16)]
+        return [*(point for row in rows for point in row), *between]
+
+    whole = grid(two=alike, four=better, eight=better)
+    without_blocks = [point for point in whole if (point.hbm_experts, point.switch_every) != (8, None)]
+    for given, holds in (
+        (whole, True),
+        (grid(two=better, four=better, eight=worse), False),
+        (grid(two=better, four=alike, eight=better), False),
+        (without_blocks, None),
+        ([point for point in whole if point.hbm_experts != 2], None),
+        ([point for point in whole if point.switch_every != 16], None),
+    ):
         verdict = verdicts.caching(given, pool_experts=4)
         assert verdict is not None
         assert verdict.holds is holds
@@ -447,6 +461,21 @@ def test_tables_show_every_run_and_every_variant_beside_the_baselines(tmp_path: 
     assert len(by_title["All runs"].rows) == len(runs)
     assert len(by_title["Hits and stalls"].rows) == 4
     assert all(len(row) == len(table.columns) for table in by_title.values() for row in table.rows)
+
+
+def test_games_that_nothing_tells_apart_are_named_in_the_table(tmp_path: Path) -> None:
+    study = small_study()
+    runs = made_up(study, tmp_path, {"full": 1.0}, seeds=2)
+    clear = next(table for table in tables(scores_of(study, runs), [], []) if table.title == "Recognising games")
+    assert "Ambiguous" not in clear.note
+    half = {"probabilities": {"pixel/catch": 0.5, "pixel/avoid": 0.5, "pixel/toward": 0.0}}
+    sure = {"probabilities": {"pixel/catch": 0.0, "pixel/avoid": 0.0, "pixel/toward": 1.0}}
+    for run in runs:
+        events = [event | (sure if event.get("evaluated") == "pixel/toward" else half) for event in read_metrics(run.config.run_dir)]
+        (run.config.run_dir / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    twins = next(table for table in tables(scores_of(study, runs), [], []) if table.title == "Recognising games")
+    assert "**Ambiguous: pixel/avoid and pixel/catch**, confusion 1.00 in 4 runs" in twins.note
+    assert "pixel/toward" not in twins.note
 
 
 # The command
