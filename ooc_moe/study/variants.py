@@ -35,9 +35,17 @@ def _pools_freeze(config: RunConfig) -> RunConfig:
     return replace(config, protection="freeze", protection_weight=None)
 
 
-def _moe_token(config: RunConfig) -> RunConfig:
+def _moe_token_out(config: RunConfig) -> RunConfig:
     agent = replace(config.agent, routing="token", attention="shared", shared_experts=0)
     return replace(config, agent=agent, protection="none", protection_weight=None)
+
+
+def _moe_token(config: RunConfig) -> RunConfig:
+    """With HBM for all experts: every minibatch uses nearly all of them, and half of them in HBM, which changes no bit, takes several times
+    as long."""
+    config = _moe_token_out(config)
+    num_experts = config.agent.num_banks * config.agent.num_experts
+    return replace(config, agent=replace(config.agent, hbm_experts=num_experts, dram_experts=num_experts))
 
 
 def _dense(config: RunConfig, *, hidden: int | None = None) -> RunConfig:
@@ -83,7 +91,8 @@ VARIANTS = {
         Variant("full", "pools, each game's own attention, stem with feature replay", _full),
         Variant("pools", "the same, stem unprotected", _pools),
         Variant("pools-freeze", "the same, stem frozen after the first game", _pools_freeze),
-        Variant("moe-token", "tokens routed over all experts, shared attention, unprotected", _moe_token),
+        Variant("moe-token", "tokens routed over all experts, shared attention, unprotected; HBM for all experts", _moe_token),
+        Variant("moe-token-out", "the same with full's HBM: the same scores bit for bit, at another price", _moe_token_out),
         Variant("dense", "one FFN, as many active parameters, unprotected", _dense),
         Variant("dense-total", "one FFN, as many parameters in all, unprotected", _dense_total),
         Variant("dense-clone", "dense with output cloning", _dense_clone),

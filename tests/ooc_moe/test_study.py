@@ -96,7 +96,8 @@ def test_the_synthetic_study_has_the_seeds_and_orders_that_the_verdicts_want() -
         count[run.variant, run.order] = count.get((run.variant, run.order), 0) + 1
     assert set(SYNTHETIC.seeds) == set(VARIANTS)
     for (variant, _), seeds in count.items():
-        assert seeds == (5 if variant in ("full", "moe-token", "dense", "dense-clone") else 3)
+        want = 5 if variant in ("full", "moe-token", "dense", "dense-clone") else 1 if variant == "moe-token-out" else 3
+        assert seeds == want
     assert {order for variant, order in count if variant == "full"} == {"catch-first", "cross-first"}
     assert {order for variant, order in count if variant == "single"} == {game.replace("/", "-") for game in SYNTHETIC.games}
     assert len({run.config.run_dir for run in runs}) == len(runs)
