@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 METRICS_FILE = "metrics.jsonl"
 # Counts per expert belong to the record; as scalars they would be a curve for each of hundreds of experts.
-_NOT_SCALARS = ("event", "time", "step", "update", "usage")
+_NOT_SCALARS = ("event", "time", "step", "update", "usage", "fetches")
 
 Event = dict[str, Any]
 

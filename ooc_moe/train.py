@@ -14,6 +14,7 @@ import signal
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
@@ -158,6 +159,7 @@ class Trainer:
         self._collectors: dict[str, Collector] = {}
         self._playing: set[str] = set()
         self._bars: dict[int, TaskID] = {}
+        self._fetched = [cache.fetches() for cache in session.caches]
 
     def run(self) -> None:
         """Plays the schedule to its end."""
@@ -171,6 +173,8 @@ class Trainer:
                     self._evaluate(turn.phase, progress)
                 self.at = dataclasses.replace(self.at, turn=self.at.turn + 1, update_in_turn=0)
                 if turn.evaluated:
+                    self.session.flush()
+                    self._log_checksums(self.config.games[turn.phase])
                     self.save(also=checkpoint.end_of_game(turn.phase, self.config.games[turn.phase]))
                 elif interrupted() or self._checkpoint_due():
                     self.save()
@@ -192,6 +196,7 @@ class Trainer:
         """Plays and learns one game for a turn, then leaves it."""
         game, updates = self.config.games[turn.phase], self.config.updates_per_game
         self.session.mark_game(game)
+        self._new_fetches()  # What an evaluation fetched is not the game's.
         if self.at.update_in_turn == 0:
             self._enter(game, turn)
         learner, collector = self._learner(game), self._collector(game)
@@ -362,6 +367,11 @@ class Trainer:
             step=self.at.step + self.config.steps_per_update,
         )
 
+    def _new_fetches(self) -> dict[int, Counter[int]]:
+        """How often each expert was fetched since the last call, by bank."""
+        before, self._fetched = self._fetched, [cache.fetches() for cache in self.session.caches]
+        return {bank: now - then for bank, (now, then) in enumerate(zip(self._fetched, before, strict=True))}
+
     def _log_update(self, game: str, rollout: Rollout, losses: dict[str, float], detected: dict[str, float], seconds: float) -> None:
         episodes = rollout.episode_returns
         self.writer.log(
@@ -377,8 +387,21 @@ class Trainer:
             cache=self.session.cache_stats().to_dict(),
             store=self.session.store_stats(),
             usage=self.agent.usage(rollout.experts_BTLK),
+            fetches=self._new_fetches(),
             detector=detected,
         )
+
+    def _log_checksums(self, game: str) -> None:
+        """What the store holds of every trained expert now: (parameters, optimizer), by bank. A reader sees which ones stayed equal."""
+        written = {
+            bank: {
+                info.expert: (f"{info.parameter_xxh3:016x}", f"{info.optimizer_xxh3:016x}")
+                for info in self.session.store.list_experts(cache.bank)
+                if info.version
+            }
+            for bank, cache in enumerate(self.session.caches)
+        }
+        self.writer.log("checksums", step=self.at.step, update=self.at.update, game=game, experts=written)
 
     def _bar(self, progress: Progress, turn: Turn) -> TaskID:
         """The phase's bar: one for all its turns."""

@@ -12,6 +12,7 @@ evicted, slab.py where the bytes lie. Deliberately knows nothing of layers, rout
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from types import TracebackType
@@ -258,6 +259,11 @@ class ExpertCache:
                 expert_bytes=self.layout.body_bytes,
                 **counts,
             )
+
+    def fetches(self) -> Counter[int]:
+        """How often each expert came from the store, on demand or ahead, since the cache's start. From any thread."""
+        with self._core.changed:
+            return self._core.fetches.copy()
 
     def close(self) -> None:
         """Flushes, and ends the threads, also when the flush fails. The store stays open.

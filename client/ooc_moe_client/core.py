@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 
 from ooc_moe_client.admission import Admission, AdmissionMode
@@ -32,6 +33,7 @@ class Core:
         self.slab = slab
         self.changed = threading.Condition()
         self.counters = Counters()
+        self.fetches: Counter[int] = Counter()  # by expert
         self.table = Table(spec.layout, capacity, self.counters)
         self.admission = Admission(admission)
         self.acknowledged: dict[int, int] = {}  # by expert: the newest version of our own pushes
@@ -120,6 +122,7 @@ class Core:
             resident.version = fetched.version
             self.counters.bytes_in += resident.num_bytes
             self.counters.count_fetched(fetched.served_from.name.lower())
+            self.fetches[fetched.expert] += 1
             self.changed.notify_all()
 
     def _drop(self, residents: Sequence[Resident]) -> None:

@@ -12,9 +12,11 @@ from ooc_moe import checkpoint
 from ooc_moe.metrics import Event, read_metrics
 from ooc_moe.rollout import Collector
 from ooc_moe.run_config import RunConfig
+from ooc_moe.run_record import RunRecord
 from ooc_moe_client.in_memory import InMemoryStore
 from ooc_moe_wire.errors import InvalidRequest
 from tests.ooc_moe.runs import (
+    PIXEL_AGENT,
     assert_same_end,
     bodies,
     end_of,
@@ -141,13 +143,27 @@ def test_leaving_a_game_freezes_what_it_owns_and_coming_back_unlocks_that_alone(
     pools = ends[-1].state["agent"]["_extra_state"]
     owned = {game: sorted({expert for layer in layers["owned"] for expert in layer}) for game, layers in pools.items()}
     experts = []
-    for end in ends:
+    for end, logged in zip(ends, _events(config, "checksums"), strict=True):
         store.fork_bank("run/experts", f"look-{end.snapshot_id}", snapshot_id=end.snapshot_id)
         experts.append(bodies(store, f"look-{end.snapshot_id}"))
+        written = [info for info in store.list_experts(f"look-{end.snapshot_id}") if info.version]
+        checksums = {str(info.expert): [f"{info.parameter_xxh3:016x}", f"{info.optimizer_xxh3:016x}"] for info in written}
+        assert logged["experts"] == {"0": checksums}
     assert [e for e in owned[CATCH] if experts[0][e] != experts[1][e]] == []
     assert [e for e in owned[AVOID] if experts[1][e] != experts[2][e]] == []
     assert [e for e in owned[CATCH] if experts[1][e] == experts[2][e]] == []
     assert [e for e in owned[AVOID] if experts[0][e] == experts[1][e]] == []
+
+
+def test_each_update_says_which_experts_were_fetched_for_it(tmp_path):
+    """HBM holds half of a pool: all that are used have to come, and no others do."""
+    config = pixel_run(tmp_path / "run", agent=replace(PIXEL_AGENT, hbm_experts=2), prefetch="off")
+    play(config, InMemoryStore())
+    record = RunRecord.read(config.run_dir)
+    fetched_from = [record.increments("cache", "fetched_from", tier).sum() for tier in ("dram", "nvme", "seed")]
+    assert sum(sum(event["fetches"]["0"].values()) for event in record.updates) == sum(fetched_from)
+    for event in record.updates:
+        assert event["fetches"]["0"].keys() == event["usage"]["0"].keys() | event["usage"]["1"].keys()
 
 
 def _own(saved: checkpoint.Checkpoint, game: str) -> dict[str, torch.Tensor]:
