@@ -30,8 +30,9 @@ CHARTS = (
     Chart(
         "score_matrix",
         "Scores after each phase",
-        "Read a column downwards: how one game's mean return changed as other games were learned. Framed: right after its own training. "
-        "White is random play, dark is the best this run reached in that game.",
+        "Read a column downwards: how one game's mean score changed as other games were learned. Framed: right after its own training; "
+        "above the frame it was not trained yet, below it there was time to forget it. White is random play or worse, dark the best this "
+        "run reached in that game, grey was not played.",
         "an evaluation",
         score_matrix,
     ),
@@ -39,7 +40,7 @@ CHARTS = (
         "forgetting",
         "Learning and forgetting",
         "The step from grey to full colour is what was learned, the drop from there to the pale bar is what was forgotten. Forgetting says "
-        "nothing where nothing was learned. Bars are mean returns, with standard errors; the last game has had no time to be forgotten.",
+        "nothing where nothing was learned. Bars are mean scores, with standard errors; the last game has had no time to be forgotten.",
         "an evaluation",
         forgetting,
     ),
@@ -92,8 +93,9 @@ CHARTS = (
     Chart(
         "detector",
         "Detector",
-        "Left: the share of steps in which each belief was acted on; a dark diagonal means that games were recognised. Right: how well it "
-        "knew the frames it was taught.",
+        "Left: the share of steps in which each belief was acted on; a dark diagonal means that games were recognised (the first steps of "
+        "a game are played as the one before it). Right: how well it knew the frames of the moment in training; it falls at a switch, "
+        "because nobody has taught it the new game yet.",
         "an evaluation, or an update with detector figures",
         detector,
     ),

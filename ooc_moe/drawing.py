@@ -18,7 +18,7 @@ from ooc_moe.measures import Floats
 
 WIDTH = 9.0
 """Inches of every figure."""
-INK, FAINT = "#1F2933", "#9AA5B1"
+INK, FAINT, ACCENT = "#1F2933", "#9AA5B1", "#E8A33D"
 TIERS = {"hbm": ("HBM", "#B3261E"), "dram": ("DRAM", "#E8A33D"), "nvme": ("NVMe", "#3B6FB6"), "seed": ("seed", "#B8BEC9")}
 FATES = {"useful": "#2E8B57", "late": "#E8A33D", "wasted": "#B3261E"}
 # Okabe & Ito's colours, which stay apart for colour-blind readers; yellow is left out (unreadable on white).

@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ooc_moe import measures
 from ooc_moe.drawing import (
+    ACCENT,
     COUNTS,
     FAINT,
     INK,
@@ -53,6 +54,7 @@ def learning_curves(record: RunRecord) -> Figure | None:
         for ax, (game, start, end) in zip(axes, record.spans, strict=False):
             _learning_curve(ax, record, values, game, start, end)
             ax.set_ylabel(title if ax in grid[:, 0] else "")
+            ax.set_xlabel("environment steps" if row == len(curves) - 1 else "")
         for ax in axes[len(record.spans) :]:
             ax.set_axis_off()
     return figure
@@ -70,7 +72,7 @@ def _learning_curve(ax: Axes, record: RunRecord, values: measures.Floats, game: 
     ax.yaxis.set_major_formatter(COUNTS)
     if not inside.any():
         ax.set_yticks([])
-        ax.text(0.5, 0.5, "none", transform=ax.transAxes, ha="center", color=FAINT)
+        ax.text(0.5, 0.5, "no episode ended", transform=ax.transAxes, ha="center", color=FAINT)
 
 
 def _many_learning_curves(record: RunRecord, title: str, values: measures.Floats) -> Figure:
@@ -103,7 +105,7 @@ def score_matrix(record: RunRecord) -> Figure | None:
     heatmap(ax, normal_PG, rows, columns, [[format_score(score) for score in row] for row in scores.mean_PG])
     for phase, game in enumerate(scores.trained_P):
         ax.add_patch(
-            Rectangle((game - 0.49, phase - 0.47), 0.98, 0.94, fill=False, edgecolor=INK, linewidth=1.6 if len(rows) <= 12 else 0.8)
+            Rectangle((game - 0.48, phase - 0.45), 0.96, 0.9, fill=False, edgecolor=ACCENT, linewidth=2.4 if len(rows) <= 12 else 0.8)
         )
     return figure
 

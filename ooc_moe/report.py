@@ -12,7 +12,7 @@ import base64
 import io
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -32,6 +32,42 @@ from ooc_moe.run_record import RunRecord
 
 
 @dataclass(frozen=True, slots=True)
+class _Part:
+    """A part of the page: a question, and the tables and charts (by name) that answer it."""
+
+    question: str
+    tables: tuple[Callable[[RunRecord], summary.TextTable], ...]
+    charts: tuple[str, ...]
+
+
+_PARTS = (
+    _Part(
+        "What was learned, and what was kept?",
+        (summary.score_table, summary.measures_table),
+        ("score_matrix", "forgetting", "learning_curves"),
+    ),
+    _Part("Did the experts of the moment fit?", (summary.tier_table,), ("hit_rate", "tier_bytes")),
+    _Part("Did experts come before they were needed?", (summary.prefetch_table,), ("prefetching",)),
+    _Part("Did each game use experts of its own?", (summary.overlap_table,), ("expert_usage", "overlap")),
+    _Part("Was the game on the screen recognised?", (summary.detector_table,), ("detector",)),
+)
+
+_WORDS = (
+    ("Expert", "a small network, one of many that share the work; for each frame the agent uses a few of them."),
+    ("HBM, DRAM, NVMe", "where experts are kept: the accelerator's memory (of the host, on a CPU run), the daemon's memory, its disk."),
+    ("Seed", "an expert that was never trained is stored nowhere; its first values are computed from a number."),
+    ("Daemon", "the storage process that keeps all experts, and sends and receives them."),
+    ("Environment step", "one action in one copy of a game; an update learns from some hundreds or thousands of them."),
+    ("Phase", "the time in which one game was learned; each game is one phase, unless it comes back."),
+    ("Detector", "the network that tells from the frames which game is on the screen."),
+    ("Nearest mean", "the detector's simplest rival: the known game whose average frame, seen through random features, is closest."),
+    ("Score, return", "the points of one episode, which is one play of a game from its start to its end."),
+    ("Token", "one frame on its way through the network."),
+    ("Pool", "the experts that belong to a game."),
+)
+
+
+@dataclass(frozen=True, slots=True)
 class _Picture:
     """A chart as it stands on the page; without `png_base64` it could not be drawn."""
 
@@ -48,15 +84,24 @@ def write_report(run_dir: Path) -> Path:
     record = RunRecord.read(run_dir)
     directory = run_dir / "report"
     directory.mkdir(parents=True, exist_ok=True)
+    pictures = {chart.name: _picture(chart, record, directory) for chart in CHARTS}
     page = _template().render(
         record=record,
         headline=summary.headline(record),
         missing=summary.missing(record),
         facts=summary.facts(record),
-        tables=summary.tables(record),
-        pictures=[_picture(chart, record, directory) for chart in CHARTS],
+        words=_WORDS,
+        parts=[
+            {
+                "question": part.question,
+                "tables": [table(record) for table in part.tables],
+                "pictures": [pictures[name] for name in part.charts],
+            }
+            for part in _PARTS
+        ],
         settings=list(_flattened(record.config)),
-        written=time.strftime("%Y-%m-%d %H:%M %Z"),
+        begun=_clock(record.events[0]["time"]) if record.events else "",
+        written=_clock(time.time()),
     )
     path = directory / "index.html"
     path.write_text(page, encoding="utf-8")
@@ -98,6 +143,10 @@ def _picture(chart: Chart, record: RunRecord, directory: Path) -> _Picture:
         figure.savefig(buffer, format="png")
     path.write_bytes(buffer.getvalue())
     return _Picture(chart, base64.b64encode(buffer.getvalue()).decode())
+
+
+def _clock(unix_s: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(unix_s))
 
 
 def _template() -> Any:

@@ -16,8 +16,8 @@ from ooc_moe.metrics import Event
 from ooc_moe.run_record import RunRecord, Scores
 
 DASH = "–"
-# With more phases than this a table would not fit a terminal; only the own and the last one are shown.
-_PHASE_COLUMNS_MAX = 5
+# If the columns of the phases took more letters than this, a table would not fit a terminal; only the own and the last one are shown.
+_PHASE_LETTERS_MAX = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,8 @@ def headline(record: RunRecord) -> str:
         per = " per layer" if agent.get("banks") == "per-layer" else ""
         text += f" It has {agent['num_experts']} experts{per}, kept on NVMe by the storage daemon{room}."
     if record.evaluations:
-        text += " After each game it plays all it knows, without being told which is on the screen."
+        told = "told" if record.config.get("recognise") == "oracle" else "without being told"
+        text += f" After each game it plays all it knows, {told} which is on the screen."
     return text
 
 
@@ -62,15 +63,20 @@ def facts(record: RunRecord) -> list[tuple[str, str]]:
     """(name, value) of what describes the run as a whole."""
     if not record.updates:
         return []
-    first, last = record.events[0], record.events[-1]
+    first, last, scores = record.events[0], record.events[-1], record.scores
+    clear = [game for game in range(len(scores.games)) if learned_clearly(scores, game)]
+    kept_G = measures.retention(scores.mean_PG, scores.trained_P, scores.random_G)[clear] if clear else ()
+    recognised = [_recognised(event) for event in record.last_evaluations]
     speed = record.series("steps_per_s")
     return [
-        ("environment steps", f"{record.updates[-1]['step']:,}"),
-        ("PPO updates", f"{record.updates[-1]['update']:,}"),
-        ("wall time", _duration(max(last["time"] - first["time"], 0))),
-        ("steps per second", DASH if np.isnan(speed).all() else f"{np.nanmedian(speed):,.0f}"),
+        ("games clearly learned", f"{len(clear)} of {len(scores.games)}" if len(scores.mean_PG) else DASH),
+        ("of these, kept at the end", format_share(measures.mean(kept_G))),
+        ("played as the right game", format_share(measures.mean(recognised))),
         ("HBM hit rate", format_share(_ratio(record.total("cache", "hits"), record.total("cache", "accesses")))),
         ("waited for experts", _seconds(record.total("cache", "stall_s"))),
+        ("wall time", _duration(max(last["time"] - first["time"], 0))),
+        ("environment steps", f"{record.updates[-1]['step']:,}"),
+        ("steps per second", DASH if np.isnan(speed).all() else f"{np.nanmedian(speed):,.0f}"),
     ]
 
 
@@ -94,7 +100,7 @@ def score_table(record: RunRecord) -> TextTable:
     phases = len(scores.mean_PG)
     own_G, final_G = measures.learning(scores.mean_PG, scores.trained_P), measures.final(scores.mean_PG)
     kept_G = measures.retention(scores.mean_PG, scores.trained_P, scores.random_G)
-    wide = phases <= _PHASE_COLUMNS_MAX
+    wide = sum(3 + len(game) for game in record.schedule[:phases]) <= _PHASE_LETTERS_MAX
     middle = [f"after {game}" for game in record.schedule[:phases]] if wide else ["after its training", "at the end"]
     reference_G = [_of_reference(record, game, own) for game, own in zip(scores.games, own_G, strict=True)]
     has_reference = not np.isnan(reference_G).all()
@@ -117,8 +123,9 @@ def score_table(record: RunRecord) -> TextTable:
         "Returns",
         ["game", "random", *middle, "learned", "kept", *(["of reference"] if has_reference else [])],
         rows,
-        "Mean raw return of task-agnostic play. Learned: right after its own training, above random play (?: by less than two "
-        "standard errors). Kept: the share of that which is left at the end."
+        "Mean score of a game, as the game counts it, played without telling the agent which game it is. Random: of random actions. "
+        "Learned: right after the game's own training, above random (?: by less than two standard errors). Kept: the share of that "
+        "which is left at the end."
         + (
             " Of reference: 0 % is the published score of random play, 100 % a human's (pixel games: best play); for whole episodes only."
             if has_reference
@@ -224,13 +231,12 @@ def detector_table(record: RunRecord) -> TextTable:
     """How well the games are recognised that nobody named."""
     rows = []
     for event in record.last_evaluations:
-        right = (event.get("believed") or {}).get(event["evaluated"], 0.0) if event.get("believed") else float("nan")
         shares = [_said(event, name) for name in ("detector_accuracy", "nearest_mean_accuracy", "prefetch_recall")]
         steps, false = (_said(event, name) for name in ("steps_to_detect", "false_switches"))
         rows.append(
             [
                 event["evaluated"],
-                format_share(right),
+                format_share(_recognised(event)),
                 *(format_share(share) for share in shares[:2]),
                 DASH if np.isnan(steps) else f"{steps:.1f}",
                 DASH if np.isnan(false) else f"{false:.1f}",
@@ -263,7 +269,8 @@ def measures_table(record: RunRecord) -> TextTable:
     trained, ones = scores.trained_P, np.ones(len(scores.games))
     ceiling_G = measures.best_own(scores.mean_PG, trained)
     normal_PG = measures.normalise(scores.mean_PG, scores.random_G, ceiling_G)
-    untrained_G = measures.normalise(scores.untrained_G, scores.random_G, ceiling_G)
+    # An agent that knows no game cannot play; what it would score is taken to be random play's, 0.
+    untrained_G = np.nan_to_num(measures.normalise(scores.untrained_G, scores.random_G, ceiling_G))
     forgotten_G = measures.forgetting(normal_PG, trained)
     isolated_PG, shot_PG = (
         measures.isolated_forgetting(normal_PG, trained, ones),
@@ -285,13 +292,20 @@ def measures_table(record: RunRecord) -> TextTable:
     known = forgotten_G[~np.isnan(forgotten_G)]
     worst = format_share(float(known.max())) if len(known) else DASH
     rows.insert(4, ["worst forgetting", worst, worst])
+    dormant = {event["evaluated"]: _said(event, "dormant") for event in record.last_evaluations}
+    dormant_G = np.array([dormant.get(game, float("nan")) for game in scores.games])
+    shares = (dormant_G, measures.without_last(dormant_G, trained))
+    rows.append(["dormant units", *(format_share(measures.mean(values_G)) for values_G in shares)])
     return TextTable(
         "Learning and forgetting",
         ["mean over games", "all games", "without the last"],
         rows if len(scores.mean_PG) else [],
-        "0 %: random play; 100 %: the best of this run (a study compares with single-task training). Average: at the end. Learning: right "
-        "after the own training. Isolated forgetting, zero-shot transfer: by one other game, on that scale (Powers et al. 2021). "
-        "Without the last: of the game trained last nothing can be forgotten.",
+        "0 %: random play; 100 %: the best this run reached in that game (a study compares with training on one game alone). "
+        "Average: the score at the end. Learning: right after the game's own training. Retention: the share of what was learned that is "
+        "left at the end. Forgetting: from the best score on the way to the last. Isolated forgetting: lost while one later game was "
+        "learned; zero-shot transfer: gained while one earlier game was (Powers et al. 2021). Forward transfer: the score just before "
+        "the game's own training; both transfers need --eval-unseen. Dormant units: hidden units of the experts that hardly respond to "
+        "the game any more. Without the last: of the game trained last nothing can be forgotten.",
     )
 
 
@@ -342,6 +356,11 @@ def _of_reference(record: RunRecord, game: str, own: float) -> float:
         return float("nan")
     floor, ceiling = REFERENCE_SCORES[game]
     return float(measures.normalise([own], [floor], [ceiling])[0])
+
+
+def _recognised(event: Event) -> float:
+    """The share of an evaluation's steps that were played as the right game; NaN where that was not logged."""
+    return float(event["believed"].get(event["evaluated"], 0.0)) if event.get("believed") else float("nan")
 
 
 def _said(event: Event, name: str) -> float:

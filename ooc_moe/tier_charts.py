@@ -155,6 +155,7 @@ def _stacked(ax: Axes, record: RunRecord, counts: dict[tuple[str, str], measures
         below += np.nan_to_num(values)
     ax.set_ylim(0, 1.05 * max(1.0, float(below.max())))
     ax.set_title(title)
+    ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     ax.yaxis.set_major_formatter(COUNTS)
     legend(ax)
 

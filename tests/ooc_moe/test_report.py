@@ -99,6 +99,27 @@ def test_returns_stand_beside_random_play_after_each_phase(finished_run: Path) -
     }
 
 
+def test_long_names_leave_only_the_own_phase_and_the_last_for_the_table_to_fit_a_terminal(tmp_path: Path) -> None:
+    games = ["a_long_name", "a_longer_name", "the_longest_name"]
+    writer = MetricsWriter(tmp_path, tensorboard=False)
+    for phase, game in enumerate(games):
+        writer.log("switch", step=phase, update=phase, game=game, phase=phase, **{"from": None, "to": game})
+        where = {"step": 1, "update": 1, "phase": phase, "evaluated": game}
+        writer.log("evaluation", **where, returns=[phase, 4.0], return_mean=phase / 2 + 2, random_mean=0.0)
+    table = summary.score_table(RunRecord.read(tmp_path))
+    assert table.columns == ["game", "random", "after its training", "at the end", "learned", "kept"]
+    assert rows(table)["a_long_name"][:3] == ["0", "2.00", "–"]
+    assert rows(table)["the_longest_name"][:3] == ["0", "3.00", "3.00"]
+
+
+def test_the_most_important_numbers_stand_at_the_top(finished_run: Path) -> None:
+    facts = dict(summary.facts(RunRecord.read(finished_run)))
+    assert facts["games clearly learned"] == "3 of 3"
+    # krull kept 1200 of 1600, road_runner all; crazy_climber is the last.
+    assert facts["of these, kept at the end"] == "87.5 %"
+    assert facts["played as the right game"] == "96.0 %"
+
+
 def test_hit_rates_fetches_and_bytes_are_those_of_the_counters(finished_run: Path) -> None:
     record = RunRecord.read(finished_run)
     cache = record.updates[-1]["cache"]
@@ -166,7 +187,23 @@ def test_measures_are_on_the_scale_of_the_run_with_and_without_the_last_game(fin
         "isolated forgetting": ["6.2 %", "6.2 %"],
         "zero-shot transfer": ["–", "–"],
         "forward transfer": ["–", "–"],
+        "dormant units": ["–", "–"],
     }
+
+
+def test_transfer_and_dormant_units_are_those_of_games_played_before_their_training(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"games": ["a", "b"]}')
+    writer = MetricsWriter(tmp_path, tensorboard=False)
+    # Random play scores 10 in both; the best of the run is 30 in a and 50 in b. Learning a brought b from 10 to 20, a quarter of its way.
+    for phase, scores in enumerate(({"a": 30.0, "b": 20.0}, {"a": 25.0, "b": 50.0})):
+        for game, score in scores.items():
+            where = {"step": 1, "update": 1, "phase": phase, "evaluated": game}
+            writer.log("evaluation", **where, returns=[score], return_mean=score, random_mean=10.0, dormant={"a": 0.1, "b": 0.3}[game])
+    found = rows(summary.measures_table(RunRecord.read(tmp_path)))
+    assert found["forward transfer"] == ["25.0 %", "–"]
+    assert found["zero-shot transfer"] == ["25.0 %", "–"]
+    assert found["isolated forgetting"] == ["25.0 %", "25.0 %"]
+    assert found["dormant units"] == ["20.0 %", "10.0 %"]
 
 
 def test_the_terminal_shows_the_same_tables_as_the_page(finished_run: Path, page: Path) -> None:
