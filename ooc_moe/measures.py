@@ -9,13 +9,14 @@ Forgetting is only half of a measure: a method that never learns forgets nothing
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Hashable, Mapping, Sequence, Set
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
+Expert = TypeVar("Expert", bound=Hashable)
 
 
 def normalise(scores: ArrayLike, floor_G: ArrayLike, ceiling_G: ArrayLike) -> Floats:
@@ -157,6 +158,18 @@ def mean_off_diagonal(matrix_GG: ArrayLike) -> float:
     """The mean over pairs of different games; NaN for fewer than two games."""
     matrix = np.asarray(matrix_GG, float)
     return mean(matrix[~np.eye(len(matrix), dtype=bool)])
+
+
+def cold_unchanged(before: Mapping[Expert, Any], after: Mapping[Expert, Any], used: Set[Expert]) -> tuple[int, int]:
+    """(equal, all) cold experts of a phase: those that were trained before it and that it did not use; equal if so are their checksums.
+
+    Args:
+        before: expert -> checksums, of all that were trained when the phase began.
+        after: the same when it ended.
+        used: what the phase's game was routed to in training.
+    """
+    cold = before.keys() - used
+    return sum(after.get(expert) == before[expert] for expert in cold), len(cold)
 
 
 def confusion(believed: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> Floats:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ooc_moe.measures import Floats
+from ooc_moe.measures import Floats, cold_unchanged
 from ooc_moe.metrics import METRICS_FILE, Event, read_metrics
 from ooc_moe_wire.errors import InvalidRequest
 
@@ -88,6 +88,11 @@ class RunRecord:
     def evaluations(self) -> list[Event]:
         """One per phase and evaluated game."""
         return self._of("evaluation")
+
+    @property
+    def made_by(self) -> str:
+        """Version and commit of what began the run; "" where it was not logged."""
+        return next((f"{event['version']}, commit {event['commit']}" for event in self._of("begun")), "")
 
     @property
     def done(self) -> bool:
@@ -189,8 +194,28 @@ class RunRecord:
     @cached_property
     def num_experts(self) -> int:
         """Experts of each bank: as configured, or more if it grew."""
-        seen = (int(expert) for event in self.updates for counts in (event.get("usage") or {}).values() for expert in counts)
+        counted = (counts for event in self.updates for name in ("usage", "fetches") for counts in (event.get(name) or {}).values())
+        seen = (int(expert) for counts in counted for expert in counts)
         return max(int(self.config.get("agent", {}).get("num_experts", 1)), max(seen, default=0) + 1)
+
+    @cached_property
+    def cold_unchanged(self) -> tuple[int, int]:
+        """(equal bit for bit, all) cold experts, added up over the phases; see measures.py. (0, 0) where no checksums were logged."""
+        found = []
+        before: dict[tuple[int, str], list[str]] = {}
+        used: set[tuple[int, str]] = set()
+        for event in self.events:
+            if event["event"] == "update":
+                used |= {(self._bank_of(layer), expert) for layer, counts in (event.get("usage") or {}).items() for expert in counts}
+            elif event["event"] == "checksums":
+                after = {(int(bank), expert): sums for bank, experts in event["experts"].items() for expert, sums in experts.items()}
+                found.append(cold_unchanged(before, after, used))
+                before, used = after, set()
+        return sum(equal for equal, _ in found), sum(cold for _, cold in found)
+
+    def training_fetches(self) -> Floats:
+        """(G, E) experts fetched while training each game, on demand or ahead; all zero where it was not logged."""
+        return self._usage([(event["game"], event.get("fetches") or {}) for event in self.updates])
 
     def training_usage(self) -> Floats:
         """(G, E) tokens per game and expert over all updates of the game; see `_usage`."""
@@ -221,14 +246,17 @@ class RunRecord:
 
     def _counts(self, usages: Sequence[_Usage]) -> Floats:
         """(R, E) token counts: layers are added up where they share a bank, and stand side by side where each has its own."""
-        shared = self.config.get("agent", {}).get("banks", "shared") == "shared"
-        layers = 1 if shared else max((int(layer) + 1 for usage in usages for layer in usage), default=1)
-        counts_RE = np.zeros((len(usages), layers * self.num_experts))
+        banks = max((self._bank_of(layer) + 1 for usage in usages for layer in usage), default=1)
+        counts_RE = np.zeros((len(usages), banks * self.num_experts))
         for row, usage in enumerate(usages):
             for layer, counts in usage.items():
                 for expert, count in counts.items():
-                    counts_RE[row, (0 if shared else int(layer) * self.num_experts) + int(expert)] += count
+                    counts_RE[row, self._bank_of(layer) * self.num_experts + int(expert)] += count
         return counts_RE
+
+    def _bank_of(self, layer: str) -> int:
+        """Layers share one bank, or each has its own."""
+        return 0 if self.config.get("agent", {}).get("banks", "shared") == "shared" else int(layer)
 
     def _of(self, kind: str) -> list[Event]:
         return [event for event in self.events if event["event"] == kind]

@@ -74,6 +74,7 @@ def facts(record: RunRecord) -> list[tuple[str, str]]:
         ("played as the right game", format_share(measures.mean(recognised))),
         ("HBM hit rate", format_share(_ratio(record.total("cache", "hits"), record.total("cache", "accesses")))),
         ("waited for experts", _seconds(record.total("cache", "stall_s"))),
+        ("cold experts equal bit for bit", format_part(*record.cold_unchanged)),
         ("wall time", _duration(max(last["time"] - first["time"], 0))),
         ("environment steps", f"{record.updates[-1]['step']:,}"),
         ("steps per second", DASH if np.isnan(speed).all() else f"{np.nanmedian(speed):,.0f}"),
@@ -102,7 +103,7 @@ def score_table(record: RunRecord) -> TextTable:
     kept_G = measures.retention(scores.mean_PG, scores.trained_P, scores.random_G)
     wide = sum(3 + len(game) for game in record.schedule[:phases]) <= _PHASE_LETTERS_MAX
     middle = [f"after {game}" for game in record.schedule[:phases]] if wide else ["after its training", "at the end"]
-    reference_G = [_of_reference(record, game, own) for game, own in zip(scores.games, own_G, strict=True)]
+    reference_G = [of_reference(record, game, own) for game, own in zip(scores.games, own_G, strict=True)]
     has_reference = not np.isnan(reference_G).all()
     rows = []
     for column, game in enumerate(scores.games):
@@ -324,6 +325,18 @@ def verdict(scores: Scores, game: int) -> str:
     return f"learned {format_score(gain, sign=True)}" + ("" if np.isnan(kept) else f", kept {format_share(kept)}")
 
 
+def of_reference(record: RunRecord, game: str, score: float) -> float:
+    """The human-normalised score; NaN unless the evaluation played whole episodes and the references are known."""
+    from ooc_moe.envs import REFERENCE_SCORES
+
+    cut = [event.get("episodes_truncated") for event in record.evaluations if event["evaluated"] == game]
+    look = game.partition("@")[0]
+    if look not in REFERENCE_SCORES or not cut or any(cut):
+        return float("nan")
+    floor, ceiling = REFERENCE_SCORES[look]
+    return float(measures.normalise([score], [floor], [ceiling])[0])
+
+
 def format_score(score: float, *, sign: bool = False) -> str:
     """A raw return, as precise as it matters."""
     if np.isnan(score):
@@ -337,6 +350,11 @@ def format_share(share: float) -> str:
     return DASH if np.isnan(share) else f"{100 * share:.1f} %"
 
 
+def format_part(part: int, whole: int) -> str:
+    """A number of things among so many."""
+    return f"{part:,} of {whole:,}" if whole else DASH
+
+
 def format_count(count: float) -> str:
     """A whole number."""
     return DASH if np.isnan(count) else f"{count:,.0f}"
@@ -345,17 +363,6 @@ def format_count(count: float) -> str:
 def format_bytes(count: float) -> str:
     """Bytes in binary units."""
     return DASH if np.isnan(count) else humanize.naturalsize(count, binary=True)
-
-
-def _of_reference(record: RunRecord, game: str, own: float) -> float:
-    """The human-normalised score; NaN unless the evaluation played whole episodes and the references are known."""
-    from ooc_moe.envs import REFERENCE_SCORES
-
-    cut = [event.get("episodes_truncated") for event in record.evaluations if event["evaluated"] == game]
-    if game not in REFERENCE_SCORES or not cut or any(cut):
-        return float("nan")
-    floor, ceiling = REFERENCE_SCORES[game]
-    return float(measures.normalise([own], [floor], [ceiling])[0])
 
 
 def _recognised(event: Event) -> float:

@@ -9,6 +9,7 @@ Run: ooc-moe train --games krull,road_runner --preset demo
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import os
 import signal
 import threading
@@ -26,6 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from ooc_moe import checkpoint, envs
+from ooc_moe.bench.machine import commit
 from ooc_moe.branch import go_back
 from ooc_moe.evaluate import Evaluator
 from ooc_moe.learner import Learner
@@ -125,7 +127,9 @@ def _run(config: RunConfig, store: ExpertStore, console: Console, saved: checkpo
         writer = MetricsWriter(config.run_dir)
         stack.callback(writer.close)
         trainer = Trainer(session, writer, console)
-        if saved is not None:
+        if saved is None:
+            writer.log("begun", step=0, update=0, version=importlib.metadata.version("ooc-moe"), commit=commit())
+        else:
             trainer.load(saved)
         try:
             trainer.run()

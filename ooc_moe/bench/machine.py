@@ -25,7 +25,7 @@ def facts(data_dir: Path, *, command: str) -> dict[str, str]:
     """What a reader needs to judge or repeat a result."""
     return {
         "command": f"`{command}`",
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "machine": f"{_processor()}, {os.cpu_count()} cores, {_total_memory()}, Linux {platform.release()}, {_disk(data_dir)}",
         "versions": f"Python {platform.python_version()}, {', '.join(_versions())}",
@@ -36,6 +36,20 @@ def command_given() -> str:
     """The command line of `ooc-moe`, without places of this machine."""
     words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     return shlex.join(["ooc-moe", *words])
+
+
+def commit() -> str:
+    """The commit that this code is at, and whether it was changed since; "unknown" where it is no checkout."""
+    if shutil.which("git") is None:
+        return "unknown"
+    here = Path(__file__).resolve()
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(here.parent), *words], capture_output=True, text=True).stdout.strip()
+
+    if not git("ls-files", here.name):  # Installed, if anything, beside somebody else's work.
+        return "unknown"
+    return git("rev-parse", "--short", "HEAD") + (" and changes not committed" if git("status", "--porcelain", "-uno") else "")
 
 
 def available_memory_bytes() -> int:
@@ -71,18 +85,6 @@ def _disk(data_dir: Path) -> str:
         if data_dir.resolve().is_relative_to(mount) and len(mount) >= len(found[0]):
             found = (mount, device, kind)
     return f"{found[2]} on {found[1]}"
-
-
-def _commit() -> str:
-    root = Path(__file__).resolve().parent
-    if shutil.which("git") is None:
-        return "unknown"
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True).stdout.strip()
-
-    commit = git("rev-parse", "--short", "HEAD")
-    return f"{commit or 'unknown'}{' and changes not committed' if commit and git('status', '--porcelain', '-uno') else ''}"
 
 
 def _versions() -> list[str]:

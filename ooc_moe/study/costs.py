@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ooc_moe import measures
+from ooc_moe.measures import Floats
 from ooc_moe.run_config import RunConfig
 from ooc_moe.run_record import RunRecord
 from ooc_moe.study.scores import StudyScores
@@ -26,6 +28,12 @@ class Costs:
     """Experts brought into HBM while training, on demand or ahead."""
     cold_share: float
     """Of the tokens of a game's training, those computed by experts that an earlier game had used; the mean over games after the first."""
+    cold_fetched: float
+    """Of `fetched`, the experts that an earlier game had used; NaN where fetches were not logged by expert."""
+    cold_equal: int
+    """Experts equal bit for bit after a game that did not use them, in all runs together."""
+    cold: int
+    """Of so many: see measures.cold_unchanged."""
     train_s: float
     steps_per_s: float
     stall_s: float
@@ -40,8 +48,14 @@ def costs_of(found: StudyScores, variant: str) -> Costs:
     def mean(name: str) -> float:
         return measures.mean([getattr(row, name) for row in rows])
 
-    sums = ("parameters", "hbm_bytes", "moved_bytes", "fetched", "train_s", "stall_s")
-    return Costs(**{name: networks * mean(name) for name in sums}, cold_share=mean("cold_share"), steps_per_s=mean("steps_per_s"))
+    sums = ("parameters", "hbm_bytes", "moved_bytes", "fetched", "cold_fetched", "train_s", "stall_s")
+    return Costs(
+        **{name: networks * mean(name) for name in sums},
+        cold_share=mean("cold_share"),
+        cold_equal=sum(row.cold_equal for row in rows),
+        cold=sum(row.cold for row in rows),
+        steps_per_s=mean("steps_per_s"),
+    )
 
 
 def _costs_of_run(record: RunRecord) -> Costs:
@@ -55,6 +69,9 @@ def _costs_of_run(record: RunRecord) -> Costs:
         moved_bytes=record.total("cache", "bytes_in") + record.total("cache", "bytes_out"),
         fetched=float(fetched),
         cold_share=cold_share(record),
+        cold_fetched=cold_fetched(record),
+        cold_equal=record.cold_unchanged[0],
+        cold=record.cold_unchanged[1],
         train_s=float(np.nansum(config.steps_per_update / speed)) if len(speed) else float("nan"),
         steps_per_s=float(np.nanmedian(speed)) if len(speed) else float("nan"),
         stall_s=float(np.nansum(record.increments("cache", "stall_s"))),
@@ -64,8 +81,20 @@ def _costs_of_run(record: RunRecord) -> Costs:
 def cold_share(record: RunRecord) -> float:
     """The mean over games, the first left out, of the share of a game's tokens that went to experts which an earlier game had used."""
     usage_GE = record.training_usage()
-    earlier_GE = np.cumsum(usage_GE, axis=0) - usage_GE > 0
+    earlier_GE = _used_earlier(usage_GE)
     shares = [
         float(usage_E[earlier_E].sum() / usage_E.sum()) for usage_E, earlier_E in zip(usage_GE, earlier_GE, strict=True) if usage_E.sum()
     ]
     return measures.mean(shares[1:]) if len(shares) > 1 else float("nan")
+
+
+def cold_fetched(record: RunRecord) -> float:
+    """How often an expert came into HBM, on demand or ahead, while a game was trained before which another game had used it."""
+    if not any("fetches" in event for event in record.updates):
+        return float("nan")
+    return float(record.training_fetches()[_used_earlier(record.training_usage())].sum())
+
+
+def _used_earlier(usage_GE: Floats) -> NDArray[np.bool_]:
+    """(G, E) whether an earlier game used the expert."""
+    return np.asarray(np.cumsum(usage_GE, axis=0) - usage_GE > 0)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -133,6 +134,9 @@ def _markdown(results: Results, described: dict[str, str], pictures: Sequence[st
     lines = [f"# ooc-moe study {study.name}", "", study.asks, ""]
     lines += [f"- {name}: {value}" for name, value in described.items()]
     lines += [f"- runs: {done} of {done + missing} are done" + (" (**not finished**: see the end)" if missing else "")]
+    lines += [
+        f"- made by: {who} ({count} runs)" for who, count in Counter(record.made_by for record in found.records.values()).items() if who
+    ]
     lines += ["", "## Verdicts", ""]
     lines += [f"- **{each.part}: {each.word}.** {_sentence(each.says)}" for each in results.verdicts] or ["This study gives none."]
     lines += ["", f"The rules are in ooc_moe/study/verdicts.py. What this does not show: {study.limits}", ""]
@@ -197,6 +201,7 @@ def _numbers_of_run(run: StudyRun, record: RunRecord) -> dict[str, Any]:
         "variant": run.variant,
         "order": run.order,
         "seed": run.config.seed,
+        "made_by": record.made_by,
         "games": scores.games,
         "trained": scores.trained_P,
         "mean_returns": scores.mean_PG,

@@ -12,7 +12,7 @@ from ooc_moe.study.caching import CachingPoint
 from ooc_moe.study.costs import costs_of
 from ooc_moe.study.scores import MEASURES, RAW_MEASURES, Cell, StudyScores, strata
 from ooc_moe.study.verdicts import Separation
-from ooc_moe.summary import DASH, TextTable, ambiguous, format_bytes, format_count, format_score, format_share
+from ooc_moe.summary import DASH, TextTable, ambiguous, format_bytes, format_count, format_part, format_score, format_share, of_reference
 
 _MAIN = ("learning", "average", "retention", "forgetting")
 _INTERVALS = "Mean over games, orders and seeds [95 % interval, stratified bootstrap over the seeds of each game and order]."
@@ -25,6 +25,7 @@ def tables(found: StudyScores, separated: Sequence[Separation], points: Sequence
         robust_table(found),
         *(order_table(found, order) for order in found.study.orders if len(found.study.orders) > 1),
         other_table(found),
+        human_table(found),
         cost_table(found),
         recognition_table(found),
         separation_table(separated),
@@ -89,6 +90,31 @@ def other_table(found: StudyScores) -> TextTable:
     )
 
 
+def human_table(found: StudyScores) -> TextTable:
+    """Scores beside people's, and how much of the experts still responds."""
+    rows = []
+    for name in found.variants:
+        learned, kept, dormant = [], [], []
+        for run, record in found.of(name).items():
+            scores, at_end = record.scores, measures.final(record.scores.mean_PG)
+            if not run.config.switch_every:
+                own_G = measures.learning(scores.mean_PG, scores.trained_P)
+                learned += [of_reference(record, game, score) for game, score in zip(scores.games, own_G, strict=True)]
+            kept += [of_reference(record, game, score) for game, score in zip(scores.games, at_end, strict=True)]
+            dormant += [_number(event.get("dormant")) for event in record.last_evaluations]
+        values = [measures.mean(each) for each in (learned, kept, dormant)]
+        if not np.isnan(values).all():
+            rows.append([name, *(format_share(value) for value in values)])
+    return TextTable(
+        "Beside a human, and dormant units",
+        ["variant", "learning", "average", "dormant units"],
+        rows,
+        "Means over games and runs. Learning, average: as above, but 0 % is the published score of random play and 100 % a human's (pixel "
+        "games: best play); only of games that evaluation played to the end. Dormant units: hidden units of a game's experts that hardly "
+        "respond to it after the last game (Sokar et al. 2023).",
+    )
+
+
 def cost_table(found: StudyScores) -> TextTable:
     """What each variant costs."""
     rows = []
@@ -101,7 +127,9 @@ def cost_table(found: StudyScores) -> TextTable:
                 format_bytes(cost.hbm_bytes),
                 format_bytes(cost.moved_bytes),
                 format_count(cost.fetched),
+                format_count(cost.cold_fetched),
                 format_share(cost.cold_share),
+                format_part(cost.cold_equal, cost.cold),
                 f"{cost.train_s / 60:.1f} min",
                 format_count(cost.steps_per_s),
                 f"{cost.stall_s:.1f} s",
@@ -109,21 +137,28 @@ def cost_table(found: StudyScores) -> TextTable:
         )
     return TextTable(
         "Costs",
-        ["variant", "parameters", "HBM", "bytes moved", "experts fetched", "cold experts", "training", "steps/s", "stall"],
+        [
+            *("variant", "parameters", "HBM", "bytes moved", "experts fetched", "of them cold", "cold tokens", "cold and equal"),
+            *("training", "steps/s", "stall"),
+        ],
         rows,
         "Means over runs; single: all networks together. HBM: what the cache of experts can hold. Bytes moved: into and out of HBM. "
-        "Experts fetched: in training, ahead or on demand. Cold experts: share of a later game's training tokens that were computed by "
-        "experts which an earlier game had used. Times are of a machine that did other work beside; compare them with care.",
+        "Experts fetched: in training, ahead or on demand; of them cold: those that an earlier game had used. Cold tokens: share of a "
+        "later game's training tokens that such experts computed. Cold and equal: experts, trained by earlier games, that a game did not "
+        "use and left equal bit for bit, parameters and moments; over all games of all runs. Times are of a machine that did other work "
+        "beside; compare them with care.",
     )
 
 
 def recognition_table(found: StudyScores) -> TextTable:
     """How well games were recognised in the evaluations after the last game."""
     fields = ("detector_accuracy", "nearest_mean_accuracy", "steps_to_detect", "false_switches", "prefetch_recall")
+    fates = ("prefetch_useful", "prefetch_late")
     rows = []
     for name in found.variants:
         events = [event for record in found.of(name).values() if len(record.games) > 1 for event in record.last_evaluations]
         accuracy, nearest, steps, false, recall = ([_number(event.get(field)) for event in events] for field in fields)
+        useful, late = (sum(event.get("cache", {}).get(fate, 0) for event in events) for fate in fates)
         if events:
             worst = np.nanmin(accuracy) if not np.isnan(accuracy).all() else float("nan")
             rows.append(
@@ -135,6 +170,7 @@ def recognition_table(found: StudyScores) -> TextTable:
                     format_score(measures.mean(steps)),
                     format_score(measures.mean(false)),
                     format_share(measures.mean(recall)),
+                    format_share(late / (useful + late) if useful + late else float("nan")),
                 ]
             )
     confused: dict[tuple[str, str], list[float]] = {}
@@ -147,20 +183,23 @@ def recognition_table(found: StudyScores) -> TextTable:
     )
     return TextTable(
         "Recognising games",
-        ["variant", "detector", "worst game", "nearest mean", "steps to detect", "false switches", "prefetch recall"],
+        ["variant", "detector", "worst game", "nearest mean", "steps to detect", "false switches", "prefetch recall", "late"],
         rows,
         "After the last game, on episodes that were not trained on. Detector, nearest mean: share of frames whose most probable game is "
         "the right one. False switches: per 1000 frames. Prefetch recall: share of the needed experts that were named before "
-        f"their first use.{said}",
+        f"their first use. Late: of the prefetched experts that were asked for, those still on their way.{said}",
     )
 
 
 def separation_table(separated: Sequence[Separation]) -> TextTable:
     """Overlap of expert usage with plain token routing."""
-    rows = [[each.run.order, str(each.run.config.seed), f"{each.within:.3f}", f"{each.between:.3f}", f"{each.p:.2g}"] for each in separated]
+    rows = [
+        [each.run.order, str(each.run.config.seed), *(f"{value:.3f}" for value in (each.within, each.between, each.gap)), f"{each.p:.2g}"]
+        for each in separated
+    ]
     return TextTable(
         "Separation with plain token routing",
-        ["order", "seed", "same game", "two games", "p"],
+        ["order", "seed", "same game", "two games", "gap", "p"],
         rows,
         "Routed mass that two environments have in common in the last evaluation. p: of a permutation test over environments.",
     )

@@ -25,6 +25,7 @@ from ooc_moe.study.scores import StudyScores, strata
 
 FULL, MOE, DENSE = "full", "moe-token", "dense"
 SIGNIFICANCE = 0.05
+SMALL_GAP = 0.05  # The verdict says when the gap is smaller; the rule does not ask for it.
 LEARNING_MIN = 0.9
 POINTS_MIN = 3
 
@@ -54,6 +55,11 @@ class Separation:
     """Of environments that play two games."""
     p: float
 
+    @property
+    def gap(self) -> float:
+        """within - between."""
+        return self.within - self.between
+
 
 def separations(found: StudyScores) -> list[Separation]:
     """One for each run with plain token routing that logged usage by environment."""
@@ -77,11 +83,13 @@ def separation(found: StudyScores, runs: Sequence[Separation]) -> Verdict | None
     if not runs:
         return Verdict("separation", None, "no run with plain token routing logged which environment used which expert.")
     worst = max(each.p for each in runs)
-    within, between = (measures.mean([getattr(each, name) for each in runs]) for name in ("within", "between"))
+    within, between, gap = (measures.mean([getattr(each, name) for each in runs]) for name in ("within", "between", "gap"))
     says = (
         f"with plain token routing, environments of one game have {within:.2f} of their routed mass in common, of two games {between:.2f} "
         f"({_count(runs, 'run')}, largest p {worst:.2g})."
     )
+    if worst < SIGNIFICANCE and gap < SMALL_GAP:
+        says += f" It is not chance, but little: the gap of {gap:.3f} is below {SMALL_GAP}."
     enough = len({each.run.config.seed for each in runs}) >= found.study.verdict_seeds
     if not enough:
         return Verdict("separation", None, f"{says} The rule wants {found.study.verdict_seeds} seeds.")

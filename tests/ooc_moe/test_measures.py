@@ -143,3 +143,12 @@ def test_the_mean_overlap_leaves_out_the_diagonal_and_what_is_unsaid() -> None:
 def test_confusion_rows_sum_to_one_and_unknown_names_have_a_column() -> None:
     matrix = measures.confusion([{"a": 3, "b": 1}, {"b": 0.5, "?": 0.5}, {}], ["a", "b", "?"])
     equal(matrix, [[0.75, 0.25, 0], [0, 0.5, 0.5], [NAN, NAN, NAN]])
+
+
+def test_cold_experts_are_equal_unless_parameters_or_moments_changed() -> None:
+    before = {0: ("a", "b"), 1: ("c", "d"), 2: ("e", "f"), 3: ("g", "h")}
+    after = before | {1: ("c", "changed"), 2: ("changed", "f"), 4: ("new", "new")}
+    assert measures.cold_unchanged(before, after, set()) == (2, 4)
+    assert measures.cold_unchanged(before, after, {1, 4}) == (2, 3)
+    assert measures.cold_unchanged(before, {}, {0}) == (0, 3)
+    assert measures.cold_unchanged({}, after, set()) == (0, 0)
