@@ -100,7 +100,8 @@ class Study:
 
 _ALL = ("full", "moe-token", "dense", "single", "dense-clone", "pools", "joint", "pools-freeze", "dense-total", "dense-ewc")
 _RIVALS = ("full", "dense", "moe-token", "single", "dense-clone")
-_SYNTHETIC_SEEDS = {name: 5 if name in ("full", "moe-token", "dense", "dense-clone") else 3 for name in _ALL} | {"moe-token-out": 1}
+_SYNTHETIC_SEEDS = {name: 5 if name in ("full", "moe-token", "dense", "dense-clone") else 3 for name in _ALL}
+_SYNTHETIC_SEEDS |= {"moe-token-out": 1, "full-share": 3}
 _CONFLICTING = ("pixel/catch", "pixel/avoid", "pixel/toward", "pixel/away", "pixel/cross")
 
 # 20 experts: what five games need. HBM holds two games' pools.

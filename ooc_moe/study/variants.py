@@ -27,6 +27,10 @@ def _full(config: RunConfig) -> RunConfig:
     return config
 
 
+def _full_share(config: RunConfig) -> RunConfig:
+    return replace(config, agent=replace(config.agent, shared_experts=2))
+
+
 def _pools(config: RunConfig) -> RunConfig:
     return replace(config, protection="none", protection_weight=None)
 
@@ -98,6 +102,7 @@ VARIANTS = {
         Variant("dense-clone", "dense with output cloning", _dense_clone),
         Variant("dense-ewc", "dense with elastic weight consolidation", _dense_ewc),
         Variant("joint", "dense, all games in turns of one update", _joint),
+        Variant("full-share", "full, and each pool borrows up to two older experts, read-only", _full_share),
         Variant("single", "dense, one network for each game", _dense, alone=True),
     )
 }

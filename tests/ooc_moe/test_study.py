@@ -12,14 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ooc_moe import checkpoint
+from ooc_moe import checkpoint, summary
 from ooc_moe.cli import main
+from ooc_moe.envs import REFERENCE_SCORES
 from ooc_moe.metrics import MetricsWriter, read_metrics
 from ooc_moe.run_config import CONFIG_FILE, PPOConfig, RunConfig
 from ooc_moe.run_record import RunRecord
 from ooc_moe.study import home, verdicts
 from ooc_moe.study.caching import CachingPoint, Way
-from ooc_moe.study.costs import cold_share
+from ooc_moe.study.costs import cold_fetched, cold_share
 from ooc_moe.study.definitions import STUDIES, Study, StudyRun, find_study
 from ooc_moe.study.runner import LOG_FILE, State, Status, run_all, state_of, steps_done, steps_of
 from ooc_moe.study.scores import StudyScores, strata
@@ -75,6 +76,7 @@ def test_only_the_full_recipe_and_cloning_and_consolidation_protect_what_is_shar
     protection = {name: variant.change(SYNTHETIC.recipe).protection for name, variant in VARIANTS.items()}
     assert protection == dict.fromkeys(VARIANTS, "none") | {
         "full": SYNTHETIC.recipe.protection,
+        "full-share": SYNTHETIC.recipe.protection,
         "pools-freeze": "freeze",
         "dense-clone": "clone",
         "dense-ewc": "ewc",
@@ -86,7 +88,7 @@ def test_a_rival_is_not_weighed_by_what_was_chosen_for_the_recipe() -> None:
     weights = {
         name: variant.change(replace(SYNTHETIC.recipe, protection_weight=0.3)).protection_weight for name, variant in VARIANTS.items()
     }
-    assert weights == dict.fromkeys(VARIANTS) | {"full": 0.3}
+    assert weights == dict.fromkeys(VARIANTS) | {"full": 0.3, "full-share": 0.3}
 
 
 def test_the_synthetic_study_has_the_seeds_and_orders_that_the_verdicts_want() -> None:
@@ -118,11 +120,12 @@ def test_a_part_of_a_study_is_some_of_its_runs_unchanged() -> None:
         SYNTHETIC.runs(Path("runs"), variants=["densest"])
 
 
-def test_hbm_holds_a_fraction_of_the_experts_wherever_there_is_more_than_one() -> None:
+def test_hbm_holds_a_fraction_of_the_experts_but_for_plain_token_routing() -> None:
     for study in STUDIES.values():
         for run in study.runs(Path("runs")):
             agent = run.config.agent
-            assert agent.hbm_experts < agent.num_banks * agent.num_experts or agent.num_experts == 1, run
+            everything = run.variant == "moe-token" or agent.num_experts == 1
+            assert (agent.hbm_experts == agent.num_banks * agent.num_experts) is everything, run
 
 
 def test_the_caching_study_has_blocks_and_three_intervals_at_three_sizes_and_one_trace() -> None:
@@ -358,7 +361,7 @@ def test_protection_says_nothing_without_single_task_runs_or_a_rival(tmp_path: P
     assert "single-task runs are missing" in unscaled.says
 
 
-@pytest.mark.parametrize(("usage", "holds"), [(0.5, True), (0.0, False)])
+@pytest.mark.parametrize(("usage", "holds"), [(0.5, True), (0.02, True), (0.0, False)])
 def test_separation_holds_where_games_use_experts_of_their_own(tmp_path: Path, usage: float, holds: bool) -> None:
     study = small_study(verdict_seeds=2)
     found = scores_of(study, made_up(study, tmp_path, {"moe-token": 0.5}, seeds=2, usage=usage))
@@ -366,9 +369,11 @@ def test_separation_holds_where_games_use_experts_of_their_own(tmp_path: Path, u
     assert len(runs) == 4
     assert runs[0].within == pytest.approx(1)
     assert runs[0].between == pytest.approx(1 - usage)
+    assert runs[0].gap == pytest.approx(usage)
     verdict = verdicts.separation(found, runs)
     assert verdict is not None
     assert verdict.holds is holds
+    assert ("It is not chance, but little" in verdict.says) is (usage == 0.02)
 
 
 def points(blocks: tuple[float, float], turns: tuple[float, float], *, hbm: int = 4) -> list[CachingPoint]:
@@ -424,6 +429,34 @@ def test_cold_experts_are_those_that_an_earlier_game_had_used(tmp_path: Path) ->
     assert cold_share(RunRecord.read(run.config.run_dir)) == pytest.approx((5 / 20 + 1) / 2)
 
 
+def test_cold_experts_fetched_and_left_equal_are_counted(tmp_path: Path) -> None:
+    """The second game fetches an expert of the first and trains expert 2; the third uses expert 1 and, wrongly, changes expert 2."""
+    (run, *_) = small_study().runs(tmp_path)
+    run.config.run_dir.mkdir(parents=True)
+    (run.config.run_dir / CONFIG_FILE).write_text(run.config.to_json())
+    writer = MetricsWriter(run.config.run_dir, tensorboard=False)
+    usages = ({0: 10, 1: 10}, {2: 20}, {1: 2})
+    fetches = ({0: 1, 1: 1}, {2: 3, 0: 1}, {1: 2, 3: 9})
+    checksums = ({0: "ab", 1: "cd"}, {0: "ab", 1: "cd", 2: "ef"}, {0: "ab", 1: "xx", 2: "yy"})
+    for number, game in enumerate(GAMES):
+        writer.log("update", step=number, update=number, game=game, usage={"0": usages[number]}, fetches={"0": fetches[number]})
+        writer.log("checksums", step=number, update=number, game=game, experts={"0": {e: list(s) for e, s in checksums[number].items()}})
+    writer.close()
+    record = RunRecord.read(run.config.run_dir)
+    # 0 and 1 outlast the second game; of 0 and 2, which the third does not use, 0.
+    assert record.cold_unchanged == (3, 4)
+    assert cold_fetched(record) == 1 + 2
+    assert ("cold experts equal bit for bit", "3 of 4") in summary.facts(record)
+
+
+def test_an_older_run_says_nothing_of_what_it_did_not_log(tmp_path: Path) -> None:
+    study = small_study()
+    found = scores_of(study, made_up(study, tmp_path, {"full": 1.0}, seeds=1))
+    costs = next(table for table in tables(found, [], []) if table.title == "Costs")
+    cells = dict(zip(costs.columns, costs.rows[0], strict=True))
+    assert (cells["of them cold"], cells["cold and equal"]) == (summary.DASH, summary.DASH)
+
+
 def test_a_study_that_is_not_finished_is_written_with_what_is_missing(tmp_path: Path) -> None:
     study = small_study()
     made_up(study, tmp_path / "runs", {"full": 0.98, "moe-token": 0.6, "dense": 0.5}, seeds=3)
@@ -462,6 +495,11 @@ def test_tables_show_every_run_and_every_variant_beside_the_baselines(tmp_path: 
     assert len(by_title["All runs"].rows) == len(runs)
     assert len(by_title["Hits and stalls"].rows) == 4
     assert all(len(row) == len(table.columns) for table in by_title.values() for row in table.rows)
+    name, learning, average, dormant = by_title["Beside a human, and dormant units"].rows[-1]
+    floors = {game: REFERENCE_SCORES[game][0] for game in GAMES}
+    beside = 100 * np.mean([(SINGLE[game] - floors[game]) / (best - floors[game]) for game, best in zip(GAMES, (5, 5, 20), strict=True)])
+    assert (name, learning, dormant) == ("single", average, summary.DASH)
+    assert float(learning.removesuffix(" %")) == pytest.approx(beside, abs=0.3)
 
 
 def test_games_that_nothing_tells_apart_are_named_in_the_table(tmp_path: Path) -> None:
