@@ -149,7 +149,7 @@ _ATARI_CPU = RunConfig(
     games=("krull",),
     agent=replace(PRESETS["demo"], num_games=3),
     ppo=PPOConfig(),
-    steps_per_game=81_920,
+    steps_per_game=65_536,
     eval_envs=8,
     eval_steps=2_000,
     eval_unseen=True,
