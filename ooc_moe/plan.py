@@ -50,7 +50,9 @@ class Plan:
     num_experts: int
     """Owned by games; whole banks with token routing."""
     working_set: int
-    """Experts of one game."""
+    """Experts of one game: its own and those it borrows."""
+    borrowed: int
+    """Of these, older games' experts that it only reads, at the most."""
     expert_bytes: int
     hbm_experts: int
     hbm_bytes: int
@@ -108,27 +110,32 @@ def plan(
     agent, games = config.agent, list(dict.fromkeys(config.games))
     layout = agent.expert_layout()
     capacity = agent.hbm_experts // agent.num_banks * agent.num_banks
-    working_set = agent.pools_per_game * agent.pool_size if agent.routing == "pool" else agent.num_experts * agent.num_banks
-    num_experts = len(games) * working_set if agent.routing == "pool" else working_set
+    owned = agent.pools_per_game * agent.pool_size if agent.routing == "pool" else agent.num_experts * agent.num_banks
+    shared = min(agent.shared_experts, (len(games) - 1) * agent.pool_size)
+    borrowed = agent.pools_per_game * shared
+    working_set = owned + borrowed
+    num_experts = len(games) * owned if agent.routing == "pool" else owned
+    bytes_in = owned * layout.body_bytes + borrowed * layout.parameter_bytes
     dram_bytes = agent.dram_bytes if dram_bytes is None else dram_bytes
-    loads = _loads_per_update(config, capacity, working_set)
+    loads = _loads_per_update(config, capacity, shared)
     compute_s = None if steps_per_s is None else config.steps_per_update / steps_per_s
     made = Plan(
         num_games=len(games),
         num_experts=num_experts,
         working_set=working_set,
+        borrowed=borrowed,
         expert_bytes=layout.body_bytes,
         hbm_experts=capacity,
         hbm_bytes=capacity * layout.body_bytes,
-        gradient_bytes=working_set * layout.parameter_bytes,
+        gradient_bytes=owned * layout.parameter_bytes,
         dense_bytes=_dense_bytes(agent, len(games)),
         dram_bytes=dram_bytes,
         dram_bytes_for_all=num_experts * layout.record_bytes,
         nvme_bytes=num_experts * layout.record_bytes,
-        nvme_spare_bytes=working_set * layout.record_bytes,
-        switch_bytes_in=working_set * layout.body_bytes,
-        switch_bytes_out=min(working_set, capacity) * layout.body_bytes,
-        switch_s={tier: working_set * getattr(rates, tier) for tier in ("dram", "nvme", "seed")},
+        nvme_spare_bytes=owned * layout.record_bytes,
+        switch_bytes_in=bytes_in,
+        switch_bytes_out=min(owned, capacity) * layout.body_bytes,
+        switch_s={tier: bytes_in / layout.body_bytes * getattr(rates, tier) for tier in ("dram", "nvme", "seed")},
         loads_per_update=loads,
         update_compute_s=compute_s,
         update_load_s=loads * (rates.dram if dram_bytes >= working_set * layout.record_bytes else rates.nvme),
@@ -173,13 +180,14 @@ def _dense_bytes(agent: AgentConfig, num_games: int) -> int:
     return 4 * everything + 12 * one
 
 
-def _loads_per_update(config: RunConfig, capacity: int, working_set: int) -> int:
-    """Loads of an update in the middle of a game: what comes again though it was there before."""
+def _loads_per_update(config: RunConfig, capacity: int, shared: int) -> int:
+    """Loads of an update in the middle of a game whose pools borrow `shared`: what comes again though it was there before."""
     agent, ppo = config.agent, config.ppo
-    layers = [_pool(agent, layer) for layer in range(agent.num_layers)]
+    own = [_pool(agent, layer) for layer in range(agent.num_layers)]
+    layers = [pool + _borrowed(agent, layer, shared) for layer, pool in enumerate(own)]
     forward = [key for pool in layers for key in pool]
     backward = [key for pool in reversed(layers) for key in pool]
-    updates = sorted(set(forward), key=lambda key: (key % agent.num_banks, key))
+    updates = sorted({key for pool in own for key in pool}, key=lambda key: (key % agent.num_banks, key))
     segments = ppo.num_envs * ppo.rollout_steps // agent.context
     num_minibatches = ppo.epochs * -(-segments // ppo.minibatch_segments)
     num_acts = ppo.rollout_steps + ppo.rollout_steps // agent.context  # One more for the value at each segment's end.
@@ -189,7 +197,7 @@ def _loads_per_update(config: RunConfig, capacity: int, working_set: int) -> int
     for policy, keys in asked.items():
         trace = Trace(info=info, keys_A=np.array(keys, dtype=np.uint32), marks=(Mark(0, "", False),))
         counts = replay(trace, Setup(hbm_experts=capacity, policy=policy)).training
-        misses += counts.accesses - counts.hits - working_set
+        misses += counts.accesses - counts.hits - len(set(forward))
     return misses
 
 
@@ -202,6 +210,12 @@ def _pool(agent: AgentConfig, layer: int) -> list[int]:
     return [(pool * agent.pool_size + expert) * agent.num_banks + bank for expert in range(agent.pool_size)]
 
 
+def _borrowed(agent: AgentConfig, layer: int, shared: int) -> list[int]:
+    """Experts that other games own in that layer; which ones makes no difference to how often they come."""
+    first = agent.pools_per_game * agent.pool_size + layer % agent.pools_per_game * shared
+    return [(first + expert) * agent.num_banks + layer % agent.num_banks for expert in range(shared)]
+
+
 def table(made: Plan, rates: Rates) -> Table:
     """For a terminal."""
     shown = Table("", "predicted", "", box=SIMPLE_HEAD)
@@ -211,8 +225,9 @@ def table(made: Plan, rates: Rates) -> Table:
         (
             "experts",
             f"{made.num_experts:,}",
-            f"{made.num_games} games of {made.working_set}, {size(made.expert_bytes)} each with its moments",
+            f"{made.num_games} games of {made.working_set - made.borrowed}, {size(made.expert_bytes)} each with its moments",
         ),
+        *([("a game's working set", f"{made.working_set:,}", f"{made.borrowed} of them borrowed, to read")] if made.borrowed else []),
         ("HBM", size(made.hbm_bytes + made.gradient_bytes + made.dense_bytes), _hbm_parts(made, size) + "; activations come on top"),
         ("DRAM", size(made.dram_bytes), f"{size(made.dram_bytes_for_all)} would hold all"),
         (

@@ -48,6 +48,23 @@ def test_games_whose_layers_share_a_pool_need_half_and_token_routing_needs_all()
     assert (token.working_set, token.num_experts) == (16, 16)
 
 
+def test_borrowed_experts_are_loaded_and_read_but_neither_trained_nor_kept_twice():
+    layout = PRESETS["tiny"].expert_layout()
+    alone, lent = (plan(config(hbm_experts=12, shared_experts=shared), RATES) for shared in (0, 2))
+    assert (lent.working_set, lent.borrowed, lent.num_experts) == (8 + 2 * 2, 4, 24)
+    assert lent.switch_bytes_in == alone.switch_bytes_in + 4 * layout.parameter_bytes
+    assert lent.switch_s["dram"] > alone.switch_s["dram"]
+    for same in ("gradient_bytes", "nvme_bytes", "nvme_spare_bytes", "switch_bytes_out", "loads_per_update"):
+        assert getattr(lent, same) == getattr(alone, same), same
+    assert plan(config(hbm_experts=11, shared_experts=2), RATES).loads_per_update > 0
+    # There are no more to borrow than the games before own; the only one borrows nothing.
+    assert plan(config(num_games=2, shared_experts=7), RATES).borrowed == 2 * 4
+    assert plan(config(num_games=1, shared_experts=2), RATES).borrowed == 0
+    # With one slot as below, and one expert borrowed: acting asks for 3, a minibatch forward and backward for 3, its optimizer for 2.
+    one_slot = plan(config(hbm_experts=1, pools="shared", num_layers=1, pool_size=2, top_k=2, shared_experts=1), RATES)
+    assert one_slot.loads_per_update == (10 * 3 - 3) + (4 * (3 + 3 + 2) - 3)
+
+
 def test_loads_begin_where_a_game_no_longer_fits():
     loads = [plan(config(hbm_experts=capacity), RATES).loads_per_update for capacity in (16, 8, 7, 4, 2)]
     assert loads[:2] == [0, 0]
