@@ -25,6 +25,7 @@ from ooc_moe.metrics import METRICS_FILE
 from ooc_moe.run_config import CONFIG_FILE, RunConfig
 from ooc_moe_wire.errors import InvalidRequest
 
+CHILD = ("-m", "ooc_moe.study.child")
 LOG_FILE = "output.log"
 INTERRUPTED_EXIT = 130
 POLL_S = 0.5
@@ -146,7 +147,7 @@ def _start(config: RunConfig) -> subprocess.Popen[bytes]:
     if state_of(config) is State.BROKEN:
         run_dir.rename(run_dir.with_name(f"{run_dir.name}.broken-{time.strftime('%Y%m%d-%H%M%S')}"))
     run_dir.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "ooc_moe.study.child", str(run_dir)]
+    command = [sys.executable, *CHILD, str(run_dir)]
     environment = os.environ | {"OMP_NUM_THREADS": str(config.threads), "MKL_NUM_THREADS": str(config.threads)}
     with (run_dir / LOG_FILE).open("ab") as output:
         process = subprocess.Popen(

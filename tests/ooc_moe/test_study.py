@@ -1,5 +1,6 @@
 """A study: its runs are what the issue asks for, the runner goes on where it was stopped, and what is judged is judged by the rules."""
 
+import importlib.metadata
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ from ooc_moe.envs import REFERENCE_SCORES
 from ooc_moe.metrics import MetricsWriter, read_metrics
 from ooc_moe.run_config import CONFIG_FILE, PPOConfig, RunConfig
 from ooc_moe.run_record import RunRecord
-from ooc_moe.study import home, verdicts
+from ooc_moe.study import home, runner, verdicts
 from ooc_moe.study.caching import CachingPoint, Way
 from ooc_moe.study.costs import cold_fetched, cold_share
 from ooc_moe.study.definitions import STUDIES, Study, StudyRun, find_study
@@ -185,7 +186,24 @@ def test_a_run_of_another_configuration_is_not_taken_for_this_one(tmp_path: Path
             state_of(replace(changed, run_dir=tmp_path / "run"))
 
 
-def test_runs_are_made_begun_ones_anew_and_a_failure_does_not_stop_the_others(tmp_path: Path) -> None:
+# What the runner sees of a run, without its agent: it ends at once, or fails for an unknown game.
+_CHILD = """
+import json, pathlib, sys
+run_dir, config = pathlib.Path(sys.argv[1]), sys.stdin.read()
+if "pixel/nothing" in config:
+    print("InvalidRequest: game: 'pixel/nothing'")
+    raise SystemExit(2)
+(run_dir / "config.json").write_text(config)
+(run_dir / "metrics.jsonl").write_text('{"event":"done","step":64}\\n')
+"""
+
+
+@pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_runs_are_made_begun_ones_anew_and_a_failure_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, real: bool
+) -> None:
+    if not real:
+        monkeypatch.setattr(runner, "CHILD", ("-c", _CHILD))
     good, bad, done = (replace(TINY, run_dir=tmp_path / name, games=("pixel/catch",)) for name in ("good", "bad", "done"))
     bad = replace(bad, games=("pixel/nothing",))
     begun(good, with_checkpoint=False)
@@ -196,7 +214,10 @@ def test_runs_are_made_begun_ones_anew_and_a_failure_does_not_stop_the_others(tm
     assert list(outcome.failed) == [bad.run_dir]
     assert "ended with 2: InvalidRequest: game: 'pixel/nothing'" in outcome.failed[bad.run_dir]
     assert state_of(good) is State.DONE
-    assert RunRecord.read(good.run_dir).scores.mean_PG.shape == (1, 1)
+    if real:
+        record = RunRecord.read(good.run_dir)
+        assert record.scores.mean_PG.shape == (1, 1)
+        assert record.made_by.startswith(importlib.metadata.version("ooc-moe"))
     (aside,) = tmp_path.glob("good.broken-*")
     assert [event["event"] for event in read_metrics(aside)] == ["update"]
     assert not (done.run_dir / LOG_FILE).exists()
