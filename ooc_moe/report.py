@@ -64,6 +64,7 @@ _WORDS = (
     ("Score, return", "the points of one episode, which is one play of a game from its start to its end."),
     ("Token", "one frame on its way through the network."),
     ("Pool", "the experts that belong to a game."),
+    ("Cold expert", "one of a game that is not being learned; it should stay as it is. Each is looked at again at each later game's end."),
 )
 
 

@@ -108,6 +108,7 @@ def test_faults_of_a_page_would_be_seen(tab: Tab, tmp_path: Path) -> None:
     page = tmp_path / "faulty.html"
     page.write_text(
         '<body><div id="wide" style="width: 2000px">wide</div><img alt="broken" src="data:image/png;base64,AAAA">'
+        '<div class="scroll" style="overflow-x: auto; width: 200px"><div style="width: 300px">cut off</div></div>'
         '<img src="http://127.0.0.1:9/elsewhere.png"><script>console.error("said"); missing()</script>'
     )
     tab.open(page, width=1280)
@@ -116,4 +117,5 @@ def test_faults_of_a_page_would_be_seen(tab: Tab, tmp_path: Path) -> None:
     assert "missing is not defined" in said
     assert "http://127.0.0.1:9/elsewhere.png" in tab.requests
     assert ["broken", 0] in [picture[:2] for picture in tab.run(PICTURES)]
+    assert tab.run(SCROLLED) == ["cut off"]
     assert any('id="wide"' in element for element in tab.run(OVERFLOWING))
