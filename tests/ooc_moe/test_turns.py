@@ -149,6 +149,8 @@ def test_leaving_a_game_freezes_what_it_owns_and_coming_back_unlocks_that_alone(
         written = [info for info in store.list_experts(f"look-{end.snapshot_id}") if info.version]
         checksums = {str(info.expert): [f"{info.parameter_xxh3:016x}", f"{info.optimizer_xxh3:016x}"] for info in written}
         assert logged["experts"] == {"0": checksums}
+    equal, cold = RunRecord.read(config.run_dir).cold_unchanged
+    assert equal == cold > 0
     assert [e for e in owned[CATCH] if experts[0][e] != experts[1][e]] == []
     assert [e for e in owned[AVOID] if experts[1][e] != experts[2][e]] == []
     assert [e for e in owned[CATCH] if experts[1][e] == experts[2][e]] == []
