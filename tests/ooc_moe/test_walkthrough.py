@@ -9,6 +9,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+pytestmark = pytest.mark.timeout(300)  # 20 s alone on two cores; more where other work shares them.
+
 NOTEBOOK = Path(__file__).parents[2] / "ooc_moe" / "walkthrough.ipynb"
 CELL_WITHIN_S = 150
 # Runs after the last cell: what the notebook's own names hold by then.
