@@ -64,6 +64,9 @@ def test_the_loss_is_the_divergence_from_the_old_policy_and_the_error_of_the_val
     assert float(cloning.loss(AVOID, generator).detach()) == pytest.approx(float(wanted), rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    "agent", [DENSE, pytest.param(TOKEN, marks=pytest.mark.slow), PIXEL_AGENT], ids=["dense", "token", "pools"], indirect=True
+)
 def test_the_next_game_moves_the_outputs_less_and_nothing_that_the_old_game_owns(agent, generator):
     """With pools the old game's experts are read for it, and stay what they were, as do its heads and norms."""
     rollout, next_one = rollout_of(agent, CATCH, generator), rollout_of(agent, AVOID, generator)
@@ -89,6 +92,6 @@ def test_the_next_game_moves_the_outputs_less_and_nothing_that_the_old_game_owns
         assert_same_state({e: now[0, e] for e in cold}, {e: experts[0, e] for e in cold})
 
 
-@pytest.mark.parametrize("config", [DENSE, PIXEL_AGENT], ids=["dense", "pools"])
+@pytest.mark.parametrize("config", [pytest.param(DENSE, marks=pytest.mark.slow), PIXEL_AGENT], ids=["dense", "pools"])
 def test_a_run_is_taken_up_bit_for_bit(tmp_path, monkeypatch, config):
     assert_taken_up(tmp_path, monkeypatch, config, "clone")

@@ -135,6 +135,6 @@ def test_a_heavy_penalty_keeps_the_next_game_from_moving_what_they_share(agent, 
     assert moved["held experts"] <= 0.5 * moved["free experts"]
 
 
-@pytest.mark.parametrize("config", [DENSE, TOKEN], ids=["dense", "token"])
+@pytest.mark.parametrize("config", [pytest.param(DENSE, marks=pytest.mark.slow), TOKEN], ids=["dense", "token"])
 def test_a_run_is_taken_up_bit_for_bit(tmp_path, monkeypatch, config):
     assert_taken_up(tmp_path, monkeypatch, config, "ewc")

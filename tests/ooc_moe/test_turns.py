@@ -77,11 +77,22 @@ class Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize("last", [3, 4], ids=["within a turn", "between turns"])
-@pytest.mark.parametrize("changes", [{}, {"protection": "none", "prefetch": "schedule"}], ids=["replay", "none"])
+WITHIN_A_TURN, BETWEEN_TURNS = 3, 4
+REPLAY, NONE = {}, {"protection": "none", "prefetch": "schedule"}
+
+
+@pytest.mark.parametrize(
+    ("last", "changes"),
+    [
+        pytest.param(WITHIN_A_TURN, REPLAY, id="within-replay"),
+        pytest.param(BETWEEN_TURNS, NONE, id="between-none"),
+        pytest.param(WITHIN_A_TURN, NONE, id="within-none", marks=pytest.mark.slow),
+        pytest.param(BETWEEN_TURNS, REPLAY, id="between-replay", marks=pytest.mark.slow),
+    ],
+)
 def test_turns_are_taken_up_bit_for_bit(tmp_path, monkeypatch, last, changes):
     """`last`: the update after whose checkpoint the run stops."""
-    undisturbed = pixel_run(tmp_path / "a" / "run", updates=4, switch_every=2, checkpoint_every=1, **changes)
+    undisturbed = pixel_run(tmp_path / "a" / "run", updates=3, switch_every=2, checkpoint_every=1, **changes)
     stopped = replace(undisturbed, run_dir=tmp_path / "b" / "run")
     stores = InMemoryStore(), InMemoryStore()
     play(undisturbed, stores[0])
@@ -102,7 +113,11 @@ def test_turns_are_taken_up_bit_for_bit(tmp_path, monkeypatch, last, changes):
     assert bodies(stores[0], "run/experts") == bodies(stores[1], "run/experts")
 
 
-@pytest.mark.parametrize("changes", [{"switch_every": 1}, {"protection": "none", "eval_unseen": True, "eval_steps": 4}])
+@pytest.mark.parametrize(
+    "changes",
+    [pytest.param({"switch_every": 1}, marks=pytest.mark.slow), {"protection": "none", "eval_unseen": True, "eval_steps": 4}],
+    ids=["in turns", "unprotected"],
+)
 def test_one_seed_played_twice_is_one_run(tmp_path, changes):
     first, second = (pixel_run(tmp_path / name / "run", updates=2, **changes) for name in "ab")
     stores = InMemoryStore(), InMemoryStore()
@@ -129,10 +144,17 @@ def test_a_game_that_comes_back_among_turns_is_refused(tmp_path):
         pixel_run(tmp_path / "run", games=(CATCH, AVOID, CATCH), switch_every=1)
 
 
-def test_leaving_a_game_freezes_what_it_owns_and_coming_back_unlocks_that_alone(tmp_path):
-    """Catch, avoid, catch: experts, routers, norms, attention, heads and embedding of the game that is away stay equal bit for bit."""
-    config, store = pixel_run(tmp_path / "run", games=(CATCH, AVOID, CATCH), updates=2), InMemoryStore()
+@pytest.fixture(scope="module")
+def came_back(tmp_path_factory) -> tuple[RunConfig, InMemoryStore]:
+    """Catch, avoid, catch."""
+    config, store = pixel_run(tmp_path_factory.mktemp("came-back") / "run", games=(CATCH, AVOID, CATCH), updates=2), InMemoryStore()
     play(config, store)
+    return config, store
+
+
+def test_leaving_a_game_freezes_what_it_owns_and_coming_back_unlocks_that_alone(came_back):
+    """Experts, routers, norms, attention, heads and embedding of the game that is away stay equal bit for bit."""
+    config, store = came_back
     ends = [end_of(config.run_dir, f"{phase}-{game.replace('/', '-')}.pt") for phase, game in enumerate(config.games)]
     dense = [{game: _own(end, game) for game in (CATCH, AVOID) if _own(end, game)} for end in ends]
     assert _unequal(dense[0][CATCH], dense[1][CATCH]) == set()
@@ -179,8 +201,7 @@ def _unequal(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) ->
     return {name for name in before if not torch.equal(before[name], after[name])}
 
 
-def test_a_game_that_comes_back_begins_its_annealing_anew(tmp_path):
-    config = pixel_run(tmp_path / "run", games=(CATCH, AVOID, CATCH), updates=2)
-    play(config, InMemoryStore())
+def test_a_game_that_comes_back_begins_its_annealing_anew(came_back):
+    config, _ = came_back
     rate = config.ppo.learning_rate
     assert [event["losses"]["lr"] for event in updates(config.run_dir)] == [rate, rate / 2] * 3
