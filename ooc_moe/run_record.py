@@ -34,7 +34,7 @@ class Scores:
     mean_PG: Floats
     random_G: Floats
     untrained_G: Floats
-    """The agent's own score before any training."""
+    """The agent's own score before any training: random play's, as long as it knows no game to play as."""
     returns: dict[tuple[int, int], list[float]]
     """The single returns behind `mean_PG[phase, game]`."""
 
@@ -187,7 +187,7 @@ class RunRecord:
             trained_P=tuple(column[game] for game in self.schedule[:phases]),
             mean_PG=mean_PG,
             random_G=random_G,
-            untrained_G=untrained_G,
+            untrained_G=np.where(np.isnan(untrained_G), random_G, untrained_G),
             returns=returns,
         )
 

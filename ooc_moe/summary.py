@@ -270,8 +270,7 @@ def measures_table(record: RunRecord) -> TextTable:
     trained, ones = scores.trained_P, np.ones(len(scores.games))
     ceiling_G = measures.best_own(scores.mean_PG, trained)
     normal_PG = measures.normalise(scores.mean_PG, scores.random_G, ceiling_G)
-    # An agent that knows no game cannot play; what it would score is taken to be random play's, 0.
-    untrained_G = np.nan_to_num(measures.normalise(scores.untrained_G, scores.random_G, ceiling_G))
+    untrained_G = measures.normalise(scores.untrained_G, scores.random_G, ceiling_G)
     forgotten_G = measures.forgetting(normal_PG, trained)
     isolated_PG, shot_PG = (
         measures.isolated_forgetting(normal_PG, trained, ones),
