@@ -8,6 +8,7 @@ checkpoints' files.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -285,7 +286,7 @@ class Agent(nn.Module):
         tokens_ND = self.stem(frames_NSHW)
         logits_NA, values_N, experts_NLK = self._step(tokens_ND, segment, starts_N, noisy=not deterministic, generator=generator)
         log_probs_NA = torch.log_softmax(logits_NA, dim=-1)
-        if log_probs_NA.isnan().any():
+        if math.isnan(log_probs_NA.sum()):
             raise InvalidRequest(
                 f"parameters: the action logits of {segment.game!r} are NaN or infinite; the training diverged (learning rate?)"
             )
@@ -350,7 +351,7 @@ class Agent(nn.Module):
 
     @property
     def _device(self) -> torch.device:
-        return next(self.stem.parameters()).device
+        return self.caches[0].device
 
     def _build(self, pools: GamePools) -> GamePools:
         for cache, experts in zip(self.caches, pools.by_bank(len(self.caches)), strict=True):
@@ -420,7 +421,9 @@ class Agent(nn.Module):
 def _draw(log_probs_NA: Tensor, generator: torch.Generator | None) -> Tensor:
     """One action of each row, (N, 1)."""
     device = log_probs_NA.device if generator is None else generator.device
-    return log_probs_NA.exp().to(device).multinomial(1, generator=generator).to(log_probs_NA.device)
+    # As `torch.multinomial` draws one sample, without its checks.
+    races_NA = torch.empty(log_probs_NA.shape, device=device).exponential_(generator=generator)
+    return (log_probs_NA.exp() / races_NA.to(log_probs_NA.device)).argmax(-1, keepdim=True)
 
 
 def _check(name: str, value: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:

@@ -70,9 +70,11 @@ class Learner:
         uses = uses_of_update(rollout.experts_BTLK, minibatches, num_banks=num_banks, read_only=borrowed)
         for cache, to_come in zip(self.agent.caches, uses, strict=True):
             cache.schedule(to_come, ahead=self.config.prefetch != "off")
+        # As the stem wants them in memory: brought there once, not in every epoch.
+        frames_BTHWS = rollout.frames_BTSHW.movedim(2, -1).contiguous()
         measured: defaultdict[str, list[float]] = defaultdict(list)
         for rows in minibatches:
-            for name, value in self._minibatch(rollout, rows).items():
+            for name, value in self._minibatch(rollout, frames_BTHWS, rows).items():
                 measured[name].append(value)
         return {name: sum(values) / len(values) for name, values in measured.items()} | {"lr": learning_rate}
 
@@ -81,24 +83,27 @@ class Learner:
         orders = [torch.randperm(num_segments, generator=self._generator) for _ in range(self.config.ppo.epochs)]
         return [rows for order in orders for rows in torch.split(order, self.config.ppo.minibatch_segments)]
 
-    def _minibatch(self, rollout: Rollout, rows: Tensor) -> dict[str, float]:
-        """One optimizer step on these segments."""
-        device = self.config.device
+    def _minibatch(self, rollout: Rollout, frames_BTHWS: Tensor, rows: Tensor) -> dict[str, float]:
+        """One optimizer step on these segments; `frames_BTHWS` are the rollout's."""
+
+        def chosen(x_BT: Tensor) -> Tensor:
+            return x_BT.index_select(0, rows).to(self.config.device)
+
         output = self.agent(
-            rollout.frames_BTSHW[rows].to(device),
+            chosen(frames_BTHWS).movedim(-1, 2),
             game=self.game,
-            starts_BT=rollout.starts_BT[rows].to(device),
-            routing=rollout.experts_BTLK[rows].to(device),
+            starts_BT=chosen(rollout.starts_BT),
+            routing=chosen(rollout.experts_BTLK),
         )
         loss = clipped_loss(
             self.config.ppo,
             logits_BTA=output.logits_BTA,
             value_BT=output.value_BT,
-            actions_BT=rollout.actions_BT[rows].to(device),
-            old_log_probs_BT=rollout.log_probs_BT[rows].to(device),
-            advantages_BT=rollout.advantages_BT[rows].to(device),
-            returns_BT=rollout.returns_BT[rows].to(device),
-            played_BT=rollout.played_BT[rows].to(device),
+            actions_BT=chosen(rollout.actions_BT),
+            old_log_probs_BT=chosen(rollout.log_probs_BT),
+            advantages_BT=chosen(rollout.advantages_BT),
+            returns_BT=chosen(rollout.returns_BT),
+            played_BT=chosen(rollout.played_BT),
         )
         balance = self.agent.config.balance_weight * output.aux_loss
         protection = self._protection.loss(self.game, self._generator)
@@ -114,17 +119,18 @@ class Learner:
         self.own.step()
         self.shared.step()
         self.experts.step()
-        return {
-            "policy": float(loss.policy),
-            "value": float(loss.value),
-            "entropy": float(loss.entropy),
-            "balance": float(output.aux_loss.detach()),
-            "protection": float(protection.detach()),
-            "total": float(total.detach()),
-            "approx_kl": float(loss.approx_kl),
-            "clip_fraction": float(loss.clip_fraction),
-            "grad_norm": grad_norm,
+        measured = {
+            "policy": loss.policy,
+            "value": loss.value,
+            "entropy": loss.entropy,
+            "balance": output.aux_loss,
+            "protection": protection,
+            "total": total,
+            "approx_kl": loss.approx_kl,
+            "clip_fraction": loss.clip_fraction,
         }
+        values = torch.stack([value.detach().to(total.device) for value in measured.values()]).tolist()
+        return dict(zip(measured, values, strict=True)) | {"grad_norm": grad_norm}
 
     def _check_finite(self, name: str, value: float) -> None:
         """Stops a run that diverges before a step makes parameters of it."""

@@ -135,7 +135,7 @@ class _MixedExperts(torch.autograd.Function):
         order_M, counts = routed.order_M, list(routed.tokens_by_expert.values())
         grouped = torch.is_autocast_enabled(x_ND.device.type) and torch.get_autocast_dtype(x_ND.device.type) is torch.bfloat16
         forward_wave = grouped_ffn.forward if grouped else looped_ffn.forward
-        rows_MD = x_ND.to(torch.bfloat16 if grouped else x_ND.dtype).index_select(0, order_M // gates_NK.shape[1])
+        rows_MD = routed.rows_of(x_ND.to(torch.bfloat16 if grouped else x_ND.dtype))
         before_MH, after_MH = rows_MD.new_empty(2, len(rows_MD), experts.cache.views["b1"].shape[1])
         out_MD = torch.empty_like(rows_MD)
         pieces = _pieces(counts, rows_MD, before_MH, after_MH, out_MD)
@@ -144,8 +144,8 @@ class _MixedExperts(torch.autograd.Function):
             lambda places, parameters: forward_wave(parameters, counts[places], *pieces(places)),
             counted=True,
         )
-        back_M = torch.empty_like(order_M).scatter_(0, order_M, torch.arange(len(order_M), device=order_M.device))
-        each_NKD = out_MD.index_select(0, back_M).view(*gates_NK.shape, -1)
+        back_M = None if order_M is None else _inverse(order_M)
+        each_NKD = _picked(out_MD, back_M).view(*gates_NK.shape, -1)
         ctx.save_for_backward(rows_MD, before_MH, after_MH, each_NKD, gates_NK, back_M)
         ctx.experts, ctx.routed, ctx.read_only, ctx.grouped, ctx.dtype = experts, routed, read_only, grouped, x_ND.dtype
         return _sum_over_k(each_NKD * gates_NK.unsqueeze(2)).to(x_ND.dtype)
@@ -158,7 +158,7 @@ class _MixedExperts(torch.autograd.Function):
         backward_wave = grouped_ffn.backward if ctx.grouped else looped_ffn.backward
         grad_gates_NK = (each_NKD * grad_ND.unsqueeze(1)).sum(2).to(gates_NK.dtype) if ctx.needs_input_grad[1] else None
         grad_each_NKD = (grad_ND.unsqueeze(1) * gates_NK.unsqueeze(2)).to(rows_MD.dtype)
-        grad_out_MD = grad_each_NKD.flatten(0, 1).index_select(0, ctx.routed.order_M)
+        grad_out_MD = _picked(grad_each_NKD.flatten(0, 1), ctx.routed.order_M)
         grad_rows_MD = torch.empty_like(rows_MD)
         gradients_of = ctx.experts.gradients.of
         pieces = _pieces(counts, rows_MD, before_MH, after_MH, grad_out_MD, grad_rows_MD)
@@ -169,8 +169,17 @@ class _MixedExperts(torch.autograd.Function):
             backward_wave(parameters, gradients, counts[places], *pieces(places))
 
         ctx.experts.visit(experts, work, counted=False)
-        grad_x_ND = _sum_over_k(grad_rows_MD.index_select(0, back_M).view_as(each_NKD))
+        grad_x_ND = _sum_over_k(_picked(grad_rows_MD, back_M).view_as(each_NKD))
         return grad_x_ND.to(ctx.dtype), grad_gates_NK, None, None, None, None
+
+
+def _inverse(order_M: Tensor) -> Tensor:
+    return torch.empty_like(order_M).scatter_(0, order_M, torch.arange(len(order_M), device=order_M.device))
+
+
+def _picked(rows_MD: Tensor, order_M: Tensor | None) -> Tensor:
+    """The rows in this order; None: as they are."""
+    return rows_MD if order_M is None else rows_MD.index_select(0, order_M)
 
 
 def _pieces(counts: list[int], *tensors: Tensor) -> Callable[[slice], list[Tensor]]:
@@ -223,7 +232,7 @@ class TieredMoE(nn.Module):
     @torch.no_grad()
     def activity(self, x: Tensor, routed: Routed) -> dict[int, Tensor]:
         """Mean absolute activation `(hidden,)` of each expert's hidden units over the tokens of `x` that were routed to it, by id."""
-        rows_MD = self.norm(x).flatten(0, -2).index_select(0, routed.order_M // routed.experts_NK.shape[1])
+        rows_MD = routed.rows_of(self.norm(x).flatten(0, -2))
         experts, pieces = list(routed.tokens_by_expert), torch.split(rows_MD, list(routed.tokens_by_expert.values()))
         found: dict[int, Tensor] = {}
 

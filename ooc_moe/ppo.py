@@ -73,11 +73,11 @@ def clipped_loss(
     played_BT: Tensor,
 ) -> Loss:
     """The clipped surrogate, value and entropy losses over the steps that were played; advantages are normalised over these."""
-    mask = played_BT.to(value_BT.dtype)
-    count = mask.sum().clamp(min=1)
+    mask_M = played_BT.flatten().to(value_BT.dtype)
+    weights_M = mask_M / mask_M.sum().clamp(min=1)
 
     def mean(x_BT: Tensor) -> Tensor:
-        return (x_BT * mask).sum() / count
+        return x_BT.flatten().dot(weights_M)
 
     log_probs_BTA = torch.log_softmax(logits_BTA, dim=-1)
     log_ratio_BT = log_probs_BTA.gather(-1, actions_BT.unsqueeze(-1)).squeeze(-1) - old_log_probs_BT
@@ -90,6 +90,6 @@ def clipped_loss(
     with torch.no_grad():
         # Schulman's low-variance estimator of KL(old || new): http://joschu.net/blog/kl-approx.html
         approx_kl = mean(ratio_BT - 1 - log_ratio_BT)
-        clip_fraction = mean(((ratio_BT - 1).abs() > config.clip).to(mask.dtype))
+        clip_fraction = mean(((ratio_BT - 1).abs() > config.clip).to(value_BT.dtype))
     total = policy + config.value_coef * value - config.entropy_coef * entropy
     return Loss(total, policy.detach(), value.detach(), entropy.detach(), approx_kl, clip_fraction)

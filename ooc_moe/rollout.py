@@ -112,7 +112,8 @@ class Collector:
         """One step; adds the raw returns of the games that ended with it."""
         acted = self.agent.act(self.frames_NSHW, segment, starts_N=self._starts_N, generator=self._generator)
         experts_NLK = acted.experts_NLK.cpu()
-        foretell_acting(self.agent.caches, [experts_NLK], ahead=self._ahead)
+        if any(cache.num_experts > cache.capacity_experts for cache in self.agent.caches):
+            foretell_acting(self.agent.caches, [experts_NLK], ahead=self._ahead)
         step = self.envs.step(acted.actions_N.cpu().numpy())
         episode_returns += step.episode_returns
         now = {

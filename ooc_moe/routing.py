@@ -23,7 +23,8 @@ class Routed:
         chosen_NK: places of the chosen among them.
         experts_NK: their global ids.
         gates_NK: their weights, which sum to 1.
-        order_M: the permutation that sorts the M = N * K flat assignments (token, k) by expert; equal ones keep their order.
+        order_M: the permutation that sorts the M = N * K flat assignments (token, k) by expert; equal ones keep their order. None: they
+            are sorted, because there is one expert.
         counts_E: assignments of each expert to choose from.
         tokens_by_expert: the same by global id, ascending, on the host; none that got none.
     """
@@ -32,9 +33,13 @@ class Routed:
     chosen_NK: Tensor
     experts_NK: Tensor
     gates_NK: Tensor
-    order_M: Tensor
+    order_M: Tensor | None
     counts_E: Tensor
     tokens_by_expert: dict[int, int]
+
+    def rows_of(self, x_ND: Tensor) -> Tensor:
+        """The token of each assignment (M, D), sorted by expert."""
+        return x_ND if self.order_M is None else x_ND.index_select(0, self.order_M // self.experts_NK.shape[1])
 
 
 class Router(nn.Module):
@@ -77,9 +82,9 @@ class Router(nn.Module):
         Raises:
             InvalidRequest: `experts_NK` names an expert outside this router's, or has another shape.
         """
-        logits_NE = x_ND @ self.weight.t()
         if len(self._ids) == 1:
-            logits_NE = logits_NE.detach()  # No choice, nothing to learn: the gate is 1.
+            return self._no_choice(x_ND, experts_NK)
+        logits_NE = x_ND @ self.weight.t()
         if experts_NK is None:
             chosen_NK = self._choose(logits_NE.detach(), noisy, generator)
             experts_NK = self.experts[chosen_NK]
@@ -91,6 +96,25 @@ class Router(nn.Module):
         gates_NK = torch.softmax(logits_NE.gather(1, chosen_NK), dim=1)
         return Routed(logits_NE, chosen_NK, experts_NK, gates_NK, order_M, counts_E, tokens_by_expert)
 
+    def _no_choice(self, x_ND: Tensor, experts_NK: Tensor | None) -> Routed:
+        """All tokens to the only expert, in their order, with a gate of 1: the router has nothing to learn."""
+        num_tokens, ones_N1 = len(x_ND), x_ND.new_ones(len(x_ND), 1)
+        only_N1 = self.experts.expand(num_tokens, 1)
+        if experts_NK is not None:
+            self._check_shape(experts_NK, num_tokens)
+            strangers_M = experts_NK[experts_NK != only_N1]
+            if len(strangers_M):
+                raise self._stranger(int(strangers_M[0]))
+        return Routed(
+            logits_NE=ones_N1.detach(),
+            chosen_NK=self._places.expand(num_tokens, 1),
+            experts_NK=only_N1,
+            gates_NK=ones_N1,
+            order_M=None,
+            counts_E=self._places.new_full((1,), num_tokens),
+            tokens_by_expert={self._ids[0]: num_tokens},
+        )
+
     def _choose(self, logits_NE: Tensor, noisy: bool, generator: torch.Generator | None) -> Tensor:
         if noisy and self.training and self.noise > 0:
             device = logits_NE.device if generator is None else generator.device
@@ -100,8 +124,7 @@ class Router(nn.Module):
 
     def _places_of(self, experts_NK: Tensor, num_tokens: int) -> Tensor:
         """Where the given ids stand among this router's; a stranger, behind the last."""
-        if experts_NK.shape != (num_tokens, self.top_k):
-            raise InvalidRequest(f"routing: shape {tuple(experts_NK.shape)} is not ({num_tokens}, {self.top_k}) (tokens, top_k)")
+        self._check_shape(experts_NK, num_tokens)
         places_NK = torch.searchsorted(self.experts, experts_NK.to(self.experts.dtype).contiguous()).clamp_(max=len(self._ids) - 1)
         return places_NK.masked_fill_(self.experts[places_NK] != experts_NK, len(self._ids))
 
@@ -109,9 +132,15 @@ class Router(nn.Module):
         """The counts by id. Here, once a layer, the host waits for the device: the cache must know whom to bring."""
         counts = counts_E.tolist()
         if sum(counts) < len(order_M):
-            stranger = int(experts_NK.flatten()[order_M[sum(counts)]])
-            raise InvalidRequest(f"routing: expert {stranger} is not one of this router's {self._ids}")
+            raise self._stranger(int(experts_NK.flatten()[order_M[sum(counts)]]))
         return {expert: count for expert, count in zip(self._ids, counts, strict=True) if count}
+
+    def _check_shape(self, experts_NK: Tensor, num_tokens: int) -> None:
+        if experts_NK.shape != (num_tokens, self.top_k):
+            raise InvalidRequest(f"routing: shape {tuple(experts_NK.shape)} is not ({num_tokens}, {self.top_k}) (tokens, top_k)")
+
+    def _stranger(self, expert: int) -> InvalidRequest:
+        return InvalidRequest(f"routing: expert {expert} is not one of this router's {self._ids}")
 
 
 def balance_loss(routed: Routed) -> Tensor:

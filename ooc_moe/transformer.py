@@ -40,13 +40,16 @@ class CausalAttention(nn.Module):
     def forward(self, x_BTD: Tensor, *, mask: Tensor | None) -> Tensor:
         """Attends causally; `mask` `(batch, 1, T, T)` says which pairs may meet, and None means all earlier frames."""
         q, k, v = self._project(x_BTD)
-        y = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        # A frame that sees itself alone takes its own value.
+        y = v if v.shape[2] == 1 else scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self._merge(y)
 
     def step(self, x_BTD: Tensor, memory: KeysValues, position: int, *, mask: Tensor | None) -> Tensor:
         """Attends from one frame `(batch, 1, dim)` to itself and the `position` frames before, and remembers it."""
         q, k, v = self._project(x_BTD)
         memory.keys[:, :, position], memory.values[:, :, position] = k[:, :, 0], v[:, :, 0]
+        if position == 0:
+            return self._merge(v)
         upto = slice(0, position + 1)
         return self._merge(scaled_dot_product_attention(q, memory.keys[:, :, upto], memory.values[:, :, upto], attn_mask=mask))
 

@@ -97,3 +97,17 @@ def test_assignments_are_counted_and_sorted_by_expert_each_experts_in_the_order_
     few = router(x_ND[:1])
     assert few.tokens_by_expert == dict.fromkeys(few.experts_NK.flatten().tolist(), 1)
     assert list(few.tokens_by_expert) == sorted(few.tokens_by_expert)
+
+
+def test_the_only_expert_takes_all_tokens_in_their_order_and_repeats_no_other(x_ND: torch.Tensor) -> None:
+    only = Router(dim=6, experts=[7], top_k=1, noise=1.0)
+    routed = only(x_ND, noisy=True)
+    assert routed.experts_NK.tolist() == [[7]] * 40
+    assert routed.gates_NK.tolist() == [[1.0]] * 40
+    assert (routed.counts_E.tolist(), routed.tokens_by_expert) == ([40], {7: 40})
+    assert torch.equal(routed.rows_of(x_ND), x_ND)
+    assert only(x_ND, experts_NK=routed.experts_NK.int()).tokens_by_expert == {7: 40}
+    with pytest.raises(InvalidRequest, match="expert 8 is not one of"):
+        only(x_ND[:3], experts_NK=torch.tensor([[7], [8], [9]]))
+    with pytest.raises(InvalidRequest, match="shape"):
+        only(x_ND, experts_NK=routed.experts_NK[:3])
