@@ -102,7 +102,7 @@ def dense(config: AgentConfig) -> AgentConfig:
 
 ATARI_AGENT = dense(replace(PRESETS["demo"], num_layers=1))
 PIXEL_AGENT = dense(
-    replace(PRESETS["demo"], num_layers=1, frame_size=10, frame_stack=2, stem_channels=(16, 32), stem_kernels=(3, 3), stem_strides=(1, 2))
+    replace(PRESETS["demo"], num_layers=1, frame_size=10, frame_stack=2, stem_channels=(16, 32), stem_kernels=(2, 3), stem_strides=(1, 2))
 )
 ATARI_PPO = PPOConfig(num_envs=16, rollout_steps=64, epochs=3, minibatch_segments=256)
 PIXEL_PPO = PPOConfig(num_envs=32, rollout_steps=32, epochs=3, minibatch_segments=256, learning_rate=2e-3, gamma=0.9, entropy_coef=0.005)
