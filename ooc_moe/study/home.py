@@ -123,7 +123,7 @@ def write(results: Results, directory: Path, *, command: str) -> list[Path]:
     page = directory / f"{study.name}.md"
     page.write_text(_markdown(results, described, pictures, _notes_of(page)))
     numbers = directory / f"{study.name}.json"
-    numbers.write_text(json.dumps(_plain(_numbers(results, described)), indent=1) + "\n")
+    numbers.write_text(json.dumps(_plain(_numbers(results, described)), separators=(",", ":")) + "\n")
     return [page, numbers, *paths]
 
 
