@@ -55,6 +55,7 @@ class Prefetcher:
         self._complete_at: int | None = None  # all that it needs was there when so many residents had been removed
         self._promote: dict[int, None] = {}  # not yet named to the daemon
         self._cancel = False  # the daemon is to drop its queue
+        self._failed = False  # the newest fetch; who waits for what it did not bring must get to ask by itself
         self._thread = threading.Thread(target=self._run, name=f"prefetch {core.bank}", daemon=True)
         self._thread.start()
 
@@ -143,6 +144,7 @@ class Prefetcher:
                         self._core.changed.wait()
                 self._do(work)
             except (Unavailable, DeadlineExceeded, TierFull) as error:
+                self._failed = True
                 log.info("bank %s: prefetch failed: %s", self._core.bank, error)
             except Exception as error:
                 self._core.fail(error)
@@ -154,8 +156,9 @@ class Prefetcher:
             work = _Work(cancel=self._cancel, promote=list(self._promote))
             self._cancel, self._promote = False, {}
             return work
-        if self._core.demanding:
+        if self._core.demanding or (self._failed and self._core.fetching):
             return None
+        self._failed = False
         loading = self._claim_foretold() or self._claim()
         return _Work(load=loading) if loading else None
 

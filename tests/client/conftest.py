@@ -13,7 +13,7 @@ import torch
 
 from ooc_moe_client.in_memory import InMemoryStore
 from ooc_moe_client.remote import RemoteStore
-from ooc_moe_client.store import ExpertStore, Plane, Push
+from ooc_moe_client.store import ExpertStore, Plane, Priority, Push
 from ooc_moe_wire.initializers import Initializer
 from ooc_moe_wire.layout import BankSpec, Layout, TensorSpec
 from tests.conftest import DaemonProcess
@@ -108,6 +108,7 @@ class GatedStore:
     def __init__(self, store: ExpertStore) -> None:
         self._store = store
         self.fetches: list[list[int]] = []
+        self.priorities: list[Priority] = []  # of these
         self.pushes: list[list[int]] = []
         self.promoted: list[list[int]] = []
         self.fetch_errors: dict[int, Exception] = {}  # by expert, until removed
@@ -143,6 +144,7 @@ class GatedStore:
 
     def fetch(self, bank: str, experts: Sequence[int], **options: Any) -> Iterator[Any]:
         self.fetches.append(list(experts))
+        self.priorities.append(options.get("priority", Priority.DEMAND))
         self._pass("fetch")
         for expert in experts:
             if expert in self.fetch_errors:

@@ -1,5 +1,6 @@
 """The schedule beside a slow twin, and what the cache makes of one: whom it evicts, what it fetches ahead, and with which sections."""
 
+from concurrent import futures
 from itertools import pairwise
 
 import pytest
@@ -8,9 +9,9 @@ from hypothesis import strategies as st
 
 from ooc_moe_client.cache import ExpertCache
 from ooc_moe_client.schedule import Schedule, Use
-from ooc_moe_client.store import Sections
+from ooc_moe_client.store import Priority, Sections
 from ooc_moe_client.table import State
-from ooc_moe_wire.errors import UnknownExpert
+from ooc_moe_wire.errors import Unavailable, UnknownExpert
 from tests.client.conftest import LAYOUT, GatedStore
 from tests.client.test_cache import update, visit
 
@@ -136,6 +137,21 @@ def test_what_is_foretold_is_fetched_in_its_order_before_anybody_asks(gated: Gat
         assert (stats.hits, stats.misses, stats.bytes_in) == (4, 0, size)
         assert stats.ahead == {"issued": 4, "issued_bytes": size, "useful": 4, "useful_bytes": size}
         assert (stats.prefetch_issued, stats.prefetch_useful) == (0, 0)  # It was no speculation.
+
+
+def test_a_fetch_ahead_that_fails_lets_demand_ask_before_it_tries_again(gated: GatedStore, bank: str):
+    with ExpertCache(gated, bank, capacity_experts=2) as cache, futures.ThreadPoolExecutor() as pool:
+        gated.hold("fetch")
+        gated.fetch_errors[3] = Unavailable("the daemon stays away")
+        cache.schedule(sweep(3, 3))
+        gated.wait_for("fetch", 1)
+        reading = pool.submit(visit, cache, [3])
+        with pytest.raises(futures.TimeoutError):
+            reading.result(timeout=0.1)
+        gated.let("fetch")
+        with pytest.raises(Unavailable, match="stays away"):
+            reading.result(timeout=30)
+        assert gated.priorities[:2] == [Priority.PREFETCH, Priority.DEMAND]
 
 
 def test_nothing_is_fetched_ahead_into_the_slot_of_what_is_needed_sooner(gated: GatedStore, bank: str):

@@ -102,7 +102,7 @@ def end_of(run_dir: Path, name: str) -> checkpoint.Checkpoint:
 def without_clock(run_dir: Path) -> list[Event]:
     """The run's events without what depends on time or on the order in which background work happened to run."""
     kept = ("event", "step", "update", "game", "losses", "usage", "detector", "returns", "evaluated", "episode_return_mean", "believed")
-    events = [event for event in read_metrics(run_dir) if event["event"] != "resumed"]
+    events = [event for event in read_metrics(run_dir) if event["event"] not in ("begun", "resumed")]
     return [{key: event[key] for key in kept if key in event} for event in events]
 
 

@@ -40,7 +40,7 @@ def test_a_quick_run_times_every_pool_beside_the_same_dense_layer(tmp_path, caps
 
 def test_a_layer_that_computes_something_else_is_not_timed(monkeypatch):
     right = TieredExperts.__call__
-    monkeypatch.setattr(TieredExperts, "__call__", lambda self, x_ND, routed: 1.01 * right(self, x_ND, routed))
+    monkeypatch.setattr(TieredExperts, "__call__", lambda self, x_ND, routed, **how: 1.01 * right(self, x_ND, routed, **how))
     with pytest.raises(WrongBytes, match=r"pool of 4: the output is \d.\de-\d+ away"):
         bench.run(LayerBench(sizes=("tiny",), tokens=(8,), device="cpu", rounds=1), Console(quiet=True))
 

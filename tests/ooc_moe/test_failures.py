@@ -78,7 +78,7 @@ class Training:
     def __init__(self, target: Callable[[], object], run_dir: Path) -> None:
         self.run_dir = run_dir
         self.error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(target,))
+        self._thread = threading.Thread(target=self._run, args=(target,), daemon=True)
         self._thread.start()
 
     def _run(self, target: Callable[[], object]) -> None:
