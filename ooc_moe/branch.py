@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ooc_moe import checkpoint, envs
-from ooc_moe.metrics import METRICS_FILE
-from ooc_moe.run_config import CONFIG_FILE, RunConfig
+from ooc_moe.metrics import CONFIG_FILE, METRICS_FILE
+from ooc_moe.run_config import RunConfig
 from ooc_moe.session import open_store
 from ooc_moe_wire.errors import InvalidRequest
 

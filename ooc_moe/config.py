@@ -80,38 +80,38 @@ class AgentConfig:
     def __post_init__(self) -> None:
         self._check_types()
         for name in _AT_LEAST_ONE:
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("router_noise", "balance_weight", "dropout"):
-            _require(math.isfinite(getattr(self, name)) and getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-        _require(self.dropout < 1, "dropout", self.dropout, "below 1")
+            require(math.isfinite(getattr(self, name)) and getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        require(self.dropout < 1, "dropout", self.dropout, "below 1")
         for name, choices in (("routing", Routing), ("banks", Scope), ("pools", Scope), ("attention", AttentionOwner)):
-            _require(getattr(self, name) in get_args(choices), name, repr(getattr(self, name)), f"one of {', '.join(get_args(choices))}")
+            require(getattr(self, name) in get_args(choices), name, repr(getattr(self, name)), f"one of {', '.join(get_args(choices))}")
         self._check_sizes()
         self._check_stem()
 
     def _check_types(self) -> None:
         for name in (*_AT_LEAST_ONE, "prefetch_experts", "shared_experts"):
             value = getattr(self, name)
-            _require(isinstance(value, int) and not isinstance(value, bool), name, repr(value), "a whole number")
+            require(isinstance(value, int) and not isinstance(value, bool), name, repr(value), "a whole number")
 
     def _check_sizes(self) -> None:
-        _require(self.dim % self.num_heads == 0, "num_heads", self.num_heads, f"a divisor of dim {self.dim}")
+        require(self.dim % self.num_heads == 0, "num_heads", self.num_heads, f"a divisor of dim {self.dim}")
         fits = self.routing == "token" or self.pool_size <= self.num_experts
-        _require(fits, "pool_size", self.pool_size, f"at most num_experts {self.num_experts}")
-        _require(self.top_k <= self.choices, "top_k", self.top_k, f"at most the {self.choices} experts a token can choose from")
+        require(fits, "pool_size", self.pool_size, f"at most num_experts {self.num_experts}")
+        require(self.top_k <= self.choices, "top_k", self.top_k, f"at most the {self.choices} experts a token can choose from")
         for name in ("prefetch_experts", "shared_experts"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-        _require(self.routing == "pool" or not self.shared_experts, "shared_experts", self.shared_experts, "0, with token routing")
+            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        require(self.routing == "pool" or not self.shared_experts, "shared_experts", self.shared_experts, "0, with token routing")
         for name in ("hbm_experts", "dram_experts"):
-            _require(getattr(self, name) >= self.num_banks, name, getattr(self, name), f"at least one for each of {self.num_banks} banks")
+            require(getattr(self, name) >= self.num_banks, name, getattr(self, name), f"at least one for each of {self.num_banks} banks")
 
     def _check_stem(self) -> None:
-        _require(bool(self.stem_channels), "stem_channels", self.stem_channels, "at least one convolution")
+        require(bool(self.stem_channels), "stem_channels", self.stem_channels, "at least one convolution")
         for name in ("stem_channels", "stem_kernels", "stem_strides"):
             sizes = getattr(self, name)
-            _require(len(sizes) == len(self.stem_channels), name, sizes, f"as long as stem_channels {self.stem_channels}")
-            _require(all(isinstance(size, int) and size >= 1 for size in sizes), name, sizes, "made of whole numbers of at least 1")
-        _require(self.stem_output_size >= 1, "frame_size", self.frame_size, "large enough for the stem's convolutions")
+            require(len(sizes) == len(self.stem_channels), name, sizes, f"as long as stem_channels {self.stem_channels}")
+            require(all(isinstance(size, int) and size >= 1 for size in sizes), name, sizes, "made of whole numbers of at least 1")
+        require(self.stem_output_size >= 1, "frame_size", self.frame_size, "large enough for the stem's convolutions")
 
     @property
     def choices(self) -> int:
@@ -222,7 +222,8 @@ class ParamEstimate:
         return self.experts + self.dense
 
 
-def _require(holds: bool, name: str, value: object, want: str) -> None:
+def require(holds: bool, name: str, value: object, want: str) -> None:
+    """Raises InvalidRequest that names the field and its value, unless it holds."""
     if not holds:
         raise InvalidRequest(f"{name}: {value} is not {want}")
 

@@ -25,7 +25,7 @@ from ooc_moe_wire.errors import InvalidRequest
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-METRICS_FILE = "metrics.jsonl"
+CONFIG_FILE, METRICS_FILE = "config.json", "metrics.jsonl"  # in a run's directory
 # Counts per expert belong to the record; as scalars they would be a curve for each of hundreds of experts.
 _NOT_SCALARS = ("event", "time", "step", "update", "usage", "fetches")
 

@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ooc_moe.config import AgentConfig
+from ooc_moe.config import AgentConfig, require
+from ooc_moe.metrics import CONFIG_FILE
 from ooc_moe.trace import TraceInfo
 from ooc_moe_client.admission import AdmissionMode
 from ooc_moe_client.connection import check_target
 from ooc_moe_client.store import Plane
 from ooc_moe_wire.errors import InvalidRequest
 
-CONFIG_FILE = "config.json"
 PrefetchSource = Literal["off", "detector", "schedule"]
 Protection = Literal["replay", "freeze", "ewc", "clone", "none"]
 Recogniser = Literal["detector", "nearest-mean", "oracle"]
@@ -65,13 +65,13 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         for name in ("num_envs", "rollout_steps", "epochs", "minibatch_segments"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("gamma", "gae_lambda"):
-            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")
+            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")
         for name in ("learning_rate", "clip", "max_grad_norm"):
-            _require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "a number above 0")
+            require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "a number above 0")
         for name in ("entropy_coef", "value_coef"):
-            _require(math.isfinite(getattr(self, name)), name, getattr(self, name), "a number")
+            require(math.isfinite(getattr(self, name)), name, getattr(self, name), "a number")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,26 +128,26 @@ class RunConfig:
     """The file that records which experts are asked for; None records nothing."""
 
     def __post_init__(self) -> None:
-        _require(_NAME.fullmatch(self.name) is not None, "run_dir", self.run_dir, f"named with {_NAME_SAYS}, which its banks' names carry")
-        _require(bool(self.games), "games", self.games, "at least one game")
+        require(_NAME.fullmatch(self.name) is not None, "run_dir", self.run_dir, f"named with {_NAME_SAYS}, which its banks' names carry")
+        require(bool(self.games), "games", self.games, "at least one game")
         comes_back = self.switch_every > 0 and len(set(self.games)) < len(self.games)
-        _require(not comes_back, "games", self.games, "different games, which a run with switch_every needs")
+        require(not comes_back, "games", self.games, "different games, which a run with switch_every needs")
         for name in ("steps_per_game", "eval_envs", "eval_episodes", "threads", "env_threads"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("eval_steps", "checkpoint_every", "switch_every", "seed"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         weight = self.protection_weight
-        _require(weight is None or 0 <= weight < math.inf, "protection_weight", weight, "a number of at least 0")
+        require(weight is None or 0 <= weight < math.inf, "protection_weight", weight, "a number of at least 0")
         for name, choices in (("prefetch", PrefetchSource), ("protection", Protection), ("recognise", Recogniser)):
-            _require(getattr(self, name) in get_args(choices), name, getattr(self, name), f"one of {get_args(choices)}")
+            require(getattr(self, name) in get_args(choices), name, getattr(self, name), f"one of {get_args(choices)}")
         modes = tuple(mode.value for mode in AdmissionMode)
-        _require(self.prefetch_admission in modes, "prefetch_admission", self.prefetch_admission, f"one of {modes}")
+        require(self.prefetch_admission in modes, "prefetch_admission", self.prefetch_admission, f"one of {modes}")
         planes = tuple(plane.value for plane in Plane)
-        _require(self.plane in planes, "plane", self.plane, f"one of {planes}")
+        require(self.plane in planes, "plane", self.plane, f"one of {planes}")
         if self.store is not None:
             check_target(self.store)
         context, steps = self.agent.context, self.ppo.rollout_steps
-        _require(steps % context == 0, "rollout_steps", steps, f"a multiple of the agent's context, {context}")
+        require(steps % context == 0, "rollout_steps", steps, f"a multiple of the agent's context, {context}")
 
     @property
     def name(self) -> str:
@@ -204,8 +204,3 @@ class RunConfig:
         agent: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.pop("agent").items()}
         ppo, games = PPOConfig(**fields.pop("ppo")), tuple(fields.pop("games"))
         return RunConfig(run_dir=run_dir, agent=AgentConfig(**agent), ppo=ppo, games=games, **fields)
-
-
-def _require(holds: bool, name: str, value: object, want: str) -> None:
-    if not holds:
-        raise InvalidRequest(f"{name}: {value} is not {want}")

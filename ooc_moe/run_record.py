@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 
 from ooc_moe.measures import Floats, cold_unchanged
-from ooc_moe.metrics import METRICS_FILE, Event, read_metrics
+from ooc_moe.metrics import CONFIG_FILE, METRICS_FILE, Event, read_metrics
 from ooc_moe_wire.errors import InvalidRequest
 
-CONFIG_FILE = "config.json"
 UNSAID = float("nan")
 _Usage = Mapping[str, Mapping[str, int]]
 """Layer -> expert -> tokens."""

@@ -11,13 +11,11 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import os
-import signal
-import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,12 +28,13 @@ from ooc_moe import checkpoint, envs
 from ooc_moe.bench.machine import commit
 from ooc_moe.branch import go_back
 from ooc_moe.evaluate import Evaluator
+from ooc_moe.interrupts import interruptible
 from ooc_moe.learner import Learner
-from ooc_moe.metrics import MetricsWriter
+from ooc_moe.metrics import CONFIG_FILE, MetricsWriter
 from ooc_moe.protection import make_protection
 from ooc_moe.report import summary_tables, write_report
 from ooc_moe.rollout import Collector, Rollout
-from ooc_moe.run_config import CONFIG_FILE, RunConfig, Turn
+from ooc_moe.run_config import RunConfig, Turn
 from ooc_moe.session import Session, check_device, open_session, open_store
 from ooc_moe.trace import TraceWriter, check_new
 from ooc_moe_client.store import ExpertStore
@@ -170,7 +169,7 @@ class Trainer:
         if self.at == checkpoint.Progress():
             self.save()  # So that a run can be resumed from its first moment on.
         turns = self.config.turns
-        with _interruptible() as interrupted, _progress(self.console) as progress:
+        with interruptible() as interrupted, _progress(self.console) as progress:
             for turn in turns[self.at.turn :]:
                 self._learn(turn, progress, interrupted)
                 if turn.evaluated:
@@ -421,29 +420,6 @@ class Trainer:
         episodes = rollout.episode_returns
         score = f"return {sum(episodes) / len(episodes):.0f}" if episodes else f"{1000 * rollout.reward_per_step:.0f} points per 1000 steps"
         progress.update(bar, completed=done, note=f"{score}, HBM hits {cache.hit_rate:.1%}")
-
-
-@contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Turns the first Ctrl-C (or SIGTERM) into a wish that the loop fulfils at its next safe point; the second one stops at once.
-
-    Outside the main thread, where Python handles no signals, nobody interrupts.
-    """
-    wish = False
-
-    def note(signum: int, frame: object) -> None:
-        nonlocal wish
-        if wish:
-            raise KeyboardInterrupt
-        wish = True
-
-    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    previous = {number: signal.signal(number, note) for number in numbers}
-    try:
-        yield lambda: wish
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _progress(console: Console) -> Progress:

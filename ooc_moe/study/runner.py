@@ -11,18 +11,18 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from ooc_moe import checkpoint
-from ooc_moe.metrics import METRICS_FILE
-from ooc_moe.run_config import CONFIG_FILE, RunConfig
+from ooc_moe.interrupts import interruptible
+from ooc_moe.metrics import CONFIG_FILE, METRICS_FILE
+from ooc_moe.run_config import RunConfig
 from ooc_moe_wire.errors import InvalidRequest
 
 CHILD = ("-m", "ooc_moe.study.child")
@@ -109,7 +109,7 @@ def run_all(configs: Sequence[RunConfig], *, jobs: int, watch: Callable[[Status]
     running: dict[Path, tuple[RunConfig, subprocess.Popen[bytes]]] = {}
     failed: dict[Path, str] = {}
     stopping = False
-    with _interruptible() as interrupted:
+    with interruptible() as interrupted:
         while (waiting and not interrupted()) or running:
             while waiting and len(running) < jobs and not interrupted():
                 config = waiting.pop(0)
@@ -195,16 +195,3 @@ def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in fields.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat
-
-
-@contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Turns Ctrl-C and SIGTERM into a wish that the loop fulfils; outside the main thread nobody interrupts."""
-    wish = threading.Event()
-    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    previous = {number: signal.signal(number, lambda *_: wish.set()) for number in numbers}
-    try:
-        yield wish.is_set
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

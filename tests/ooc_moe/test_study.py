@@ -16,8 +16,8 @@ import pytest
 from ooc_moe import checkpoint, summary
 from ooc_moe.cli import main
 from ooc_moe.envs import REFERENCE_SCORES
-from ooc_moe.metrics import MetricsWriter, read_metrics
-from ooc_moe.run_config import CONFIG_FILE, PPOConfig, RunConfig
+from ooc_moe.metrics import CONFIG_FILE, MetricsWriter, read_metrics
+from ooc_moe.run_config import PPOConfig, RunConfig
 from ooc_moe.run_record import RunRecord
 from ooc_moe.study import home, runner, verdicts
 from ooc_moe.study.caching import CachingPoint, Way
