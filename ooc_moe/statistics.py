@@ -1,7 +1,8 @@
 """Statistics of few runs: interquartile mean, stratified bootstrap, permutation test; pure functions of numpy arrays.
 
 As in rliable (Agarwal et al. 2021, "Deep RL at the Edge of the Statistical Precipice"), but strata may differ in size, and nothing beyond
-numpy is needed (rliable brings arch, numba and more). A stratum is what is drawn alike: the seeds of one game in one order.
+numpy is needed (rliable brings arch, numba and more). A stratum is what is drawn alike: the runs of one order of the games. A run is drawn
+whole, with all its games, as they share one network and are not independent. NaN stands for what is unsaid, and counts for nothing.
 """
 
 from __future__ import annotations
@@ -22,32 +23,40 @@ _DEALS_AT_ONCE = 500
 
 def iqm(values: ArrayLike) -> Any:
     """Interquartile mean over the last axis: the mean without the lowest and the highest quarter (rounded down, as scipy's trim_mean)."""
-    ordered = np.sort(np.asarray(values, float), axis=-1)
-    cut = ordered.shape[-1] // 4
-    return mean(ordered[..., cut : ordered.shape[-1] - cut])
+    ordered = np.sort(np.asarray(values, float), axis=-1)  # NaN comes last.
+    known = (~np.isnan(ordered)).sum(axis=-1, keepdims=True)
+    place, cut = np.arange(ordered.shape[-1]), known // 4
+    return mean(np.where((cut <= place) & (place < known - cut), ordered, np.nan))
 
 
 def mean(values: ArrayLike) -> Any:
     """The mean over the last axis; NaN of nothing."""
     array = np.asarray(values, float)
-    return array.mean(axis=-1) if array.shape[-1] else np.full(array.shape[:-1], np.nan)[()]
+    known = ~np.isnan(array)
+    count = known.sum(axis=-1)
+    return (np.where(known, array, 0).sum(axis=-1) / np.where(count, count, np.nan))[()]
 
 
 def bootstrap(
     strata: Sequence[ArrayLike], statistic: Callable[[Floats], Any] = mean, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> Floats:
-    """(resamples,) the statistic of samples that draw from each stratum, with replacement, as many values as it has.
+    """(resamples,) the statistic of samples that draw from each stratum, with replacement, as many runs as it has.
 
     Args:
-        strata: values, NaN left out; empty strata count for nothing.
-        statistic: of an array's last axis.
+        strata: values (runs,) or (runs, games); a run without a value, and an empty stratum, count for nothing.
+        statistic: of an array's last axis; leaves NaN out.
         resamples: how many.
         seed: of the draws.
     """
     rng = np.random.default_rng(seed)
-    known = [values[~np.isnan(values)] for values in (np.asarray(stratum, float).ravel() for stratum in strata)]
-    drawn = [values[rng.integers(0, len(values), (resamples, len(values)))] for values in known if len(values)]
-    return np.asarray(statistic(np.concatenate(drawn, axis=1) if drawn else np.empty((resamples, 0))))
+    drawn = [np.empty((resamples, 0))]
+    for stratum in strata:
+        values = np.asarray(stratum, float)
+        runs_RG = values.reshape(len(values), -1)
+        runs_RG = runs_RG[~np.isnan(runs_RG).all(axis=1)]
+        if len(runs_RG):
+            drawn.append(runs_RG[rng.integers(0, len(runs_RG), (resamples, len(runs_RG)))].reshape(resamples, -1))
+    return np.asarray(statistic(np.concatenate(drawn, axis=1)))
 
 
 def interval(samples: ArrayLike, level: float = 0.95) -> tuple[float, float]:
@@ -75,7 +84,7 @@ def within_and_between(similarity_NN: ArrayLike, labels_N: Sequence[Hashable]) -
     """The mean similarity of two different members of one group, and of members of two groups; NaN where there are none."""
     similarity, same = np.asarray(similarity_NN, float), _same(labels_N)
     pairs = np.triu(np.ones_like(same), 1)
-    return float(_nanmean(similarity[pairs & same])), float(_nanmean(similarity[pairs & ~same]))
+    return float(mean(similarity[pairs & same])), float(mean(similarity[pairs & ~same]))
 
 
 def separation_p(similarity_NN: ArrayLike, labels_N: Sequence[Hashable], *, resamples: int = RESAMPLES, seed: int = 0) -> float:
@@ -117,7 +126,3 @@ def _deals(labels_N: NDArray[np.int64], resamples: int, seed: int) -> tuple[NDAr
 
 def _same(labels_N: Sequence[Hashable]) -> NDArray[np.bool_]:
     return np.array([[a == b for b in labels_N] for a in labels_N], bool).reshape(len(labels_N), len(labels_N))
-
-
-def _nanmean(values: Floats) -> float:
-    return float(mean(values[~np.isnan(values)]))

@@ -182,12 +182,16 @@ class StudyScores:
 
 
 def strata(cells: Sequence[Cell]) -> list[Floats]:
-    """The seeds of each order and game: what is drawn alike by a bootstrap."""
-    groups: dict[tuple[str, str], list[float]] = {}
+    """(runs, games) of each order, NaN where nothing is known: what a bootstrap draws alike, see statistics.py.
+
+    A network of its own for each game has that game for its order, so that each game is a stratum.
+    """
+    orders: dict[str, dict[int, dict[str, float]]] = {}
     for cell in cells:
         if not np.isnan(cell.value):
-            groups.setdefault((cell.order, cell.game), []).append(cell.value)
-    return [np.array(values) for values in groups.values()]
+            orders.setdefault(cell.order, {}).setdefault(cell.seed, {})[cell.game] = cell.value
+    games = dict.fromkeys(cell.game for cell in cells)
+    return [np.array([[run.get(game, np.nan) for game in games] for run in runs.values()]) for runs in orders.values()]
 
 
 def _left_out(random: float, constant: float, single: float, reference: float, returns: Sequence[float]) -> str:

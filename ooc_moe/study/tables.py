@@ -15,7 +15,10 @@ from ooc_moe.study.verdicts import Separation
 from ooc_moe.summary import DASH, TextTable, ambiguous, format_bytes, format_count, format_part, format_score, format_share, of_reference
 
 _MAIN = ("learning", "average", "retention", "forgetting")
-_INTERVALS = "Mean over games, orders and seeds [95 % interval, stratified bootstrap over the seeds of each game and order]."
+_INTERVALS = (
+    "Mean over games, orders and seeds [95 % interval: bootstrap that draws whole runs, all games of a run together, from the runs of each "
+    "order; a network of its own for each game, from those of each game]."
+)
 
 
 def tables(found: StudyScores, separated: Sequence[Separation], points: Sequence[CachingPoint]) -> list[TextTable]:

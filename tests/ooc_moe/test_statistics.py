@@ -12,6 +12,7 @@ def test_the_interquartile_mean_leaves_out_a_quarter_at_each_end() -> None:
     assert statistics.iqm([100, 1, 2, 3, -50, 4, 5, 6]) == pytest.approx((2 + 3 + 4 + 5) / 4)
     assert statistics.iqm([1, 2, 9]) == pytest.approx(4)  # A quarter of three is none.
     np.testing.assert_allclose(statistics.iqm([[0, 1, 3, 90], [2, 2, 4, 4]]), [2, 3])
+    np.testing.assert_allclose(statistics.iqm([[1, NAN, 2, 9, NAN], [4, 0, 3, 90, NAN]]), [4, 3.5])
     assert np.isnan(statistics.iqm([]))
 
 
@@ -25,6 +26,18 @@ def test_the_bootstrap_of_two_values_has_the_three_means_in_proportion() -> None
     samples = statistics.bootstrap([[0.0, 1.0]], resamples=20_000)
     shares = [float((samples == mean).mean()) for mean in (0, 0.5, 1)]
     np.testing.assert_allclose(shares, [0.25, 0.5, 0.25], atol=0.02)
+
+
+def test_the_games_of_a_run_are_drawn_together() -> None:
+    # One run is good at both games, one bad at both. Drawn one by one, some samples of four values would have a mean of 1/4.
+    samples = statistics.bootstrap([[[0.0, 0.0], [1.0, 1.0]]], resamples=20_000)
+    shares = [float((samples == mean).mean()) for mean in (0, 0.5, 1)]
+    np.testing.assert_allclose(shares, [0.25, 0.5, 0.25], atol=0.02)
+
+
+def test_a_run_that_says_nothing_is_not_drawn_and_one_that_says_little_counts_for_that() -> None:
+    samples = statistics.bootstrap([[[NAN, NAN], [1.0, NAN], [4.0, 4.0]]], resamples=500)
+    assert set(samples) == {1, (1 + 4 + 4) / 3, 4}
 
 
 def test_the_interval_covers_the_true_mean_about_as_often_as_it_says() -> None:

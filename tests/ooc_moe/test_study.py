@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ooc_moe import checkpoint, summary
+from ooc_moe import checkpoint, statistics, summary
 from ooc_moe.cli import main
 from ooc_moe.envs import REFERENCE_SCORES
 from ooc_moe.metrics import CONFIG_FILE, MetricsWriter, read_metrics
@@ -310,7 +310,7 @@ def scores_of(study: Study, runs: list[StudyRun], constants: Mapping[str, float]
 
 
 def mean(found: StudyScores, variant: str, name: str) -> float:
-    return float(np.mean(np.concatenate(strata(found.cells(variant, name)))))
+    return float(statistics.mean(statistics.pooled(strata(found.cells(variant, name)))))
 
 
 def test_scores_are_zero_at_random_play_and_one_at_single_task(tmp_path: Path) -> None:
@@ -343,6 +343,16 @@ def test_a_game_that_needs_no_looking_or_was_not_learned_is_left_out_by_name(tmp
             events = [event | {"return_mean": 3.0} if "return_mean" in event else event for event in read_metrics(run.config.run_dir)]
             path.write_text("".join(json.dumps(event) + "\n" for event in events))
     assert "0.15 of the way" in scores_of(study, runs).facts["pixel/toward"].left_out
+
+
+def test_a_stratum_is_the_runs_of_an_order_and_the_games_of_a_run_stay_together(tmp_path: Path) -> None:
+    study = small_study()
+    found = scores_of(study, made_up(study, tmp_path, {"full": 1.0}, seeds=2))
+    assert [group.shape for group in strata(found.cells("full", "learning"))] == [(2, 3), (2, 3)]
+    retention = strata(found.cells("full", "retention"))
+    assert [np.isnan(group).all(axis=0).tolist() for group in retention] == [[False, False, True], [True, False, False]]
+    assert len(strata(found.cells("single", "average"))) == 3
+    assert [group.shape for group in strata(found.worst("full"))] == [(2, 1), (2, 1)]
 
 
 def test_what_was_hardly_learned_says_nothing_about_retention(tmp_path: Path) -> None:
