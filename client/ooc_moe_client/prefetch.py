@@ -9,7 +9,8 @@ What the schedule foretells is no speculation: it is fetched in the order of nee
 or hold what the schedule does not name. For what is needed soon, what is needed later leaves too, saved first where it is dirty. Only for
 that: in a loop, what was used last is what is needed last, and would be given up for the next missing one after each use.
 
-An error of speculation that demand would meet and retry by itself (daemon away, tier full) is only logged; any other surfaces.
+What a fetch did not bring is left to demand. An error that demand would meet and retry by itself (daemon away, tier full) is only logged;
+any other surfaces.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Prefetcher:
         self._complete_at: int | None = None  # all that it needs was there when so many residents had been removed
         self._promote: dict[int, None] = {}  # not yet named to the daemon
         self._cancel = False  # the daemon is to drop its queue
-        self._failed = False  # the newest fetch; who waits for what it did not bring must get to ask by itself
+        self._not_brought: set[int] = set()  # by the fetches so far: demand must get to ask for it, until the schedule changes
         self._thread = threading.Thread(target=self._run, name=f"prefetch {core.bank}", daemon=True)
         self._thread.start()
 
@@ -108,6 +109,7 @@ class Prefetcher:
     def follow_schedule(self, *, ahead: bool) -> None:
         """The schedule changed; `ahead`: it is to be fetched before it is asked for."""
         self._ahead, self._complete_at = ahead, None
+        self._not_brought.clear()
         self._core.changed.notify_all()
 
     def cancel(self) -> None:
@@ -144,7 +146,6 @@ class Prefetcher:
                         self._core.changed.wait()
                 self._do(work)
             except (Unavailable, DeadlineExceeded, TierFull) as error:
-                self._failed = True
                 log.info("bank %s: prefetch failed: %s", self._core.bank, error)
             except Exception as error:
                 self._core.fail(error)
@@ -156,9 +157,8 @@ class Prefetcher:
             work = _Work(cancel=self._cancel, promote=list(self._promote))
             self._cancel, self._promote = False, {}
             return work
-        if self._core.demanding or (self._failed and self._core.fetching):
+        if self._core.demanding:
             return None
-        self._failed = False
         loading = self._claim_foretold() or self._claim()
         return _Work(load=loading) if loading else None
 
@@ -194,7 +194,8 @@ class Prefetcher:
     def _foretold(self) -> list[tuple[int, int]]:
         """(next use, expert) of what is still to be fetched, the soonest first."""
         table = self._core.table
-        uses = [(next_use, expert) for expert in table.schedule.experts if (next_use := table.schedule.next_use(expert)) is not None]
+        experts = (expert for expert in table.schedule.experts if expert not in self._not_brought)
+        uses = [(next_use, expert) for expert in experts if (next_use := table.schedule.next_use(expert)) is not None]
         missing = sorted((next_use, expert) for next_use, expert in uses if table.lacks(expert))
         if not missing and all(table.residents[expert].sections is Sections.ALL for _, expert in uses):
             self._complete_at = table.num_removed
@@ -256,4 +257,8 @@ class Prefetcher:
         if work.promote:
             self._core.store.prefetch(self._core.bank, work.promote)
         if work.load:
-            self._core.load(work.load, work.load[0].sections, Priority.PREFETCH)
+            try:
+                self._core.load(work.load, work.load[0].sections, Priority.PREFETCH)
+            finally:
+                with self._core.changed:
+                    self._not_brought.update(resident.expert for resident in work.load if resident.state is State.LOADING)

@@ -11,7 +11,7 @@ from ooc_moe_client.cache import ExpertCache
 from ooc_moe_client.schedule import Schedule, Use
 from ooc_moe_client.store import Priority, Sections
 from ooc_moe_client.table import State
-from ooc_moe_wire.errors import Unavailable, UnknownExpert
+from ooc_moe_wire.errors import CorruptRecord, Internal, OocMoeError, Unavailable, UnknownExpert
 from tests.client.conftest import LAYOUT, GatedStore
 from tests.client.test_cache import update, visit
 
@@ -139,19 +139,39 @@ def test_what_is_foretold_is_fetched_in_its_order_before_anybody_asks(gated: Gat
         assert (stats.prefetch_issued, stats.prefetch_useful) == (0, 0)  # It was no speculation.
 
 
-def test_a_fetch_ahead_that_fails_lets_demand_ask_before_it_tries_again(gated: GatedStore, bank: str):
-    with ExpertCache(gated, bank, capacity_experts=2) as cache, futures.ThreadPoolExecutor() as pool:
+@pytest.mark.parametrize(
+    "error", [Unavailable("away"), CorruptRecord("damaged"), Internal("a bug")], ids=lambda error: type(error).__name__
+)
+def test_what_a_fetch_ahead_did_not_bring_is_left_to_demand(gated: GatedStore, bank: str, error: OocMoeError):
+    with futures.ThreadPoolExecutor() as pool, ExpertCache(gated, bank, capacity_experts=2) as cache:
         gated.hold("fetch")
-        gated.fetch_errors[3] = Unavailable("the daemon stays away")
+        gated.fetch_errors[3] = error
         cache.schedule(sweep(3, 3))
         gated.wait_for("fetch", 1)
         reading = pool.submit(visit, cache, [3])
         with pytest.raises(futures.TimeoutError):
             reading.result(timeout=0.1)
         gated.let("fetch")
-        with pytest.raises(Unavailable, match="stays away"):
+        with pytest.raises(type(error), match=str(error)):
             reading.result(timeout=30)
-        assert gated.priorities[:2] == [Priority.PREFETCH, Priority.DEMAND]
+        assert gated.priorities == [Priority.PREFETCH, Priority.DEMAND]
+        cache._core.take_error()
+        gated.fetch_errors.clear()
+        cache.schedule(sweep(3))
+        wait_for_fetches(gated, cache, [[3], [3], [3]])
+        assert gated.priorities[2] is Priority.PREFETCH
+
+
+def test_a_fetch_ahead_that_fails_is_not_tried_again_where_nobody_asks(gated: GatedStore, bank: str):
+    with ExpertCache(gated, bank, capacity_experts=2) as cache:
+        gated.fetch_errors[3] = CorruptRecord("expert 3 is damaged")
+        cache.schedule(sweep(3, 1, 3))
+        with cache._core.changed:
+            assert cache._core.changed.wait_for(lambda: cache._core._error is not None, timeout=30)
+        with pytest.raises(CorruptRecord, match="expert 3"):
+            visit(cache, [0])
+        assert cache._prefetcher._claim_foretold() == []
+        assert gated.fetches == [[3, 1]]
 
 
 def test_nothing_is_fetched_ahead_into_the_slot_of_what_is_needed_sooner(gated: GatedStore, bank: str):
