@@ -1,6 +1,7 @@
 """Adam for experts that live in a store: moments and step count travel with each expert's record.
 
-Only experts with gradients are fetched, changed and made dirty; the others are not touched, bit for bit.
+Only experts with gradients are fetched, changed and made dirty; the others are not touched, bit for bit. What an earlier optimizer left in
+a record is dropped when this one first updates the expert.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from ooc_moe_client.cache import ExpertCache
 
 
 class ExpertAdam:
-    """As `torch.optim.Adam` (Kingma and Ba 2015), but an expert's step count advances only when it gets tokens.
+    """As a new `torch.optim.Adam` (Kingma and Ba 2015), but an expert's step count advances only when it gets tokens.
 
     Args:
         caches: the agent's caches.
@@ -36,13 +37,16 @@ class ExpertAdam:
     ) -> None:
         self.lr, self.betas, self.eps = lr, betas, eps
         self._pairs = list(zip(caches, gradients, strict=True))
+        self._begun: list[set[int]] = [set() for _ in self._pairs]  # by cache: whose moments are this optimizer's
 
     @torch.no_grad()
     def step(self) -> None:
         """Updates every expert that has gradients, in waves that fit the cache."""
-        for cache, gradients in self._pairs:
+        for (cache, gradients), begun in zip(self._pairs, self._begun, strict=True):
             for wave in cache.waves(gradients.experts):
                 with cache.updating(wave) as slots:
+                    self._begin(cache.views, [slot for slot, expert in zip(slots, wave, strict=True) if expert not in begun])
+                    begun.update(wave)
                     self._update(cache.views, slots, [gradients.of(expert) for expert in wave])
 
     def zero_grad(self) -> None:
@@ -65,6 +69,20 @@ class ExpertAdam:
         if norm > max_norm:
             torch._foreach_mul_(flats, max_norm / (norm + 1e-6))
         return float(norm)
+
+    def state_dict(self) -> list[list[int]]:
+        """For each cache, the experts whose records hold this optimizer's moments."""
+        return [sorted(begun) for begun in self._begun]
+
+    def load_state_dict(self, state: list[list[int]]) -> None:
+        """Goes on with the moments that these experts' records hold."""
+        self._begun = [set(experts) for experts in state]
+
+    def _begin(self, views: dict[str, Tensor], slots: list[int]) -> None:
+        """Sets their moments and step counts to zero."""
+        if slots:
+            for name in ("step", *(f"{name}.{moment}" for name in PARAMETERS for moment in ("exp_avg", "exp_avg_sq"))):
+                views[name][slots] = 0
 
     def _update(self, views: dict[str, Tensor], slots: list[int], gradients: list[dict[str, Tensor]]) -> None:
         """All tensors of all slots in one fused operation, in which no element depends on another: waves make no difference."""

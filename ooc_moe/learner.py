@@ -1,8 +1,7 @@
 """One PPO update: epochs of minibatches over a rollout, for the dense parameters of one game and the experts it used.
 
-The learner lives as long as its game is in training: dense Adam is rebuilt for every game, so that no momentum of one game moves another's
-parameters; only games that take turns share the optimizer of what they share. The experts' moments travel in their records. Knows nothing
-of environments, phases or files.
+The learner lives as long as its game is in training: Adam is new for every game, the experts' too, so that no momentum of one game moves
+another's parameters; only games that take turns share the optimizers of what they share. Knows nothing of environments, phases or files.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ class Learner:
         config: the run's.
         protection: of what earlier games share with this one.
         generator: draws minibatches.
-        shared: the optimizer of the shared parameters, where games take turns; None makes a new one.
+        beside: the learner of a game that takes turns with this one: they share the optimizers of what they share.
     """
 
     def __init__(
@@ -45,14 +44,20 @@ class Learner:
         *,
         protection: Protection,
         generator: torch.Generator,
-        shared: torch.optim.Adam | None = None,
+        beside: Learner | None = None,
     ) -> None:
         self.agent, self.game, self.config = agent, game, config
         self._protection, self._generator = protection, generator
-        self.own = torch.optim.Adam(agent.game_parameters(game), lr=config.ppo.learning_rate, eps=ADAM_EPS, fused=True)
-        self.shared = shared or torch.optim.Adam(agent.shared_parameters(), lr=config.ppo.learning_rate, eps=ADAM_EPS, fused=True)
+        lr = config.ppo.learning_rate
+        self.own = torch.optim.Adam(agent.game_parameters(game), lr=lr, eps=ADAM_EPS, fused=True)
+        self.shared: torch.optim.Adam
+        self.experts: ExpertAdam
+        if beside is not None:
+            self.shared, self.experts = beside.shared, beside.experts
+        else:
+            self.shared = torch.optim.Adam(agent.shared_parameters(), lr=lr, eps=ADAM_EPS, fused=True)
+            self.experts = ExpertAdam(agent.caches, agent.gradients, lr=lr, eps=ADAM_EPS)
         self.dense_parameters = [parameter for dense in (self.own, self.shared) for parameter in dense.param_groups[0]["params"]]
-        self.experts = ExpertAdam(agent.caches, agent.gradients, lr=config.ppo.learning_rate, eps=ADAM_EPS)
 
     def update(self, rollout: Rollout, *, remaining: float) -> dict[str, float]:
         """Learns from one rollout; returns the means of what was measured.

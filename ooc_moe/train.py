@@ -223,11 +223,11 @@ class Trainer:
         self._make_room()
 
     def _learner(self, game: str) -> Learner:
-        """The game's, or a new one; while games take turns they share the optimizer of what they share."""
+        """The game's, or a new one."""
         if game not in self._learners:
-            shared = next((learner.shared for learner in self._learners.values()), None)
+            beside = next(iter(self._learners.values()), None)
             self._learners[game] = Learner(
-                self.agent, game, self.config, protection=self.protection, generator=self.generator, shared=shared
+                self.agent, game, self.config, protection=self.protection, generator=self.generator, beside=beside
             )
         return self._learners[game]
 
@@ -323,13 +323,14 @@ class Trainer:
                 store.delete_snapshot(snapshot.id)
 
     def _state(self) -> dict[str, Any]:
+        learner = next(iter(self._learners.values()), None)  # Any of them: what is shared they have in common.
         return {
             "agent": self.agent.state_dict(),
             "detector": self.session.detector.state_dict(),
             "nearest_mean": self.session.nearest_mean.state_dict(),
             "protection": self.protection.state_dict(),
             "optimizers": {game: learner.own.state_dict() for game, learner in self._learners.items()},
-            "shared_optimizer": next((learner.shared.state_dict() for learner in self._learners.values()), None),
+            "shared_optimizers": learner and {"dense": learner.shared.state_dict(), "experts": learner.experts.state_dict()},
             "generator": self.generator.get_state(),
             "metrics_position": self.writer.position(),
             "trace_position": self.session.trace.position() if self.session.trace is not None else None,
@@ -344,8 +345,10 @@ class Trainer:
         self.session.nearest_mean.load_state_dict(state["nearest_mean"])
         self.protection.load_state_dict(state["protection"])
         for game, optimizer in state["optimizers"].items():
-            self._learner(game).own.load_state_dict(optimizer)
-            self._learner(game).shared.load_state_dict(state["shared_optimizer"])
+            learner = self._learner(game)
+            learner.own.load_state_dict(optimizer)
+            learner.shared.load_state_dict(state["shared_optimizers"]["dense"])
+            learner.experts.load_state_dict(state["shared_optimizers"]["experts"])
         self.generator.set_state(state["generator"])
         self.writer.truncate(state["metrics_position"])
         if self.session.trace is not None:

@@ -98,7 +98,10 @@ class Study:
             yield StudyRun(variant=variant.name, order=order, config=config)
 
 
-_ALL = ("full", "moe-token", "dense", "single", "dense-clone", "pools", "joint", "pools-freeze", "dense-total", "dense-ewc")
+_ALL = (
+    *("full", "moe-token", "dense", "single", "dense-clone", "dense-replay", "pools", "joint", "pools-freeze", "dense-total", "dense-ewc"),
+    "moe-untrained",
+)
 _RIVALS = ("full", "dense", "moe-token", "single", "dense-clone")
 _SYNTHETIC_SEEDS = {name: 5 if name in ("full", "moe-token", "dense", "dense-clone") else 3 for name in _ALL}
 _SYNTHETIC_SEEDS |= {"moe-token-out": 1, "full-share": 3}

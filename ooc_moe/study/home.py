@@ -183,7 +183,9 @@ def _numbers(results: Results, described: dict[str, str]) -> dict[str, Any]:
         "costs": {name: asdict(costs_of(found, name)) for name in found.variants},
         "caching": [asdict(point) | {"way": point.way.value} for point in results.points],
         "separation": [
-            {"order": each.run.order, "seed": each.run.config.seed, "within": each.within, "between": each.between, "p": each.p}
+            {"variant": each.run.variant, "order": each.run.order, "seed": each.run.config.seed}
+            | {"within": each.within, "between": each.between, "p": each.p}
+            | {"pairs": [[*pair, *values] for pair, values in each.pairs.items()]}
             for each in results.separated
         ],
         "measures": {

@@ -11,7 +11,7 @@ from ooc_moe import measures, statistics
 from ooc_moe.study.caching import CachingPoint
 from ooc_moe.study.costs import costs_of
 from ooc_moe.study.scores import MEASURES, RAW_MEASURES, Cell, StudyScores, strata
-from ooc_moe.study.verdicts import Separation
+from ooc_moe.study.verdicts import Separation, pair_gaps
 from ooc_moe.summary import DASH, TextTable, ambiguous, format_bytes, format_count, format_part, format_score, format_share, of_reference
 
 _MAIN = ("learning", "average", "retention", "forgetting")
@@ -32,6 +32,7 @@ def tables(found: StudyScores, separated: Sequence[Separation], points: Sequence
         cost_table(found),
         recognition_table(found),
         separation_table(separated),
+        pair_table(separated),
         caching_table(points),
         game_table(found),
         point_table(found),
@@ -197,15 +198,33 @@ def recognition_table(found: StudyScores) -> TextTable:
 def separation_table(separated: Sequence[Separation]) -> TextTable:
     """Overlap of expert usage with plain token routing."""
     rows = [
-        [each.run.order, str(each.run.config.seed), *(f"{value:.3f}" for value in (each.within, each.between, each.gap)), f"{each.p:.2g}"]
+        [each.run.variant, each.run.order, str(each.run.config.seed), *_apart(each.within, each.between), f"{each.p:.2g}"]
         for each in separated
     ]
     return TextTable(
         "Separation with plain token routing",
-        ["order", "seed", "same game", "two games", "gap", "p"],
+        ["variant", "order", "seed", "same game", "two games", "gap", "p"],
         rows,
-        "Routed mass that two environments have in common in the last evaluation. p: of a permutation test over environments.",
+        "Routed mass that two environments have in common in the last evaluation, each thinned to as many tokens as the smallest has. p: of "
+        "a permutation test over environments. Each game has its own norms and embedding in every variant; they tell the router which game "
+        "it is.",
     )
+
+
+def pair_table(separated: Sequence[Separation]) -> TextTable:
+    """The same for every two games."""
+    variants = dict.fromkeys(each.run.variant for each in separated)
+    gaps = {variant: pair_gaps([each for each in separated if each.run.variant == variant]) for variant in variants}
+    return TextTable(
+        "Separation of every two games",
+        ["variant", "games", "same game", "two games", "gap"],
+        [[variant, ", ".join(pair), *_apart(*values)] for variant, pairs in gaps.items() for pair, values in pairs.items()],
+        "As above, of these two games alone; means over runs. The least apart come first.",
+    )
+
+
+def _apart(within: float, between: float) -> list[str]:
+    return [f"{value:.3f}" for value in (within, between, within - between)]
 
 
 def caching_table(points: Sequence[CachingPoint]) -> TextTable:

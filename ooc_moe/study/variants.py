@@ -77,6 +77,18 @@ def _dense_total(config: RunConfig) -> RunConfig:
     return _dense(config, hidden=agent.num_banks * agent.num_experts * agent.hidden // agent.num_layers)
 
 
+def _dense_replay(config: RunConfig) -> RunConfig:
+    dense = _dense(config)
+    agent = replace(dense.agent, attention=config.agent.attention)
+    return replace(dense, agent=agent, protection=config.protection, protection_weight=config.protection_weight)
+
+
+def _moe_untrained(config: RunConfig) -> RunConfig:
+    """Ten updates a game in which nothing but the detector learns."""
+    steps = min(config.steps_per_game, 10 * config.steps_per_update)
+    return replace(_moe_token(config), ppo=replace(config.ppo, learning_rate=1e-12), steps_per_game=steps)
+
+
 def _dense_clone(config: RunConfig) -> RunConfig:
     return replace(_dense(config), protection="clone")
 
@@ -97,8 +109,10 @@ VARIANTS = {
         Variant("pools-freeze", "the same, stem frozen after the first game", _pools_freeze),
         Variant("moe-token", "tokens routed over all experts, shared attention, unprotected; HBM for all experts", _moe_token),
         Variant("moe-token-out", "the same with full's HBM: the same scores bit for bit, at another price", _moe_token_out),
+        Variant("moe-untrained", "moe-token before anything is learned: what its routers do by themselves", _moe_untrained),
         Variant("dense", "one FFN, as many active parameters, unprotected", _dense),
-        Variant("dense-total", "one FFN, as many parameters in all, unprotected", _dense_total),
+        Variant("dense-replay", "dense with full's attention and stem replay: full without pools", _dense_replay),
+        Variant("dense-total", "one FFN, as many parameters as all experts, unprotected", _dense_total),
         Variant("dense-clone", "dense with output cloning", _dense_clone),
         Variant("dense-ewc", "dense with elastic weight consolidation", _dense_ewc),
         Variant("joint", "dense, all games in turns of one update", _joint),

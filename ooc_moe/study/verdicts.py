@@ -1,7 +1,9 @@
 """The three verdicts. Their rules stand here in code, and were fixed before any run was made.
 
 1. Separation: in every run with plain token routing (after the last game), the experts that two environments use overlap
-   less when they play two games than when they play one: permutation test over environments, p < 0.05 in every run.
+   less when they play two games than when they play one: permutation test over environments, p < 0.05 in every run. Environments are
+   compared by equally many tokens. Each game has its own norms and embedding, which tell the router which game it is: what an untrained
+   network separates is said beside.
 2. Caching: wherever HBM holds a game's pool, games in blocks hit more often and stall less than the same steps in turns of one update, as
    the trainer measured it and as the simulator replays it.
 3. Protection: the 95 % intervals of retention(full) - retention(plain MoE) and of retention(full) - retention(dense) lie above zero, and
@@ -12,7 +14,7 @@ Fewer seeds or orders than a study's rule wants: points, and no verdict.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,9 +25,9 @@ from ooc_moe.study.caching import CachingPoint, Way
 from ooc_moe.study.definitions import StudyRun
 from ooc_moe.study.scores import StudyScores, strata
 
-FULL, MOE, DENSE = "full", "moe-token", "dense"
+FULL, MOE, DENSE, UNTRAINED = "full", "moe-token", "dense", "moe-untrained"
 SIGNIFICANCE = 0.05
-SMALL_GAP = 0.05  # The verdict says when the gap is smaller; the rule does not ask for it.
+SMALL_GAP = 0.05  # The verdict says when the gap is smaller, and names the pairs of games with a smaller one; the rule does not ask for it.
 LEARNING_MIN = 0.9
 POINTS_MIN = 3
 
@@ -54,6 +56,8 @@ class Separation:
     between: float
     """Of environments that play two games."""
     p: float
+    pairs: Mapping[tuple[str, str], tuple[float, float]]
+    """(within, between) of every two games alone."""
 
     @property
     def gap(self) -> float:
@@ -62,8 +66,8 @@ class Separation:
 
 
 def separations(found: StudyScores) -> list[Separation]:
-    """One for each run with plain token routing that logged usage by environment."""
-    made = [_separation(run, record) for run, record in found.of(MOE).items()]
+    """One for each run with plain token routing, trained or not, that logged usage by environment."""
+    made = [_separation(run, record) for variant in (MOE, UNTRAINED) for run, record in found.of(variant).items()]
     return [each for each in made if each is not None]
 
 
@@ -71,29 +75,59 @@ def _separation(run: StudyRun, record: RunRecord) -> Separation | None:
     labels, counts_NE = record.usage_by_environment()
     if not len(labels):
         return None
-    similarity_NN = measures.mass_overlap(counts_NE)
+    similarity_NN = measures.mass_overlap(measures.thinned(counts_NE))
     within, between = statistics.within_and_between(similarity_NN, labels)
-    return Separation(run, within, between, statistics.separation_p(similarity_NN, labels))
+    p = statistics.separation_p(similarity_NN, labels)
+    return Separation(run, within, between, p, statistics.by_pair(similarity_NN, labels))
 
 
-def separation(found: StudyScores, runs: Sequence[Separation]) -> Verdict | None:
+def pair_gaps(runs: Sequence[Separation]) -> dict[tuple[str, str], tuple[float, float]]:
+    """(within, between) of every two games, the means over runs; the pairs that are least apart first."""
+    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for run in runs:
+        for pair, values in run.pairs.items():
+            found.setdefault(pair, []).append(values)
+    means = {pair: (measures.mean([w for w, _ in values]), measures.mean([b for _, b in values])) for pair, values in found.items()}
+    return dict(sorted(means.items(), key=lambda item: item[1][0] - item[1][1]))
+
+
+def separation(found: StudyScores, separated: Sequence[Separation]) -> Verdict | None:
     """The first verdict, of what `separations` found; None for a study that does not ask it."""
     if MOE not in found.study.seeds:
         return None
+    runs = [each for each in separated if each.run.variant == MOE]
     if not runs:
         return Verdict("separation", None, "no run with plain token routing logged which environment used which expert.")
-    worst = max(each.p for each in runs)
-    within, between, gap = (measures.mean([getattr(each, name) for each in runs]) for name in ("within", "between", "gap"))
+    worst = float(np.max([each.p for each in runs]))  # NaN where one is.
+    within, between, gap = _means(runs)
     says = (
         f"with plain token routing, environments of one game have {within:.2f} of their routed mass in common, of two games {between:.2f} "
         f"({_count(runs, 'run')}, largest p {worst:.2g})."
     )
     if worst < SIGNIFICANCE and gap < SMALL_GAP:
         says += f" It is not chance, but little: the gap of {gap:.3f} is below {SMALL_GAP}."
+    close = [f"{one} and {other} ({w:.2f} and {b:.2f})" for (one, other), (w, b) in pair_gaps(runs).items() if not w - b >= SMALL_GAP]
+    says += f" Not {SMALL_GAP} apart: {', '.join(close)}." if close else f" Every two games are at least {SMALL_GAP} apart."
+    says += _untrained([each for each in separated if each.run.variant == UNTRAINED], gap)
+    if np.isnan(worst):
+        return Verdict("separation", None, f"{says} A run has nothing to compare.")
     enough = len({each.run.config.seed for each in runs}) >= found.study.verdict_seeds
     if not enough:
         return Verdict("separation", None, f"{says} The rule wants {found.study.verdict_seeds} seeds.")
     return Verdict("separation", worst < SIGNIFICANCE, says)
+
+
+def _untrained(runs: Sequence[Separation], trained_gap: float) -> str:
+    if not runs:
+        return ""
+    within, between, gap = _means(runs)
+    says = f" An untrained network of the same kind: {within:.2f} and {between:.2f} ({_count(runs, 'run')})"
+    return f"{says}, which is the pictures' and the per-game norms' doing, not learning's." if gap >= trained_gap else f"{says}."
+
+
+def _means(runs: Sequence[Separation]) -> tuple[float, float, float]:
+    within, between, gap = (measures.mean([getattr(each, name) for each in runs]) for name in ("within", "between", "gap"))
+    return within, between, gap
 
 
 def protection(found: StudyScores) -> Verdict | None:

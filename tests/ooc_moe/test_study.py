@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from ooc_moe.envs import REFERENCE_SCORES
 from ooc_moe.metrics import CONFIG_FILE, MetricsWriter, read_metrics
 from ooc_moe.run_config import PPOConfig, RunConfig
 from ooc_moe.run_record import RunRecord
+from ooc_moe.session import open_session
 from ooc_moe.study import home, runner, verdicts
 from ooc_moe.study.caching import CachingPoint, Way
 from ooc_moe.study.costs import cold_fetched, cold_share
@@ -27,6 +28,7 @@ from ooc_moe.study.runner import LOG_FILE, State, Status, run_all, state_of, ste
 from ooc_moe.study.scores import StudyScores, strata
 from ooc_moe.study.tables import tables
 from ooc_moe.study.variants import VARIANTS
+from ooc_moe_client.in_memory import InMemoryStore
 from ooc_moe_wire.errors import InvalidRequest
 from tests.ooc_moe.runs import assert_same_run, wait_for
 
@@ -54,13 +56,28 @@ def small_study(**changes: object) -> Study:
 # What is run
 
 
-def test_every_variant_gives_each_game_its_own_heads_norms_and_embeddings_of_one_size() -> None:
-    sizes = {
-        name: (estimate.heads, estimate.norms, estimate.embeddings, estimate.stem)
-        for name, variant in VARIANTS.items()
-        for estimate in [variant.change(SYNTHETIC.recipe).agent.estimate_params()]
-    }
-    assert len(set(sizes.values())) == 1
+@pytest.mark.parametrize("name", VARIANTS)
+def test_in_every_variant_heads_norms_and_embedding_belong_to_a_game(name: str, tmp_path: Path) -> None:
+    config = replace(VARIANTS[name].change(SYNTHETIC.recipe), run_dir=tmp_path / "run")
+    store = InMemoryStore()
+    for spec in config.agent.bank_specs(config.name, config.seed):
+        store.create_bank(spec)
+    with open_session(config, store, config.agent.bank_names(config.name)) as session:
+        agent = session.agent
+        for game in GAMES[:2]:
+            agent.add_game(game)
+        own = [set(agent.game_parameters(game)) for game in GAMES[:2]]
+        assert own[0].isdisjoint(own[1])
+        for parameters in own:
+            names = {name.split(".", 2)[2] for name, parameter in agent.named_parameters() if parameter in parameters}
+            assert names >= {
+                "policy.weight",
+                "value.weight",
+                "embedding_TD",
+                "norm.weight",
+                "blocks.0.norm.weight",
+                "blocks.0.moe.norm.weight",
+            }
 
 
 @pytest.mark.parametrize("study", ["synthetic", "atari-cpu"])
@@ -78,6 +95,7 @@ def test_only_the_full_recipe_and_cloning_and_consolidation_protect_what_is_shar
     assert protection == dict.fromkeys(VARIANTS, "none") | {
         "full": SYNTHETIC.recipe.protection,
         "full-share": SYNTHETIC.recipe.protection,
+        "dense-replay": SYNTHETIC.recipe.protection,
         "pools-freeze": "freeze",
         "dense-clone": "clone",
         "dense-ewc": "ewc",
@@ -89,7 +107,7 @@ def test_a_rival_is_not_weighed_by_what_was_chosen_for_the_recipe() -> None:
     weights = {
         name: variant.change(replace(SYNTHETIC.recipe, protection_weight=0.3)).protection_weight for name, variant in VARIANTS.items()
     }
-    assert weights == dict.fromkeys(VARIANTS) | {"full": 0.3, "full-share": 0.3}
+    assert weights == dict.fromkeys(VARIANTS) | {"full": 0.3, "full-share": 0.3, "dense-replay": 0.3}
 
 
 def test_the_synthetic_study_has_the_seeds_and_orders_that_the_verdicts_want() -> None:
@@ -405,6 +423,69 @@ def test_separation_holds_where_games_use_experts_of_their_own(tmp_path: Path, u
     assert verdict is not None
     assert verdict.holds is holds
     assert ("It is not chance, but little" in verdict.says) is (usage == 0.02)
+
+
+def with_usage(runs: list[StudyRun], usage_of: Callable[[str, np.random.Generator], Sequence[int]]) -> None:
+    """Gives each environment of the evaluations tokens by expert."""
+    rng = np.random.default_rng(0)
+    for run in runs:
+        events = read_metrics(run.config.run_dir)
+        for event in events:
+            if "usage_by_env" in event:
+                drawn = [usage_of(event["evaluated"], rng) for _ in range(8)]
+                event["usage_by_env"] = [{"0": {str(e): int(count) for e, count in enumerate(row) if count}} for row in drawn]
+        (run.config.run_dir / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+
+
+def test_games_of_different_length_with_one_routing_do_not_separate(tmp_path: Path) -> None:
+    runs = made_up(small_study(), tmp_path, {"moe-token": 0.5})
+    tokens = dict(zip(GAMES, (1000, 150, 30), strict=True))
+    with_usage(runs, lambda game, rng: rng.multinomial(tokens[game], [1 / 20] * 20))
+    found = verdicts.separations(scores_of(small_study(), runs))
+    assert len(found) == 10
+    assert sum(each.p < 0.1 for each in found) <= 3
+    assert np.mean([each.gap for each in found]) == pytest.approx(0, abs=0.01)
+
+
+def test_two_games_that_do_not_separate_are_named_beside_one_that_does(tmp_path: Path) -> None:
+    study = small_study(verdict_seeds=2)
+    runs = made_up(study, tmp_path, {"moe-token": 0.5}, seeds=2)
+    with_usage(runs, lambda game, rng: [0, 50, 50] if game == "pixel/toward" else [50, 50, 0])
+    found = scores_of(study, runs)
+    separated = verdicts.separations(found)
+    verdict = verdicts.separation(found, separated)
+    assert verdict is not None
+    assert verdict.holds is True
+    assert "Not 0.05 apart: pixel/avoid and pixel/catch (1.00 and 1.00)." in verdict.says
+    rows = next(table for table in tables(found, separated, []) if table.title == "Separation of every two games").rows
+    assert rows[0] == ["moe-token", "pixel/avoid, pixel/catch", "1.000", "1.000", "0.000"]
+    assert [row[2:] for row in rows[1:]] == [["1.000", "0.500", "0.500"]] * 2
+
+
+@pytest.mark.parametrize(("usage", "words"), [(0.1, ": 1.00 and 0.90 (4 runs)."), (0.6, ", which is the pictures' and the per-game norms' ")])
+def test_what_an_untrained_network_separates_is_said_beside(tmp_path: Path, usage: float, words: str) -> None:
+    study = small_study(verdict_seeds=2)
+    runs = made_up(study, tmp_path, {"moe-token": 0.5}, seeds=2, usage=0.5)
+    separated = verdicts.separations(scores_of(study, runs))
+    untrained = [
+        replace(each, run=replace(each.run, variant="moe-untrained"), within=1.0, between=1 - usage) for each in separated
+    ]
+    verdict = verdicts.separation(scores_of(study, runs), [*separated, *untrained])
+    assert verdict is not None
+    assert verdict.holds is True
+    assert "of two games 0.50 (4 runs," in verdict.says
+    assert "An untrained network of the same kind: 1.00 and" in verdict.says
+    assert words in verdict.says
+
+
+def test_a_run_that_cannot_be_compared_leaves_no_verdict_wherever_it_stands(tmp_path: Path) -> None:
+    study = small_study(verdict_seeds=2)
+    found = scores_of(study, made_up(study, tmp_path, {"moe-token": 0.5}, seeds=2, usage=0.5))
+    first, *others = verdicts.separations(found)
+    for runs in ([replace(first, p=float("nan")), *others], [*others, replace(first, p=float("nan"))]):
+        verdict = verdicts.separation(found, runs)
+        assert verdict is not None
+        assert verdict.holds is None
 
 
 def points(blocks: tuple[float, float], turns: tuple[float, float], *, hbm: int = 4) -> list[CachingPoint]:

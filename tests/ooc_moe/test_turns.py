@@ -60,7 +60,7 @@ def test_momentum_and_environments_outlast_a_turn_and_one_optimizer_moves_what_g
     state = end_of(config.run_dir, "latest.pt").state
     steps = {game: _steps(optimizer) for game, optimizer in state["optimizers"].items()}
     assert steps == {CATCH: {3 * STEPS_PER_UPDATE}, AVOID: {3 * STEPS_PER_UPDATE}}
-    assert _steps(state["shared_optimizer"]) == {6 * STEPS_PER_UPDATE}
+    assert _steps(state["shared_optimizers"]["dense"]) == {6 * STEPS_PER_UPDATE}
 
 
 def test_one_game_after_another_leaves_no_momentum(tmp_path):

@@ -3,7 +3,7 @@ import torch
 
 from ooc_moe.config import PRESETS
 from ooc_moe.expert_adam import ExpertAdam
-from ooc_moe.moe import ExpertGradients
+from ooc_moe.moe import PARAMETERS, ExpertGradients
 
 TINY = PRESETS["tiny"]
 # Which experts get gradients at each step; 2 is left out once, 9 comes late.
@@ -62,7 +62,7 @@ def test_an_expert_without_gradients_stays_as_it_was_bit_for_bit(world, stored) 
 def test_moments_survive_eviction_and_a_new_cache(world, stored) -> None:
     results = []
     for reopen in (False, True):
-        store = world.store(TINY)
+        store, updated = world.store(TINY), [[]]
         (cache,) = world.caches(TINY, capacity=2, store=store)
         for step in range(4):
             if reopen:
@@ -70,9 +70,32 @@ def test_moments_survive_eviction_and_a_new_cache(world, stored) -> None:
                 (cache,) = world.caches(TINY, capacity=2, store=store)
             gradients = ExpertGradients(cache)
             fill(gradients, (0, 1, 2, 3), step)
-            ExpertAdam([cache], [gradients], lr=0.01).step()
+            adam = ExpertAdam([cache], [gradients], lr=0.01)
+            adam.load_state_dict(updated)
+            adam.step()
+            updated = adam.state_dict()
         results.append(stored(cache))
     assert results[0] == results[1]
+    assert updated == [[0, 1, 2, 3]]
+
+
+def test_a_new_optimizer_starts_without_the_momentum_of_the_last_one(world) -> None:
+    def moments(*games: tuple[int, ...]) -> dict[str, torch.Tensor]:
+        """Of expert 2, after an optimizer for each game has moved that game's experts twice."""
+        (cache,) = world.caches(TINY, capacity=2)
+        for experts in games:
+            gradients = ExpertGradients(cache)
+            adam = ExpertAdam([cache], [gradients], lr=0.01)
+            for step in range(2):
+                adam.zero_grad()
+                fill(gradients, experts, step)
+                adam.step()
+        with cache.reading([2]) as (slot,):
+            return {name: view[slot].clone() for name, view in cache.views.items() if name not in PARAMETERS}
+
+    again, alone = moments((0, 1, 2), (1, 2, 3)), moments((1, 2, 3))
+    assert int(alone["step"]) == 2
+    assert all(torch.equal(again[name], moment) for name, moment in alone.items())
 
 
 def test_an_experts_update_is_the_same_bit_for_bit_whichever_others_are_in_its_wave(world, stored) -> None:
