@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from concurrent import futures
+
 import numpy as np
 import pytest
 
 from ooc_moe_client.cache import ExpertCache
 from ooc_moe_client.in_memory import InMemoryStore
-from ooc_moe_client.store import Push
+from ooc_moe_client.schedule import Use
+from ooc_moe_client.store import Priority, Push
 from ooc_moe_wire.errors import StaleVersion
 from ooc_moe_wire.layout import BankSpec, Layout, TensorSpec
+from tests.client.conftest import GatedStore
 
 LAYOUT = Layout(parameters=(TensorSpec(name="w", shape=(8,)),), optimizer=(TensorSpec(name="m", shape=(8,)),))
 
@@ -37,6 +41,25 @@ def test_an_expert_that_another_wrote_is_not_trained_on(store: InMemoryStore, ex
         write(store, expert)
         with pytest.raises(StaleVersion, match=f"expert {expert}: another writer"), cache.reading([expert]):
             pass
+
+
+def test_what_a_fetch_ahead_did_not_take_is_refused_when_it_is_asked_for(store: InMemoryStore) -> None:
+    gated = GatedStore(store)
+    with futures.ThreadPoolExecutor() as pool, ExpertCache(gated, "b", capacity_experts=1) as cache:
+        with cache.updating([0]):
+            pass
+        cache.flush()
+        write(store, 3)
+        gated.hold("fetch")
+        cache.schedule([Use((3,)), Use((3,))])
+        gated.wait_for("fetch", 2)
+        reading = pool.submit(cache.reading([3]).__enter__)
+        with pytest.raises(futures.TimeoutError):
+            reading.result(timeout=0.1)
+        gated.let("fetch")
+        with pytest.raises(StaleVersion, match="expert 3: another writer"):
+            reading.result(timeout=30)
+        assert gated.priorities == [Priority.DEMAND, Priority.PREFETCH, Priority.DEMAND]
 
 
 def test_what_was_written_before_the_cache_was_opened_is_taken(store: InMemoryStore) -> None:
