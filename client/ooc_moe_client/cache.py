@@ -223,12 +223,13 @@ class ExpertCache:
                 self._core.raise_error()
 
     def forget(self) -> None:
-        """Drops every resident, after the bank changed underneath (a snapshot was restored).
+        """Drops every resident and the schedule, after the bank changed underneath (a snapshot was restored).
 
         Raises:
             InvalidRequest: an expert is pinned, or has changes that the store does not have.
         """
         newest = self._core.newest_version()
+        self.schedule(())
         with self._core.changed:
             self._core.raise_error()
             self._prefetcher.cancel()

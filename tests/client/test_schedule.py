@@ -174,6 +174,19 @@ def test_a_fetch_ahead_that_fails_is_not_tried_again_where_nobody_asks(gated: Ga
         assert gated.fetches == [[3, 1]]
 
 
+@pytest.mark.parametrize("errors", [{}, {3: Unavailable("the daemon stays away")}], ids=["sound", "failing"])
+def test_forgetting_ends_the_schedule(gated: GatedStore, bank: str, errors: dict[int, Exception]):
+    with ExpertCache(gated, bank, capacity_experts=2) as cache:
+        gated.fetch_errors |= errors
+        cache.schedule([Use((3, 1, 2)), Use((3, 1, 2))])
+        gated.wait_for("fetch", 1)
+        cache.forget()
+        assert cache.stats().resident == 0
+        with cache._core.changed:
+            assert cache._prefetcher._claim_foretold() == []
+        assert list(cache.waves([1, 2])) == [[1, 2]]
+
+
 def test_nothing_is_fetched_ahead_into_the_slot_of_what_is_needed_sooner(gated: GatedStore, bank: str):
     with ExpertCache(gated, bank, capacity_experts=2) as cache:
         visit(cache, [0, 1])
