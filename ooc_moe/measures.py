@@ -138,6 +138,19 @@ def usage_shares(counts: ArrayLike) -> Floats:
     return np.asarray(values / np.where(total > 0, total, np.nan))
 
 
+def thinned(counts_NE: ArrayLike, *, seed: int = 0) -> Floats:
+    """(N, E) as many tokens in each row, drawn without replacement, as the smallest row has that is not empty.
+
+    The overlap of two samples of one distribution grows with their size; only rows of one size may be compared.
+    """
+    counts = np.asarray(counts_NE, np.int64)
+    totals = counts.sum(axis=1)
+    least = totals[totals > 0].min(initial=totals.max(initial=0))
+    rng = np.random.default_rng(seed)
+    drawn = [rng.multivariate_hypergeometric(row, min(total, least)) for row, total in zip(counts, totals, strict=True)]
+    return np.array(drawn, float).reshape(counts.shape)
+
+
 def mass_overlap(counts_GE: ArrayLike) -> Floats:
     """(G, G) the routed mass two games have in common: sum over e of min(p_i(e), p_j(e)), 1 less their total variation distance."""
     shares = usage_shares(counts_GE)

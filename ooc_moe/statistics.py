@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from itertools import permutations
+from itertools import combinations, permutations
 from typing import Any
 
 import numpy as np
@@ -85,6 +85,13 @@ def within_and_between(similarity_NN: ArrayLike, labels_N: Sequence[Hashable]) -
     similarity, same = np.asarray(similarity_NN, float), _same(labels_N)
     pairs = np.triu(np.ones_like(same), 1)
     return float(mean(similarity[pairs & same])), float(mean(similarity[pairs & ~same]))
+
+
+def by_pair(similarity_NN: ArrayLike, labels_N: Sequence[str]) -> dict[tuple[str, str], tuple[float, float]]:
+    """`within_and_between` of every two groups alone; the names of a pair are in alphabetical order."""
+    similarity, labels = np.asarray(similarity_NN, float), np.asarray(labels_N)
+    chosen = {pair: np.flatnonzero(np.isin(labels, pair)) for pair in combinations(sorted(set(labels_N)), 2)}
+    return {pair: within_and_between(similarity[np.ix_(rows, rows)], labels[rows].tolist()) for pair, rows in chosen.items()}
 
 
 def separation_p(similarity_NN: ArrayLike, labels_N: Sequence[Hashable], *, resamples: int = RESAMPLES, seed: int = 0) -> float:

@@ -130,6 +130,18 @@ def test_mass_overlap_is_the_sum_of_the_smaller_shares() -> None:
     equal(measures.mass_overlap(COUNTS), [[1, 0.25, NAN], [0.25, 1, NAN], [NAN, NAN, NAN]])
 
 
+def test_thinned_rows_have_as_many_tokens_as_the_smallest_and_none_that_were_not_there() -> None:
+    counts = np.array([[300, 0, 28], [5, 70, 75], [0, 0, 0]])
+    thin = measures.thinned(counts)
+    equal(thin.sum(axis=1), [150, 150, 0])
+    assert (thin <= counts).all()
+    equal(thin[1], counts[1])
+    equal(thin, measures.thinned(counts))
+    assert thin[0, 0] == pytest.approx(150 * 300 / 328, abs=10)
+    assert measures.thinned(np.empty((0, 3))).shape == (0, 3)
+    equal(measures.thinned([[0, 0]]), [[0, 0]])
+
+
 def test_top_overlap_compares_the_most_used_experts_and_no_unused_ones() -> None:
     equal(measures.top_overlap(COUNTS), [[1, 1 / 3, NAN], [1 / 3, 1, NAN], [NAN, NAN, NAN]])
     equal(measures.top_overlap(COUNTS, top=1), [[1, 0, NAN], [0, 1, NAN], [NAN, NAN, NAN]])

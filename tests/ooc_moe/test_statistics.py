@@ -77,6 +77,14 @@ def test_within_and_between_leave_out_what_is_compared_with_itself() -> None:
     assert between == pytest.approx((0.1 + 0.2 + 0.3 + 0.2) / 4)
 
 
+def test_each_pair_of_groups_is_compared_alone() -> None:
+    found = statistics.by_pair(BLOCKS, ["b", "b", "a", "c"])
+    assert list(found) == [("a", "b"), ("a", "c"), ("b", "c")]
+    assert found["a", "b"] == pytest.approx((0.9, (0.1 + 0.3) / 2))
+    assert found["b", "c"] == pytest.approx((0.9, 0.2))
+    np.testing.assert_allclose(found["a", "c"], (NAN, 0.8))
+
+
 def test_an_exact_p_value_counts_the_ways_to_deal_the_labels_out() -> None:
     # Six ways to deal aabb; the true one and its mirror image are the best.
     assert statistics.separation_p(BLOCKS, ["a", "a", "b", "b"]) == pytest.approx(2 / 6)
