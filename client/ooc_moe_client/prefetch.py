@@ -169,21 +169,30 @@ class Prefetcher:
         for next_use, expert in self._foretold() if self.waiting else ():
             if len(claimed) == BATCH_EXPERTS_MAX:
                 break
-            resident = table.residents.get(expert)
-            if self._write_back.pending(expert) is not None or (resident is not None and resident.pins):
+            if not self._is_missing(expert, next_use):
                 continue
-            if resident is not None:
-                table.remove(resident)  # It lacks its optimizer section.
-            if not self._make_room_before(next_use):
+            if expert not in table.residents and not self._make_room_before(next_use):
                 break
-            if expert in table.residents or table.schedule.next_use(expert) != next_use:
-                break  # Demand was faster, while the lock was let go to save a victim.
+            if not self._is_missing(expert, next_use):
+                continue
             sections = table.sections_ahead(expert)
             if claimed and sections is not claimed[0].sections:
                 break
+            if (resident := table.residents.get(expert)) is not None:
+                table.remove(resident)  # It lacks its optimizer section.
             self._issue_foretold(expert, sections)
             claimed.append(self._insert(expert, sections, foretold=True))
         return claimed
+
+    def _is_missing(self, expert: int, next_use: int) -> bool:
+        """Whether to fetch what `_foretold` named. To be asked again whenever the lock was let go, to save a victim."""
+        resident = self._core.table.residents.get(expert)
+        return (
+            self._core.table.schedule.next_use(expert) == next_use
+            and self._core.table.lacks(expert)
+            and not (resident is not None and resident.pins)
+            and self._write_back.pending(expert) is None
+        )
 
     def _issue_foretold(self, expert: int, sections: Sections) -> None:
         """Counts it; the schedule takes over what speculation has queued."""

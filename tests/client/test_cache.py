@@ -60,6 +60,20 @@ def settle_loading(cache: ExpertCache) -> None:
         )
 
 
+def hold_next_copy(cache: ExpertCache) -> tuple[threading.Event, threading.Event]:
+    """The next expert that is copied out of its slot waits: (it does, it may go on)."""
+    copy_out, copying, go_on = cache._slab.copy_out, threading.Event(), threading.Event()
+
+    def held(slot: int, buffer: torch.Tensor):
+        if not copying.is_set():
+            copying.set()
+            assert go_on.wait(30)
+        return copy_out(slot, buffer)
+
+    cache._slab.copy_out = held  # type: ignore[method-assign]
+    return copying, go_on
+
+
 def residents_after_speculation(cache: ExpertCache) -> list[int]:
     """The residents once the prefetcher has taken what it may: it is made to look for room here, whether its thread did or not."""
     with cache._core.changed:
@@ -420,14 +434,7 @@ def test_an_expert_changed_during_its_push_is_evicted_only_after_it(gated: Gated
 def test_saving_an_expert_keeps_nobody_from_reading_but_from_updating_it(gated: GatedStore, bank: str):
     with ExpertCache(gated, bank, capacity_experts=2) as cache, futures.ThreadPoolExecutor() as pool:
         update(cache, [0, 1])
-        copy_out, copying, go_on = cache._slab.copy_out, threading.Event(), threading.Event()
-
-        def slowly(slot: int, buffer: torch.Tensor):
-            copying.set()
-            assert go_on.wait(30)
-            return copy_out(slot, buffer)
-
-        cache._slab.copy_out = slowly  # type: ignore[method-assign]
+        copying, go_on = hold_next_copy(cache)
         cache.write_back([0])
         assert copying.wait(30)
         assert visit(cache, [0, 1]) == [1, 1]

@@ -12,8 +12,8 @@ from ooc_moe_client.schedule import Schedule, Use
 from ooc_moe_client.store import Priority, Sections
 from ooc_moe_client.table import State
 from ooc_moe_wire.errors import CorruptRecord, Internal, OocMoeError, Unavailable, UnknownExpert
-from tests.client.conftest import LAYOUT, GatedStore
-from tests.client.test_cache import update, visit
+from tests.client.conftest import LAYOUT, GatedStore, step_of
+from tests.client.test_cache import hold_next_copy, update, visit
 
 PARAMETERS, ALL = Sections.PARAMETERS, Sections.ALL
 uses = st.lists(
@@ -185,6 +185,21 @@ def test_forgetting_ends_the_schedule(gated: GatedStore, bank: str, errors: dict
         with cache._core.changed:
             assert cache._prefetcher._claim_foretold() == []
         assert list(cache.waves([1, 2])) == [[1, 2]]
+
+
+def test_what_was_updated_while_room_was_made_ahead_is_not_fetched_again(gated: GatedStore, bank: str):
+    with ExpertCache(gated, bank, capacity_experts=3) as cache:
+        update(cache, [0])
+        visit(cache, [4, 5])
+        copying, go_on = hold_next_copy(cache)
+        cache.schedule([Use((1,)), Use((2, 3))])
+        assert copying.wait(30)  # Of 0, which makes room for 1.
+        update(cache, [2])
+        go_on.set()
+        gated.wait_for("fetch", 4)
+        assert gated.fetches == [[0], [4, 5], [2], [1, 3]]
+        assert visit(cache, [2]) == [1]
+    assert step_of(gated, bank, 2) == 1
 
 
 def test_nothing_is_fetched_ahead_into_the_slot_of_what_is_needed_sooner(gated: GatedStore, bank: str):
