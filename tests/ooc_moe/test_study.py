@@ -462,69 +462,6 @@ def test_two_games_that_do_not_separate_are_named_beside_one_that_does(tmp_path:
     assert [row[2:] for row in rows[1:]] == [["1.000", "0.500", "0.500"]] * 2
 
 
-@pytest.mark.parametrize(("usage", "words"), [(0.1, ": 1.00 and 0.90 (4 runs)."), (0.6, ", which is the pictures' and the per-game norms' ")])
-def test_what_an_untrained_network_separates_is_said_beside(tmp_path: Path, usage: float, words: str) -> None:
-    study = small_study(verdict_seeds=2)
-    runs = made_up(study, tmp_path, {"moe-token": 0.5}, seeds=2, usage=0.5)
-    separated = verdicts.separations(scores_of(study, runs))
-    untrained = [
-        replace(each, run=replace(each.run, variant="moe-untrained"), within=1.0, between=1 - usage) for each in separated
-    ]
-    verdict = verdicts.separation(scores_of(study, runs), [*separated, *untrained])
-    assert verdict is not None
-    assert verdict.holds is True
-    assert "of two games 0.50 (4 runs," in verdict.says
-    assert "An untrained network of the same kind: 1.00 and" in verdict.says
-    assert words in verdict.says
-
-
-def test_a_run_that_cannot_be_compared_leaves_no_verdict_wherever_it_stands(tmp_path: Path) -> None:
-    study = small_study(verdict_seeds=2)
-    found = scores_of(study, made_up(study, tmp_path, {"moe-token": 0.5}, seeds=2, usage=0.5))
-    first, *others = verdicts.separations(found)
-    for runs in ([replace(first, p=float("nan")), *others], [*others, replace(first, p=float("nan"))]):
-        verdict = verdicts.separation(found, runs)
-        assert verdict is not None
-        assert verdict.holds is None
-
-
-def with_usage(runs: list[StudyRun], usage_of: Callable[[str, np.random.Generator], Sequence[int]]) -> None:
-    """Gives each environment of the evaluations tokens by expert."""
-    rng = np.random.default_rng(0)
-    for run in runs:
-        events = read_metrics(run.config.run_dir)
-        for event in events:
-            if "usage_by_env" in event:
-                drawn = [usage_of(event["evaluated"], rng) for _ in range(8)]
-                event["usage_by_env"] = [{"0": {str(e): int(count) for e, count in enumerate(row) if count}} for row in drawn]
-        (run.config.run_dir / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-
-
-def test_games_of_different_length_with_one_routing_do_not_separate(tmp_path: Path) -> None:
-    runs = made_up(small_study(), tmp_path, {"moe-token": 0.5})
-    tokens = dict(zip(GAMES, (1000, 150, 30), strict=True))
-    with_usage(runs, lambda game, rng: rng.multinomial(tokens[game], [1 / 20] * 20))
-    found = verdicts.separations(scores_of(small_study(), runs))
-    assert len(found) == 10
-    assert sum(each.p < 0.1 for each in found) <= 3
-    assert np.mean([each.gap for each in found]) == pytest.approx(0, abs=0.01)
-
-
-def test_two_games_that_do_not_separate_are_named_beside_one_that_does(tmp_path: Path) -> None:
-    study = small_study(verdict_seeds=2)
-    runs = made_up(study, tmp_path, {"moe-token": 0.5}, seeds=2)
-    with_usage(runs, lambda game, rng: [0, 50, 50] if game == "pixel/toward" else [50, 50, 0])
-    found = scores_of(study, runs)
-    separated = verdicts.separations(found)
-    verdict = verdicts.separation(found, separated)
-    assert verdict is not None
-    assert verdict.holds is True
-    assert "Not 0.05 apart: pixel/avoid and pixel/catch (1.00 and 1.00)." in verdict.says
-    rows = next(table for table in tables(found, separated, []) if table.title == "Separation of every two games").rows
-    assert rows[0] == ["moe-token", "pixel/avoid, pixel/catch", "1.000", "1.000", "0.000"]
-    assert [row[2:] for row in rows[1:]] == [["1.000", "0.500", "0.500"]] * 2
-
-
 @pytest.mark.parametrize(("usage", "words"), [(0.1, ": 1.00 and 0.90 (4 runs)."), (0.6, ", which is the pictures' and the per-game ")])
 def test_what_an_untrained_network_separates_is_said_beside(tmp_path: Path, usage: float, words: str) -> None:
     study = small_study(verdict_seeds=2)
