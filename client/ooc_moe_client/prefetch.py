@@ -234,7 +234,7 @@ class Prefetcher:
                 continue
             if not self._make_room():
                 break
-            if self._queue.pop(expert, None) is None:
+            if self._write_back.pending(expert) is not None or self._queue.pop(expert, None) is None:
                 continue  # Demand was faster, while the lock was let go to save a victim.
             claimed.append(self._insert(expert, sections))
         return claimed

@@ -1,5 +1,6 @@
 """The schedule beside a slow twin, and what the cache makes of one: whom it evicts, what it fetches ahead, and with which sections."""
 
+from collections.abc import Callable
 from concurrent import futures
 from itertools import pairwise
 
@@ -200,6 +201,34 @@ def test_what_was_updated_while_room_was_made_ahead_is_not_fetched_again(gated: 
         assert gated.fetches == [[0], [4, 5], [2], [1, 3]]
         assert visit(cache, [2]) == [1]
     assert step_of(gated, bank, 2) == 1
+
+
+@pytest.mark.parametrize(
+    "ask", [lambda cache: cache.schedule([Use((1,))]), lambda cache: cache.prefetch([1])], ids=["foretold", "speculation"]
+)
+def test_what_was_evicted_while_room_was_made_for_it_comes_back_from_its_buffer(
+    gated: GatedStore, bank: str, ask: Callable[[ExpertCache], None]
+):
+    with ExpertCache(gated, bank, capacity_experts=2) as cache:
+        update(cache, [0])
+        visit(cache, [4])
+        cache.new_working_set()
+        copying, go_on = hold_next_copy(cache)
+        ask(cache)
+        assert copying.wait(30)  # Of 0, which makes room for 1.
+        gated.hold("push")
+        update(cache, [1])
+        visit(cache, [5])
+        ask(cache)
+        assert sorted(cache._table.residents) == [0, 5]
+        go_on.set()
+        with cache._core.changed:
+            assert cache._core.changed.wait_for(lambda: 0 not in cache._table.residents, timeout=30)
+        seen = visit(cache, [1])  # The store has not got its update yet.
+        gated.let("push")
+        assert seen == [1]
+        assert gated.fetches == [[0], [4], [1], [5]]
+    assert step_of(gated, bank, 1) == 1
 
 
 def test_nothing_is_fetched_ahead_into_the_slot_of_what_is_needed_sooner(gated: GatedStore, bank: str):
