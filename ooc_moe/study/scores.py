@@ -34,7 +34,9 @@ class GameFacts:
     single: float
     """A network of its own; the mean of its seeds."""
     reference: float
-    """A human's, or best play of a pixel game; NaN where evaluation cut games off."""
+    """A human's, or best play of a pixel game."""
+    cut: bool
+    """Whether evaluation ended games of `single` before they were over: it is then the least that whole games give."""
     left_out: str
     """Why the game counts in no ratio; "" if it counts."""
 
@@ -131,8 +133,8 @@ class StudyScores:
         random = measures.mean([event["random_mean"] for event in events])
         constant = self.constants.get(game, float("nan"))
         single = measures.mean([event["return_mean"] for event in own])
-        whole = bool(own) and not any(event.get("episodes_truncated") for event in own)
-        reference = REFERENCE_SCORES.get(game.partition("@")[0], (np.nan, np.nan))[1] if whole else float("nan")
+        cut = any(event.get("episodes_truncated") for event in own)
+        reference = REFERENCE_SCORES.get(game.partition("@")[0], (np.nan, np.nan))[1]
         returns = [value for event in own for value in event["returns"]]
         return GameFacts(
             game=game,
@@ -140,7 +142,8 @@ class StudyScores:
             constant=constant,
             single=single,
             reference=reference,
-            left_out=_left_out(random, constant, single, reference, returns),
+            cut=cut,
+            left_out=_left_out(random, constant, single, reference, cut, returns),
         )
 
     def normalised(self, record: RunRecord) -> tuple[Floats, Floats]:
@@ -194,15 +197,19 @@ def strata(cells: Sequence[Cell]) -> list[Floats]:
     return [np.array([[run.get(game, np.nan) for game in games] for run in runs.values()]) for runs in orders.values()]
 
 
-def _left_out(random: float, constant: float, single: float, reference: float, returns: Sequence[float]) -> str:
+def _left_out(random: float, constant: float, single: float, reference: float, cut: bool, returns: Sequence[float]) -> str:
     """The rule: nothing counts that was not learned, or that needs no looking at the screen."""
     if np.isnan(single):
         return "no single-task run yet"
     if not single > random:
         return "single-task training is not above random play"
+    if np.isnan(reference):
+        return "no reference score is known"
     share = (single - random) / (reference - random)
     if share < LEARNED_MIN:
-        return f"single-task score is {share:.2f} of the way from random play to the reference, under {LEARNED_MIN}"
-    if not np.isnan(constant) and not measures.clearly_above(returns, constant):
-        return "single-task score is not above the best constant action (by two standard errors)"
+        way = f"of the way from random play to the reference, {LEARNED_MIN} wanted"
+        return f"evaluation cut its games; at least {share:.3f} {way}" if cut else f"single-task score is {share:.3f} {way}"
+    for floor, name in ((constant, "the best constant action"), (random, "random play")):
+        if not np.isnan(floor) and not measures.clearly_above(returns, floor):
+            return f"single-task score is not above {name} (by two standard errors)"
     return ""

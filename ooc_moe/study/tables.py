@@ -206,8 +206,8 @@ def separation_table(separated: Sequence[Separation]) -> TextTable:
         ["variant", "order", "seed", "same game", "two games", "gap", "p"],
         rows,
         "Routed mass that two environments have in common in the last evaluation, each thinned to as many tokens as the smallest has. p: "
-        "of a permutation test over environments. Each game has its own norms and embedding in every variant; they tell the router which game "
-        "it is.",
+        "of a permutation test over environments. Each game has its own norms and embedding in every variant; they tell the router which "
+        "game it is.",
     )
 
 
@@ -264,7 +264,8 @@ def game_table(found: StudyScores) -> TextTable:
         "Games, raw returns",
         ["game", "random", "best constant", "single-task", "human or best", "in ratios"],
         rows,
-        "Means over seeds. A game that does not count is left out of every table of ratios above.",
+        "Means over seeds. A game that does not count is left out of every table of ratios above. Where evaluation cut games off, what was "
+        "seen of them is taken for the least that they give.",
     )
 
 

@@ -360,7 +360,34 @@ def test_a_game_that_needs_no_looking_or_was_not_learned_is_left_out_by_name(tmp
             path = run.config.run_dir / "metrics.jsonl"
             events = [event | {"return_mean": 3.0} if "return_mean" in event else event for event in read_metrics(run.config.run_dir)]
             path.write_text("".join(json.dumps(event) + "\n" for event in events))
-    assert "0.15 of the way" in scores_of(study, runs).facts["pixel/toward"].left_out
+    assert "0.150 of the way" in scores_of(study, runs).facts["pixel/toward"].left_out
+
+
+def change_evaluations(runs: list[StudyRun], variant: str, game: str, **fields: object) -> None:
+    """Overwrites fields of what the runs of a variant found of a game."""
+    for run in runs:
+        if run.variant == variant:
+            events = [event | (fields if event.get("evaluated") == game else {}) for event in read_metrics(run.config.run_dir)]
+            (run.config.run_dir / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+
+
+def test_a_game_that_evaluation_cut_counts_when_what_was_seen_is_enough(tmp_path: Path) -> None:
+    study = small_study()
+    runs = made_up(study, tmp_path, {"full": 1.0}, seeds=2)
+    change_evaluations(runs, "single", "pixel/toward", episodes_truncated=3)
+    assert scores_of(study, runs).facts["pixel/toward"].left_out == ""
+    change_evaluations(runs, "single", "pixel/toward", return_mean=3.94)
+    left_out = scores_of(study, runs).facts["pixel/toward"].left_out
+    assert left_out == "evaluation cut its games; at least 0.197 of the way from random play to the reference, 0.2 wanted"
+
+
+def test_a_game_counts_only_when_it_is_clearly_above_random_play_too(tmp_path: Path) -> None:
+    study = small_study()
+    runs = made_up(study, tmp_path, {"full": 1.0}, seeds=2)
+    change_evaluations(runs, "single", "pixel/catch", returns=[-20.0, 4.0, 28.0])
+    assert "not above the best constant action" in scores_of(study, runs).facts["pixel/catch"].left_out
+    below = scores_of(study, runs, CONSTANT | {"pixel/catch": -100.0})  # As in Atari games: every constant action gets less.
+    assert "not above random play" in below.facts["pixel/catch"].left_out
 
 
 def test_a_stratum_is_the_runs_of_an_order_and_the_games_of_a_run_stay_together(tmp_path: Path) -> None:
