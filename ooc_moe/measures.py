@@ -89,7 +89,7 @@ def forward_transfer(scores_PG: ArrayLike, trained_P: Sequence[int], untrained_G
 def isolated_forgetting(scores_PG: ArrayLike, trained_P: Sequence[int], scale_G: ArrayLike | None = None) -> Floats:
     """(P, G) what learning another game took from a game that was learned before: (A[k-1, i] - A[k, i]) / scale[i].
 
-    With the scale of `greatest_score` it is CORA's isolated forgetting (Powers et al. 2021, "CORA", section 4). That scale is the run's
+    With the scale of `greatest_score` it is CORA's isolated forgetting (Powers et al. 2022, "CORA", section 4). That scale is the run's
     own, so a method that learns little may look as if it forgot much; a fixed scale (single-task score - random) compares methods.
 
     NaN where game i was not yet trained, or is trained, in phase k. Negative when it got better.
@@ -101,7 +101,7 @@ def isolated_forgetting(scores_PG: ArrayLike, trained_P: Sequence[int], scale_G:
 def zero_shot_transfer(scores_PG: ArrayLike, trained_P: Sequence[int], untrained_G: ArrayLike, scale_G: ArrayLike | None = None) -> Floats:
     """(P, G) what learning another game gave to a game that was not trained yet: (A[k, i] - A[k-1, i]) / scale[i], A[-1] = untrained.
 
-    CORA's zero-shot forward transfer (Powers et al. 2021, section 4); the scale as in `isolated_forgetting`. NaN from the game's own first
+    CORA's zero-shot forward transfer (Powers et al. 2022, section 4); the scale as in `isolated_forgetting`. NaN from the game's own first
     phase on.
     """
     changes_PG, before_PG, own_PG = _changes(scores_PG, trained_P, untrained_G)
@@ -109,9 +109,12 @@ def zero_shot_transfer(scores_PG: ArrayLike, trained_P: Sequence[int], untrained
 
 
 def greatest_score(scores_PG: ArrayLike) -> Floats:
-    """(G,) max over k of |A[k, i]|, CORA's scale; NaN for a game that was never evaluated or always scored 0."""
-    scores = np.abs(np.asarray(scores_PG, float))
-    greatest = np.array([_max(scores[:, game]) for game in range(scores.shape[1])])
+    """(G,) |max over k of A[k, i]|, CORA's scale |r_i,all,max|; NaN for a game that was never evaluated, or whose best score is 0.
+
+    One deviation: CORA's maximum is over all of training, this one over the ends of phases, where A was measured.
+    """
+    scores = np.asarray(scores_PG, float)
+    greatest = np.abs([_max(scores[:, game]) for game in range(scores.shape[1])])
     return np.where(greatest > 0, greatest, np.nan)
 
 

@@ -89,7 +89,8 @@ MEASURES: dict[str, tuple[str, Measure]] = {
 
 RAW_MEASURES: dict[str, tuple[str, Measure]] = {
     "isolated forgetting (CORA)": (
-        "of raw returns, on the scale of the run's own greatest return",
+        "of raw returns, divided by the absolute value of the run's own best return (Powers et al. 2022); here the best at the ends of "
+        "games' training, not at every point of it",
         lambda s, t, u: _per_game(measures.isolated_forgetting(s, t)),
     ),
     "zero-shot transfer (CORA)": ("likewise", lambda s, t, u: _per_game(measures.zero_shot_transfer(s, t, u))),

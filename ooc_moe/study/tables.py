@@ -90,7 +90,7 @@ def other_table(found: StudyScores) -> TextTable:
         "Other measures",
         ["variant", *names],
         rows if found.counted else [],
-        f"{_INTERVALS} {' '.join(f'{name.capitalize()}: {text}.' for name, text in says.items())}",
+        f"{_INTERVALS} {' '.join(f'{name[0].upper()}{name[1:]}: {text}.' for name, text in says.items())}",
     )
 
 

@@ -88,8 +88,8 @@ def test_a_game_that_comes_back_neither_forgets_nor_transfers_in_its_own_phases(
     equal(measures.zero_shot_transfer(scores, (0, 1, 0), [0.0, 1.0]), [[NAN, -0.2], [NAN, NAN], [NAN, NAN]])
 
 
-def test_the_greatest_score_is_of_absolute_values_and_unsaid_for_zero() -> None:
-    equal(measures.greatest_score([[-3.0, 0.0, NAN], [2.0, 0.0, NAN]]), [3, NAN, NAN])
+def test_the_greatest_score_is_the_absolute_value_of_the_best_and_unsaid_for_zero() -> None:
+    equal(measures.greatest_score([[-3.0, 0.0, NAN, -5.0], [2.0, -1.0, NAN, -4.0]]), [2, NAN, NAN, 4])
 
 
 def test_without_the_last_game_its_score_is_unsaid() -> None:
