@@ -79,7 +79,7 @@ def test_the_next_game_moves_the_outputs_less_and_nothing_that_the_old_game_owns
         if name == "held":
             cloning.leave(CATCH, rollout, generator)
         learner = Learner(agent, AVOID, config, protection=cloning, generator=torch.Generator().manual_seed(1))
-        for _ in range(6):
+        for _ in range(12):
             losses = learner.update(next_one, remaining=1.0)
         errors[name] = float((_say(agent, rollout) - said).abs().mean())
     assert losses["protection"] > 0
