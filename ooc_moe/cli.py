@@ -31,6 +31,8 @@ app.command()(cli_simulate.plan)
 app.command()(cli_study.study)
 
 INTERRUPTED_EXIT = 130
+# What the commands that train, evaluate, report and measure import; ale-py and the benchmarks' peers speak for themselves where they lack.
+_TRAIN_EXTRA = {"torch", "gymnasium", "matplotlib", "jinja2", "tensorboard"}
 _RESUME_FLAGS = {"resume", "checkpoint", "run_dir", "name", "store", "plane", "quiet"}
 _AGENT, _PPO = "The agent", "Learning"
 PLANE = typer.Option(
@@ -271,12 +273,17 @@ def report(
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script.
 
-    A mistake of the caller's, or trouble with the daemon or the disk, is one line and exit code 2; a fault of ours keeps its traceback.
+    A mistake of the caller's, an extra that is not installed, or trouble with the daemon or the disk, is one line and exit code 2; a fault
+    of ours keeps its traceback.
     """
     try:
         code = app(args=arguments if arguments is None else list(arguments), standalone_mode=False)
     except OocMoeError as error:
         _fail("; ".join((str(error), *getattr(error, "__notes__", ()))))
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _TRAIN_EXTRA:
+            raise
+        _fail(f"{error.name} is not installed, which this command needs: pip install 'ooc-moe[train]'")
     except OSError as error:
         _fail(f"{error.filename or 'system'}: {error.strerror or error}")
     except typer.TyperException as error:

@@ -1,4 +1,4 @@
-"""`ooc-moe study`: many runs and what they show. torch is imported by the runs' own processes."""
+"""`ooc-moe study`: many runs and what they show. Listing the studies needs no torch."""
 
 from __future__ import annotations
 

@@ -6,8 +6,6 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 
 def derived_seed(seed: int, *purpose: str | int) -> int:
     """A 63-bit seed for a purpose, for example `derived_seed(run_seed, "game", name)`: equal arguments, equal seed."""
@@ -18,6 +16,8 @@ def derived_seed(seed: int, *purpose: str | int) -> int:
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Runs its body with torch's global CPU generator at `seed`, and puts the generator back afterwards."""
+    import torch  # Only here: configurations need the seeds alone, also where there is no torch.
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield

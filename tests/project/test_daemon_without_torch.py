@@ -1,6 +1,7 @@
 """A storage host has the base install: no torch, no gymnasium, no ale-py. Here whatever else is installed is blocked.
 
-The daemon runs there, and so do the commands that ask it: stats, bank, snapshot.
+The daemon runs there, and so do the commands that ask it (stats, bank, snapshot) and those that only reckon (simulate, plan, study's list).
+Any other says which extra is missing.
 """
 
 import json
@@ -64,6 +65,45 @@ assert {"ooc_moe_server.cli", "ooc_moe_wire.codec", "ooc_moe_wire.v1.expert_pb2_
 """
     run = subprocess.run(python(code), capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
+
+
+def test_a_command_that_needs_an_extra_says_which_in_one_line(tmp_path):
+    commands = (
+        "train --games pixel/catch",
+        "eval r",
+        "report r",
+        "branch r s",
+        "study synthetic --tables-only",
+        "bench cache",
+        "bench learning",
+    )
+    code = f"""
+from ooc_moe.cli import main
+for command in {commands!r}:
+    try:
+        main(command.split())
+    except SystemExit as end:
+        assert end.code == 2
+"""
+    run = subprocess.run(python(code), capture_output=True, text=True, check=False, cwd=tmp_path)
+    lines = run.stderr.splitlines()
+    assert len(lines) == len(commands), run.stderr
+    assert all("is not installed" in line and "pip install 'ooc-moe[train]'" in line for line in lines), run.stderr
+
+
+def test_a_run_is_planned_and_studies_are_listed_without_torch():
+    code = """
+from ooc_moe.cli import main
+for command in (["plan", "--config", "demo"], ["study"]):
+    try:
+        main(command)
+    except SystemExit as end:
+        assert end.code == 0
+"""
+    run = subprocess.run(python(code), capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "a switch moves" in run.stdout
+    assert "synthetic-twins" in run.stdout
 
 
 def test_the_daemon_starts_serves_and_stops_without_torch(tmp_path):
