@@ -91,7 +91,9 @@ def other_table(found: StudyScores) -> TextTable:
         "Other measures",
         ["variant", *names],
         rows if found.counted else [],
-        f"{_INTERVALS} {' '.join(f'{name[0].upper()}{name[1:]}: {text}.' for name, text in says.items())}",
+        f"{_INTERVALS} {' '.join(f'{name[0].upper()}{name[1:]}: {text}.' for name, text in says.items())} A game that was not trained yet "
+        "is played with the head, pool and embedding of the known game that it is taken for, so that transfer between games that want "
+        "opposite things is negative by construction.",
     )
 
 
