@@ -34,6 +34,8 @@ class Costs:
     """Experts equal bit for bit after a game that did not use them, in all runs together."""
     cold: int
     """Of so many: see measures.cold_unchanged."""
+    cold_runs: int
+    """Of so many runs: the others logged no checksums."""
     train_s: float
     steps_per_s: float
     stall_s: float
@@ -54,6 +56,7 @@ def costs_of(found: StudyScores, variant: str) -> Costs:
         cold_share=mean("cold_share"),
         cold_equal=sum(row.cold_equal for row in rows),
         cold=sum(row.cold for row in rows),
+        cold_runs=sum(row.cold_runs for row in rows),
         steps_per_s=mean("steps_per_s"),
     )
 
@@ -61,6 +64,7 @@ def costs_of(found: StudyScores, variant: str) -> Costs:
 def _costs_of_run(record: RunRecord) -> Costs:
     config = RunConfig.read(record.run_dir)
     speed = record.series("steps_per_s")
+    speed = speed[~np.isnan(speed)]
     agent = replace(config.agent, num_games=len(record.games), num_experts=record.num_experts)
     fetched = sum(np.nansum(record.increments("cache", "fetched_from", tier)) for tier in _FETCHED_FROM)
     return Costs(
@@ -72,8 +76,9 @@ def _costs_of_run(record: RunRecord) -> Costs:
         cold_fetched=cold_fetched(record),
         cold_equal=record.cold_unchanged[0],
         cold=record.cold_unchanged[1],
-        train_s=float(np.nansum(config.steps_per_update / speed)) if len(speed) else float("nan"),
-        steps_per_s=float(np.nanmedian(speed)) if len(speed) else float("nan"),
+        cold_runs=int(record.cold_unchanged[1] > 0),
+        train_s=float(np.sum(config.steps_per_update / speed)) if len(speed) else float("nan"),
+        steps_per_s=float(np.median(speed)) if len(speed) else float("nan"),
         stall_s=float(np.nansum(record.increments("cache", "stall_s"))),
     )
 

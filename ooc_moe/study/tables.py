@@ -136,7 +136,7 @@ def cost_table(found: StudyScores) -> TextTable:
                 format_count(cost.fetched),
                 format_count(cost.cold_fetched),
                 format_share(cost.cold_share),
-                format_part(cost.cold_equal, cost.cold),
+                f"{format_part(cost.cold_equal, cost.cold)} in {cost.cold_runs} of {len(found.of(name))} runs" if cost.cold else DASH,
                 f"{cost.train_s / 60:.1f} min",
                 format_count(cost.steps_per_s),
                 f"{cost.stall_s:.1f} s",
@@ -152,8 +152,8 @@ def cost_table(found: StudyScores) -> TextTable:
         "Means over runs; single: all networks together. HBM: what the cache of experts can hold. Bytes moved: into and out of HBM. "
         "Experts fetched: in training, ahead or on demand; of them cold: those that an earlier game had used. Cold tokens: share of a "
         "later game's training tokens that such experts computed. Cold and equal: experts, trained by earlier games, that a game did not "
-        "use and left equal bit for bit, parameters and moments; over all games of all runs. Times are of a machine that did other work "
-        "beside; compare them with care.",
+        "use and left equal bit for bit, parameters and moments; over all games of the runs that logged checksums. Times are of a machine "
+        "that did other work beside; compare them with care.",
     )
 
 

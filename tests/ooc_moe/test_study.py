@@ -584,6 +584,11 @@ def test_cold_experts_fetched_and_left_equal_are_counted(tmp_path: Path) -> None
     assert record.cold_unchanged == (3, 4)
     assert cold_fetched(record) == 1 + 2
     assert ("cold experts equal bit for bit", "3 of 4") in summary.facts(record)
+    older = replace(run, config=replace(run.config, run_dir=tmp_path / "older"))
+    begun(older.config, with_checkpoint=False)
+    found = StudyScores(small_study(), {run: record, older: RunRecord.read(older.config.run_dir)}, {}, CONSTANT)
+    costs = next(table for table in tables(found, [], []) if table.title == "Costs")
+    assert dict(zip(costs.columns, costs.rows[0], strict=True))["cold and equal"] == "3 of 4 in 1 of 2 runs"
 
 
 def test_an_older_run_says_nothing_of_what_it_did_not_log(tmp_path: Path) -> None:
