@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
-from ooc_moe import measures
+from ooc_moe import checkpoint, measures
 from ooc_moe.measures import Floats
 from ooc_moe.run_config import RunConfig
 from ooc_moe.run_record import RunRecord
@@ -22,6 +25,10 @@ class Costs:
 
     parameters: float
     hbm_bytes: float
+    protection_bytes: float
+    """What protection keeps at the end: frames and what the network said of them, or Fisher matrices and anchors."""
+    exemplar_bytes: float
+    """The frames of every game that the detector keeps, whatever the protection."""
     moved_bytes: float
     """In and out of HBM, training and evaluation."""
     fetched: float
@@ -50,7 +57,7 @@ def costs_of(found: StudyScores, variant: str) -> Costs:
     def mean(name: str) -> float:
         return measures.mean([getattr(row, name) for row in rows])
 
-    sums = ("parameters", "hbm_bytes", "moved_bytes", "fetched", "cold_fetched", "train_s", "stall_s")
+    sums = ("parameters", "hbm_bytes", "protection_bytes", "exemplar_bytes", "moved_bytes", "fetched", "cold_fetched", "train_s", "stall_s")
     return Costs(
         **{name: networks * mean(name) for name in sums},
         cold_share=mean("cold_share"),
@@ -67,9 +74,12 @@ def _costs_of_run(record: RunRecord) -> Costs:
     speed = speed[~np.isnan(speed)]
     agent = replace(config.agent, num_games=len(record.games), num_experts=record.num_experts)
     fetched = sum(np.nansum(record.increments("cache", "fetched_from", tier)) for tier in _FETCHED_FROM)
+    protection_bytes, exemplar_bytes = _kept(record.run_dir / checkpoint.DIRECTORY / checkpoint.LATEST)
     return Costs(
         parameters=agent.estimate_params().total,
         hbm_bytes=record.last("cache", "capacity") * record.last("cache", "expert_bytes"),
+        protection_bytes=protection_bytes,
+        exemplar_bytes=exemplar_bytes,
         moved_bytes=record.total("cache", "bytes_in") + record.total("cache", "bytes_out"),
         fetched=float(fetched),
         cold_share=cold_share(record),
@@ -81,6 +91,22 @@ def _costs_of_run(record: RunRecord) -> Costs:
         steps_per_s=float(np.median(speed)) if len(speed) else float("nan"),
         stall_s=float(np.nansum(record.increments("cache", "stall_s"))),
     )
+
+
+def _kept(path: Path) -> tuple[float, float]:
+    """Bytes that protection and the detector keep, as the dense file of a checkpoint has them; NaN where there is none."""
+    if not path.exists():
+        return float("nan"), float("nan")
+    state = checkpoint.load(path).state
+    return _num_bytes(state["protection"]), _num_bytes(state["detector"]["_extra_state"]["stored"])
+
+
+def _num_bytes(state: Any) -> int:
+    """Of all tensors in nested dicts, lists and tuples."""
+    if isinstance(state, Tensor):
+        return state.nbytes
+    parts = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ()
+    return sum(map(_num_bytes, parts))
 
 
 def cold_share(record: RunRecord) -> float:

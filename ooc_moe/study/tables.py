@@ -132,6 +132,7 @@ def cost_table(found: StudyScores) -> TextTable:
                 name,
                 format_count(cost.parameters),
                 format_bytes(cost.hbm_bytes),
+                f"{format_bytes(cost.protection_bytes)} + {format_bytes(cost.exemplar_bytes)}",
                 format_bytes(cost.moved_bytes),
                 format_count(cost.fetched),
                 format_count(cost.cold_fetched),
@@ -145,11 +146,13 @@ def cost_table(found: StudyScores) -> TextTable:
     return TextTable(
         "Costs",
         [
-            *("variant", "parameters", "HBM", "bytes moved", "experts fetched", "of them cold", "cold tokens", "cold and equal"),
-            *("training", "steps/s", "stall"),
+            *("variant", "parameters", "HBM", "kept for protection", "bytes moved", "experts fetched", "of them cold", "cold tokens"),
+            *("cold and equal", "training", "steps/s", "stall"),
         ],
         rows,
-        "Means over runs; single: all networks together. HBM: what the cache of experts can hold. Bytes moved: into and out of HBM. "
+        "Means over runs; single: all networks together. HBM: what the cache of experts can hold. Kept for protection: at the end, by the "
+        "protection (stored frames with features or outputs; Fisher matrices with anchors) + by the detector, which every variant has "
+        "(stored frames). Bytes moved: into and out of HBM. "
         "Experts fetched: in training, ahead or on demand; of them cold: those that an earlier game had used. Cold tokens: share of a "
         "later game's training tokens that such experts computed. Cold and equal: experts, trained by earlier games, that a game did not "
         "use and left equal bit for bit, parameters and moments; over all games of the runs that logged checksums. Times are of a machine "

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from ooc_moe import checkpoint, statistics, summary
 from ooc_moe.cli import main
@@ -22,7 +23,7 @@ from ooc_moe.run_record import RunRecord
 from ooc_moe.session import open_session
 from ooc_moe.study import home, runner, verdicts
 from ooc_moe.study.caching import CachingPoint, Way
-from ooc_moe.study.costs import cold_fetched, cold_share
+from ooc_moe.study.costs import cold_fetched, cold_share, costs_of
 from ooc_moe.study.definitions import STUDIES, Study, StudyRun, find_study
 from ooc_moe.study.runner import LOG_FILE, State, Status, run_all, state_of, steps_done, steps_of
 from ooc_moe.study.scores import StudyScores, strata
@@ -589,6 +590,22 @@ def test_cold_experts_fetched_and_left_equal_are_counted(tmp_path: Path) -> None
     found = StudyScores(small_study(), {run: record, older: RunRecord.read(older.config.run_dir)}, {}, CONSTANT)
     costs = next(table for table in tables(found, [], []) if table.title == "Costs")
     assert dict(zip(costs.columns, costs.rows[0], strict=True))["cold and equal"] == "3 of 4 in 1 of 2 runs"
+
+
+def test_what_protection_keeps_is_counted_in_the_last_checkpoint(tmp_path: Path) -> None:
+    study = small_study()
+    runs = made_up(study, tmp_path, {"full": 1.0}, seeds=1)
+    stored = [{"screens": torch.zeros(200, 42, 42, dtype=torch.uint8), "num_seen": 3200}] * 3
+    springs = {"dense": [(torch.zeros(4, 5), torch.zeros(4, 5))], "experts": {(0, 1): (torch.zeros(10), torch.zeros(10))}}
+    state = {"protection": springs, "detector": {"_extra_state": {"stored": stored}}}
+    for run in runs:
+        path = run.config.run_dir / checkpoint.DIRECTORY / checkpoint.LATEST
+        checkpoint.save(path, checkpoint.Checkpoint(progress=checkpoint.Progress(), snapshot_id=1, state=state))
+    found = scores_of(study, runs)
+    assert (costs_of(found, "full").protection_bytes, costs_of(found, "full").exemplar_bytes) == (4 * (40 + 20), 3 * 200 * 42 * 42)
+    assert costs_of(found, "single").protection_bytes == 3 * 4 * 60  # Three networks.
+    costs = next(table for table in tables(found, [], []) if table.title == "Costs")
+    assert dict(zip(costs.columns, costs.rows[0], strict=True))["kept for protection"] == "240 Bytes + 1.0 MiB"
 
 
 def test_an_older_run_says_nothing_of_what_it_did_not_log(tmp_path: Path) -> None:
