@@ -1,10 +1,10 @@
 """Output cloning: earlier games are played on paper while later ones are learned.
 
-When a game is left, some of its segments are stored with the agent's logits and values of that moment; every later optimizer step sees some
-of them again and is pulled to say the same (as the behaviour and value cloning of CLEAR, Rolnick et al. 2019, but without its off-policy
-reinforcement learning). It guards all that games share: with token routing the experts, too.
+When a game is left, segments of its last rollout are stored with the agent's logits and values of that moment; every later optimizer step
+sees some of one such game again and is pulled to say the same (as the behaviour and value cloning of CLEAR, Rolnick et al. 2019, but
+without its off-policy reinforcement learning). It guards all that games share: with token routing the experts, too.
 
-It needs the experts of the games it clones. With token routing they are everybody's. With pools they are cold ones, fetched for every step:
+It needs the experts of the games it clones. With token routing they are everybody's. With pools they are cold ones, needed in every step:
 allowed, because what that costs is a result; they are only read.
 """
 
@@ -19,7 +19,7 @@ from torch.nn.functional import kl_div
 from ooc_moe.agent import Agent
 from ooc_moe.rollout import Rollout
 
-FRAMES_PER_GAME = 1500
+FRAMES_PER_GAME = 1500  # At most, in whole segments: those of one rollout.
 FRAMES_PER_STEP = 256
 
 
@@ -54,7 +54,7 @@ class OutputCloning:
         return self._weight * (kl + (value_BT - stored["values"][rows].to(device)).square().mean() / variance)
 
     def correct_gradients(self, game: str) -> None:
-        """Drops what backward left for the parameters that the cloned games own."""
+        """Drops what backward left for the parameters and experts that other games own."""
         for name in self._stored:
             if name != game:
                 for parameter in self._agent.game_parameters(name):
@@ -67,7 +67,7 @@ class OutputCloning:
 
     @torch.no_grad()
     def leave(self, game: str, rollout: Rollout, generator: torch.Generator) -> None:
-        """Stores segments of a game's last rollout, instead of those of an earlier visit."""
+        """Stores up to `FRAMES_PER_GAME` frames of a game's last rollout, instead of those of an earlier visit."""
         context = self._agent.config.context
         rows = torch.randperm(len(rollout.frames_BTSHW), generator=generator)[: max(1, FRAMES_PER_GAME // context)]
         frames_BTSHW, starts_BT = rollout.frames_BTSHW[rows], rollout.starts_BT[rows]
