@@ -2,7 +2,8 @@
 
 When a game is left, the diagonal of the Fisher information says how much its policy and its value depend on each shared parameter; while
 later games are learned, a quadratic penalty pulls each parameter back in that proportion (Kirkpatrick et al. 2017). It is the online form
-of Schwarz et al. 2018, "Progress & Compress": one running sum of Fishers, each normalised so that all games count alike, one anchor.
+of Schwarz et al. 2018, "Progress & Compress": one decaying sum of Fishers, each normalised to the same mean, one
+anchor.
 
 Shared are the stem, attention where all games train it, and with token routing the routers and the experts. The Fisher and the anchors of
 experts lie on the host; an expert that a step does not touch does not move, needs no pull, and is not fetched for it.
@@ -21,7 +22,7 @@ from ooc_moe.agent import Agent
 from ooc_moe.rollout import Rollout
 from ooc_moe_client.store import Sections
 
-FISHER_SAMPLES = 256
+FISHER_SAMPLES = 256  # Frames, at most.
 DECAY = 0.95  # of the older games' Fishers, whenever a game is left
 
 
@@ -44,7 +45,7 @@ class ElasticWeights:
 
     Args:
         agent: whose shared parameters are held.
-        weight: of the penalty, for Fishers whose mean over parameters is 1.
+        weight: of the penalty, for Fishers whose mean over the shared parameters that a game uses is 1.
     """
 
     def __init__(self, agent: Agent, *, weight: float = 1.0) -> None:
@@ -80,7 +81,7 @@ class ElasticWeights:
             self._experts[key] = Spring(fisher + DECAY * self._experts[key].fisher if key in self._experts else fisher, flat)
 
     def _fisher(self, game: str, rollout: Rollout, generator: torch.Generator) -> tuple[list[Tensor], dict[tuple[int, int], Tensor]]:
-        """The mean squared gradient of the log-likelihood of an action and a value, both drawn from what the agent says of a frame.
+        """The summed squared gradients of the log-likelihood of an action and a value, both drawn from what the agent says of a frame.
 
         The value is taken for the mean of a normal distribution of variance 1.
         """

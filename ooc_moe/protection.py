@@ -59,7 +59,7 @@ class Unprotected:
 
 
 class Freeze(Unprotected):
-    """The stem learns in the first game only; what else games share (attention, token routing and its experts) goes on learning."""
+    """The stem learns until a game is left; what else games share (attention, token routing and its experts) goes on learning."""
 
     def __init__(self, stem: nn.Module) -> None:
         self._stem = stem
