@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ooc_moe.cli import main
@@ -87,10 +88,12 @@ def test_snapshot_restore_and_bank_fork_bring_the_experts_of_the_end_of_a_game(r
     run("train", "--name", "begun", "--games", "pixel/cross", "--from-bank", "catch/experts", "--store", shared_daemon.target, *FLAGS)
     arrays = store.get_bank("begun/experts").spec.layout.arrays
     begun = bodies(store, "begun/experts")
-    steps = {expert: (int(arrays(of_catch[expert])["step"][0]), int(arrays(body)["step"][0])) for expert, body in begun.items()}
-    trained = [pair for pair in steps.values() if pair[0] != pair[1]]
-    assert trained
-    assert all(0 < before < after for before, after in trained)  # Moments and step counts went on from the end of the first game.
+    trained = [expert for expert, body in begun.items() if body != of_catch[expert]]
+    assert 0 < len(trained) < len(begun)
+    for expert in trained:  # From where the first game left it, with an optimizer of its own.
+        before, after = arrays(of_catch[expert]), arrays(begun[expert])
+        assert 0 < np.abs(after["w1"] - before["w1"]).max() < 0.05 * np.abs(before["w1"]).max()
+        assert 0 < after["step"][0] <= before["step"][0], "as many updates again"
 
 
 def test_a_run_goes_back_to_the_end_of_its_first_game_and_comes_to_the_same_end(run, directory, store, monkeypatch):
