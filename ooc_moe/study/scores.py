@@ -1,6 +1,6 @@
 """The scores of a study's runs on one scale: 0 is random play, 1 what a network of its own learns of the game (the mean of its seeds).
 
-Which games count in ratios is decided here, by rules that were fixed before any run: see `GameFacts.left_out`. Knows nothing of
+Which games count in ratios is decided here, by the rules of `_left_out`. Knows nothing of
 variants beyond their names, and of how results are printed.
 """
 

@@ -556,6 +556,18 @@ def test_caching_is_judged_wherever_hbm_holds_a_pool() -> None:
     assert verdicts.caching([], pool_experts=4) is None
 
 
+def test_an_hbm_that_holds_no_pool_is_outside_the_rule_and_said_in_words() -> None:
+    better, longer = ((0.9, 1.0), (0.5, 3.0)), ((0.49, 33.3), (0.48, 22.5))
+    verdict = verdicts.caching([*points(*longer, hbm=2), *points(*better, hbm=4)], pool_experts=4)
+    assert verdict is not None
+    inside, _, outside = verdict.says.partition("Outside the rule, with HBM for less than a game's pool of 4: ")
+    assert "HBM 2" not in inside
+    assert "NOT SO" not in inside
+    assert "one seed: one pair of wall-clock stalls" in inside
+    assert "trainer, HBM 2: hits 49.00%" in outside
+    assert "stall 33.3 s and 22.5 s, which is longer in blocks" in outside
+
+
 def test_cold_experts_are_those_that_an_earlier_game_had_used(tmp_path: Path) -> None:
     (run, *_) = small_study().runs(tmp_path)
     run.config.run_dir.mkdir(parents=True)
