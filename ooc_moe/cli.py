@@ -12,6 +12,7 @@ import sys
 import time
 import webbrowser
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -19,6 +20,8 @@ import typer
 from rich.console import Console
 
 from ooc_moe import cli_bench, cli_simulate, cli_store, cli_study
+from ooc_moe.config import PRESETS
+from ooc_moe.run_config import PPOConfig, RunConfig
 from ooc_moe_wire.errors import InvalidRequest, OocMoeError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, rich_markup_mode="rich")
@@ -34,11 +37,19 @@ INTERRUPTED_EXIT = 130
 # What the commands that train, evaluate, report and measure import; ale-py and the benchmarks' peers speak for themselves where they lack.
 _TRAIN_EXTRA = {"torch", "gymnasium", "matplotlib", "jinja2", "tensorboard"}
 _RESUME_FLAGS = {"resume", "checkpoint", "run_dir", "name", "store", "plane", "quiet"}
-_AGENT, _PPO = "The agent", "Learning"
+_AGENT, _PPO = "The agent (what is not given is as in the preset; demo's is shown)", "Learning"
+_DEMO = PRESETS["demo"]
+_RUN = RunConfig(run_dir=Path("run"), games=("krull",), agent=_DEMO)
 PLANE = typer.Option(
-    help="How experts travel: over the connection, through memory that a daemon on this host shares, or so where possible.",
+    help="How experts travel: over the connection, through memory that a daemon on this host shares, or so where possible (auto, unless "
+    "the run says otherwise).",
     metavar="stream|local|auto",
 )
+
+
+def _option(help: str, default: object, *flags: str, metavar: str | None = None, panel: str | None = None) -> Any:
+    """An option for a field of a configuration; `default` is the field's own, and only shown."""
+    return typer.Option(*flags, help=f"{help} \\[default: {default}]", metavar=metavar, rich_help_panel=panel)
 
 
 @app.callback()
@@ -60,8 +71,8 @@ def train(
     preset: Annotated[str, typer.Option(help="Sizes of the agent: tiny, demo or full.")] = "demo",
     name: Annotated[str | None, typer.Option(help="The run is runs/NAME; made of preset and time if not given.")] = None,
     run_dir: Annotated[Path | None, typer.Option(help="The run's directory, instead of --name.", metavar="DIR")] = None,
-    steps_per_game: Annotated[int | None, typer.Option(help="Environment steps in each game.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
+    steps_per_game: Annotated[int | None, _option("Environment steps in each game.", _RUN.steps_per_game)] = None,
+    seed: Annotated[int | None, _option("Of everything random.", _RUN.seed)] = None,
     store: Annotated[
         str | None,
         typer.Option(
@@ -76,66 +87,73 @@ def train(
         str | None,
         typer.Option(help="With --resume: go back to this one of the run's checkpoints, and drop what came after it.", metavar="NAME"),
     ] = None,
-    checkpoint_every: Annotated[int | None, typer.Option(help="Updates between checkpoints; 0: at the end of each game only.")] = None,
-    eval_envs: Annotated[int | None, typer.Option(help="Environments of an evaluation, played side by side.")] = None,
-    eval_episodes: Annotated[int | None, typer.Option(help="Whole games that each of them plays, one after another.")] = None,
-    eval_steps: Annotated[int | None, typer.Option(help="The most steps of each of them in an evaluation; 0: no evaluation.")] = None,
+    checkpoint_every: Annotated[
+        int | None, _option("Updates between checkpoints; 0: at the end of each game only.", _RUN.checkpoint_every)
+    ] = None,
+    eval_envs: Annotated[int | None, _option("Environments of an evaluation, played side by side.", _RUN.eval_envs)] = None,
+    eval_episodes: Annotated[
+        int | None, _option("Episodes that each of them plays of a game, one after another.", _RUN.eval_episodes)
+    ] = None,
+    eval_steps: Annotated[
+        int | None, _option("The most steps of each of them, over all its episodes of a game; 0: no evaluation.", _RUN.eval_steps)
+    ] = None,
     eval_unseen: Annotated[bool, typer.Option("--eval-unseen", help="Evaluate the games still to come, too (forward transfer).")] = False,
     recognise: Annotated[
-        str | None,
-        typer.Option(help="Who tells evaluation which game is on the screen.", metavar="detector|nearest-mean|oracle"),
+        str | None, _option("Who tells evaluation which game is on the screen.", _RUN.recognise, metavar="detector|nearest-mean|oracle")
     ] = None,
     switch_every: Annotated[
-        int | None, typer.Option(help="Updates in a game before the next one's turn; 0: all of a game's at once; 1: joint training.")
+        int | None,
+        _option("Updates in a game before the next one's turn; 0: all of a game's at once; 1: joint training.", _RUN.switch_every),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Torch's threads.")] = None,
+    device: Annotated[str | None, _option("cpu or cuda.", _RUN.device)] = None,
+    threads: Annotated[int | None, _option("Torch's threads.", _RUN.threads)] = None,
     trace: Annotated[Path | None, typer.Option(help="Record which experts are asked for, for ooc-moe simulate.", metavar="FILE")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
-    frame_size: Annotated[int | None, typer.Option(help="Height and width of a frame in pixels.", rich_help_panel=_AGENT)] = None,
-    num_experts: Annotated[int | None, typer.Option("--experts", help="Experts of each bank at the start.", rich_help_panel=_AGENT)] = None,
-    hbm_experts: Annotated[int | None, typer.Option(help="Experts that fit into the HBM cache.", rich_help_panel=_AGENT)] = None,
+    frame_size: Annotated[int | None, _option("Height and width of a frame in pixels.", _DEMO.frame_size, panel=_AGENT)] = None,
+    num_experts: Annotated[int | None, _option("Experts of each bank at the start.", _DEMO.num_experts, "--experts", panel=_AGENT)] = None,
+    hbm_experts: Annotated[int | None, _option("Experts that fit into the HBM cache.", _DEMO.hbm_experts, panel=_AGENT)] = None,
     dram_experts: Annotated[
-        int | None, typer.Option(help="Experts that fit into the DRAM of the run's own daemon.", rich_help_panel=_AGENT)
+        int | None, _option("Experts that fit into the DRAM of the run's own daemon.", _DEMO.dram_experts, panel=_AGENT)
     ] = None,
     prefetch: Annotated[
-        str | None, typer.Option(help="Who names the experts to bring ahead.", metavar="off|detector|schedule", rich_help_panel=_AGENT)
+        str | None, _option("Who names the experts to bring ahead.", _RUN.prefetch, metavar="off|detector|schedule", panel=_AGENT)
     ] = None,
     prefetch_admission: Annotated[
         str | None,
-        typer.Option(
-            help="Speculation that has no slot to spare, or cannot come in time: fetched, fetched and counted, or dropped.",
+        _option(
+            "Speculation that has no slot to spare, or cannot come in time: fetched, fetched and counted, or dropped.",
+            _RUN.prefetch_admission,
             metavar="off|observe|enforce",
-            rich_help_panel=_AGENT,
+            panel=_AGENT,
         ),
     ] = None,
     protection: Annotated[
         str | None,
-        typer.Option(help="How later games leave alone what all share.", metavar="replay|freeze|ewc|clone|none", rich_help_panel=_AGENT),
+        _option("How later games leave alone what all share.", _RUN.protection, metavar="replay|freeze|ewc|clone|none", panel=_AGENT),
     ] = None,
     protection_weight: Annotated[
         float | None, typer.Option(help="Weight of the protection's loss, if not its own default.", rich_help_panel=_AGENT)
     ] = None,
     routing: Annotated[
-        str | None, typer.Option(help="Inside the game's pool, or among all experts.", metavar="pool|token", rich_help_panel=_AGENT)
+        str | None, _option("Inside the game's pool, or among all experts.", _DEMO.routing, metavar="pool|token", panel=_AGENT)
     ] = None,
-    pool_size: Annotated[int | None, typer.Option(help="Experts that a game owns in each pool.", rich_help_panel=_AGENT)] = None,
+    pool_size: Annotated[int | None, _option("Experts that a game owns in each pool.", _DEMO.pool_size, panel=_AGENT)] = None,
     shared_experts: Annotated[
-        int | None, typer.Option(help="Older games' experts that a new pool borrows, to read.", rich_help_panel=_AGENT)
+        int | None, _option("Older games' experts that a new pool borrows, to read.", _DEMO.shared_experts, panel=_AGENT)
     ] = None,
     pools: Annotated[
-        str | None, typer.Option(help="One pool of a game for all layers, or one each.", metavar="shared|per-layer", rich_help_panel=_AGENT)
+        str | None, _option("One pool of a game for all layers, or one each.", _DEMO.pools, metavar="shared|per-layer", panel=_AGENT)
     ] = None,
     attention: Annotated[
-        str | None, typer.Option(help="Whose attention a game uses.", metavar="per-game|first-game|shared", rich_help_panel=_AGENT)
+        str | None, _option("Whose attention a game uses.", _DEMO.attention, metavar="per-game|first-game|shared", panel=_AGENT)
     ] = None,
     banks: Annotated[
-        str | None, typer.Option(help="One bank for all layers, or one each.", metavar="shared|per-layer", rich_help_panel=_AGENT)
+        str | None, _option("One bank for all layers, or one each.", _DEMO.banks, metavar="shared|per-layer", panel=_AGENT)
     ] = None,
-    envs: Annotated[int | None, typer.Option(help="Environments played side by side.", rich_help_panel=_PPO)] = None,
-    rollout: Annotated[int | None, typer.Option(help="Steps of each environment between updates.", rich_help_panel=_PPO)] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over a rollout.", rich_help_panel=_PPO)] = None,
-    lr: Annotated[float | None, typer.Option(help="Adam's learning rate, falling to zero in each game.", rich_help_panel=_PPO)] = None,
+    envs: Annotated[int | None, _option("Environments played side by side.", _RUN.ppo.num_envs, panel=_PPO)] = None,
+    rollout: Annotated[int | None, _option("Steps of each environment between updates.", _RUN.ppo.rollout_steps, panel=_PPO)] = None,
+    epochs: Annotated[int | None, _option("Passes over a rollout.", _RUN.ppo.epochs, panel=_PPO)] = None,
+    lr: Annotated[float | None, _option("Adam's learning rate, falling to zero in each game.", _RUN.ppo.learning_rate, panel=_PPO)] = None,
 ) -> None:
     """Learn games one after another, evaluate after each, and write a report.
 
@@ -234,8 +252,8 @@ def evaluate(
     store: Annotated[str | None, typer.Option(help="The daemon's address, if it moved.", metavar="ADDRESS")] = None,
     plane: Annotated[str | None, PLANE] = None,
     eval_envs: Annotated[int | None, typer.Option(help="Environments, played side by side.")] = None,
-    eval_episodes: Annotated[int | None, typer.Option(help="Whole games that each of them plays, one after another.")] = None,
-    eval_steps: Annotated[int | None, typer.Option(help="The most steps of each of them in one game.")] = None,
+    eval_episodes: Annotated[int | None, typer.Option(help="Episodes that each of them plays of a game, one after another.")] = None,
+    eval_steps: Annotated[int | None, typer.Option(help="The most steps of each of them, over all its episodes of a game.")] = None,
     eval_unseen: Annotated[bool, typer.Option("--eval-unseen", help="Play the run's games that it has not learned yet, too.")] = False,
     recognise: Annotated[
         str | None, typer.Option(help="Who tells which game is on the screen.", metavar="detector|nearest-mean|oracle")
@@ -314,6 +332,8 @@ def _run_dir(name: str | None, run_dir: Path | None, preset: str, *, resume: boo
 
 
 def _games(text: str) -> tuple[str, ...]:
+    if not text:
+        raise InvalidRequest("games: which? Write for example --games krull,road_runner")
     games = tuple(game.strip() for game in text.split(","))
     if not all(games):
         raise InvalidRequest(f"games: {text!r} leaves a name empty; write for example --games krull,road_runner")
@@ -322,13 +342,8 @@ def _games(text: str) -> tuple[str, ...]:
 
 def _run_config(
     run_dir: Path, games: tuple[str, ...], preset: str, *, agent: dict[str, Any], ppo: dict[str, Any], run: dict[str, Any]
-) -> Any:
+) -> RunConfig:
     """The configuration of the preset, with what was given in its place."""
-    from dataclasses import replace
-
-    from ooc_moe.config import PRESETS
-    from ooc_moe.run_config import PPOConfig, RunConfig
-
     if preset not in PRESETS:
         raise InvalidRequest(f"preset: {preset!r} is not one of {', '.join(PRESETS)}")
     return RunConfig(
@@ -343,10 +358,11 @@ def _given(**options: Any) -> dict[str, Any]:
 
 def _refuse_flags_with_resume(context: typer.Context) -> None:
     """A run goes on as it began: flags that would be ignored are refused."""
-    for name in context.params:
+    for option in context.command.params:
+        name = option.name or ""
         source = context.get_parameter_source(name)
         if name not in _RESUME_FLAGS and source is not None and source.name == "COMMANDLINE":
-            raise InvalidRequest(f"resume: a run goes on as it began; leave out --{name.replace('_', '-')}")
+            raise InvalidRequest(f"resume: a run goes on as it began; leave out {option.opts[0]}")
 
 
 if __name__ == "__main__":

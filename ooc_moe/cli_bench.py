@@ -28,7 +28,7 @@ TABLE_WIDTH = 140
 
 @bench_app.command()
 def store(
-    rounds: Annotated[int | None, typer.Option(help="Interleaved rounds. [default: 15; 3 with --quick]")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Interleaved rounds. \\[default: 15; 3 with --quick]")] = None,
     sizes: Annotated[str, typer.Option(help="Record sizes.", metavar="A,B,C")] = "256KiB,8MiB,24MiB",
     paths: Annotated[
         str | None, typer.Option(help="Only these: fetch, push, nvme, stats, or one such as fetch/memcpy or push/local.", metavar="A,B,C")
@@ -81,11 +81,13 @@ def cache(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     threads: Annotated[int, typer.Option(help="Torch's threads.")] = 1,
     rounds: Annotated[
-        int | None, typer.Option(help="Interleaved rounds. [default: 15 of the layer, 5 of the others; 3 and 1 with --quick]")
+        int | None, typer.Option(help="Interleaved rounds. \\[default: 15 of the layer, 5 of the others; 3 and 1 with --quick]")
     ] = None,
     sizes: Annotated[
         str | None,
-        typer.Option(help="Presets whose sizes the experts have. [default: full,demo,tiny of the layer, else full,demo]", metavar="A,B,C"),
+        typer.Option(
+            help="Presets whose sizes the experts have. \\[default: full,demo,tiny of the layer, else full,demo]", metavar="A,B,C"
+        ),
     ] = None,
     tokens: Annotated[str, typer.Option(help="Tokens of a call of the layer.", metavar="A,B,C")] = "512,4096",
     pools: Annotated[str, typer.Option(help="Experts of the layer's pool.", metavar="A,B,C")] = "4,16",
@@ -148,16 +150,18 @@ def cache(
 
 @bench_app.command()
 def learning(
-    games: Annotated[str | None, typer.Option(help="Games whose speed is measured. [default: krull,pixel/catch]", metavar="A,B,C")] = None,
+    games: Annotated[
+        str | None, typer.Option(help="Games whose speed is measured. \\[default: krull,pixel/catch]", metavar="A,B,C")
+    ] = None,
     returns: Annotated[
         str | None,
         typer.Option(
-            help="Games whose returns are; none skips it. [default: pixel/catch,pixel/cross; krull,crazy_climber with --full]",
+            help="Games whose returns are; none skips it. \\[default: pixel/catch,pixel/cross; krull,crazy_climber with --full]",
             metavar="A,B,C",
         ),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Environment steps before returns are read. [default: 61440; 204800 with --full]")
+        int | None, typer.Option(help="Environment steps before returns are read. \\[default: 61440; 204800 with --full]")
     ] = None,
     seeds: Annotated[int, typer.Option(help="Trainings of each in each game.")] = 3,
     rounds: Annotated[int, typer.Option(help="Interleaved rounds of the speed.")] = 7,

@@ -28,6 +28,7 @@ from ooc_moe.run_config import Recogniser, RunConfig
 from ooc_moe.seeds import derived_seed
 from ooc_moe.session import Session, check_device, open_session, open_store
 from ooc_moe_client.store import ExpertStore
+from ooc_moe_wire.errors import InvalidRequest
 
 
 class Evaluator:
@@ -112,19 +113,21 @@ def evaluate_run(
     """Evaluates a run as its last checkpoint has it, on a fork of its banks, which a trainer may be writing meanwhile.
 
     Raises:
-        InvalidRequest: there is no run, or no checkpoint of it.
+        InvalidRequest: there is no run, no checkpoint of it, or nothing to play.
     """
     config = RunConfig.read(run_dir)
-    config = dataclasses.replace(
-        config,
-        store=store or config.store,
-        plane=plane or config.plane,
-        eval_envs=eval_envs or config.eval_envs,
-        eval_episodes=eval_episodes or config.eval_episodes,
-        eval_steps=eval_steps or config.eval_steps,
-        eval_unseen=eval_unseen or config.eval_unseen,
-        recognise=recognise or config.recognise,
-    )
+    wanted: dict[str, Any] = {
+        "store": store,
+        "plane": plane,
+        "eval_envs": eval_envs,
+        "eval_episodes": eval_episodes,
+        "eval_steps": eval_steps,
+        "recognise": recognise,
+    }
+    given = {name: value for name, value in wanted.items() if value is not None}
+    config = dataclasses.replace(config, **given, eval_unseen=eval_unseen or config.eval_unseen)
+    if not config.eval_steps:
+        raise InvalidRequest("eval_steps: 0 plays nothing; give --eval-steps")
     check_device(config.device)
     saved = checkpoint.load(run_dir / checkpoint.DIRECTORY / checkpoint.LATEST)
     found = []

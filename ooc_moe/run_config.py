@@ -139,11 +139,11 @@ class RunConfig:
         weight = self.protection_weight
         require(weight is None or 0 <= weight < math.inf, "protection_weight", weight, "a number of at least 0")
         for name, choices in (("prefetch", PrefetchSource), ("protection", Protection), ("recognise", Recogniser)):
-            require(getattr(self, name) in get_args(choices), name, getattr(self, name), f"one of {get_args(choices)}")
-        modes = tuple(mode.value for mode in AdmissionMode)
-        require(self.prefetch_admission in modes, "prefetch_admission", self.prefetch_admission, f"one of {modes}")
-        planes = tuple(plane.value for plane in Plane)
-        require(self.plane in planes, "plane", self.plane, f"one of {planes}")
+            require(getattr(self, name) in get_args(choices), name, repr(getattr(self, name)), f"one of {', '.join(get_args(choices))}")
+        modes = [mode.value for mode in AdmissionMode]
+        require(self.prefetch_admission in modes, "prefetch_admission", repr(self.prefetch_admission), f"one of {', '.join(modes)}")
+        planes = [plane.value for plane in Plane]
+        require(self.plane in planes, "plane", repr(self.plane), f"one of {', '.join(planes)}")
         if self.store is not None:
             check_target(self.store)
         context, steps = self.agent.context, self.ppo.rollout_steps

@@ -51,7 +51,7 @@ class RunRecord:
         """Raises InvalidRequest when the directory holds no run, or a damaged one."""
         config_file = run_dir / CONFIG_FILE
         if not config_file.exists() and not (run_dir / METRICS_FILE).exists():
-            raise InvalidRequest(f"run directory: {run_dir} holds no run (neither {CONFIG_FILE} nor {METRICS_FILE})")
+            raise InvalidRequest(f"run_dir: {run_dir} holds no run (neither {CONFIG_FILE} nor {METRICS_FILE})")
         try:
             config = json.loads(config_file.read_text()) if config_file.exists() else {}
         except ValueError as error:

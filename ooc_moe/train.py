@@ -51,12 +51,12 @@ def train(config: RunConfig, console: Console) -> Path:
     """Trains a new run; returns its directory.
 
     Raises:
-        InvalidRequest: a game is unknown, the device does not exist, the directory holds a run already or cannot be made, or its bank was
-            already written.
+        InvalidRequest: a game is unknown or needs ale-py, the device does not exist, the directory holds a run already or cannot be made,
+            or its bank was already written.
         Interrupted: after Ctrl-C, when the checkpoint is saved.
     """
     for game in config.games:
-        envs.check_name(game)
+        envs.check_playable(game)
     check_device(config.device)
     if config.trace is not None:
         check_new(Path(config.trace))

@@ -16,7 +16,7 @@ from ooc_moe.envs.game import NUM_ACTIONS, GameEnvs, Step
 from ooc_moe.envs.pixel import PIXEL_GAMES, PixelEnvs, pixel_game
 from ooc_moe_wire.errors import InvalidRequest
 
-__all__ = ["ATARI_GAMES", "NUM_ACTIONS", "PIXEL_GAMES", "REFERENCE_SCORES", "GameEnvs", "Step", "check_name", "make"]
+__all__ = ["ATARI_GAMES", "NUM_ACTIONS", "PIXEL_GAMES", "REFERENCE_SCORES", "GameEnvs", "Step", "check_name", "check_playable", "make"]
 
 REFERENCE_SCORES: dict[str, tuple[float, float]] = ATARI_SCORES | {
     name: (pixel_game(name)[0].random_return, pixel_game(name)[0].optimal_return) for name in PIXEL_GAMES
@@ -46,7 +46,7 @@ def make(
     Raises:
         InvalidRequest: an unknown game, a size that cannot be, or ale-py is missing.
     """
-    check_name(game)
+    check_playable(game)
     sizes = {"num_envs": num_envs, "frame_size": frame_size, "frame_stack": frame_stack, "num_threads": num_threads}
     for name, value in (sizes | {"max_episode_steps": max_episode_steps or 1}).items():
         if value < 1:
@@ -61,6 +61,16 @@ def make(
             max_episode_steps=max_episode_steps,
         )
     return PixelEnvs(game, num_envs, frame_size=frame_size, frame_stack=frame_stack, max_episode_steps=max_episode_steps)
+
+
+def check_playable(game: str) -> None:
+    """Raises InvalidRequest unless `make` knows the game, and ale-py is installed where it needs it."""
+    check_name(game)
+    if game in ATARI_GAMES:
+        try:
+            import ale_py.vector_env  # noqa: F401
+        except ImportError as missing:
+            raise InvalidRequest(f'game: {game!r} needs ale-py; install it with: pip install "ooc-moe[atari]"') from missing
 
 
 def check_name(game: str) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import numpy as np
 
 from ooc_moe.envs.game import NUM_ACTIONS, Array, Episodes, Step, check_actions
-from ooc_moe_wire.errors import InvalidRequest
 
 ATARI_GAMES: tuple[str, ...] = (
     "alien", "amidar", "assault", "asterix", "asteroids", "atlantis", "bank_heist", "battle_zone", "beam_rider", "berzerk", "bowling",
@@ -60,18 +59,13 @@ class AtariEnvs:
         frame_stack: frames in an observation.
         num_threads: threads that emulate; results do not depend on it.
         max_episode_steps: the step limit of a game, in the agent's steps of four frames each.
-
-    Raises:
-        InvalidRequest: ale-py is not installed.
     """
 
     def __init__(
         self, game: str, num_envs: int, *, frame_size: int, frame_stack: int, num_threads: int, max_episode_steps: int | None
     ) -> None:
-        try:
-            from ale_py.vector_env import AtariVectorEnv
-        except ImportError as missing:
-            raise InvalidRequest(f'game: {game!r} needs ale-py; install it with: pip install "ooc-moe[atari]"') from missing
+        from ale_py.vector_env import AtariVectorEnv
+
         self.game = game
         self.num_envs = num_envs
         self.num_actions = NUM_ACTIONS

@@ -337,12 +337,12 @@ def test_a_name_is_a_directory_below_runs(run: Run, configured: list[RunConfig])
         (["--games", "krul"], ["krul", "krull"]),
         (["--games", ","], ["games", "','"]),
         (["--games", "krull,,pong"], ["games", "'krull,,pong'"]),
-        ([], ["games"]),
+        ([], ["games: which?", "--games krull,road_runner"]),
         (["--games", "krull", "--preset", "huge"], ["preset", "'huge'", "demo"]),
         (["--games", "krull", "--hbm-experts", "0"], ["hbm_experts", "0"]),
         (["--games", "krull", "--dram-experts", "-1"], ["dram_experts", "-1"]),
         (["--games", "krull", "--hbm-experts", "1", "--banks", "per-layer"], ["hbm_experts", "1"]),
-        (["--games", "krull", "--prefetch", "maybe"], ["prefetch", "maybe"]),
+        (["--games", "krull", "--prefetch", "maybe"], ["prefetch: 'maybe' is not one of off, detector, schedule"]),
         (["--games", "krull", "--routing", "maybe"], ["routing", "maybe"]),
         (["--games", "krull", "--rollout", "7"], ["rollout_steps", "7"]),
         (["--games", "krull", "--lr", "0"], ["learning_rate", "0"]),
@@ -352,10 +352,11 @@ def test_a_name_is_a_directory_below_runs(run: Run, configured: list[RunConfig])
         (["--games", "krull", "--device", "tpu"], ["device", "'tpu'"]),
         (["--games", "krull", "--device", "cuda:99"], ["device", "'cuda:99'"]),
         (["--games", "krull", "--store", "storage"], ["store", "'storage'"]),
-        (["--games", "krull", "--plane", "maybe"], ["plane", "maybe"]),
+        (["--games", "krull", "--plane", "maybe"], ["plane: 'maybe' is not one of auto, stream, local"]),
         (["--games", "krull", "--frame-size", "5"], ["frame_size", "5"]),
         (["--games", "krull", "--name", "other"], ["other"]),
         (["--resume", "--games", "krull"], ["resume", "--games"]),
+        (["--resume", "--experts", "4"], ["leave out --experts"]),
         (["--resume"], ["resume"]),
     ],
 )
@@ -375,6 +376,14 @@ def test_a_run_whose_banks_cannot_carry_its_name_is_refused_before_anything_is_m
 def test_a_name_is_one_directory(run: Run, configured: list[RunConfig], name: str) -> None:
     assert_refused(run("train", "--games", "krull", "--name", name), "name", repr(name))
     assert configured == []
+
+
+def test_without_ale_py_a_game_that_needs_it_is_refused_before_anything_is_made(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ale_py.vector_env", None)
+    assert_refused(run("train", "--games", "pixel/catch,krull", "--run-dir", tmp_path / "r"), "'krull' needs ale-py", "ooc-moe[atari]")
+    assert not (tmp_path / "r").exists()
 
 
 def test_a_run_directory_that_cannot_be_made_is_one_line(run: Run, tmp_path: Path) -> None:
@@ -463,6 +472,22 @@ def test_evaluating_what_is_not_a_run_names_the_directory(run: Run, tmp_path: Pa
 def test_the_help_of_each_command_shows_an_example_of_it(command: str) -> None:
     help_text = CliRunner().invoke(app, [*command.split(), "--help"]).output
     assert f"$ ooc-moe {command}" in help_text
+
+
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [
+        ("train", ["seed 0", "steps-per-game 20480", "experts 32", "pools per-layer", "routing pool", "lr 0.001", "protection replay"]),
+        ("bench store", ["rounds 15; 3 with --quick"]),
+        ("bench cache", ["rounds 15 of the layer, 5 of the others; 3 and 1 with --quick"]),
+        ("bench learning", ["games krull,pixel/catch", "steps 61440; 204800 with --full"]),
+    ],
+)
+def test_help_shows_what_holds_where_an_option_is_not_given(command: str, shown: list[str]) -> None:
+    help_text = CliRunner().invoke(app, [*command.split(), "--help"], env={"COLUMNS": "250"}).output
+    for option, default in (words.split(" ", 1) for words in shown):
+        (line,) = (line for line in help_text.splitlines() if f"--{option} " in line)
+        assert f"[default: {default}]" in line
 
 
 def test_help_and_statistics_do_not_import_torch() -> None:

@@ -214,6 +214,20 @@ def test_a_finished_run_is_evaluated_again_without_touching_its_bank(finished):
     assert stored_experts(finished) == before
 
 
+@pytest.mark.parametrize("nothing", ["eval_envs", "eval_episodes", "eval_steps"])
+def test_an_evaluation_of_nothing_is_refused(finished, nothing):
+    with pytest.raises(InvalidRequest, match=f"{nothing}: 0"):
+        evaluate_run(finished, SILENT, **{nothing: 0})
+
+
+def test_a_run_without_evaluations_asks_for_their_steps(tmp_path):
+    config = tiny_run(tmp_path / "blind", eval_steps=0)
+    config.run_dir.mkdir()
+    (config.run_dir / "config.json").write_text(config.to_json())
+    with pytest.raises(InvalidRequest, match="--eval-steps"):
+        evaluate_run(config.run_dir, SILENT)
+
+
 def test_the_full_preset_makes_real_updates_through_all_tiers(tmp_path):
     """25 MB records, 256 experts, six layers. HBM holds one game's 4 experts and DRAM 6, so that coming back to a game reads NVMe."""
     agent = dataclasses.replace(PRESETS["full"], hbm_experts=4, dram_experts=6)
