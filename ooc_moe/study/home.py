@@ -9,7 +9,7 @@ import importlib.metadata
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,13 +98,24 @@ def results_of(study: Study, runs: Sequence[StudyRun], constants: Mapping[str, f
         verdicts.caching(points, study.recipe.agent.pool_size),
         verdicts.protection(found),
     )
+    shorter = _shorter(found)
     return Results(
         found=found,
         tables=tables(found, separated, points),
-        verdicts=[each for each in spoken if each is not None],
+        verdicts=[replace(each, says=each.says + shorter) for each in spoken if each is not None],
         separated=separated,
         points=points,
     )
+
+
+def _shorter(found: StudyScores) -> str:
+    """What a verdict adds where runs were made with fewer steps than the study's."""
+    study = found.study
+    for run in found.records:
+        steps, own = run.config.steps_per_game, study.variants[run.variant].change(study.recipe).steps_per_game
+        if steps < own:
+            return f" Runs are shorter than the study's own: {steps:,} steps in each game, not {own:,}."
+    return ""
 
 
 def write(results: Results, directory: Path, *, command: str) -> list[Path]:
@@ -146,7 +157,8 @@ def _markdown(results: Results, described: dict[str, str], pictures: Sequence[st
     lines += ["## Variants", "", *(f"- {name}: {study.variants[name].says}" for name in study.seeds), ""]
     if found.missing:
         lines += ["## Missing", "", *(f"- {run.label}: {why}" for run, why in found.missing.items()), ""]
-    lines += ["## The full recipe's configuration", "", "```json", _recipe(study), "```", "", notes.rstrip(), ""]
+    configured, label = _configured(found)
+    lines += [f"## The configuration of {label}", "", "```json", configured, "```", "", notes.rstrip(), ""]
     return "\n".join(lines)
 
 
@@ -159,10 +171,13 @@ def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _recipe(study: Study) -> str:
-    fields = json.loads(study.recipe.to_json())
-    del fields["games"], fields["seed"]
-    return json.dumps(fields | {"orders": study.orders, "seeds": study.seeds}, indent=1)
+def _configured(found: StudyScores) -> tuple[str, str]:
+    """The configuration of the first run of the most important variant that has one, as it was made, and which run that is."""
+    study = found.study
+    run = next((run for name in found.variants for run in found.of(name)), None)
+    fields = json.loads((run.config if run else study.recipe).to_json())
+    del fields["games"], fields["seed"], fields["trace"]
+    return json.dumps(fields | {"orders": study.orders, "seeds": study.seeds}, indent=1), run.label if run else "the full recipe"
 
 
 def _notes_of(page: Path) -> str:

@@ -1,7 +1,7 @@
 """The scores of a study's runs on one scale: 0 is random play, 1 what a network of its own learns of the game (the mean of its seeds).
 
-Which games count in ratios is decided here, by the rules of `_left_out`. Knows nothing of
-variants beyond their names, and of how results are printed.
+Which games count in ratios is decided here, by the rules of `_left_out`. Knows nothing of variants beyond their names, and of how results
+are printed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The three verdicts. Their rules stand here in code, and were fixed before any run was made, but for this: since commit d7f9c71, made
-after four short caching runs, caching wants the whole grid of intervals and sizes, where before it wanted trainer and simulator; and after a
-review of finished runs, separation compares equally many tokens, the bootstrap draws whole runs, and scores.py judges games that evaluation
-cut off by the least that they gave.
+after four short caching runs, caching wants the whole grid of intervals and sizes, where before it wanted trainer and simulator; and after
+a review of finished runs, separation compares equally many tokens, the bootstrap draws whole runs, and scores.py judges games that
+evaluation cut off by the least that they gave.
 
 1. Separation: in every run with plain token routing (after the last game), the experts that two environments use overlap
    less when they play two games than when they play one: permutation test over environments, p < 0.05 in every run. Environments are

@@ -646,6 +646,22 @@ def test_a_study_that_is_not_finished_is_written_with_what_is_missing(tmp_path: 
     assert all(f"({path.name})" in text for path in pictures)
 
 
+def test_runs_shorter_than_the_study_are_said_to_be_and_shown_as_they_were_made(tmp_path: Path) -> None:
+    # The untrained variant is shorter than the recipe by itself.
+    seeds = dict.fromkeys(("full", "moe-token", "dense", "moe-untrained", "single"), 1)
+    study = small_study(recipe=replace(SYNTHETIC.recipe, steps_per_game=51_200), seeds=seeds)
+    whole = home.results_of(study, made_up(study, tmp_path / "whole", {"full": 1.0, "moe-untrained": 1.0}, seeds=1), CONSTANT)
+    assert {run.config.steps_per_game for run in whole.found.of("moe-untrained")} == {10_240}
+    short_study = replace(study, recipe=replace(study.recipe, steps_per_game=20_480))
+    results = home.results_of(study, made_up(short_study, tmp_path / "short", {"full": 1.0}, seeds=1), CONSTANT)
+    assert not any("shorter" in verdict.says for verdict in whole.verdicts)
+    assert results.verdicts
+    assert all("shorter than the study's own: 20,480 steps in each game, not 51,200." in verdict.says for verdict in results.verdicts)
+    page, *_ = home.write(results, tmp_path / "home", command="ooc-moe study small")
+    _, _, configured = page.read_text().partition("## The configuration of full, forth, seed 0\n")
+    assert '"steps_per_game": 20480' in configured
+
+
 def test_notes_stay_when_the_results_are_written_again(tmp_path: Path) -> None:
     study = small_study()
     results = home.results_of(study, study.runs(tmp_path), CONSTANT)
