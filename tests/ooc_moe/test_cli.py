@@ -486,7 +486,7 @@ def test_the_help_of_each_command_shows_an_example_of_it(command: str) -> None:
 def test_help_shows_what_holds_where_an_option_is_not_given(command: str, shown: list[str]) -> None:
     help_text = CliRunner().invoke(app, [*command.split(), "--help"], env={"COLUMNS": "250"}).output
     for option, default in (words.split(" ", 1) for words in shown):
-        (line,) = (line for line in help_text.splitlines() if f"--{option} " in line)
+        (line,) = (line for line in help_text.splitlines() if f"│ --{option} " in line)
         assert f"[default: {default}]" in line
 
 
