@@ -1,7 +1,8 @@
 """The command `ooc-moe`: flags become configurations, errors become one line and exit code 2.
 
-The commands that speak to a daemon (stats, bank, snapshot) are in cli_store.py, those that measure (bench) in cli_bench.py. torch and what
-needs it are imported inside the commands that use them, so that help and statistics answer at once.
+The commands that speak to a daemon (stats, bank, snapshot) are in cli_store.py, those that measure (bench) in cli_bench.py, those that
+predict (simulate, plan) in cli_simulate.py, and study in cli_study.py. torch and what needs it are imported inside the commands that use
+them, so that help and statistics answer at once.
 
 Run: ooc-moe --help
 """

@@ -18,7 +18,7 @@ from ooc_moe_wire.sizes import parse_size
 
 bench_app = typer.Typer(
     no_args_is_help=True,
-    help="Measure the storage daemon, the cache and its layer beside their peers, and cache policies beside the best possible.",
+    help="Measure the daemon, the cache, its layer and the learner beside their peers, and cache policies beside the best possible.",
     rich_markup_mode="rich",
 )
 bench_app.command(name="policies")(policies.main)

@@ -34,7 +34,7 @@ def study(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the runs, and how far each came.")] = False,
     tables_only: Annotated[bool, typer.Option("--tables-only", help="Make no run; write what the present ones show.")] = False,
 ) -> None:
-    """Test the claim: many runs, a table, figures and verdicts whose rules were fixed beforehand.
+    """Test the claim: many runs, a table, figures and verdicts whose rules stand in code.
 
     Every run is an ordinary one (ooc-moe report works on it), with a daemon of its own. Ctrl-C saves; the same command goes on.
 

@@ -1,7 +1,7 @@
 """Dormant units (Sokar et al. 2023, definition 3.1): hidden units of experts that hardly respond to a game's frames any more.
 
 A unit's score is its mean absolute activation over the tokens that its expert got, divided by the mean of that over the expert's units.
-Run: it is one of the measures of `ooc-moe eval`.
+Every evaluation logs it; it is one of the measures of a run's report.
 """
 
 from __future__ import annotations

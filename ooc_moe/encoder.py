@@ -1,4 +1,4 @@
-"""The stem: a stack of frames becomes one token. Shared by all games, and the only part of the agent that is.
+"""The stem: a stack of frames becomes one token. Shared by all games, whatever else is.
 
 Knows nothing of games, positions or time.
 """

@@ -110,7 +110,7 @@ def write_report(run_dir: Path) -> Path:
 
 
 def summary_tables(run_dir: Path) -> list[RenderableType]:
-    """The tables of a run as Rich renderables, for the end of `train` and `eval`.
+    """The tables of a run as Rich renderables, for the end of `train`.
 
     Raises:
         InvalidRequest: the directory holds no run, or a damaged one.
