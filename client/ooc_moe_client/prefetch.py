@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ooc_moe_client.admission import AdmissionMode
@@ -220,7 +220,7 @@ class Prefetcher:
             return other is None or (soon and other > next_use)
 
         while not table.num_free:
-            if self._core.demanding or not self._write_back.make_room(later):
+            if not self._evict(later):
                 return False
         return True
 
@@ -256,9 +256,17 @@ class Prefetcher:
             return not (table.in_working_set(resident) or resident.wanted_by == self._calls)
 
         while table.num_free <= num_free:
-            if self._core.demanding or not self._write_back.make_room(may_leave):
+            if not self._evict(may_leave):
                 return False
         return True
+
+    def _evict(self, may_leave: Callable[[Resident], bool]) -> bool:
+        """As `WriteBack.make_room`, after demand. An error is left to the training thread: what has a slot already is to be fetched."""
+        try:
+            return not self._core.demanding and self._write_back.make_room(may_leave)
+        except Exception as error:
+            self._core.fail(error)
+            return False
 
     def _do(self, work: _Work) -> None:
         if work.cancel:

@@ -149,7 +149,7 @@ class WriteBack:
         return outgoing is not None and outgoing.generation == resident.generation
 
     def _copy_out(self, resident: Resident, buffer: Tensor) -> Outgoing:
-        """Enters and leaves with the lock, and lets go of it to copy."""
+        """Enters and leaves with the lock, and lets go of it to copy. After an error the expert is as dirty as before."""
         outgoing = self._outgoing[resident.expert] = Outgoing(
             expert=resident.expert, base_version=resident.version, generation=resident.generation, buffer=buffer
         )
@@ -161,8 +161,15 @@ class WriteBack:
         finally:
             self._core.changed.acquire()
             resident.copying = False
+            if outgoing.copied is None:
+                self._free(outgoing)
             self._core.changed.notify_all()
         return outgoing
+
+    def _free(self, outgoing: Outgoing) -> None:
+        """It is no longer on its way."""
+        del self._outgoing[outgoing.expert]
+        self._spare.append(outgoing.buffer)
 
     def _buffer_for(self, expert: int) -> Tensor | None:
         """One that holds nothing, or what was changed since: an older change whose push has not begun need not be pushed."""
@@ -176,8 +183,9 @@ class WriteBack:
             return self._spare.pop()
         if self._num_buffers == BUFFERS_MAX:
             return None
+        buffer = self._core.slab.host_buffer()
         self._num_buffers += 1
-        return self._core.slab.host_buffer()
+        return buffer
 
     def _try_next(self) -> Outgoing | None:
         """The next expert to push: those without a slot first. None while the training thread waits for a fetch: it would be slowed."""
@@ -213,7 +221,12 @@ class WriteBack:
         batch: list[Outgoing] = []
         while len(batch) < self._batch_max:
             with self._core.changed:
-                following = self._try_next()
+                try:
+                    following = self._try_next()
+                except Exception as error:  # A buffer or a copy failed: the experts stay dirty, until the next request.
+                    following = None
+                    self._wanted.clear()
+                    self._core.fail(error)
                 if following is None and not batch:
                     if self._core.closed:
                         return []
@@ -254,5 +267,4 @@ class WriteBack:
             if resident is not None:
                 resident.version = outcome
                 self._core.table.mark(resident, dirty=resident.generation != outgoing.generation)
-        del self._outgoing[outgoing.expert]
-        self._spare.append(outgoing.buffer)
+        self._free(outgoing)

@@ -15,6 +15,7 @@ import torch
 from ooc_moe_client import write_back
 from ooc_moe_client.cache import ExpertCache
 from ooc_moe_client.in_memory import InMemoryStore
+from ooc_moe_client.schedule import Use
 from ooc_moe_client.store import Sections
 from ooc_moe_wire.errors import (
     CorruptRecord,
@@ -509,6 +510,54 @@ def test_a_failed_push_of_an_evicted_expert_keeps_its_bytes(gated: GatedStore, b
     cache.flush()
     assert visit(cache, [0]) == [1]
     cache.close()
+
+
+def fail_once(cache: ExpertCache, name: str) -> None:
+    """The next call of that method of the slab raises."""
+    sound = getattr(cache._slab, name)
+
+    def failing(*arguments):
+        setattr(cache._slab, name, sound)
+        raise RuntimeError(f"{name}: out of memory")
+
+    setattr(cache._slab, name, failing)
+
+
+@pytest.mark.parametrize("name", ["host_buffer", "copy_out"])
+def test_a_copy_that_fails_behind_surfaces_once_and_keeps_the_update(gated: GatedStore, bank: str, name: str):
+    with ExpertCache(gated, bank, capacity_experts=2) as cache:
+        update(cache, [0, 1])
+        fail_once(cache, name)
+        with pytest.raises(RuntimeError, match=name):
+            cache.flush()
+        cache.flush()
+        assert [step_of(gated, bank, expert) for expert in (0, 1)] == [1, 1]
+
+
+@pytest.mark.parametrize("name", ["host_buffer", "copy_out"])
+def test_a_victim_that_cannot_be_saved_stays(gated: GatedStore, bank: str, name: str):
+    with ExpertCache(gated, bank, capacity_experts=2) as cache:
+        update(cache, [0, 1])
+        fail_once(cache, name)
+        with pytest.raises(RuntimeError, match=name):
+            visit(cache, [2])
+        assert sorted(cache._table.residents) == [0, 1]
+        assert visit(cache, [2, 3]) == [0, 0]
+        assert visit(cache, [0, 1]) == [1, 1]
+
+
+@pytest.mark.parametrize("name", ["host_buffer", "copy_out"])
+def test_a_victim_that_cannot_be_saved_ahead_keeps_nothing_else_from_coming(gated: GatedStore, bank: str, name: str):
+    with ExpertCache(gated, bank, capacity_experts=2) as cache:
+        update(cache, [0])
+        fail_once(cache, name)
+        cache.schedule([Use((1, 2))])
+        gated.wait_for("fetch", 2)
+        assert gated.fetches[:2] == [[0], [1]]  # 2 would have taken the slot of 0.
+        with pytest.raises(RuntimeError, match=name):
+            visit(cache, [1])
+        assert visit(cache, [1, 2]) == [0, 0]
+        assert visit(cache, [0]) == [1]
 
 
 def test_a_background_error_is_raised_by_the_next_call_and_only_by_it(gated: GatedStore, bank: str):
