@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from ooc_moe import measures, statistics
-from ooc_moe.run_record import RunRecord
 from ooc_moe.study.caching import CachingPoint
 from ooc_moe.study.costs import costs_of
 from ooc_moe.study.scores import MEASURES, RAW_MEASURES, Cell, StudyScores, strata
@@ -169,7 +168,9 @@ def recognition_table(found: StudyScores) -> TextTable:
         records = [record for record in found.of(name).values() if len(record.games) > 1]
         events = [event for record in records for event in record.last_evaluations]
         accuracy, nearest, false, recall = ([_number(event.get(field)) for event in events] for field in fields)
-        steps = [step for record in records for step in _steps_to_detect(record)]
+        by_game = [[event.get("steps_to_detect_by_env") or [] for event in record.last_evaluations] for record in records]
+        everyone = [step for games in by_game for envs in games for step in envs]
+        switched = [step for games in by_game for envs in games[1:] for step in envs if step is not None]
         useful, late = (sum(event.get("cache", {}).get(fate, 0) for event in events) for fate in fates)
         if events:
             worst = np.nanmin(accuracy) if not np.isnan(accuracy).all() else float("nan")
@@ -179,8 +180,8 @@ def recognition_table(found: StudyScores) -> TextTable:
                     format_share(measures.mean(accuracy)),
                     format_share(float(worst)),
                     format_share(measures.mean(nearest)),
-                    format_score(measures.mean([step for step in steps if step is not None])),
-                    format_part(steps.count(None), len(steps)),
+                    format_score(measures.mean(switched)),
+                    format_part(everyone.count(None), len(everyone)),
                     format_score(measures.mean(false)),
                     format_share(measures.mean(recall)),
                     format_share(late / (useful + late) if useful + late else float("nan")),
@@ -200,15 +201,11 @@ def recognition_table(found: StudyScores) -> TextTable:
         rows,
         "After the last game, on episodes that were not trained on. Detector, nearest mean: share of frames whose most probable game is "
         "the right one. Steps to detect: after a game took the place of another, until an environment acted as the new one; the first game "
-        "of an evaluation takes nobody's place and is left out. Never: environments that did not in all of the game; they are in no mean. "
+        "of an evaluation takes nobody's place and is left out. Never: environments that did not act as a game, the first included, in all "
+        "of its time; they are in no mean. "
         "False switches: per 1000 frames. Prefetch recall: share of the needed experts that were named before "
         f"their first use. Late: of the prefetched experts that were asked for, those still on their way.{said}",
     )
-
-
-def _steps_to_detect(record: RunRecord) -> list[int | None]:
-    """Of each environment in each game of the last evaluations but the first, before which no other game was played; None: never."""
-    return [step for event in record.last_evaluations[1:] for step in event.get("steps_to_detect_by_env") or ()]
 
 
 def separation_table(separated: Sequence[Separation]) -> TextTable:

@@ -148,7 +148,7 @@ def protection(found: StudyScores) -> Verdict | None:
     learned = statistics.mean(statistics.pooled(strata(found.cells(FULL, "learning"))))
     gaps = {name: statistics.difference(kept[FULL], kept[name]) for name in (MOE, DENSE)}
     says = (
-        "; ".join(f"retention(full) - retention({name}) = {gap:+.2f} [{low:+.2f}, {high:+.2f}]" for name, (gap, low, high) in gaps.items())
+        "; ".join(f"retention(full) - retention({name}) = {_with_interval(*gap)}" for name, gap in gaps.items())
         + f"; learning(full) = {learned:.2f} of single-task."
     )
     short = _too_few(found)
@@ -171,7 +171,7 @@ def caching(points: Sequence[CachingPoint], pool_experts: int) -> Verdict | None
             words = f"{way.value}, HBM {hbm}: hits {_beside(blocks)} in blocks, {_beside(turns)} in turns of one update, "
             words += f"stall {blocks.stall_s:.3g} s and {turns.stall_s:.3g} s"
             if hbm < pool_experts:
-                outside.append(words + (", which is longer in blocks" if blocks.stall_s > turns.stall_s else ""))
+                outside.append(words + (", which is longer in blocks" if blocks.stall_s > 1.01 * turns.stall_s else ""))  # Not for a last digit.
             else:
                 (judged if blocks.hit_rate > turns.hit_rate and blocks.stall_s < turns.stall_s else failed).append(words)
     if not judged + failed:
@@ -189,6 +189,10 @@ def caching(points: Sequence[CachingPoint], pool_experts: int) -> Verdict | None
 
 def _beside(point: CachingPoint) -> str:
     return f"{point.hit_rate:.2%}" + ("" if np.isnan(point.belady) else f" (Belady {point.belady:.2%})")
+
+
+def _with_interval(gap: float, low: float, high: float) -> str:
+    return f"{gap:+.2f} [{low:+.2f}, {high:+.2f}]" if low < high else f"{gap:+.2f}"  # One run of each has no spread.
 
 
 def _too_few(found: StudyScores) -> str:

@@ -424,6 +424,8 @@ def test_protection_holds_only_with_enough_runs_a_clear_gap_and_learning(tmp_pat
     few = judged("few seeds", good, seeds=4)
     assert few.holds is None
     assert "wants 5 seeds in 2 orders" in few.says
+    assert "retention(moe-token) = +0.38 [" in few.says
+    assert "retention(moe-token) = +0.38; " in judged("one seed", good, seeds=1).says
 
 
 def test_protection_says_nothing_without_single_task_runs_or_a_rival(tmp_path: Path) -> None:
@@ -704,14 +706,14 @@ def test_games_that_nothing_tells_apart_are_named_in_the_table(tmp_path: Path) -
     assert "pixel/toward" not in twins.note
 
 
-def test_steps_to_detect_leave_out_the_first_game_and_count_who_never_does(tmp_path: Path) -> None:
+def test_steps_to_detect_leave_out_the_first_game_and_count_whoever_never_does(tmp_path: Path) -> None:
     study = small_study(orders={"forth": GAMES})
     runs = made_up(study, tmp_path, {"full": 1.0}, seeds=1)
-    for game, steps in zip(GAMES, ([0, 0, 0], [3, 5, None], [4, None, None]), strict=True):
+    for game, steps in zip(GAMES, ([0, None, 0], [3, 5, None], [4, None, None]), strict=True):
         change_evaluations(runs, "full", game, steps_to_detect_by_env=steps)
     table = next(table for table in tables(scores_of(study, runs), [], []) if table.title == "Recognising games")
     cells = dict(zip(table.columns, table.rows[0], strict=True))
-    assert (cells["steps to detect"], cells["never"]) == ("4.00", "3 of 6")
+    assert (cells["steps to detect"], cells["never"]) == ("4.00", "4 of 9")
 
 
 # The command
