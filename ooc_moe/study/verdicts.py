@@ -171,7 +171,7 @@ def caching(points: Sequence[CachingPoint], pool_experts: int) -> Verdict | None
             words = f"{way.value}, HBM {hbm}: hits {_beside(blocks)} in blocks, {_beside(turns)} in turns of one update, "
             words += f"stall {blocks.stall_s:.3g} s and {turns.stall_s:.3g} s"
             if hbm < pool_experts:
-                outside.append(words + (", which is longer in blocks" if blocks.stall_s > 1.01 * turns.stall_s else ""))  # Not for a last digit.
+                outside.append(words + (", which is longer in blocks" if blocks.stall_s > 1.01 * turns.stall_s else ""))
             else:
                 (judged if blocks.hit_rate > turns.hit_rate and blocks.stall_s < turns.stall_s else failed).append(words)
     if not judged + failed:

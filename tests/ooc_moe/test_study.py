@@ -144,7 +144,7 @@ def test_hbm_holds_a_fraction_of_the_experts_but_for_plain_token_routing() -> No
     for study in STUDIES.values():
         for run in study.runs(Path("runs")):
             agent = run.config.agent
-            everything = run.variant == "moe-token" or agent.num_experts == 1
+            everything = run.variant in ("moe-token", "moe-untrained") or agent.num_experts == 1
             assert (agent.hbm_experts == agent.num_banks * agent.num_experts) is everything, run
 
 
