@@ -23,7 +23,7 @@ from ooc_moe_client.messages import bank_from, expert_from, snapshot_from
 from ooc_moe_client.planes import Planes
 from ooc_moe_client.store import Bank, Durability, ExpertInfo, Fetched, Plane, PrefetchState, Priority, Push, Sections, Snapshot
 from ooc_moe_wire.codec import Checksums
-from ooc_moe_wire.errors import TierFull, Unavailable, UnknownBank, UnknownSnapshot
+from ooc_moe_wire.errors import OocMoeError, TierFull, Unavailable, UnknownBank, UnknownSnapshot
 from ooc_moe_wire.layout import BankSpec, Layout
 from ooc_moe_wire.v1 import (
     bank_pb2,
@@ -174,14 +174,20 @@ class RemoteStore:
             )
             for push, body in zip(pushes, bodies, strict=True)
         ]
-        with suppress(TierFull):  # Stays the outcome of its experts.
+        error: OocMoeError | None = None  # why some have no outcome
+        try:
             self._connection.retry(lambda: self._push_unsettled(bank, items))
+        except OocMoeError as raised:
+            if all(item.outcome is None for item in items):
+                raise
+            error = raised
         outcomes: list[int | Exception] = []
         for item in items:
-            assert item.outcome is not None
-            if isinstance(item.outcome, int):
-                self._acknowledged.note(bank, item.expert, item.outcome)
-            outcomes.append(item.outcome)
+            outcome = error if item.outcome is None else item.outcome
+            assert outcome is not None
+            if isinstance(outcome, int):
+                self._acknowledged.note(bank, item.expert, outcome)
+            outcomes.append(outcome)
         return outcomes
 
     def _push_unsettled(self, bank: str, items: Sequence[Item]) -> None:

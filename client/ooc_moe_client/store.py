@@ -168,7 +168,9 @@ class ExpertStore(Protocol):
         """Writes experts; one outcome per push, in order: the new version, or the error that refused it.
 
         StaleVersion refuses what is based on an older version than the present one, LostUpdate what is based on one that is gone.
-        The first push to a bank opens it for writing (see `release`).
+        Where the daemon went away for good in the middle, what it had answered keeps its outcome, and the error is that of the others: they
+        may have been written, and the next push of such an expert, from the same version, finds out. Where it had answered nothing, the
+        error is raised. The first push to a bank opens it for writing (see `release`).
 
         Raises:
             NotTheWriter: another writer has the bank open.

@@ -16,6 +16,7 @@ from ooc_moe_wire.errors import (
     CorruptRecord,
     DeadlineExceeded,
     InvalidRequest,
+    LostUpdate,
     NotTheWriter,
     TierFull,
     Unavailable,
@@ -306,6 +307,33 @@ def test_a_push_given_up_on_but_written_is_the_base_of_the_next(scripted: Script
     assert isinstance(write(store, "b", {3: 2.0}, {3: 17})[3], int)
     assert isinstance(write(store, "b", {3: 3.0}, {3: 17})[3], int)
     assert bases == [18, 17]
+    store.close()
+
+
+def test_what_was_answered_before_the_daemon_went_away_for_good_is_told(scripted: ScriptedDaemon):
+    def answers_one_then_dies(headers, context):
+        yield from acknowledge([next(headers)], context)
+        next(headers)
+        abort(context, Unavailable("killed"))
+
+    def dies(headers, context):
+        abort(context, Unavailable("away"))
+        yield
+
+    scripted.push_scripts = [answers_one_then_dies, dies]
+    store = RemoteStore(scripted.target, patience_s=0.3)
+    outcomes = write(store, "b", {0: 1.0, 1: 1.0, 2: 1.0})
+    assert outcomes[0] == 101
+    assert isinstance(outcomes[1], Unavailable)
+    assert isinstance(outcomes[2], Unavailable)
+    scripted.fetch_scripts = [lambda experts, context: served(0)]
+    with pytest.raises(LostUpdate, match="gave version 1, but had acknowledged 101"):
+        list(fetch_into({}, store, [0]))
+    written = Checksums.of(LAYOUT, memoryview(body(1.0)))
+    scripted.listed = expert_pb2.ExpertInfo(expert=1, version=102, parameter_xxh3=written.parameters, optimizer_xxh3=written.optimizer)
+    scripted.push_scripts, scripted.headers = [acknowledge], []
+    write(store, "b", {0: 2.0, 1: 2.0}, {0: 101})
+    assert [(header.expert, header.base_version) for header in scripted.headers] == [(0, 101), (1, 102)]
     store.close()
 
 
