@@ -48,7 +48,7 @@ class Recognition:
         - unknown, nearest_mean_unknown: share of the frames that look like no known game.
         - probabilities: mean probability of each game, by the detector (see `ambiguous_pairs`).
         - steps_to_detect_by_env: steps of each environment before it first acted as the right game, None where it never did;
-          steps_to_detect: their mean.
+          steps_to_detect: the mean of those that did. The first game of an evaluation takes no other's place: its steps say little.
         - false_switches: beliefs that turned away from the right game, per 1000 frames.
         """
         frames = len(self._believed_TN) * self._num_envs

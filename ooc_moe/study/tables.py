@@ -219,7 +219,8 @@ def separation_table(separated: Sequence[Separation]) -> TextTable:
         ["variant", "order", "seed", "same game", "two games", "gap", "p"],
         rows,
         "Routed mass that two environments have in common in the last evaluation, each thinned to as many tokens as the smallest has. p: "
-        "of a permutation test over environments. Each game has its own norms and embedding in every variant; they tell the router which "
+        "of a permutation test over environments; it may be small because environments of one game differ among themselves more than those "
+        "of another, so look at the gap too. Each game has its own norms and embedding in every variant; they tell the router which "
         "game it is.",
     )
 
