@@ -21,7 +21,9 @@ import typer
 from rich.console import Console
 
 from ooc_moe import cli_bench, cli_simulate, cli_store, cli_study
+from ooc_moe.cli_words import words
 from ooc_moe.config import PRESETS
+from ooc_moe.interrupts import INTERRUPTED_EXIT
 from ooc_moe.run_config import PPOConfig, RunConfig
 from ooc_moe_wire.errors import InvalidRequest, OocMoeError
 
@@ -34,7 +36,6 @@ app.command()(cli_simulate.simulate)
 app.command()(cli_simulate.plan)
 app.command()(cli_study.study)
 
-INTERRUPTED_EXIT = 130
 # What the commands that train, evaluate, report and measure import; ale-py and the benchmarks' peers speak for themselves where they lack.
 _TRAIN_EXTRA = {"torch", "gymnasium", "matplotlib", "jinja2", "tensorboard"}
 _RESUME_FLAGS = {"resume", "checkpoint", "run_dir", "name", "store", "plane", "quiet"}
@@ -333,9 +334,9 @@ def _run_dir(name: str | None, run_dir: Path | None, preset: str, *, resume: boo
 
 
 def _games(text: str) -> tuple[str, ...]:
-    if not text:
+    games = words(text)
+    if not games:
         raise InvalidRequest("games: which? Write for example --games krull,road_runner")
-    games = tuple(game.strip() for game in text.split(","))
     if not all(games):
         raise InvalidRequest(f"games: {text!r} leaves a name empty; write for example --games krull,road_runner")
     return games

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,8 +12,8 @@ from rich.console import Console
 
 from ooc_moe.bench import policies
 from ooc_moe.bench.machine import command_given
+from ooc_moe.cli_words import size, table_console, whole_numbers, words
 from ooc_moe_wire.errors import InvalidRequest
-from ooc_moe_wire.sizes import parse_size
 
 bench_app = typer.Typer(
     no_args_is_help=True,
@@ -22,8 +21,6 @@ bench_app = typer.Typer(
     rich_markup_mode="rich",
 )
 bench_app.command(name="policies")(policies.main)
-# Wide enough for the table, where the output is no terminal.
-TABLE_WIDTH = 140
 
 
 @bench_app.command()
@@ -52,12 +49,14 @@ def store(
     from ooc_moe.bench import store as bench
     from ooc_moe.bench.results import save, table
 
-    chosen = bench.StoreBench(data_dir=data_dir, sizes=_sizes(sizes), rounds=rounds, paths=_words(paths), quick=quick)
+    chosen = bench.StoreBench(
+        data_dir=data_dir, sizes=tuple(size("sizes", word) for word in sizes.split(",")), rounds=rounds, paths=words(paths), quick=quick
+    )
     measured = bench.run(chosen, Console(stderr=True), command=command_given())
     if as_json:
         print(json.dumps(asdict(measured), indent=2))
     else:
-        console = Console() if sys.stdout.isatty() else Console(width=TABLE_WIDTH)
+        console = table_console()
         console.print(table(measured, bench.TITLES))
         for missing in measured.missing:
             console.print(f"missing: {missing}", markup=False, highlight=False)
@@ -111,21 +110,21 @@ def cache(
     from ooc_moe.bench import cache as caches
     from ooc_moe.bench import cache_results, layer
 
-    wanted = _words(parts)
+    wanted = words(parts)
     for part in wanted:
         if part not in PARTS:
             raise InvalidRequest(f"parts: {part!r} is not one of {', '.join(PARTS)}")
     shared: dict[str, Any] = {"device": device, "threads": threads}
     layer_bench = layer.LayerBench(
-        sizes=_words(sizes) or layer.SIZES,
-        tokens=_whole_numbers("tokens", tokens),
-        pools=_whole_numbers("pools", pools),
+        sizes=words(sizes) or layer.SIZES,
+        tokens=whole_numbers("tokens", tokens),
+        pools=whole_numbers("pools", pools),
         rounds=rounds if rounds is not None else layer.QUICK_ROUNDS if quick else layer.ROUNDS,
         **shared,
     )
     cache_bench = caches.CacheBench(
         parts=tuple(part for part in wanted if part != "layer"),
-        sizes=_words(sizes) or caches.SIZES,
+        sizes=words(sizes) or caches.SIZES,
         rounds=rounds if rounds is not None else caches.QUICK_ROUNDS if quick else caches.ROUNDS,
         data_dir=data_dir,
         **shared,
@@ -136,7 +135,7 @@ def cache(
     if as_json:
         print(json.dumps({"layer": [asdict(row) for row in layer_rows], "cache": [asdict(row) for row in cache_rows]}, indent=2))
     else:
-        console = Console() if sys.stdout.isatty() else Console(width=TABLE_WIDTH)
+        console = table_console()
         if layer_rows:
             console.print(layer.table(layer_rows))
         if cache_rows:
@@ -181,8 +180,8 @@ def learning(
     from ooc_moe.bench import learning_results
 
     chosen = bench.LearningBench(
-        games=_words(games) or bench.GAMES,
-        returns_games=() if returns == "none" else _words(returns) or (bench.FULL_GAMES if full else bench.RETURNS_GAMES),
+        games=words(games) or bench.GAMES,
+        returns_games=() if returns == "none" else words(returns) or (bench.FULL_GAMES if full else bench.RETURNS_GAMES),
         steps=steps if steps is not None else bench.FULL_STEPS if full else bench.STEPS,
         seeds=seeds,
         rounds=rounds,
@@ -193,26 +192,8 @@ def learning(
     if as_json:
         print(json.dumps({"speed": [asdict(row) for row in speeds], "returns": [asdict(row) for row in reached]}, indent=2))
     else:
-        console = Console() if sys.stdout.isatty() else Console(width=TABLE_WIDTH)
+        console = table_console()
         for table in learning_results.tables(speeds, reached):
             console.print(table)
     if results is not None:
         learning_results.save(speeds, reached, bench.facts(chosen, command=command_given()), results / "learning.md")
-
-
-def _whole_numbers(name: str, text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(word) for word in text.split(","))
-    except ValueError as error:
-        raise InvalidRequest(f"{name}: {text!r} is not whole numbers with commas between") from error
-
-
-def _words(text: str | None) -> tuple[str, ...]:
-    return tuple(word.strip() for word in text.split(",")) if text else ()
-
-
-def _sizes(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(parse_size(word) for word in text.split(","))
-    except ValueError as error:
-        raise InvalidRequest(f"sizes: {error}") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,19 +12,18 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ooc_moe.bench.machine import command_given
+from ooc_moe.cli_words import size, table_console, whole_numbers, words
 from ooc_moe.simulate.made import Made, make_trace
 from ooc_moe.simulate.replay import Prefetch
 from ooc_moe.simulate.study import Study, latency, markdown, run, seconds, table
 from ooc_moe.trace import read_trace, write_trace
 from ooc_moe_wire.errors import InvalidRequest
-from ooc_moe_wire.sizes import parse_size
 
 if TYPE_CHECKING:
     from ooc_moe.run_config import RunConfig
 
 _MAKE, _TIME, _AHEAD = "Making a trace", "Time", "Prefetch"
 _MADE = Made()
-_WIDTH = 140
 
 
 def simulate(
@@ -97,24 +95,24 @@ def simulate(
     One access is one expert of one layer call. A hit was in HBM when asked for: what a prefetch brings late is a miss. Belady knows the
     future but does not prefetch, so a prefetch can beat it.
     """
-    turns = _numbers("switch_every", switch_every) if switch_every else []
+    turns = whole_numbers("switch_every", switch_every) if switch_every else ()
     made_turns = turns[0] if turns else _MADE.switch_every
     if (file is None) == (make is None):
         raise InvalidRequest("file: give a trace to replay, or --make FILE to make one")
     study = Study(
-        hbm=_words(hbm),
+        hbm=words(hbm),
         dram=dram,
-        policies=_words(policy),
+        policies=words(policy),
         dram_policy=dram_policy,
         prefetches=tuple(
             Prefetch(source=word, delay=detect_after, accuracy=detect_accuracy, experts_max=prefetch_experts)
-            for word in _words(prefetch)
+            for word in words(prefetch)
             if word != "none"
         ),
         # What was made in these turns needs no dealing out.
-        switch_every=() if turns == [made_turns] and make is not None else tuple(turns),
+        switch_every=() if turns == (made_turns,) and make is not None else turns,
         latency=replace(latency(latency_text), compute_s=seconds("compute", compute)),
-        expert_bytes=_size("expert_bytes", expert_bytes) if expert_bytes else None,
+        expert_bytes=size("expert_bytes", expert_bytes) if expert_bytes else None,
         seed=seed,
     )
     trace = read_trace(file) if file is not None else None
@@ -144,7 +142,7 @@ def simulate(
     if as_json:
         print(json.dumps([asdict(row) for row in rows], indent=2))
     else:
-        console = Console() if sys.stdout.isatty() else Console(width=_WIDTH)
+        console = table_console()
         console.print(table(trace, rows))
     if results is not None:
         results.parent.mkdir(parents=True, exist_ok=True)
@@ -196,15 +194,15 @@ def plan(
     made = planning.plan(
         run_config,
         rates,
-        gpu_bytes=_size("gpu_bytes", gpu_bytes) if gpu_bytes else None,
-        dram_bytes=_size("dram_bytes", dram_bytes) if dram_bytes else None,
-        nvme_bytes=_size("nvme", nvme) if nvme else None,
+        gpu_bytes=size("gpu_bytes", gpu_bytes) if gpu_bytes else None,
+        dram_bytes=size("dram_bytes", dram_bytes) if dram_bytes else None,
+        nvme_bytes=size("nvme", nvme) if nvme else None,
         steps_per_s=steps_per_s,
     )
     if as_json:
         print(json.dumps(asdict(made) | {"rates": asdict(rates)}, indent=2))
         return
-    console = Console() if sys.stdout.isatty() else Console(width=_WIDTH)
+    console = table_console()
     console.print(planning.table(made, rates))
     for finding in made.findings or ("worth trying: nothing speaks against it",):
         console.print(f"- {finding}", soft_wrap=True, markup=False, highlight=False)
@@ -227,24 +225,6 @@ def _planned(config: str, games: int | None, hbm_experts: int | None) -> RunConf
 
 def _game_names(number: int) -> tuple[str, ...]:
     return tuple(f"game{index}" for index in range(number))
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in text.split(",") if word.strip())
-
-
-def _numbers(name: str, text: str) -> list[int]:
-    try:
-        return [int(word) for word in _words(text)]
-    except ValueError as error:
-        raise InvalidRequest(f"{name}: {text!r} is not a list of numbers; write for example 1000,10000") from error
-
-
-def _size(name: str, text: str) -> int:
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise InvalidRequest(f"{name}: {error}") from error
 
 
 def _progress(console: Console) -> Progress:

@@ -22,13 +22,12 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ooc_moe.dashboard import render
+from ooc_moe.dashboard import DASH, render
 from ooc_moe_client.remote import RemoteStore
 from ooc_moe_client.store import Bank, Snapshot, Tier
 from ooc_moe_wire.errors import InvalidRequest
 from ooc_moe_wire.v1 import stats_pb2
 
-DASH = "–"
 _WHERE = {Tier.DRAM: "in DRAM", Tier.NVME: "on NVMe", Tier.SEED: "made from the seed when asked for"}
 # A dashboard outlives a restart of the daemon; a command should not hang on one that is away.
 WATCH_PATIENCE_S = 3600.0

@@ -12,13 +12,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from ooc_moe.bench.machine import command_given
+from ooc_moe.cli_words import words
+from ooc_moe.interrupts import INTERRUPTED_EXIT
 from ooc_moe_wire.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from ooc_moe.study.definitions import Study, StudyRun
     from ooc_moe.study.runner import Outcome, Status
-
-INTERRUPTED_EXIT = 130
 
 
 def study(
@@ -53,7 +53,7 @@ def study(
     chosen = find_study(name)
     wanted = chosen.runs(
         runs / "studies",
-        variants=tuple(word.strip() for word in variants.split(",") if word.strip()),
+        variants=words(variants),
         seeds=_at_least_one("seeds", seeds),
         steps_per_game=_at_least_one("steps_per_game", steps_per_game),
     )
@@ -98,8 +98,8 @@ def _make(chosen: Study, wanted: list[StudyRun], jobs: int, console: Console) ->
 
 
 def _say(outcome: Outcome, console: Console) -> None:
-    for run_dir, words in outcome.failed.items():
-        console.print(f"failed: {run_dir}: {words}", style="red", markup=False, soft_wrap=True)
+    for run_dir, said in outcome.failed.items():
+        console.print(f"failed: {run_dir}: {said}", style="red", markup=False, soft_wrap=True)
     if outcome.interrupted:
         console.print(f"stopped; every run saved a checkpoint. Go on with: {command_given()}", markup=False, soft_wrap=True)
         raise typer.Exit(INTERRUPTED_EXIT)

@@ -7,6 +7,9 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+INTERRUPTED_EXIT = 130
+"""Exit code of a command that a signal ended, its work saved; as a shell has it for SIGINT."""
+
 
 @contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:

@@ -21,6 +21,7 @@ from ooc_moe.bench.cache_results import Row
 from ooc_moe.bench.cache_switch import SWITCH_PATHS, switch
 from ooc_moe.bench.cache_trainer import Setting
 from ooc_moe.bench.cache_training import OVERSUBSCRIBED_PATHS, STEADY_PATHS, oversubscribed, steady
+from ooc_moe.bench.device import device_of
 from ooc_moe.config import PRESETS
 from ooc_moe_wire.errors import InvalidRequest
 
@@ -57,13 +58,12 @@ class CacheBench:
         for name, value in (("threads", self.threads), ("rounds", self.rounds)):
             if value < 1:
                 raise InvalidRequest(f"{name}: {value} is not at least 1")
-        if self.device not in ("auto", "cpu", "cuda") or (self.device == "cuda" and not torch.cuda.is_available()):
-            raise InvalidRequest(f"device: {self.device!r} is not auto, or a device that is here")
+        device_of(self.device)
 
     @property
     def on(self) -> torch.device:
         """The device to measure on."""
-        return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device)
+        return device_of(self.device)
 
 
 def run(bench: CacheBench, console: Console) -> list[Row]:

@@ -77,13 +77,13 @@ def _cells(row: Row, newline: str) -> tuple[str, ...]:
     def column(texts: Sequence[str]) -> str:
         return newline.join(texts) if any(texts) else ""
 
-    spread, ratios = row.spread, row.ratios
+    ratios = row.ratios
     sign = {True: "<= ", False: ">= "}
     return (
         row.part,
         row.size,
         row.path,
-        f"{spread.median:.4g} [{spread.q1:.4g}, {spread.q3:.4g}] {row.unit}",
+        f"{row.spread.text} {row.unit}",
         column([f"{ratio.value:.2f} x {ratio.of}" for ratio in ratios]),
         column(["" if ratio.must is None else f"{sign[ratio.at_most]}{ratio.must:g}" for ratio in ratios]),
         column(["" if ratio.aim is None else f"{sign[ratio.at_most]}{ratio.aim:g}" for ratio in ratios]),

@@ -54,6 +54,11 @@ class Spread:
         q1, median, q3 = statistics.quantiles(samples, n=4, method="inclusive")
         return Spread(median=median, q1=q1, q3=q3)
 
+    @property
+    def text(self) -> str:
+        """For a table: median [quartiles]."""
+        return f"{self.median:.4g} [{self.q1:.4g}, {self.q3:.4g}]"
+
 
 def warm_up(paths: Sequence[Path], *, blank: Callable[[], None]) -> None:
     """Runs each path once over a destination made blank, and checks it. Raises WrongBytes, naming the path."""

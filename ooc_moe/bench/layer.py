@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from ooc_moe.bench import machine
+from ooc_moe.bench.device import device_of
 from ooc_moe.bench.harness import Path, Spread, WrongBytes, timed_rounds, warm_up
 from ooc_moe.config import PRESETS, AgentConfig
 from ooc_moe.moe import TieredExperts, TieredMoE
@@ -65,13 +66,12 @@ class LayerBench:
         for name, value in (("threads", self.threads), ("rounds", self.rounds), *(("tokens", number) for number in self.tokens)):
             if value < 1:
                 raise InvalidRequest(f"{name}: {value} is not at least 1")
-        if self.device not in ("auto", "cpu", "cuda") or (self.device == "cuda" and not torch.cuda.is_available()):
-            raise InvalidRequest(f"device: {self.device!r} is not auto, or a device that is here")
+        device_of(self.device)
 
     @property
     def on(self) -> torch.device:
         """The device to measure on."""
-        return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device)
+        return device_of(self.device)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -274,14 +274,10 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"{row.dim} x {row.hidden}, {row.top_k}",
         str(row.tokens),
         str(row.pool),
-        _spread_text(row.moe_ms),
-        _spread_text(row.dense_ms),
+        row.moe_ms.text,
+        row.dense_ms.text,
         f"{row.ratio:.2f}",
         f"{RATIO_MUST:g}" if row.judged else "",
         f"{RATIO_AIM:g}" if row.judged else "",
         row.reached,
     )
-
-
-def _spread_text(spread: Spread) -> str:
-    return f"{spread.median:.4g} [{spread.q1:.4g}, {spread.q3:.4g}]"

@@ -103,7 +103,7 @@ def _sections(speeds: Sequence[Speed], returns: Sequence[Returns]) -> list[tuple
 
 def _speed_cells(row: Speed) -> tuple[str, ...]:
     targets = (f">= {RATIO_MUST:g}", f">= {RATIO_AIM:g}") if row.judged else ("", "")
-    return row.game, row.peer_envs, _spread_text(row.ours), _spread_text(row.peer), f"{row.ratio:.2f}", *targets, row.reached
+    return row.game, row.peer_envs, row.ours.text, row.peer.text, f"{row.ratio:.2f}", *targets, row.reached
 
 
 def _returns_cells(row: Returns) -> tuple[str, ...]:
@@ -115,7 +115,3 @@ def _returns_cells(row: Returns) -> tuple[str, ...]:
 
 def _points(values: Sequence[float]) -> str:
     return ", ".join(f"{value:.4g}" for value in values)
-
-
-def _spread_text(spread: Spread) -> str:
-    return f"{spread.median:.4g} [{spread.q1:.4g}, {spread.q3:.4g}]"

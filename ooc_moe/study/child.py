@@ -12,8 +12,9 @@ from pathlib import Path
 from rich.console import Console
 
 from ooc_moe.daemon import stop_with_parent
+from ooc_moe.interrupts import INTERRUPTED_EXIT
 from ooc_moe.run_config import RunConfig
-from ooc_moe.study.runner import INTERRUPTED_EXIT, State, state_of
+from ooc_moe.study.runner import State, state_of
 from ooc_moe_wire.errors import OocMoeError
 
 NICENESS = 10

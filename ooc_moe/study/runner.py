@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from ooc_moe import checkpoint
-from ooc_moe.interrupts import interruptible
+from ooc_moe.interrupts import INTERRUPTED_EXIT, interruptible
 from ooc_moe.metrics import CONFIG_FILE, METRICS_FILE
 from ooc_moe.run_config import RunConfig
 from ooc_moe_wire.errors import InvalidRequest
 
 CHILD = ("-m", "ooc_moe.study.child")
 LOG_FILE = "output.log"
-INTERRUPTED_EXIT = 130
 POLL_S = 0.5
 _TAIL_BYTES = 1 << 16
 
