@@ -126,7 +126,8 @@ def _untrained(runs: Sequence[Separation], trained_gap: float) -> str:
         return ""
     within, between, gap = _means(runs)
     says = f" An untrained network of the same kind: {within:.2f} and {between:.2f} ({_count(runs, 'run')})"
-    return f"{says}, which is the pictures' and the per-game norms' doing, not learning's." if gap >= trained_gap else f"{says}."
+    doing = "at least as far apart, which is the pictures' and the per-game norms' doing, not learning's"
+    return f"{says}, {doing}." if gap >= trained_gap else f"{says}."
 
 
 def _means(runs: Sequence[Separation]) -> tuple[float, float, float]:
