@@ -30,7 +30,7 @@ from tests.ooc_moe.runs import SILENT, assert_same_end, bodies, end_of, updates,
 from tests.torture.proxy import LossyProxy
 
 COMMAND = "python -m pytest tests/torture/test_soak.py -m slow --results tests/bench/results --torture-seed"
-SOAK_S, SOAK_S_SLOW = 8.0, 1200.0
+SOAK_S, SOAK_S_SLOW = 60.0, 1200.0
 PAUSE_S_MAX = 2.5
 DISK_S = 0.002
 AGENT = dataclasses.replace(PRESETS["tiny"], pool_size=3, hbm_experts=4)
@@ -129,6 +129,7 @@ def soak(daemon: DaemonProcess, tmp_path: Path, seed: int, duration_s: float, *,
     with Trouble(shaken, daemon, proxy, seed, duration_s) as trouble, pytest.raises(Interrupted):
         train(config(shaken, proxy.target), SILENT)
     proxy.close()
+    assert trouble.counts.keys() == {"kill", "restart", "cut", "lose answers"}
     reached = end_of(shaken, "latest.pt").progress
     began = time.monotonic()
     with stopped_after(reached.update), pytest.raises(Interrupted):
@@ -165,11 +166,10 @@ def daemon(start_daemon: Any) -> DaemonProcess:
     return start_daemon(dram_bytes="112KiB", command=(sys.executable, "-m", "tests.torture.slow_disk", str(DISK_S)))
 
 
-@pytest.mark.timeout(120, method="thread")
+@pytest.mark.timeout(300, method="thread")
 def test_a_run_in_trouble_ends_bit_equal_to_the_undisturbed_run(daemon, tmp_path, seed):
     counts = soak(daemon, tmp_path, seed, SOAK_S, plane="stream", steps_per_game=80)
     assert counts["experts evicted from HBM"]
-    assert counts["daemon killed (kill -9)"] or counts["daemon stopped and started"] or counts["connections cut"]
 
 
 @pytest.mark.slow
