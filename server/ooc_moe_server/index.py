@@ -148,11 +148,6 @@ class Index:
             for bank_id in bank_ids:
                 self._revise_bank(meta, bank_id, base_version=next_version)
 
-    def save_next_version(self, next_version: int) -> None:
-        """Sets what the next start begins with: the reserve beyond `next_version`."""
-        with self._transaction(next_version):
-            pass
-
     def create_bank(self, bank: Bank, next_version: int) -> int:
         """Adds a bank with its records (a fork has some) and returns its id; `bank.id`, `revision`, `base_version` are not read."""
         with self._transaction(next_version) as meta:

@@ -15,19 +15,13 @@ from ooc_moe.bench.cache_results import NOTES, Ratio, Row, save
 from ooc_moe.bench.cache_trainer import LAYERS, Setting, Trainer, check_equal
 from ooc_moe.bench.cache_training import steps_per_game
 from ooc_moe.bench.harness import Spread, WrongBytes
-from ooc_moe.cli import main
 from ooc_moe.config import AgentConfig
 from ooc_moe.moe import TieredExperts
 from ooc_moe.run_config import RunConfig
 from ooc_moe_client.cache import ExpertCache
 from ooc_moe_client.in_memory import InMemoryStore
 from ooc_moe_wire.errors import InvalidRequest
-
-
-def command(*words: str) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main(["bench", "cache", *words])
-    return int(ended.value.code or 0)
+from tests.ooc_moe.commands import exit_code
 
 
 @pytest.fixture
@@ -67,7 +61,7 @@ def test_the_bank_is_eight_times_a_game_and_a_game_as_long_as_train_has_it(setti
 def test_a_quick_run_through_a_daemon_measures_the_fetches_of_each_tier(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(cache_bandwidth.DRAM_CALLS, "tiny", 1)
     words = ("--parts", "bandwidth", "--sizes", "tiny", "--quick", "--device", "cpu", "--json")
-    assert command(*words, "--data-dir", str(tmp_path / "disk"), "--results", str(tmp_path)) == 0
+    assert exit_code("bench", "cache", *words, "--data-dir", str(tmp_path / "disk"), "--results", str(tmp_path)) == 0
     rows = json.loads(capsys.readouterr().out)["cache"]
     assert [row["path"] for row in rows] == [
         *("DRAM, local", "DRAM, local unverified", "DRAM, stream", "DRAM, copy", "NVMe, local", "NVMe, stream", "NVMe, raw")

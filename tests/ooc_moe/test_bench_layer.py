@@ -12,22 +12,16 @@ from rich.console import Console
 from ooc_moe.bench import layer as bench
 from ooc_moe.bench.harness import Spread, WrongBytes
 from ooc_moe.bench.layer import NOTES, LayerBench, Row, save
-from ooc_moe.cli import main
 from ooc_moe.moe import TieredExperts
+from tests.ooc_moe.commands import exit_code
 
 QUICK = ("--sizes", "tiny", "--tokens", "64", "--pools", "2,5", "--rounds", "1", "--device", "cpu")
-
-
-def command(*words: str) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main(["bench", "cache", *words])
-    return int(ended.value.code or 0)
 
 
 def test_a_quick_run_times_every_pool_beside_the_same_dense_layer(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "SAMPLE_FLOPS", 1)
     threads = torch.get_num_threads()
-    assert command(*QUICK, "--threads", "2", "--json", "--results", str(tmp_path)) == 0
+    assert exit_code("bench", "cache", *QUICK, "--threads", "2", "--json", "--results", str(tmp_path)) == 0
     assert torch.get_num_threads() == threads
     rows = json.loads(capsys.readouterr().out)["layer"]
     assert [(row["pool"], row["tokens"], row["dim"], row["hidden"]) for row in rows] == [(2, 64, 16, 32), (5, 64, 16, 32)]
@@ -58,7 +52,7 @@ def test_a_layer_that_computes_something_else_is_not_timed(monkeypatch):
     ],
 )
 def test_a_mistake_is_one_line_that_names_it(capsys, words, said):
-    assert command(*words) == 2
+    assert exit_code("bench", "cache", *words) == 2
     assert said in capsys.readouterr().err
 
 

@@ -15,17 +15,11 @@ from ooc_moe.bench import learning as bench
 from ooc_moe.bench.harness import Spread, WrongBytes
 from ooc_moe.bench.learning import ATARI_AGENT, PIXEL_AGENT, LearningBench, Ours, check_same_network
 from ooc_moe.bench.learning_results import NOTES, Returns, Speed, save
-from ooc_moe.cli import main
 from ooc_moe.config import PRESETS
 from ooc_moe.run_config import PPOConfig
+from tests.ooc_moe.commands import exit_code
 
 SMALL_PPO = PPOConfig(num_envs=4, rollout_steps=16, epochs=2, minibatch_segments=32)
-
-
-def command(*words: str) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main(["bench", "learning", *words])
-    return int(ended.value.code or 0)
 
 
 @pytest.fixture
@@ -36,7 +30,7 @@ def small(monkeypatch):
 
 def test_a_small_run_measures_both_and_saves_its_tables(small, tmp_path, capsys):
     words = ["--games", "pixel/catch", "--returns", "pixel/catch", "--steps", "512", "--seeds", "1", "--rounds", "1", "--json"]
-    assert command(*words, "--results", str(tmp_path)) == 0
+    assert exit_code("bench", "learning", *words, "--results", str(tmp_path)) == 0
     found = json.loads(capsys.readouterr().out)
     assert [(row["game"], row["peer_envs"]) for row in found["speed"]] == [("pixel/catch", "its own"), ("pixel/catch", "ours")]
     assert found["speed"][0]["ours"] == found["speed"][1]["ours"]
@@ -122,7 +116,7 @@ def test_sb3_sees_our_environments_frames_and_clipped_rewards(small):
     ],
 )
 def test_a_mistake_is_one_line_that_names_it(capsys, words, said):
-    assert command(*words) == 2
+    assert exit_code("bench", "learning", *words) == 2
     assert said in capsys.readouterr().err
 
 

@@ -20,8 +20,8 @@ from ooc_moe.bench.harness import Path, Spread, WrongBytes, measure, warm_up
 from ooc_moe.bench.records import Records, made
 from ooc_moe.bench.results import NOTES, Latency, Ratio, Results, StatsRow, markdown, save, with_ratios
 from ooc_moe.bench.store import TITLES, StoreBench
-from ooc_moe.cli import main
 from ooc_moe_wire.errors import InvalidRequest
+from tests.ooc_moe.commands import exit_code
 
 MIB = 1 << 20
 # Ours and the peers that need nothing installed.
@@ -32,9 +32,7 @@ BUILT_IN = (
 
 
 def bench(*words: str) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main(["bench", "store", "--quick", "--sizes", "64KiB", *words])
-    return int(ended.value.code or 0)
+    return exit_code("bench", "store", "--quick", "--sizes", "64KiB", *words)
 
 
 def test_a_quick_run_measures_both_planes_and_the_peers_that_need_nothing(tmp_path, capsys):

@@ -13,7 +13,6 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-PACKAGES = ["ooc_moe", "ooc_moe_client", "ooc_moe_server", "ooc_moe_wire"]
 TORCH_SIDE = {"torch", "gymnasium", "ale-py", "matplotlib", "tensorboard"}
 
 

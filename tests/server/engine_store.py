@@ -139,3 +139,12 @@ def failing(error: Exception):
         raise error
 
     return fail
+
+
+def flip(path: Path, position: int) -> None:
+    """Turns one bit of a file over."""
+    with path.open("r+b") as file:
+        file.seek(position)
+        byte = file.read(1)[0]
+        file.seek(position)
+        file.write(bytes([byte ^ 1]))

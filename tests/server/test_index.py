@@ -14,7 +14,7 @@ from ooc_moe_server.index import VERSION_RESERVE, Index, Write
 from ooc_moe_wire.codec import Checksums
 from ooc_moe_wire.errors import CorruptRecord
 from ooc_moe_wire.layout import BankSpec, Layout, TensorSpec
-from tests.server.engine_store import failing
+from tests.server.engine_store import failing, flip
 
 SPEC = BankSpec(name="b", num_experts=4, layout=Layout(parameters=(TensorSpec(name="w", shape=(3,)),)), seed=2**64 - 1)
 WRITTEN = Record(version=7, slot=Slot(8192, 3), checksums=Checksums(2**64 - 1, 2**63), writer_id="w", push_number=2**64 - 1)
@@ -278,7 +278,7 @@ def test_one_damaged_block_of_committed_is_a_warning_and_is_written_anew(filled,
     index = Index(filled / "index.sqlite")
     assert "one block of COMMITTED is damaged" in caplog.text
     index.load()
-    index.save_next_version(60)
+    index.put_records([], 60)
     assert committed.read(filled / "COMMITTED") == (index.committed, 0)
     index.close()
 
@@ -295,12 +295,6 @@ def test_nothing_is_trusted_when_committed_is_gone(filled, how):
         path.unlink()
     with refused(filled, "COMMITTED is missing or damaged"):
         read(filled)
-
-
-def flip(path, position):
-    damaged = bytearray(path.read_bytes())
-    damaged[position] ^= 1
-    path.write_bytes(damaged)
 
 
 def test_a_crash_before_committed_was_written_is_no_damage(filled):
@@ -332,6 +326,6 @@ def test_a_full_disk_does_not_keep_committed_from_being_written(filled):
     index = Index(filled / "index.sqlite")
     stat = (filled / "COMMITTED").stat()
     for version in range(50, 60):
-        index.save_next_version(version)
+        index.put_records([], version)
     assert ((filled / "COMMITTED").stat().st_size, (filled / "COMMITTED").stat().st_ino) == (stat.st_size, stat.st_ino)
     index.close()

@@ -16,7 +16,7 @@ from ooc_moe_server.rebuild import rebuild
 from ooc_moe_wire.codec import Checksums, RecordHeader
 from ooc_moe_wire.errors import CorruptRecord
 from ooc_moe_wire.layout import BankSpec
-from tests.server.engine_store import LAYOUT, RECORD, SEEDED, Store, body_of, opened
+from tests.server.engine_store import LAYOUT, RECORD, SEEDED, Store, body_of, flip, opened
 
 
 def run(directory, scenario):
@@ -57,14 +57,6 @@ def slot_offset(record):
 
 def slab(directory):
     return directory / "slabs" / f"{RECORD}.slab"
-
-
-def flip(path, position):
-    with path.open("r+b") as file:
-        file.seek(position)
-        byte = file.read(1)[0]
-        file.seek(position)
-        file.write(bytes([byte ^ 1]))
 
 
 def call(monkeypatch, capsys, *arguments):

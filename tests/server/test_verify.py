@@ -15,7 +15,7 @@ import pytest
 from ooc_moe_server import cli, data_dir
 from ooc_moe_server.catalog import Record
 from ooc_moe_server.verify import verify
-from tests.server.engine_store import RECORD, body_of, opened
+from tests.server.engine_store import RECORD, body_of, flip, opened
 
 
 @dataclass
@@ -44,14 +44,6 @@ def filled(tmp_path):
 
     with data_dir.held(tmp_path):
         return asyncio.run(scenario())
-
-
-def flip(path, position):
-    with path.open("r+b") as file:
-        file.seek(position)
-        byte = file.read(1)[0]
-        file.seek(position)
-        file.write(bytes([byte ^ 0x10]))
 
 
 def tree(path):

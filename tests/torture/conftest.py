@@ -1,4 +1,4 @@
-"""What torture tests share: a seed that a failure shows, and results files.
+"""What torture tests share: a seed that a failure shows, memory for a disk, small files of the store, and results files.
 
 python -m pytest tests/torture/test_kills.py -m slow --results tests/bench/results
 """
@@ -10,11 +10,13 @@ import platform
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+
+from tests.torture.workload import ram_directory, small_files
 
 Report = Callable[[str, str, Mapping[str, object]], None]
 
@@ -32,6 +34,20 @@ def seed(request: pytest.FixtureRequest) -> int:
     chosen = random.SystemRandom().randrange(1 << 32) if given is None else int(given)
     print(f"repeat with --torture-seed {chosen}")
     return chosen
+
+
+@pytest.fixture
+def ram_path() -> Iterator[Path]:
+    """A directory of its own; see `ram_directory`."""
+    with ram_directory() as path:
+        yield path
+
+
+@pytest.fixture
+def with_small_files() -> Iterator[None]:
+    """See `small_files`."""
+    with small_files():
+        yield
 
 
 @pytest.fixture

@@ -58,13 +58,12 @@ class Method:
     path: str
     request: type[Message]
     client_streams: bool
-    server_streams: bool
 
 
 def methods(files: Iterable[FileDescriptor] = FILES) -> list[Method]:
     """Every method, in order of its path."""
     found = [
-        Method(f"/{service.full_name}/{each.name}", GetMessageClass(each.input_type), each.client_streaming, each.server_streaming)
+        Method(f"/{service.full_name}/{each.name}", GetMessageClass(each.input_type), each.client_streaming)
         for file in files
         for service in file.services_by_name.values()
         for each in service.methods

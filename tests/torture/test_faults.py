@@ -26,7 +26,7 @@ from ooc_moe_wire.v1 import expert_pb2
 from tests.torture.failing_disk import DISK_FULL, FailingDisk, Fault
 from tests.torture.killed import Threads
 from tests.torture.promises import LARGE, BankPromise, Ledger, SnapshotPromise, Value, fetch, push, random_body, write_back
-from tests.torture.workload import Workload, ram_directory, small_files
+from tests.torture.workload import Workload
 
 DRAM_BYTES = 64 << 10  # Five records.
 NUM_EXPERTS = 8
@@ -53,16 +53,10 @@ PLACES: dict[str, tuple[str, list[str], tuple[int, ...], tuple[str, ...]]] = {
 }
 
 
-@pytest.fixture
-def ram_path():
-    with ram_directory() as path:
-        yield path
-
-
 @pytest.fixture(autouse=True)
-def with_small_files():
-    # Nearly every push makes a slab grow. Not by monkeypatch, which would be undone after small_files and bring its value back for good.
-    with small_files(), mock.patch.object(slab, "GROWTH_BYTES", 1):
+def growing_with_nearly_every_push(with_small_files):
+    # Not by monkeypatch, which would be undone after small_files and bring its value back for good.
+    with mock.patch.object(slab, "GROWTH_BYTES", 1):
         yield
 
 

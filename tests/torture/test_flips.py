@@ -22,23 +22,13 @@ from ooc_moe_server.verify import verify
 from ooc_moe_wire.errors import CorruptRecord, OocMoeError
 from tests.torture.killed import Threads
 from tests.torture.promises import Ledger
-from tests.torture.workload import Workload, ram_directory, small_files
+from tests.torture.workload import Workload
+
+pytestmark = pytest.mark.usefixtures("with_small_files")
 
 DRAM_BYTES = 160 << 10
 # How often a kind of file is hit.
 KINDS = {"slabs/*": 8, "index.sqlite": 6, "index.sqlite-wal": 6, "COMMITTED": 2, "banks/*": 3, "snapshots/*": 3}
-
-
-@pytest.fixture
-def ram_path():
-    with ram_directory() as path:
-        yield path
-
-
-@pytest.fixture(autouse=True)
-def with_small_files():
-    with small_files():
-        yield
 
 
 @dataclass

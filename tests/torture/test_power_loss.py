@@ -19,21 +19,11 @@ from ooc_moe_server.rebuild import rebuild
 from ooc_moe_wire.errors import CorruptRecord, OocMoeError
 from tests.torture.power_loss import Choice, Recorder, any_part, everything, materialise, nothing, prefix
 from tests.torture.promises import LARGE, BrokenPromise, Forgive, Ledger, Value, push, random_body
-from tests.torture.workload import Workload, ram_directory, small_files
+from tests.torture.workload import Workload
+
+pytestmark = pytest.mark.usefixtures("with_small_files")
 
 DRAM_BYTES = 160 << 10  # A dozen records: fewer than there are.
-
-
-@pytest.fixture
-def ram_path():
-    with ram_directory() as path:
-        yield path
-
-
-@pytest.fixture(autouse=True)
-def with_small_files():
-    with small_files():
-        yield
 
 
 async def record(root: Path, rng: random.Random, *, num_rounds: int, lying: tuple[str, ...] = ()) -> tuple[Recorder, Ledger]:

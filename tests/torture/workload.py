@@ -6,7 +6,7 @@ import asyncio
 import os
 import random
 import tempfile
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import ExitStack, contextmanager
 from math import inf
 from pathlib import Path
@@ -28,7 +28,6 @@ SMALL_FILES = {
 }
 BANKS_MAX = 4
 SNAPSHOTS_MAX = 3
-Action = Callable[[], Coroutine[Any, Any, None]]
 
 
 @contextmanager

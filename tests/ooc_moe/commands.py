@@ -1,0 +1,14 @@
+"""The console script, run in the test's own process."""
+
+from __future__ import annotations
+
+import pytest
+
+from ooc_moe.cli import main
+
+
+def exit_code(*words: str) -> int:
+    """Runs `ooc-moe WORDS`."""
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    return int(ended.value.code or 0)
