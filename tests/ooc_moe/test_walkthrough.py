@@ -9,7 +9,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-pytestmark = pytest.mark.timeout(300)  # 17 s of CPU time; a minute and more where other work shares the cores.
+pytestmark = pytest.mark.timeout(300)  # Half a minute of CPU time; a minute and more where other work shares the cores.
 
 NOTEBOOK = Path(__file__).parents[2] / "ooc_moe" / "walkthrough.ipynb"
 CELL_WITHIN_S = 150
