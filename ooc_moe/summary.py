@@ -231,7 +231,7 @@ def overlap_table(record: RunRecord) -> TextTable:
 def detector_table(record: RunRecord) -> TextTable:
     """How well the games are recognised that nobody named."""
     rows = []
-    for event in record.last_evaluations:
+    for index, event in enumerate(record.last_evaluations):
         shares = [_said(event, name) for name in ("detector_accuracy", "nearest_mean_accuracy", "prefetch_recall")]
         steps, false = (_said(event, name) for name in ("steps_to_detect", "false_switches"))
         rows.append(
@@ -239,7 +239,7 @@ def detector_table(record: RunRecord) -> TextTable:
                 event["evaluated"],
                 format_share(_recognised(event)),
                 *(format_share(share) for share in shares[:2]),
-                DASH if np.isnan(steps) else f"{steps:.1f}",
+                DASH if np.isnan(steps) or index == 0 else f"{steps:.1f}",
                 DASH if np.isnan(false) else f"{false:.1f}",
                 format_share(shares[2]),
             ]
@@ -250,8 +250,8 @@ def detector_table(record: RunRecord) -> TextTable:
         rows,
         "Acted as it: share of steps played with the game's own experts and head. Detector, nearest mean: share of frames whose most "
         "probable game is the right one, whoever acted. Steps to detect: mean over environments, from the game's first frame until its "
-        "own pool of experts is in use. False switches: away from the right game, per 1000 frames. Prefetch recall: of the experts that "
-        "the game needed, those named before their first use."
+        "own pool of experts is in use; nothing switches to the first game. False switches: away from the right game, per 1000 frames. "
+        "Prefetch recall: of the experts that the game needed, those named before their first use."
         + "".join(f" Ambiguous: {one} and {other}, confusion {confusion:.2f}." for one, other, confusion in ambiguous(record)),
     )
 
