@@ -9,6 +9,7 @@ from concurrent import futures
 
 import pytest
 
+from ooc_moe_client.cache import ExpertCache
 from ooc_moe_client.remote import RemoteStore
 from ooc_moe_client.store import Plane, Push
 from ooc_moe_wire.codec import Checksums
@@ -237,13 +238,18 @@ def test_a_silent_daemon_is_a_missed_deadline(scripted: ScriptedDaemon):
     store.close()
 
 
-def test_pushes_without_an_answer_are_sent_again_under_their_numbers(scripted: ScriptedDaemon):
-    def answers_one_then_dies(headers, context):
-        first = next(acknowledge(headers, context))
-        next(headers)
-        yield first
-        abort(context, Unavailable("killed"))
+def answers_one_then_dies(headers, context):
+    yield from acknowledge([next(headers)], context)
+    next(headers)
+    abort(context, Unavailable("killed"))
 
+
+def stays_away(headers, context):
+    abort(context, Unavailable("away"))
+    yield
+
+
+def test_pushes_without_an_answer_are_sent_again_under_their_numbers(scripted: ScriptedDaemon):
     scripted.push_scripts = [answers_one_then_dies, acknowledge]
     store = RemoteStore(scripted.target)
     assert write(store, "b", {0: 1.0, 1: 1.0, 2: 1.0}) == {0: 101, 1: 102, 2: 103}
@@ -311,16 +317,7 @@ def test_a_push_given_up_on_but_written_is_the_base_of_the_next(scripted: Script
 
 
 def test_what_was_answered_before_the_daemon_went_away_for_good_is_told(scripted: ScriptedDaemon):
-    def answers_one_then_dies(headers, context):
-        yield from acknowledge([next(headers)], context)
-        next(headers)
-        abort(context, Unavailable("killed"))
-
-    def dies(headers, context):
-        abort(context, Unavailable("away"))
-        yield
-
-    scripted.push_scripts = [answers_one_then_dies, dies]
+    scripted.push_scripts = [answers_one_then_dies, stays_away]
     store = RemoteStore(scripted.target, patience_s=0.3)
     outcomes = write(store, "b", {0: 1.0, 1: 1.0, 2: 1.0})
     assert outcomes[0] == 101
@@ -334,6 +331,22 @@ def test_what_was_answered_before_the_daemon_went_away_for_good_is_told(scripted
     scripted.push_scripts, scripted.headers = [acknowledge], []
     write(store, "b", {0: 2.0, 1: 2.0}, {0: 101})
     assert [(header.expert, header.base_version) for header in scripted.headers] == [(0, 101), (1, 102)]
+    store.close()
+
+
+def test_a_cache_pushes_again_only_what_was_not_answered(scripted: ScriptedDaemon):
+    scripted.fetch_scripts = [lambda experts, context: (message for expert in experts for message in served(expert))]
+    scripted.push_scripts = [answers_one_then_dies, stays_away]
+    store = RemoteStore(scripted.target, patience_s=0.3)
+    with ExpertCache(store, "b", capacity_experts=3) as cache:
+        with cache.updating([0, 1, 2]):
+            pass
+        with pytest.raises(Unavailable):
+            cache.flush()
+        assert cache.stats().dirty == 2
+        scripted.push_scripts, scripted.headers = [acknowledge], []
+        cache.flush()
+        assert [(header.expert, header.base_version) for header in scripted.headers] == [(1, 2), (2, 3)]
     store.close()
 
 
