@@ -155,5 +155,5 @@ def test_acting_is_told_what_each_group_used_layer_by_layer_where_that_does_not_
 
 
 def test_an_unknown_admission_is_refused():
-    with pytest.raises(InvalidRequest, match="prefetch_admission: maybe"):
+    with pytest.raises(InvalidRequest, match="prefetch_admission: 'maybe'"):
         RunConfig(run_dir=Path("run"), games=(GAME,), agent=PRESETS["tiny"], prefetch_admission="maybe")
