@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import subprocess
 import sys
 import threading
 import time
@@ -134,6 +135,24 @@ def test_cut_connections_are_only_a_pause(begin, calm, proxy, shared_daemon):
     assert training.join() is None
     store = RemoteStore(shared_daemon.target)
     calm.assert_equals(training.run_dir, store)
+    store.delete_bank("run/experts")
+    store.close()
+
+
+def test_a_trainer_that_is_killed_goes_on_where_its_daemon_lived_on(calm, shared_daemon, tmp_path):
+    """kill -9 between two checkpoints: leases and pushes are left behind, and experts newer than the checkpoint."""
+    run_dir = tmp_path / "run"
+    program = (
+        "import sys; from pathlib import Path; from rich.console import Console; from ooc_moe.train import train, RunConfig;"
+        "train(RunConfig.from_json(sys.argv[1], Path(sys.argv[2])), Console(quiet=True))"
+    )
+    config = run_of(run_dir, shared_daemon.target, plane="local")
+    with subprocess.Popen([sys.executable, "-c", program, config.to_json(), str(run_dir)]) as process:
+        wait_for(lambda: len(updates(run_dir)) >= 3)
+        process.kill()
+    resume(run_dir, SILENT)
+    store = RemoteStore(shared_daemon.target)
+    calm.assert_equals(run_dir, store)
     store.delete_bank("run/experts")
     store.close()
 

@@ -135,9 +135,17 @@ def check(train: Callable[[AgentConfig, Variant], Result], agent: AgentConfig, v
         assert part.stats.write_backs > OPTIMIZER_STEPS
 
 
-@pytest.mark.parametrize("variant", [Variant(QUARTER, "local", "detector"), Variant(ONE, "stream", "schedule")], ids=str)
-def test_training_with_room_for_few_experts_computes_the_same_bits(train, variant):
-    check(train, AGENT, variant)
+@pytest.mark.parametrize(
+    ("agent", "variant"),
+    [
+        pytest.param(AGENT, Variant(QUARTER, "local", "detector"), id="quarter"),
+        pytest.param(AGENT, Variant(ONE_LAYER, "stream", "off"), id="one layer"),
+        pytest.param(AGENT, Variant(ONE, "stream", "schedule"), id="one"),
+        pytest.param(PER_LAYER, Variant(LESS, "local", "schedule"), id="one in each of two banks"),
+    ],
+)
+def test_training_with_room_for_few_experts_computes_the_same_bits(train, agent, variant):
+    check(train, agent, variant)
 
 
 @pytest.mark.slow
