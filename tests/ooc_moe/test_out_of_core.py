@@ -15,6 +15,7 @@ from typing import Any, get_args
 from unittest import mock
 
 import pytest
+import torch
 
 from ooc_moe import learner, ppo
 from ooc_moe.config import PRESETS, AgentConfig
@@ -45,6 +46,7 @@ class Variant:
     hbm_experts: int
     plane: str
     prefetch: str
+    device: str = "cpu"
 
 
 EVERYTHING_RESIDENT = Variant(ALL, "stream", "off")
@@ -93,6 +95,7 @@ def train(daemon: DaemonProcess, tmp_path_factory: pytest.TempPathFactory) -> Ca
             eval_steps=6,
             plane=variant.plane,
             prefetch=variant.prefetch,  # type: ignore[arg-type]
+            device=variant.device,
         )
         store = RemoteStore(daemon.target, plane=Plane(variant.plane))
         assert store.plane is Plane(variant.plane)
@@ -125,7 +128,7 @@ def step_counts(agent: AgentConfig, result: Result) -> list[int]:
 
 def check(train: Callable[[AgentConfig, Variant], Result], agent: AgentConfig, variant: Variant) -> None:
     """The variant computes what training with everything resident computes, and had to move experts for it."""
-    whole, part = train(agent, EVERYTHING_RESIDENT), train(agent, variant)
+    whole, part = train(agent, dataclasses.replace(EVERYTHING_RESIDENT, device=variant.device)), train(agent, variant)
     assert len(whole.losses) == OPTIMIZER_STEPS
     assert max(step_counts(agent, whole)) > OPTIMIZER_STEPS // 4
     assert whole.stats.evictions == 0
@@ -146,6 +149,19 @@ def check(train: Callable[[AgentConfig, Variant], Result], agent: AgentConfig, v
 )
 def test_training_with_room_for_few_experts_computes_the_same_bits(train, agent, variant):
     check(train, agent, variant)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("plane", ["stream", "local"])
+@pytest.mark.parametrize("hbm_experts", [QUARTER, ONE])
+def test_on_a_gpu_too(train, monkeypatch, hbm_experts, plane):
+    """From the daemon through pinned staging into the slab, and back."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    try:
+        check(train, AGENT, Variant(hbm_experts, plane, "schedule", device="cuda"))
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.slow
