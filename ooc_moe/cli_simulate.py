@@ -75,7 +75,8 @@ def simulate(
 ) -> None:
     """Replay a trace through HBM, DRAM and NVMe of any size, policy and latency. Needs no GPU and no torch.
 
-    What would a smaller cache have cost that run, and how far is LRU from the best possible?
+    What would a smaller cache have cost that run, and how far is LRU from the best possible? A trainer also evicts by what its updates
+    announce, which is not replayed: where a game does not fit into HBM it hits more often than LRU here.
 
     \b
     $ ooc-moe train --games krull,boxing --trace krull.trace
