@@ -10,8 +10,8 @@ then loaded one after another behind the compute; demand goes first and delays t
 each other. One that is asked for before it is there is late, and a miss.
 
 Left out: write-back (assumed to keep up behind the compute), the second looks of backward and optimizer, several misses in one call to the
-store, and the trainer's schedule: what an update or a step of acting announces is evicted by its next use and fetched ahead, so where a game
-does not fit into HBM a trainer hits far more often than LRU replayed here (simulate.md has both). Knows nothing of files and tables.
+store, and the trainer's schedule: what an update or a step of acting announces is evicted by its next use and fetched ahead. Where a game
+does not fit into HBM, a trainer therefore hits far more often than LRU does here (simulate.md has both). Knows nothing of files and tables.
 """
 
 from __future__ import annotations
