@@ -12,6 +12,7 @@ from ooc_moe import measures, statistics
 from ooc_moe.drawing import FAINT, INK, PERCENT, WIDTH, game_colours, legend
 from ooc_moe.study.caching import CachingPoint, Way
 from ooc_moe.study.scores import Cell, StudyScores, strata
+from ooc_moe.study.verdicts import UNTRAINED
 
 
 def figures(found: StudyScores, points: Sequence[CachingPoint]) -> dict[str, Figure]:
@@ -27,7 +28,7 @@ def figures(found: StudyScores, points: Sequence[CachingPoint]) -> dict[str, Fig
 
 def learning_and_retention(found: StudyScores) -> Figure | None:
     """Learning, average and retention of each variant: every run, the mean and its 95 % interval; one colour for each order."""
-    names = [name for name in found.variants if strata(found.cells(name, "average"))]
+    names = [name for name in found.variants if name != UNTRAINED and strata(found.cells(name, "average"))]
     if not names:
         return None
     figure = Figure(figsize=(WIDTH, 1.4 + 0.42 * len(names)))
@@ -76,9 +77,9 @@ def _mean(ax: Axes, cells: Sequence[Cell], row: int) -> None:
 
 
 def scores_by_phase(found: StudyScores) -> Figure | None:
-    """Each game's score after every phase in the first order: variants as lines, the mean of their seeds."""
+    """Each game's score after every phase in the first order: variants as lines, the mean of their seeds; the first one on top."""
     order, games = next(iter(found.study.orders.items()))
-    drawn = ((name, _curve(found, name, order)) for name in found.variants)
+    drawn = ((name, _curve(found, name, order)) for name in found.variants if name != UNTRAINED)
     curves = {name: curve for name, curve in drawn if curve is not None and len(curve) > 1}
     games = tuple(game for game in games if game in found.counted)
     if not curves or not games:
@@ -89,9 +90,10 @@ def scores_by_phase(found: StudyScores) -> Figure | None:
     colours = game_colours(list(curves))
     for ax, game in zip(axes, games, strict=False):
         column = list(dict.fromkeys(schedule)).index(game)
-        for name, curve in curves.items():
+        for rank, (name, curve) in enumerate(curves.items()):
             if not np.isnan(curve[:-1, column]).all():  # One that was evaluated at its end only has no curve.
-                ax.plot(range(1, len(curve) + 1), curve[:, column], "o-", color=colours[name], label=name, markersize=3, linewidth=1.3)
+                look = {"color": colours[name], "markersize": 3, "linewidth": 2.6 if rank == 0 else 1.3, "zorder": 3 - rank / len(curves)}
+                ax.plot(range(1, len(curve) + 1), curve[:, column], "o-", label=name, **look)
         ax.axvline(schedule.index(game) + 1, color=FAINT, linestyle="--", linewidth=0.9)
         ax.set_title(game)
         ax.set_xticks(range(1, len(schedule) + 1))
