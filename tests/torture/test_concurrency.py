@@ -34,6 +34,7 @@ NUM_BANKS, READERS_PER_BANK = 8, 7
 NUM_EXPERTS = 12
 NUM_CUTS = 6
 PLANES = ("STREAM", "LOCAL")
+SAMPLES_MIN = 50
 
 
 def connect(target: str, plane: str = "AUTO", **options: Any) -> RemoteStore:
@@ -279,20 +280,16 @@ class Traffic:
                 pytest.skip(str(error))
 
     def move(self, num_bytes: int, process: psutil.Process) -> tuple[list[int], list[int]]:
-        """Moves them. Returns samples of the daemon's own memory: the fifth tenth, after a warm-up, and the last."""
-        first: list[int] = []
-        last: list[int] = []
+        """Moves at least so many. Returns samples of the daemon's own memory: the fifth tenth, after a warm-up, and the last."""
+        samples: list[int] = []
 
         def watch() -> None:
             with closing(connect(self._target)) as store:
                 moved = 0
-                while moved < num_bytes and not self._done.is_set():
+                while (moved < num_bytes or len(samples) < SAMPLES_MIN) and not self._done.is_set():
                     total = store.stats().total
                     moved = total.fetched_bytes + total.pushed_bytes
-                    if 0.4 <= moved / num_bytes < 0.5:
-                        first.append(own_bytes(process))
-                    elif moved / num_bytes >= 0.9:
-                        last.append(own_bytes(process))
+                    samples.append(own_bytes(process))
                     time.sleep(0.02)
 
         def guarded(work: Callable[..., None], *arguments: object) -> None:
@@ -303,7 +300,8 @@ class Traffic:
 
         work = [(self._write, "a"), (self._write, "b"), (self._read, "a"), (self._read, "b")]
         run_all(lambda: guarded(watch), *(partial(guarded, *each) for each in work))
-        return first, last
+        tenth = len(samples) // 10
+        return samples[4 * tenth : 5 * tenth], samples[-tenth:]
 
     def _write(self, bank: str) -> None:
         versions = [0] * self.NUM_EXPERTS
