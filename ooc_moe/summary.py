@@ -325,14 +325,13 @@ def verdict(scores: Scores, game: int) -> str:
 
 
 def of_reference(record: RunRecord, game: str, score: float) -> float:
-    """The human-normalised score; NaN unless the evaluation played whole episodes and the references are known."""
+    """The human-normalised score; NaN unless the evaluation played whole episodes."""
     from ooc_moe.envs import REFERENCE_SCORES
 
     cut = [event.get("episodes_truncated") for event in record.evaluations if event["evaluated"] == game]
-    look = game.partition("@")[0]
-    if look not in REFERENCE_SCORES or not cut or any(cut):
+    if not cut or any(cut):
         return float("nan")
-    floor, ceiling = REFERENCE_SCORES[look]
+    floor, ceiling = REFERENCE_SCORES[game.partition("@")[0]]
     return float(measures.normalise([score], [floor], [ceiling])[0])
 
 

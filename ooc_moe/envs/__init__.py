@@ -21,7 +21,7 @@ __all__ = ["ATARI_GAMES", "NUM_ACTIONS", "PIXEL_GAMES", "REFERENCE_SCORES", "Gam
 REFERENCE_SCORES: dict[str, tuple[float, float]] = ATARI_SCORES | {
     name: (pixel_game(name)[0].random_return, pixel_game(name)[0].optimal_return) for name in PIXEL_GAMES
 }
-"""Raw returns of (random play, a human) for Atari games, of (random play, best play) for pixel games. Not every game is here."""
+"""Raw returns of (random play, a human) for Atari games, of (random play, best play) for pixel games."""
 
 
 def make(

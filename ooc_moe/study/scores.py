@@ -135,7 +135,7 @@ class StudyScores:
         constant = self.constants.get(game, float("nan"))
         single = measures.mean([event["return_mean"] for event in own])
         cut = any(event.get("episodes_truncated") for event in own)
-        reference = REFERENCE_SCORES.get(game.partition("@")[0], (np.nan, np.nan))[1]
+        reference = REFERENCE_SCORES[game.partition("@")[0]][1]
         returns = [value for event in own for value in event["returns"]]
         return GameFacts(
             game=game,
@@ -204,8 +204,6 @@ def _left_out(random: float, constant: float, single: float, reference: float, c
         return "no single-task run yet"
     if not single > random:
         return "single-task training is not above random play"
-    if np.isnan(reference):
-        return "no reference score is known"
     share = (single - random) / (reference - random)
     if share < LEARNED_MIN:
         way = f"of the way from random play to the reference, {LEARNED_MIN} wanted"
