@@ -113,6 +113,32 @@ def test_without_replay_the_first_game_would_be_forgotten(pixel_frames, monkeypa
     assert accuracy(forgetful, PIXEL[0], pixel_frames[PIXEL[0]]) < 0.5
 
 
+def test_every_game_counts_the_same_in_a_step_however_many_of_its_frames_there_are(taught, pixel_frames, monkeypatch):
+    """16 frames of the game on the screen, 32 stored ones of either other game; the slow twin takes the mean of each game's mean."""
+    detector, numbers = copy_of(taught), (16, 32, 32)
+    detector.add_game("new")  # Without frames: it counts for nothing.
+    shown = [frames[:number] for frames, number in zip(pixel_frames.values(), numbers, strict=True)]
+    screens = [frames[:, -1] for frames in shown]
+    monkeypatch.setattr(detector, "_replay", lambda others: (torch.cat(screens[1:]), torch.tensor([1] * 32 + [2] * 32)))
+    monkeypatch.setattr("ooc_moe.detector.GRADIENT_STEPS", 1)
+    with torch.no_grad():
+        detector.features.whole.weight.add_(torch.randn(detector.features.whole.weight.shape, generator=torch.Generator().manual_seed(0)))
+    logits = [detector.predict(frames).probabilities_NG.log() for frames in shown]
+    wanted = sum(float(-log_NG[:, game].mean()) for game, log_NG in enumerate(logits)) / 3
+    together = float(-torch.cat([log_NG[:, game] for game, log_NG in enumerate(logits)]).mean())
+    assert abs(together - wanted) > 0.01 * wanted
+    assert detector.learn(shown[0], PIXEL[0], usage(0))["game_loss"] == pytest.approx(wanted, rel=1e-4)
+
+
+def test_an_experts_usage_outlasts_a_call_by_a_decaying_share():
+    detector = Detector(**SIZES)
+    detector.add_game("a")
+    frames = torch.zeros(64, 2, 42, 42, dtype=torch.uint8)
+    for uses in (64.0, 0.0, 128.0):  # All frames, none, and all of them in two layers.
+        detector.learn(frames, "a", torch.full((16,), uses))
+    assert detector.get_extra_state()["usage"][0].tolist() == pytest.approx([0.8 * 0.8 + 0.2] * 16)
+
+
 def test_real_games_learned_one_after_another_are_told_apart_and_a_fourth_is_unknown(atari_frames):
     detector = Detector(**SIZES)
     teach(detector, {game: atari_frames[game][0] for game in ATARI})

@@ -70,6 +70,14 @@ def test_each_environment_plays_whole_games_one_after_another():
     assert len(envs.played) == 3 * (5 + 1)  # Nobody plays on for nothing.
 
 
+def test_who_chooses_is_told_where_games_begin():
+    envs, told = Scripted([2, 5]), []
+    play(envs, lambda frames, starts: (told.append(starts.tolist()), np.zeros(2, dtype=int))[1], episodes=2, steps=9, seed=0)
+    first, second = zip(*told, strict=True)
+    assert [step for step, begins in enumerate(first) if begins] == [0, 3, 6]  # The step after an end begins the next game.
+    assert [step for step, begins in enumerate(second) if begins] == [0, 6]
+
+
 def test_an_unfinished_game_counts_only_where_none_was_finished():
     envs = Scripted([3, 50])
     played = play(envs, always(envs, 3), episodes=3, steps=10, seed=0)
@@ -169,6 +177,18 @@ def test_who_stays_acts_as_if_nobody_had_left():
                 found += [output.values_N[place : place + 1] for place, row in enumerate(rows) if row == 2]
         assert torch.allclose(torch.cat(values), torch.cat(found), atol=1e-6)
         assert torch.cat(values).unique().numel() > 1
+
+
+def test_a_game_that_begins_anew_does_not_see_the_one_before():
+    with a_session() as session:
+        player = Player(
+            dataclasses.replace(session, detector=Says(*["aab"] * 4), nearest_mean=Says(*["aaa"] * 4)), Belief(3), A, torch.Generator()
+        )
+        frames = torch.from_numpy(session.make_envs(A, 3).reset(1))
+        for starts in ([True] * 3, [False] * 3, [False, True, False], [False, False, True]):
+            player(frames, torch.tensor(starts))
+    begun = {row: N for segment, rows in player._groups for row, N in zip(rows, segment.episode_from_N.tolist(), strict=True)}
+    assert begun == {0: 0, 1: 2, 2: 3}
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ RESETS = {(4, 0), (6, 1)}
 
 
 class ScriptedEnvs:
-    """Step t shows frames full of t + 1 and rewards t, times ten in environment 1; nothing on a reset."""
+    """Step t shows frames full of t + 1 and rewards t, in environment 1 as a loss of ten times that; nothing on a reset."""
 
     game, num_envs, num_actions = "scripted", 2, 18
     observation_shape = (CONFIG.frame_stack, CONFIG.frame_size, CONFIG.frame_size)
@@ -46,7 +46,7 @@ class ScriptedEnvs:
         played = ~happens(RESETS)
         step = Step(
             observations=self._frames(self.t + 1),
-            rewards=np.where(played, np.array([self.t, 10 * self.t]), 0).astype(np.float32),
+            rewards=np.where(played, np.array([self.t, -10 * self.t]), 0).astype(np.float32),
             terminated=happens(TERMINATED),
             truncated=happens(TRUNCATED),
             played=played,
@@ -95,7 +95,7 @@ def test_an_episode_starts_with_the_frame_after_the_step_that_was_not_played(pla
 def test_raw_returns_are_kept_and_rewards_are_clipped_for_the_learner_alone(played):
     _, rollout, _ = played
     assert rollout.episode_returns == [6.0]
-    raw = [(0 if (t, n) in RESETS else t * (10 if n else 1)) for t in range(8) for n in range(2)]
+    raw = [(0 if (t, n) in RESETS else t * (-10 if n else 1)) for t in range(8) for n in range(2)]
     assert rollout.reward_per_step == pytest.approx(sum(raw) / 16)
 
 
@@ -122,7 +122,7 @@ def test_advantages_bootstrap_each_segment_with_its_own_context_and_cut_at_ends(
         return torch.tensor([[(t, n) in cases for n in range(2)] for t in range(8)])
 
     expected = advantages(
-        rewards_TN=torch.tensor([[0.0 if (t, n) in RESETS else min(1.0, float(t)) for n in range(2)] for t in range(8)]),
+        rewards_TN=torch.tensor([[0.0 if (t, n) in RESETS or t == 0 else (1.0, -1.0)[n] for n in range(2)] for t in range(8)]),
         values_TN=values_TN,
         next_values_TN=next_TN,
         terminated_TN=flags(TERMINATED),
