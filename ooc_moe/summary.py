@@ -325,13 +325,13 @@ def verdict(scores: Scores, game: int) -> str:
 
 
 def of_reference(record: RunRecord, game: str, score: float) -> float:
-    """The human-normalised score; NaN unless the evaluation played whole episodes."""
+    """The human-normalised score; NaN unless the evaluation played whole episodes and the references are known."""
     from ooc_moe.envs import REFERENCE_SCORES
 
     cut = [event.get("episodes_truncated") for event in record.evaluations if event["evaluated"] == game]
     if not cut or any(cut):
         return float("nan")
-    floor, ceiling = REFERENCE_SCORES[game.partition("@")[0]]
+    floor, ceiling = REFERENCE_SCORES.get(game.partition("@")[0], (np.nan, np.nan))
     return float(measures.normalise([score], [floor], [ceiling])[0])
 
 
