@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -181,7 +181,8 @@ def _newest_events(run_dir: Path) -> Iterator[tuple[str, int]]:
 
 
 def _check_same(found: RunConfig, wanted: RunConfig) -> None:
-    here, there = _flat(asdict(replace(found, run_dir=wanted.run_dir))), _flat(asdict(wanted))
+    # A directory may be named from elsewhere than where the run was made, and with it the trace in it.
+    here, there = (_flat(asdict(config) | {"run_dir": "", "trace": config.trace and Path(config.trace).name}) for config in (found, wanted))
     for name, value in there.items():
         if here.get(name) != value:
             raise InvalidRequest(

@@ -42,6 +42,16 @@ def test_a_run_of_another_configuration_is_not_taken_for_this_one(tmp_path: Path
             state_of(replace(changed, run_dir=tmp_path / "run"))
 
 
+def test_a_run_may_be_read_from_elsewhere_than_where_it_was_made(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    begun(replace(TINY, run_dir=run_dir, trace=str(run_dir / "accesses.trace")), with_checkpoint=True, done=True)
+    elsewhere = run_dir.rename(tmp_path / "elsewhere")
+    config = replace(TINY, run_dir=elsewhere, trace=str(elsewhere / "accesses.trace"))
+    assert state_of(config) is State.DONE
+    with pytest.raises(InvalidRequest, match=r"trace accesses\.trace, not None"):
+        state_of(replace(config, trace=None))
+
+
 # What the runner sees of a run, without its agent: it ends at once, or fails for an unknown game.
 _CHILD = """
 import json, pathlib, sys
