@@ -53,11 +53,10 @@ PERCENT = PercentFormatter(1.0)
 
 
 def game_colours(games: Sequence[str]) -> dict[str, str]:
-    """A colour per game, by its place in the run; beyond seven games, hues spread evenly."""
+    """A colour per game, by its place in the run; beyond seven games, hues spread evenly, every other one dark."""
     if len(games) <= len(_GAME_COLOURS):
         return dict(zip(games, _GAME_COLOURS, strict=False))
-    hues = np.linspace(0, 1, len(games), endpoint=False)
-    return {game: to_hex(tuple(hsv_to_rgb((hue, 0.75, 0.75)))) for game, hue in zip(games, hues, strict=True)}
+    return {game: to_hex(tuple(hsv_to_rgb((rank / len(games), 0.75, (0.85, 0.5)[rank % 2])))) for rank, game in enumerate(games)}
 
 
 def mark_games(ax: Axes, spans: Iterable[tuple[str, float, float]], colours: dict[str, str], *, named: bool) -> None:

@@ -7,20 +7,23 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
 
 from ooc_moe import measures, statistics
-from ooc_moe.drawing import FAINT, INK, PERCENT, WIDTH, game_colours, legend
+from ooc_moe.drawing import FAINT, INK, WIDTH, game_colours, legend
 from ooc_moe.study.caching import CachingPoint, Way
 from ooc_moe.study.scores import Cell, StudyScores, strata
 from ooc_moe.study.verdicts import UNTRAINED
+
+_DRAWN = {"learning": "right after its training", "average": "at the end of the run", "retention": "average / learning"}
 
 
 def figures(found: StudyScores, points: Sequence[CachingPoint]) -> dict[str, Figure]:
     """By name, those that have something to show."""
     draw: dict[str, Callable[[], Figure | None]] = {
         "measures": lambda: learning_and_retention(found),
-        "games": lambda: scores_by_phase(found),
-        "hits": lambda: hits(points),
+        "games": lambda: scores_after_training(found),
+        "hits": lambda: misses_and_stalls(points),
     }
     made = {name: make() for name, make in draw.items()}
     return {name: figure for name, figure in made.items() if figure is not None}
@@ -35,23 +38,24 @@ def learning_and_retention(found: StudyScores) -> Figure | None:
     axes = figure.subplots(1, 3, sharex=True, sharey=True)
     orders = list(found.study.orders)
     colours = game_colours(orders)
-    for ax, measure in zip(axes, ("learning", "average", "retention"), strict=True):
+    for ax, (measure, says) in zip(axes, _DRAWN.items(), strict=True):
         ax.axvline(1, color=FAINT, linewidth=1, linestyle="--")
         for row, name in enumerate(names):
             cells = found.cells(name, measure)
             _runs(ax, cells, row, lambda order: colours.get(order, INK))
             _mean(ax, cells, row)
-        ax.set_title(measure)
+        ax.set_title(f"{measure}\n{says}")
         ax.grid(visible=False, axis="y")
     axes[0].set_yticks(range(len(names)), names)
     axes[0].set_ylim(len(names) - 0.5, -0.5)
     for order in orders:
         axes[-1].plot([], [], "o", color=colours[order], markersize=4, label=order)
-    axes[-1].plot([], [], "o", color=INK, markersize=4, label="one game alone")
+    if any(found.study.variants[name].alone for name in names):
+        axes[-1].plot([], [], "o", color=INK, markersize=4, label="one game alone")
     legend(axes[-1])
     # From random play on: an axis that begins at 0.99 makes much of nothing.
     axes[0].set_xlim(min(-0.05, axes[0].get_xlim()[0]), max(1.1, axes[0].get_xlim()[1]))
-    axes[1].set_xlabel("0: random play, 1: a network of its own")
+    figure.supxlabel("0: random play, 1 (dashed): a network of its own for each game", fontsize=10)
     return figure
 
 
@@ -60,14 +64,14 @@ def _runs(ax: Axes, cells: Sequence[Cell], row: int, colour: Callable[[str], str
     runs: dict[tuple[str, int], list[float]] = {}
     for cell in cells:
         runs.setdefault((cell.order, cell.seed), []).append(cell.value)
-    places = np.linspace(-0.28, 0.28, max(len(runs), 2))
-    for place, ((order, _), values) in zip(places, sorted(runs.items()), strict=False):
+    places = [0.0] if len(runs) == 1 else np.linspace(-0.28, 0.28, len(runs))
+    for place, ((order, _), values) in zip(places, sorted(runs.items()), strict=True):
         ax.plot(measures.mean(values), row + place, "o", color=colour(order), markersize=3.5, alpha=0.6)
 
 
 def _mean(ax: Axes, cells: Sequence[Cell], row: int) -> None:
     groups = strata(cells)
-    if not groups:
+    if sum(map(len, groups)) < 2:  # The mean of one run is its point.
         return
     value = float(statistics.mean(statistics.pooled(groups)))
     ax.plot(value, row, "|", color=INK, markersize=14, markeredgewidth=2)
@@ -76,70 +80,85 @@ def _mean(ax: Axes, cells: Sequence[Cell], row: int) -> None:
         ax.plot([low, high], [row, row], color=INK, linewidth=1.4)
 
 
-def scores_by_phase(found: StudyScores) -> Figure | None:
-    """Each game's score after every phase in the first order: variants as lines, the mean of their seeds; the first one on top."""
-    order, games = next(iter(found.study.orders.items()))
-    drawn = ((name, _curve(found, name, order)) for name in found.variants if name != UNTRAINED)
-    curves = {name: curve for name, curve in drawn if curve is not None and len(curve) > 1}
-    games = tuple(game for game in games if game in found.counted)
-    if not curves or not games:
+def scores_after_training(found: StudyScores) -> Figure | None:
+    """Each game's score from the end of its own training on, in the first order: a panel for each variant, thin lines for runs, bold ones
+    for their mean."""
+    order, schedule = next(iter(found.study.orders.items()))
+    games = [game for game in dict.fromkeys(schedule) if game in found.counted]
+    drawn = ((name, _scores_of(found, name, order)) for name in found.variants if name != UNTRAINED)
+    variants = {name: scores_RPG for name, scores_RPG in drawn if scores_RPG is not None}
+    if not variants or not games:
         return None
-    figure = Figure(figsize=(WIDTH, 2.6 * -(-len(games) // 3)))
-    axes = list(figure.subplots(-(-len(games) // 3), 3, squeeze=False, sharey=True).flat)
-    schedule = found.study.orders[order]
-    colours = game_colours(list(curves))
-    for ax, game in zip(axes, games, strict=False):
-        column = list(dict.fromkeys(schedule)).index(game)
-        for rank, (name, curve) in enumerate(curves.items()):
-            if not np.isnan(curve[:-1, column]).all():  # One that was evaluated at its end only has no curve.
-                look = {"color": colours[name], "markersize": 3, "linewidth": 2.6 if rank == 0 else 1.3, "zorder": 3 - rank / len(curves)}
-                ax.plot(range(1, len(curve) + 1), curve[:, column], "o-", label=name, **look)
-        ax.axvline(schedule.index(game) + 1, color=FAINT, linestyle="--", linewidth=0.9)
-        ax.set_title(game)
+    columns = min(3, len(variants))
+    rows = -(-len(variants) // columns)
+    figure = Figure(figsize=(min(WIDTH, 2 + 3 * columns), 0.7 + 1.9 * rows))
+    axes = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
+    colours = game_colours(games)
+    for ax, (name, scores_RPG) in zip(axes, variants.items(), strict=False):
+        for game in games:
+            own, column = schedule.index(game), list(dict.fromkeys(schedule)).index(game)
+            later = range(own + 1, scores_RPG.shape[1] + 1)
+            for scores_PG in scores_RPG:
+                ax.plot(later, scores_PG[own:, column], ".-", color=colours[game], linewidth=0.7, markersize=3, alpha=0.35)
+            ax.plot(later, scores_RPG[:, own:, column].mean(axis=0), "o-", color=colours[game], markersize=3.5, label=game)
+        ax.set_title(name)
         ax.set_xticks(range(1, len(schedule) + 1))
-    for ax in axes[len(games) :]:
+        ax.tick_params(labelbottom=True)
+    axes[0].set_ylim(min(-0.05, axes[0].get_ylim()[0]), max(1.1, axes[0].get_ylim()[1]))
+    for ax in axes[len(variants) :]:
         ax.set_axis_off()
-    legend(axes[min(2, len(games) - 1)])
-    axes[0].set_ylabel("0: random, 1: single-task")
-    figure.supxlabel(f"games learned, order {order} (dashed: this one)", fontsize=10)
+    legend(axes[columns - 1])
+    figure.supylabel("score", fontsize=10)
+    figure.supxlabel(f"games learned so far (order {order}); score 0: random play, 1: a network of its own", fontsize=10)
     return figure
 
 
-def _curve(found: StudyScores, variant: str, order: str) -> measures.Floats | None:
-    scores = [found.normalised(record)[0] for run, record in found.of(variant).items() if run.order == order]
-    if not scores:
-        return None
-    stacked = np.stack([each for each in scores if each.shape == scores[0].shape])
-    known = ~np.isnan(stacked)
-    return np.asarray(np.where(known, stacked, 0).sum(axis=0) / np.where(known.any(axis=0), known.sum(axis=0), np.nan))
+def _scores_of(found: StudyScores, variant: str, order: str) -> measures.Floats | None:
+    """(runs, phases, games) scores; None of a variant that was evaluated at its end only."""
+    scores = [
+        found.normalised(record)[0] for run, record in found.of(variant).items() if run.order == order and not run.config.switch_every
+    ]
+    return np.stack(scores) if scores and len(scores[0]) > 1 else None
 
 
-def hits(points: Sequence[CachingPoint]) -> Figure | None:
-    """Hit rate against the switch interval, one line for each HBM capacity; simulator and trainer side by side."""
+def misses_and_stalls(points: Sequence[CachingPoint]) -> Figure | None:
+    """Misses and stalls against the switch interval, one line for each HBM capacity; trainer and simulator side by side.
+
+    On logarithmic axes: hit rates of 98.8 and 99.9 % look alike, and one misses ten times as often as the other.
+    """
     ways = [way for way in Way if any(point.way is way for point in points)]
     if not ways:
         return None
-    figure = Figure(figsize=(WIDTH, 3.4))
-    axes = figure.subplots(1, len(ways), squeeze=False, sharey=True)[0]
-    sizes = sorted({point.hbm_experts for point in points})
+    figure = Figure(figsize=(WIDTH, 5.4))
+    grid = figure.subplots(2, len(ways), squeeze=False, sharex=True, sharey="row")
+    sizes = sorted({point.hbm_experts for point in points}, reverse=True)
     colours = game_colours([str(size) for size in sizes])
-    longest = max((point.switch_every or 0 for point in points), default=1)
-    for ax, way in zip(axes, ways, strict=True):
-        for size in sizes:
-            row = sorted((p.switch_every or 4 * longest, p) for p in points if p.way is way and p.hbm_experts == size)
+    intervals = sorted({point.switch_every for point in points if point.switch_every})
+    places = {every: every for every in intervals} | {None: 4 * max(intervals, default=1)}  # Blocks are longest.
+    for (top, bottom), way in zip(grid.T, ways, strict=True):
+        for rank, size in enumerate(sizes):
+            found = {point.switch_every: point for point in points if point.way is way and point.hbm_experts == size}
+            row = [found[every] for every in places if every in found]
             if not row:
                 continue
-            places, colour = [place for place, _ in row], colours[str(size)]
-            ax.plot(places, [p.hit_rate for _, p in row], "o-", color=colour, label=f"{size} of {row[0][1].bank_experts}")
+            x = [places[point.switch_every] for point in row]
+            # Wider below, so that lines that lie on each other are all seen.
+            look = {"color": colours[str(size)], "linewidth": 4 - 1.4 * rank, "markersize": 8 - 2.2 * rank}
+            top.plot(x, [1 - p.hit_rate for p in row], "o-", label=f"{size} of {row[0].bank_experts}", **look)
+            bottom.plot(x, [p.stall_s for p in row], "o-", **look)
             if way is Way.SIMULATOR:
-                ax.plot(places, [p.belady for _, p in row], "s--", color=colour, markersize=3, linewidth=1)
-        ticks = sorted({point.switch_every or 4 * longest for point in points})
-        ax.set_xscale("log")
-        ax.set_xticks(ticks, ["blocks" if tick == 4 * longest else str(tick) for tick in ticks], minor=False)
-        ax.minorticks_off()
-        ax.set_title(f"{way.value}" + (" (dashed: Belady)" if way is Way.SIMULATOR else ""))
-        ax.set_xlabel("updates in a game before the next one's turn")
-        ax.yaxis.set_major_formatter(PERCENT)
-    axes[0].set_ylabel("HBM hit rate")
-    legend(axes[-1])
+                top.plot(x, [1 - p.belady for p in row], "s--", **look | {"linewidth": 1, "markersize": 4, "markerfacecolor": "white"})
+        for ax in (top, bottom):
+            ax.set_xscale("log")
+            ax.set_yscale("log")
+            ax.set_xticks(list(places.values()), [f"{every}" if every else "blocks" for every in places])
+            ax.xaxis.set_minor_locator(NullLocator())
+        top.set_title(f"{way.value}, without prefetching (dashed: Belady)" if way is Way.SIMULATOR else f"{way.value}, with prefetching")
+        top.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
+        bottom.yaxis.set_major_formatter(FuncFormatter(lambda seconds, _: f"{seconds:g} s"))
+        bottom.set_xlabel("updates in a game before the next one's turn")
+    grid[0, 0].set_ylabel("accesses that missed HBM")
+    grid[1, 0].set_ylabel("stall")
+    legend(grid[0, -1])
+    grid[0, -1].get_legend().set_title("experts in HBM")
     return figure
