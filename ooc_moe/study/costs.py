@@ -1,4 +1,7 @@
-"""What each variant costs: parameters, bytes, fetches, time. Of a variant that has a network for each game, all networks together."""
+"""What each variant costs: parameters, bytes, fetches, time.
+
+Of a variant that has a network for each game, all networks together; but of HBM what one of them takes, for one is used at a time.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,10 @@ class Costs:
     """Means over the runs of a variant; NaN where nothing was logged."""
 
     parameters: float
+    dense_parameters: float
+    """Of `parameters`, those outside experts."""
     hbm_bytes: float
+    """What the cache of experts can hold."""
     protection_bytes: float
     """What protection keeps at the end: frames and what the network said of them, or Fisher matrices and anchors."""
     exemplar_bytes: float
@@ -57,9 +63,10 @@ def costs_of(found: StudyScores, variant: str) -> Costs:
     def mean(name: str) -> float:
         return measures.mean([getattr(row, name) for row in rows])
 
-    sums = ("parameters", "hbm_bytes", "protection_bytes", "exemplar_bytes", "moved_bytes", "fetched", "cold_fetched", "train_s", "stall_s")
+    sums = ("parameters", "dense_parameters", "protection_bytes", "exemplar_bytes", "moved_bytes", "fetched", "cold_fetched")
     return Costs(
-        **{name: networks * mean(name) for name in sums},
+        **{name: networks * mean(name) for name in (*sums, "train_s", "stall_s")},
+        hbm_bytes=mean("hbm_bytes"),
         cold_share=mean("cold_share"),
         cold_equal=sum(row.cold_equal for row in rows),
         cold=sum(row.cold for row in rows),
@@ -75,8 +82,10 @@ def _costs_of_run(record: RunRecord) -> Costs:
     agent = replace(config.agent, num_games=len(record.games), num_experts=record.num_experts)
     fetched = sum(np.nansum(record.increments("cache", "fetched_from", tier)) for tier in _FETCHED_FROM)
     protection_bytes, exemplar_bytes = _kept(record.run_dir / checkpoint.DIRECTORY / checkpoint.LATEST)
+    size = agent.estimate_params()
     return Costs(
-        parameters=agent.estimate_params().total,
+        parameters=size.total,
+        dense_parameters=size.dense,
         hbm_bytes=record.last("cache", "capacity") * record.last("cache", "expert_bytes"),
         protection_bytes=protection_bytes,
         exemplar_bytes=exemplar_bytes,

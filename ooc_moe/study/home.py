@@ -27,7 +27,7 @@ from ooc_moe.study.costs import costs_of
 from ooc_moe.study.definitions import Study, StudyRun
 from ooc_moe.study.figures import figures
 from ooc_moe.study.runner import State, state_of, steps_done, steps_of
-from ooc_moe.study.scores import MEASURES, RAW_MEASURES, StudyScores
+from ooc_moe.study.scores import MEASURES, RAW_MEASURES, Cell, StudyScores
 from ooc_moe.study.tables import tables
 from ooc_moe.study.verdicts import Separation, Verdict
 from ooc_moe.summary import TextTable
@@ -35,9 +35,10 @@ from ooc_moe_wire.errors import InvalidRequest
 
 NOTES = "## Notes"
 _FIGURES = {
-    "measures": "Every run a point, by order; the bar is the mean with its 95 % interval. Dashed: a network of its own for each game.",
-    "games": "Each game's score after every phase; means over seeds.",
-    "hits": "Hit rate of the HBM cache against how long a game stays.",
+    "measures": "Every run a point, the mean of its games; the cross is the mean with its 95 % interval.",
+    "games": "What became of each game from the end of its own training on: a falling line is forgetting. Bold: the mean; thin: every run.",
+    "hits": "What it costs when games do not stay; all axes are logarithmic. Lines of two sizes lie on each other where the larger buys "
+    "nothing.",
 }
 
 
@@ -150,15 +151,15 @@ def _markdown(results: Results, described: dict[str, str], pictures: Sequence[st
     ]
     lines += ["", "## Verdicts", ""]
     lines += [f"- **{each.part}: {each.word}.** {_sentence(each.says)}" for each in results.verdicts] or ["This study gives none."]
-    lines += ["", f"The rules are in ooc_moe/study/verdicts.py. What this does not show: {study.limits}", ""]
+    lines += ["", f"The rules are in ooc_moe/study/verdicts.py. What this does not show: {study.limits}", "", notes.rstrip(), ""]
+    lines += ["## Variants", "", *(f"- {name}: {study.variants[name].says}" for name in study.seeds), ""]
     lines += ["\n\n".join(pictures), ""] if pictures else []
     for table in results.tables:
         lines += [f"## {table.title}", "", *_markdown_table(table), "", table.note, ""]
-    lines += ["## Variants", "", *(f"- {name}: {study.variants[name].says}" for name in study.seeds), ""]
     if found.missing:
         lines += ["## Missing", "", *(f"- {run.label}: {why}" for run, why in found.missing.items()), ""]
     configured, label = _configured(found)
-    lines += [f"## The configuration of {label}", "", "```json", configured, "```", "", notes.rstrip(), ""]
+    lines += [f"## The configuration of {label}", "", "```json", configured, "```", ""]
     return "\n".join(lines)
 
 
@@ -177,14 +178,16 @@ def _configured(found: StudyScores) -> tuple[str, str]:
     run = next((run for name in found.variants for run in found.of(name)), None)
     fields = json.loads((run.config if run else study.recipe).to_json())
     del fields["games"], fields["seed"], fields["trace"]
-    return json.dumps(fields | {"orders": study.orders, "seeds": study.seeds}, indent=1), run.label if run else "the full recipe"
+    fields |= {"orders": study.orders, "seeds": study.seeds}
+    lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(value)}" for name, value in fields.items())
+    return f"{{\n{lines}\n}}", run.label if run else "the full recipe"
 
 
 def _notes_of(page: Path) -> str:
     if page.exists():
         _, found, below = page.read_text().partition(NOTES)
         if found:
-            return found + below
+            return found + below.partition("\n## ")[0]
     return f"{NOTES}\n\n(to be written: what it means)"
 
 
@@ -204,8 +207,7 @@ def _numbers(results: Results, described: dict[str, str]) -> dict[str, Any]:
             for each in results.separated
         ],
         "measures": {
-            variant: {name: [asdict(cell) for cell in found.cells(variant, name)] for name in (*MEASURES, *RAW_MEASURES)}
-            for variant in found.variants
+            variant: {name: _by_run(found.cells(variant, name)) for name in (*MEASURES, *RAW_MEASURES)} for variant in found.variants
         },
         "runs": [_numbers_of_run(run, record) for run, record in found.records.items()],
         "missing": {run.label: why for run, why in found.missing.items()},
@@ -232,12 +234,20 @@ def _numbers_of_run(run: StudyRun, record: RunRecord) -> dict[str, Any]:
     }
 
 
+def _by_run(cells: Sequence[Cell]) -> dict[str, dict[int, dict[str, float]]]:
+    """Order -> seed -> game -> value."""
+    found: dict[str, dict[int, dict[str, float]]] = {}
+    for cell in cells:
+        found.setdefault(cell.order, {}).setdefault(cell.seed, {})[cell.game] = cell.value
+    return found
+
+
 def _plain(value: Any) -> Any:
-    """In types that JSON has; NaN becomes null."""
+    """In types that JSON has, with six digits; NaN becomes null."""
     if isinstance(value, dict):
         return {str(key): _plain(each) for key, each in value.items()}
     if isinstance(value, np.ndarray | list | tuple):
         return [_plain(each) for each in value]
     if isinstance(value, float | np.floating):
-        return float(value) if np.isfinite(value) else None
+        return float(f"{value:.6g}") if np.isfinite(value) else None
     return value

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ooc_moe import measures, statistics
-from ooc_moe.study.caching import CachingPoint
+from ooc_moe.study.caching import CachingPoint, Way
 from ooc_moe.study.costs import costs_of
 from ooc_moe.study.scores import MEASURES, RAW_MEASURES, Cell, StudyScores, strata
 from ooc_moe.study.verdicts import Separation, pair_gaps
@@ -29,7 +29,8 @@ def tables(found: StudyScores, separated: Sequence[Separation], points: Sequence
         *(order_table(found, order) for order in found.study.orders if len(found.study.orders) > 1),
         other_table(found),
         human_table(found),
-        cost_table(found),
+        memory_table(found),
+        work_table(found),
         recognition_table(found),
         separation_table(separated),
         pair_table(separated),
@@ -121,17 +122,32 @@ def human_table(found: StudyScores) -> TextTable:
     )
 
 
-def cost_table(found: StudyScores) -> TextTable:
-    """What each variant costs."""
+def memory_table(found: StudyScores) -> TextTable:
+    """What each variant holds."""
+    rows = []
+    for name in found.variants:
+        cost = costs_of(found, name)
+        kept = f"{format_bytes(cost.protection_bytes)} + {format_bytes(cost.exemplar_bytes)}"
+        rows.append([name, *map(format_count, (cost.parameters, cost.dense_parameters)), format_bytes(cost.hbm_bytes), kept])
+    return TextTable(
+        "Costs in memory",
+        ["variant", "parameters", "outside experts", "HBM cache", "kept for protection"],
+        rows,
+        "Means over runs. Single: all networks together, but of HBM what one of them takes, for one is used at a time. Outside experts: "
+        "stem, attention, heads, norms, embeddings and routers of all games, which never leave the GPU. HBM cache: the experts that it can "
+        "hold, parameters and moments. Kept for protection: at the end, by the protection (stored frames with features or outputs; Fisher "
+        "matrices with anchors) + by the detector, which every variant has (stored frames).",
+    )
+
+
+def work_table(found: StudyScores) -> TextTable:
+    """What each variant moves, and how long it takes."""
     rows = []
     for name in found.variants:
         cost = costs_of(found, name)
         rows.append(
             [
                 name,
-                format_count(cost.parameters),
-                format_bytes(cost.hbm_bytes),
-                f"{format_bytes(cost.protection_bytes)} + {format_bytes(cost.exemplar_bytes)}",
                 format_bytes(cost.moved_bytes),
                 format_count(cost.fetched),
                 format_count(cost.cold_fetched),
@@ -143,15 +159,13 @@ def cost_table(found: StudyScores) -> TextTable:
             ]
         )
     return TextTable(
-        "Costs",
+        "Costs in bytes moved and time",
         [
-            *("variant", "parameters", "HBM", "kept for protection", "bytes moved", "experts fetched", "of them cold", "cold tokens"),
-            *("cold and equal", "training", "steps/s", "stall"),
+            *("variant", "bytes moved", "experts fetched", "of them cold", "cold tokens", "cold and equal"),
+            *("training", "steps/s", "stall"),
         ],
         rows,
-        "Means over runs; single: all networks together. HBM: what the cache of experts can hold. Kept for protection: at the end, by the "
-        "protection (stored frames with features or outputs; Fisher matrices with anchors) + by the detector, which every variant has "
-        "(stored frames). Bytes moved: into and out of HBM. "
+        "Means over runs; single: all networks together. Bytes moved: into and out of HBM. "
         "Experts fetched: in training, ahead or on demand; of them cold: those that an earlier game had used. Cold tokens: share of a "
         "later game's training tokens that such experts computed. Cold and equal: experts, trained by earlier games, that a game did not "
         "use and left equal bit for bit, parameters and moments; over all games of the runs that logged checksums. Times are of a machine "
@@ -249,11 +263,11 @@ def caching_table(points: Sequence[CachingPoint]) -> TextTable:
             f"{point.hbm_experts} of {point.bank_experts}",
             "blocks" if point.switch_every is None else "1 update" if point.switch_every == 1 else f"{point.switch_every} updates",
             format_count(point.accesses),
-            f"{point.hit_rate:.2%}",
-            DASH if np.isnan(point.belady) else f"{point.belady:.2%}",
+            _percent(point.hit_rate),
+            _percent(point.belady),
             f"{point.stall_s:.3g} s",
         ]
-        for point in sorted(points, key=lambda point: (point.way.value, -point.hbm_experts, -(point.switch_every or 10**9)))
+        for point in sorted(points, key=lambda point: (list(Way).index(point.way), -point.hbm_experts, -(point.switch_every or 10**9)))
     ]
     return TextTable(
         "Hits and stalls",
@@ -277,7 +291,7 @@ def game_table(found: StudyScores) -> TextTable:
     return TextTable(
         "Games, raw returns",
         ["game", "random", "best constant", "single-task", "human or best", "in ratios"],
-        rows,
+        rows if any(record.evaluations for record in found.records.values()) else [],
         "Means over seeds. A game that does not count is left out of every table of ratios above. Where evaluation cut games off, what was "
         "seen of them is taken for the least that they give.",
     )
@@ -287,6 +301,8 @@ def point_table(found: StudyScores) -> TextTable:
     """Every run: its mean over the games that count."""
     rows = []
     for run, record in found.records.items():
+        if not record.evaluations:
+            continue
         cells = [
             measures.mean([c.value for c in found.cells(run.variant, name) if (c.order, c.seed) == (run.order, run.config.seed)])
             for name in _MAIN
@@ -314,6 +330,11 @@ def _baselines(found: StudyScores) -> tuple[str, str]:
     facts = [found.facts[game] for game in sorted(found.counted)]
     constants = [measures.normalise([each.constant], [each.random], [each.single])[0] for each in facts]
     return _two(0.0), _two(measures.mean(constants))
+
+
+def _percent(share: float) -> str:
+    """With the digits that tell 99.9 from 99.99 %."""
+    return DASH if np.isnan(share) else f"{100 * share:.2f} %"
 
 
 def _two(value: float) -> str:

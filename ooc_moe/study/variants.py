@@ -105,10 +105,10 @@ VARIANTS = {
     variant.name: variant
     for variant in (
         Variant("full", "pools, each game's own attention, stem with feature replay", _full),
-        Variant("pools", "the same, stem unprotected", _pools),
-        Variant("pools-freeze", "the same, stem frozen after the first game", _pools_freeze),
+        Variant("pools", "full, but the stem unprotected", _pools),
+        Variant("pools-freeze", "full, but the stem frozen after the first game", _pools_freeze),
         Variant("moe-token", "tokens routed over all experts, shared attention, unprotected; HBM for all experts", _moe_token),
-        Variant("moe-token-out", "the same with full's HBM: the same scores bit for bit, at another price", _moe_token_out),
+        Variant("moe-token-out", "moe-token with full's HBM: the same scores bit for bit, at another price", _moe_token_out),
         Variant("moe-untrained", "moe-token before anything is learned: what its routers do by themselves", _moe_untrained),
         Variant("dense", "one FFN, as many active parameters, unprotected", _dense),
         Variant("dense-replay", "dense with full's attention and stem replay: full without pools", _dense_replay),

@@ -47,7 +47,7 @@ def test_cold_experts_fetched_and_left_equal_are_counted(tmp_path: Path) -> None
     older = replace(run, config=replace(run.config, run_dir=tmp_path / "older"))
     begun(older.config, with_checkpoint=False)
     found = StudyScores(small_study(), {run: record, older: RunRecord.read(older.config.run_dir)}, {}, CONSTANT)
-    costs = next(table for table in tables(found, [], []) if table.title == "Costs")
+    costs = next(table for table in tables(found, [], []) if table.title == "Costs in bytes moved and time")
     assert dict(zip(costs.columns, costs.rows[0], strict=True))["cold and equal"] == "3 of 4 in 1 of 2 runs"
 
 
@@ -63,13 +63,13 @@ def test_what_protection_keeps_is_counted_in_the_last_checkpoint(tmp_path: Path)
     found = scores_of(study, runs)
     assert (costs_of(found, "full").protection_bytes, costs_of(found, "full").exemplar_bytes) == (4 * (40 + 20), 3 * 200 * 42 * 42)
     assert costs_of(found, "single").protection_bytes == 3 * 4 * 60  # Three networks.
-    costs = next(table for table in tables(found, [], []) if table.title == "Costs")
+    costs = next(table for table in tables(found, [], []) if table.title == "Costs in memory")
     assert dict(zip(costs.columns, costs.rows[0], strict=True))["kept for protection"] == "240 Bytes + 1.0 MiB"
 
 
 def test_an_older_run_says_nothing_of_what_it_did_not_log(tmp_path: Path) -> None:
     study = small_study()
     found = scores_of(study, made_up(study, tmp_path, {"full": 1.0}, seeds=1))
-    costs = next(table for table in tables(found, [], []) if table.title == "Costs")
+    costs = next(table for table in tables(found, [], []) if table.title == "Costs in bytes moved and time")
     cells = dict(zip(costs.columns, costs.rows[0], strict=True))
     assert (cells["of them cold"], cells["cold and equal"]) == (summary.DASH, summary.DASH)

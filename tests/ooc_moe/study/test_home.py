@@ -4,8 +4,11 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
+from ooc_moe.metrics import METRICS_FILE
 from ooc_moe.study import home
-from tests.ooc_moe.study.made import CONSTANT, SYNTHETIC, made_up, small_study
+from tests.ooc_moe.study.made import CONSTANT, GAMES, SYNTHETIC, begun, made_up, small_study
 
 
 def test_a_study_that_is_not_finished_is_written_with_what_is_missing(tmp_path: Path) -> None:
@@ -22,6 +25,8 @@ def test_a_study_that_is_not_finished_is_written_with_what_is_missing(tmp_path: 
     assert str(tmp_path) not in text + numbers.read_text()
     written = json.loads(numbers.read_text())
     assert len(written["runs"]) == len(results.found.records)
+    (first, *_) = results.found.cells("dense", "retention")
+    assert written["measures"]["dense"]["retention"][first.order][str(first.seed)][first.game] == pytest.approx(first.value, rel=1e-5)
     assert {path.name for path in pictures} == {"small_measures.png", "small_games.png"}
     assert all(f"({path.name})" in text for path in pictures)
 
@@ -39,7 +44,17 @@ def test_runs_shorter_than_the_study_are_said_to_be_and_shown_as_they_were_made(
     assert all("shorter than the study's own: 20,480 steps in each game, not 51,200." in verdict.says for verdict in results.verdicts)
     page, *_ = home.write(results, tmp_path / "home", command="ooc-moe study small")
     _, _, configured = page.read_text().partition("## The configuration of full, forth, seed 0\n")
-    assert '"steps_per_game": 20480' in configured
+    assert json.loads(configured.split("```")[1].removeprefix("json"))["steps_per_game"] == 20_480
+
+
+def test_a_study_that_never_evaluated_has_no_tables_of_scores(tmp_path: Path) -> None:
+    study = small_study(orders={"forth": GAMES}, seeds={"full": 1})
+    (run,) = made_up(study, tmp_path / "runs", {"full": 1.0})
+    begun(replace(run.config, run_dir=tmp_path / "bare"), with_checkpoint=True, done=True)
+    (run.config.run_dir / METRICS_FILE).write_text((tmp_path / "bare" / METRICS_FILE).read_text())
+    titles = [table.title for table in home.results_of(study, [run], {}).tables]
+    assert "Costs in memory" in titles
+    assert not {"Games, raw returns", "All runs"} & set(titles)
 
 
 def test_notes_stay_when_the_results_are_written_again(tmp_path: Path) -> None:
@@ -48,4 +63,9 @@ def test_notes_stay_when_the_results_are_written_again(tmp_path: Path) -> None:
     page, *_ = home.write(results, tmp_path / "home", command="ooc-moe study small")
     page.write_text(page.read_text().replace("(to be written: what it means)", "It means little."))
     home.write(results, tmp_path / "home", command="ooc-moe study small")
-    assert page.read_text().endswith("## Notes\n\nIt means little.\n")
+    assert "## Notes\n\nIt means little.\n\n## Variants\n" in page.read_text()
+    older = page.read_text().replace("## Notes\n\nIt means little.\n\n", "")  # Pages of older versions end with them.
+    page.write_text(f"{older}\n## Notes\n\nIt means little.\n")
+    home.write(results, tmp_path / "home", command="ooc-moe study small")
+    assert page.read_text().count("It means little.") == 1
+    assert "## Notes\n\nIt means little.\n\n## Variants\n" in page.read_text()
