@@ -1,4 +1,4 @@
-"""`ooc-moe study`: many runs and what they show. Listing the studies needs no torch."""
+"""`ooc-moe study`: many runs and what they show. Listing studies and variants needs no torch."""
 
 from __future__ import annotations
 
@@ -19,37 +19,45 @@ from ooc_moe_wire.errors import InvalidRequest
 if TYPE_CHECKING:
     from ooc_moe.study.definitions import Study, StudyRun
     from ooc_moe.study.runner import Outcome, Status
+    from ooc_moe.study.variants import Variant
 
 
 def study(
-    name: Annotated[str | None, typer.Argument(help="Which study; none: list them.", metavar="NAME")] = None,
-    variants: Annotated[str, typer.Option(help="Only these.", metavar="A,B,C")] = "",
-    seeds: Annotated[int | None, typer.Option(help="At most so many of each variant.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Which study; without it, all are listed, and the variants.", metavar="NAME")] = None,
+    variants: Annotated[str, typer.Option(help="Make only these variants' runs.", metavar="A,B,C")] = "",
+    seeds: Annotated[int | None, typer.Option(help="Make the runs of at most so many seeds of each variant.")] = None,
     jobs: Annotated[int, typer.Option(help="Runs at a time, each with one torch thread.")] = 2,
     steps_per_game: Annotated[int | None, typer.Option(help="Environment steps in each game, instead of the study's own.")] = None,
     runs: Annotated[Path, typer.Option(help="Where runs are kept, below studies/NAME.", metavar="DIR")] = Path("runs"),
-    results: Annotated[Path, typer.Option(help="Where table, figures and numbers are written.", metavar="DIR")] = Path(
-        "tests/bench/results/studies"
-    ),
+    results: Annotated[
+        Path | None, typer.Option(help="Where tables, figures and numbers are written; below RUNS/studies if not said.", metavar="DIR")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the runs, and how far each came.")] = False,
     tables_only: Annotated[bool, typer.Option("--tables-only", help="Make no run; write what the present ones show.")] = False,
 ) -> None:
-    """Test the claim: many runs, a table, figures and verdicts whose rules stand in code.
+    """Test what this project claims: games separate into experts of their own, which cache well and are not forgotten.
 
-    Every run is an ordinary one (ooc-moe report works on it), with a daemon of its own. Ctrl-C saves; the same command goes on.
+    A study is a list of runs: variants of the recipe, orders of the games, seeds. ooc-moe report works on each of them.
+
+    What they show is written to NAME.md (tables, and verdicts whose rules stand in code), NAME_*.png and NAME.json, as far as they are.
+
+    Ctrl-C saves all runs; the same command goes on, and leaves alone what is done.
 
     \b
-    $ ooc-moe study                       # which there are
-    $ ooc-moe study synthetic --jobs 2
+    $ ooc-moe study                              # all studies and variants
+    $ ooc-moe study synthetic --dry-run          # its runs
     $ ooc-moe study synthetic --variants full,dense --seeds 1
+    $ ooc-moe study synthetic --jobs 2           # the rest
     $ ooc-moe study synthetic --tables-only
     """
     from ooc_moe.study.definitions import STUDIES, find_study
+    from ooc_moe.study.variants import VARIANTS
 
     console = Console()
     if name is None:
-        console.print(_list_of(list(STUDIES.values())))
+        console.print(_list_of(list(STUDIES.values())), _table_of_variants(list(VARIANTS.values())), sep="\n")
         return
+    _at_least_one("jobs", jobs)
     chosen = find_study(name)
     wanted = chosen.runs(
         runs / "studies",
@@ -63,7 +71,7 @@ def study(
     outcome = None if tables_only else _make(chosen, wanted, jobs, console)
     # Of all runs, not only those of this call: the results stand for the whole study.
     everything = chosen.runs(runs / "studies", steps_per_game=steps_per_game)
-    _write_home(chosen, everything, runs / "studies" / chosen.name, results, console)
+    _write_home(chosen, everything, runs / "studies" / chosen.name, results or runs / "studies", console)
     if outcome is not None:
         _say(outcome, console)
 
@@ -77,7 +85,7 @@ def _make(chosen: Study, wanted: list[StudyRun], jobs: int, console: Console) ->
         check_device(chosen.recipe.device)
     labels = {run.config.run_dir: run.label for run in wanted}
     with _progress(console) as progress:
-        overall = progress.add_task(chosen.name, total=None, note="")
+        overall = progress.add_task(chosen.name, total=None, note="", visible=False)  # Until no run was refused.
         bars: dict[Path, TaskID] = {}
         sizes = {run.config.run_dir: run.config for run in wanted}
 
@@ -86,7 +94,7 @@ def _make(chosen: Study, wanted: list[StudyRun], jobs: int, console: Console) ->
 
             failed = f", {status.failed} failed" if status.failed else ""
             note = f"{status.done} of {status.total} runs{failed}"
-            progress.update(overall, completed=status.steps_done, total=status.steps_total, note=note)
+            progress.update(overall, completed=status.steps_done, total=status.steps_total, note=note, visible=True)
             for run_dir in [run_dir for run_dir in bars if run_dir not in status.running]:
                 progress.remove_task(bars.pop(run_dir))
             for run_dir, steps in status.running.items():
@@ -98,8 +106,10 @@ def _make(chosen: Study, wanted: list[StudyRun], jobs: int, console: Console) ->
 
 
 def _say(outcome: Outcome, console: Console) -> None:
+    from ooc_moe.study.runner import LOG_FILE
+
     for run_dir, said in outcome.failed.items():
-        console.print(f"failed: {run_dir}: {said}", style="red", markup=False, soft_wrap=True)
+        console.print(f"failed: {run_dir}: {said} (all that it said: {LOG_FILE} there)", style="red", markup=False, soft_wrap=True)
     if outcome.interrupted:
         console.print(f"stopped; every run saved a checkpoint. Go on with: {command_given()}", markup=False, soft_wrap=True)
         raise typer.Exit(INTERRUPTED_EXIT)
@@ -126,22 +136,32 @@ def _write_home(chosen: Study, wanted: list[StudyRun], study_dir: Path, results:
 
 
 def _list_of(studies: list[Study]) -> Table:
-    table = Table("study", "asks", "variants", "runs", box=SIMPLE_HEAD)
+    table = Table("study", "asks", "runs", "steps", box=SIMPLE_HEAD)
     for each in studies:
-        table.add_row(each.name, each.asks, ", ".join(each.seeds), str(len(each.runs(Path()))))
+        configs = [run.config for run in each.runs(Path())]
+        steps = sum(len(config.games) * config.updates_per_game * config.steps_per_update for config in configs)
+        table.add_row(each.name, each.asks, str(len(configs)), f"{steps / 1e6:.1f} M")
+    return table
+
+
+def _table_of_variants(variants: list[Variant]) -> Table:
+    table = Table("variant", "is", box=SIMPLE_HEAD)
+    for each in variants:
+        table.add_row(each.name, each.says)
     return table
 
 
 def _table_of(wanted: list[StudyRun]) -> Table:
     from ooc_moe.study.runner import state_of, steps_done, steps_of
 
-    table = Table("run", "steps", "of", "state", box=SIMPLE_HEAD)
+    table = Table("variant", "order", "seed", "steps", "of", "state", box=SIMPLE_HEAD)
     for run in wanted:
         try:
             state = state_of(run.config).value
         except InvalidRequest as error:
-            state = str(error)
-        table.add_row(str(run.config.run_dir), f"{steps_done(run.config.run_dir):,}", f"{steps_of(run.config):,}", state)
+            state = str(error).partition(": ")[2]  # The row says where.
+        steps = [f"{count:,}" for count in (steps_done(run.config.run_dir), steps_of(run.config))]
+        table.add_row(run.variant, run.order, str(run.config.seed), *steps, state)
     return table
 
 
