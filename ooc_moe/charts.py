@@ -70,7 +70,8 @@ CHARTS = (
     Chart(
         "prefetching",
         "Prefetching",
-        "Useful: the expert was in HBM when asked for. Late: it was still on its way. Wasted: evicted before anybody asked.",
+        "Useful: the expert was in HBM when asked for. Late: it was still on its way. Wasted: evicted before anybody asked. The last "
+        "evaluation's are in the table only.",
         "prefetched experts (prefetching may have been off)",
         prefetching,
     ),
@@ -86,7 +87,7 @@ CHARTS = (
         "overlap",
         "Overlap between games",
         "Off the diagonal: what two games share. Experts in common: of the ten most used of each. Mass: the share of tokens routed alike; "
-        "0 % is complete separation.",
+        "0 % is complete separation. In an evaluation the first steps of a game are played with the experts of the one before it.",
         "the routing counts of two games",
         overlap,
     ),

@@ -34,6 +34,12 @@ _COLUMNS_MAX = 4
 _PANELS_MAX = 8
 
 
+def _grid(panels: int) -> tuple[int, int]:
+    """Rows and columns, with as few empty places as may be: five panels stand as three and two."""
+    rows = -(-panels // _COLUMNS_MAX)
+    return rows, max(-(-panels // rows), 2)
+
+
 def learning_curves(record: RunRecord) -> Figure | None:
     """Points per 1000 steps and finished episodes' returns while each game was trained."""
     curves = {
@@ -45,8 +51,7 @@ def learning_curves(record: RunRecord) -> Figure | None:
         return None
     if len(record.spans) > _PANELS_MAX:
         return _many_learning_curves(record, *next(iter(curves.items())))
-    columns = min(max(len(record.spans), 2), _COLUMNS_MAX)
-    blocks = -(-len(record.spans) // columns)
+    blocks, columns = _grid(len(record.spans))
     figure = Figure(figsize=(WIDTH, 2.3 * blocks * len(curves)))
     grid = figure.subplots(blocks * len(curves), columns, squeeze=False)
     for row, (title, values) in enumerate(curves.items()):
@@ -119,8 +124,7 @@ def forgetting(record: RunRecord) -> Figure | None:
         return None
     if len(shown) > _PANELS_MAX:
         return _many_learned_and_kept(record, shown)
-    columns = min(max(len(shown), 2), _COLUMNS_MAX)
-    rows = -(-len(shown) // columns)
+    rows, columns = _grid(len(shown))
     figure = Figure(figsize=(WIDTH, 2.9 * rows))
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for ax, game in zip(axes, shown, strict=False):

@@ -251,6 +251,17 @@ def test_a_game_in_which_no_episode_ended_leaves_its_panel_empty(tmp_path: Path)
     assert [len(ax.lines[0].get_xdata()) for ax in figure.axes] == [1, 1, 1, 0]
 
 
+@pytest.mark.parametrize(("games", "shape"), [(1, (1, 2)), (4, (1, 4)), (5, (2, 3)), (7, (2, 4))])
+def test_panels_stand_in_rows_of_like_length(tmp_path: Path, games: int, shape: tuple[int, int]) -> None:
+    writer = MetricsWriter(tmp_path, tensorboard=False)
+    for step in range(games):
+        writer.log("switch", step=step, update=step, phase=step, **{"from": None, "to": f"game_{step}"})
+        writer.log("update", step=step + 1, update=step + 1, game=f"game_{step}", reward_per_step=0.1)
+    figure = learning_charts.learning_curves(RunRecord.read(tmp_path))
+    assert figure is not None
+    assert figure.axes[0].get_gridspec().get_geometry() == shape
+
+
 def test_names_from_the_run_are_escaped(tmp_path: Path) -> None:
     run_dir = tmp_path / "<script>alert(1)</script>".replace("/", "-")
     writer = MetricsWriter(run_dir, tensorboard=False)
