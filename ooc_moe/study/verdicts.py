@@ -12,7 +12,8 @@ evaluation cut off by the least that they gave.
 3. Protection: the 95 % intervals of retention(full) - retention(plain MoE) and of retention(full) - retention(dense) lie above zero, and
    learning(full) is at least 0.9 of single-task. Games that scores.py leaves out are not in it.
 
-Fewer seeds or orders than a study's rule wants: points, and no verdict.
+With fewer runs than a study wants, points and no verdict: separation wants `verdict_seeds` seeds in any orders, protection as many in each
+of `verdict_orders` orders.
 """
 
 from __future__ import annotations

@@ -118,7 +118,17 @@ def test_scores_that_were_not_evaluated_do_not_count() -> None:
     equal(measures.forgetting([[NAN, 0.0], [8.0, 1.0], [5.0, 2.0]], (0, 1, 1)), [3, NAN])
 
 
-@pytest.mark.parametrize(("returns", "floor", "above"), [([10, 11, 12], 5, True), ([0, 20], 5, False), ([9], 5, False), ([4, 4], 5, False)])
+@pytest.mark.parametrize(
+    ("returns", "floor", "above"),
+    [
+        ([10, 11, 12], 5, True),
+        ([0, 20], 5, False),
+        ([9], 5, False),
+        ([4, 4], 5, False),
+        ([4, 6], 2.9, True),  # 5 - 2 * sqrt(2) / sqrt(2) = 3.
+        ([4, 6], 3.1, False),
+    ],
+)
 def test_clearly_above_needs_two_standard_errors(returns: list[float], floor: float, above: bool) -> None:
     assert measures.clearly_above(returns, floor) is above
 

@@ -65,6 +65,8 @@ def test_a_difference_lies_above_zero_where_the_groups_are_apart_and_not_where_t
     assert lowest > 0.2
     _, lowest, highest = statistics.difference(low, [rng.normal(0.5, 0.2, 5) for _ in range(4)])
     assert lowest < 0 < highest
+    mean, lowest, highest = statistics.difference(low, low)  # Two draws, not one that is compared with itself.
+    assert lowest < mean == 0 < highest
 
 
 # Members 0, 1 alike; 2, 3 alike; everything else unlike.

@@ -36,6 +36,27 @@ def test_protection_holds_only_with_enough_runs_a_clear_gap_and_learning(tmp_pat
     assert "retention(moe-token) = +0.38; " in judged("one seed", good, seeds=1).says
 
 
+def test_protection_does_not_hold_where_an_interval_reaches_zero_whatever_the_means_say(tmp_path: Path) -> None:
+    """One seed of dense forgot everything, the others nothing."""
+    study = small_study()
+    most = made_up(study, tmp_path / "most", {"full": 0.98, "moe-token": 0.6, "dense": 1.0})
+    one = made_up(study, tmp_path / "one", {"dense": 0.0}, seeds=1)
+    runs = [run for run in most if (run.variant, run.config.seed) != ("dense", 0)] + [run for run in one if run.variant == "dense"]
+    verdict = verdicts.protection(scores_of(study, runs))
+    assert verdict is not None
+    assert verdict.holds is False
+    assert "retention(full) - retention(dense) = +0.18 [-0.0" in verdict.says
+
+
+def test_protection_wants_its_seeds_in_every_order_of_every_variant(tmp_path: Path) -> None:
+    study = small_study()
+    runs = made_up(study, tmp_path, {"full": 0.98, "moe-token": 0.6, "dense": 0.5})
+    verdict = verdicts.protection(scores_of(study, [run for run in runs if (run.variant, run.order) != ("dense", "back")]))
+    assert verdict is not None
+    assert verdict.holds is None
+    assert "wants 5 seeds in 2 orders; of dense there are 5 in forth." in verdict.says
+
+
 def test_protection_says_nothing_without_single_task_runs_or_a_rival(tmp_path: Path) -> None:
     study = small_study()
     runs = made_up(study, tmp_path, {"full": 1.0})
@@ -61,6 +82,20 @@ def test_separation_holds_where_games_use_experts_of_their_own(tmp_path: Path, u
     assert verdict is not None
     assert verdict.holds is holds
     assert ("It is not chance, but little" in verdict.says) is (usage == 0.02)
+
+
+def test_separation_wants_enough_seeds_and_a_small_p_in_every_run(tmp_path: Path) -> None:
+    study = small_study(verdict_seeds=2)
+    found = scores_of(study, made_up(study, tmp_path, {"moe-token": 0.5}, seeds=2, usage=0.5))
+    first, *others = verdicts.separations(found)
+    for runs in ([replace(first, p=0.2), *others], [*others, replace(first, p=0.2)]):
+        verdict = verdicts.separation(found, runs)
+        assert verdict is not None
+        assert verdict.holds is False
+    few = verdicts.separation(replace(found, study=small_study(verdict_seeds=3)), [first, *others])
+    assert few is not None
+    assert few.holds is None
+    assert few.says.endswith("The rule wants 3 seeds.")
 
 
 def with_usage(runs: list[StudyRun], usage_of: Callable[[str, np.random.Generator], Sequence[int]]) -> None:
@@ -95,7 +130,7 @@ def test_two_games_that_do_not_separate_are_named_beside_one_that_does(tmp_path:
     assert verdict is not None
     assert verdict.holds is True
     assert "Not 0.05 apart: pixel/avoid and pixel/catch (1.00 and 1.00)." in verdict.says
-    rows = next(table for table in tables(found, separated, []) if table.title == "Separation of every two games").rows
+    rows = next(table for table in tables(found, {}, separated) if table.title == "Separation of every two games").rows
     assert rows[0] == ["moe-token", "pixel/avoid, pixel/catch", "1.000", "1.000", "0.000"]
     assert [row[2:] for row in rows[1:]] == [["1.000", "0.500", "0.500"]] * 2
 
@@ -125,7 +160,8 @@ def test_a_run_that_cannot_be_compared_leaves_no_verdict_wherever_it_stands(tmp_
 
 
 def test_caching_is_judged_wherever_hbm_holds_a_pool() -> None:
-    better, worse, alike = ((0.9, 1.0), (0.5, 3.0)), ((0.9, 3.0), (0.5, 1.0)), ((0.5, 3.0), (0.5, 3.0))
+    better, alike = ((0.9, 1.0), (0.5, 3.0)), ((0.5, 3.0), (0.5, 3.0))
+    longer, fewer_hits = ((0.9, 3.0), (0.5, 1.0)), ((0.5, 1.0), (0.9, 3.0))
 
     def grid(*, two: object, four: object, eight: object) -> list[CachingPoint]:
         rows = [points(*pair, hbm=hbm) for hbm, pair in ((2, two), (4, four), (8, eight))]  # type: ignore[misc]
@@ -136,7 +172,8 @@ def test_caching_is_judged_wherever_hbm_holds_a_pool() -> None:
     without_blocks = [point for point in whole if (point.hbm_experts, point.switch_every) != (8, None)]
     for given, holds in (
         (whole, True),
-        (grid(two=better, four=better, eight=worse), False),
+        (grid(two=better, four=better, eight=longer), False),
+        (grid(two=better, four=fewer_hits, eight=better), False),
         (grid(two=better, four=alike, eight=better), False),
         (without_blocks, None),
         ([point for point in whole if point.hbm_experts != 2], None),
