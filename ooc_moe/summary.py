@@ -249,8 +249,9 @@ def detector_table(record: RunRecord) -> TextTable:
         ["game", "acted as it", "detector", "nearest mean", "steps to detect", "false switches", "prefetch recall"],
         rows,
         "Acted as it: share of steps played with the game's own experts and head. Detector, nearest mean: share of frames whose most "
-        "probable game is the right one, whoever acted. Steps to detect: mean over environments, from the game's first frame until its "
-        "own pool of experts is in use; nothing switches to the first game. False switches: away from the right game, per 1000 frames. "
+        "probable game is the right one, whoever acted. Steps to detect: from the game's first frame until its own pool of experts is in "
+        "use, mean over the environments where it ever was; nothing switches to the first game. False switches: away from the right game, "
+        "per 1000 frames. "
         "Prefetch recall: of the experts that the game needed, those named before their first use."
         + "".join(f" Ambiguous: {one} and {other}, confusion {confusion:.2f}." for one, other, confusion in ambiguous(record)),
     )
@@ -303,7 +304,7 @@ def measures_table(record: RunRecord) -> TextTable:
         "0 %: random play; 100 %: the best this run reached in that game (a study compares with training on one game alone). "
         "Average: the score at the end. Learning: right after the game's own training. Retention: the share of what was learned that is "
         "left at the end. Forgetting: from the best score on the way to the last. Isolated forgetting: lost while one later game was "
-        "learned; zero-shot transfer: gained while one earlier game was (Powers et al. 2021). Forward transfer: the score just before "
+        "learned; zero-shot transfer: gained while one earlier game was (Powers et al. 2022). Forward transfer: the score just before "
         "the game's own training; both transfers need --eval-unseen. Dormant units: hidden units of the experts that hardly respond to "
         "the game any more. Without the last: of the game trained last nothing can be forgotten.",
     )
