@@ -54,6 +54,11 @@ class Costs:
     stall_s: float
 
 
+def costs_by_variant(found: StudyScores) -> dict[str, Costs]:
+    """The costs of each variant that has a finished run."""
+    return {name: costs_of(found, name) for name in found.variants}
+
+
 def costs_of(found: StudyScores, variant: str) -> Costs:
     """The costs of one variant."""
     networks = len(found.study.games) if found.study.variants[variant].alone else 1

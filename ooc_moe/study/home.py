@@ -23,7 +23,7 @@ from ooc_moe.drawing import STYLE
 from ooc_moe.run_record import RunRecord
 from ooc_moe.study import verdicts
 from ooc_moe.study.caching import CachingPoint, caching_points
-from ooc_moe.study.costs import costs_of
+from ooc_moe.study.costs import Costs, costs_by_variant
 from ooc_moe.study.definitions import Study, StudyRun
 from ooc_moe.study.figures import figures
 from ooc_moe.study.runner import State, state_of, steps_done, steps_of
@@ -47,6 +47,7 @@ class Results:
     """What a study shows so far."""
 
     found: StudyScores
+    costs: Mapping[str, Costs]
     tables: list[TextTable]
     verdicts: list[Verdict]
     separated: list[Separation]
@@ -93,7 +94,7 @@ def play_constants(study: Study, directory: Path, say: Callable[[str], object] =
 def results_of(study: Study, runs: Sequence[StudyRun], constants: Mapping[str, float]) -> Results:
     """Reads the runs and judges them."""
     found = collect(study, runs, constants)
-    separated, points = verdicts.separations(found), caching_points(found)
+    costs, separated, points = costs_by_variant(found), verdicts.separations(found), caching_points(found)
     spoken = (
         verdicts.separation(found, separated),
         verdicts.caching(points, study.recipe.agent.pool_size),
@@ -102,7 +103,8 @@ def results_of(study: Study, runs: Sequence[StudyRun], constants: Mapping[str, f
     shorter = _shorter(found)
     return Results(
         found=found,
-        tables=tables(found, separated, points),
+        costs=costs,
+        tables=tables(found, costs, separated, points),
         verdicts=[replace(each, says=each.says + shorter) for each in spoken if each is not None],
         separated=separated,
         points=points,
@@ -198,7 +200,7 @@ def _numbers(results: Results, described: dict[str, str]) -> dict[str, Any]:
         "facts": described,
         "verdicts": [asdict(each) for each in results.verdicts],
         "games": {game: asdict(each) for game, each in found.facts.items()},
-        "costs": {name: asdict(costs_of(found, name)) for name in found.variants},
+        "costs": {name: asdict(cost) for name, cost in results.costs.items()},
         "caching": [asdict(point) | {"way": point.way.value} for point in results.points],
         "separation": [
             {"variant": each.run.variant, "order": each.run.order, "seed": each.run.config.seed}

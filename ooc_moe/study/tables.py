@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ooc_moe import measures, statistics
 from ooc_moe.study.caching import CachingPoint, Way
-from ooc_moe.study.costs import costs_of
+from ooc_moe.study.costs import Costs
 from ooc_moe.study.scores import MEASURES, RAW_MEASURES, Cell, StudyScores, strata
 from ooc_moe.study.verdicts import Separation, pair_gaps
 from ooc_moe.summary import DASH, TextTable, ambiguous, format_bytes, format_count, format_part, format_score, format_share, of_reference
@@ -21,20 +21,22 @@ _INTERVALS = (
 )
 
 
-def tables(found: StudyScores, separated: Sequence[Separation], points: Sequence[CachingPoint]) -> list[TextTable]:
+def tables(
+    found: StudyScores, costs: Mapping[str, Costs], separated: Sequence[Separation] = (), points: Sequence[CachingPoint] = ()
+) -> list[TextTable]:
     """All tables of a study, those without a row left out."""
     made = [
         main_table(found),
+        caching_table(points),
         robust_table(found),
         *(order_table(found, order) for order in found.study.orders if len(found.study.orders) > 1),
         other_table(found),
         human_table(found),
-        memory_table(found),
-        work_table(found),
+        memory_table(costs),
+        work_table(found, costs),
         recognition_table(found),
         separation_table(separated),
         pair_table(separated),
-        caching_table(points),
         game_table(found),
         point_table(found),
     ]
@@ -122,11 +124,10 @@ def human_table(found: StudyScores) -> TextTable:
     )
 
 
-def memory_table(found: StudyScores) -> TextTable:
+def memory_table(costs: Mapping[str, Costs]) -> TextTable:
     """What each variant holds."""
     rows = []
-    for name in found.variants:
-        cost = costs_of(found, name)
+    for name, cost in costs.items():
         kept = f"{format_bytes(cost.protection_bytes)} + {format_bytes(cost.exemplar_bytes)}"
         rows.append([name, *map(format_count, (cost.parameters, cost.dense_parameters)), format_bytes(cost.hbm_bytes), kept])
     return TextTable(
@@ -140,11 +141,10 @@ def memory_table(found: StudyScores) -> TextTable:
     )
 
 
-def work_table(found: StudyScores) -> TextTable:
+def work_table(found: StudyScores, costs: Mapping[str, Costs]) -> TextTable:
     """What each variant moves, and how long it takes."""
     rows = []
-    for name in found.variants:
-        cost = costs_of(found, name)
+    for name, cost in costs.items():
         rows.append(
             [
                 name,

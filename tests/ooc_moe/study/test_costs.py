@@ -9,7 +9,7 @@ import torch
 from ooc_moe import checkpoint, summary
 from ooc_moe.metrics import CONFIG_FILE, MetricsWriter
 from ooc_moe.run_record import RunRecord
-from ooc_moe.study.costs import cold_fetched, cold_share, costs_of
+from ooc_moe.study.costs import cold_fetched, cold_share, costs_by_variant, costs_of
 from ooc_moe.study.scores import StudyScores
 from ooc_moe.study.tables import tables
 from tests.ooc_moe.study.made import CONSTANT, GAMES, begun, made_up, scores_of, small_study
@@ -47,7 +47,7 @@ def test_cold_experts_fetched_and_left_equal_are_counted(tmp_path: Path) -> None
     older = replace(run, config=replace(run.config, run_dir=tmp_path / "older"))
     begun(older.config, with_checkpoint=False)
     found = StudyScores(small_study(), {run: record, older: RunRecord.read(older.config.run_dir)}, {}, CONSTANT)
-    costs = next(table for table in tables(found, [], []) if table.title == "Costs in bytes moved and time")
+    costs = next(table for table in tables(found, costs_by_variant(found)) if table.title == "Costs in bytes moved and time")
     assert dict(zip(costs.columns, costs.rows[0], strict=True))["cold and equal"] == "3 of 4 in 1 of 2 runs"
 
 
@@ -63,13 +63,28 @@ def test_what_protection_keeps_is_counted_in_the_last_checkpoint(tmp_path: Path)
     found = scores_of(study, runs)
     assert (costs_of(found, "full").protection_bytes, costs_of(found, "full").exemplar_bytes) == (4 * (40 + 20), 3 * 200 * 42 * 42)
     assert costs_of(found, "single").protection_bytes == 3 * 4 * 60  # Three networks.
-    costs = next(table for table in tables(found, [], []) if table.title == "Costs in memory")
+    costs = next(table for table in tables(found, costs_by_variant(found)) if table.title == "Costs in memory")
     assert dict(zip(costs.columns, costs.rows[0], strict=True))["kept for protection"] == "240 Bytes + 1.0 MiB"
+
+
+def test_of_one_network_for_each_game_hbm_holds_one_and_everything_else_is_counted_together(tmp_path: Path) -> None:
+    study = small_study()
+    runs = made_up(study, tmp_path, {"full": 1.0}, seeds=1)
+    for run in runs:
+        writer = MetricsWriter(run.config.run_dir, tensorboard=False)
+        writer.log("update", step=1, update=1, cache={"capacity": 8, "expert_bytes": 100, "bytes_in": 70, "bytes_out": 30})
+        writer.close()
+    full, single = (costs_of(scores_of(study, runs), name) for name in ("full", "single"))
+    assert (full.hbm_bytes, single.hbm_bytes) == (800, 800)
+    assert (full.moved_bytes, single.moved_bytes) == (100, 3 * 100)
+    estimates = {run.variant: run.config.agent.estimate_params() for run in runs}
+    assert full.parameters - full.dense_parameters == estimates["full"].experts
+    assert single.parameters - single.dense_parameters == 3 * estimates["single"].experts
 
 
 def test_an_older_run_says_nothing_of_what_it_did_not_log(tmp_path: Path) -> None:
     study = small_study()
     found = scores_of(study, made_up(study, tmp_path, {"full": 1.0}, seeds=1))
-    costs = next(table for table in tables(found, [], []) if table.title == "Costs in bytes moved and time")
+    costs = next(table for table in tables(found, costs_by_variant(found)) if table.title == "Costs in bytes moved and time")
     cells = dict(zip(costs.columns, costs.rows[0], strict=True))
     assert (cells["of them cold"], cells["cold and equal"]) == (summary.DASH, summary.DASH)

@@ -16,7 +16,7 @@ from tests.ooc_moe.study.made import GAMES, SINGLE, change_evaluations, made_up,
 def test_tables_show_every_run_and_every_variant_beside_the_baselines(tmp_path: Path) -> None:
     study = small_study()
     runs = made_up(study, tmp_path, {"full": 0.98, "dense": 0.5}, seeds=2)
-    by_title = {table.title: table for table in tables(scores_of(study, runs), [], points((0.9, 1.0), (0.5, 3.0)))}
+    by_title = {table.title: table for table in tables(scores_of(study, runs), {}, [], points((0.9, 1.0), (0.5, 3.0)))}
     main = by_title["Learning and forgetting"]
     assert [row[0] for row in main.rows] == ["random", "best constant action", "full", "dense", "single"]
     # (0 - -1) / (4 - -1), (2 - 1) / (4 - 1) and 0.
@@ -34,14 +34,14 @@ def test_tables_show_every_run_and_every_variant_beside_the_baselines(tmp_path: 
 def test_games_that_nothing_tells_apart_are_named_in_the_table(tmp_path: Path) -> None:
     study = small_study()
     runs = made_up(study, tmp_path, {"full": 1.0}, seeds=2)
-    clear = next(table for table in tables(scores_of(study, runs), [], []) if table.title == "Recognising games")
+    clear = next(table for table in tables(scores_of(study, runs), {}) if table.title == "Recognising games")
     assert "Ambiguous" not in clear.note
     half = {"probabilities": {"pixel/catch": 0.5, "pixel/avoid": 0.5, "pixel/toward": 0.0}}
     sure = {"probabilities": {"pixel/catch": 0.0, "pixel/avoid": 0.0, "pixel/toward": 1.0}}
     for run in runs:
         events = [event | (sure if event.get("evaluated") == "pixel/toward" else half) for event in read_metrics(run.config.run_dir)]
         (run.config.run_dir / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-    twins = next(table for table in tables(scores_of(study, runs), [], []) if table.title == "Recognising games")
+    twins = next(table for table in tables(scores_of(study, runs), {}) if table.title == "Recognising games")
     assert "**Ambiguous: pixel/avoid and pixel/catch**, confusion 1.00 in 4 runs" in twins.note
     assert "pixel/toward" not in twins.note
 
@@ -51,6 +51,6 @@ def test_steps_to_detect_leave_out_the_first_game_and_count_whoever_never_does(t
     runs = made_up(study, tmp_path, {"full": 1.0}, seeds=1)
     for game, steps in zip(GAMES, ([0, None, 0], [3, 5, None], [4, None, None]), strict=True):
         change_evaluations(runs, "full", game, steps_to_detect_by_env=steps)
-    table = next(table for table in tables(scores_of(study, runs), [], []) if table.title == "Recognising games")
+    table = next(table for table in tables(scores_of(study, runs), {}) if table.title == "Recognising games")
     cells = dict(zip(table.columns, table.rows[0], strict=True))
     assert (cells["steps to detect"], cells["never"]) == ("4.00", "4 of 9")

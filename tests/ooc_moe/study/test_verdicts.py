@@ -12,7 +12,7 @@ from ooc_moe.metrics import read_metrics
 from ooc_moe.study import verdicts
 from ooc_moe.study.caching import CachingPoint
 from ooc_moe.study.definitions import StudyRun
-from ooc_moe.study.tables import tables
+from ooc_moe.study.tables import pair_table
 from tests.ooc_moe.study.made import GAMES, made_up, points, scores_of, small_study
 
 
@@ -130,7 +130,7 @@ def test_two_games_that_do_not_separate_are_named_beside_one_that_does(tmp_path:
     assert verdict is not None
     assert verdict.holds is True
     assert "Not 0.05 apart: pixel/avoid and pixel/catch (1.00 and 1.00)." in verdict.says
-    rows = next(table for table in tables(found, {}, separated) if table.title == "Separation of every two games").rows
+    rows = pair_table(separated).rows
     assert rows[0] == ["moe-token", "pixel/avoid, pixel/catch", "1.000", "1.000", "0.000"]
     assert [row[2:] for row in rows[1:]] == [["1.000", "0.500", "0.500"]] * 2
 
