@@ -198,9 +198,9 @@ def prefetch_table(record: RunRecord) -> TextTable:
         rows,
         "Useful: there when it was asked for. Late: asked for while still on its way. Wasted: evicted before anybody asked. Refused: not "
         "worth a fetch by measured bandwidth and room; fetched all the same where admission only observes. By the schedule: ahead of an "
-        "update's or the next acting step's needs, where HBM has no room for all of them; not in precision and recall. "
+        "update's or the next acting step's needs, where HBM has no room for all of them; not in the shares below. "
         f"Precision (useful, of useful, late and wasted): {format_share(_ratio(count['useful'], arrived))}. "
-        f"Recall (useful, of these and of all that had to be waited for): {format_share(_ratio(count['useful'], waited))}.",
+        f"In time (useful, of these and of all that had to be waited for): {format_share(_ratio(count['useful'], waited))}.",
     )
 
 

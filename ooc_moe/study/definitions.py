@@ -230,7 +230,7 @@ STUDIES = {
         ),
         Study(
             name="atari-cpu",
-            asks="What is left of it on real Atari games, within a budget that a CPU can pay?",
+            asks="What is left of the claim on real Atari games, within a budget that a CPU can pay?",
             limits=(
                 "So few steps separate little: early policies are nearly the same whatever is on the screen, and 42 x 42 pixels hide "
                 "much. One order."
@@ -244,7 +244,7 @@ STUDIES = {
         ),
         Study(
             name="atari-gpu",
-            asks="Does it hold at 84 x 84 and a million steps a game?",
+            asks="Does the claim hold for Atari at 84 x 84 and a million steps a game?",
             limits="A million steps a game are a tenth of what published agents get; scores stand far below theirs.",
             recipe=_ATARI_GPU,
             orders={

@@ -190,7 +190,7 @@ def caching(points: Sequence[CachingPoint], pool_experts: int) -> Verdict | None
 
 
 def _beside(point: CachingPoint) -> str:
-    return f"{point.hit_rate:.2%}" + ("" if np.isnan(point.belady) else f" (Belady {point.belady:.2%})")
+    return f"{100 * point.hit_rate:.2f} %" + ("" if np.isnan(point.belady) else f" (Belady {100 * point.belady:.2f} %)")
 
 
 def _with_interval(gap: float, low: float, high: float) -> str:
