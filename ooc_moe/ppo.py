@@ -1,7 +1,7 @@
 """PPO's arithmetic, without environments or networks: advantages, and the clipped loss.
 
 Sources: Schulman et al. 2017 (PPO), Schulman et al. 2016 (GAE); details as CleanRL's `ppo_atari.py`, but steps that the environment
-did not play (autoreset) are masked, and a truncated episode is bootstrapped instead of ended.
+did not play (autoreset) are masked, a truncated episode is bootstrapped instead of ended, and the value loss is not clipped.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class PPOConfig:
     gae_lambda: float = 0.95
     """Generalised advantage estimation: 0 is one-step, 1 is Monte Carlo."""
     clip: float = 0.2
-    """Probability ratios beyond 1 +- clip carry no gradient."""
+    """Probability ratios beyond 1 +- clip carry no gradient where moving on would gain."""
     entropy_coef: float = 0.01
     """Weight of the entropy bonus."""
     value_coef: float = 0.5

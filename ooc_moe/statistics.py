@@ -60,7 +60,11 @@ def bootstrap(
 
 
 def interval(samples: ArrayLike, level: float = 0.95) -> tuple[float, float]:
-    """The percentile interval of bootstrap samples; NaN of what is unsaid."""
+    """The percentile interval of bootstrap samples; NaN of what is unsaid.
+
+    Of few runs it is narrower than it says: at 95 % it covered the mean of normal values 75 times in 100 for 3 runs, 81 for two strata
+    of 3, 83 for 5, 87 for two strata of 5, and 91 for 10.
+    """
     tail = 50 * (1 - level)
     low, high = np.percentile(np.asarray(samples, float), [tail, 100 - tail])
     return float(low), float(high)

@@ -40,13 +40,17 @@ def test_a_run_that_says_nothing_is_not_drawn_and_one_that_says_little_counts_fo
     assert set(samples) == {1, (1 + 4 + 4) / 3, 4}
 
 
-def test_the_interval_covers_the_true_mean_about_as_often_as_it_says() -> None:
+@pytest.mark.parametrize(("strata", "least", "most"), [([30], 0.88, 0.99), ([5, 5], 0.80, 0.94), ([5], 0.75, 0.91)])
+def test_the_interval_covers_the_true_mean_about_as_often_as_it_says_and_less_often_of_few_runs(
+    strata: list[int], least: float, most: float
+) -> None:
     rng = np.random.default_rng(3)
     hits = 0
     for trial in range(200):
-        low, high = statistics.interval(statistics.bootstrap([rng.normal(1, 1, 30)], resamples=400, seed=trial))
+        drawn = [rng.normal(1, 1, runs) for runs in strata]
+        low, high = statistics.interval(statistics.bootstrap(drawn, resamples=400, seed=trial))
         hits += low <= 1 <= high
-    assert 0.88 <= hits / 200 <= 0.99
+    assert least <= hits / 200 <= most
 
 
 def test_what_is_unsaid_is_left_out_and_nothing_stays_unsaid() -> None:
