@@ -47,9 +47,9 @@ class Study:
     """Variants, the most important first, and how many seeds each has."""
     variants: Mapping[str, Variant] = field(default_factory=lambda: VARIANTS)
     verdict_seeds: int = 5
-    """Seeds below which the verdict on protection is not spoken."""
+    """Seeds below which the verdicts on separation and protection are not spoken."""
     verdict_orders: int = 2
-    """Orders below which it is not."""
+    """Orders below which that on protection is not."""
 
     @property
     def games(self) -> tuple[str, ...]:
