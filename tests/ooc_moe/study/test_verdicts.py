@@ -193,5 +193,5 @@ def test_an_hbm_that_holds_no_pool_is_outside_the_rule_and_said_in_words() -> No
     assert "HBM 2" not in inside
     assert "NOT SO" not in inside
     assert "one seed: one pair of wall-clock stalls" in inside
-    assert "trainer, HBM 2: hits 49.00%" in outside
+    assert "trainer, HBM 2: hits 49.00 %" in outside
     assert "stall 33.3 s and 22.5 s, which is longer in blocks" in outside
