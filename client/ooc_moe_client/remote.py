@@ -11,6 +11,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 
 import grpc
 
@@ -73,8 +74,7 @@ class RemoteStore:
         self._known_banks: dict[str, Bank] = {}
         self._acknowledged = Acknowledged()
         self._writers: dict[str, BankWriter] = {}
-        # By bank and expert: pushes whose answer never came. They may have been written.
-        self._unresolved: dict[tuple[str, int], Item] = {}
+        self._unanswered: dict[tuple[str, int], _Unanswered] = {}  # by bank and expert
 
     @property
     def plane(self) -> Plane:
@@ -181,6 +181,9 @@ class RemoteStore:
             if all(item.outcome is None for item in items):
                 raise
             error = raised
+        finally:
+            for push, item in zip(pushes, items, strict=True):
+                self._remember_unanswered(bank, push, item)
         outcomes: list[int | Exception] = []
         for item in items:
             outcome = error if item.outcome is None else item.outcome
@@ -195,23 +198,30 @@ class RemoteStore:
         unsettled = [item for item in items if item.outcome is None or isinstance(item.outcome, TierFull)]
         for item in unsettled:
             item.outcome = None
-        try:
-            self._writer(bank).push(unsettled)
-        finally:
-            self._unresolved.update(((bank, item.expert), item) for item in unsettled if item.outcome is None)
+        self._writer(bank).push(unsettled)
         full = next((item.outcome for item in unsettled if isinstance(item.outcome, TierFull)), None)
         if full is not None:
             raise full
 
     def _base_version(self, bank: str, push: Push) -> int:
         """The version to start from: where an earlier push got no answer but was written, it is the version that it made."""
-        lost = self._unresolved.pop((bank, push.expert), None)
-        if lost is None or lost.checksums is None or lost.base_version != push.base_version:
+        lost = self._unanswered.get((bank, push.expert))
+        if lost is None or lost.base_version != push.base_version:
             return push.base_version
         request = expert_pb2.ListExpertsRequest(bank=bank, start=push.expert, page_size=1)
         present = self._connection.call(self._experts.ListExperts, request).experts[0]
-        written = Checksums(present.parameter_xxh3, present.optimizer_xxh3) == lost.checksums
+        written = Checksums(present.parameter_xxh3, present.optimizer_xxh3) in lost.checksums
         return present.version if written else push.base_version
+
+    def _remember_unanswered(self, bank: str, push: Push, item: Item) -> None:
+        key = (bank, push.expert)
+        if isinstance(item.outcome, int):
+            self._unanswered.pop(key, None)
+        elif item.outcome is None and item.checksums is not None:
+            lost = self._unanswered.get(key)
+            if lost is None or lost.base_version != push.base_version:
+                lost = self._unanswered[key] = _Unanswered(push.base_version)
+            lost.checksums.add(item.checksums)
 
     def _writer(self, bank: str) -> BankWriter:
         with self._lock:
@@ -324,3 +334,11 @@ class RemoteStore:
             self.release(bank)
         self._planes.close()
         self._connection.close()
+
+
+@dataclass(slots=True)
+class _Unanswered:
+    """Pushes of one expert from one version, as their caller knew it, whose answers never came. Any of them may have been written."""
+
+    base_version: int
+    checksums: set[Checksums] = field(default_factory=set)

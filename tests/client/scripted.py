@@ -18,7 +18,7 @@ import numpy as np
 
 from ooc_moe_client.remote import RemoteStore
 from ooc_moe_wire.codec import Checksums, chunks
-from ooc_moe_wire.errors import STATUS, OocMoeError, trailing_metadata
+from ooc_moe_wire.errors import STATUS, InvalidRequest, OocMoeError, trailing_metadata
 from ooc_moe_wire.layout import BLOCK_BYTES
 from ooc_moe_wire.local import ACK, PACKET_BYTES_MAX, Welcome, unpack
 from ooc_moe_wire.v1 import bank_pb2, bank_pb2_grpc, expert_pb2, expert_pb2_grpc, local_pb2, local_pb2_grpc
@@ -42,6 +42,7 @@ class ScriptedDaemon(bank_pb2_grpc.BankServiceServicer, expert_pb2_grpc.ExpertSe
         self.fetch_scripts: list[Callable[[list[int], grpc.ServicerContext], Iterator[expert_pb2.FetchExpertsResponse]]] = []
         self.push_scripts: list[Callable[[Iterator[expert_pb2.PushExpertsRequest]], Iterator[expert_pb2.PushExpertsResponse]]] = []
         self.listed = expert_pb2.ExpertInfo()
+        self.list_errors = 0  # answers of ListExperts to come that are errors
         self._server = grpc.server(futures.ThreadPoolExecutor(8))
         bank_pb2_grpc.add_BankServiceServicer_to_server(self, self._server)
         expert_pb2_grpc.add_ExpertServiceServicer_to_server(self, self._server)
@@ -84,6 +85,9 @@ class ScriptedDaemon(bank_pb2_grpc.BankServiceServicer, expert_pb2_grpc.ExpertSe
                 yield request.header
 
     def ListExperts(self, request, context):
+        if self.list_errors:
+            self.list_errors -= 1
+            abort(context, InvalidRequest("as the test wants"))
         return expert_pb2.ListExpertsResponse(experts=[self.listed])
 
     def stop(self) -> None:

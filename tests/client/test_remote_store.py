@@ -249,6 +249,17 @@ def stays_away(headers, context):
     yield
 
 
+def swallows_one_and_dies(headers, context):
+    next(headers)
+    abort(context, Unavailable("killed"))
+    yield
+
+
+def listed(expert: int, *, version: int, value: float) -> expert_pb2.ExpertInfo:
+    written = Checksums.of(LAYOUT, memoryview(body(value)))
+    return expert_pb2.ExpertInfo(expert=expert, version=version, parameter_xxh3=written.parameters, optimizer_xxh3=written.optimizer)
+
+
 def test_pushes_without_an_answer_are_sent_again_under_their_numbers(scripted: ScriptedDaemon):
     scripted.push_scripts = [answers_one_then_dies, acknowledge]
     store = RemoteStore(scripted.target)
@@ -289,30 +300,43 @@ def test_an_expert_without_room_is_pushed_again(scripted: ScriptedDaemon):
 
 
 def test_a_push_given_up_on_but_written_is_the_base_of_the_next(scripted: ScriptedDaemon):
-    bases = []
-
-    def dies(headers, context):
-        next(headers)
-        abort(context, Unavailable("killed"))
-        yield
-
-    def remembers_bases(headers, context):
-        for header in headers:
-            bases.append(header.base_version)
-            yield from acknowledge([header], context)
-
-    scripted.push_scripts = [dies]
+    scripted.push_scripts = [swallows_one_and_dies]
     store = RemoteStore(scripted.target, patience_s=0.3)
     with pytest.raises(Unavailable):
         write(store, "b", {3: 1.0}, {3: 17})
-    written = Checksums.of(LAYOUT, memoryview(body(1.0)))
-    scripted.listed = expert_pb2.ExpertInfo(
-        expert=3, version=18, tiers=[expert_pb2.TIER_NVME], parameter_xxh3=written.parameters, optimizer_xxh3=written.optimizer
-    )
-    scripted.push_scripts = [remembers_bases]
+    scripted.listed = listed(3, version=18, value=1.0)
+    scripted.push_scripts, scripted.headers = [acknowledge], []
     assert isinstance(write(store, "b", {3: 2.0}, {3: 17})[3], int)
     assert isinstance(write(store, "b", {3: 3.0}, {3: 17})[3], int)
-    assert bases == [18, 17]
+    assert [header.base_version for header in scripted.headers] == [18, 17]
+    store.close()
+
+
+def test_of_several_pushes_given_up_on_the_one_that_was_written_is_the_base_of_the_next(scripted: ScriptedDaemon):
+    scripted.push_scripts = [swallows_one_and_dies]
+    store = RemoteStore(scripted.target, patience_s=0.3)
+    for value in (1.0, 2.0):
+        with pytest.raises(Unavailable):
+            write(store, "b", {3: value}, {3: 17})
+    scripted.listed = listed(3, version=18, value=1.0)
+    scripted.push_scripts, scripted.headers = [acknowledge], []
+    write(store, "b", {3: 3.0}, {3: 17})
+    assert [header.base_version for header in scripted.headers] == [18]
+    store.close()
+
+
+def test_a_push_given_up_on_is_remembered_while_the_daemon_cannot_be_asked_about_it(scripted: ScriptedDaemon):
+    scripted.push_scripts = [swallows_one_and_dies]
+    store = RemoteStore(scripted.target, patience_s=0.3)
+    with pytest.raises(Unavailable):
+        write(store, "b", {3: 1.0}, {3: 17})
+    scripted.list_errors = 1
+    with pytest.raises(InvalidRequest, match="as the test wants"):
+        write(store, "b", {3: 2.0}, {3: 17})
+    scripted.listed = listed(3, version=18, value=1.0)
+    scripted.push_scripts, scripted.headers = [acknowledge], []
+    write(store, "b", {3: 2.0}, {3: 17})
+    assert [header.base_version for header in scripted.headers] == [18]
     store.close()
 
 
@@ -326,8 +350,7 @@ def test_what_was_answered_before_the_daemon_went_away_for_good_is_told(scripted
     scripted.fetch_scripts = [lambda experts, context: served(0)]
     with pytest.raises(LostUpdate, match="gave version 1, but had acknowledged 101"):
         list(fetch_into({}, store, [0]))
-    written = Checksums.of(LAYOUT, memoryview(body(1.0)))
-    scripted.listed = expert_pb2.ExpertInfo(expert=1, version=102, parameter_xxh3=written.parameters, optimizer_xxh3=written.optimizer)
+    scripted.listed = listed(1, version=102, value=1.0)
     scripted.push_scripts, scripted.headers = [acknowledge], []
     write(store, "b", {0: 2.0, 1: 2.0}, {0: 101})
     assert [(header.expert, header.base_version) for header in scripted.headers] == [(0, 101), (1, 102)]
