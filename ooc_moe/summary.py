@@ -344,9 +344,9 @@ def format_score(score: float, *, sign: bool = False) -> str:
     return f"{score:{'+' if sign else ''},.{digits}f}"
 
 
-def format_share(share: float) -> str:
-    """A share in percent."""
-    return DASH if np.isnan(share) else f"{100 * share:.1f} %"
+def format_share(share: float, *, digits: int = 1) -> str:
+    """A share in percent; two digits tell 99.9 from 99.99 %."""
+    return DASH if np.isnan(share) else f"{100 * share:.{digits}f} %"
 
 
 def format_part(part: int, whole: int) -> str:

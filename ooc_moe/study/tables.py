@@ -263,8 +263,8 @@ def caching_table(points: Sequence[CachingPoint]) -> TextTable:
             f"{point.hbm_experts} of {point.bank_experts}",
             "blocks" if point.switch_every is None else "1 update" if point.switch_every == 1 else f"{point.switch_every} updates",
             format_count(point.accesses),
-            _percent(point.hit_rate),
-            _percent(point.belady),
+            format_share(point.hit_rate, digits=2),
+            format_share(point.belady, digits=2),
             f"{point.stall_s:.3g} s",
         ]
         for point in sorted(points, key=lambda point: (list(Way).index(point.way), -point.hbm_experts, -(point.switch_every or 10**9)))
@@ -330,11 +330,6 @@ def _baselines(found: StudyScores) -> tuple[str, str]:
     facts = [found.facts[game] for game in sorted(found.counted)]
     constants = [measures.normalise([each.constant], [each.random], [each.single])[0] for each in facts]
     return _two(0.0), _two(measures.mean(constants))
-
-
-def _percent(share: float) -> str:
-    """With the digits that tell 99.9 from 99.99 %."""
-    return DASH if np.isnan(share) else f"{100 * share:.2f} %"
 
 
 def _two(value: float) -> str:

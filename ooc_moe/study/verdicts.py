@@ -29,6 +29,7 @@ from ooc_moe.run_record import RunRecord
 from ooc_moe.study.caching import CachingPoint, Way
 from ooc_moe.study.definitions import StudyRun
 from ooc_moe.study.scores import StudyScores, strata
+from ooc_moe.summary import format_share
 
 FULL, MOE, DENSE, UNTRAINED = "full", "moe-token", "dense", "moe-untrained"
 SIGNIFICANCE = 0.05
@@ -190,7 +191,8 @@ def caching(points: Sequence[CachingPoint], pool_experts: int) -> Verdict | None
 
 
 def _beside(point: CachingPoint) -> str:
-    return f"{100 * point.hit_rate:.2f} %" + ("" if np.isnan(point.belady) else f" (Belady {100 * point.belady:.2f} %)")
+    belady = "" if np.isnan(point.belady) else f" (Belady {format_share(point.belady, digits=2)})"
+    return format_share(point.hit_rate, digits=2) + belady
 
 
 def _with_interval(gap: float, low: float, high: float) -> str:
