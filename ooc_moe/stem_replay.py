@@ -64,9 +64,7 @@ class StemReplay:
         return {game: stored.tensors for game, stored in self._stored.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Reads `state_dict` back; what an earlier version saved without games counts as of one that never comes back."""
-        if "frames" in state:
-            state = {"": (state["frames"], state["features"])}
+        """Reads `state_dict` back."""
         self._set({game: TensorDataset(frames, features.to(self._device)) for game, (frames, features) in state.items()})
 
     def _set(self, stored: dict[str, TensorDataset]) -> None:

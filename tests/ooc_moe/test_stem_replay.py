@@ -123,18 +123,6 @@ def test_its_state_goes_on_where_it_was(frames, tmp_path):
     assert_same_state(loaded.state_dict(), replay.state_dict())
 
 
-def test_the_state_of_an_earlier_version_is_replayed_in_every_game(frames):
-    """It did not say whose its frames are."""
-    stem = Stem()
-    replay, loaded = StemReplay(stem), StemReplay(stem)
-    replay.store(CATCH, frames)
-    ((frames_MSHW, features_MD),) = replay.state_dict().values()
-    loaded.load_state_dict({"frames": frames_MSHW, "features": features_MD})
-    stem.linear.reset_parameters()
-    wanted = replay.loss(AVOID, torch.Generator().manual_seed(3))
-    assert all(torch.equal(loaded.loss(game, torch.Generator().manual_seed(3)), wanted) for game in GAMES)
-
-
 @pytest.mark.parametrize(("protection", "learns"), [("replay", [True] * 3), ("none", [True] * 3), ("freeze", [True, False, False])])
 def test_a_frozen_stem_learns_until_there_is_a_second_game(protection, learns, generator):
     config = RunConfig(run_dir=Path("unused"), games=GAMES, agent=PRESETS["tiny"], ppo=PPO, protection=protection)
