@@ -89,6 +89,8 @@ def _moe_untrained(config: RunConfig) -> RunConfig:
     return replace(_moe_token(config), ppo=replace(config.ppo, learning_rate=1e-12), steps_per_game=steps)
 
 
+# Of the weights 0.1 (consolidation only), 0.3, 1, 3 and 10 (cloning only), 1 left the best average at the end for either of these two on
+# seed 0 of the synthetic games, crossing first, where the weight of the recipe's own replay was chosen.
 def _dense_clone(config: RunConfig) -> RunConfig:
     return replace(_dense(config), protection="clone")
 
