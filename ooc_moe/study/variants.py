@@ -122,4 +122,4 @@ VARIANTS = {
         Variant("single", "dense, one network for each game", _dense, alone=True),
     )
 }
-"""By name. Random play and the best constant action need no runs of their own: every evaluation plays them beside the agent."""
+"""By name. Random play and the best constant action need no runs of their own: every evaluation plays the one, baselines.py the other."""
