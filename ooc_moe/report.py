@@ -123,6 +123,7 @@ def summary_tables(run_dir: Path) -> list[RenderableType]:
 def rich_table(table: summary.TextTable) -> Table:
     """A table as the terminal shows it."""
     rich = Table(title=table.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    rich.caption, rich.caption_justify = Text(table.caption) if table.caption else None, "left"
     for index, column in enumerate(table.columns):
         rich.add_column(
             Text(column.replace("after ", "after\n")), justify="right" if index else "left", overflow="fold", no_wrap=index == 0

@@ -22,12 +22,15 @@ _PHASE_LETTERS_MAX = 40
 
 @dataclass(frozen=True, slots=True)
 class TextTable:
-    """A table of text: the first column names its row, the others are numbers. `note` says how to read it."""
+    """A table of text: the first column names its row, the others are numbers."""
 
     title: str
     columns: list[str]
     rows: list[list[str]]
     note: str
+    """How to read it; too long for a terminal."""
+    caption: str = ""
+    """What must not be missed, there neither; "" if nothing."""
 
 
 def tables(record: RunRecord) -> list[TextTable]:
@@ -172,6 +175,7 @@ def tier_table(record: RunRecord) -> TextTable:
         "Training and evaluation together. HBM serves an access to an expert (its hit rate: of all accesses), or fetches or prefetches it "
         "from where the daemon finds it (the other rates: of these fetches): DRAM, NVMe, or the seed of an expert that was never trained. "
         "DRAM and NVMe bytes are the daemon's, of all its trainers.",
+        caption=f"Waited for experts: {_seconds(record.total('cache', 'stall_s'))}.",
     )
 
 
@@ -251,9 +255,11 @@ def detector_table(record: RunRecord) -> TextTable:
         "Acted as it: share of steps played with the game's own experts and head. Detector, nearest mean: share of frames whose most "
         "probable game is the right one, whoever acted. Steps to detect: from the game's first frame until its own pool of experts is in "
         "use, mean over the environments where it ever was; nothing switches to the first game. False switches: away from the right game, "
-        "per 1000 frames. "
-        "Prefetch recall: of the experts that the game needed, those named before their first use."
-        + "".join(f" Ambiguous: {one} and {other}, confusion {confusion:.2f}." for one, other, confusion in ambiguous(record)),
+        "per 1000 frames. Prefetch recall: of the experts that the game needed, those named before their first use.",
+        caption=" ".join(
+            [f"Ambiguous: {one} and {other}, confusion {confusion:.2f}." for one, other, confusion in ambiguous(record)]
+            + [f"Like no known game: {game}, in {format_share(share)} of its frames." for game, share in _unknown(record)]
+        ),
     )
 
 
@@ -265,18 +271,22 @@ def ambiguous(record: RunRecord) -> list[tuple[str, str, float]]:
     return ambiguous_pairs({game: row for game, row in probabilities.items() if game in row})
 
 
+def _unknown(record: RunRecord) -> list[tuple[str, float]]:
+    """Games that looked like no known one in most frames of the last evaluation, and in what share."""
+    shares = [(event["evaluated"], _said(event, "unknown")) for event in record.last_evaluations]
+    return [(game, share) for game, share in shares if share > 0.5]
+
+
 def measures_table(record: RunRecord) -> TextTable:
     """The measures of continual learning, on the scale of this run."""
     scores = record.scores
-    trained, ones = scores.trained_P, np.ones(len(scores.games))
+    trained = scores.trained_P
     ceiling_G = measures.best_own(scores.mean_PG, trained)
     normal_PG = measures.normalise(scores.mean_PG, scores.random_G, ceiling_G)
     untrained_G = measures.normalise(scores.untrained_G, scores.random_G, ceiling_G)
     forgotten_G = measures.forgetting(normal_PG, trained)
-    isolated_PG, shot_PG = (
-        measures.isolated_forgetting(normal_PG, trained, ones),
-        measures.zero_shot_transfer(normal_PG, trained, untrained_G, ones),
-    )
+    isolated_PG = measures.isolated_forgetting(scores.mean_PG, trained)
+    shot_PG = measures.zero_shot_transfer(scores.mean_PG, trained, scores.untrained_G)
     by_game = {
         "average": measures.final(normal_PG),
         "learning": measures.learning(normal_PG, trained),
@@ -301,12 +311,13 @@ def measures_table(record: RunRecord) -> TextTable:
         "Learning and forgetting",
         ["mean over games", "all games", "without the last"],
         rows if len(scores.mean_PG) else [],
-        "0 %: random play; 100 %: the best this run reached in that game (a study compares with training on one game alone). "
         "Average: the score at the end. Learning: right after the game's own training. Retention: the share of what was learned that is "
         "left at the end. Forgetting: from the best score on the way to the last. Isolated forgetting: lost while one later game was "
-        "learned; zero-shot transfer: gained while one earlier game was (Powers et al. 2022). Forward transfer: the score just before "
+        "learned; zero-shot transfer: gained while one earlier game was; both as CORA has them (Powers et al. 2022), in shares of the "
+        "run's highest raw return in the game, from 0 and not from random play. Forward transfer: the score just before "
         "the game's own training; both transfers need --eval-unseen. Dormant units: hidden units of the experts that hardly respond to "
         "the game any more. Without the last: of the game trained last nothing can be forgotten.",
+        caption="0 %: random play; 100 %: the best this run itself reached in that game, so that learning is near 100 % by construction.",
     )
 
 
