@@ -69,6 +69,8 @@ def study(
         console.print(_table_of(wanted))
         return
     outcome = None if tables_only else _make(chosen, wanted, jobs, console)
+    if outcome is not None and outcome.interrupted:
+        _say(outcome, console)
     # Of all runs, not only those of this call: the results stand for the whole study.
     everything = chosen.runs(runs / "studies", steps_per_game=steps_per_game)
     _write_home(chosen, everything, runs / "studies" / chosen.name, results or runs / "studies", console)
@@ -118,11 +120,16 @@ def _say(outcome: Outcome, console: Console) -> None:
 
 
 def _write_home(chosen: Study, wanted: list[StudyRun], study_dir: Path, results: Path, console: Console) -> None:
+    from ooc_moe import baselines
     from ooc_moe.report import rich_table
     from ooc_moe.study import home
 
     with console.status("") as status:
-        constants = home.play_constants(chosen, study_dir / "baselines", status.update)
+
+        def say(game: str, done: int, of: int) -> None:
+            status.update(f"constant actions in {game}: {done} of {of}")
+
+        constants = baselines.play_constants(chosen.games, chosen.recipe, study_dir / baselines.DIRECTORY, say)
     found = home.results_of(chosen, wanted, constants)
     for table in found.tables[:2]:
         console.print(rich_table(table))
@@ -131,7 +138,7 @@ def _write_home(chosen: Study, wanted: list[StudyRun], study_dir: Path, results:
         console.print(f"{verdict.part}: {verdict.word}. {verdict.says}", markup=False, soft_wrap=True)
     if found.found.missing:
         console.print(f"{len(found.found.missing)} of {len(wanted)} runs are missing", style="yellow")
-    for path in home.write(found, results, command=command_given()):
+    for path in home.write(found, results, command=command_given().replace(" --tables-only", "")):  # What would make it anew.
         console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
 
 

@@ -26,7 +26,7 @@ class Played:
     """What was played for a score, raw."""
 
     returns: list[float]
-    """Of whole games, environment after environment; of the unfinished game where an environment ended none."""
+    """Of whole games, environment after environment; of the unfinished game too where an environment ended too few."""
     num_unfinished: int
     """How many of `returns` are of unfinished games."""
 
@@ -39,7 +39,8 @@ class Played:
 def play(envs: GameEnvs, choose: Choose, *, episodes: int, steps: int, seed: int) -> Played:
     """Plays `episodes` whole games in each environment, in at most `steps` steps; whoever is through plays on, which does not count.
 
-    Where `steps` cuts some games off, what counts leans towards short ones: give it room for all.
+    Where `steps` cuts some games off, what counts leans towards short ones: give it room for all, and a step more, for that a game has
+    ended shows at the step after.
     """
     frames_NSHW = torch.from_numpy(envs.reset(seed))
     starts_N = torch.ones(envs.num_envs, dtype=torch.bool)
@@ -54,8 +55,11 @@ def play(envs: GameEnvs, choose: Choose, *, episodes: int, steps: int, seed: int
         frames_NSHW, starts_N = torch.from_numpy(step.observations), torch.from_numpy(~step.played)
         if min(map(len, returns)) >= episodes:
             break
-    counted = [ended[:episodes] or [float(running)] for ended, running in zip(returns, running_N, strict=True)]
-    return Played(returns=[value for ended in counted for value in ended], num_unfinished=sum(not ended for ended in returns))
+    unfinished_N = [len(ended) < episodes for ended in returns]
+    for ended, running, unfinished in zip(returns, running_N, unfinished_N, strict=True):
+        if unfinished:
+            ended.append(float(running))
+    return Played(returns=[value for ended in returns for value in ended[:episodes]], num_unfinished=sum(unfinished_N))
 
 
 def uniformly_random(envs: GameEnvs, seed: int) -> Choose:

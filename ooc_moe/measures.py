@@ -176,15 +176,15 @@ def mean_off_diagonal(matrix_GG: ArrayLike) -> float:
     return mean(matrix[~np.eye(len(matrix), dtype=bool)])
 
 
-def cold_unchanged(before: Mapping[Expert, Any], after: Mapping[Expert, Any], used: Set[Expert]) -> tuple[int, int]:
-    """(equal, all) cold experts of a phase: those that were trained before it and that it did not use; equal if so are their checksums.
+def cold_unchanged(before: Mapping[Expert, Any], after: Mapping[Expert, Any], trained: Set[Expert]) -> tuple[int, int]:
+    """(equal, all) cold experts of a phase: those that were trained before it and not in it; equal if so are their checksums.
 
     Args:
         before: expert -> checksums, of all that were trained when the phase began.
         after: the same when it ended.
-        used: what the phase's game was routed to in training.
+        trained: what the phase's game was routed to in training, less what it only borrowed.
     """
-    cold = before.keys() - used
+    cold = before.keys() - trained
     return sum(after.get(expert) == before[expert] for expert in cold), len(cold)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,8 @@ class RunRecord:
     run_dir: Path
     config: dict[str, Any]
     events: list[Event]
+    single_task: Mapping[str, float] = field(default_factory=dict)
+    """Mean raw return by game of a network of its own, as far as other runs tell (single_task.py)."""
 
     @staticmethod
     def read(run_dir: Path) -> RunRecord:
@@ -202,14 +204,17 @@ class RunRecord:
         """(equal bit for bit, all) cold experts, added up over the phases; see measures.py. (0, 0) where no checksums were logged."""
         found = []
         before: dict[tuple[int, str], list[str]] = {}
-        used: set[tuple[int, str]] = set()
+        owner: dict[tuple[int, str], str] = {}
+        trained: set[tuple[int, str]] = set()
+        pools = self.config.get("agent", {}).get("routing") != "token"  # There an expert is the first game's that used it.
         for event in self.events:
             if event["event"] == "update":
-                used |= {(self._bank_of(layer), expert) for layer, counts in (event.get("usage") or {}).items() for expert in counts}
+                used = {(self._bank_of(layer), expert) for layer, counts in (event.get("usage") or {}).items() for expert in counts}
+                trained |= {expert for expert in used if owner.setdefault(expert, event["game"]) == event["game"] or not pools}
             elif event["event"] == "checksums":
                 after = {(int(bank), expert): sums for bank, experts in event["experts"].items() for expert, sums in experts.items()}
-                found.append(cold_unchanged(before, after, used))
-                before, used = after, set()
+                found.append(cold_unchanged(before, after, trained))
+                before, trained = after, set()
         return sum(equal for equal, _ in found), sum(cold for _, cold in found)
 
     def training_fetches(self) -> Floats:

@@ -20,7 +20,7 @@ from ooc_moe.bench.harness import Spread
 RATIO_MUST, RATIO_AIM = 2.0, 3.0
 NOTES = "## What bounds it"
 SPEED_HEADINGS = ("game", "SB3's environments", "ours, steps/s [quartiles]", "SB3, steps/s [quartiles]", "ratio", "must", "aim", "reached")
-RETURNS_HEADINGS = ("game", "steps", "ours, each seed", "SB3, each seed", "means", "difference [95 %]", "not worse")
+RETURNS_HEADINGS = ("game", "steps", "ours, each seed", "SB3, each seed", "means", "difference [95 %]", "nothing worse shown")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -40,9 +40,10 @@ class Costs:
     fetched: float
     """Experts brought into HBM while training, on demand or ahead."""
     cold_share: float
-    """Of the tokens of a game's training, those computed by experts that an earlier game had used; the mean over games after the first."""
+    """Of the tokens of a game's training, those computed by experts that an earlier game had used; the mean over games after the first.
+    NaN where games take turns, for there none is earlier."""
     cold_fetched: float
-    """Of `fetched`, the experts that an earlier game had used; NaN where fetches were not logged by expert."""
+    """Of `fetched`, the experts that an earlier game had used; NaN where fetches were not logged by expert, or games take turns."""
     cold_equal: int
     """Experts equal bit for bit after a game that did not use them, in all runs together."""
     cold: int
@@ -125,6 +126,8 @@ def _num_bytes(state: Any) -> int:
 
 def cold_share(record: RunRecord) -> float:
     """The mean over games, the first left out, of the share of a game's tokens that went to experts which an earlier game had used."""
+    if record.config.get("switch_every"):
+        return float("nan")
     usage_GE = record.training_usage()
     earlier_GE = _used_earlier(usage_GE)
     shares = [
@@ -135,7 +138,7 @@ def cold_share(record: RunRecord) -> float:
 
 def cold_fetched(record: RunRecord) -> float:
     """How often an expert came into HBM, on demand or ahead, while a game was trained before which another game had used it."""
-    if not any("fetches" in event for event in record.updates):
+    if record.config.get("switch_every") or not any("fetches" in event for event in record.updates):
         return float("nan")
     return float(record.training_fetches()[_used_earlier(record.training_usage())].sum())
 

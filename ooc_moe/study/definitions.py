@@ -173,7 +173,7 @@ _ATARI_GPU = replace(
 
 
 def _caching_variants() -> dict[str, Variant]:
-    """The full recipe with HBM for half of a game's, one game's and two games' experts; the games in blocks, and in turns."""
+    """The full recipe with HBM for half of a game's, one, two and three games' experts; the games in blocks, and in turns."""
 
     def change(hbm_experts: int, switch_every: int) -> Variant:
         name = f"hbm{hbm_experts}-{f'every{switch_every}' if switch_every else 'blocks'}"
@@ -186,7 +186,7 @@ def _caching_variants() -> dict[str, Variant]:
         turns = f"in turns of {switch_every} updates" if switch_every > 1 else "in turns of one update" if switch_every else "in blocks"
         return Variant(name, f"full, HBM {hbm_experts} experts, games {turns}", changed)
 
-    made = [change(hbm, every) for hbm in (8, 4, 2) for every in (0, 16, 4, 1)]
+    made = [change(hbm, every) for hbm in (12, 8, 4, 2) for every in (0, 16, 4, 1)]
     return {variant.name: variant for variant in made}
 
 

@@ -84,6 +84,7 @@ MEASURES: dict[str, tuple[str, Measure]] = {
         lambda s, t, u: _per_game(measures.zero_shot_transfer(s, t, u, np.ones(s.shape[1]))),
     ),
     "forward transfer": ("score before its own training - untrained score", lambda s, t, u: measures.forward_transfer(s, t, u)),
+    "forward transfer without the last game": ("", lambda s, t, u: measures.without_last(measures.forward_transfer(s, t, u), t)),
 }
 """By name, in the order of the tables: what it is, and how it is computed from scores that are 0 at random play, 1 at single-task."""
 

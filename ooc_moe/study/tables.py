@@ -17,7 +17,7 @@ from ooc_moe.summary import DASH, TextTable, ambiguous, format_bytes, format_cou
 _MAIN = ("learning", "average", "retention", "forgetting")
 _INTERVALS = (
     "Mean over games, orders and seeds [95 % interval: bootstrap that draws whole runs, all games of a run together, from the runs of each "
-    "order; a network of its own for each game, from those of each game]."
+    "order; a network of its own for each game, from those of each game; what 0 and 1 are is taken for known]."
 )
 
 
@@ -168,8 +168,8 @@ def work_table(found: StudyScores, costs: Mapping[str, Costs]) -> TextTable:
         "Means over runs; single: all networks together. Bytes moved: into and out of HBM. "
         "Experts fetched: in training, ahead or on demand; of them cold: those that an earlier game had used. Cold tokens: share of a "
         "later game's training tokens that such experts computed. Cold and equal: experts, trained by earlier games, that a game did not "
-        "use and left equal bit for bit, parameters and moments; over all games of the runs that logged checksums. Times are of a machine "
-        "that did other work beside; compare them with care.",
+        "use, or only borrowed, and left equal bit for bit, parameters and moments; over all games of the runs that logged checksums. Cold "
+        "ones are not counted where games take turns. Runs shared the machine with each other: compare times with care.",
     )
 
 
@@ -274,7 +274,8 @@ def caching_table(points: Sequence[CachingPoint]) -> TextTable:
         ["by", "HBM", "turns", "accesses", "hit rate", "Belady", "stall"],
         rows,
         "Trainer: measured, with prefetching. Simulator: the trace of the run in blocks, dealt out in turns and replayed through LRU and "
-        "Belady's optimum without prefetching, at the latencies that ooc-moe simulate assumes.",
+        "Belady's optimum without prefetching, at the latencies that ooc-moe simulate assumes. Accesses: by the layers' forward passes, in "
+        "acting and training; what backward and Adam bring in again, where HBM is smaller than a pool, is fetched but not counted here.",
     )
 
 

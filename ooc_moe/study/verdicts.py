@@ -1,14 +1,15 @@
 """The three verdicts. Their rules stand here in code, and were fixed before any run was made, but for this: since commit d7f9c71, made
-after four short caching runs, caching wants the whole grid of intervals and sizes, where before it wanted trainer and simulator; and after
-a review of finished runs, separation compares equally many tokens, the bootstrap draws whole runs, and scores.py judges games that
-evaluation cut off by the least that they gave.
+after four short caching runs, caching wants the whole grid of intervals and sizes, where before it wanted trainer and simulator, and since
+8564c7a three sizes that hold a game's pool, where before one of the three was smaller; and after a review of finished runs, separation
+compares equally many tokens, the bootstrap draws whole runs, and scores.py judges games that evaluation cut off by the least that they
+gave.
 
 1. Separation: in every run with plain token routing (after the last game), the experts that two environments use overlap
    less when they play two games than when they play one: permutation test over environments, p < 0.05 in every run. Environments are
-   compared by equally many tokens. Each game has its own norms and embedding, which tell the router which game it is: what an untrained
-   network separates is said beside.
+   compared by equally many tokens, each by those of all its episodes together, because evaluation does not log usage by episode. Each game
+   has its own norms and embedding, which tell the router which game it is: what an untrained network separates is said beside.
 2. Caching: wherever HBM holds a game's pool, games in blocks hit more often and stall less than the same steps in turns of one update, as
-   the trainer measured it and as the simulator replays it; at least three intervals at three sizes of HBM. Smaller HBMs are outside.
+   the trainer measured it and as the simulator replays it; at least three intervals at three such sizes of HBM. Smaller HBMs are outside.
 3. Protection: the 95 % intervals of retention(full) - retention(plain MoE) and of retention(full) - retention(dense) lie above zero, and
    learning(full) is at least 0.9 of single-task. Games that scores.py leaves out are not in it.
 
@@ -183,10 +184,15 @@ def caching(points: Sequence[CachingPoint], pool_experts: int) -> Verdict | None
     says += " Each is one run of one seed: one pair of wall-clock stalls for each size, without a spread."
     if outside:
         says += f" Outside the rule, with HBM for less than a game's pool of {pool_experts}: {'; '.join(outside)}."
-    measured = {(point.hbm_experts, point.switch_every) for point in points if point.way is Way.TRAINER}
+    judged_points = [point for point in points if point.way is Way.TRAINER and point.hbm_experts >= pool_experts]
+    measured = {(point.hbm_experts, point.switch_every) for point in judged_points}
     sizes, intervals = {size for size, _ in measured}, {every for _, every in measured if every}
     if len(sizes) < POINTS_MIN or len(intervals) < POINTS_MIN or len(measured) < len(sizes) * (len(intervals) + 1):
-        return Verdict("caching", None, f"{says} The rule wants {POINTS_MIN} intervals at {POINTS_MIN} sizes of HBM, and blocks at each.")
+        return Verdict(
+            "caching",
+            None,
+            f"{says} The rule wants {POINTS_MIN} intervals at {POINTS_MIN} sizes of HBM that hold a pool, and blocks at each.",
+        )
     return Verdict("caching", not failed, says)
 
 

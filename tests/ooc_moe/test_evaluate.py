@@ -78,11 +78,11 @@ def test_who_chooses_is_told_where_games_begin():
     assert [step for step, begins in enumerate(second) if begins] == [0, 6]
 
 
-def test_an_unfinished_game_counts_only_where_none_was_finished():
+def test_an_unfinished_game_counts_where_too_few_were_finished():
     envs = Scripted([3, 50])
     played = play(envs, always(envs, 3), episodes=3, steps=10, seed=0)
-    assert played.returns == [10, 20, 0]
-    assert played.num_unfinished == 1
+    assert played.returns == [10, 20, 0, 0]
+    assert played.num_unfinished == 2
 
 
 def test_random_play_takes_every_action_and_a_constant_one_only_its_own():

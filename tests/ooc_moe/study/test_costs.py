@@ -1,5 +1,6 @@
 """What a variant costs is counted from what its runs logged."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,10 +25,12 @@ def test_cold_experts_are_those_that_an_earlier_game_had_used(tmp_path: Path) ->
         writer.log("update", step=number, update=number, game=game, usage={"0": usage})
     writer.close()
     assert cold_share(RunRecord.read(run.config.run_dir)) == pytest.approx((5 / 20 + 1) / 2)
+    (run.config.run_dir / CONFIG_FILE).write_text(replace(run.config, switch_every=1).to_json())
+    assert math.isnan(cold_share(RunRecord.read(run.config.run_dir)))
 
 
 def test_cold_experts_fetched_and_left_equal_are_counted(tmp_path: Path) -> None:
-    """The second game fetches an expert of the first and trains expert 2; the third uses expert 1 and, wrongly, changes expert 2."""
+    """The second game fetches an expert of the first and trains expert 2; the third borrows expert 1 and, wrongly, changes it and 2."""
     (run, *_) = small_study().runs(tmp_path)
     run.config.run_dir.mkdir(parents=True)
     (run.config.run_dir / CONFIG_FILE).write_text(run.config.to_json())
@@ -40,15 +43,28 @@ def test_cold_experts_fetched_and_left_equal_are_counted(tmp_path: Path) -> None
         writer.log("checksums", step=number, update=number, game=game, experts={"0": {e: list(s) for e, s in checksums[number].items()}})
     writer.close()
     record = RunRecord.read(run.config.run_dir)
-    # 0 and 1 outlast the second game; of 0 and 2, which the third does not use, 0.
-    assert record.cold_unchanged == (3, 4)
+    # 0 and 1 outlast the second game; of 0, 1 and 2, none of which is the third's, only 0.
+    assert record.cold_unchanged == (3, 5)
     assert cold_fetched(record) == 1 + 2
-    assert ("cold experts equal bit for bit", "3 of 4") in summary.facts(record)
+    assert ("cold experts equal bit for bit", "3 of 5") in summary.facts(record)
     older = replace(run, config=replace(run.config, run_dir=tmp_path / "older"))
     begun(older.config, with_checkpoint=False)
     found = StudyScores(small_study(), {run: record, older: RunRecord.read(older.config.run_dir)}, {}, CONSTANT)
     costs = next(table for table in tables(found, costs_by_variant(found)) if table.title == "Costs in bytes moved and time")
-    assert dict(zip(costs.columns, costs.rows[0], strict=True))["cold and equal"] == "3 of 4 in 1 of 2 runs"
+    assert dict(zip(costs.columns, costs.rows[0], strict=True))["cold and equal"] == "3 of 5 in 1 of 2 runs"
+
+
+def test_with_token_routing_every_expert_that_a_game_uses_is_its_to_change(tmp_path: Path) -> None:
+    (run, *_) = small_study().runs(tmp_path)
+    run.config.run_dir.mkdir(parents=True)
+    config = replace(run.config, agent=replace(run.config.agent, routing="token"))
+    (run.config.run_dir / CONFIG_FILE).write_text(config.to_json())
+    writer = MetricsWriter(run.config.run_dir, tensorboard=False)
+    for number, (usage, sums) in enumerate((({0: 1, 1: 1}, {0: "ab", 1: "cd"}), ({1: 1}, {0: "ab", 1: "xx"}))):
+        writer.log("update", step=number, update=number, game=GAMES[number], usage={"0": usage})
+        writer.log("checksums", step=number, update=number, game=GAMES[number], experts={"0": {e: list(s) for e, s in sums.items()}})
+    writer.close()
+    assert RunRecord.read(run.config.run_dir).cold_unchanged == (1, 1)
 
 
 def test_what_protection_keeps_is_counted_in_the_last_checkpoint(tmp_path: Path) -> None:

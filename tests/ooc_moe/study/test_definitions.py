@@ -47,9 +47,9 @@ def test_hbm_holds_a_fraction_of_the_experts_but_for_plain_token_routing() -> No
             assert (agent.hbm_experts == agent.num_banks * agent.num_experts) is everything, run
 
 
-def test_the_caching_study_has_blocks_and_three_intervals_at_three_sizes_and_one_trace() -> None:
+def test_the_caching_study_has_blocks_and_three_intervals_at_three_sizes_that_hold_a_pool_and_at_one_that_does_not() -> None:
     runs = find_study("caching").runs(Path("runs"))
-    assert len({(run.config.agent.hbm_experts, run.config.switch_every) for run in runs}) == 3 * 4
+    assert len({(run.config.agent.hbm_experts, run.config.switch_every) for run in runs}) == 4 * 4
     (traced,) = (run for run in runs if run.config.trace)
     assert traced.config.switch_every == 0
     assert Path(traced.config.trace or "").parent == traced.config.run_dir

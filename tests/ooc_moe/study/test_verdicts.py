@@ -164,7 +164,7 @@ def test_caching_is_judged_wherever_hbm_holds_a_pool() -> None:
     longer, fewer_hits = ((0.9, 3.0), (0.5, 1.0)), ((0.5, 1.0), (0.9, 3.0))
 
     def grid(*, two: object, four: object, eight: object) -> list[CachingPoint]:
-        rows = [points(*pair, hbm=hbm) for hbm, pair in ((2, two), (4, four), (8, eight))]  # type: ignore[misc]
+        rows = [points(*pair, hbm=hbm) for hbm, pair in ((2, two), (4, four), (8, eight), (12, better))]  # type: ignore[misc]
         between = [replace(point, switch_every=every) for row in rows for point in row if point.switch_every == 1 for every in (4, 16)]
         return [*(point for row in rows for point in row), *between]
 
@@ -176,7 +176,8 @@ def test_caching_is_judged_wherever_hbm_holds_a_pool() -> None:
         (grid(two=better, four=fewer_hits, eight=better), False),
         (grid(two=better, four=alike, eight=better), False),
         (without_blocks, None),
-        ([point for point in whole if point.hbm_experts != 2], None),
+        ([point for point in whole if point.hbm_experts != 2], True),
+        ([point for point in whole if point.hbm_experts != 12], None),
         ([point for point in whole if point.switch_every != 16], None),
     ):
         verdict = verdicts.caching(given, pool_experts=4)
