@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from ooc_moe import envs
 from ooc_moe.episodes import Choose, always, play, uniformly_random
-from ooc_moe.evaluate import evaluation_seed
-from ooc_moe.seeds import derived_seed
+from ooc_moe.run_config import RunConfig
+from ooc_moe.seeds import derived_seed, evaluation_seed
+
+DIRECTORY = "baselines"
+"""In a run's directory, or a study's."""
+PROTOCOL = ("eval_envs", "eval_episodes", "eval_steps", "seed")
+"""The settings of a run that its scores and its baselines must have in common."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +49,7 @@ def baselines(
     eval_episodes: int,
     eval_steps: int,
     seed: int,
-    on_progress: Callable[[int, int], None] = lambda done, of: None,
+    on_progress: Callable[[int, int], object] = lambda done, of: None,
 ) -> Baselines:
     """Plays random and constant actions, or reads from `directory` what was played there before for equal arguments.
 
@@ -60,9 +66,10 @@ def baselines(
         InvalidRequest: an unknown game, or ale-py is missing.
     """
     envs.check_name(game)
-    path = directory / f"{game.replace('/', '-')}-{eval_envs}x{eval_episodes}-{eval_steps}-seed{seed}.json"
-    if path.exists():
-        return Baselines(**json.loads(path.read_text()))
+    before = kept(game, directory, eval_envs=eval_envs, eval_episodes=eval_episodes, eval_steps=eval_steps, seed=seed)
+    if before is not None:
+        on_progress(1, 1)
+        return before
     # What frames show is of no account here: the smallest that every game can draw.
     made = envs.make(game, eval_envs, frame_size=10, frame_stack=1)
     total, done = envs.NUM_ACTIONS + 2, 0
@@ -88,10 +95,34 @@ def baselines(
     )
     made.close()
     directory.mkdir(parents=True, exist_ok=True)
+    path = _path(game, directory, eval_envs, eval_episodes, eval_steps, seed)
     half_written = path.with_suffix(f".{os.getpid()}")  # Two seeds' runs may ask at once.
     half_written.write_text(json.dumps(asdict(found)))
     half_written.replace(path)
     return found
+
+
+def kept(game: str, directory: Path, *, eval_envs: int, eval_episodes: int, eval_steps: int, seed: int) -> Baselines | None:
+    """What `baselines` kept in `directory` for these arguments and no others; None if nothing."""
+    path = _path(game, directory, eval_envs, eval_episodes, eval_steps, seed)
+    return Baselines(**json.loads(path.read_text())) if path.exists() else None
+
+
+def play_constants(
+    games: Sequence[str], config: RunConfig, directory: Path, on_progress: Callable[[str, int, int], object] = lambda game, done, of: None
+) -> dict[str, float]:
+    """The best constant action's mean return in each game, by the protocol of a run's evaluations; kept in `directory`.
+
+    Empty where the run is not evaluated. `on_progress` is told the game, how many of its scores are known, and of how many.
+    """
+    if not config.eval_steps:
+        return {}
+    protocol = {name: getattr(config, name) for name in PROTOCOL}
+    return {game: baselines(game, directory, **protocol, on_progress=partial(on_progress, game)).best_constant_mean for game in games}
+
+
+def _path(game: str, directory: Path, eval_envs: int, eval_episodes: int, eval_steps: int, seed: int) -> Path:
+    return directory / f"{game.replace('/', '-')}-{eval_envs}x{eval_episodes}-{eval_steps}-seed{seed}.json"
 
 
 def _mean(values: list[float]) -> float:

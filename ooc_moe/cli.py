@@ -260,31 +260,49 @@ def evaluate(
     recognise: Annotated[
         str | None, typer.Option(help="Who tells which game is on the screen.", metavar="detector|nearest-mean|oracle")
     ] = None,
+    constants: Annotated[
+        bool,
+        typer.Option(
+            "--constants",
+            help="Play each of the 18 actions held for ever, too, and keep what the best is worth for ooc-moe report. It takes as long as "
+            "20 evaluations of each game, once.",
+        ),
+    ] = False,
 ) -> None:
     """Play the games of a run from its last checkpoint, without telling the agent which is which.
 
     \b
     $ ooc-moe eval runs/first --eval-envs 16 --eval-steps 5000
+    $ ooc-moe eval runs/first --constants
     """
     from ooc_moe.evaluate import evaluate_run
 
     given = _given(eval_envs=eval_envs, eval_episodes=eval_episodes, eval_steps=eval_steps, recognise=recognise)
-    evaluate_run(run_dir, Console(), store=store, plane=plane, eval_unseen=eval_unseen, **given)
+    evaluate_run(run_dir, Console(), store=store, plane=plane, eval_unseen=eval_unseen, constants=constants, **given)
 
 
 @app.command()
 def report(
     run_dir: Annotated[Path, typer.Argument(help="The run's directory, finished or not.", metavar="RUN_DIR")],
     show: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+    single_task: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A run that learned one of the games alone, by the same protocol, which its scores are then measured by; may be repeated. "
+            "Without it, the run's own best measures them.",
+            metavar="RUN_DIR",
+        ),
+    ] = None,
 ) -> None:
     """Write the report of a run: one HTML file that needs nothing else, and its pictures.
 
     \b
     $ ooc-moe report runs/first --open
+    $ ooc-moe report runs/first --single-task runs/only-krull --single-task runs/only-boxing
     """
     from ooc_moe.report import write_report
 
-    path = write_report(run_dir)
+    path = write_report(run_dir, single_task or ())
     Console().print(f"report: {path}", soft_wrap=True, markup=False, highlight=False)
     if show:
         webbrowser.open(path.resolve().as_uri())

@@ -8,6 +8,7 @@ player.py acts, recognition.py says what is logged about it. Knows nothing of tr
 from __future__ import annotations
 
 import dataclasses
+import json
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,16 +17,18 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import Progress
 
-from ooc_moe import checkpoint
+from ooc_moe import baselines, checkpoint, summary
 from ooc_moe.belief import Belief
 from ooc_moe.dormant import dormant_share
 from ooc_moe.envs import GameEnvs
 from ooc_moe.episodes import Choose, Played, play, uniformly_random
 from ooc_moe.player import Player
-from ooc_moe.recognition import ambiguous_pairs
+from ooc_moe.report import rich_table
 from ooc_moe.run_config import Recogniser, RunConfig
-from ooc_moe.seeds import derived_seed
+from ooc_moe.run_record import RunRecord
+from ooc_moe.seeds import evaluation_seed
 from ooc_moe.session import Session, check_device, open_session, open_store
 from ooc_moe_client.store import ExpertStore
 from ooc_moe_wire.errors import InvalidRequest
@@ -93,11 +96,6 @@ class Evaluator:
         return self._envs[game]
 
 
-def evaluation_seed(seed: int, game: str) -> int:
-    """Of the environments that a run of this seed is evaluated in: held out from training, the same after every phase."""
-    return derived_seed(seed, "evaluation", game) % 2**31
-
-
 def evaluate_run(
     run_dir: Path,
     console: Console,
@@ -109,8 +107,11 @@ def evaluate_run(
     eval_steps: int | None = None,
     eval_unseen: bool = False,
     recognise: Recogniser | None = None,
+    constants: bool = False,
 ) -> list[dict[str, Any]]:
     """Evaluates a run as its last checkpoint has it, on a fork of its banks, which a trainer may be writing meanwhile.
+
+    With `constants`, constant actions are played too, by the same protocol, and kept beside the run, for its report.
 
     Raises:
         InvalidRequest: there is no run, no checkpoint of it, or nothing to play.
@@ -143,9 +144,29 @@ def evaluate_run(
         for fields in Evaluator(session).evaluate([*session.agent.games, *dict.fromkeys(unseen)]):
             found.append(fields)
             console.print(_in_words(fields), highlight=False)
-    for one, other, confusion in ambiguous_pairs({fields["evaluated"]: fields["probabilities"] for fields in found if fields["known"]}):
-        console.print(f"ambiguous: {one} and {other}, confusion {confusion:.2f} (1: nothing tells them apart)", highlight=False)
+        counters = {"cache": session.cache_stats().to_dict(), "store": session.store_stats()}
+    if constants:
+        _play_constants([fields["evaluated"] for fields in found], config, console)
+    for table in summary.evaluation_tables(_record(config, found, counters)):
+        console.print()
+        console.print(rich_table(table))
     return found
+
+
+def _play_constants(games: Sequence[str], config: RunConfig, console: Console) -> None:
+    with Progress(console=console, transient=True) as progress:
+        bars = {game: progress.add_task(f"constant actions in {game}", total=None) for game in games}
+
+        def show(game: str, done: int, of: int) -> None:
+            progress.update(bars[game], completed=done, total=of)
+
+        baselines.play_constants(games, config, config.run_dir / baselines.DIRECTORY, show)
+
+
+def _record(config: RunConfig, found: Sequence[dict[str, Any]], counters: dict[str, Any]) -> RunRecord:
+    """An evaluation as a run that did nothing else."""
+    events = [{"event": "evaluation", "phase": 0, **fields} for fields in found]
+    return RunRecord(run_dir=config.run_dir, config=json.loads(config.to_json()), events=[*events, {"event": "done", **counters}])
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import base64
 import io
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -29,6 +29,7 @@ from ooc_moe import summary
 from ooc_moe.charts import CHARTS, Chart
 from ooc_moe.drawing import STYLE
 from ooc_moe.run_record import RunRecord
+from ooc_moe.single_task import with_single_task
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ class _Part:
 _PARTS = (
     _Part(
         "What was learned, and what was kept?",
-        (summary.score_table, summary.measures_table),
+        (summary.score_table, summary.single_task_table, summary.measures_table),
         ("score_matrix", "forgetting", "learning_curves"),
     ),
     _Part("Did the experts of the moment fit?", (summary.tier_table,), ("hit_rate", "tier_bytes")),
@@ -76,13 +77,17 @@ class _Picture:
     png_base64: str
 
 
-def write_report(run_dir: Path) -> Path:
+def write_report(run_dir: Path, single_task: Sequence[Path] = ()) -> Path:
     """Writes `run_dir/report/index.html` and a PNG per chart beside it; returns the path of the HTML file.
 
+    Args:
+        run_dir: the run.
+        single_task: runs that learned one of its games alone, to measure by.
+
     Raises:
-        InvalidRequest: the directory holds no run, or a damaged one.
+        InvalidRequest: the directory holds no run, or a damaged one; or one of `single_task` cannot be compared.
     """
-    record = RunRecord.read(run_dir)
+    record = with_single_task(RunRecord.read(run_dir), single_task)
     directory = run_dir / "report"
     directory.mkdir(parents=True, exist_ok=True)
     pictures = {chart.name: _picture(chart, record, directory) for chart in CHARTS}
@@ -95,7 +100,7 @@ def write_report(run_dir: Path) -> Path:
         parts=[
             {
                 "question": part.question,
-                "tables": [table(record) for table in part.tables],
+                "tables": [table for make in part.tables if (table := make(record)).rows or make is not summary.single_task_table],
                 "pictures": [pictures[name] for name in part.charts],
             }
             for part in _PARTS

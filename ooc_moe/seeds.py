@@ -13,6 +13,11 @@ def derived_seed(seed: int, *purpose: str | int) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
+def evaluation_seed(seed: int, game: str) -> int:
+    """Of the environments that a run of this seed is evaluated in: held out from training, the same after every phase."""
+    return derived_seed(seed, "evaluation", game) % 2**31
+
+
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Runs its body with torch's global CPU generator at `seed`, and puts the generator back afterwards."""

@@ -5,7 +5,7 @@ Plain text cells made from a RunRecord; whoever prints them chooses how they loo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import humanize
@@ -16,6 +16,10 @@ from ooc_moe.metrics import Event
 from ooc_moe.run_record import RunRecord, Scores
 
 DASH = "–"
+_CONSTANT = "Best constant: of the best of the 18 actions, held for ever. "
+_BY_SINGLE = "0 %: random play; 100 %: what a network of its own learns of the game in as many steps."
+_BY_ITSELF = "0 %: random play; 100 %: the best this run itself reached in that game, so that learning is near 100 % by construction."
+_REFERENCE = "Of reference: 0 % is the published score of random play, 100 % a human's (pixel games: best play); for whole episodes only. "
 # If the columns of the phases took more letters than this, a table would not fit a terminal; only the own and the last one are shown.
 _PHASE_LETTERS_MAX = 40
 
@@ -43,6 +47,11 @@ def tables(record: RunRecord) -> list[TextTable]:
         overlap_table(record),
         detector_table(record),
     ]
+
+
+def evaluation_tables(record: RunRecord) -> list[TextTable]:
+    """Those of a record that is nothing but one evaluation."""
+    return [evaluation_table(record), tier_table(record), prefetch_table(record), overlap_table(record), detector_table(record)]
 
 
 def headline(record: RunRecord) -> str:
@@ -100,24 +109,22 @@ def missing(record: RunRecord) -> list[str]:
 
 def score_table(record: RunRecord) -> TextTable:
     """Mean returns by game: random play, after each phase, what was learned and what is left of it."""
-    scores = record.scores
-    phases = len(scores.mean_PG)
-    own_G, final_G = measures.learning(scores.mean_PG, scores.trained_P), measures.final(scores.mean_PG)
+    scores, constants = record.scores, best_constants(record)
+    names, shown_SG = _shown(record, scores.mean_PG)
+    own_G = measures.learning(scores.mean_PG, scores.trained_P)
     kept_G = measures.retention(scores.mean_PG, scores.trained_P, scores.random_G)
-    wide = sum(3 + len(game) for game in record.schedule[:phases]) <= _PHASE_LETTERS_MAX
-    middle = [f"after {game}" for game in record.schedule[:phases]] if wide else ["after its training", "at the end"]
     reference_G = [of_reference(record, game, own) for game, own in zip(scores.games, own_G, strict=True)]
     has_reference = not np.isnan(reference_G).all()
     rows = []
     for column, game in enumerate(scores.games):
-        shown = scores.mean_PG[:, column] if wide else (own_G[column], final_G[column])
         learned = own_G[column] - scores.random_G[column]
         clear = learned_clearly(scores, column)
         rows.append(
             [
                 game,
                 format_score(scores.random_G[column]),
-                *(format_score(score) for score in shown),
+                *([format_score(constants.get(game, np.nan))] if constants else []),
+                *(format_score(score) for score in shown_SG[:, column]),
                 (format_score(learned, sign=True) + ("" if clear else " ?")) if not np.isnan(learned) else DASH,
                 format_share(float(kept_G[column])) if clear else DASH,
                 *([format_share(reference_G[column])] if has_reference else []),
@@ -125,17 +132,97 @@ def score_table(record: RunRecord) -> TextTable:
         )
     return TextTable(
         "Returns",
-        ["game", "random", *middle, "learned", "kept", *(["of reference"] if has_reference else [])],
+        _columns(["game", "random"], constants, [*names, "learned", "kept"], has_reference),
         rows,
         "Mean score of a game, as the game counts it, played without telling the agent which game it is. Random: of random actions. "
+        f"{_CONSTANT if constants else ''}"
         "Learned: right after the game's own training, above random (?: by less than two standard errors). Kept: the share of that "
-        "which is left at the end."
-        + (
-            " Of reference: 0 % is the published score of random play, 100 % a human's (pixel games: best play); for whole episodes only."
-            if has_reference
-            else ""
-        ),
+        f"which is left at the end.{' ' + _REFERENCE if has_reference else ''}",
     )
+
+
+def evaluation_table(record: RunRecord) -> TextTable:
+    """Mean returns by game of a single evaluation."""
+    events, constants = record.last_evaluations, best_constants(record)
+    reference = [of_reference(record, event["evaluated"], event["return_mean"]) for event in events]
+    has_reference = not np.isnan(reference).all()
+    rows = []
+    for event, share in zip(events, reference, strict=True):
+        game, score, random = event["evaluated"], event["return_mean"], event["random_mean"]
+        clear = measures.clearly_above(event["returns"], random)
+        rows.append(
+            [
+                game if event["known"] else f"{game} (unseen)",
+                format_score(random),
+                *([format_score(constants.get(game, np.nan))] if constants else []),
+                format_score(score),
+                format_score(score - random, sign=True) + ("" if clear else " ?"),
+                format_share(_said(event, "dormant")),
+                *([format_share(share)] if has_reference else []),
+            ]
+        )
+    cut, played = sum(event["episodes_truncated"] for event in events), sum(len(event["returns"]) for event in events)
+    return TextTable(
+        "Returns",
+        _columns(["game", "random"], constants, ["mean return", "above random", "dormant units"], has_reference),
+        rows,
+        "",
+        caption=f"?: by less than two standard errors. {cut} of {played} episodes were cut at the step limit.",
+    )
+
+
+def _columns(first: list[str], constants: Mapping[str, float], then: list[str], has_reference: bool) -> list[str]:
+    return [*first, *(["best constant"] if constants else []), *then, *(["of reference"] if has_reference else [])]
+
+
+def best_constants(record: RunRecord) -> dict[str, float]:
+    """The best constant action's mean return by game, where `ooc-moe eval --constants` played it by the protocol of this record."""
+    from ooc_moe.baselines import DIRECTORY, PROTOCOL, kept
+
+    if not record.config.keys() >= set(PROTOCOL):
+        return {}
+    protocol = {name: record.config[name] for name in PROTOCOL}
+    found = {game: kept(game, record.run_dir / DIRECTORY, **protocol) for game in record.games}
+    return {game: each.best_constant_mean for game, each in found.items() if each is not None}
+
+
+def single_task_table(record: RunRecord) -> TextTable:
+    """The score matrix between random play and a network of its own for each game; empty where no such network is known."""
+    scores, constants = record.scores, best_constants(record)
+    single_G = _single_task(record)
+    names, normal_SG = _shown(record, measures.normalise(scores.mean_PG, scores.random_G, single_G))
+    constant_G = measures.normalise([constants.get(game, np.nan) for game in scores.games], scores.random_G, single_G)
+    rows = [
+        [
+            game,
+            format_score(single_G[column]),
+            *([format_share(constant_G[column])] if constants else []),
+            *(format_share(share) for share in normal_SG[:, column]),
+        ]
+        for column, game in enumerate(scores.games)
+    ]
+    return TextTable(
+        "Scores as shares of single-task training",
+        _columns(["game", "single-task"], constants, names, has_reference=False),
+        rows if record.single_task else [],
+        "Single-task: the raw mean return of the runs that learned this game alone; a dash where there is none. The other columns: the "
+        f"returns above.{' ' + _CONSTANT if constants else ''}",
+        caption=_BY_SINGLE,
+    )
+
+
+def _single_task(record: RunRecord) -> measures.Floats:
+    """(G,) NaN where no other run tells."""
+    return np.array([record.single_task.get(game, np.nan) for game in record.games])
+
+
+def _shown(record: RunRecord, scores_PG: measures.Floats) -> tuple[list[str], measures.Floats]:
+    """Names of the columns (S) that a table shows of the phases, and the scores in them (S, G)."""
+    trained = record.schedule[: len(scores_PG)]
+    if sum(3 + len(game) for game in trained) <= _PHASE_LETTERS_MAX:
+        return [f"after {game}" for game in trained], scores_PG
+    own_and_final = (measures.learning(scores_PG, record.scores.trained_P), measures.final(scores_PG))
+    return ["after its training", "at the end"], np.stack(own_and_final)
 
 
 def tier_table(record: RunRecord) -> TextTable:
@@ -278,10 +365,10 @@ def _unknown(record: RunRecord) -> list[tuple[str, float]]:
 
 
 def measures_table(record: RunRecord) -> TextTable:
-    """The measures of continual learning, on the scale of this run."""
+    """The measures of continual learning, on the scale of single-task training, or else of this run."""
     scores = record.scores
     trained = scores.trained_P
-    ceiling_G = measures.best_own(scores.mean_PG, trained)
+    ceiling_G = _single_task(record) if record.single_task else measures.best_own(scores.mean_PG, trained)
     normal_PG = measures.normalise(scores.mean_PG, scores.random_G, ceiling_G)
     untrained_G = measures.normalise(scores.untrained_G, scores.random_G, ceiling_G)
     forgotten_G = measures.forgetting(normal_PG, trained)
@@ -316,8 +403,9 @@ def measures_table(record: RunRecord) -> TextTable:
         "learned; zero-shot transfer: gained while one earlier game was; both as CORA has them (Powers et al. 2022), in shares of the "
         "run's highest raw return in the game, from 0 and not from random play. Forward transfer: the score just before "
         "the game's own training; both transfers need --eval-unseen. Dormant units: hidden units of the experts that hardly respond to "
-        "the game any more. Without the last: of the game trained last nothing can be forgotten.",
-        caption="0 %: random play; 100 %: the best this run itself reached in that game, so that learning is near 100 % by construction.",
+        "the game any more. Without the last: of the game trained last nothing can be forgotten. "
+        "ooc-moe report --single-task RUN measures by runs that learned one game alone.",
+        caption=_BY_SINGLE if record.single_task else _BY_ITSELF,
     )
 
 

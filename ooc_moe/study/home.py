@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ import matplotlib as mpl
 import numpy as np
 
 from ooc_moe import measures
-from ooc_moe.baselines import baselines
 from ooc_moe.bench.machine import facts
 from ooc_moe.drawing import STYLE
 from ooc_moe.run_record import RunRecord
@@ -69,26 +68,6 @@ def collect(study: Study, runs: Sequence[StudyRun], constants: Mapping[str, floa
         else:
             missing[run] = f"{state.value}, {steps_done(run.config.run_dir):,} of {steps_of(run.config):,} steps"
     return StudyScores(study, records, missing, constants)
-
-
-def play_constants(study: Study, directory: Path, say: Callable[[str], object] = lambda text: None) -> dict[str, float]:
-    """The best constant action's mean return in each game, by the protocol of the study's evaluations; kept in `directory`."""
-    recipe = study.recipe
-    if not recipe.eval_steps:
-        return {}
-    found = {}
-    for game in study.games:
-        say(f"constant actions in {game}")
-        played = baselines(
-            game,
-            directory,
-            eval_envs=recipe.eval_envs,
-            eval_episodes=recipe.eval_episodes,
-            eval_steps=recipe.eval_steps,
-            seed=recipe.seed,
-        )
-        found[game] = played.best_constant_mean
-    return found
 
 
 def results_of(study: Study, runs: Sequence[StudyRun], constants: Mapping[str, float]) -> Results:

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 
 from ooc_moe import baselines as module
-from ooc_moe.baselines import baselines
+from ooc_moe.baselines import baselines, kept, play_constants
+from ooc_moe.config import PRESETS
 from ooc_moe.envs.pixel import pixel_game
+from ooc_moe.run_config import RunConfig
 from ooc_moe_wire.errors import InvalidRequest
 
 PROTOCOL = {"eval_envs": 16, "eval_episodes": 2, "eval_steps": 200, "seed": 0}
@@ -39,6 +41,27 @@ def test_what_was_played_before_is_read(tmp_path: Path, monkeypatch: pytest.Monk
     for changed in ({"seed": 2}, {"eval_envs": 8}, {"eval_episodes": 1}, {"eval_steps": 100}):
         with pytest.raises(TypeError):
             baselines("pixel/toward", tmp_path / "new", **(PROTOCOL | changed))
+
+
+def test_constant_actions_of_a_run_are_played_as_the_run_is_evaluated_and_found_by_no_other(tmp_path: Path):
+    protocol = {"eval_envs": 2, "eval_episodes": 1, "eval_steps": 20, "seed": 3}
+    games = ("pixel/toward", "pixel/away")
+    config = RunConfig(run_dir=tmp_path, games=games, agent=PRESETS["tiny"], **protocol)
+    told: list[tuple[str, int, int]] = []
+    found = play_constants(games, config, tmp_path / "run", lambda game, done, of: told.append((game, done, of)))
+    assert found == {game: baselines(game, tmp_path / "plain", **protocol).best_constant_mean for game in games}
+    assert told[0] == ("pixel/toward", 1, 20)
+    assert told[-1] == ("pixel/away", 20, 20)
+    again = kept("pixel/away", tmp_path / "run", **protocol)
+    assert again is not None
+    assert again.best_constant_mean == found["pixel/away"]
+    for changed in ({"seed": 2}, {"eval_envs": 8}, {"eval_episodes": 2}, {"eval_steps": 100}):
+        assert kept("pixel/away", tmp_path / "run", **(protocol | changed)) is None
+
+
+def test_a_run_that_is_not_evaluated_has_no_constant_actions_to_compare_with(tmp_path: Path):
+    config = RunConfig(run_dir=tmp_path, games=("pixel/away",), agent=PRESETS["tiny"], eval_steps=0)
+    assert play_constants(config.games, config, tmp_path) == {}
 
 
 def test_an_unknown_game_is_refused(tmp_path: Path):

@@ -455,8 +455,18 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) ->
 def test_eval_asks_for_the_run_and_what_was_given(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Path, dict[str, Any]]] = []
     monkeypatch.setattr("ooc_moe.evaluate.evaluate_run", lambda run_dir, console, **options: asked.append((run_dir, options)))
-    assert run("eval", tmp_path, "--store", "storage:50051", "--plane", "local", "--eval-envs", 3, "--recognise", "oracle").code == 0
-    assert asked == [(tmp_path, {"store": "storage:50051", "plane": "local", "eval_envs": 3, "eval_unseen": False, "recognise": "oracle"})]
+    flags = ("--store", "storage:50051", "--plane", "local", "--eval-envs", 3, "--recognise", "oracle", "--constants")
+    assert run("eval", tmp_path, *flags).code == 0
+    options = {"store": "storage:50051", "plane": "local", "eval_envs": 3, "eval_unseen": False, "recognise": "oracle", "constants": True}
+    assert asked == [(tmp_path, options)]
+
+
+def test_report_asks_for_the_run_and_those_that_it_is_measured_by(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Path, list[Path]]] = []
+    monkeypatch.setattr("ooc_moe.report.write_report", lambda run_dir, single_task: asked.append((run_dir, list(single_task))) or run_dir)
+    assert run("report", tmp_path, "--single-task", tmp_path / "a", "--single-task", tmp_path / "b").code == 0
+    assert run("report", tmp_path).code == 0
+    assert asked == [(tmp_path, [tmp_path / "a", tmp_path / "b"]), (tmp_path, [])]
 
 
 def test_evaluating_what_is_not_a_run_names_the_directory(run: Run, tmp_path: Path) -> None:

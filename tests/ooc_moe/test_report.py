@@ -1,6 +1,8 @@
 """The report of a made-up run: every picture and every number is there, also when half of the run is not."""
 
 import base64
+import dataclasses
+import json
 import re
 from html.parser import HTMLParser
 from io import BytesIO
@@ -12,10 +14,12 @@ from PIL import Image
 from rich.console import Console
 
 from ooc_moe import learning_charts, summary, tier_charts
+from ooc_moe.baselines import DIRECTORY, PROTOCOL, baselines
 from ooc_moe.charts import CHARTS
 from ooc_moe.metrics import MetricsWriter
-from ooc_moe.report import summary_tables, write_report
+from ooc_moe.report import _PARTS, summary_tables, write_report
 from ooc_moe.run_record import RunRecord
+from ooc_moe.single_task import with_single_task
 from ooc_moe_wire.errors import InvalidRequest
 from tests.ooc_moe.conftest import EXPERT_BYTES, UPDATES_PER_GAME
 
@@ -203,6 +207,136 @@ def test_transfer_and_dormant_units_are_those_of_games_played_before_their_train
     assert found["zero-shot transfer"] == ["20.0 %", "–"]
     assert found["isolated forgetting"] == ["16.7 %", "16.7 %"]
     assert found["dormant units"] == ["20.0 %", "10.0 %"]
+
+
+def test_the_best_constant_action_stands_beside_random_play_once_it_was_played_by_the_same_protocol(tmp_path: Path) -> None:
+    protocol = {"eval_envs": 2, "eval_episodes": 1, "eval_steps": 8, "seed": 3}
+    writer = MetricsWriter(tmp_path, tensorboard=False)
+    for game in ("pixel/toward", "pixel/away"):
+        where = {"step": 1, "update": 1, "phase": 0, "evaluated": game}
+        writer.log("evaluation", **where, known=True, returns=[4.0, 4.0], return_mean=4.0, random_mean=0.0, episodes_truncated=1)
+    played = baselines("pixel/toward", tmp_path / DIRECTORY, **protocol)
+
+    def table_of(make, **changed) -> summary.TextTable:
+        (tmp_path / "config.json").write_text(json.dumps({"games": ["pixel/toward", "pixel/away"], **protocol, **changed}))
+        return make(RunRecord.read(tmp_path))
+
+    for make in (summary.score_table, summary.evaluation_table):
+        table = table_of(make)
+        assert table.columns[:3] == ["game", "random", "best constant"]
+        assert rows(table)["pixel/toward"][:3] == ["0", summary.format_score(played.best_constant_mean), "4.00"]
+        assert rows(table)["pixel/away"][:3] == ["0", "–", "4.00"]
+        for name in PROTOCOL:
+            assert "best constant" not in table_of(make, **{name: protocol[name] + 1}).columns
+
+
+def test_one_evaluation_has_its_returns_and_what_a_run_says_of_its_last(tmp_path: Path) -> None:
+    config = {"games": ["pixel/toward", "pixel/away", "pixel/catch"], "prefetch": "detector"}
+    writer = MetricsWriter(tmp_path, tensorboard=False)
+    for game, known, returns in (("pixel/toward", True, [8.0, 9.0]), ("pixel/away", True, [-1.0, 9.0]), ("pixel/catch", False, [0.0])):
+        writer.log(
+            "evaluation",
+            step=0,
+            update=0,
+            phase=0,
+            evaluated=game,
+            known=known,
+            returns=returns,
+            return_mean=float(np.mean(returns)),
+            random_mean=0.5,
+            episodes_truncated=int(game == "pixel/away"),
+            believed={"pixel/toward": 1.0},
+            unknown=0.0 if known else 0.9,
+            cache={"accesses": 10, "hits": 9, "stall_s": 1.5, "prefetch_issued": 2, "prefetch_late": 1},
+            **({"dormant": 0.25} if known else {}),
+        )
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    returns, tiers, prefetches, _, detector = summary.evaluation_tables(RunRecord.read(tmp_path))
+    assert returns.columns == ["game", "random", "mean return", "above random", "dormant units", "of reference"]
+    assert rows(returns)["pixel/away"] == ["0.50", "4.00", "+3.50 ?", "25.0 %", "–"]  # One game was cut.
+    assert rows(returns)["pixel/catch (unseen)"][:4] == ["0.50", "0", "-0.50 ?", "–"]
+    assert rows(returns)["pixel/toward"][:4] == ["0.50", "8.50", "+8.00", "25.0 %"]
+    assert "1 of 5 episodes were cut" in returns.caption
+    assert rows(tiers)["HBM"][2:4] == ["27", "90.0 %"]
+    assert tiers.caption == "Waited for experts: 4.5 s."
+    assert rows(prefetches)["late"][0] == "3"
+    assert rows(detector)["pixel/away"][0] == "0.0 %"
+    assert detector.caption == "Like no known game: pixel/catch, in 90.0 % of its frames."
+
+
+# Single-task runs: krull 3400 (two seeds), road_runner 1650; none of crazy_climber.
+
+
+def single_run(directory: Path, game: str, score: float, **changed) -> Path:
+    protocol = {"steps_per_game": 20_480, "eval_envs": 3, "eval_episodes": 1, "eval_steps": 50} | changed
+    writer = MetricsWriter(directory, tensorboard=False)
+    (directory / "config.json").write_text(json.dumps({"games": [game]} | protocol))
+    where = {"step": 1, "update": 1}
+    writer.log("evaluation", **where, phase=0, evaluated=game, returns=[score], return_mean=score, random_mean=0.0)
+    writer.log("done", **where)
+    return directory
+
+
+@pytest.fixture
+def comparable(finished_run: Path, tmp_path: Path) -> Path:
+    """The made-up run, with a protocol of evaluation."""
+    run_dir = tmp_path / "made-up"
+    run_dir.mkdir()
+    (run_dir / "metrics.jsonl").write_bytes((finished_run / "metrics.jsonl").read_bytes())
+    config = json.loads((finished_run / "config.json").read_text())
+    (run_dir / "config.json").write_text(json.dumps(config | {"eval_envs": 3, "eval_episodes": 1, "eval_steps": 50}))
+    return run_dir
+
+
+def test_runs_of_single_games_set_the_scale_of_those_games(comparable: Path, tmp_path: Path) -> None:
+    singles = [single_run(tmp_path / f"krull-{score}", "krull", score) for score in (3000.0, 3800.0)]
+    singles.append(single_run(tmp_path / "road_runner", "road_runner", 1650.0))
+    record = with_single_task(RunRecord.read(comparable), singles)
+    assert rows(summary.single_task_table(record)) == {
+        "krull": ["3,400", "66.7 %", "58.3 %", "50.0 %"],  # Of 2400 points above random: 1600, 1400, 1200.
+        "road_runner": ["1,650", "–", "75.0 %", "75.0 %"],
+        "crazy_climber": ["–", "–", "–", "–"],
+    }
+    table = summary.measures_table(record)
+    assert table.caption.startswith("0 %: random play; 100 %: what a network of its own learns")
+    found = rows(table)
+    assert found["learning"] == ["70.8 %", "70.8 %"]  # (66.7 + 75) / 2: nobody knows what crazy_climber's is worth.
+    assert found["average"] == ["62.5 %", "62.5 %"]
+    assert found["worst forgetting"] == ["16.7 %", "16.7 %"]
+    assert found["retention"] == rows(summary.measures_table(RunRecord.read(comparable)))["retention"]
+
+
+def test_without_them_a_run_is_its_own_scale_and_says_so(comparable: Path) -> None:
+    record = RunRecord.read(comparable)
+    assert summary.single_task_table(record).rows == []
+    assert "100 %: the best this run itself reached" in summary.measures_table(record).caption
+
+
+def test_a_page_shows_the_scale_it_was_given(comparable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ooc_moe.report.CHARTS", ())
+    monkeypatch.setattr("ooc_moe.report._PARTS", tuple(dataclasses.replace(part, charts=()) for part in _PARTS))
+    title = "Scores as shares of single-task training"
+    assert title not in text_of(write_report(comparable))
+    text = text_of(write_report(comparable, [single_run(tmp_path / "one", "krull", 3400.0)]))
+    assert title in text
+    assert "58.3 %" in text
+
+
+def test_runs_that_set_no_scale_are_refused_by_name(comparable: Path, tmp_path: Path) -> None:
+    record = RunRecord.read(comparable)
+    refused = {
+        "which is none of the games": single_run(tmp_path / "other", "boxing", 1.0),
+        "has eval_steps 51": single_run(tmp_path / "longer", "krull", 1.0, eval_steps=51),
+        "has steps_per_game 10": single_run(tmp_path / "shorter", "krull", 1.0, steps_per_game=10),
+        "learned krull, road_runner": single_run(tmp_path / "two", "krull", 1.0, games=["krull", "road_runner"]),
+        "holds no run": tmp_path / "nothing",
+    }
+    half = refused["is not finished"] = single_run(tmp_path / "half", "krull", 1.0)
+    (half / "metrics.jsonl").write_text((half / "metrics.jsonl").read_text().splitlines(keepends=True)[0])
+    for why, run_dir in refused.items():
+        with pytest.raises(InvalidRequest, match=why) as error:
+            with_single_task(record, [run_dir])
+        assert str(run_dir) in str(error.value)
 
 
 def test_the_terminal_shows_the_same_tables_as_the_page(finished_run: Path, page: Path) -> None:

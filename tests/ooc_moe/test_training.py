@@ -1,6 +1,7 @@
 """Whole short runs: real games, a real daemon process, everything through the store."""
 
 import dataclasses
+import io
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from ooc_moe import checkpoint, envs
 from ooc_moe.agent import Agent
@@ -208,10 +210,17 @@ def test_two_trainers_share_a_daemon_and_its_statistics_tell_them_apart(daemon, 
 
 def test_a_finished_run_is_evaluated_again_without_touching_its_bank(finished):
     before = stored_experts(finished)
-    found = evaluate_run(finished, SILENT, eval_envs=2, eval_steps=6)
+    shown = io.StringIO()
+    found = evaluate_run(finished, Console(file=shown, width=120), eval_envs=2, eval_steps=6, constants=True)
     assert [fields["evaluated"] for fields in found] == ["krull", "road_runner"]
     assert all(len(fields["returns"]) == 2 for fields in found)
     assert stored_experts(finished) == before
+    said = shown.getvalue()
+    for wanted in ("best constant", "dormant units", "Waited for experts", "hit rate", "late", "nearest mean", "prefetch recall"):
+        assert wanted in said
+    assert len(list((finished / "baselines").iterdir())) == 2
+    tiers = next(line.split() for line in said.splitlines() if line.startswith("HBM"))
+    assert tiers[5].replace(",", "") == str(sum(fields["cache"]["hits"] for fields in found))
 
 
 @pytest.mark.parametrize("nothing", ["eval_envs", "eval_episodes", "eval_steps"])
