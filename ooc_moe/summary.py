@@ -16,10 +16,10 @@ from ooc_moe.metrics import Event
 from ooc_moe.run_record import RunRecord, Scores
 
 DASH = "–"
-_CONSTANT = "Best constant: of the best of the 18 actions, held for ever. "
+_CONSTANT = "Best constant: of the best of the 18 actions, held for ever."
 _BY_SINGLE = "0 %: random play; 100 %: what a network of its own learns of the game in as many steps."
 _BY_ITSELF = "0 %: random play; 100 %: the best this run itself reached in that game, so that learning is near 100 % by construction."
-_REFERENCE = "Of reference: 0 % is the published score of random play, 100 % a human's (pixel games: best play); for whole episodes only. "
+_REFERENCE = "Of reference: 0 % is the published score of random play, 100 % a human's (pixel games: best play); for whole episodes only."
 # If the columns of the phases took more letters than this, a table would not fit a terminal; only the own and the last one are shown.
 _PHASE_LETTERS_MAX = 40
 
@@ -135,7 +135,7 @@ def score_table(record: RunRecord) -> TextTable:
         _columns(["game", "random"], constants, [*names, "learned", "kept"], has_reference),
         rows,
         "Mean score of a game, as the game counts it, played without telling the agent which game it is. Random: of random actions. "
-        f"{_CONSTANT if constants else ''}"
+        f"{_CONSTANT + ' ' if constants else ''}"
         "Learned: right after the game's own training, above random (?: by less than two standard errors). Kept: the share of that "
         f"which is left at the end.{' ' + _REFERENCE if has_reference else ''}",
     )
@@ -392,6 +392,7 @@ def measures_table(record: RunRecord) -> TextTable:
     rows.insert(4, ["worst forgetting", worst, worst])
     dormant = {event["evaluated"]: _said(event, "dormant") for event in record.last_evaluations}
     dormant_G = np.array([dormant.get(game, float("nan")) for game in scores.games])
+    unknown = [game for game in scores.games if game not in record.single_task]
     shares = (dormant_G, measures.without_last(dormant_G, trained))
     rows.append(["dormant units", *(format_share(measures.mean(values_G)) for values_G in shares)])
     return TextTable(
@@ -403,9 +404,9 @@ def measures_table(record: RunRecord) -> TextTable:
         "learned; zero-shot transfer: gained while one earlier game was; both as CORA has them (Powers et al. 2022), in shares of the "
         "run's highest raw return in the game, from 0 and not from random play. Forward transfer: the score just before "
         "the game's own training; both transfers need --eval-unseen. Dormant units: hidden units of the experts that hardly respond to "
-        "the game any more. Without the last: of the game trained last nothing can be forgotten. "
-        "ooc-moe report --single-task RUN measures by runs that learned one game alone.",
-        caption=_BY_SINGLE if record.single_task else _BY_ITSELF,
+        "the game any more. Without the last: of the game trained last nothing can be forgotten."
+        + ("" if record.single_task else " ooc-moe report --single-task RUN measures by runs that learned one game alone."),
+        caption=f"{_BY_SINGLE}{f' Without {_listed(unknown)}: no such run.' if unknown else ''}" if record.single_task else _BY_ITSELF,
     )
 
 

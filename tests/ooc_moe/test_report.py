@@ -299,6 +299,7 @@ def test_runs_of_single_games_set_the_scale_of_those_games(comparable: Path, tmp
     }
     table = summary.measures_table(record)
     assert table.caption.startswith("0 %: random play; 100 %: what a network of its own learns")
+    assert table.caption.endswith(" Without crazy_climber: no such run.")
     found = rows(table)
     assert found["learning"] == ["70.8 %", "70.8 %"]  # (66.7 + 75) / 2: nobody knows what crazy_climber's is worth.
     assert found["average"] == ["62.5 %", "62.5 %"]
