@@ -144,7 +144,9 @@ def evaluate_run(
         for fields in Evaluator(session).evaluate([*session.agent.games, *dict.fromkeys(unseen)]):
             found.append(fields)
             console.print(_in_words(fields), highlight=False)
-        counters = {"cache": session.cache_stats().to_dict(), "store": session.store_stats()}
+        # What the caches hold; what they counted, the evaluations say themselves, without what dormant units were looked for with.
+        cache = {name: value for name, value in session.cache_stats().to_dict().items() if name in ("capacity", "resident", "expert_bytes")}
+        counters = {"cache": cache, "store": session.store_stats()}
     if constants:
         _play_constants([fields["evaluated"] for fields in found], config, console)
     for table in summary.evaluation_tables(_record(config, found, counters)):
