@@ -70,11 +70,12 @@ class Belief:
 
     Args:
         num_envs: environments; every prediction has a row for each.
-        smoothing: how much of the belief a prediction leaves: 0 believes every frame.
-        switch_at: the smoothed probability that another game needs to be believed instead; four certain frames in a row by default.
+        smoothing: how much of the belief a prediction leaves; 0: nothing. An unknown game's leaves more (`UNKNOWN_WEIGHT`).
+        switch_at: the smoothed probability that another game needs to be believed instead; 0: being the most probable is enough. 0.7 of
+            both are four certain frames in a row.
     """
 
-    def __init__(self, num_envs: int, *, smoothing: float = 0.7, switch_at: float = 0.7) -> None:
+    def __init__(self, num_envs: int, *, smoothing: float, switch_at: float) -> None:
         self._num_envs, self._smoothing, self._switch_at = num_envs, smoothing, switch_at
         self._belief_NG = torch.zeros(num_envs, 0)
         self._believed_N = torch.full((num_envs,), -1)
@@ -82,7 +83,8 @@ class Belief:
     @property
     def steps_to_switch(self) -> int:
         """Predictions, each certain of another game, from the first doubt to the one that turns the belief."""
-        return math.ceil(math.log(1 - self._switch_at) / math.log(self._smoothing)) - 1 if self._smoothing else 0
+        switch_at = max(self._switch_at, 0.5)  # The most probable of two has as much.
+        return math.ceil(math.log(1 - switch_at) / math.log(self._smoothing)) - 1 if self._smoothing else 0
 
     def update(self, prediction: Prediction) -> tuple[list[str], list[bool]]:
         """Takes in one prediction; gives the game believed and whether it is in doubt, for each environment.

@@ -39,7 +39,7 @@ app.command()(cli_study.study)
 # What the commands that train, evaluate, report and measure import; ale-py and the benchmarks' peers speak for themselves where they lack.
 _TRAIN_EXTRA = {"torch", "gymnasium", "matplotlib", "jinja2", "tensorboard"}
 _RESUME_FLAGS = {"resume", "checkpoint", "run_dir", "name", "store", "plane", "quiet"}
-_AGENT, _PPO = "The agent (what is not given is as in the preset; demo's is shown)", "Learning"
+_AGENT, _DETECTOR, _PPO = "The agent (what is not given is as in the preset; demo's is shown)", "Recognising the game", "Learning"
 _DEMO = PRESETS["demo"]
 _RUN = RunConfig(run_dir=Path("run"), games=("krull",), agent=_DEMO)
 PLANE = typer.Option(
@@ -100,9 +100,6 @@ def train(
         int | None, _option("The most steps of each of them, over all its episodes of a game; 0: no evaluation.", _RUN.eval_steps)
     ] = None,
     eval_unseen: Annotated[bool, typer.Option("--eval-unseen", help="Evaluate the games still to come, too (forward transfer).")] = False,
-    recognise: Annotated[
-        str | None, _option("Who tells evaluation which game is on the screen.", _RUN.recognise, metavar="detector|nearest-mean|oracle")
-    ] = None,
     switch_every: Annotated[
         int | None,
         _option("Updates in a game before the next one's turn; 0: all of a game's at once; 1: joint training.", _RUN.switch_every),
@@ -113,6 +110,7 @@ def train(
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
     frame_size: Annotated[int | None, _option("Height and width of a frame in pixels.", _DEMO.frame_size, panel=_AGENT)] = None,
     num_experts: Annotated[int | None, _option("Experts of each bank at the start.", _DEMO.num_experts, "--experts", panel=_AGENT)] = None,
+    grow: Annotated[bool | None, _option("Make a bank larger when a new game finds no pool free.", _DEMO.grow, panel=_AGENT)] = None,
     hbm_experts: Annotated[int | None, _option("Experts that fit into the HBM cache.", _DEMO.hbm_experts, panel=_AGENT)] = None,
     dram_experts: Annotated[
         int | None, _option("Experts that fit into the DRAM of the run's own daemon.", _DEMO.dram_experts, panel=_AGENT)
@@ -152,10 +150,38 @@ def train(
     banks: Annotated[
         str | None, _option("One bank for all layers, or one each.", _DEMO.banks, metavar="shared|per-layer", panel=_AGENT)
     ] = None,
+    router_noise: Annotated[
+        float | None, _option("Noise on the router's choice, in training; 0: none.", _DEMO.router_noise, panel=_AGENT)
+    ] = None,
+    balance_weight: Annotated[
+        float | None, _option("Weight of the load-balancing loss; 0: none.", _DEMO.balance_weight, panel=_AGENT)
+    ] = None,
+    recognise: Annotated[
+        str | None,
+        _option(
+            "Who tells evaluation which game is on the screen.", _RUN.recognise, metavar="detector|nearest-mean|oracle", panel=_DETECTOR
+        ),
+    ] = None,
+    exemplars_per_game: Annotated[
+        int | None,
+        _option("Frames of each game that the detector stores and rehearses; 0: none.", _RUN.exemplars_per_game, panel=_DETECTOR),
+    ] = None,
+    detect_unknown: Annotated[bool | None, _option("Notice frames that show no known game.", _RUN.detect_unknown, panel=_DETECTOR)] = None,
+    belief_smoothing: Annotated[
+        float | None, _option("How much of a belief outlives a frame; 0: no smoothing.", _RUN.belief_smoothing, panel=_DETECTOR)
+    ] = None,
+    belief_switch_at: Annotated[
+        float | None,
+        _option("Probability that another game needs to be believed; 0: no hysteresis.", _RUN.belief_switch_at, panel=_DETECTOR),
+    ] = None,
     envs: Annotated[int | None, _option("Environments played side by side.", _RUN.ppo.num_envs, panel=_PPO)] = None,
     rollout: Annotated[int | None, _option("Steps of each environment between updates.", _RUN.ppo.rollout_steps, panel=_PPO)] = None,
     epochs: Annotated[int | None, _option("Passes over a rollout.", _RUN.ppo.epochs, panel=_PPO)] = None,
-    lr: Annotated[float | None, _option("Adam's learning rate, falling to zero in each game.", _RUN.ppo.learning_rate, panel=_PPO)] = None,
+    lr: Annotated[float | None, _option("Adam's learning rate.", _RUN.ppo.learning_rate, panel=_PPO)] = None,
+    anneal: Annotated[bool | None, _option("Let the learning rate fall to zero in each game.", _RUN.ppo.anneal, panel=_PPO)] = None,
+    replay_routing: Annotated[
+        bool | None, _option("Send tokens, in an update, where they went in the rollout.", _RUN.ppo.replay_routing, panel=_PPO)
+    ] = None,
 ) -> None:
     """Learn games one after another, evaluate after each, and write a report.
 
@@ -189,6 +215,7 @@ def train(
         agent = {
             "frame_size": frame_size,
             "num_experts": num_experts,
+            "grow": grow,
             "hbm_experts": hbm_experts,
             "dram_experts": dram_experts,
             "routing": routing,
@@ -197,8 +224,17 @@ def train(
             "shared_experts": shared_experts,
             "pools": pools,
             "attention": attention,
+            "router_noise": router_noise,
+            "balance_weight": balance_weight,
         }
-        ppo = {"num_envs": envs, "rollout_steps": rollout, "epochs": epochs, "learning_rate": lr}
+        ppo = {
+            "num_envs": envs,
+            "rollout_steps": rollout,
+            "epochs": epochs,
+            "learning_rate": lr,
+            "anneal": anneal,
+            "replay_routing": replay_routing,
+        }
         run = {
             "steps_per_game": steps_per_game,
             "seed": seed,
@@ -210,6 +246,10 @@ def train(
             "protection_weight": protection_weight,
             "switch_every": switch_every,
             "recognise": recognise,
+            "exemplars_per_game": exemplars_per_game,
+            "detect_unknown": detect_unknown,
+            "belief_smoothing": belief_smoothing,
+            "belief_switch_at": belief_switch_at,
             "eval_unseen": True if eval_unseen else None,
             "eval_envs": eval_envs,
             "eval_episodes": eval_episodes,

@@ -24,7 +24,7 @@ class AgentConfig:
     """All sizes of an agent. Every default is the full preset's; `PRESETS` has the others."""
 
     num_games: int = 57
-    """Games the estimates count. The agent takes more, and its banks then grow."""
+    """Games the estimates count. The agent takes more, if its banks may grow."""
     frame_size: int = 84
     """Height and width of a frame in pixels."""
     frame_stack: int = 4
@@ -50,7 +50,9 @@ class AgentConfig:
     dropout: float = 0.0
     """On the two residual branches of a block. Anything but 0 makes PPO's ratios differ from 1 before the first update."""
     num_experts: int = 256
-    """Experts of each bank at the start; a bank grows when a new game finds none unowned."""
+    """Experts of each bank at the start."""
+    grow: bool = True
+    """Whether a bank grows when a new game finds too few unowned experts; otherwise that game is refused."""
     banks: Scope = "shared"
     """One bank for all layers, or one per layer."""
     routing: Routing = "pool"
@@ -128,6 +130,11 @@ class AgentConfig:
         """1, or one per layer."""
         return 1 if self.pools == "shared" and self.banks == "shared" else self.num_layers
 
+    def owned_experts(self, num_games: int) -> int:
+        """Experts of each bank that so many games own together; with token routing they own none."""
+        pools = self.pools_per_game // self.num_banks
+        return num_games * pools * self.pool_size if self.routing == "pool" else 0
+
     @property
     def stem_output_size(self) -> int:
         """Height and width of the stem's last feature map; below 1 where the frame is too small."""
@@ -169,8 +176,7 @@ class AgentConfig:
     def estimate_params(self) -> ParamEstimate:
         """Parameters and bytes of an agent that has learned `num_games` games, each of which borrows as many experts as it may."""
         dim, games, layers, layout = self.dim, self.num_games, self.num_layers, self.expert_layout()
-        owned = games * self.pools_per_game * self.pool_size if self.routing == "pool" else 0
-        num_experts = max(self.num_banks * self.num_experts, owned)
+        num_experts = self.num_banks * max(self.num_experts, self.owned_experts(games))
         attentions = layers * (games if self.attention == "per-game" else 1)
         borrowed = sum(min(self.shared_experts, game * self.pool_size) for game in range(games))
         rows = games * self.pool_size + borrowed if self.routing == "pool" else self.num_experts

@@ -45,16 +45,25 @@ class Detector(nn.Module):
         num_experts: experts to tell apart, of all banks together; `grow_experts` adds more.
         prefetch_experts: at most so many experts are named by a prediction.
         exemplars_per_game: stored frames per game, a uniform sample of all that were learned from (reservoir sampling, Vitter 1985).
+        detect_unknown: whether a frame can be of no known game; that takes two stored frames of a game to compare with.
         seed: of the initial weights, the samples and the replay.
     """
 
     def __init__(
-        self, *, frame_stack: int, frame_size: int, num_experts: int, prefetch_experts: int, seed: int, exemplars_per_game: int = 200
+        self,
+        *,
+        frame_stack: int,
+        frame_size: int,
+        num_experts: int,
+        prefetch_experts: int,
+        exemplars_per_game: int,
+        detect_unknown: bool,
+        seed: int,
     ) -> None:
         super().__init__()
         self._frame_shape = (frame_stack, frame_size, frame_size)
         self._prefetch_experts = prefetch_experts
-        self._exemplars_per_game = exemplars_per_game
+        self._exemplars_per_game, self._detect_unknown = exemplars_per_game, detect_unknown
         self._generator = torch.Generator().manual_seed(derived_seed(seed, "detector"))
         with seeded(derived_seed(seed, "detector weights")):
             self.features = ScreenFeatures()
@@ -117,7 +126,8 @@ class Detector(nn.Module):
         features_ND = self.features(screens_of(frames_NSHW, self._frame_shape))
         probabilities_NG = self.game_head(features_ND).softmax(1)
         expert_probabilities_NE = self.expert_head(features_ND).sigmoid()
-        unknown_N = self._unknown(features_ND, probabilities_NG.argmax(1))
+        nowhere_N = torch.zeros(len(features_ND), dtype=torch.bool)
+        unknown_N = self._unknown(features_ND, probabilities_NG.argmax(1)) if self._detect_unknown else nowhere_N
         return Prediction(
             games=self.games,
             probabilities_NG=probabilities_NG,
@@ -133,7 +143,7 @@ class Detector(nn.Module):
         """
         unknown_N = torch.ones(len(games_N), dtype=torch.bool)
         for game in sorted(set(games_N.tolist())):
-            if self._stored[game].num_seen > 1:
+            if len(self._stored[game].screens_MHW) > 1:
                 if game not in self._neighbourhoods:
                     self._neighbourhoods[game] = Neighbourhood(self.features(self._stored[game].screens_MHW))
                 rows_N = games_N == game
@@ -183,7 +193,7 @@ class Detector(nn.Module):
 
     def _gradient_step(self, screens_NHW: Tensor, index: int) -> dict[str, float]:
         """One step on the present frames and on stored frames of the other games, weighted so that every game counts the same."""
-        others = [game for game, stored in enumerate(self._stored) if game != index and stored.num_seen]
+        others = [game for game, stored in enumerate(self._stored) if game != index and len(stored.screens_MHW)]
         replayed_NHW, replayed_games_N = self._replay(others)
         games_N = torch.cat([torch.full((len(screens_NHW),), index), replayed_games_N])
         weights_N = torch.full((len(games_N),), 1 / len(screens_NHW))

@@ -51,7 +51,8 @@ class Evaluator:
         session = self._session
         if not session.agent.games:
             return
-        belief = Belief(session.config.eval_envs)
+        config = session.config
+        belief = Belief(config.eval_envs, smoothing=config.belief_smoothing, switch_at=config.belief_switch_at)
         session.agent.eval()
         for game in games:
             yield self._evaluate(game, belief)

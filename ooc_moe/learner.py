@@ -19,6 +19,7 @@ from ooc_moe.ppo import clipped_loss
 from ooc_moe.protection import Protection
 from ooc_moe.rollout import Rollout
 from ooc_moe.run_config import RunConfig
+from ooc_moe_client.schedule import Use
 from ooc_moe_wire.errors import InvalidRequest
 
 ADAM_EPS = 1e-5
@@ -32,7 +33,7 @@ class Learner:
         game: whose parameters are, beside the shared ones.
         config: the run's.
         protection: of what earlier games share with this one.
-        generator: draws minibatches.
+        generator: draws minibatches, and the router's noise where routing is not replayed.
         beside: the learner of a game that takes turns with this one: they share the optimizers of what they share.
     """
 
@@ -64,17 +65,14 @@ class Learner:
 
         Args:
             rollout: what was played with the present parameters.
-            remaining: the share of this game's updates still to come, this one included; scales the learning rate.
+            remaining: the share of this game's updates still to come, this one included; scales a learning rate that is annealed.
         """
-        learning_rate = self.config.ppo.learning_rate * remaining
+        learning_rate = self.config.ppo.learning_rate * (remaining if self.config.ppo.anneal else 1)
         self.own.param_groups[0]["lr"] = self.shared.param_groups[0]["lr"] = self.experts.lr = learning_rate
         self.agent.train()
         minibatches = self._minibatches(len(rollout.frames_BTSHW))
-        num_banks = len(self.agent.caches)
-        borrowed = self.agent.pools(self.game).borrowed_by_bank(num_banks)
-        uses = uses_of_update(rollout.experts_BTLK, minibatches, num_banks=num_banks, read_only=borrowed)
-        for cache, to_come in zip(self.agent.caches, uses, strict=True):
-            cache.schedule(to_come, ahead=self.config.prefetch != "off")
+        for cache, uses in zip(self.agent.caches, self._uses(rollout, minibatches), strict=True):
+            cache.schedule(uses, ahead=self.config.prefetch != "off")
         # As the stem wants them in memory: brought there once, not in every epoch.
         frames_BTHWS = rollout.frames_BTSHW.movedim(2, -1).contiguous()
         measured: defaultdict[str, list[float]] = defaultdict(list)
@@ -88,6 +86,14 @@ class Learner:
         orders = [torch.randperm(num_segments, generator=self._generator) for _ in range(self.config.ppo.epochs)]
         return [rows for order in orders for rows in torch.split(order, self.config.ppo.minibatch_segments)]
 
+    def _uses(self, rollout: Rollout, minibatches: list[Tensor]) -> list[list[Use]]:
+        """Of each bank's experts, in order: none where the router chooses anew, because nobody can tell then."""
+        num_banks = len(self.agent.caches)
+        if not self.config.ppo.replay_routing:
+            return [[] for _ in range(num_banks)]
+        borrowed = self.agent.pools(self.game).borrowed_by_bank(num_banks)
+        return uses_of_update(rollout.experts_BTLK, minibatches, num_banks=num_banks, read_only=borrowed)
+
     def _minibatch(self, rollout: Rollout, frames_BTHWS: Tensor, rows: Tensor) -> dict[str, float]:
         """One optimizer step on these segments; `frames_BTHWS` are the rollout's."""
 
@@ -98,7 +104,8 @@ class Learner:
             chosen(frames_BTHWS).movedim(-1, 2),
             game=self.game,
             starts_BT=chosen(rollout.starts_BT),
-            routing=chosen(rollout.experts_BTLK),
+            routing=chosen(rollout.experts_BTLK) if self.config.ppo.replay_routing else None,
+            generator=self._generator,
         )
         loss = clipped_loss(
             self.config.ppo,

@@ -1,6 +1,6 @@
 """What will be asked of the caches, as far as it can be told before.
 
-An update's needs are known when it begins: rollout routing is replayed, so that each minibatch names its experts. Acting's are guessed: the
+An update's needs are known when it begins, where rollout routing is replayed: each minibatch names its experts. Acting's are guessed: the
 layers' order is certain, and the next step will choose much the same experts as the last one. Knows nothing of losses or optimizers, only
 of their order: forward through the layers, backward through them, then the experts' Adam steps.
 """

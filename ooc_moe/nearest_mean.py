@@ -28,12 +28,15 @@ class NearestClassMean:
         frame_size: height and width of a frame.
         num_experts: experts, of all banks together; `grow_experts` adds more.
         prefetch_experts: at most so many experts are named by a prediction.
+        detect_unknown: whether a frame can be of no known game.
         seed: of the random features.
     """
 
-    def __init__(self, *, frame_stack: int, frame_size: int, num_experts: int, prefetch_experts: int, seed: int) -> None:
+    def __init__(
+        self, *, frame_stack: int, frame_size: int, num_experts: int, prefetch_experts: int, detect_unknown: bool, seed: int
+    ) -> None:
         self._frame_shape = (frame_stack, frame_size, frame_size)
-        self._prefetch_experts = prefetch_experts
+        self._prefetch_experts, self._detect_unknown = prefetch_experts, detect_unknown
         with seeded(derived_seed(seed, "random features")):
             self._features = ScreenFeatures().requires_grad_(False)
         self._games: list[str] = []
@@ -106,7 +109,7 @@ class NearestClassMean:
         probabilities_NG = logits_NG.softmax(1)
         uses_NE = probabilities_NG @ (self._uses_GE / counts_G1).clamp(max=1.0)
         limit_G = torch.where(seen_G, UNKNOWN_RADIUS**2 * spread_G, 0.0)
-        unknown_N = (squared_NG > limit_G).all(1)
+        unknown_N = (squared_NG > limit_G).all(1) & self._detect_unknown
         return Prediction(
             games=self.games,
             probabilities_NG=probabilities_NG,

@@ -57,7 +57,8 @@ class PoolBook:
                 `shared_experts` of those that learned in its own layers.
 
         Raises:
-            InvalidRequest: `borrowed` has not one list for each bank, or names an expert that no game owns.
+            InvalidRequest: `borrowed` has not one list for each bank, or names an expert that no game owns; or the experts lie beyond a
+                bank that may not grow.
         """
         config = self._config
         if config.routing == "token":
@@ -67,6 +68,7 @@ class PoolBook:
         self._check_borrowed(borrowed)
         unowned = [self._unowned(bank) for bank in range(config.num_banks)]
         own = [tuple(islice(unowned[pool % config.num_banks], config.pool_size)) for pool in range(config.pools_per_game)]
+        self._check_room(game, own)
         others = [self._borrow(pool, borrowed[pool % config.num_banks]) for pool in range(config.pools_per_game)]
         pool_of = [layer % config.pools_per_game for layer in range(config.num_layers)]
         return GamePools(game, tuple(own[pool] for pool in pool_of), tuple(others[pool] for pool in pool_of))
@@ -92,6 +94,14 @@ class PoolBook:
         candidates = {expert for pools in self.games.values() for expert in pools.owned[pool]}
         chosen = islice((expert for expert in dict.fromkeys(useful) if expert in candidates), self._config.shared_experts)
         return tuple(sorted(chosen))
+
+    def _check_room(self, game: str, own: Sequence[Sequence[int]]) -> None:
+        there, wanted = self._config.num_experts, 1 + max(expert for pool in own for expert in pool)
+        if wanted > there and not self._config.grow:
+            raise InvalidRequest(
+                f"num_experts: {there} are too few for {game!r} beside {len(self.games)} other games, by pool_size "
+                f"{self._config.pool_size}; it takes {wanted}, and grow is off"
+            )
 
     def _check_borrowed(self, borrowed: Sequence[Sequence[int]]) -> None:
         if len(borrowed) != self._config.num_banks:

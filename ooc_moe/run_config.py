@@ -49,7 +49,9 @@ class PPOConfig:
     minibatch_segments: int = 16
     """Segments (context steps of one environment) per optimizer step."""
     learning_rate: float = 1e-3
-    """Adam's, falling linearly to zero within each game."""
+    """Adam's."""
+    anneal: bool = True
+    """Whether the learning rate falls linearly to zero within each game; otherwise it stays."""
     gamma: float = 0.99
     """Discount per step."""
     gae_lambda: float = 0.95
@@ -62,6 +64,9 @@ class PPOConfig:
     """Weight of the value loss."""
     max_grad_norm: float = 0.5
     """Global norm of all gradients, dense and experts'."""
+    replay_routing: bool = True
+    """Whether an update sends each token to the experts it went to in the rollout; otherwise the router chooses anew, as in any training
+    pass with noise of its own, and the ratios are not 1 even before the first step."""
 
     def __post_init__(self) -> None:
         for name in ("num_envs", "rollout_steps", "epochs", "minibatch_segments"):
@@ -93,7 +98,7 @@ class RunConfig:
     """How experts travel: over the connection ("stream"), through memory that a daemon on this host shares ("local"), or so if possible."""
     prefetch: PrefetchSource = "detector"
     """Who names the experts to bring ahead: nobody, the detector, or the schedule (which knows the next game). Unless it is nobody, an
-    update's own are brought ahead too, which its replayed routing names."""
+    update's own are brought ahead too, as far as replayed routing names them."""
     prefetch_admission: str = "enforce"
     """What becomes of a named expert that has no slot to spare, or cannot come in time at the measured bandwidth: fetched all the same
     ("off"), and counted ("observe"), or dropped ("enforce")."""
@@ -107,6 +112,14 @@ class RunConfig:
     """Weight of the protection's loss; None: its own default."""
     recognise: Recogniser = "detector"
     """Who tells evaluation which game is on the screen: the detector, its baseline, or the truth."""
+    exemplars_per_game: int = 200
+    """Frames of each game that the detector stores and learns from while it learns others; 0: none."""
+    detect_unknown: bool = True
+    """Whether frames that lie far from all stored ones count as of no known game: they name no experts, and hardly move the belief."""
+    belief_smoothing: float = 0.7
+    """How much of what an environment was believed to show outlives a frame; 0: nothing."""
+    belief_switch_at: float = 0.7
+    """The smoothed probability that another game needs to be believed instead; 0: being the most probable is enough."""
     eval_envs: int = 8
     eval_episodes: int = 1
     """Episodes that evaluation plays in each environment, one after another."""
@@ -134,7 +147,7 @@ class RunConfig:
         require(not comes_back, "games", self.games, "different games, which a run with switch_every needs")
         for name in ("steps_per_game", "eval_envs", "eval_episodes", "threads", "env_threads"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("eval_steps", "checkpoint_every", "switch_every", "seed"):
+        for name in ("eval_steps", "checkpoint_every", "switch_every", "seed", "exemplars_per_game"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         weight = self.protection_weight
         require(weight is None or 0 <= weight < math.inf, "protection_weight", weight, "a number of at least 0")
@@ -148,6 +161,21 @@ class RunConfig:
             check_target(self.store)
         context, steps = self.agent.context, self.ppo.rollout_steps
         require(steps % context == 0, "rollout_steps", steps, f"a multiple of the agent's context, {context}")
+        self._check_detector()
+        self._check_room()
+
+    def _check_detector(self) -> None:
+        for name in ("belief_smoothing", "belief_switch_at"):
+            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "at least 0 and below 1")
+        stored = self.exemplars_per_game
+        require(stored >= 2 or not self.detect_unknown, "exemplars_per_game", stored, "at least 2, which detect_unknown compares with")
+
+    def _check_room(self) -> None:
+        """That every game finds a pool, where banks may not grow: now, and not when the game's turn comes."""
+        agent, num_games = self.agent, len(set(self.games))
+        needed, each = agent.owned_experts(num_games), agent.owned_experts(1)
+        want = f"at least {needed}, which {num_games} games need ({each} each, by pool_size {agent.pool_size}) where grow is off"
+        require(agent.grow or needed <= agent.num_experts, "num_experts", agent.num_experts, want)
 
     @property
     def name(self) -> str:

@@ -164,14 +164,15 @@ def open_session(
             )
             caches.append(stack.enter_context(cache))
         agent = Agent(agent_config, caches, seed=config.seed).to(config.device)
-        recogniser = {
+        recogniser: dict[str, Any] = {
             "frame_stack": agent_config.frame_stack,
             "frame_size": agent_config.frame_size,
             "num_experts": agent.num_experts,
             "prefetch_experts": agent_config.prefetch_experts,
+            "detect_unknown": config.detect_unknown,
             "seed": config.seed,
         }
-        detector = Detector(**recogniser)
+        detector = Detector(**recogniser, exemplars_per_game=config.exemplars_per_game)
         agent.predictor = detector.predict
         reporter = stack.enter_context(Reporter(store, caches))
         yield Session(

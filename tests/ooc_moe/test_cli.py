@@ -298,8 +298,15 @@ def test_every_flag_of_train_reaches_the_configuration(run: Run, configured: lis
         "--rollout": 32,
         "--epochs": 2,
         "--lr": 0.003,
+        "--router-noise": 0,
+        "--balance-weight": 0,
+        "--recognise": "oracle",
+        "--exemplars-per-game": 0,
+        "--belief-smoothing": 0,
+        "--belief-switch-at": 0.5,
     }
-    ran = run("train", *(word for flag in flags.items() for word in flag))
+    switches = ("--no-grow", "--no-anneal", "--no-replay-routing", "--no-detect-unknown")
+    ran = run("train", *(word for flag in flags.items() for word in flag), *switches)
     assert (ran.code, ran.err) == (0, "")
     (config,) = configured
     assert (config.games, config.run_dir, config.store, config.plane, config.from_bank) == (
@@ -316,6 +323,10 @@ def test_every_flag_of_train_reaches_the_configuration(run: Run, configured: lis
     assert (agent.frame_size, agent.num_experts, agent.hbm_experts, agent.dram_experts) == (64, 24, 6, 12)
     assert (agent.routing, agent.banks) == ("token", "per-layer")
     assert (ppo.num_envs, ppo.rollout_steps, ppo.epochs, ppo.learning_rate) == (4, 32, 2, 0.003)
+    assert (agent.router_noise, agent.balance_weight) == (0, 0)
+    assert (config.recognise, config.exemplars_per_game) == ("oracle", 0)
+    assert (config.belief_smoothing, config.belief_switch_at) == (0, 0.5)
+    assert (agent.grow, ppo.anneal, ppo.replay_routing, config.detect_unknown) == (False,) * 4
 
 
 def test_without_flags_the_preset_and_the_defaults_hold(run: Run, configured: list[RunConfig]) -> None:
@@ -348,6 +359,8 @@ def test_a_name_is_a_directory_below_runs(run: Run, configured: list[RunConfig])
         (["--games", "krull", "--lr", "0"], ["learning_rate", "0"]),
         (["--games", "krull", "--lr", "inf"], ["learning_rate", "inf"]),
         (["--games", "krull", "--seed", "x"], ["--seed"]),
+        (["--games", "krull,boxing", "--experts", "8", "--no-grow"], ["num_experts: 8 is not at least 16", "pool_size 4", "grow"]),
+        (["--games", "krull", "--exemplars-per-game", "0"], ["exemplars_per_game: 0", "detect_unknown"]),
         (["--games", "krull", "--gmaes", "x"], ["--gmaes"]),
         (["--games", "krull", "--device", "tpu"], ["device", "'tpu'"]),
         (["--games", "krull", "--device", "cuda:99"], ["device", "'cuda:99'"]),

@@ -17,7 +17,9 @@ from ooc_moe.recognition import ambiguous_pairs
 from ooc_moe.screens import Reservoir, ScreenFeatures
 from ooc_moe_wire.errors import InvalidRequest
 
-SIZES = {"frame_stack": 2, "frame_size": 42, "num_experts": 16, "prefetch_experts": 4, "seed": 3}
+MEAN_SIZES = {"frame_stack": 2, "frame_size": 42, "num_experts": 16, "prefetch_experts": 4, "detect_unknown": True, "seed": 3}
+SIZES = MEAN_SIZES | {"exemplars_per_game": 200}
+SMOOTH = {"smoothing": 0.7, "switch_at": 0.7}  # Four certain frames in a row turn a belief.
 PIXEL = ("pixel/catch", "pixel/avoid", "pixel/cross")
 ATARI = ("krull", "road_runner", "crazy_climber")
 
@@ -105,12 +107,30 @@ def test_frames_of_an_unknown_game_name_no_experts(taught):
     assert taught.predict(strange[unknown_N]).experts == []
 
 
-def test_without_replay_the_first_game_would_be_forgotten(pixel_frames, monkeypatch):
-    """The test above can fail: this is what the stored frames prevent."""
-    forgetful = Detector(**SIZES)
-    monkeypatch.setattr(Reservoir, "add", lambda self, screens, generator: None)
+def test_without_exemplars_the_first_game_is_forgotten(pixel_frames):
+    """The tests above can fail: this is what the stored frames prevent."""
+    forgetful = Detector(**(SIZES | {"exemplars_per_game": 0}))
     teach(forgetful, pixel_frames)
     assert accuracy(forgetful, PIXEL[0], pixel_frames[PIXEL[0]]) < 0.5
+    assert accuracy(forgetful, PIXEL[2], pixel_frames[PIXEL[2]]) > 0.95
+    assert [len(stored["screens"]) for stored in forgetful.get_extra_state()["stored"]] == [0, 0, 0]
+    assert forgetful.predict(pixel_frames[PIXEL[2]]).unknown_N.all(), "there is nothing to compare with"
+
+
+@pytest.mark.parametrize("kind", [Detector, NearestClassMean])
+def test_where_unknown_games_are_not_detected_strange_frames_are_taken_for_a_known_one(kind, pixel_frames):
+    sizes = SIZES if kind is Detector else MEAN_SIZES
+    strange = torch.randint(0, 256, (64, 2, 42, 42), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    predictions = []
+    for detect_unknown in (True, False):
+        recogniser = kind(**(sizes | {"detect_unknown": detect_unknown}))
+        teach(recogniser, pixel_frames, calls=5)
+        predictions.append(recogniser.predict(strange))
+    noticed, taken = predictions
+    assert noticed.unknown_N.all()
+    assert not taken.unknown_N.any()
+    assert torch.equal(noticed.probabilities_NG, taken.probabilities_NG)
+    assert noticed.experts == [] != taken.experts
 
 
 def test_every_game_counts_the_same_in_a_step_however_many_of_its_frames_there_are(taught, pixel_frames, monkeypatch):
@@ -171,10 +191,10 @@ def test_a_pair_that_looks_the_same_is_confused(taught):
 
 
 def test_the_baseline_goes_on_from_a_file_bit_for_bit(pixel_frames, tmp_path: Path):
-    original = NearestClassMean(**SIZES)
+    original = NearestClassMean(**MEAN_SIZES)
     teach(original, pixel_frames, calls=2)
     torch.save(original.state_dict(), tmp_path / "mean.pt")
-    resumed = NearestClassMean(**(SIZES | {"num_experts": 2}))
+    resumed = NearestClassMean(**(MEAN_SIZES | {"num_experts": 2}))
     resumed.load_state_dict(torch.load(tmp_path / "mean.pt", weights_only=True))
     frames = pixel_frames[PIXEL[0]][:64]
     for _ in range(2):
@@ -388,7 +408,7 @@ def test_unknown_games_wrong_usage_and_predictions_before_any_game_are_refused(t
         taught.learn(frames, "pong", usage(0))
     with pytest.raises(InvalidRequest, match=r"\(15,\), but there are 16 experts"):
         taught.learn(frames, PIXEL[0], torch.zeros(15))
-    for detector in (Detector(**SIZES), NearestClassMean(**SIZES)):
+    for detector in (Detector(**SIZES), NearestClassMean(**MEAN_SIZES)):
         with pytest.raises(InvalidRequest, match="before any game"):
             detector.predict(frames)
 
@@ -416,7 +436,7 @@ def best_seconds(act) -> float:
 
 
 def test_nearest_class_mean_tells_real_games_apart_and_names_their_experts(atari_frames):
-    baseline = NearestClassMean(**SIZES)
+    baseline = NearestClassMean(**MEAN_SIZES)
     losses = teach(baseline, {game: atari_frames[game][0] for game in ATARI}, calls=5)
     assert losses[-1]["accuracy"] > 0.8
     for index, game in enumerate(ATARI):
@@ -426,7 +446,7 @@ def test_nearest_class_mean_tells_real_games_apart_and_names_their_experts(atari
 
 
 def test_nearest_class_mean_grows_as_the_detector_does(pixel_frames):
-    baseline = NearestClassMean(**SIZES)
+    baseline = NearestClassMean(**MEAN_SIZES)
     baseline.add_game("a")
     baseline.grow_experts(18)
     baseline.learn(pixel_frames[PIXEL[0]][:64], "a", torch.cat([usage(0), torch.tensor([64.0, 0.0])]))
@@ -450,12 +470,12 @@ def seen(*rows: list[float], unknown: list[bool] | None = None) -> Prediction:
 
 
 def test_the_first_prediction_is_believed_at_once_and_doubted_as_nothing_was_believed_before():
-    belief = Belief(2)
+    belief = Belief(2, **SMOOTH)
     assert belief.update(seen([0.9, 0.1], [0.4, 0.6])) == (["a", "b"], [True, True])
     assert belief.update(seen([0.9, 0.1], [0.4, 0.6])) == (["a", "b"], [False, False])
 
 
-@pytest.mark.parametrize(("smoothing", "switch_at"), [(0.7, 0.7), (0.9, 0.7), (0.5, 0.9), (0.0, 0.7)])
+@pytest.mark.parametrize(("smoothing", "switch_at"), [(0.7, 0.7), (0.9, 0.7), (0.5, 0.9), (0.0, 0.7), (0.7, 0.0), (0.9, 0.0), (0.0, 0.0)])
 def test_the_belief_says_how_many_certain_frames_turn_it(smoothing, switch_at):
     belief = Belief(1, smoothing=smoothing, switch_at=switch_at)
     belief.update(seen([1.0, 0.0]))
@@ -464,7 +484,7 @@ def test_the_belief_says_how_many_certain_frames_turn_it(smoothing, switch_at):
 
 
 def test_a_switch_takes_several_frames_and_is_doubted_from_the_first():
-    belief = Belief(1)
+    belief = Belief(1, **SMOOTH)
     belief.update(seen([1.0, 0.0]))
     steps = [belief.update(seen([0.0, 1.0])) for _ in range(5)]
     assert [games for games, _ in steps] == [["a"], ["a"], ["a"], ["b"], ["b"]]
@@ -472,21 +492,21 @@ def test_a_switch_takes_several_frames_and_is_doubted_from_the_first():
 
 
 def test_one_odd_frame_switches_nothing():
-    belief = Belief(1)
+    belief = Belief(1, **SMOOTH)
     belief.update(seen([1.0, 0.0]))
     found = [belief.update(seen([0.0, 1.0] if step % 3 == 0 else [1.0, 0.0]))[0] for step in range(30)]
     assert found == [["a"]] * 30
 
 
 def test_frames_that_hesitate_between_two_games_never_go_back_and_forth():
-    belief = Belief(1)
+    belief = Belief(1, **SMOOTH)
     belief.update(seen([1.0, 0.0]))
     found = [belief.update(seen([0.4, 0.6] if step % 2 else [0.6, 0.4]))[0] for step in range(30)]
     assert found == [["a"]] * 30
 
 
 def test_each_environment_is_believed_by_its_own_frames():
-    belief = Belief(3)
+    belief = Belief(3, **SMOOTH)
     belief.update(seen([1.0, 0.0], [1.0, 0.0], [0.0, 1.0]))
     for _ in range(6):
         games, doubts = belief.update(seen([1.0, 0.0], [0.0, 1.0], [0.0, 1.0]))
@@ -495,7 +515,7 @@ def test_each_environment_is_believed_by_its_own_frames():
 
 
 def test_frames_of_an_unknown_game_raise_doubt_and_persuade_slowly():
-    belief = Belief(1)
+    belief = Belief(1, **SMOOTH)
     belief.update(seen([1.0, 0.0]))
     steps = [belief.update(seen([0.0, 1.0], unknown=[True])) for _ in range(40)]
     assert all(doubts == [True] for _, doubts in steps)
@@ -504,18 +524,20 @@ def test_frames_of_an_unknown_game_raise_doubt_and_persuade_slowly():
 
 
 def test_a_new_game_joins_a_belief_in_progress():
-    belief = Belief(1)
+    belief = Belief(1, **SMOOTH)
     belief.update(seen([1.0]))
     for _ in range(6):
         games, _ = belief.update(seen([0.0, 1.0]))
     assert games == ["b"]
 
 
-def test_without_smoothing_every_frame_is_believed():
-    belief = Belief(1, smoothing=0.0)
-    assert [belief.update(seen(row))[0] for row in ([1.0, 0.0], [0.1, 0.9], [0.8, 0.2])] == [["a"], ["b"], ["a"]]
+@pytest.mark.parametrize(("switch_at", "hesitating"), [(0.7, "a"), (0.0, "b")])
+def test_without_smoothing_every_frame_is_believed_without_hysteresis_hesitating_ones_too(switch_at, hesitating):
+    belief = Belief(1, smoothing=0.0, switch_at=switch_at)
+    rows = ([1.0, 0.0], [0.1, 0.9], [0.8, 0.2], [0.45, 0.55])
+    assert [belief.update(seen(row))[0] for row in rows] == [["a"], ["b"], ["a"], [hesitating]]
 
 
 def test_a_prediction_for_other_environments_is_refused():
     with pytest.raises(InvalidRequest, match="2 rows for 3 environments"):
-        Belief(3).update(seen([1.0], [1.0]))
+        Belief(3, **SMOOTH).update(seen([1.0], [1.0]))

@@ -137,7 +137,7 @@ class Says:
 def acted(session: Session, game: str, steps: int, *, detector: Says, nearest_mean: Says | None = None) -> tuple[Player, list[list[str]]]:
     """Plays some steps; gives the player, and the game that each environment acted as at each step."""
     session = dataclasses.replace(session, detector=detector, nearest_mean=nearest_mean or Says(*["aaa"] * steps))
-    player = Player(session, Belief(3, smoothing=0.0), game, torch.Generator().manual_seed(0))
+    player = Player(session, Belief(3, smoothing=0.0, switch_at=0.7), game, torch.Generator().manual_seed(0))
     envs = session.make_envs(game, 3)
     frames = torch.from_numpy(envs.reset(1))
     acting = []
@@ -182,7 +182,10 @@ def test_who_stays_acts_as_if_nobody_had_left():
 def test_a_game_that_begins_anew_does_not_see_the_one_before():
     with a_session() as session:
         player = Player(
-            dataclasses.replace(session, detector=Says(*["aab"] * 4), nearest_mean=Says(*["aaa"] * 4)), Belief(3), A, torch.Generator()
+            dataclasses.replace(session, detector=Says(*["aab"] * 4), nearest_mean=Says(*["aaa"] * 4)),
+            Belief(3, smoothing=0.7, switch_at=0.7),
+            A,
+            torch.Generator(),
         )
         frames = torch.from_numpy(session.make_envs(A, 3).reset(1))
         for starts in ([True] * 3, [False] * 3, [False, True, False], [False, False, True]):
@@ -202,6 +205,31 @@ def test_the_configuration_says_who_recognises(recognise, game, expected):
     assert fields["believed"] == {expected: 1.0}
     if game != UNSEEN:  # Both were asked, whoever acted.
         assert (fields["detector_accuracy"], fields["nearest_mean_accuracy"]) == ((1.0, 0.0) if game == A else (0.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("smoothing", "switch_at", "believed"), [(0.7, 0.7, {A: 1.0}), (0.0, 0.7, {A: 0.5, B: 0.5}), (0.7, 0.0, {A: 8 / 12, B: 4 / 12})]
+)
+def test_the_configuration_says_how_fast_a_belief_turns(smoothing, switch_at, believed):
+    """Two frames of each game in turn. Smoothed, B is as probable as 0, 0, .30, .51, .36, .25, .47, .63, .44, .31, .52, .66."""
+    with a_session(belief_smoothing=smoothing, belief_switch_at=switch_at, eval_steps=12) as session:
+        seen = dataclasses.replace(session, detector=Says(*["aaa", "aaa", "bbb", "bbb"] * 3), nearest_mean=Says(*["aaa"] * 12))
+        (fields,) = Evaluator(seen).evaluate([A])
+    assert fields["believed"] == pytest.approx(believed)
+
+
+def test_the_configuration_says_what_the_detector_stores_and_whether_it_notices_the_unknown():
+    with a_session(exemplars_per_game=7) as usual, a_session(exemplars_per_game=0, detect_unknown=False) as bare:
+        for session in (usual, bare):
+            frames = torch.from_numpy(session.make_envs(A, 3).reset(1)).repeat(4, 1, 1, 1)
+            for recogniser in (session.detector, session.nearest_mean):
+                recogniser.learn(frames, A, torch.zeros(session.num_experts))
+        found = [[len(each["screens"]) for each in session.detector.get_extra_state()["stored"]] for session in (usual, bare)]
+        assert found == [[7, 0], [0, 0]]
+        strange = torch.randint(0, 256, (4, 2, 10, 10), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        for each, unknown in ((usual, True), (bare, False)):
+            assert each.detector.predict(strange).unknown_N.tolist() == [unknown] * 4
+            assert each.nearest_mean.predict(strange).unknown_N.tolist() == [unknown] * 4
 
 
 def test_prefetch_recall_is_the_share_of_needed_experts_that_were_named_before():

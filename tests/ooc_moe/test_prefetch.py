@@ -31,9 +31,11 @@ PPO = PPOConfig(num_envs=4, rollout_steps=8, epochs=2, minibatch_segments=2)
 class Run:
     """Updates of a tiny agent with so many slots in all; `hashes` are of the experts that the store holds at the end."""
 
-    def __init__(self, *, slots: int, prefetch: str = "off", told: bool = True, updates: int = 3, banks: str = "shared") -> None:
-        agent_config = replace(PRESETS["tiny"], banks=banks)
-        config = RunConfig(run_dir=Path("run"), games=(GAME,), agent=agent_config, ppo=PPO, prefetch=prefetch, protection="none")
+    def __init__(
+        self, *, slots: int, prefetch: str = "off", told: bool = True, updates: int = 3, banks: str = "shared", replay: bool = True
+    ) -> None:
+        agent_config, ppo = replace(PRESETS["tiny"], banks=banks), replace(PPO, replay_routing=replay)
+        config = RunConfig(run_dir=Path("run"), games=(GAME,), agent=agent_config, ppo=ppo, prefetch=prefetch, protection="none")
         store = InMemoryStore()
         for spec in agent_config.bank_specs("run", 0):
             store.create_bank(spec)
@@ -121,6 +123,16 @@ def test_neither_room_nor_prefetch_nor_the_schedule_change_a_bit(untold: Run, sl
     run = Run(slots=slots, prefetch=prefetch)
     assert run.losses == untold.losses
     assert run.hashes == untold.hashes
+
+
+@pytest.mark.parametrize("prefetch", ["off", "detector"])
+def test_where_the_router_chooses_anew_nothing_is_foretold_and_room_changes_no_bit(untold: Run, prefetch: str):
+    whole, part = (Run(slots=slots, prefetch=prefetch, replay=False, updates=1) for slots in (16, 2))
+    assert part.losses == whole.losses != untold.losses[:1]
+    assert part.hashes == whole.hashes
+    assert part.last[0].refetches > 0
+    assert part.last[0].ahead.get("issued", 0) == 0
+    assert part.uses_left == [0]
 
 
 def test_with_room_for_the_working_set_an_update_fetches_no_expert_twice():

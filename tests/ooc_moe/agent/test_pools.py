@@ -4,6 +4,7 @@ import pytest
 
 from ooc_moe.config import PRESETS
 from ooc_moe.pools import GamePools, PoolBook
+from ooc_moe_wire.errors import InvalidRequest
 
 TINY = PRESETS["tiny"]
 
@@ -33,6 +34,17 @@ def test_unowned_experts_are_taken_in_order_of_ids() -> None:
     assert assign(book, "a").layers == ((0, 1, 2, 3), (4, 5, 6, 7))
     assert assign(book, "b").layers == ((8, 9, 10, 11), (12, 13, 14, 15))
     assert assign(book, "c").layers == ((16, 17, 18, 19), (20, 21, 22, 23)), "beyond the bank: the agent grows it"
+
+
+def test_where_the_bank_may_not_grow_a_game_without_a_pool_is_refused_and_owns_nothing() -> None:
+    book = PoolBook(replace(TINY, grow=False))
+    for game in "ab":
+        assign(book, game)
+    with pytest.raises(InvalidRequest, match="num_experts: 16 are too few for 'c' beside 2 other games, by pool_size 4; it takes 24"):
+        book.propose("c")
+    assert list(book.games) == ["a", "b"]
+    everyone = PoolBook(replace(TINY, grow=False, routing="token"))
+    assert len({assign(everyone, game).layers for game in "abc"}) == 1, "nobody owns anything"
 
 
 def test_a_game_can_share_one_pool_among_its_layers() -> None:
