@@ -27,7 +27,8 @@ from ooc_moe.drawing import (
     standard_error,
 )
 from ooc_moe.run_record import RunRecord
-from ooc_moe.summary import format_score, verdict
+from ooc_moe.summary import verdict
+from ooc_moe.text_table import format_score
 
 _COLUMNS_MAX = 4
 # With more games than this, panels would be too small; they share one.

@@ -25,11 +25,12 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ooc_moe import summary
+from ooc_moe import summary, tier_tables
 from ooc_moe.charts import CHARTS, Chart
 from ooc_moe.drawing import STYLE
 from ooc_moe.run_record import RunRecord
 from ooc_moe.single_task import with_single_task
+from ooc_moe.text_table import TextTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ class _Part:
     """A part of the page: a question, and the tables and charts (by name) that answer it."""
 
     question: str
-    tables: tuple[Callable[[RunRecord], summary.TextTable], ...]
+    tables: tuple[Callable[[RunRecord], TextTable], ...]
     charts: tuple[str, ...]
 
 
@@ -47,9 +48,9 @@ _PARTS = (
         (summary.score_table, summary.single_task_table, summary.measures_table),
         ("score_matrix", "forgetting", "learning_curves"),
     ),
-    _Part("Did the experts of the moment fit?", (summary.tier_table,), ("hit_rate", "tier_bytes")),
-    _Part("Did experts come before they were needed?", (summary.prefetch_table,), ("prefetching",)),
-    _Part("Did each game use experts of its own?", (summary.overlap_table,), ("expert_usage", "overlap")),
+    _Part("Did the experts of the moment fit?", (tier_tables.tier_table,), ("hit_rate", "tier_bytes")),
+    _Part("Did experts come before they were needed?", (tier_tables.prefetch_table,), ("prefetching",)),
+    _Part("Did each game use experts of its own?", (tier_tables.overlap_table,), ("expert_usage", "overlap")),
     _Part("Was the game on the screen recognised?", (summary.detector_table,), ("detector",)),
 )
 
@@ -125,7 +126,7 @@ def summary_tables(run_dir: Path) -> list[RenderableType]:
     return [*notices, *(rich_table(table) for table in summary.tables(record) if table.rows)]
 
 
-def rich_table(table: summary.TextTable) -> Table:
+def rich_table(table: TextTable) -> Table:
     """A table as the terminal shows it."""
     rich = Table(title=table.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
     rich.caption, rich.caption_justify = Text(table.caption) if table.caption else None, "left"

@@ -1,40 +1,36 @@
 """A run in numbers: the sentences and tables that the terminal and the HTML report share.
 
-Plain text cells made from a RunRecord; whoever prints them chooses how they look. A dash stands for what was not logged or cannot be said.
+Made from a RunRecord; tier_tables.py has those of the tiers. A dash stands for what was not logged or cannot be said.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 
-import humanize
 import numpy as np
 
 from ooc_moe import measures
 from ooc_moe.metrics import Event
 from ooc_moe.run_record import RunRecord, Scores
+from ooc_moe.text_table import (
+    DASH,
+    TextTable,
+    format_duration,
+    format_part,
+    format_ratio,
+    format_score,
+    format_seconds,
+    format_share,
+    listed,
+)
+from ooc_moe.tier_tables import overlap_table, prefetch_table, tier_table
 
-DASH = "–"
 _CONSTANT = "Best constant: of the best of the 18 actions, held for ever."
 _BY_SINGLE = "0 %: random play; 100 %: what a network of its own learns of the game in as many steps."
 _BY_ITSELF = "0 %: random play; 100 %: the best this run itself reached in that game, so that learning is near 100 % by construction."
 _REFERENCE = "Of reference: 0 % is the published score of random play, 100 % a human's (pixel games: best play); for whole episodes only."
 # If the columns of the phases took more letters than this, a table would not fit a terminal; only the own and the last one are shown.
 _PHASE_LETTERS_MAX = 40
-
-
-@dataclass(frozen=True, slots=True)
-class TextTable:
-    """A table of text: the first column names its row, the others are numbers."""
-
-    title: str
-    columns: list[str]
-    rows: list[list[str]]
-    note: str
-    """How to read it; too long for a terminal."""
-    caption: str = ""
-    """What must not be missed, there neither; "" if nothing."""
 
 
 def tables(record: RunRecord) -> list[TextTable]:
@@ -57,7 +53,7 @@ def evaluation_tables(record: RunRecord) -> list[TextTable]:
 def headline(record: RunRecord) -> str:
     """A few sentences: what is being run, or was."""
     agent = record.config.get("agent", {})
-    games = f"learns {_listed(record.schedule)}" if record.schedule else "learns games"
+    games = f"learns {listed(record.schedule)}" if record.schedule else "learns games"
     budget = f", {record.config['steps_per_game']:,} steps each" if "steps_per_game" in record.config else ""
     text = f"One agent {games}{', one after another' if len(record.schedule) > 1 else ''}{budget}."
     if agent.get("num_experts"):
@@ -84,10 +80,10 @@ def facts(record: RunRecord) -> list[tuple[str, str]]:
         ("games clearly learned", f"{len(clear)} of {len(scores.games)}" if len(scores.mean_PG) else DASH),
         ("of these, kept at the end", format_share(measures.mean(kept_G))),
         ("played as the right game", format_share(measures.mean(recognised))),
-        ("HBM hit rate", format_share(_ratio(record.total("cache", "hits"), record.total("cache", "accesses")))),
-        ("waited for experts", _seconds(record.total("cache", "stall_s"))),
+        ("HBM hit rate", format_ratio(record.total("cache", "hits"), record.total("cache", "accesses"))),
+        ("waited for experts", format_seconds(record.total("cache", "stall_s"))),
         ("cold experts equal bit for bit", format_part(*record.cold_unchanged)),
-        ("wall time", _duration(max(last["time"] - first["time"], 0))),
+        ("wall time", format_duration(max(last["time"] - first["time"], 0))),
         ("environment steps", f"{record.updates[-1]['step']:,}"),
         ("steps per second", DASH if np.isnan(speed).all() else f"{np.nanmedian(speed):,.0f}"),
     ]
@@ -103,7 +99,7 @@ def missing(record: RunRecord) -> list[str]:
         said.append("No update was logged yet.")
     unseen = [game for game in record.games if game not in {event["evaluated"] for event in record.evaluations}]
     if unseen:
-        said.append(f"Not evaluated: {_listed(unseen)}.")
+        said.append(f"Not evaluated: {listed(unseen)}.")
     return said
 
 
@@ -225,100 +221,6 @@ def _shown(record: RunRecord, scores_PG: measures.Floats) -> tuple[list[str], me
     return ["after its training", "at the end"], np.stack(own_and_final)
 
 
-def tier_table(record: RunRecord) -> TextTable:
-    """What each tier holds, serves and moves."""
-    accesses, hits = record.total("cache", "accesses"), record.total("cache", "hits")
-    fetched = {tier: record.total("cache", "fetched_from", tier) for tier in ("dram", "nvme", "seed")}
-    fetches = float(np.nansum(list(fetched.values())))
-    expert_bytes = record.last("cache", "expert_bytes")
-    rows = [
-        [
-            "HBM",
-            format_bytes(record.last("cache", "resident") * expert_bytes),
-            format_bytes(record.last("cache", "capacity") * expert_bytes),
-            format_count(hits),
-            format_share(_ratio(hits, accesses)),
-            format_bytes(record.total("cache", "bytes_in")),
-            format_bytes(record.total("cache", "bytes_out")),
-        ]
-    ]
-    for tier, name in (("dram", "DRAM"), ("nvme", "NVMe")):
-        rows.append(
-            [
-                name,
-                format_bytes(record.last("store", tier, "used_bytes")),
-                format_bytes(record.last("store", tier, "capacity_bytes")) if tier == "dram" else DASH,
-                format_count(fetched[tier]),
-                format_share(_ratio(fetched[tier], fetches)),
-                format_bytes(record.total("store", tier, "written_bytes")),
-                format_bytes(record.total("store", tier, "read_bytes")),
-            ]
-        )
-    rows.append(["seed", DASH, DASH, format_count(fetched["seed"]), format_share(_ratio(fetched["seed"], fetches)), DASH, DASH])
-    return TextTable(
-        "Tiers",
-        ["tier", "holds", "capacity", "served", "hit rate", "bytes in", "bytes out"],
-        rows,
-        "Training and evaluation together. HBM serves an access to an expert (its hit rate: of all accesses), or fetches or prefetches it "
-        "from where the daemon finds it (the other rates: of these fetches): DRAM, NVMe, or the seed of an expert that was never trained. "
-        "DRAM and NVMe bytes are the daemon's, of all its trainers.",
-        caption=f"Waited for experts: {_seconds(record.total('cache', 'stall_s'))}.",
-    )
-
-
-def prefetch_table(record: RunRecord) -> TextTable:
-    """What became of prefetched experts."""
-    count, size = _prefetched(record, ""), _prefetched(record, "_bytes")
-    ahead, ahead_size = _prefetched(record, "", ahead=True), _prefetched(record, "_bytes", ahead=True)
-    rows = [
-        [
-            what,
-            format_count(count[what]),
-            format_bytes(size[what]),
-            DASH if what == "refused" else format_share(_ratio(size[what], size["issued"])),
-            format_count(ahead[what]),
-            format_bytes(ahead_size[what]),
-        ]
-        for what in count
-    ]
-    waited = count["useful"] + record.total("cache", "misses") + record.total("cache", "refetches")
-    arrived = count["useful"] + count["late"] + count["wasted"]
-    return TextTable(
-        f"Prefetch into HBM (by {record.config['prefetch']})" if "prefetch" in record.config else "Prefetch into HBM",
-        ["", "experts", "bytes", "share", "by the schedule", "bytes"],
-        rows,
-        "Useful: there when it was asked for. Late: asked for while still on its way. Wasted: evicted before anybody asked. Refused: not "
-        "worth a fetch by measured bandwidth and room; fetched all the same where admission only observes. By the schedule: ahead of an "
-        "update's or the next acting step's needs, where HBM has no room for all of them; not in the shares below. "
-        f"Precision (useful, of useful, late and wasted): {format_share(_ratio(count['useful'], arrived))}. "
-        f"In time (useful, of these and of all that had to be waited for): {format_share(_ratio(count['useful'], waited))}.",
-    )
-
-
-def _prefetched(record: RunRecord, unit: str, *, ahead: bool = False) -> dict[str, float]:
-    """Experts ("") or "_bytes" that were prefetched, by what became of them; `ahead`: by the schedule."""
-
-    def total(what: str) -> float:
-        return record.total("cache", "ahead", what + unit) if ahead else record.total("cache", f"prefetch_{what}{unit}")
-
-    count = {what: total(what) for what in ("issued", "useful", "late", "wasted", "cancelled")}
-    ended = sum(count.values()) - count["issued"]
-    return count | {"unused yet": count["issued"] - ended, "refused": total("refused")}
-
-
-def overlap_table(record: RunRecord) -> TextTable:
-    """How much the games share experts, as means over pairs."""
-    usages = (record.training_usage(), record.evaluation_usage())
-    kinds = (("top-10 experts in common", measures.top_overlap), ("routed mass in common", measures.mass_overlap))
-    rows = [[name, *(format_share(measures.mean_off_diagonal(measure(usage))) for usage in usages)] for name, measure in kinds]
-    return TextTable(
-        "Overlap between games",
-        ["mean over pairs", "training", "last evaluation"],
-        rows,
-        "0 %: no two games use the same expert. 100 %: all use the same ones.",
-    )
-
-
 def detector_table(record: RunRecord) -> TextTable:
     """How well the games are recognised that nobody named."""
     rows = []
@@ -406,7 +308,7 @@ def measures_table(record: RunRecord) -> TextTable:
         "the game's own training; both transfers need --eval-unseen. Dormant units: hidden units of the experts that hardly respond to "
         "the game any more. Without the last: of the game trained last nothing can be forgotten."
         + ("" if record.single_task else " ooc-moe report --single-task RUN measures by runs that learned one game alone."),
-        caption=f"{_BY_SINGLE}{f' Without {_listed(unknown)}: no such run.' if unknown else ''}" if record.single_task else _BY_ITSELF,
+        caption=f"{_BY_SINGLE}{f' Without {listed(unknown)}: no such run.' if unknown else ''}" if record.single_task else _BY_ITSELF,
     )
 
 
@@ -436,34 +338,6 @@ def of_reference(record: RunRecord, game: str, score: float) -> float:
     return float(measures.normalise([score], [floor], [ceiling])[0])
 
 
-def format_score(score: float, *, sign: bool = False) -> str:
-    """A raw return, as precise as it matters."""
-    if np.isnan(score):
-        return DASH
-    digits = 0 if abs(score) >= 100 or score == 0 else 1 if abs(score) >= 10 else 2
-    return f"{score:{'+' if sign else ''},.{digits}f}"
-
-
-def format_share(share: float, *, digits: int = 1) -> str:
-    """A share in percent; two digits tell 99.9 from 99.99 %."""
-    return DASH if np.isnan(share) else f"{100 * share:.{digits}f} %"
-
-
-def format_part(part: int, whole: int) -> str:
-    """A number of things among so many."""
-    return f"{part:,} of {whole:,}" if whole else DASH
-
-
-def format_count(count: float) -> str:
-    """A whole number."""
-    return DASH if np.isnan(count) else f"{count:,.0f}"
-
-
-def format_bytes(count: float) -> str:
-    """Bytes in binary units."""
-    return DASH if np.isnan(count) else humanize.naturalsize(count, binary=True)
-
-
 def _recognised(event: Event) -> float:
     """The share of an evaluation's steps that were played as the right game; NaN where that was not logged."""
     return float(event["believed"].get(event["evaluated"], 0.0)) if event.get("believed") else float("nan")
@@ -473,22 +347,3 @@ def _said(event: Event, name: str) -> float:
     """A number of an event; NaN where it was not logged or nothing could be said."""
     value = event.get(name)
     return float("nan") if value is None else float(value)
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole > 0 else float("nan")
-
-
-def _seconds(seconds: float) -> str:
-    return DASH if np.isnan(seconds) else f"{seconds:,.1f} s"
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds) // 60
-    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min {round(seconds) % 60:02d} s"
-
-
-def _listed(names: Sequence[str]) -> str:
-    if len(names) > 8:
-        return f"{', '.join(names[:6])} and {len(names) - 6} more"
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

@@ -29,7 +29,7 @@ from ooc_moe.study.runner import State, state_of, steps_done, steps_of
 from ooc_moe.study.scores import MEASURES, RAW_MEASURES, Cell, StudyScores
 from ooc_moe.study.tables import tables
 from ooc_moe.study.verdicts import Separation, Verdict
-from ooc_moe.summary import TextTable
+from ooc_moe.text_table import TextTable
 from ooc_moe_wire.errors import InvalidRequest
 
 NOTES = "## Notes"

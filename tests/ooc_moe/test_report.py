@@ -13,13 +13,14 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from ooc_moe import learning_charts, summary, tier_charts
+from ooc_moe import learning_charts, summary, tier_charts, tier_tables
 from ooc_moe.baselines import DIRECTORY, PROTOCOL, baselines
 from ooc_moe.charts import CHARTS
 from ooc_moe.metrics import MetricsWriter
 from ooc_moe.report import _PARTS, summary_tables, write_report
 from ooc_moe.run_record import RunRecord
 from ooc_moe.single_task import with_single_task
+from ooc_moe.text_table import TextTable, format_bytes, format_score
 from ooc_moe_wire.errors import InvalidRequest
 from tests.ooc_moe.conftest import EXPERT_BYTES, UPDATES_PER_GAME
 
@@ -43,7 +44,7 @@ def printed(run_dir: Path) -> str:
     return console.export_text()
 
 
-def rows(table: summary.TextTable) -> dict[str, list[str]]:
+def rows(table: TextTable) -> dict[str, list[str]]:
     return {name: cells for name, *cells in table.rows}
 
 
@@ -128,22 +129,22 @@ def test_hit_rates_fetches_and_bytes_are_those_of_the_counters(finished_run: Pat
     record = RunRecord.read(finished_run)
     cache = record.updates[-1]["cache"]
     fetched = cache["fetched_from"]
-    table = rows(summary.tier_table(record))
+    table = rows(tier_tables.tier_table(record))
     assert table["HBM"][2:4] == [f"{cache['hits']:,}", f"{100 * cache['hits'] / cache['accesses']:.1f} %"]
     assert table["DRAM"][3] == f"{100 * fetched['dram'] / (fetched['dram'] + fetched['seed']):.1f} %"
     assert table["NVMe"][2:4] == ["0", "0.0 %"]
-    assert table["HBM"][4] == summary.format_bytes(cache["bytes_in"])
-    assert table["NVMe"][4] == summary.format_bytes(record.updates[-1]["store"]["nvme"]["written_bytes"])
+    assert table["HBM"][4] == format_bytes(cache["bytes_in"])
+    assert table["NVMe"][4] == format_bytes(record.updates[-1]["store"]["nvme"]["written_bytes"])
 
 
 def test_prefetches_are_useful_late_or_wasted(finished_run: Path) -> None:
-    table = summary.prefetch_table(RunRecord.read(finished_run))
+    table = tier_tables.prefetch_table(RunRecord.read(finished_run))
     assert table.title == "Prefetch into HBM (by detector)"
     ahead = 2 * 3 * UPDATES_PER_GAME
     found = {"issued": (12, ahead), "useful": (6, ahead), "late": (3, 0), "wasted": (3, 0)}
     for what, cells in rows(table).items():
         experts, foretold = found.get(what, (0, 0))
-        sizes = [summary.format_bytes(count * EXPERT_BYTES) for count in (experts, foretold)]
+        sizes = [format_bytes(count * EXPERT_BYTES) for count in (experts, foretold)]
         share = "–" if what == "refused" else f"{100 * experts / 12:.1f} %"
         assert cells == [f"{experts}", sizes[0], share, f"{foretold}", sizes[1]], what
     assert list(rows(table)) == ["issued", "useful", "late", "wasted", "cancelled", "unused yet", "refused"]
@@ -153,7 +154,7 @@ def test_prefetches_are_useful_late_or_wasted(finished_run: Path) -> None:
 
 
 def test_overlap_is_measured_in_training_and_in_evaluation(finished_run: Path) -> None:
-    assert rows(summary.overlap_table(RunRecord.read(finished_run))) == {
+    assert rows(tier_tables.overlap_table(RunRecord.read(finished_run))) == {
         # Evaluated, each game uses three experts, one of them the next game's: 1 of 5 in common, and 20 of 500 tokens.
         "top-10 experts in common": ["0.0 %", "20.0 %"],
         "routed mass in common": ["0.0 %", "4.0 %"],
@@ -217,14 +218,14 @@ def test_the_best_constant_action_stands_beside_random_play_once_it_was_played_b
         writer.log("evaluation", **where, known=True, returns=[4.0, 4.0], return_mean=4.0, random_mean=0.0, episodes_truncated=1)
     played = baselines("pixel/toward", tmp_path / DIRECTORY, **protocol)
 
-    def table_of(make, **changed) -> summary.TextTable:
+    def table_of(make, **changed) -> TextTable:
         (tmp_path / "config.json").write_text(json.dumps({"games": ["pixel/toward", "pixel/away"], **protocol, **changed}))
         return make(RunRecord.read(tmp_path))
 
     for make in (summary.score_table, summary.evaluation_table):
         table = table_of(make)
         assert table.columns[:3] == ["game", "random", "best constant"]
-        assert rows(table)["pixel/toward"][:3] == ["0", summary.format_score(played.best_constant_mean), "4.00"]
+        assert rows(table)["pixel/toward"][:3] == ["0", format_score(played.best_constant_mean), "4.00"]
         assert rows(table)["pixel/away"][:3] == ["0", "–", "4.00"]
         for name in PROTOCOL:
             assert "best constant" not in table_of(make, **{name: protocol[name] + 1}).columns

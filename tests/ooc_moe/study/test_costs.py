@@ -13,6 +13,7 @@ from ooc_moe.run_record import RunRecord
 from ooc_moe.study.costs import cold_fetched, cold_share, costs_by_variant, costs_of
 from ooc_moe.study.scores import StudyScores
 from ooc_moe.study.tables import tables
+from ooc_moe.text_table import DASH
 from tests.ooc_moe.study.made import CONSTANT, GAMES, begun, made_up, scores_of, small_study
 
 
@@ -103,4 +104,4 @@ def test_an_older_run_says_nothing_of_what_it_did_not_log(tmp_path: Path) -> Non
     found = scores_of(study, made_up(study, tmp_path, {"full": 1.0}, seeds=1))
     costs = next(table for table in tables(found, costs_by_variant(found)) if table.title == "Costs in bytes moved and time")
     cells = dict(zip(costs.columns, costs.rows[0], strict=True))
-    assert (cells["of them cold"], cells["cold and equal"]) == (summary.DASH, summary.DASH)
+    assert (cells["of them cold"], cells["cold and equal"]) == (DASH, DASH)

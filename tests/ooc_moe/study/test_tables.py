@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ooc_moe import summary
 from ooc_moe.envs import REFERENCE_SCORES
 from ooc_moe.metrics import read_metrics
 from ooc_moe.study.tables import tables
+from ooc_moe.text_table import DASH
 from tests.ooc_moe.study.made import GAMES, SINGLE, change_evaluations, made_up, points, scores_of, small_study
 
 
@@ -27,7 +27,7 @@ def test_tables_show_every_run_and_every_variant_beside_the_baselines(tmp_path: 
     name, learning, average, dormant = by_title["Beside a human, and dormant units"].rows[-1]
     floors = {game: REFERENCE_SCORES[game][0] for game in GAMES}
     beside = 100 * np.mean([(SINGLE[game] - floors[game]) / (best - floors[game]) for game, best in zip(GAMES, (5, 5, 20), strict=True)])
-    assert (name, learning, dormant) == ("single", average, summary.DASH)
+    assert (name, learning, dormant) == ("single", average, DASH)
     assert float(learning.removesuffix(" %")) == pytest.approx(beside, abs=0.3)
 
 
