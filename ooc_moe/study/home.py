@@ -103,6 +103,7 @@ def _shorter(found: StudyScores) -> str:
 def write(results: Results, directory: Path, *, command: str) -> list[Path]:
     """Writes everything; returns the files. What an older NAME.md says under "Notes" stays."""
     study = results.found.study
+    described = facts(Path(), command=command) | {"torch": importlib.metadata.version("torch")}  # Before a file of the checkout changes.
     directory.mkdir(parents=True, exist_ok=True)
     paths = []
     pictures = []
@@ -112,7 +113,6 @@ def write(results: Results, directory: Path, *, command: str) -> list[Path]:
             figure.savefig(path, format="png")
             paths.append(path)
             pictures.append(f"![{name}]({path.name})\n\n{_FIGURES[name]}")
-    described = facts(Path(), command=command) | {"torch": importlib.metadata.version("torch")}
     page = directory / f"{study.name}.md"
     page.write_text(_markdown(results, described, pictures, _notes_of(page)))
     numbers = directory / f"{study.name}.json"
