@@ -143,7 +143,7 @@ def misses_and_stalls(points: Sequence[CachingPoint]) -> Figure | None:
                 continue
             x = [places[point.switch_every] for point in row]
             # Wider below, so that lines that lie on each other are all seen.
-            look = {"color": colours[str(size)], "linewidth": 4 - 1.4 * rank, "markersize": 8 - 2.2 * rank}
+            look = {"color": colours[str(size)], "linewidth": 4 * 0.65**rank, "markersize": 8 * 0.75**rank}
             top.plot(x, [1 - p.hit_rate for p in row], "o-", label=f"{size} of {row[0].bank_experts}", **look)
             bottom.plot(x, [p.stall_s for p in row], "o-", **look)
             if way is Way.SIMULATOR:
