@@ -204,9 +204,9 @@ class RunRecord:
         """(equal bit for bit, all) cold experts, added up over the phases; see measures.py. (0, 0) where no checksums were logged."""
         found = []
         before: dict[tuple[int, str], list[str]] = {}
-        owner: dict[tuple[int, str], str] = {}
+        owner: dict[tuple[int, str], str] = {}  # With pools: the first game that used the expert; the others borrow it.
         trained: set[tuple[int, str]] = set()
-        pools = self.config.get("agent", {}).get("routing") != "token"  # There an expert is the first game's that used it.
+        pools = self.config.get("agent", {}).get("routing") != "token"
         for event in self.events:
             if event["event"] == "update":
                 used = {(self._bank_of(layer), expert) for layer, counts in (event.get("usage") or {}).items() for expert in counts}

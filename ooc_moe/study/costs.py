@@ -45,7 +45,7 @@ class Costs:
     cold_fetched: float
     """Of `fetched`, the experts that an earlier game had used; NaN where fetches were not logged by expert, or games take turns."""
     cold_equal: int
-    """Experts equal bit for bit after a game that did not use them, in all runs together."""
+    """Experts equal bit for bit after a game that did not use them, or only borrowed them, in all runs together."""
     cold: int
     """Of so many: see measures.cold_unchanged."""
     cold_runs: int
