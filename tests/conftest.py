@@ -26,7 +26,7 @@ class DaemonProcess:
         self.log: list[str] = []
         # Socket paths are limited to 107 bytes; pytest's own directories can be longer.
         self._socket_dir = tempfile.mkdtemp(prefix="ooc-moe-")
-        self._command = command or (sys.executable, "-m", "ooc_moe_server.cli")
+        self._command = command or (sys.executable, "-m", "ooc_moe_server.daemon.cli")
         self._arguments = ("--data-dir", str(data_dir), "--dram-bytes", dram_bytes, *arguments)
         self._port = 0
         self._process: subprocess.Popen[str] | None = None

@@ -12,8 +12,8 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from ooc_moe_client.checks import check_distinct, check_known_versions, check_memory, checked_bodies
 from ooc_moe_client.store import Bank, Durability, ExpertInfo, Fetched, PrefetchState, Priority, Push, Sections, Snapshot, Tier
+from ooc_moe_client.validation import check_distinct, check_known_versions, check_memory, checked_bodies
 from ooc_moe_wire.codec import Checksums
 from ooc_moe_wire.errors import (
     BankExists,

@@ -21,8 +21,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from ooc_moe import trace
-from ooc_moe.bench.machine import facts
+from ooc_moe.metrics import trace
+from ooc_moe.metrics.provenance import facts
 from ooc_moe.simulate.replay import Setup, replay
 
 CACHE_SHARES = (0.05, 0.1, 0.25, 0.5)

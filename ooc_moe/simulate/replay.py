@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from ooc_moe.trace import Span, Trace
+from ooc_moe.metrics.trace import Span, Trace
 from ooc_moe_wire.errors import InvalidRequest
 from ooc_moe_wire.policy import Belady, EvictionPolicy, make_policy
 

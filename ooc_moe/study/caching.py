@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from ooc_moe.run_config import RunConfig
-from ooc_moe.run_record import RunRecord
-from ooc_moe.simulate.made import with_turns
+from ooc_moe.config.run import RunConfig
+from ooc_moe.metrics.run import RunRecord
+from ooc_moe.metrics.trace import Trace, read_trace
 from ooc_moe.simulate.replay import Setup, replay
+from ooc_moe.simulate.synthetic_traces import with_turns
 from ooc_moe.study.scores import StudyScores
-from ooc_moe.trace import Trace, read_trace
 
 
 class Way(Enum):

@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ooc_moe import checkpoint, measures
-from ooc_moe.measures import Floats
-from ooc_moe.run_config import RunConfig
-from ooc_moe.run_record import RunRecord
+from ooc_moe.config.run import RunConfig
+from ooc_moe.metrics import measures
+from ooc_moe.metrics.measures import Floats
+from ooc_moe.metrics.run import RunRecord
+from ooc_moe.session import checkpoint
 from ooc_moe.study.scores import StudyScores
 
 _FETCHED_FROM = ("dram", "nvme", "seed")

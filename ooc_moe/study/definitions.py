@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ooc_moe.config import PRESETS, AgentConfig
-from ooc_moe.run_config import PPOConfig, RunConfig
+from ooc_moe.config.agent import PRESETS, AgentConfig
+from ooc_moe.config.run import PPOConfig, RunConfig
 from ooc_moe.study.variants import VARIANTS, Variant
 from ooc_moe_wire.errors import InvalidRequest
 

@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from ooc_moe import measures, statistics
-from ooc_moe.drawing import FAINT, INK, WIDTH, game_colours, legend
+from ooc_moe.metrics import measures, statistics
+from ooc_moe.report.drawing import FAINT, INK, WIDTH, game_colours, legend
 from ooc_moe.study.caching import CachingPoint, Way
 from ooc_moe.study.scores import Cell, StudyScores, strata
 from ooc_moe.study.verdicts import UNTRAINED

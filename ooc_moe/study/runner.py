@@ -19,13 +19,13 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from ooc_moe import checkpoint
-from ooc_moe.interrupts import INTERRUPTED_EXIT, interruptible
-from ooc_moe.metrics import CONFIG_FILE, METRICS_FILE
-from ooc_moe.run_config import RunConfig
+from ooc_moe.config.run import RunConfig
+from ooc_moe.metrics.log import CONFIG_FILE, METRICS_FILE
+from ooc_moe.session import checkpoint
+from ooc_moe.session.interrupts import INTERRUPTED_EXIT, interruptible
 from ooc_moe_wire.errors import InvalidRequest
 
-CHILD = ("-m", "ooc_moe.study.child")
+CHILD = ("-m", "ooc_moe.study.run_one")
 LOG_FILE = "output.log"
 POLL_S = 0.5
 _TAIL_BYTES = 1 << 16

@@ -12,10 +12,10 @@ from functools import cached_property
 
 import numpy as np
 
-from ooc_moe import measures
 from ooc_moe.envs import REFERENCE_SCORES
-from ooc_moe.measures import Floats
-from ooc_moe.run_record import RunRecord
+from ooc_moe.metrics import measures
+from ooc_moe.metrics.measures import Floats
+from ooc_moe.metrics.run import RunRecord
 from ooc_moe.study.definitions import Study, StudyRun
 
 SINGLE = "single"

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from ooc_moe import measures, statistics
+from ooc_moe.metrics import measures, statistics
+from ooc_moe.report.summary import ambiguous, of_reference
+from ooc_moe.report.text_table import DASH, TextTable, format_bytes, format_count, format_part, format_score, format_share
 from ooc_moe.study.caching import CachingPoint, Way
 from ooc_moe.study.costs import Costs
 from ooc_moe.study.scores import MEASURES, RAW_MEASURES, Cell, StudyScores, strata
 from ooc_moe.study.verdicts import Separation, pair_gaps
-from ooc_moe.summary import ambiguous, of_reference
-from ooc_moe.text_table import DASH, TextTable, format_bytes, format_count, format_part, format_score, format_share
 
 _MAIN = ("learning", "average", "retention", "forgetting")
 _INTERVALS = (

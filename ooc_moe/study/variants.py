@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from ooc_moe.run_config import RunConfig
+from ooc_moe.config.run import RunConfig
 
 
 @dataclass(frozen=True, slots=True)

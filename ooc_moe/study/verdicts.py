@@ -25,12 +25,12 @@ from itertools import product
 
 import numpy as np
 
-from ooc_moe import measures, statistics
-from ooc_moe.run_record import RunRecord
+from ooc_moe.metrics import measures, statistics
+from ooc_moe.metrics.run import RunRecord
+from ooc_moe.report.text_table import format_share
 from ooc_moe.study.caching import CachingPoint, Way
 from ooc_moe.study.definitions import StudyRun
 from ooc_moe.study.scores import StudyScores, strata
-from ooc_moe.text_table import format_share
 
 FULL, MOE, DENSE, UNTRAINED = "full", "moe-token", "dense", "moe-untrained"
 SIGNIFICANCE = 0.05

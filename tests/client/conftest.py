@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ooc_moe_client.in_memory import InMemoryStore
-from ooc_moe_client.remote import RemoteStore
+from ooc_moe_client.remote.store import RemoteStore
 from ooc_moe_client.store import ExpertStore, Plane, Priority, Push
 from ooc_moe_wire.initializers import Initializer
 from ooc_moe_wire.layout import BankSpec, Layout, TensorSpec

@@ -16,7 +16,7 @@ from concurrent import futures
 import grpc
 import numpy as np
 
-from ooc_moe_client.remote import RemoteStore
+from ooc_moe_client.remote.store import RemoteStore
 from ooc_moe_wire.codec import Checksums, chunks
 from ooc_moe_wire.errors import STATUS, InvalidRequest, OocMoeError, trailing_metadata
 from ooc_moe_wire.layout import BLOCK_BYTES

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ooc_moe.cli import main
+from ooc_moe.cli.main import main
 
 
 def exit_code(*words: str) -> int:

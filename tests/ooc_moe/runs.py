@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ooc_moe import checkpoint
-from ooc_moe.config import PRESETS
-from ooc_moe.daemon import embedded_daemon
-from ooc_moe.metrics import Event, MetricsWriter, read_metrics
-from ooc_moe.run_config import PPOConfig, RunConfig
-from ooc_moe.session import open_session
-from ooc_moe.train import Trainer
-from ooc_moe_client.cache_stats import CacheStats
-from ooc_moe_client.remote import RemoteStore
+from ooc_moe.config.agent import PRESETS
+from ooc_moe.config.run import PPOConfig, RunConfig
+from ooc_moe.metrics.log import Event, MetricsWriter, read_metrics
+from ooc_moe.run.train import Trainer
+from ooc_moe.session import checkpoint
+from ooc_moe.session.daemon import embedded_daemon
+from ooc_moe.session.session import open_session
+from ooc_moe_client.hbm.stats import CacheStats
+from ooc_moe_client.remote.store import RemoteStore
 from ooc_moe_client.store import ExpertStore
 
 # As tiny as "tiny", for the pixel games' own 10 x 10 frames.

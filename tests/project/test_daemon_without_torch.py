@@ -61,7 +61,7 @@ names = [module.name for package in (ooc_moe_server, ooc_moe_wire)
          for module in pkgutil.walk_packages(package.__path__, package.__name__ + ".") if not module.name.endswith("__main__")]
 for name in names:
     importlib.import_module(name)
-assert {"ooc_moe_server.cli", "ooc_moe_wire.codec", "ooc_moe_wire.v1.expert_pb2_grpc"} <= set(names), names
+assert {"ooc_moe_server.daemon.cli", "ooc_moe_wire.codec", "ooc_moe_wire.v1.expert_pb2_grpc"} <= set(names), names
 """
     run = subprocess.run(python(code), capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
@@ -78,7 +78,7 @@ def test_a_command_that_needs_an_extra_says_which_in_one_line(tmp_path):
         "bench learning",
     )
     code = f"""
-from ooc_moe.cli import main
+from ooc_moe.cli.main import main
 for command in {commands!r}:
     try:
         main(command.split())
@@ -93,7 +93,7 @@ for command in {commands!r}:
 
 def test_a_run_is_planned_and_studies_are_listed_without_torch():
     code = """
-from ooc_moe.cli import main
+from ooc_moe.cli.main import main
 for command in (["plan", "--config", "demo"], ["study"]):
     try:
         main(command)
@@ -109,13 +109,13 @@ for command in (["plan", "--config", "demo"], ["study"]):
 def test_the_daemon_starts_serves_and_stops_without_torch(tmp_path):
     socket = f"unix:{tmp_path}/daemon.sock"
     flags = ["--data-dir", str(tmp_path / "store"), "--dram-bytes", "16MiB", "--listen", socket]
-    daemon = subprocess.Popen([*python("from ooc_moe_server.cli import main; main()"), *flags])
+    daemon = subprocess.Popen([*python("from ooc_moe_server.daemon.cli import main; main()"), *flags])
     try:
         with grpc.insecure_channel(socket) as channel:
             answers = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=30, wait_for_ready=True)
             serving = health_pb2.HealthCheckResponse.SERVING
             assert next(answer.status for answer in answers if answer.status == serving) == serving
-        statistics = python(f"from ooc_moe.cli import main; main(['stats', '--json', '--store', {socket!r}])")
+        statistics = python(f"from ooc_moe.cli.main import main; main(['stats', '--json', '--store', {socket!r}])")
         assert "uptime_s" in json.loads(subprocess.run(statistics, capture_output=True, text=True, check=True).stdout)
         daemon.send_signal(signal.SIGTERM)
         assert daemon.wait(timeout=60) == 0

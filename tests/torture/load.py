@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 
-from ooc_moe_client.remote import RemoteStore
+from ooc_moe_client.remote.store import RemoteStore
 from ooc_moe_client.store import Priority, Push, Sections
 from ooc_moe_wire.errors import Unavailable
 from ooc_moe_wire.layout import Layout

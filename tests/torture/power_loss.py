@@ -25,7 +25,7 @@ from unittest import mock
 
 import apsw
 
-from ooc_moe_server import slab
+from ooc_moe_server.nvme import slab
 
 SECTOR_BYTES = 512
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ooc_moe_server.engine import Engine
+from ooc_moe_server.engine.engine import Engine
 from ooc_moe_wire.codec import Checksums, chunks
 from ooc_moe_wire.errors import OocMoeError
 from ooc_moe_wire.initializers import Initializer

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ooc_moe_server.cli import main
+from ooc_moe_server.daemon.cli import main
 
 CALLS = ("preadv", "pwritev", "fdatasync")
 

@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from ooc_moe_client import store as interface
-from ooc_moe_client.remote import RemoteStore
+from ooc_moe_client.remote.store import RemoteStore
 from ooc_moe_client.store import Push
 from ooc_moe_wire.errors import InvalidRequest, NotTheWriter
 from tests.torture.bodies import Tag, body_of, layout_of, spec_of

@@ -17,9 +17,9 @@ from unittest import mock
 
 import pytest
 
-from ooc_moe_server import slab
-from ooc_moe_server.catalog import Slot
-from ooc_moe_server.engine import Engine
+from ooc_moe_server.catalog.catalog import Slot
+from ooc_moe_server.engine.engine import Engine
+from ooc_moe_server.nvme import slab
 from ooc_moe_wire.errors import CorruptRecord, Internal, NotFound, OocMoeError, TierFull, error_named
 from ooc_moe_wire.layout import BankSpec
 from ooc_moe_wire.v1 import expert_pb2

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from ooc_moe_server.data_dir import held
-from ooc_moe_server.engine import Engine
-from ooc_moe_server.rebuild import rebuild
-from ooc_moe_server.verify import verify
+from ooc_moe_server.daemon.data_dir import held
+from ooc_moe_server.engine.engine import Engine
+from ooc_moe_server.repair.rebuild import rebuild
+from ooc_moe_server.repair.verify import verify
 from ooc_moe_wire.errors import CorruptRecord, OocMoeError
 from tests.torture.killed import Threads
 from tests.torture.promises import Ledger

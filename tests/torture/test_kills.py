@@ -21,7 +21,7 @@ import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from ooc_moe_client.remote import RemoteStore
+from ooc_moe_client.remote.store import RemoteStore
 from ooc_moe_wire.errors import Unavailable
 from tests.server.conftest import Client
 from tests.torture.bodies import Tag, body_of, layout_of, spec_of
@@ -150,7 +150,7 @@ def torture(daemon: Any, seed: int, kills: int, life_s_max: float) -> dict[str, 
     finally:
         run.end()
     daemon.kill()
-    command = [sys.executable, "-m", "ooc_moe_server.cli", "verify", str(daemon.data_dir)]
+    command = [sys.executable, "-m", "ooc_moe_server.daemon.cli", "verify", str(daemon.data_dir)]
     verified = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert verified.returncode == 0, verified.stdout + verified.stderr
     return run.counts() | {"ooc-moe-server verify, after the last kill": verified.stdout.strip().splitlines()[-1]}

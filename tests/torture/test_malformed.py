@@ -22,7 +22,7 @@ import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from ooc_moe_client.remote import RemoteStore
+from ooc_moe_client.remote.store import RemoteStore
 from ooc_moe_client.store import Plane, Push
 from ooc_moe_wire.codec import MESSAGE_BYTES_MAX, TRAINER_KEY
 from ooc_moe_wire.errors import ERROR_KEY, STATUS, Internal

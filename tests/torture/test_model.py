@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
-from ooc_moe_server.engine import Engine
+from ooc_moe_server.engine.engine import Engine
 from ooc_moe_wire.errors import BankExists, OocMoeError, UnknownBank, UnknownExpert
 from ooc_moe_wire.layout import BankSpec, Layout
 from ooc_moe_wire.v1 import expert_pb2

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from ooc_moe_server.data_dir import held
-from ooc_moe_server.engine import Engine
-from ooc_moe_server.rebuild import rebuild
+from ooc_moe_server.daemon.data_dir import held
+from ooc_moe_server.engine.engine import Engine
+from ooc_moe_server.repair.rebuild import rebuild
 from ooc_moe_wire.errors import CorruptRecord, OocMoeError
 from tests.torture.power_loss import Choice, Recorder, any_part, everything, materialise, nothing, prefix
 from tests.torture.promises import LARGE, BrokenPromise, Forgive, Ledger, Value, push, random_body

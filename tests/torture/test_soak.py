@@ -21,10 +21,10 @@ from typing import Any
 
 import pytest
 
-from ooc_moe.config import PRESETS
-from ooc_moe.run_config import PPOConfig, RunConfig
-from ooc_moe.train import Interrupted, Trainer, train
-from ooc_moe_client.remote import RemoteStore
+from ooc_moe.config.agent import PRESETS
+from ooc_moe.config.run import PPOConfig, RunConfig
+from ooc_moe.run.train import Interrupted, Trainer, train
+from ooc_moe_client.remote.store import RemoteStore
 from tests.conftest import DaemonProcess
 from tests.ooc_moe.runs import SILENT, assert_same_end, bodies, end_of, updates, wait_for, without_clock
 from tests.torture.proxy import LossyProxy

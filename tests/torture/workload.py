@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from ooc_moe_server import reserve, slab
-from ooc_moe_server.engine import Engine
+from ooc_moe_server.engine.engine import Engine
+from ooc_moe_server.nvme import reserve, slab
 from ooc_moe_wire.layout import BankSpec
 from ooc_moe_wire.v1 import expert_pb2
 from tests.torture.promises import LARGE, SMALL, BankPromise, Ledger, SnapshotPromise, Value, fetch, random_body, seeded, send, writing

@@ -3,8 +3,8 @@ import io
 import pytest
 import torch
 
-from ooc_moe.agent import Agent
-from ooc_moe.expert_adam import ExpertAdam
+from ooc_moe.agent.agent import Agent
+from ooc_moe.moe.expert_adam import ExpertAdam
 from ooc_moe_wire.errors import InvalidRequest, Unavailable
 
 CONTEXT = 4

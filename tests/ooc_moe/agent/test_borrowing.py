@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ooc_moe.agent import Agent
-from ooc_moe.config import PRESETS
-from ooc_moe.lookahead import uses_of_update
-from ooc_moe.moe import TieredExperts, TieredMoE
-from ooc_moe.pools import GamePools, PoolBook
-from ooc_moe.routing import Router
-from ooc_moe_client.schedule import Use
+from ooc_moe.agent.agent import Agent
+from ooc_moe.agent.pools import GamePools, PoolBook
+from ooc_moe.config.agent import PRESETS
+from ooc_moe.learning.lookahead import uses_of_update
+from ooc_moe.moe.layer import TieredExperts, TieredMoE
+from ooc_moe.moe.router import Router
+from ooc_moe_client.hbm.schedule import Use
 from ooc_moe_client.store import Sections
 from ooc_moe_wire.errors import InvalidRequest
 from tests.ooc_moe.agent.test_agent import CONTEXT, play, train

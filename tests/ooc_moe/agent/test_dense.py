@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ooc_moe.expert_adam import ExpertAdam
+from ooc_moe.moe.expert_adam import ExpertAdam
 
 DENSE = {"routing": "token", "num_experts": 1, "top_k": 1, "banks": "per-layer", "attention": "shared"}
 

@@ -2,8 +2,8 @@ from dataclasses import replace
 
 import pytest
 
-from ooc_moe.config import PRESETS
-from ooc_moe.pools import GamePools, PoolBook
+from ooc_moe.agent.pools import GamePools, PoolBook
+from ooc_moe.config.agent import PRESETS
 from ooc_moe_wire.errors import InvalidRequest
 
 TINY = PRESETS["tiny"]

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ooc_moe.transformer import CausalAttention, KeysValues, episode_mask
+from ooc_moe.agent.transformer import CausalAttention, KeysValues, episode_mask
 
 BATCH, TIME, DIM, HEADS = 2, 6, 8, 2
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from ooc_moe.metrics import CONFIG_FILE, MetricsWriter
-from ooc_moe.run_record import RunRecord
+from ooc_moe.metrics.log import CONFIG_FILE, MetricsWriter
+from ooc_moe.metrics.run import RunRecord
+from ooc_moe.metrics.trace import TraceWriter
 from ooc_moe.study.caching import Way, caching_points
 from ooc_moe.study.definitions import StudyRun
 from ooc_moe.study.scores import StudyScores
-from ooc_moe.trace import TraceWriter
-from tests.ooc_moe.study.made import TINY, small_study
+from tests.ooc_moe.study.made_up_studies import TINY, small_study
 
 
 def caching_run(directory: Path, *, switch_every: int, hits: int, traced: bool) -> StudyRun:

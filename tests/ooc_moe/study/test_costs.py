@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from ooc_moe import checkpoint, summary
-from ooc_moe.metrics import CONFIG_FILE, MetricsWriter
-from ooc_moe.run_record import RunRecord
+from ooc_moe.metrics.log import CONFIG_FILE, MetricsWriter
+from ooc_moe.metrics.run import RunRecord
+from ooc_moe.report import summary
+from ooc_moe.report.text_table import DASH
+from ooc_moe.session import checkpoint
 from ooc_moe.study.costs import cold_fetched, cold_share, costs_by_variant, costs_of
 from ooc_moe.study.scores import StudyScores
 from ooc_moe.study.tables import tables
-from ooc_moe.text_table import DASH
-from tests.ooc_moe.study.made import CONSTANT, GAMES, begun, made_up, scores_of, small_study
+from tests.ooc_moe.study.made_up_studies import CONSTANT, GAMES, begun, made_up, scores_of, small_study
 
 
 def test_cold_experts_are_those_that_an_earlier_game_had_used(tmp_path: Path) -> None:

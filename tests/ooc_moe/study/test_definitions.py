@@ -7,7 +7,7 @@ import pytest
 from ooc_moe.study.definitions import STUDIES, find_study
 from ooc_moe.study.variants import VARIANTS
 from ooc_moe_wire.errors import InvalidRequest
-from tests.ooc_moe.study.made import SYNTHETIC
+from tests.ooc_moe.study.made_up_studies import SYNTHETIC
 
 
 def test_the_synthetic_study_has_the_seeds_and_orders_that_the_verdicts_want() -> None:

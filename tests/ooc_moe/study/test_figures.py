@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from ooc_moe.study.figures import learning_and_retention, misses_and_stalls, scores_after_training
 from ooc_moe.study.scores import strata
-from tests.ooc_moe.study.made import GAMES, made_up, mean, points, scores_of, small_study
+from tests.ooc_moe.study.made_up_studies import GAMES, made_up, mean, points, scores_of, small_study
 
 
 def drawn(figure: Figure | None) -> Figure:

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from ooc_moe.metrics import read_metrics
-from ooc_moe.run_record import RunRecord
+from ooc_moe.metrics.log import read_metrics
+from ooc_moe.metrics.run import RunRecord
 from ooc_moe.study import runner
 from ooc_moe.study.runner import LOG_FILE, State, Status, run_all, state_of, steps_done, steps_of
 from ooc_moe_wire.errors import InvalidRequest
 from tests.ooc_moe.runs import assert_same_run, wait_for
-from tests.ooc_moe.study.made import (
+from tests.ooc_moe.study.made_up_studies import (
     TINY,
     begun,
 )
@@ -94,7 +94,7 @@ def test_runs_are_made_begun_ones_anew_and_a_failure_does_not_stop_the_others(
 _RUNNER = """
 import sys
 from pathlib import Path
-from ooc_moe.run_config import RunConfig
+from ooc_moe.config.run import RunConfig
 from ooc_moe.study.runner import run_all
 run_dir = Path(sys.argv[1])
 outcome = run_all([RunConfig.from_json(sys.stdin.read(), run_dir)], jobs=1)

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ooc_moe.metrics import read_metrics
+from ooc_moe.metrics.log import read_metrics
 from ooc_moe.study.scores import strata
-from tests.ooc_moe.study.made import (
+from tests.ooc_moe.study.made_up_studies import (
     CONSTANT,
     change_evaluations,
     made_up,

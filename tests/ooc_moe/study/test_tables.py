@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from ooc_moe.envs import REFERENCE_SCORES
-from ooc_moe.metrics import read_metrics
+from ooc_moe.metrics.log import read_metrics
+from ooc_moe.report.text_table import DASH
 from ooc_moe.study.tables import tables
-from ooc_moe.text_table import DASH
-from tests.ooc_moe.study.made import GAMES, SINGLE, change_evaluations, made_up, points, scores_of, small_study
+from tests.ooc_moe.study.made_up_studies import GAMES, SINGLE, change_evaluations, made_up, points, scores_of, small_study
 
 
 def test_tables_show_every_run_and_every_variant_beside_the_baselines(tmp_path: Path) -> None:

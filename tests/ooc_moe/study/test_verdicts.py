@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ooc_moe.metrics import read_metrics
+from ooc_moe.metrics.log import read_metrics
 from ooc_moe.study import verdicts
 from ooc_moe.study.caching import CachingPoint
 from ooc_moe.study.definitions import StudyRun
 from ooc_moe.study.tables import pair_table
-from tests.ooc_moe.study.made import GAMES, made_up, points, scores_of, small_study
+from tests.ooc_moe.study.made_up_studies import GAMES, made_up, points, scores_of, small_study
 
 
 def test_protection_holds_only_with_enough_runs_a_clear_gap_and_learning(tmp_path: Path) -> None:

@@ -1,0 +1,109 @@
+"""The slab on a GPU: pinned staging, one copy stream, and events that order copies against compute without stopping the host.
+
+    fetch:    landing memory --copy stream, after the slot's last use--> slot --event--> compute stream
+    copy out: slot --copy stream, after the slot's last use--> pinned buffer --event--> host; the next writer waits for it
+
+Knows nothing of experts, like `slab.py`, whose protocol it implements.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ooc_moe_client.hbm.slots import CopyOut, allocate, strided_views
+from ooc_moe_wire.layout import Layout
+
+# Two fetches (demand and prefetch), each with one expert arriving and one being copied.
+STAGING_BUFFERS = 4
+
+
+class CudaSlab:
+    """Slots in a GPU's memory."""
+
+    def __init__(self, layout: Layout, num_slots: int, device: torch.device) -> None:
+        self._device = device
+        self._rows = allocate(num_slots, layout.body_bytes, device)
+        self.views = strided_views(layout, self._rows)
+        self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._copies.wait_stream(torch.cuda.current_stream(device))
+        self._used: dict[int, torch.cuda.Event] = {}  # by slot: the compute stream's last use
+        self._copied_in: dict[int, torch.cuda.Event] = {}
+        self._copied_out: dict[int, torch.cuda.Event] = {}
+        self._lock = threading.Lock()  # guards the staging buffers
+        self._staging: list[tuple[Tensor, torch.cuda.Event | None]] = []  # returned ones, and the copy that still reads them
+        self._num_staging = 0
+        self._landing: dict[int, Tensor] = {}  # by slot
+
+    def landing(self, slot: int, num_bytes: int) -> memoryview:
+        """Pinned staging; the same again when the slot already has some (a broken stream started anew)."""
+        with self._lock:
+            if slot not in self._landing:
+                self._landing[slot] = self._take_staging()
+            return self._landing[slot].numpy()[:num_bytes].data
+
+    def _take_staging(self) -> Tensor:
+        for index, (buffer, copied) in enumerate(self._staging):
+            if copied is None or copied.query():  # type: ignore[no-untyped-call]
+                del self._staging[index]
+                return buffer
+        if self._num_staging < STAGING_BUFFERS or not self._staging:
+            self._num_staging += 1
+            return self.host_buffer()
+        buffer, copied = self._staging.pop(0)
+        assert copied is not None
+        copied.synchronize()
+        return buffer
+
+    def landed(self, slot: int, num_bytes: int) -> None:
+        """Starts the copy to the slot, after the slot's last use."""
+        with self._lock:
+            buffer = self._landing.pop(slot)
+            with torch.cuda.stream(self._copies):
+                if slot in self._used:
+                    self._copies.wait_event(self._used.pop(slot))
+                self._rows[slot, :num_bytes].copy_(buffer[:num_bytes], non_blocking=True)
+            self._copied_in[slot] = copied = self._copies.record_event()
+            self._staging.append((buffer, copied))
+
+    def abandon(self, slot: int) -> None:
+        """Gives the staging buffer back."""
+        with self._lock:
+            buffer = self._landing.pop(slot, None)
+            if buffer is not None:
+                self._staging.append((buffer, None))
+
+    def acquire(self, slots: Sequence[int], *, writing: bool) -> None:
+        """The compute stream waits for what was copied in; before writing also for what is being copied out."""
+        compute = torch.cuda.current_stream(self._device)
+        for slot in slots:
+            if slot in self._copied_in:
+                compute.wait_event(self._copied_in[slot])
+            if writing and slot in self._copied_out:
+                compute.wait_event(self._copied_out.pop(slot))
+
+    def release(self, slots: Sequence[int]) -> None:
+        """Records the compute stream's last use of the slots."""
+        used = torch.cuda.current_stream(self._device).record_event()
+        self._used.update((slot, used) for slot in slots)
+
+    def copy_out(self, slot: int, buffer: Tensor) -> CopyOut:
+        """Starts the copy to pinned memory, after the slot's last use."""
+        with torch.cuda.stream(self._copies):
+            if slot in self._used:
+                self._copies.wait_event(self._used[slot])
+            buffer.copy_(self._rows[slot], non_blocking=True)
+        copied: torch.cuda.Event = self._copies.record_event()
+        self._copied_out[slot] = copied
+        return copied
+
+    def host_buffer(self) -> Tensor:
+        """Pinned memory."""
+        return torch.empty(self._rows.shape[1], dtype=torch.uint8, pin_memory=True)
+
+    def close(self) -> None:
+        """The allocator does not know that the copy stream uses the slab."""
+        self._copies.synchronize()

@@ -1,0 +1,154 @@
+"""One connection to a daemon's local plane: the socket whose life is the session's. Fetches ask for leases through it.
+
+Knows nothing of calls, banks or versions, nor of what lies in the memory that comes with the welcome.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import time
+from collections.abc import Sequence
+
+from google.protobuf.message import DecodeError
+
+from ooc_moe_client.local.arena_view import LocalMemory
+from ooc_moe_wire.errors import DeadlineExceeded, Internal, InvalidRequest, TierFull, Unavailable, error_named
+from ooc_moe_wire.local import ACK, PACKET_BYTES_MAX, RELEASES_MAX, Welcome, pack_fetch, pack_release, pack_stage
+from ooc_moe_wire.v1 import local_pb2
+
+# A daemon whose loop does not get to the socket for so long is as good as gone.
+PATIENCE_S = 2.0
+
+_PEER = struct.Struct("3i")  # pid, uid, gid
+_TIMEVAL = struct.Struct("@ll")  # seconds, microseconds
+
+
+class LocalSession:
+    """One session. At most one fetch at a time; `release` and `is_alive` may be used from any thread."""
+
+    def __init__(self, connected: socket.socket, number: int) -> None:
+        """As `connect` makes it."""
+        self.number = number
+        self._socket = connected
+        self._broken = False
+
+    @staticmethod
+    def connect(name: str) -> tuple[LocalSession, LocalMemory]:
+        """Begins a session through the socket of that abstract name, and maps the daemon's memory.
+
+        Raises:
+            Unavailable: nobody listens there (another host, or a daemon that just ended), or it refuses this user.
+            InvalidRequest: who listens is another user, speaks another protocol, or sends memory that could shrink.
+        """
+        fds: list[int] = []
+        connected = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            _limit(connected, PATIENCE_S)
+            connected.connect(f"\0{name}")
+            _check_peer(connected)
+            packet, fds, _, _ = socket.recv_fds(connected, PACKET_BYTES_MAX, 2, socket.MSG_CMSG_CLOEXEC)
+            if not packet:
+                raise Unavailable("local plane: the daemon refuses this user")
+            welcome = Welcome.unpack(packet)
+            if len(fds) != 2:
+                raise InvalidRequest(f"local plane: the welcome came with {len(fds)} descriptors, not 2")
+            return LocalSession(connected, welcome.session), LocalMemory(fds[0], fds[1], welcome.arena_bytes)
+        except OSError as error:
+            connected.close()
+            raise Unavailable(f"local plane: {error.strerror or error}") from error
+        except BaseException:
+            connected.close()
+            raise
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    @property
+    def is_alive(self) -> bool:
+        """The daemon has not ended the session."""
+        if self._broken:
+            return False
+        try:
+            return self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) != b""
+        except BlockingIOError:
+            return True  # Nothing to read: all is well.
+        except OSError:
+            return False
+
+    def ask(self, fetch: local_pb2.LocalFetch) -> None:
+        """Begins a fetch; `answer` it until the end comes. Raises Unavailable."""
+        try:
+            self._socket.send(pack_fetch(fetch), socket.MSG_NOSIGNAL)
+        except OSError as error:
+            self._broken = True
+            raise Unavailable(f"local plane: {error.strerror or error}") from error
+
+    def answer(self, deadline: float) -> local_pb2.LocalAnswer | None:
+        """Waits for the next answer of the fetch; None at its end. `deadline`: of `time.monotonic()`.
+
+        Raises:
+            Unavailable, DeadlineExceeded: the session is over, and all leases with it.
+            What ended the fetch in the daemon: the session lives on.
+        """
+        try:
+            _limit(self._socket, deadline - time.monotonic())
+            packet = self._socket.recv(PACKET_BYTES_MAX)
+            if not packet:
+                raise Unavailable("local plane: the daemon ended the session")
+            answer = local_pb2.LocalAnswer.FromString(packet)
+        except BlockingIOError as error:
+            raise DeadlineExceeded("local plane: no answer in time") from error
+        except OSError as error:
+            raise Unavailable(f"local plane: {error.strerror or error}") from error
+        except DecodeError as error:
+            raise Internal(f"local plane: an answer that cannot be decoded: {error}") from error
+        if answer.WhichOneof("answer") != "end":
+            return answer
+        if not answer.end.HasField("error"):
+            return None
+        refusal = error_named(answer.end.error.kind, answer.end.error.message)
+        if isinstance(refusal, TierFull):
+            refusal.retry_after_ms = answer.end.retry_after_ms
+        raise refusal
+
+    def release(self, leases: Sequence[int]) -> None:
+        """Gives leases back. Never raises: where the daemon is gone, so are the leases."""
+        for start in range(0, len(leases), RELEASES_MAX):
+            packet = pack_release(leases[start : start + RELEASES_MAX])
+            try:
+                self._socket.send(packet, socket.MSG_NOSIGNAL)
+            except OSError:
+                self._broken = True
+
+    def stage(self, fd: int, num_bytes: int) -> bool:
+        """Sends staging memory; False when the daemon does not take it, and the session is over."""
+        try:
+            _limit(self._socket, PATIENCE_S)
+            socket.send_fds(self._socket, [pack_stage(num_bytes)], [fd], socket.MSG_NOSIGNAL)
+            if self._socket.recv(PACKET_BYTES_MAX) == ACK:
+                return True
+        except OSError:
+            pass
+        self._broken = True  # It did not answer, or something else: what it thinks of the session is unknown.
+        return False
+
+    def close(self) -> None:
+        """Ends the session with all its leases."""
+        self._broken = True
+        self._socket.close()
+
+
+def _limit(connected: socket.socket, seconds: float) -> None:
+    """How long it may wait. Not settimeout: it would make every packet wait in poll first, and flags could not forbid it."""
+    limit = _TIMEVAL.pack(*divmod(max(1, round(seconds * 1e6)), 1_000_000))
+    for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+        connected.setsockopt(socket.SOL_SOCKET, option, limit)
+
+
+def _check_peer(connected: socket.socket) -> None:
+    """Names of abstract sockets are anyone's to take: bytes are taken from our own user's daemon, or root's, only."""
+    _, uid, _ = _PEER.unpack(connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+    if os.getuid() != 0 and uid not in (0, os.getuid()):
+        raise InvalidRequest(f"local plane: the socket belongs to user {uid}, not {os.getuid()}")

@@ -1,0 +1,113 @@
+"""Which plane a store uses: opens the local one where it can be had, notices that it broke, opens it again.
+
+Knows nothing of what travels on it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+import grpc
+
+from ooc_moe_client.local.plane import LocalPlane
+from ooc_moe_client.remote.connection import Connection
+from ooc_moe_client.store import Plane
+from ooc_moe_wire.errors import Internal, InvalidRequest, Unavailable
+from ooc_moe_wire.v1 import local_pb2, local_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+# After a refusal, streams are used for so long before the daemon, which may be another by then, is asked again.
+REFUSED_S = 30.0
+
+
+class Planes:
+    """The planes of one connection. Thread-safe.
+
+    Args:
+        connection: to the daemon.
+        wanted: AUTO: local where possible.
+        clock: seconds.
+    """
+
+    def __init__(self, connection: Connection, wanted: Plane, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._connection = connection
+        self._wanted = wanted
+        self._clock = clock
+        self._stub = local_pb2_grpc.LocalServiceStub(connection.channel)
+        self._lock = threading.Lock()
+        self._local: LocalPlane | None = None
+        self._asks_again_at = 0.0
+        self._refusal = ""  # the last, said once
+
+    def local(self) -> LocalPlane | None:
+        """The living local plane; None when streams are to be used.
+
+        Raises:
+            InvalidRequest: the local plane is demanded, and impossible.
+            Unavailable: the daemon does not answer.
+        """
+        if self._wanted is Plane.STREAM:
+            return None
+        with self._lock:
+            if self._local is not None and not self._local.is_alive:
+                self._drop()
+            if self._local is None and not self._connection.closed and self._clock() >= self._asks_again_at:
+                self._open()
+            return self._local
+
+    def drop(self, plane: LocalPlane) -> None:
+        """The daemon does not know its session any more."""
+        with self._lock:
+            if self._local is plane:
+                self._drop()
+
+    def close(self) -> None:
+        """Ends the session."""
+        with self._lock:
+            self._drop()
+
+    def _drop(self) -> None:
+        if self._local is not None:
+            self._local.close()
+            self._local = None
+
+    def _open(self) -> None:
+        try:
+            self._local = self._connect()
+        except InvalidRequest as refusal:
+            if self._wanted is Plane.LOCAL:
+                raise
+            self._asks_again_at = self._clock() + REFUSED_S
+            if str(refusal) != self._refusal:
+                self._refusal = str(refusal)
+                log.info("%s; streams are used", refusal)
+
+    def _connect(self) -> LocalPlane:
+        """Raises InvalidRequest when it cannot be had, naming the daemon and why."""
+        failed_name, reason = "", ""
+        while True:
+            name = self._socket_name()
+            if name == failed_name:  # The same daemon as before, alive: it is not on this host, or refuses us.
+                raise InvalidRequest(f"plane: no local plane with the daemon at {self._connection.target}: {reason}")
+            try:
+                return LocalPlane.connect(name)
+            except Unavailable as error:
+                failed_name, reason = name, str(error)
+            except InvalidRequest as error:
+                raise InvalidRequest(f"plane: no local plane with the daemon at {self._connection.target}: {error}") from error
+
+    def _socket_name(self) -> str:
+        try:
+            name = self._connection.once(self._stub.GetLocalPlane, local_pb2.GetLocalPlaneRequest()).socket
+        except Internal as error:
+            call = error.__cause__
+            if not isinstance(call, grpc.Call) or call.code() is not grpc.StatusCode.UNIMPLEMENTED:
+                raise
+            name = ""  # A daemon from before there were local planes.
+        if not name:
+            raise InvalidRequest(f"plane: the daemon at {self._connection.target} has no local plane")
+        return name

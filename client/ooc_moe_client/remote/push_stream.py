@@ -1,0 +1,280 @@
+"""`BankWriter`: one bank held open for writing: the lease, and the pushes on their way.
+
+One thread holds the stream: it opens it, reads outcomes, and when the daemon goes away opens it again and resends, under the same
+numbers, what was not acknowledged. gRPC's own thread draws the requests, as fast as flow control allows; bodies are the callers' memory,
+copied to the staging memory of the local plane where there is one. Knows nothing of what is in a body: what it is given was checked.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import grpc
+import numpy as np
+from tenacity import RetryCallState
+
+from ooc_moe_client.local.plane import LocalPlane
+from ooc_moe_client.local.staging import Staging
+from ooc_moe_client.remote.connection import Connection
+from ooc_moe_client.remote.plane_choice import Planes
+from ooc_moe_client.store import Durability
+from ooc_moe_wire.codec import Checksums, copy_hashed, encoded_chunks
+from ooc_moe_wire.errors import LeaseExpired, OocMoeError, Unavailable, error_named
+from ooc_moe_wire.layout import Layout
+from ooc_moe_wire.v1 import expert_pb2
+
+# A message, or one that is serialized already.
+_Request = expert_pb2.PushExpertsRequest | bytes
+
+
+def _serialize(request: _Request) -> bytes:
+    return request if isinstance(request, bytes) else request.SerializeToString()
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Item:
+    """One push. `outcome` is set when the daemon has answered, or given up on."""
+
+    expert: int
+    base_version: int
+    body: memoryview
+    layout: Layout
+    durability: Durability = Durability.DURABLE
+    checksums: Checksums | None = None  # made when it is first sent
+    number: int = 0
+    outcome: int | OocMoeError | None = None
+    staged: tuple[Staging, int] | None = None  # where it lies, until the outcome
+
+    def header(self) -> expert_pb2.PushHeader:
+        """The message that precedes its chunks."""
+        if self.checksums is None:
+            self.checksums = Checksums.of(self.layout, self.body)
+        return expert_pb2.PushHeader(
+            expert=self.expert,
+            push_number=self.number,
+            base_version=self.base_version,
+            parameter_bytes=self.layout.parameter_bytes,
+            optimizer_bytes=self.layout.optimizer_bytes,
+            parameter_xxh3=self.checksums.parameters,
+            optimizer_xxh3=self.checksums.optimizer,
+            durability=cast(expert_pb2.Durability.ValueType, self.durability.value),
+            staged_at=self.staged[1] if self.staged is not None else None,
+        )
+
+    def unstage(self) -> None:
+        """Gives the place back."""
+        if self.staged is not None:
+            staging, start = self.staged
+            self.staged = None
+            staging.give_back(start)
+
+
+class BankWriter:
+    """Opens the bank at once, in its own thread; `push` and `wait_until_open` tell whether it succeeded.
+
+    Args:
+        connection: the channel.
+        planes: how bodies travel.
+        bank: the bank's name.
+        writer_id: the same for all banks of a store, and for all its streams.
+        numbers: push numbers, shared by all banks of a store.
+    """
+
+    def __init__(self, connection: Connection, planes: Planes, bank: str, writer_id: str, numbers: Iterator[int]) -> None:
+        self._connection = connection
+        self._planes = planes
+        # As the generated stub's, but chunks come serialized.
+        self._push_experts: grpc.StreamStreamMultiCallable[_Request, expert_pb2.PushExpertsResponse] = connection.channel.stream_stream(
+            "/ooc_moe_wire.v1.ExpertService/PushExperts",
+            request_serializer=_serialize,
+            response_deserializer=expert_pb2.PushExpertsResponse.FromString,
+        )
+        self._bank = bank
+        self._writer_id = writer_id
+        self._numbers = numbers
+        self._changed = threading.Condition()
+        self._items: dict[int, Item] = {}  # by number: not acknowledged
+        self._unsent: deque[Item] = deque()  # of these, what the present stream has not begun to send
+        self._stream = 0  # counts streams; a request generator of an older one ends
+        self._call: grpc.Call | None = None
+        self._plane: LocalPlane | None = None  # of the present stream
+        self._is_open = False
+        self._releasing = False
+        self._error: OocMoeError | None = None  # why it ended
+        self._progress_at = time.monotonic()
+        self._broken_at: float | None = None  # the first break since something went well
+        self._thread = threading.Thread(target=self._run, name=f"push {bank}", daemon=True)
+        self._thread.start()
+
+    @property
+    def ended(self) -> bool:
+        """It gave the bank up; a new writer is needed."""
+        return self._error is not None or self._releasing
+
+    def wait_until_open(self) -> None:
+        """Returns with the lease held. Raises NotTheWriter, UnknownBank, Unavailable."""
+        with self._changed:
+            while not self._is_open:
+                if self._error is not None:
+                    raise self._error
+                self._wait()
+
+    def push(self, items: Sequence[Item]) -> None:
+        """Sends the items and returns when each has its outcome.
+
+        Raises:
+            What ended the stream for good; items without an outcome may or may not have been written.
+        """
+        with self._changed:
+            for item in items:
+                while self._error is None and any(item.expert == other.expert for other in self._items.values()):
+                    self._wait()  # At most one push per expert is in flight.
+                if self._error is not None:
+                    break
+                item.number = next(self._numbers)
+                self._items[item.number] = item
+                self._unsent.append(item)
+                self._changed.notify_all()
+            self._progress_at = time.monotonic()
+            while any(item.outcome is None for item in items):
+                if self._error is not None:
+                    raise self._error
+                self._wait()
+
+    def release(self) -> None:
+        """Gives the lease back, and returns when the daemon has it."""
+        with self._changed:
+            self._releasing = True
+            self._changed.notify_all()
+        self._thread.join(self._connection.timeout_s)
+        if self._thread.is_alive() and self._call is not None:
+            self._call.cancel()
+            self._thread.join()
+
+    def _wait(self) -> None:
+        """Waits for news; a daemon that is silent for too long is given up and connected to anew."""
+        self._changed.wait(self._connection.timeout_s)
+        if time.monotonic() - self._progress_at >= self._connection.timeout_s and self._call is not None:
+            self._call.cancel()
+
+    # The thread that holds the stream
+
+    def _run(self) -> None:
+        try:
+            self._connection.retrying(self._gives_up)(self._hold_stream)
+            error: OocMoeError = Unavailable(f"bank {self._bank!r}: the writer was released")
+        except OocMoeError as raised:
+            error = raised
+        except Exception as raised:  # The channel was closed underneath.
+            error = Unavailable(f"bank {self._bank!r}: {raised}")
+        with self._changed:
+            self._error = error
+            for item in self._items.values():
+                item.unstage()
+            self._changed.notify_all()
+
+    def _gives_up(self, state: RetryCallState) -> bool:
+        assert self._broken_at is not None
+        if self._releasing or self._connection.closed:
+            return True
+        if time.monotonic() - self._broken_at < self._connection.patience_s:
+            return False
+        self._connection.gave_up()
+        return True
+
+    def _hold_stream(self) -> None:
+        """One stream, from its opening until it ends. Returns when it was released; raises Unavailable when it broke."""
+        with self._changed:
+            self._unsent = deque(self._items.values())
+        try:
+            self._plane = self._planes.local()
+            with self._connection.errors():
+                self._call = call = self._push_experts(self._requests(self._stream, self._plane), metadata=self._connection.metadata)
+                for response in call:
+                    self._receive(response)
+            if not self._releasing:
+                raise Unavailable(f"daemon at {self._connection.target}: the push stream of bank {self._bank!r} ended")
+        except LeaseExpired as error:
+            if self._plane is not None:
+                self._planes.drop(self._plane)
+            raise Unavailable(f"daemon at {self._connection.target}: {error}") from error
+        finally:
+            if self._call is not None:
+                self._call.cancel()
+            with self._changed:
+                self._stream += 1
+                self._is_open = False
+                self._broken_at = self._broken_at or time.monotonic()
+                self._changed.notify_all()
+            if self._plane is not None:
+                self._plane.wake()
+
+    def _receive(self, response: expert_pb2.PushExpertsResponse) -> None:
+        with self._changed:
+            self._progress_at = time.monotonic()
+            if response.HasField("opened"):
+                self._is_open = True
+                self._connection.answered()
+            else:
+                outcome = response.outcome
+                error = error_named(outcome.error.kind, outcome.error.message) if outcome.HasField("error") else None
+                if isinstance(error, LeaseExpired):  # Of the session: the push is still to be made.
+                    raise error
+                item = self._items.pop(outcome.push_number, None)
+                if item is not None:
+                    item.unstage()
+                    item.outcome = error or outcome.version
+                self._broken_at = None
+            if not self._items:
+                self._broken_at = None
+            self._changed.notify_all()
+
+    # gRPC's thread that draws the requests
+
+    def _requests(self, stream: int, plane: LocalPlane | None) -> Iterator[_Request]:
+        session = 0 if plane is None else plane.session
+        yield expert_pb2.PushExpertsRequest(open=expert_pb2.PushOpen(bank=self._bank, writer_id=self._writer_id, local_session=session))
+        while (item := self._next_unsent(stream)) is not None:
+            is_staged = self._stage(item, stream, plane)
+            yield expert_pb2.PushExpertsRequest(header=item.header())
+            if is_staged:  # Asked now, it may have its outcome already, and no place any more.
+                continue
+            for chunk in encoded_chunks(item.body, field=expert_pb2.PushExpertsRequest.CHUNK_FIELD_NUMBER):
+                if stream != self._stream:
+                    return
+                yield chunk
+                self._progress_at = time.monotonic()
+
+    def _stage(self, item: Item, stream: int, plane: LocalPlane | None) -> bool:
+        """Copies the body to the plane's staging memory, where it may lie already; False where there is none, or it is too small."""
+        staging = None if plane is None else plane.staging_for(len(item.body))
+        with self._changed:
+            if stream == self._stream and item.staged is not None and item.staged[0] is not staging:
+                item.unstage()  # Of an older session.
+            if staging is None or item.staged is not None:
+                return staging is not None
+        start = staging.take(len(item.body), wanted=lambda: stream == self._stream and plane is not None and plane.is_alive)
+        if start is None:
+            return False
+        checksums = copy_hashed(np.frombuffer(item.body, np.uint8), staging.place(start), item.layout.parameter_bytes)
+        with self._changed:
+            self._progress_at = time.monotonic()
+            if stream != self._stream:
+                staging.give_back(start)
+                return False
+            item.checksums, item.staged = checksums, (staging, start)
+            return True
+
+    def _next_unsent(self, stream: int) -> Item | None:
+        """Waits for something to send; None when the stream is to end."""
+        with self._changed:
+            while stream == self._stream and not (self._is_open and self._unsent):
+                if self._releasing and not self._items:
+                    return None
+                self._changed.wait()
+            return self._unsent.popleft() if stream == self._stream else None

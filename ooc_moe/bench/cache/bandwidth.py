@@ -1,0 +1,136 @@
+"""`ooc-moe bench cache --parts bandwidth`: what a demand fetch brings into the slots, from the daemon's DRAM and from NVMe.
+
+Beside it a plain copy of the same bytes to the same device (memcpy; on a GPU a pinned cudaMemcpy), and raw O_DIRECT reads. What lies in the
+slots is compared with what was pushed, and the cache must say that it came from the tier that is meant.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+from ooc_moe.bench.cache.results import Ratio, Row
+from ooc_moe.bench.cache.trainer import Setting
+from ooc_moe.bench.harness import Path, Spread, WrongBytes, measure, warm_up
+from ooc_moe.bench.store import ours, peers_disk, peers_memory
+from ooc_moe.bench.store.records import Records, made
+from ooc_moe_client.hbm.cache import ExpertCache
+from ooc_moe_client.store import Plane
+
+COPY_AIM = 0.9  # of a plain copy
+COUNT = 8  # experts of one fetch: those of a game, as the cache asks for them
+DRAM_CALLS = {"full": 1, "demo": 16, "tiny": 16}  # in one sample, so that small experts are not lost in the clock
+BANDWIDTH_PATHS = 7
+# What the product uses is "local" or "stream"; the third skips the receiver's checksums.
+_PLANES = {"local": (Plane.LOCAL, True), "local unverified": (Plane.LOCAL, False), "stream": (Plane.STREAM, True)}
+
+
+def bandwidth(setting: Setting, on_run: Callable[[], None]) -> list[Row]:
+    """From DRAM, then from NVMe."""
+    with made(setting.config.expert_layout().body_bytes, COUNT) as records:
+        return _rows(setting, "DRAM", _from_dram(setting, records, on_run), peer="copy", aims={"local": COPY_AIM}) + _rows(
+            setting, "NVMe", _from_nvme(setting, records, on_run), peer="raw", aims={}
+        )
+
+
+def _rows(setting: Setting, tier: str, samples: Mapping[str, list[float]], *, peer: str, aims: Mapping[str, float]) -> list[Row]:
+    spreads = {name: Spread.of(values) for name, values in samples.items()}
+    return [
+        Row(
+            part="bandwidth",
+            size=setting.size,
+            path=f"{tier}, {name}",
+            unit="GB/s",
+            spread=spread,
+            ratios=() if name == peer else (Ratio(of=peer, value=spread.median / spreads[peer].median, aim=aims.get(name)),),
+        )
+        for name, spread in spreads.items()
+    ]
+
+
+def _from_dram(setting: Setting, records: Records, on_run: Callable[[], None]) -> dict[str, list[float]]:
+    with ExitStack() as stack:
+        daemon = stack.enter_context(ours.daemon(records, setting.directory, arena_records=records.count + ours.SPARE_RECORDS))
+        ours.fill(daemon, records)
+        paths = [stack.enter_context(_fetches(name, setting, daemon, records, tier="dram")) for name in _PLANES]
+        paths.append(_copy(setting, records) if setting.device.type == "cuda" else stack.enter_context(_memcpy(records)))
+        return _measured(setting, records, paths, on_run, calls=DRAM_CALLS[setting.size])
+
+
+def _from_nvme(setting: Setting, records: Records, on_run: Callable[[], None]) -> dict[str, list[float]]:
+    arena_records = records.count // 4 + ours.SPARE_RECORDS // 2
+    with ExitStack() as stack:
+        place = setting.directory / "nvme"
+        place.mkdir()
+        daemon = stack.enter_context(ours.daemon(records, place, arena_records=arena_records))
+        ours.fill(daemon, records)
+        flush = stack.enter_context(ours.flusher(daemon, records))
+        paths = [stack.enter_context(_fetches(name, setting, daemon, records, tier="nvme", prepare=flush)) for name in ("local", "stream")]
+        paths += stack.enter_context(peers_disk.raw_reads(records, place))
+        return _measured(setting, records, paths, on_run, calls=1)
+
+
+@contextmanager
+def _fetches(
+    name: str, setting: Setting, daemon: ours.Daemon, records: Records, *, tier: str, prepare: Callable[[], None] = lambda: None
+) -> Iterator[Path]:
+    """One reading of all records by an empty cache."""
+    plane, verify = _PLANES[name]
+    with (
+        daemon.store(plane, verify=verify) as store,
+        ExpertCache(store, ours.BANK, capacity_experts=records.count, device=setting.device) as cache,
+    ):
+
+        def empty() -> None:
+            cache.forget()
+            prepare()
+
+        def run() -> None:
+            before = cache.stats()
+            with cache.reading(records.ids):
+                setting.synchronize()
+            found = {found: count for found, count in (cache.stats() - before).fetched_from.items() if count}
+            if found != {tier: records.count}:
+                raise WrongBytes(f"{name}: the experts were found in {found}, not all in {tier}")
+
+        def check() -> None:
+            with cache.reading(records.ids) as slots:
+                for index, slot in zip(records.ids, slots, strict=True):
+                    body = torch.cat([cache.views[tensor.name][slot].flatten() for tensor in cache.layout.tensors])
+                    records.check_body(index, body.cpu().numpy().tobytes())
+
+        yield Path(name=name, run=run, check=check, prepare=empty)
+
+
+@contextmanager
+def _memcpy(records: Records) -> Iterator[Path]:
+    with peers_memory.memcpy(records) as (path,):
+        yield Path(name="copy", run=path.run, check=path.check)
+
+
+def _copy(setting: Setting, records: Records) -> Path:
+    """Pinned host memory to the GPU, one call for each record."""
+    pinned = torch.from_numpy(records.source.copy()).view(records.count, -1).pin_memory()
+    there = torch.empty_like(pinned, device=setting.device)
+
+    def run() -> None:
+        for index in records.ids:
+            there[index].copy_(pinned[index], non_blocking=True)
+        setting.synchronize()
+
+    def check() -> None:
+        for index in records.ids:
+            records.check_body(index, there[index].cpu().numpy().tobytes())
+
+    return Path(name="copy", run=run, check=check)
+
+
+def _measured(setting: Setting, records: Records, paths: list[Path], on_run: Callable[[], None], *, calls: int) -> dict[str, list[float]]:
+    """GB/s of each path, one sample a round, after its bytes were seen to arrive."""
+    for path in paths:
+        warm_up([path], blank=records.blank)
+        on_run()
+    return measure(paths, num_bytes=records.num_bytes, calls=calls, rounds=setting.rounds, order=random.Random(0), on_run=on_run)

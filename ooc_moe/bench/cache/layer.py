@@ -1,0 +1,283 @@
+"""`ooc-moe bench cache --parts layer`: the tiered MoE layer beside a dense FFN of the same active FLOPs, forward and backward.
+
+Both are pre-norm with a residual, start without gradients and leave those of the input and of every weight; the dense one is
+top_k * hidden wide inside. The layer routes, sorts, computes on the cache's slots and combines; all its experts are resident. On a GPU
+both run under autocast to bfloat16. Paths run in interleaved rounds (harness.py).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path as FilePath
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.functional import gelu
+
+from ooc_moe.bench.device import device_of
+from ooc_moe.bench.harness import Path, Spread, WrongBytes, timed_rounds, warm_up
+from ooc_moe.config.agent import PRESETS, AgentConfig
+from ooc_moe.metrics import provenance as machine
+from ooc_moe.moe.layer import TieredExperts, TieredMoE
+from ooc_moe.moe.router import Router
+from ooc_moe_client.hbm.cache import ExpertCache
+from ooc_moe_client.in_memory import InMemoryStore
+from ooc_moe_wire.errors import InvalidRequest
+
+SIZES = ("full", "demo", "tiny")
+POOLS = (4, 16)
+TOKENS = (512, 4096)
+ROUNDS, QUICK_ROUNDS = 15, 3
+# Of the layer's time over the dense one's, at the full preset's sizes on a CPU.
+RATIO_MUST, RATIO_AIM = 1.25, 1.1
+SAMPLE_FLOPS = 5e8  # Work of one sample, so that a small layer is not lost in the clock.
+NOTES = "## What bounds it"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerBench:
+    """What to measure: the layer of each preset in `sizes`, with each number of tokens, with pools of each size.
+
+    Raises:
+        InvalidRequest: for a preset, a number or a device that cannot be.
+    """
+
+    sizes: tuple[str, ...] = SIZES
+    pools: tuple[int, ...] = POOLS
+    tokens: tuple[int, ...] = TOKENS
+    device: str = "auto"
+    threads: int = 1
+    rounds: int = ROUNDS
+
+    def __post_init__(self) -> None:
+        for size in self.sizes:
+            if size not in PRESETS:
+                raise InvalidRequest(f"sizes: {size!r} is not one of {', '.join(PRESETS)}")
+            for pool in self.pools:
+                if pool < PRESETS[size].top_k:
+                    raise InvalidRequest(f"pools: {pool} experts are fewer than top_k {PRESETS[size].top_k}")
+        for name, value in (("threads", self.threads), ("rounds", self.rounds), *(("tokens", number) for number in self.tokens)):
+            if value < 1:
+                raise InvalidRequest(f"{name}: {value} is not at least 1")
+        device_of(self.device)
+
+    @property
+    def on(self) -> torch.device:
+        """The device to measure on."""
+        return device_of(self.device)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One size, pool and number of tokens: milliseconds of forward and backward."""
+
+    size: str
+    dim: int
+    hidden: int
+    top_k: int
+    pool: int
+    tokens: int
+    moe_ms: Spread
+    dense_ms: Spread
+    judged: bool  # whether the targets are meant for it
+
+    @property
+    def ratio(self) -> float:
+        """The layer's median over the dense one's."""
+        return self.moe_ms.median / self.dense_ms.median
+
+    @property
+    def reached(self) -> str:
+        """ "aim", "must" or "no"; "" where there is no target."""
+        if not self.judged:
+            return ""
+        return "aim" if self.ratio <= RATIO_AIM else "must" if self.ratio <= RATIO_MUST else "no"
+
+
+def run(bench: LayerBench, console: Console) -> list[Row]:
+    """Measures, saying on `console` what is being measured.
+
+    Raises:
+        WrongBytes: a layer does not compute what its parameters say.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(bench.threads)
+    try:
+        with console.status("") as status:
+            rows: list[Row] = []
+            for size in bench.sizes:
+                for tokens in bench.tokens:
+                    status.update(f"{size}, {tokens} tokens")
+                    rows += _measured(bench, size, tokens)
+            return rows
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _measured(bench: LayerBench, size: str, tokens: int) -> list[Row]:
+    """The rows of one size and number of tokens, all pools in the same rounds."""
+    config = PRESETS[size]
+    device, flops = bench.on, 3 * 2 * 2 * tokens * config.top_k * config.dim * config.hidden
+    generator = torch.Generator().manual_seed(0)
+    x_ND, grad_ND = (torch.randn(tokens, config.dim, generator=generator).to(device) for _ in range(2))
+    names = {pool: f"pool of {pool}" for pool in bench.pools}
+    with _layers(config, bench.pools, device) as layers:
+        paths = [_dense_path(config, x_ND, grad_ND)]
+        paths += [_moe_path(names[pool], *layers[pool], x_ND, grad_ND) for pool in bench.pools]
+        warm_up(paths, blank=lambda: None)
+        calls = max(1, round(SAMPLE_FLOPS / flops))
+        seconds = timed_rounds(paths, calls=calls, rounds=bench.rounds, order=random.Random(0), on_run=lambda: None)
+    ms = {name: Spread.of([1e3 * value for value in values]) for name, values in seconds.items()}
+    shape = {"dim": config.dim, "hidden": config.hidden, "top_k": config.top_k}
+    judged = size == "full" and device.type == "cpu"
+    return [
+        Row(size=size, **shape, pool=pool, tokens=tokens, moe_ms=ms[names[pool]], dense_ms=ms["dense"], judged=judged)
+        for pool in bench.pools
+    ]
+
+
+@contextmanager
+def _layers(config: AgentConfig, pools: Sequence[int], device: torch.device) -> Iterator[Mapping[int, tuple[TieredMoE, TieredExperts]]]:
+    """By pool: a layer whose experts are all resident, and these."""
+    caches, layers = [], {}
+    try:
+        for pool in pools:
+            store = InMemoryStore()
+            (spec,) = replace(config, num_experts=pool, pool_size=pool, banks="shared").bank_specs("bench", seed=0)
+            store.create_bank(spec)
+            caches.append(ExpertCache(store, spec.name, capacity_experts=pool, device=device))
+            torch.manual_seed(0)
+            router = Router(config.dim, range(pool), top_k=config.top_k, noise=config.router_noise)
+            # Spread evenly enough over the pool that every expert gets tokens.
+            nn.init.normal_(router.weight, std=config.dim**-0.5)
+            experts = TieredExperts(caches[-1])
+            layers[pool] = TieredMoE(experts, router, dim=config.dim, dropout=0.0).to(device), experts
+        yield layers
+    finally:
+        for cache in caches:
+            cache.close()
+
+
+def _dense_path(config: AgentConfig, x_ND: Tensor, grad_ND: Tensor) -> Path:
+    width = config.top_k * config.hidden
+    ffn = nn.Sequential(nn.LayerNorm(config.dim), nn.Linear(config.dim, width), nn.GELU(), nn.Linear(width, config.dim)).to(x_ND.device)
+
+    def step() -> None:
+        ffn.zero_grad()
+        _forward_backward(lambda x: x + ffn(x), x_ND, grad_ND)
+
+    return Path(name="dense", run=step, check=lambda: None)
+
+
+def _moe_path(name: str, layer: TieredMoE, experts: TieredExperts, x_ND: Tensor, grad_ND: Tensor) -> Path:
+    def step() -> None:
+        layer.zero_grad()
+        experts.gradients.zero()
+        _forward_backward(lambda x: layer(x).y, x_ND, grad_ND)
+
+    def check() -> None:
+        tolerance = 1e-3 if x_ND.device.type == "cpu" else 5e-2
+        for what, value, expected in zip(("output", "input's gradient"), _step(lambda x: layer(x).y), _step(plain), strict=True):
+            error = float((value - expected).norm() / expected.norm())
+            if not error < tolerance:
+                raise WrongBytes(f"the {what} is {error:.1e} away from what plain torch makes of the same parameters")
+
+    def _step(function: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        return _forward_backward(function, x_ND, grad_ND)
+
+    def plain(x: Tensor) -> Tensor:
+        normal_ND = layer.norm(x)
+        routed = layer.router(normal_ND)
+        ids = list(range(experts.cache.num_experts))
+        with experts.cache.reading(ids) as slots:
+            views = {name: view[slots] for name, view in experts.cache.views.items()}
+        for expert in ids:
+            gate_N = (routed.gates_NK * (routed.experts_NK == expert)).sum(1, keepdim=True)
+            hidden = gelu(torch.addmm(views["b1"][expert], normal_ND, views["w1"][expert]))
+            x = x + gate_N * torch.addmm(views["b2"][expert], hidden, views["w2"][expert])
+        return x
+
+    return Path(name=name, run=step, check=check)
+
+
+def _forward_backward(function: Callable[[Tensor], Tensor], x_ND: Tensor, grad_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """The output and the input's gradient, once they are there."""
+    x_ND = x_ND.detach().requires_grad_()
+    with torch.autocast(x_ND.device.type, torch.bfloat16, enabled=x_ND.is_cuda):
+        y_ND = function(x_ND)
+    torch.autograd.backward(y_ND, grad_ND)
+    if x_ND.is_cuda:
+        torch.cuda.synchronize(x_ND.device)
+    assert x_ND.grad is not None
+    return y_ND.detach(), x_ND.grad
+
+
+HEADINGS = (
+    "layer",
+    "dim x hidden, top-k",
+    "tokens",
+    "pool",
+    "MoE ms [quartiles]",
+    "dense ms [quartiles]",
+    "ratio",
+    "must",
+    "aim",
+    "reached",
+)
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """For a terminal."""
+    shown = Table(*map(escape, HEADINGS), box=SIMPLE_HEAD)
+    for row in rows:
+        shown.add_row(*map(escape, _cells(row)))
+    return shown
+
+
+def save(rows: Sequence[Row], bench: LayerBench, path: FilePath, *, command: str) -> None:
+    """Writes the file: what ran on what, the table, and the notes of an older one."""
+    facts = machine.facts(FilePath(), command=command)
+    facts |= {"torch": torch.__version__, "device": _device_text(bench), "rounds": f"{bench.rounds}, interleaved"}
+    notes = f"{NOTES}\n\n(to be written: the profile)"
+    if path.exists():
+        _, found, below = path.read_text().partition(NOTES)
+        notes = found + below if found else notes
+    lines = [
+        "# ooc-moe bench cache: the MoE layer",
+        "",
+        "Forward and backward of the tiered layer beside a dense FFN of the same active FLOPs.",
+        "",
+    ]
+    lines += [f"- {name}: {value}" for name, value in facts.items()]
+    lines += ["", f"| {' | '.join(HEADINGS)} |", "|---|---|" + "---:|" * (len(HEADINGS) - 3) + "---|"]
+    lines += [f"| {' | '.join(_cells(row))} |" for row in rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join([*lines, "", notes.rstrip(), ""]))
+
+
+def _device_text(bench: LayerBench) -> str:
+    if bench.on.type == "cuda":
+        return f"{torch.cuda.get_device_name(bench.on)}, autocast to bfloat16"
+    return f"cpu, {bench.threads} thread{'s' if bench.threads > 1 else ''}, float32"
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    return (
+        row.size,
+        f"{row.dim} x {row.hidden}, {row.top_k}",
+        str(row.tokens),
+        str(row.pool),
+        row.moe_ms.text,
+        row.dense_ms.text,
+        f"{row.ratio:.2f}",
+        f"{RATIO_MUST:g}" if row.judged else "",
+        f"{RATIO_AIM:g}" if row.judged else "",
+        row.reached,
+    )

@@ -1,0 +1,287 @@
+"""`ooc-moe bench learning`: the dense variant of our PPO beside Stable-Baselines3's, with one network: steps per second, and returns.
+
+The dense variant has one expert a layer, which every token goes to. Each sample of speed is one update of each: a rollout and its epochs.
+The daemon, the detector and the log of a run are not in it. Rounds are interleaved (harness.py).
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path as FilePath
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from ooc_moe import envs
+from ooc_moe.agent.agent import Agent
+from ooc_moe.bench.harness import Path, Spread, WrongBytes, timed_rounds, warm_up
+from ooc_moe.bench.learning.results import Returns, Speed
+from ooc_moe.config.agent import PRESETS, AgentConfig
+from ooc_moe.config.run import PPOConfig, RunConfig
+from ooc_moe.envs import ATARI_GAMES
+from ooc_moe.learning.learner import Learner
+from ooc_moe.learning.protection import Unprotected
+from ooc_moe.learning.rollout import Collector, Rollout
+from ooc_moe.metrics import provenance as machine
+from ooc_moe_client.hbm.cache import ExpertCache
+from ooc_moe_client.in_memory import InMemoryStore
+from ooc_moe_wire.errors import InvalidRequest
+
+GAMES = ("krull", "pixel/catch")
+RETURNS_GAMES = ("pixel/catch", "pixel/cross")
+FULL_GAMES = ("krull", "crazy_climber")
+ROUNDS, SEEDS = 7, 3
+STEPS, FULL_STEPS = 61_440, 204_800
+PATHS = 3  # Of each game: our PPO, and SB3's in two sets of environments.
+TOLERANCE = 1e-5
+# Returns are of the games that end in the last part of the training.
+LAST_PART = 0.25
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LearningBench:
+    """What to measure: the speed in each of `games`, and the returns in each of `returns_games` after `steps`.
+
+    Raises:
+        InvalidRequest: for a game or a number that cannot be.
+    """
+
+    games: tuple[str, ...] = GAMES
+    returns_games: tuple[str, ...] = RETURNS_GAMES
+    rounds: int = ROUNDS
+    steps: int = STEPS
+    seeds: int = SEEDS
+    threads: int = 1
+    env_threads: int = 2
+
+    def __post_init__(self) -> None:
+        for game in (*self.games, *self.returns_games):
+            envs.check_name(game)
+        for name in ("rounds", "steps", "seeds", "threads", "env_threads"):
+            if getattr(self, name) < 1:
+                raise InvalidRequest(f"{name}: {getattr(self, name)} is not at least 1")
+
+    def run_config(self, game: str, seed: int = 0) -> RunConfig:
+        """The run that both are given: 42 x 42 pixels and four frames for Atari, 10 x 10 and two for pixel games."""
+        pixel = game not in ATARI_GAMES
+        agent, ppo = (PIXEL_AGENT, PIXEL_PPO) if pixel else (ATARI_AGENT, ATARI_PPO)
+        return RunConfig(
+            run_dir=FilePath("bench"),
+            games=(game,),
+            agent=agent,
+            ppo=ppo,
+            steps_per_game=-(-self.steps // (ppo.num_envs * ppo.rollout_steps)) * ppo.num_envs * ppo.rollout_steps,
+            seed=seed,
+            threads=self.threads,
+            env_threads=self.env_threads,
+        )
+
+
+def dense(config: AgentConfig) -> AgentConfig:
+    """One expert a layer, as wide as what `top_k` experts compute; each frame by itself, as SB3 sees them."""
+    return replace(
+        config,
+        routing="token",
+        banks="per-layer",
+        num_experts=1,
+        top_k=1,
+        pool_size=1,
+        hidden=config.top_k * config.hidden,
+        context=1,
+        balance_weight=0.0,
+        router_noise=0.0,
+    )
+
+
+ATARI_AGENT = dense(replace(PRESETS["demo"], num_layers=1))
+PIXEL_AGENT = dense(
+    replace(PRESETS["demo"], num_layers=1, frame_size=10, frame_stack=2, stem_channels=(16, 32), stem_kernels=(2, 3), stem_strides=(1, 2))
+)
+ATARI_PPO = PPOConfig(num_envs=16, rollout_steps=64, epochs=3, minibatch_segments=256)
+PIXEL_PPO = PPOConfig(num_envs=32, rollout_steps=32, epochs=3, minibatch_segments=256, learning_rate=2e-3, gamma=0.9, entropy_coef=0.005)
+
+
+class Ours:
+    """Our PPO in one game, its experts in a cache on a store in this process."""
+
+    def __init__(self, config: RunConfig, stack: ExitStack) -> None:
+        (self.game,) = config.games
+        store = InMemoryStore()
+        caches = []
+        for spec in config.agent.bank_specs(config.name, config.seed):
+            store.create_bank(spec)
+            caches.append(stack.enter_context(ExpertCache(store, spec.name, capacity_experts=1)))
+        self.agent = Agent(config.agent, caches, seed=config.seed)
+        self.agent.add_game(self.game)
+        generator = torch.Generator().manual_seed(config.seed)
+        self._learner = Learner(self.agent, self.game, config, protection=Unprotected(), generator=generator)
+        self._collector = Collector(
+            self.agent, make_envs(config, stack), config.ppo, generator=generator, on_segment=lambda frames_NSHW: None
+        )
+        self._collector.reset(config.seed)
+
+    def update(self, remaining: float = 1.0) -> Rollout:
+        """A rollout, and what is learned from it."""
+        rollout = self._collector.collect()
+        self._learner.update(rollout, remaining=remaining)
+        return rollout
+
+
+def make_envs(config: RunConfig, stack: ExitStack) -> envs.GameEnvs:
+    """Our environments of a run's game."""
+    (game,), agent = config.games, config.agent
+    made = envs.make(game, config.ppo.num_envs, frame_size=agent.frame_size, frame_stack=agent.frame_stack, num_threads=config.env_threads)
+    stack.callback(made.close)
+    return made
+
+
+def run(bench: LearningBench, console: Console) -> tuple[list[Speed], list[Returns]]:
+    """Measures speeds, then returns. A progress bar is drawn on `console`.
+
+    Raises:
+        InvalidRequest: Stable-Baselines3 is not installed.
+        WrongBytes: the two networks are not the same.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with _threads(bench.threads), Progress(*columns, console=console, transient=True) as progress:
+        samples = PATHS * bench.rounds * len(bench.games)
+        task = progress.add_task("speed", total=samples + 2 * bench.seeds * len(bench.returns_games))
+        speeds = [speed for game in bench.games for speed in _speeds(bench, game, lambda: progress.advance(task))]
+        progress.update(task, description="returns")
+        returns = [_returns(bench, game, lambda: progress.advance(task)) for game in bench.returns_games]
+    return speeds, returns
+
+
+@contextmanager
+def _threads(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _speeds(bench: LearningBench, game: str, on_run: Callable[[], None]) -> list[Speed]:
+    """SB3 with its own environments, and with ours, each beside our PPO in the same rounds."""
+    config = bench.run_config(game)
+    peer = _peer()
+    with ExitStack() as stack:
+        ours = Ours(config, stack)
+        peers = {
+            "its own": peer.make_ppo(config, peer.own_envs(config)),
+            "ours": peer.make_ppo(config, peer.SharedEnvs(make_envs(config, stack), config.seed)),
+        }
+        paths = [_path("our PPO", ours.update)]
+        for name, model in peers.items():
+            stack.callback(model.env.close)
+            check_same_network(ours.agent, model)
+            paths.append(_path(name, partial(model.learn, config.steps_per_update, reset_num_timesteps=False)))
+        warm_up(paths, blank=lambda: None)
+        seconds = timed_rounds(paths, calls=1, rounds=bench.rounds, order=random.Random(0), on_run=on_run)
+    rates = {name: Spread.of([config.steps_per_update / value for value in values]) for name, values in seconds.items()}
+    return [Speed(game=game, peer_envs=name, ours=rates["our PPO"], peer=rates[name]) for name in peers]
+
+
+def _path(name: str, update: Callable[[], Any]) -> Path:
+    """What is checked is the network, beforehand (`check_same_network`)."""
+
+    def run() -> None:
+        update()
+
+    return Path(name=name, run=run, check=lambda: None)
+
+
+def check_same_network(agent: Agent, model: Any) -> None:
+    """Gives SB3 the agent's parameters. Raises WrongBytes unless both then say the same of the same frames."""
+    peer, config = _peer(), agent.config
+    peer.copy_parameters(agent, model.policy)
+    generator = torch.Generator().manual_seed(0)
+    shape = (64, config.frame_stack, config.frame_size, config.frame_size)
+    frames_NSHW = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+    (game,) = agent.games
+    with torch.no_grad():
+        output = agent(frames_NSHW.unsqueeze(1), game=game)
+        logits_NA = model.policy.get_distribution(frames_NSHW).distribution.logits
+        values_N = model.policy.predict_values(frames_NSHW).squeeze(1)
+    pairs = {
+        "log probabilities": (torch.log_softmax(output.logits_BTA.squeeze(1), dim=-1), logits_NA),
+        "values": (output.value_BT.squeeze(1), values_N),
+    }
+    for name, (one, other) in pairs.items():
+        if not torch.allclose(one, other, atol=TOLERANCE):
+            raise WrongBytes(f"SB3's {name} are up to {float((one - other).abs().max()):.1e} away from the agent's")
+
+
+def _returns(bench: LearningBench, game: str, on_run: Callable[[], None]) -> Returns:
+    ours, peer = [], []
+    for seed in range(bench.seeds):
+        config = bench.run_config(game, seed)
+        ours.append(our_return(config))
+        on_run()
+        peer.append(peer_return(config))
+        on_run()
+    return Returns(game=game, steps=config.steps_per_game, ours=tuple(ours), peer=tuple(peer))
+
+
+def our_return(config: RunConfig) -> float:
+    """The mean raw return of whole games that ended in the last part of a training."""
+    with ExitStack() as stack:
+        ours = Ours(config, stack)
+        updates = config.updates_per_game
+        ended = [ours.update(remaining=1 - update / updates).episode_returns for update in range(updates)]
+    last = [value for values in ended[-_last(updates) :] for value in values]
+    return statistics.fmean(last) if last else float("nan")
+
+
+def peer_return(config: RunConfig) -> float:
+    """The same of SB3's PPO in its own environments, from the same first parameters."""
+    peer = _peer()
+    last: list[float] = []
+    begin = config.steps_per_game - _last(config.updates_per_game) * config.steps_per_update
+
+    def note(seen: dict[str, Any], _: dict[str, Any]) -> bool:
+        if seen["self"].num_timesteps > begin:
+            last.extend(info["episode"]["r"] for info in seen["infos"] if "episode" in info)
+        return True
+
+    with ExitStack() as stack:
+        model = peer.make_ppo(config, peer.own_envs(config))
+        stack.callback(model.env.close)
+        peer.copy_parameters(Ours(config, stack).agent, model.policy)
+        model.learn(config.steps_per_game, callback=note)
+    return statistics.fmean(last) if last else float("nan")
+
+
+def _last(updates: int) -> int:
+    """Updates of the last part, one at least."""
+    return max(1, round(LAST_PART * updates))
+
+
+def _peer() -> Any:
+    try:
+        from ooc_moe.bench.learning import peers as peers_learning
+    except ImportError as missing:
+        raise InvalidRequest(f'learning: {missing.name} is not installed; pip install "ooc-moe[bench,atari]"') from missing
+    return peers_learning
+
+
+def facts(bench: LearningBench, *, command: str) -> dict[str, str]:
+    """What a reader needs to judge or repeat the results."""
+    return machine.facts(FilePath(), command=command) | {
+        "torch": f"{torch.__version__}, cpu, threads: {bench.threads} for either learner, {bench.env_threads} to emulate Atari where "
+        "environments are ours",
+        "network": "our stem, then one block of attention, with a context of one frame, and a dense FFN; SB3's begins as a copy of ours",
+        "environments": "ours: ale-py's AtariVectorEnv, and pixel games in numpy; SB3's own: make_atari_env (gymnasium's AtariEnv with "
+        "AtariWrapper, DummyVecEnv, VecFrameStack), and pixel games one by one in DummyVecEnv. Atari: sticky actions 0.25, 18 actions, "
+        "4 frames of 42 x 42, rewards clipped, a lost life ends an episode",
+        "update": "steps, epochs and steps of a minibatch: Atari 16 x 64, 3, 256; pixel 32 x 32, 3, 256",
+        "rounds": f"{bench.rounds}, interleaved, each one update of each; returns are means of the games that ended in the last quarter",
+    }

@@ -1,0 +1,202 @@
+"""Stable-Baselines3's PPO with our dense network and our games: the peer of `ooc-moe bench learning`.
+
+The network is made of our own stem and attention, and of the same dense layers as one expert a layer with a context of one frame: with the
+agent's parameters it gives the agent's logits and values. Knows nothing of clocks or tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import ale_py
+import gymnasium
+import numpy as np
+import torch
+from gymnasium import spaces
+from stable_baselines3 import PPO
+from stable_baselines3.common.env_util import make_atari_env, make_vec_env
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.vec_env import VecEnv, VecFrameStack
+from torch import Tensor, nn
+from torch.nn.functional import gelu
+
+from ooc_moe import envs
+from ooc_moe.agent.agent import Agent
+from ooc_moe.agent.stem import Stem
+from ooc_moe.agent.transformer import CausalAttention
+from ooc_moe.config.agent import AgentConfig
+from ooc_moe.config.run import RunConfig
+from ooc_moe.envs import ATARI_GAMES, NUM_ACTIONS, GameEnvs
+from ooc_moe.envs.atari import NOOPS_MAX, STICKY_PROBABILITY
+from ooc_moe.envs.game import Array
+from ooc_moe.learning.learner import ADAM_EPS
+
+REWARD_LIMIT = 1.0
+
+
+class DenseBlock(nn.Module):
+    """As transformer.Block with one expert, which needs neither router nor cache."""
+
+    def __init__(self, config: AgentConfig) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(config.dim)
+        self.attention = CausalAttention(config.dim, config.num_heads)
+        self.ffn_norm = nn.LayerNorm(config.dim)
+        self.w1, self.w2 = nn.Linear(config.dim, config.hidden), nn.Linear(config.hidden, config.dim)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        x_BTD = x_BTD + self.attention(self.norm(x_BTD), mask=None)
+        y_BTD: Tensor = x_BTD + self.w2(gelu(self.w1(self.ffn_norm(x_BTD))))
+        return y_BTD
+
+
+class DenseNetwork(BaseFeaturesExtractor):  # type: ignore[misc]
+    """Frames (N, S, H, W) -> what the heads see, (N, D)."""
+
+    def __init__(self, observation_space: spaces.Box, config: AgentConfig) -> None:
+        super().__init__(observation_space, features_dim=config.dim)
+        self.stem = Stem(config)
+        self.embedding_D = nn.Parameter(torch.zeros(config.dim))
+        self.blocks = cast("Sequence[DenseBlock]", nn.ModuleList(DenseBlock(config) for _ in range(config.num_layers)))
+        self.norm = nn.LayerNorm(config.dim)
+
+    def forward(self, frames_NSHW: Tensor) -> Tensor:
+        """One token for each frame."""
+        x_N1D = (self.stem(frames_NSHW) + self.embedding_D).unsqueeze(1)
+        for block in self.blocks:
+            x_N1D = block(x_N1D)
+        normal_ND: Tensor = self.norm(x_N1D).squeeze(1)
+        return normal_ND
+
+
+@torch.no_grad()
+def copy_parameters(agent: Agent, policy: Any) -> None:
+    """Gives SB3's policy the parameters of a dense agent that knows one game."""
+    (network,) = agent.networks.values()
+    mine: DenseNetwork = policy.features_extractor
+    mine.stem.load_state_dict(agent.stem.state_dict())
+    mine.embedding_D.copy_(network.embedding_TD[0])
+    mine.norm.load_state_dict(network.norm.state_dict())
+    for cache, block, theirs in zip(agent.caches, mine.blocks, network.blocks, strict=True):
+        block.norm.load_state_dict(theirs.norm.state_dict())
+        block.attention.load_state_dict(theirs.attention.state_dict())
+        block.ffn_norm.load_state_dict(theirs.moe.norm.state_dict())
+        with cache.reading([0]) as (slot,):
+            for layer, number in ((block.w1, 1), (block.w2, 2)):
+                layer.weight.copy_(cache.views[f"w{number}"][slot].t())
+                layer.bias.copy_(cache.views[f"b{number}"][slot])
+    policy.action_net.load_state_dict(network.policy.state_dict())
+    policy.value_net.load_state_dict(network.value.state_dict())
+
+
+def make_ppo(config: RunConfig, vec_env: VecEnv) -> Any:
+    """SB3's PPO with the settings of a run; rates and rewards as the learner's."""
+    ppo = config.ppo
+    first = config.steps_per_update / config.steps_per_game  # SB3 lowers the rate before its first update, we after it.
+    return PPO(
+        "CnnPolicy",
+        vec_env,
+        learning_rate=lambda remaining: ppo.learning_rate * (remaining + first),
+        n_steps=ppo.rollout_steps,
+        batch_size=ppo.minibatch_segments * config.agent.context,
+        n_epochs=ppo.epochs,
+        gamma=ppo.gamma,
+        gae_lambda=ppo.gae_lambda,
+        clip_range=ppo.clip,
+        ent_coef=ppo.entropy_coef,
+        vf_coef=ppo.value_coef / 2,  # Of the mean square, where ours is of half of it.
+        max_grad_norm=ppo.max_grad_norm,
+        seed=config.seed,
+        device="cpu",
+        policy_kwargs={
+            "features_extractor_class": DenseNetwork,
+            "features_extractor_kwargs": {"config": config.agent},
+            "net_arch": [],
+            "normalize_images": False,  # The stem does.
+            "ortho_init": False,  # The parameters are copied from the agent.
+            "optimizer_kwargs": {"eps": ADAM_EPS},
+        },
+    )
+
+
+def own_envs(config: RunConfig) -> VecEnv:
+    """The game as SB3's users play it: one environment after another, each with its wrappers; nobody waits for an autoreset."""
+    agent, (game,) = config.agent, config.games
+    if game not in ATARI_GAMES:
+        return make_vec_env(lambda: OneGame(game, agent), config.ppo.num_envs, seed=config.seed)
+    gymnasium.register_envs(ale_py)
+    name = "".join(word.capitalize() for word in game.split("_"))
+    atari = make_atari_env(
+        f"ALE/{name}-v5",
+        config.ppo.num_envs,
+        seed=config.seed,
+        env_kwargs={"frameskip": 1, "repeat_action_probability": STICKY_PROBABILITY, "full_action_space": True},
+        wrapper_kwargs={"screen_size": agent.frame_size, "noop_max": NOOPS_MAX},
+    )
+    return VecFrameStack(atari, agent.frame_stack)
+
+
+class OneGame(gymnasium.Env[Array, np.int64]):
+    """One environment of a pixel game, as gymnasium has them."""
+
+    def __init__(self, game: str, config: AgentConfig) -> None:
+        self._envs = envs.make(game, 1, frame_size=config.frame_size, frame_stack=config.frame_stack)
+        self.observation_space, self.action_space = _spaces(self._envs)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Array, dict[str, Any]]:
+        """Starts a game."""
+        super().reset(seed=seed)
+        return self._envs.reset(int(self.np_random.integers(1 << 31)))[0], {}
+
+    def step(self, action: np.int64) -> tuple[Array, float, bool, bool, dict[str, Any]]:
+        """Plays an action."""
+        step = self._envs.step(np.array([action]))
+        return step.observations[0], float(step.rewards[0]), bool(step.terminated[0]), bool(step.truncated[0]), {}
+
+
+class SharedEnvs(VecEnv):  # type: ignore[misc]
+    """Our vectorised environments under SB3, for its speed alone: it takes the step of an autoreset for one that was played."""
+
+    def __init__(self, inner: GameEnvs, seed: int) -> None:
+        self._inner, self._seed = inner, seed
+        super().__init__(inner.num_envs, *_spaces(inner))
+
+    def reset(self) -> Array:
+        """Starts all games."""
+        return self._inner.reset(self._seed)
+
+    def step_async(self, actions: Array) -> None:
+        """Notes the actions."""
+        self._actions = actions
+
+    def step_wait(self) -> tuple[Array, Array, Array, list[dict[str, Any]]]:
+        """Plays them."""
+        step = self._inner.step(self._actions)
+        rewards = step.rewards.clip(-REWARD_LIMIT, REWARD_LIMIT)
+        return step.observations, rewards, step.terminated | step.truncated, [{} for _ in step.rewards]
+
+    def close(self) -> None:
+        """Stops them."""
+        self._inner.close()
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+        """Of nothing but what SB3 asks each environment for: how it is rendered."""
+        return [None] * self.num_envs
+
+    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+        """Not asked for by PPO."""
+        raise NotImplementedError
+
+    def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
+        """Not asked for by PPO."""
+        raise NotImplementedError
+
+    def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
+        """They are not."""
+        return [False] * self.num_envs
+
+
+def _spaces(inner: GameEnvs) -> tuple[spaces.Box, spaces.Discrete]:
+    return spaces.Box(0, 255, inner.observation_shape, np.uint8), spaces.Discrete(NUM_ACTIONS)

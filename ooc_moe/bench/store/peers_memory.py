@@ -1,0 +1,153 @@
+"""Peers that move records between processes in memory: memcpy, TCP, bare gRPC, Arrow Flight, Ray.
+
+Each is a context manager that gives its paths and takes down what it set up. What is timed, peer by peer, is said beside it. Modules of the
+`bench` extra are imported when their peer is asked for.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from ooc_moe.bench.harness import Path, WrongBytes
+from ooc_moe.bench.store import bare_grpc as bare
+from ooc_moe.bench.store.child import child
+from ooc_moe.bench.store.records import Records
+
+
+@contextmanager
+def memcpy(records: Records) -> Iterator[list[Path]]:
+    """One copy per record from shared memory that another process made, by one thread."""
+
+    def run() -> None:
+        for index in records.ids:
+            records.into(index)[:] = records.body(index)
+
+    yield [Path(name="memcpy", run=run, check=records.check)]
+
+
+@contextmanager
+def tcp(records: Records) -> Iterator[list[Path]]:
+    """One connection over loopback; another process sends from shared memory, received into the caller's."""
+    sender = child("tcp", str(records.fd), str(records.num_bytes), pass_fds=(records.fd,))
+    with sender as port, socket.create_connection(("127.0.0.1", int(port))) as connection:
+
+        def run() -> None:
+            connection.sendall(b"!")
+            _receive(connection, records.destination.data)
+
+        yield [Path(name="tcp", run=run, check=records.check)]
+
+
+def _receive(connection: socket.socket, into: memoryview) -> None:
+    done = 0
+    while done < len(into):
+        count = connection.recv_into(into[done:])
+        if not count:
+            raise WrongBytes(f"the sender ended after {done} of {len(into)} bytes")
+        done += count
+
+
+@contextmanager
+def grpc(records: Records) -> Iterator[list[Path]]:
+    """Bare gRPC for Python (bare.py): one stream of messages as large as ours, each copied into the caller's memory."""
+    with child("bare", str(records.fd), str(records.num_bytes), pass_fds=(records.fd,)) as port, bare.connected(port) as client:
+        yield [Path(name="grpc", run=lambda: client.stream_into(records.destination.data), check=records.check)]
+
+
+@contextmanager
+def flight(records: Records) -> Iterator[list[Path]]:
+    """DoGet as a user has it, `read_all`: the table is Flight's own memory, not the caller's. DoPut stores nothing durably."""
+    import pyarrow.flight
+
+    from ooc_moe.bench.store.flight import bodies, table
+
+    arguments = [str(records.fd), str(records.num_bytes), str(records.record_bytes)]
+    received: list[Any] = []
+    sent = table(records.source.data, records.record_bytes)
+
+    with child("flight", *arguments, pass_fds=(records.fd,)) as port, pyarrow.flight.connect(f"grpc://127.0.0.1:{port}") as client:
+
+        def get() -> None:
+            received.append(client.do_get(pyarrow.flight.Ticket(b"")).read_all())
+
+        def check_get() -> None:
+            for index, body in enumerate(_all_of(records, bodies(received.pop()))):
+                records.check_body(index, body)
+
+        def put() -> None:
+            writer, _ = client.do_put(pyarrow.flight.FlightDescriptor.for_path("records"), sent.schema)
+            with writer:
+                writer.write_table(sent)
+
+        def check_put() -> None:
+            digests = [int(result.body.to_pybytes()) for result in client.do_action("digests")]
+            if digests != [xxhash.xxh3_64_intdigest(records.body(index)) for index in records.ids]:
+                raise WrongBytes("the server did not take what was put")
+
+        yield [
+            Path(name="flight", run=get, check=check_get, prepare=received.clear),
+            Path(name="flight put", run=put, check=check_put),
+        ]
+
+
+def _all_of(records: Records, bodies: list[memoryview]) -> list[memoryview]:
+    if len(bodies) != records.count:
+        raise WrongBytes(f"{len(bodies)} records came of {records.count}")
+    return bodies
+
+
+@contextmanager
+def ray(records: Records) -> Iterator[list[Path]]:
+    """The object store: `ray.get` of all records, each then copied into the caller's memory; and `ray.put` of each."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["RAY_raylet_start_wait_time_s"] = "120"  # noqa: SIM112  Ray spells it so; for a busy machine.
+    import ray as ray_
+
+    # Its sockets lie there, and their paths are limited to 107 bytes.
+    directory = tempfile.mkdtemp(prefix="ooc-moe-ray-")
+    # Twice the records, as `put` makes them anew while the old ones are on their way out.
+    store_bytes = max(128 << 20, round(2.5 * records.num_bytes))
+    try:
+        ray_.init(
+            address="local",
+            num_cpus=1,
+            include_dashboard=False,
+            object_store_memory=store_bytes,
+            log_to_driver=False,
+            logging_level="ERROR",
+            _temp_dir=directory,
+        )
+        yield _ray_paths(ray_, records)
+    finally:
+        ray_.shutdown()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _ray_paths(ray_: Any, records: Records) -> list[Path]:
+    def arrays() -> list[Any]:
+        return [np.frombuffer(records.body(index), np.uint8) for index in records.ids]
+
+    kept = [ray_.put(array) for array in arrays()]
+    newly: list[Any] = []
+
+    def get() -> None:
+        for index, array in enumerate(ray_.get(kept)):
+            records.into(index)[:] = array.data
+
+    def put() -> None:
+        newly.extend(ray_.put(array) for array in arrays())
+
+    def check_put() -> None:
+        for index, array in enumerate(ray_.get(newly)):
+            records.check_body(index, array.data)
+
+    return [Path(name="ray", run=get, check=records.check), Path(name="ray put", run=put, check=check_put, prepare=newly.clear)]

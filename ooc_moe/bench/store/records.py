@@ -1,0 +1,102 @@
+"""The records that every path moves: made by another process, in shared memory, and the caller's memory that they are fetched into.
+
+The values are finite float32 that do not compress, as those of a trainer are. Knows nothing of paths.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from ooc_moe.bench.harness import WrongBytes
+from ooc_moe.bench.store.child import child
+from ooc_moe_wire.errors import InvalidRequest
+from ooc_moe_wire.layout import BLOCK_BYTES, Layout, TensorSpec
+
+FEW, MANY = 32, 256
+SMALL_BYTES = 1 << 20
+# A sample of fetches moves at least this much.
+SAMPLE_BYTES = 256 << 20
+
+
+class Records:
+    """`count` records of `record_bytes`: `source` (read-only, shared, filled by another process) and `destination` (touched, aligned)."""
+
+    def __init__(self, fd: int, record_bytes: int, count: int) -> None:
+        self.fd, self.record_bytes, self.count = fd, record_bytes, count
+        self.num_bytes = record_bytes * count
+        self.source: NDArray[np.uint8] = np.frombuffer(mmap.mmap(fd, self.num_bytes, prot=mmap.PROT_READ), np.uint8)
+        memory = mmap.mmap(-1, self.num_bytes)
+        with contextlib.suppress(OSError):  # As numpy asks for its own large arrays.
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        self.destination: NDArray[np.uint8] = np.frombuffer(memory, np.uint8)
+        self.blank()
+        self._digests = [xxhash.xxh3_64_intdigest(self.body(index)) for index in range(count)]
+
+    @property
+    def ids(self) -> range:
+        """The records by number; they are experts 0, 1, ... of a bank."""
+        return range(self.count)
+
+    @property
+    def layout(self) -> Layout:
+        """An expert of exactly these bytes: a third of them parameters, the rest two moments, as Adam has them."""
+        parameter_bytes = max(BLOCK_BYTES, self.record_bytes // 3 // BLOCK_BYTES * BLOCK_BYTES)
+        optimizer_bytes = self.record_bytes - parameter_bytes
+        return Layout(
+            parameters=(TensorSpec(name="w", shape=(parameter_bytes // 4,)),),
+            optimizer=(TensorSpec(name="w.moments", shape=(optimizer_bytes // 4,)),) if optimizer_bytes else (),
+        )
+
+    def body(self, index: int) -> memoryview:
+        """A record of the source."""
+        return self.source[index * self.record_bytes : (index + 1) * self.record_bytes].data
+
+    def into(self, index: int) -> memoryview:
+        """The caller's memory for a record."""
+        return self.destination[index * self.record_bytes : (index + 1) * self.record_bytes].data
+
+    def blank(self) -> None:
+        """Overwrites the destination, so that nothing in it can pass for fetched."""
+        self.destination[:] = 0xA5
+
+    def check(self) -> None:
+        """Raises WrongBytes unless the destination holds every record."""
+        for index in self.ids:
+            self.check_body(index, self.into(index))
+
+    def check_body(self, index: int, body: memoryview | bytes) -> None:
+        """Raises WrongBytes unless `body` is that record."""
+        if len(body) != self.record_bytes or xxhash.xxh3_64_intdigest(body) != self._digests[index]:
+            raise WrongBytes(f"record {index} of {self.count} did not arrive as it was sent")
+
+
+def check_record_bytes(record_bytes: int) -> None:
+    """Raises InvalidRequest for a size that O_DIRECT could not move."""
+    if record_bytes < 2 * BLOCK_BYTES or record_bytes % BLOCK_BYTES:
+        raise InvalidRequest(f"sizes: {record_bytes} bytes is not a multiple of {BLOCK_BYTES}, at least two of them")
+
+
+def count_of(record_bytes: int, *, quick: bool) -> int:
+    """Records of one call."""
+    return (MANY if record_bytes < SMALL_BYTES else FEW) // (4 if quick else 1)
+
+
+@contextmanager
+def made(record_bytes: int, count: int) -> Iterator[Records]:
+    """Records that a child process fills in."""
+    fd = os.memfd_create("ooc-moe-bench", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(fd, record_bytes * count)
+        with child("fill", str(fd), str(record_bytes * count), pass_fds=(fd,)):
+            pass
+        yield Records(fd, record_bytes, count)
+    finally:
+        os.close(fd)

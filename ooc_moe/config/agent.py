@@ -1,0 +1,281 @@
+"""The agent's sizes: what there is of everything, what it costs in parameters and bytes, and the presets.
+
+Knows nothing of training (`run_config.py`) and builds nothing; `agent.py` builds what is described here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from ooc_moe.config.seeds import derived_seed
+from ooc_moe_wire.errors import InvalidRequest
+from ooc_moe_wire.initializers import Initializer
+from ooc_moe_wire.layout import BankSpec, Layout, TensorSpec
+
+Routing = Literal["pool", "token"]
+Scope = Literal["shared", "per-layer"]
+AttentionOwner = Literal["per-game", "first-game", "shared"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AgentConfig:
+    """All sizes of an agent. Every default is the full preset's; `PRESETS` has the others."""
+
+    num_games: int = 57
+    """Games the estimates count. The agent takes more, if its banks may grow."""
+    frame_size: int = 84
+    """Height and width of a frame in pixels."""
+    frame_stack: int = 4
+    """Frames seen at once: the stem's input channels."""
+    num_actions: int = 18
+    """Action logits; 18 is all of Atari's."""
+    stem_channels: tuple[int, ...] = (32, 64, 64)
+    """Output channels of the stem's convolutions, from Mnih et al. 2015 as the two below."""
+    stem_kernels: tuple[int, ...] = (8, 4, 3)
+    """Their kernel sizes."""
+    stem_strides: tuple[int, ...] = (4, 2, 1)
+    """Their strides."""
+    dim: int = 512
+    """Width of a token."""
+    hidden: int = 2048
+    """Width inside an expert."""
+    num_layers: int = 6
+    """Transformer blocks."""
+    num_heads: int = 8
+    """Attention heads; they share `dim` evenly."""
+    context: int = 32
+    """Frames of a segment, the longest past an action can see."""
+    dropout: float = 0.0
+    """On the two residual branches of a block. Anything but 0 makes PPO's ratios differ from 1 before the first update."""
+    num_experts: int = 256
+    """Experts of each bank at the start."""
+    grow: bool = True
+    """Whether a bank grows when a new game finds too few unowned experts; otherwise that game is refused."""
+    banks: Scope = "shared"
+    """One bank for all layers, or one per layer."""
+    routing: Routing = "pool"
+    """What a token chooses from: the pool of its game, or (token) all experts of the bank, with one router for all games."""
+    pool_size: int = 4
+    """Experts of a pool that its game owns."""
+    shared_experts: int = 0
+    """Older games' experts that a new game's pool borrows beside its own, to read, never to change."""
+    pools: Scope = "shared"
+    """One pool of a game for all its layers, or one per layer (which banks per layer imply)."""
+    top_k: int = 2
+    """Experts a token is sent to."""
+    router_noise: float = 1.0
+    """Standard deviation of the noise on the logits that choose, in training; 0 switches it off."""
+    balance_weight: float = 0.01
+    """Weight of the load-balancing loss."""
+    attention: AttentionOwner = "per-game"
+    """Whose attention a block uses: its game's, that of the first game, frozen once there is a second (an ablation), or one that all games
+    train (as ordinary networks do)."""
+    hbm_experts: int = 32
+    """Experts in the trainer's HBM, over all banks."""
+    dram_experts: int = 128
+    """Experts in the daemon's DRAM, over all banks."""
+    prefetch_experts: int = 32
+    """Experts that the detector names when it recognises a game."""
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        for name in _AT_LEAST_ONE:
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("router_noise", "balance_weight", "dropout"):
+            require(math.isfinite(getattr(self, name)) and getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        require(self.dropout < 1, "dropout", self.dropout, "below 1")
+        for name, choices in (("routing", Routing), ("banks", Scope), ("pools", Scope), ("attention", AttentionOwner)):
+            require(getattr(self, name) in get_args(choices), name, repr(getattr(self, name)), f"one of {', '.join(get_args(choices))}")
+        self._check_sizes()
+        self._check_stem()
+
+    def _check_types(self) -> None:
+        for name in (*_AT_LEAST_ONE, "prefetch_experts", "shared_experts"):
+            value = getattr(self, name)
+            require(isinstance(value, int) and not isinstance(value, bool), name, repr(value), "a whole number")
+
+    def _check_sizes(self) -> None:
+        require(self.dim % self.num_heads == 0, "num_heads", self.num_heads, f"a divisor of dim {self.dim}")
+        fits = self.routing == "token" or self.pool_size <= self.num_experts
+        require(fits, "pool_size", self.pool_size, f"at most num_experts {self.num_experts}")
+        require(self.top_k <= self.choices, "top_k", self.top_k, f"at most the {self.choices} experts a token can choose from")
+        for name in ("prefetch_experts", "shared_experts"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        require(self.routing == "pool" or not self.shared_experts, "shared_experts", self.shared_experts, "0, with token routing")
+        for name in ("hbm_experts", "dram_experts"):
+            require(getattr(self, name) >= self.num_banks, name, getattr(self, name), f"at least one for each of {self.num_banks} banks")
+
+    def _check_stem(self) -> None:
+        require(bool(self.stem_channels), "stem_channels", self.stem_channels, "at least one convolution")
+        for name in ("stem_channels", "stem_kernels", "stem_strides"):
+            sizes = getattr(self, name)
+            require(len(sizes) == len(self.stem_channels), name, sizes, f"as long as stem_channels {self.stem_channels}")
+            require(all(isinstance(size, int) and size >= 1 for size in sizes), name, sizes, "made of whole numbers of at least 1")
+        require(self.stem_output_size >= 1, "frame_size", self.frame_size, "large enough for the stem's convolutions")
+
+    @property
+    def choices(self) -> int:
+        """Experts among which a token's router chooses, borrowed ones apart."""
+        return self.pool_size if self.routing == "pool" else self.num_experts
+
+    @property
+    def num_banks(self) -> int:
+        """1, or one per layer."""
+        return 1 if self.banks == "shared" else self.num_layers
+
+    @property
+    def pools_per_game(self) -> int:
+        """1, or one per layer."""
+        return 1 if self.pools == "shared" and self.banks == "shared" else self.num_layers
+
+    def owned_experts(self, num_games: int) -> int:
+        """Experts of each bank that so many games own together; with token routing they own none."""
+        pools = self.pools_per_game // self.num_banks
+        return num_games * pools * self.pool_size if self.routing == "pool" else 0
+
+    @property
+    def stem_output_size(self) -> int:
+        """Height and width of the stem's last feature map; below 1 where the frame is too small."""
+        size = self.frame_size
+        for kernel, stride in zip(self.stem_kernels, self.stem_strides, strict=True):
+            size = (size - kernel) // stride + 1 if size >= kernel else 0
+        return size
+
+    @property
+    def dram_bytes(self) -> int:
+        """Bytes of `dram_experts` records."""
+        return self.dram_experts * self.expert_layout().record_bytes
+
+    def expert_layout(self) -> Layout:
+        """An expert with its Adam state: `gelu(x @ w1 + b1) @ w2 + b2`, float32, uniform within 1/sqrt(fan-in) at first."""
+        shapes = {"w1": (self.dim, self.hidden), "b1": (self.hidden,), "w2": (self.hidden, self.dim), "b2": (self.dim,)}
+        fan_in = {"w1": self.dim, "b1": self.dim, "w2": self.hidden, "b2": self.hidden}
+        parameters = tuple(
+            TensorSpec(name=name, shape=shape, initializer=Initializer("uniform_v1", fan_in[name] ** -0.5))
+            for name, shape in shapes.items()
+        )
+        moments = tuple(
+            TensorSpec(name=f"{name}.{moment}", shape=shape) for name, shape in shapes.items() for moment in ("exp_avg", "exp_avg_sq")
+        )
+        return Layout(parameters=parameters, optimizer=(*moments, TensorSpec(name="step", shape=(1,), dtype="int64")))
+
+    def bank_names(self, run: str) -> list[str]:
+        """The names of a run's banks, in the order of the caches that an agent takes."""
+        return [f"{run}/experts"] if self.banks == "shared" else [f"{run}/layer{layer}" for layer in range(self.num_layers)]
+
+    def bank_specs(self, run: str, seed: int) -> list[BankSpec]:
+        """The banks of a run. Initial values depend on the seed and the bank's place, not on the run's name."""
+        layout = self.expert_layout()
+        return [
+            BankSpec(name=name, num_experts=self.num_experts, layout=layout, seed=derived_seed(seed, "bank", index))
+            for index, name in enumerate(self.bank_names(run))
+        ]
+
+    def estimate_params(self) -> ParamEstimate:
+        """Parameters and bytes of an agent that has learned `num_games` games, each of which borrows as many experts as it may."""
+        dim, games, layers, layout = self.dim, self.num_games, self.num_layers, self.expert_layout()
+        num_experts = self.num_banks * max(self.num_experts, self.owned_experts(games))
+        attentions = layers * (games if self.attention == "per-game" else 1)
+        borrowed = sum(min(self.shared_experts, game * self.pool_size) for game in range(games))
+        rows = games * self.pool_size + borrowed if self.routing == "pool" else self.num_experts
+        return ParamEstimate(
+            num_experts=num_experts,
+            experts=num_experts * sum(math.prod(tensor.shape) for tensor in layout.parameters),
+            attention=attentions * (4 * dim * dim + 4 * dim),
+            routers=layers * rows * dim,
+            stem=self._stem_params(),
+            embeddings=games * (self.context + 1) * dim,
+            norms=games * (2 * layers + 1) * 2 * dim,
+            heads=games * (dim + 1) * (self.num_actions + 1),
+            hbm_bytes=self.hbm_experts * layout.body_bytes,
+            dram_bytes=self.dram_bytes,
+            nvme_bytes=num_experts * layout.record_bytes,
+        )
+
+    def _stem_params(self) -> int:
+        inputs = (self.frame_stack, *self.stem_channels[:-1])
+        convolutions = zip(inputs, self.stem_channels, self.stem_kernels, strict=True)
+        features = self.stem_channels[-1] * self.stem_output_size**2
+        return sum(channels * (before * kernel**2 + 1) for before, channels, kernel in convolutions) + (features + 1) * self.dim
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParamEstimate:
+    """Numbers of parameters by kind, and bytes by tier. `nvme_bytes` is every expert written once, with its Adam state."""
+
+    num_experts: int
+    experts: int
+    attention: int
+    routers: int
+    stem: int
+    embeddings: int
+    norms: int
+    heads: int
+    hbm_bytes: int
+    dram_bytes: int
+    nvme_bytes: int
+
+    @property
+    def dense(self) -> int:
+        """Parameters that live in the agent itself."""
+        return self.attention + self.routers + self.stem + self.embeddings + self.norms + self.heads
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return self.experts + self.dense
+
+
+def require(holds: bool, name: str, value: object, want: str) -> None:
+    """Raises InvalidRequest that names the field and its value, unless it holds."""
+    if not holds:
+        raise InvalidRequest(f"{name}: {value} is not {want}")
+
+
+_AT_LEAST_ONE = (
+    *("num_games", "frame_size", "frame_stack", "num_actions", "dim", "hidden", "num_layers", "num_heads", "context"),
+    *("num_experts", "pool_size", "top_k", "hbm_experts", "dram_experts"),
+)
+
+PRESETS = {
+    # For tests: everything that exists, as small as it gets.
+    "tiny": AgentConfig(
+        num_games=2,
+        frame_size=42,
+        stem_channels=(8, 16),
+        stem_kernels=(8, 4),
+        stem_strides=(4, 2),
+        dim=16,
+        hidden=32,
+        num_layers=2,
+        num_heads=2,
+        context=4,
+        num_experts=16,
+        pools="per-layer",
+        hbm_experts=8,
+        dram_experts=8,
+        prefetch_experts=8,
+    ),
+    # For a CPU: three Atari games, with HBM room for one game's experts (a quarter of all) and DRAM room for half.
+    "demo": AgentConfig(
+        num_games=3,
+        frame_size=42,
+        stem_channels=(16, 32, 32),
+        stem_kernels=(6, 4, 3),
+        stem_strides=(3, 2, 1),
+        dim=64,
+        hidden=128,
+        num_layers=2,
+        num_heads=4,
+        context=16,
+        num_experts=32,
+        pools="per-layer",
+        hbm_experts=8,
+        dram_experts=16,
+        prefetch_experts=8,
+    ),
+    # All 57 Atari games on a GPU. A game's layers share its four experts: 57 games own 228 of the 256.
+    "full": AgentConfig(),
+}

@@ -1,0 +1,271 @@
+"""Recognises the game on the screen and names the experts that it will need: the agent is told neither when it is evaluated.
+
+`Detector` is a small network over the newest frame, with one output per game and one per expert. It learns online, while a game is
+trained, on that game's frames and on a few stored frames of every other game, because it too meets the games one after another. belief.py
+has its answer (`Prediction`) and what one makes of answers over time (`Belief`), screens.py its parts, nearest_mean.py its baseline. Knows
+nothing of pools, caches or agents. Runs on the CPU, where frames come from.
+
+Letters: N frames or environments, S stacked frames, H height, W width, G games, E experts, M stored frames, D features.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ooc_moe.config.seeds import derived_seed, seeded
+from ooc_moe.detection.belief import Belief, Prediction, prefetch_set
+from ooc_moe.detection.screens import SCREEN, Neighbourhood, Reservoir, ScreenFeatures, screens_of
+from ooc_moe_wire.errors import InvalidRequest
+
+__all__ = ["Belief", "Detector", "Prediction"]
+
+GRADIENT_STEPS = 4
+"""Steps of one `learn`. Some 20 calls, as in a short run, then recognise a game."""
+FEATURES_LR, HEADS_LR = 1e-3, 1e-2
+REPLAY = 64
+"""Stored frames of other games in each gradient step."""
+USAGE_DECAY = 0.8
+"""How much of an expert's recorded usage outlives one `learn`."""
+UNUSED_LOGIT = -4.0
+"""Where an expert's output begins: an expert nobody was seen to use is not fetched."""
+
+
+class Detector(nn.Module):
+    """Game logits and expert-usage probabilities from the newest frame, learned online.
+
+    Args:
+        frame_stack: frames in an observation; only the newest is looked at, because a stack is half empty just when a game begins.
+        frame_size: height and width of a frame.
+        num_experts: experts to tell apart, of all banks together; `grow_experts` adds more.
+        prefetch_experts: at most so many experts are named by a prediction.
+        exemplars_per_game: stored frames per game, a uniform sample of all that were learned from (reservoir sampling, Vitter 1985).
+        detect_unknown: whether a frame can be of no known game; that takes two stored frames of a game to compare with.
+        seed: of the initial weights, the samples and the replay.
+    """
+
+    def __init__(
+        self,
+        *,
+        frame_stack: int,
+        frame_size: int,
+        num_experts: int,
+        prefetch_experts: int,
+        exemplars_per_game: int,
+        detect_unknown: bool,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self._frame_shape = (frame_stack, frame_size, frame_size)
+        self._prefetch_experts = prefetch_experts
+        self._exemplars_per_game, self._detect_unknown = exemplars_per_game, detect_unknown
+        self._generator = torch.Generator().manual_seed(derived_seed(seed, "detector"))
+        with seeded(derived_seed(seed, "detector weights")):
+            self.features = ScreenFeatures()
+        self._forget()
+        self.grow_experts(num_experts)
+
+    def _forget(self) -> None:
+        """Knows no game and no expert."""
+        self.game_head = _GrowingHead(bias=0.0)
+        self.expert_head = _GrowingHead(bias=UNUSED_LOGIT)
+        self._growth: list[tuple[str, int]] = []
+        self._optimizer = torch.optim.Adam(self.features.parameters(), lr=FEATURES_LR, fused=True)
+        self._games: list[str] = []
+        self._stored: list[Reservoir] = []
+        self._neighbourhoods: dict[int, Neighbourhood] = {}
+        self._usage_GE = torch.zeros(0, 0)
+
+    @property
+    def games(self) -> tuple[str, ...]:
+        """The games it knows, in the order in which they came."""
+        return tuple(self._games)
+
+    @property
+    def num_experts(self) -> int:
+        """Outputs of the expert head."""
+        return self.expert_head.num_outputs
+
+    def add_game(self, name: str) -> None:
+        """Makes room for a game; a known one changes nothing."""
+        if name in self._games:
+            return
+        self._games.append(name)
+        self._stored.append(Reservoir(self._exemplars_per_game))
+        self._usage_GE = torch.cat([self._usage_GE, torch.zeros(1, self.num_experts)])
+        self._grow("game_head", 1)
+
+    def grow_experts(self, num_experts: int) -> None:
+        """Makes room for so many experts in all; fewer than there are changes nothing."""
+        added = num_experts - self.num_experts
+        if added > 0:
+            self._usage_GE = F.pad(self._usage_GE, (0, added))
+            self._grow("expert_head", added)
+
+    def _grow(self, head: str, outputs: int) -> None:
+        self._growth.append((head, outputs))
+        parameters = getattr(self, head).grow(outputs)
+        self._optimizer.add_param_group({"params": list(parameters), "lr": HEADS_LR})
+
+    # Predicting
+
+    @torch.no_grad()
+    def predict(self, frames_NSHW: Tensor) -> Prediction:
+        """Recognises uint8 frames (N, S, H, W). Changes nothing, keeps no gradients, and does not depend on the training mode.
+
+        Raises:
+            InvalidRequest: the frames have another shape or dtype, or no game was added yet.
+        """
+        if not self._games:
+            raise InvalidRequest("detector: asked for a prediction before any game was added")
+        features_ND = self.features(screens_of(frames_NSHW, self._frame_shape))
+        probabilities_NG = self.game_head(features_ND).softmax(1)
+        expert_probabilities_NE = self.expert_head(features_ND).sigmoid()
+        nowhere_N = torch.zeros(len(features_ND), dtype=torch.bool)
+        unknown_N = self._unknown(features_ND, probabilities_NG.argmax(1)) if self._detect_unknown else nowhere_N
+        return Prediction(
+            games=self.games,
+            probabilities_NG=probabilities_NG,
+            unknown_N=unknown_N,
+            expert_probabilities_NE=expert_probabilities_NE,
+            experts=prefetch_set(expert_probabilities_NE[~unknown_N], self._prefetch_experts),
+        )
+
+    def _unknown(self, features_ND: Tensor, games_N: Tensor) -> Tensor:
+        """Which frames lie far, in what the network learned to look at, from all stored frames of the game they were taken for.
+
+        The probabilities do not tell: they are near 1 for most games never seen (Hein et al. 2019).
+        """
+        unknown_N = torch.ones(len(games_N), dtype=torch.bool)
+        for game in sorted(set(games_N.tolist())):
+            if len(self._stored[game].screens_MHW) > 1:
+                if game not in self._neighbourhoods:
+                    self._neighbourhoods[game] = Neighbourhood(self.features(self._stored[game].screens_MHW))
+                rows_N = games_N == game
+                unknown_N[rows_N] = self._neighbourhoods[game].is_far(features_ND[rows_N])
+        return unknown_N
+
+    # Learning
+
+    @torch.enable_grad()
+    def learn(self, frames_NSHW: Tensor, game: str, expert_usage_E: Tensor) -> dict[str, float]:
+        """Learns that these uint8 frames (N, S, H, W) show `game`, and which experts they used.
+
+        Args:
+            frames_NSHW: frames of one game.
+            game: its name.
+            expert_usage_E: how often each expert was used for these frames, all layers together.
+
+        Returns:
+            `accuracy` and `confidence` on these frames before learning from them; `loss`, `game_loss` and `expert_loss` of the last step.
+
+        Raises:
+            InvalidRequest: an unknown game, or frames or usage of another shape.
+        """
+        index = self._index(game)
+        screens_NHW = screens_of(frames_NSHW, self._frame_shape)
+        if expert_usage_E.shape != (self.num_experts,):
+            raise InvalidRequest(f"expert_usage: shape {tuple(expert_usage_E.shape)}, but there are {self.num_experts} experts")
+        with torch.no_grad():
+            before = self.game_head(self.features(screens_NHW)).softmax(1).max(1)
+        self._record_usage(index, expert_usage_E / len(screens_NHW))
+        self._stored[index].add(screens_NHW, self._generator)
+        for _ in range(GRADIENT_STEPS):
+            losses = self._gradient_step(screens_NHW, index)
+        self._neighbourhoods.clear()
+        return {"accuracy": (before.indices == index).float().mean().item(), "confidence": before.values.mean().item(), **losses}
+
+    def _index(self, game: str) -> int:
+        if game not in self._games:
+            raise InvalidRequest(f"game: the detector does not know {game!r}, only {', '.join(self._games) or 'nothing yet'}")
+        return self._games.index(game)
+
+    def _record_usage(self, index: int, uses_E: Tensor) -> None:
+        """Keeps the share of a game's frames that used each expert; several layers may count one frame more than once."""
+        share_E = uses_E.clamp(max=1.0)
+        first = not self._stored[index].num_seen
+        self._usage_GE[index] = share_E if first else USAGE_DECAY * self._usage_GE[index] + (1 - USAGE_DECAY) * share_E
+
+    def _gradient_step(self, screens_NHW: Tensor, index: int) -> dict[str, float]:
+        """One step on the present frames and on stored frames of the other games, weighted so that every game counts the same."""
+        others = [game for game, stored in enumerate(self._stored) if game != index and len(stored.screens_MHW)]
+        replayed_NHW, replayed_games_N = self._replay(others)
+        games_N = torch.cat([torch.full((len(screens_NHW),), index), replayed_games_N])
+        weights_N = torch.full((len(games_N),), 1 / len(screens_NHW))
+        weights_N[len(screens_NHW) :] = len(others) / REPLAY
+        weights_N /= 1 + len(others)
+        features_ND = self.features(torch.cat([screens_NHW, replayed_NHW]))
+        game_losses_N = F.cross_entropy(self.game_head(features_ND), games_N, reduction="none")
+        expert_losses_NE = F.binary_cross_entropy_with_logits(self.expert_head(features_ND), self._usage_GE[games_N], reduction="none")
+        game_loss, expert_loss = weights_N @ game_losses_N, weights_N @ expert_losses_NE.mean(1)
+        loss = game_loss + expert_loss
+        self._optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._optimizer.step()
+        return {"loss": loss.item(), "game_loss": game_loss.item(), "expert_loss": expert_loss.item()}
+
+    def _replay(self, others: list[int]) -> tuple[Tensor, Tensor]:
+        """Stored screens of these games, each game as likely as another, and their games. None where there are no games."""
+        if not others:
+            return torch.zeros(0, SCREEN, SCREEN, dtype=torch.uint8), torch.zeros(0, dtype=torch.long)
+        draws_N = torch.randint(len(others), (REPLAY,), generator=self._generator)
+        counts = torch.bincount(draws_N, minlength=len(others))
+        screens = [self._stored[game].draw(count, self._generator) for game, count in zip(others, counts.tolist(), strict=True)]
+        return torch.cat(screens), torch.tensor(others).repeat_interleave(counts)
+
+    # Checkpoints
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What is no parameter: games, stored frames, usage, optimizer, generator. For `state_dict`; loadable with weights_only."""
+        return {
+            "games": list(self._games),
+            "growth": list(self._growth),
+            "stored": [{"screens": stored.screens_MHW, "num_seen": stored.num_seen} for stored in self._stored],
+            "usage": self._usage_GE,
+            "optimizer": self._optimizer.state_dict(),
+            "generator": self._generator.get_state(),
+        }
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Grows to the sizes of `state` and takes it up; `load_state_dict` calls it before it loads the parameters of the heads."""
+        state = copy.deepcopy(state)
+        self._forget()
+        for head, outputs in state["growth"]:
+            self._grow(head, outputs)
+        self._games = state["games"]
+        for stored in state["stored"]:
+            self._stored.append(Reservoir(self._exemplars_per_game))
+            self._stored[-1].screens_MHW, self._stored[-1].num_seen = stored["screens"], stored["num_seen"]
+        self._usage_GE = state["usage"]
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._generator.set_state(state["generator"])
+
+
+class _GrowingHead(nn.Module):
+    """A linear layer that outputs are added to; each addition is a block, so that the optimizer's moments of the older ones stay."""
+
+    def __init__(self, *, bias: float) -> None:
+        super().__init__()
+        self._bias = bias
+        self.blocks = cast("list[nn.Linear]", nn.ModuleList())
+
+    @property
+    def num_outputs(self) -> int:
+        return sum(len(block.bias) for block in self.blocks)
+
+    def grow(self, outputs: int) -> Iterator[nn.Parameter]:
+        """Adds outputs that do not look at the features yet; gives their parameters."""
+        # Without `skip_init` it would draw from the global generator.
+        block: nn.Linear = nn.utils.skip_init(nn.Linear, ScreenFeatures.DIM, outputs)  # type: ignore[no-untyped-call]
+        nn.init.zeros_(block.weight)
+        nn.init.constant_(block.bias, self._bias)
+        self.blocks.append(block)
+        return block.parameters()
+
+    def forward(self, features_ND: Tensor) -> Tensor:
+        return torch.cat([block(features_ND) for block in self.blocks], dim=1)

@@ -1,0 +1,137 @@
+"""`NearestClassMean`, the baseline of the detector: it recognises a game by the mean of random features of its frames.
+
+Same calls and answers as `Detector`; the means cannot forget, so what the detector forgets shows against it. Knows nothing of gradients.
+
+Letters: N frames, S stacked frames, H height, W width, G games, E experts, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ooc_moe.config.seeds import derived_seed, seeded
+from ooc_moe.detection.belief import Prediction, prefetch_set
+from ooc_moe.detection.screens import UNKNOWN_RADIUS, ScreenFeatures, screens_of
+from ooc_moe_wire.errors import InvalidRequest
+
+
+class NearestClassMean:
+    """Recognises by the nearest mean of random convolutional features; an expert is as probable as its game used it.
+
+    Args:
+        frame_stack: frames in an observation; only the newest is looked at.
+        frame_size: height and width of a frame.
+        num_experts: experts, of all banks together; `grow_experts` adds more.
+        prefetch_experts: at most so many experts are named by a prediction.
+        detect_unknown: whether a frame can be of no known game.
+        seed: of the random features.
+    """
+
+    def __init__(
+        self, *, frame_stack: int, frame_size: int, num_experts: int, prefetch_experts: int, detect_unknown: bool, seed: int
+    ) -> None:
+        self._frame_shape = (frame_stack, frame_size, frame_size)
+        self._prefetch_experts, self._detect_unknown = prefetch_experts, detect_unknown
+        with seeded(derived_seed(seed, "random features")):
+            self._features = ScreenFeatures().requires_grad_(False)
+        self._games: list[str] = []
+        self._counts_G = torch.zeros(0)
+        self._sums_GD = torch.zeros(0, ScreenFeatures.DIM)
+        self._squares_GD = torch.zeros(0, ScreenFeatures.DIM)
+        self._uses_GE = torch.zeros(0, num_experts)
+
+    @property
+    def games(self) -> tuple[str, ...]:
+        """The games it knows, in the order in which they came."""
+        return tuple(self._games)
+
+    @property
+    def num_experts(self) -> int:
+        """Experts that predictions speak of."""
+        return self._uses_GE.shape[1]
+
+    def add_game(self, name: str) -> None:
+        """Makes room for a game; a known one changes nothing."""
+        if name not in self._games:
+            self._games.append(name)
+            self._counts_G = F.pad(self._counts_G, (0, 1))
+            self._sums_GD, self._squares_GD, self._uses_GE = (
+                F.pad(x, (0, 0, 0, 1)) for x in (self._sums_GD, self._squares_GD, self._uses_GE)
+            )
+
+    def grow_experts(self, num_experts: int) -> None:
+        """Makes room for so many experts in all; fewer than there are changes nothing."""
+        self._uses_GE = F.pad(self._uses_GE, (0, max(0, num_experts - self.num_experts)))
+
+    def learn(self, frames_NSHW: Tensor, game: str, expert_usage_E: Tensor) -> dict[str, float]:
+        """Adds frames of a game to its mean; returns `accuracy` and `confidence` on them before that.
+
+        Raises:
+            InvalidRequest: an unknown game, or frames or usage of another shape.
+        """
+        if game not in self._games:
+            raise InvalidRequest(f"game: the detector does not know {game!r}, only {', '.join(self._games) or 'nothing yet'}")
+        if expert_usage_E.shape != (self.num_experts,):
+            raise InvalidRequest(f"expert_usage: shape {tuple(expert_usage_E.shape)}, but there are {self.num_experts} experts")
+        before = self.predict(frames_NSHW)
+        index = self._games.index(game)
+        features_ND = self._features(screens_of(frames_NSHW, self._frame_shape))
+        self._counts_G[index] += len(features_ND)
+        self._sums_GD[index] += features_ND.sum(0)
+        self._squares_GD[index] += features_ND.square().sum(0)
+        self._uses_GE[index] += expert_usage_E
+        right_N = before.probabilities_NG.argmax(1) == index
+        return {"accuracy": float(right_N.float().mean()), "confidence": float(before.confidence_N.mean())}
+
+    def predict(self, frames_NSHW: Tensor) -> Prediction:
+        """Recognises uint8 frames (N, S, H, W).
+
+        A game is as probable as if its features were spread around its mean by a normal distribution, equally wide for all games. One
+        without frames is recognised only where there is no other.
+
+        Raises:
+            InvalidRequest: the frames have another shape or dtype, or no game was added yet.
+        """
+        if not self._games:
+            raise InvalidRequest("detector: asked for a prediction before any game was added")
+        features_ND = self._features(screens_of(frames_NSHW, self._frame_shape))
+        counts_G1 = self._counts_G.clamp(min=1).unsqueeze(1)
+        means_GD = self._sums_GD / counts_G1
+        spread_G = (self._squares_GD / counts_G1 - means_GD.square()).sum(1).clamp(min=1e-8)
+        squared_NG = torch.cdist(features_ND, means_GD).square()
+        seen_G = self._counts_G > 0
+        logits_NG = torch.where(seen_G, -squared_NG / (2 * spread_G[seen_G].mean()), -1e4)
+        probabilities_NG = logits_NG.softmax(1)
+        uses_NE = probabilities_NG @ (self._uses_GE / counts_G1).clamp(max=1.0)
+        limit_G = torch.where(seen_G, UNKNOWN_RADIUS**2 * spread_G, 0.0)
+        unknown_N = (squared_NG > limit_G).all(1) & self._detect_unknown
+        return Prediction(
+            games=self.games,
+            probabilities_NG=probabilities_NG,
+            unknown_N=unknown_N,
+            expert_probabilities_NE=uses_NE,
+            experts=prefetch_set(uses_NE[~unknown_N], self._prefetch_experts),
+        )
+
+    # Checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Games and what was added up of each; the random features come from the seed. Loadable with weights_only."""
+        return {
+            "games": list(self._games),
+            "counts": self._counts_G.clone(),
+            "sums": self._sums_GD.clone(),
+            "squares": self._squares_GD.clone(),
+            "uses": self._uses_GE.clone(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes up a state; needs the seed of the one that made it."""
+        self._games = list(state["games"])
+        self._counts_G, self._sums_GD = state["counts"].clone(), state["sums"].clone()
+        self._squares_GD, self._uses_GE = state["squares"].clone(), state["uses"].clone()

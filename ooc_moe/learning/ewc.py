@@ -1,0 +1,142 @@
+"""Elastic weight consolidation: what earlier games need most of the shared parameters is held where they left it.
+
+When a game is left, the diagonal of the Fisher information says how much its policy and its value depend on each shared parameter; while
+later games are learned, a quadratic penalty pulls each parameter back in that proportion (Kirkpatrick et al. 2017). It is the online form
+of Schwarz et al. 2018, "Progress & Compress": one decaying sum of Fishers, each normalised to the same mean, one
+anchor.
+
+Shared are the stem, attention where all games train it, and with token routing the routers and the experts. The Fisher and the anchors of
+experts lie on the host; an expert that a step does not touch does not move, needs no pull, and is not fetched for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ooc_moe.agent.agent import Agent
+from ooc_moe.learning.rollout import Rollout
+from ooc_moe_client.store import Sections
+
+FISHER_SAMPLES = 256  # Frames, at most.
+DECAY = 0.95  # of the older games' Fishers, whenever a game is left
+
+
+@dataclass(frozen=True, slots=True)
+class Spring:
+    """Pulls a parameter towards `anchor`, as hard as its `fisher` is large."""
+
+    fisher: Tensor
+    anchor: Tensor
+
+    def force(self, parameter: Tensor) -> Tensor:
+        """The gradient of half the sum of fisher * (parameter - anchor)^2."""
+        return self.fisher * (parameter - self.anchor)
+
+
+class ElasticWeights:
+    """Adds weight / 2 * sum of fisher * (parameter - anchor)^2 to the loss. The experts' share is added to their gradients, and not logged.
+
+    They are read for it beside the schedule that the caches were told.
+
+    Args:
+        agent: whose shared parameters are held.
+        weight: of the penalty, for Fishers whose mean over the shared parameters that a game uses is 1.
+    """
+
+    def __init__(self, agent: Agent, *, weight: float = 1.0) -> None:
+        self._agent, self._weight = agent, weight
+        self._dense: list[Spring] = []
+        self._experts: dict[tuple[int, int], Spring] = {}
+        """By bank and id."""
+
+    def loss(self, game: str, generator: torch.Generator) -> Tensor:
+        """The penalty of the dense parameters."""
+        if not self._dense:
+            return torch.zeros(())
+        pairs = zip(self._agent.shared_parameters(), self._dense, strict=True)
+        return self._weight / 2 * torch.stack([(spring.fisher * (p - spring.anchor).square()).sum() for p, spring in pairs]).sum()
+
+    def correct_gradients(self, game: str) -> None:
+        """Pulls at the experts that the step touches."""
+        touched = [(bank, expert) for bank, gradients in enumerate(self._agent.gradients) for expert in gradients.experts]
+        for (bank, expert), flat in self._read(key for key in touched if key in self._experts):
+            force = self._experts[bank, expert].force(flat)
+            self._agent.gradients[bank].flat(expert).add_(force.to(self._agent.caches[bank].device), alpha=self._weight)
+
+    def leave(self, game: str, rollout: Rollout, generator: torch.Generator) -> None:
+        """Adds the Fisher of a game's policy and value; everything that is held is held where it is now."""
+        dense, experts = self._fisher(game, rollout, generator)
+        every = [*dense, *experts.values()]
+        scale = sum(fisher.numel() for fisher in every) / sum(float(fisher.sum()) for fisher in every)
+        older = [spring.fisher for spring in self._dense] or [torch.zeros_like(fisher) for fisher in dense]
+        parameters = [parameter.detach().clone() for parameter in self._agent.shared_parameters()]
+        self._dense = [Spring(DECAY * before + scale * now, p) for before, now, p in zip(older, dense, parameters, strict=True)]
+        for key, flat in self._read(sorted(self._experts.keys() | experts.keys())):
+            fisher = scale * experts.get(key, torch.zeros_like(flat))
+            self._experts[key] = Spring(fisher + DECAY * self._experts[key].fisher if key in self._experts else fisher, flat)
+
+    def _fisher(self, game: str, rollout: Rollout, generator: torch.Generator) -> tuple[list[Tensor], dict[tuple[int, int], Tensor]]:
+        """The summed squared gradients of the log-likelihood of an action and a value, both drawn from what the agent says of a frame.
+
+        The value is taken for the mean of a normal distribution of variance 1.
+        """
+        agent, shared = self._agent, list(self._agent.shared_parameters())
+        dense, experts = [torch.zeros_like(parameter) for parameter in shared], dict[tuple[int, int], Tensor]()
+        agent.eval()
+        for row, time in self._frames(rollout, generator):
+            seen = slice(row, row + 1), slice(time + 1)
+            output = agent(rollout.frames_BTSHW[seen], game=game, starts_BT=rollout.starts_BT[seen], routing=rollout.experts_BTLK[seen])
+            log_probs_A, value = output.logits_BTA[0, -1].log_softmax(-1), output.value_BT[0, -1]
+            action = torch.multinomial(log_probs_A.detach().exp().cpu(), 1, generator=generator).item()
+            surprise = torch.randn((), generator=generator).item()
+            self._forget_gradients(game)
+            (log_probs_A[int(action)] + surprise * value).backward()
+            for fisher, parameter in zip(dense, shared, strict=True):
+                if parameter.grad is not None:
+                    fisher.addcmul_(parameter.grad, parameter.grad)
+            if agent.config.routing == "token":
+                for bank, gradients in enumerate(agent.gradients):
+                    for expert in gradients.experts:
+                        square = gradients.flat(expert).cpu().square()
+                        experts[bank, expert] = square.add_(experts.get((bank, expert), 0.0))
+        self._forget_gradients(game)
+        agent.train()
+        return dense, experts
+
+    def _frames(self, rollout: Rollout, generator: torch.Generator) -> list[tuple[int, int]]:
+        """(segment, time) of frames that were played."""
+        played_M2 = rollout.played_BT.nonzero()
+        chosen = torch.randperm(len(played_M2), generator=generator)[:FISHER_SAMPLES]
+        return [(row, time) for row, time in played_M2[chosen].tolist()]
+
+    def _forget_gradients(self, game: str) -> None:
+        for parameter in (*self._agent.shared_parameters(), *self._agent.game_parameters(game)):
+            parameter.grad = None
+        for gradients in self._agent.gradients:
+            gradients.zero()
+
+    def _read(self, experts: Iterable[tuple[int, int]]) -> Iterator[tuple[tuple[int, int], Tensor]]:
+        """The present parameters of each (bank, expert), flat as their gradients, on the host."""
+        wanted = list(experts)
+        for bank, cache in enumerate(self._agent.caches):
+            names = [tensor.name for tensor in cache.layout.parameters]
+            for wave in cache.waves([expert for of, expert in wanted if of == bank]):
+                with cache.reading(wave, sections=Sections.PARAMETERS, counted=False) as slots:
+                    for expert, slot in zip(wave, slots, strict=True):
+                        yield (bank, expert), torch.cat([cache.views[name][slot].flatten() for name in names]).cpu()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Fishers and anchors."""
+        dense = [(spring.fisher, spring.anchor) for spring in self._dense]
+        return {"dense": dense, "experts": {key: (spring.fisher, spring.anchor) for key, spring in self._experts.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Reads `state_dict` back."""
+        device = next(self._agent.shared_parameters()).device
+        self._dense = [Spring(fisher.to(device), anchor.to(device)) for fisher, anchor in state["dense"]]
+        self._experts = {key: Spring(fisher, anchor) for key, (fisher, anchor) in state["experts"].items()}

@@ -1,0 +1,150 @@
+"""One PPO update: epochs of minibatches over a rollout, for the dense parameters of one game and the experts it used.
+
+The learner lives as long as its game is in training: Adam is new for every game, the experts' too, so that no momentum of one game moves
+another's parameters; only games that take turns share the optimizers of what they share. Knows nothing of environments, phases or files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+from ooc_moe.agent.agent import Agent
+from ooc_moe.config.run import RunConfig
+from ooc_moe.learning.lookahead import uses_of_update
+from ooc_moe.learning.ppo import clipped_loss
+from ooc_moe.learning.protection import Protection
+from ooc_moe.learning.rollout import Rollout
+from ooc_moe.moe.expert_adam import ExpertAdam
+from ooc_moe_client.hbm.schedule import Use
+from ooc_moe_wire.errors import InvalidRequest
+
+ADAM_EPS = 1e-5
+
+
+class Learner:
+    """Updates the agent from rollouts of `game`.
+
+    Args:
+        agent: what is trained.
+        game: whose parameters are, beside the shared ones.
+        config: the run's.
+        protection: of what earlier games share with this one.
+        generator: draws minibatches, and the router's noise where routing is not replayed.
+        beside: the learner of a game that takes turns with this one: they share the optimizers of what they share.
+    """
+
+    def __init__(
+        self,
+        agent: Agent,
+        game: str,
+        config: RunConfig,
+        *,
+        protection: Protection,
+        generator: torch.Generator,
+        beside: Learner | None = None,
+    ) -> None:
+        self.agent, self.game, self.config = agent, game, config
+        self._protection, self._generator = protection, generator
+        lr = config.ppo.learning_rate
+        self.own = torch.optim.Adam(agent.game_parameters(game), lr=lr, eps=ADAM_EPS, fused=True)
+        self.shared: torch.optim.Adam
+        self.experts: ExpertAdam
+        if beside is not None:
+            self.shared, self.experts = beside.shared, beside.experts
+        else:
+            self.shared = torch.optim.Adam(agent.shared_parameters(), lr=lr, eps=ADAM_EPS, fused=True)
+            self.experts = ExpertAdam(agent.caches, agent.gradients, lr=lr, eps=ADAM_EPS)
+        self.dense_parameters = [parameter for dense in (self.own, self.shared) for parameter in dense.param_groups[0]["params"]]
+
+    def update(self, rollout: Rollout, *, remaining: float) -> dict[str, float]:
+        """Learns from one rollout; returns the means of what was measured.
+
+        Args:
+            rollout: what was played with the present parameters.
+            remaining: the share of this game's updates still to come, this one included; scales a learning rate that is annealed.
+        """
+        learning_rate = self.config.ppo.learning_rate * (remaining if self.config.ppo.anneal else 1)
+        self.own.param_groups[0]["lr"] = self.shared.param_groups[0]["lr"] = self.experts.lr = learning_rate
+        self.agent.train()
+        minibatches = self._minibatches(len(rollout.frames_BTSHW))
+        for cache, uses in zip(self.agent.caches, self._uses(rollout, minibatches), strict=True):
+            cache.schedule(uses, ahead=self.config.prefetch != "off")
+        # As the stem wants them in memory: brought there once, not in every epoch.
+        frames_BTHWS = rollout.frames_BTSHW.movedim(2, -1).contiguous()
+        measured: defaultdict[str, list[float]] = defaultdict(list)
+        for rows in minibatches:
+            for name, value in self._minibatch(rollout, frames_BTHWS, rows).items():
+                measured[name].append(value)
+        return {name: sum(values) / len(values) for name, values in measured.items()} | {"lr": learning_rate}
+
+    def _minibatches(self, num_segments: int) -> list[Tensor]:
+        """The segments of each optimizer step, all epochs'."""
+        orders = [torch.randperm(num_segments, generator=self._generator) for _ in range(self.config.ppo.epochs)]
+        return [rows for order in orders for rows in torch.split(order, self.config.ppo.minibatch_segments)]
+
+    def _uses(self, rollout: Rollout, minibatches: list[Tensor]) -> list[list[Use]]:
+        """Of each bank's experts, in order: none where the router chooses anew, because nobody can tell then."""
+        num_banks = len(self.agent.caches)
+        if not self.config.ppo.replay_routing:
+            return [[] for _ in range(num_banks)]
+        borrowed = self.agent.pools(self.game).borrowed_by_bank(num_banks)
+        return uses_of_update(rollout.experts_BTLK, minibatches, num_banks=num_banks, read_only=borrowed)
+
+    def _minibatch(self, rollout: Rollout, frames_BTHWS: Tensor, rows: Tensor) -> dict[str, float]:
+        """One optimizer step on these segments; `frames_BTHWS` are the rollout's."""
+
+        def chosen(x_BT: Tensor) -> Tensor:
+            return x_BT.index_select(0, rows).to(self.config.device)
+
+        output = self.agent(
+            chosen(frames_BTHWS).movedim(-1, 2),
+            game=self.game,
+            starts_BT=chosen(rollout.starts_BT),
+            routing=chosen(rollout.experts_BTLK) if self.config.ppo.replay_routing else None,
+            generator=self._generator,
+        )
+        loss = clipped_loss(
+            self.config.ppo,
+            logits_BTA=output.logits_BTA,
+            value_BT=output.value_BT,
+            actions_BT=chosen(rollout.actions_BT),
+            old_log_probs_BT=chosen(rollout.log_probs_BT),
+            advantages_BT=chosen(rollout.advantages_BT),
+            returns_BT=chosen(rollout.returns_BT),
+            played_BT=chosen(rollout.played_BT),
+        )
+        balance = self.agent.config.balance_weight * output.aux_loss
+        protection = self._protection.loss(self.game, self._generator)
+        total = loss.total + balance + protection
+        self._check_finite("loss", float(total.detach()))
+        self.own.zero_grad()
+        self.shared.zero_grad()
+        self.experts.zero_grad()
+        total.backward()
+        self._protection.correct_gradients(self.game)
+        grad_norm = self.experts.clip_grad_norm(self.dense_parameters, self.config.ppo.max_grad_norm)
+        self._check_finite("gradient norm", grad_norm)
+        self.own.step()
+        self.shared.step()
+        self.experts.step()
+        measured = {
+            "policy": loss.policy,
+            "value": loss.value,
+            "entropy": loss.entropy,
+            "balance": output.aux_loss,
+            "protection": protection,
+            "total": total,
+            "approx_kl": loss.approx_kl,
+            "clip_fraction": loss.clip_fraction,
+        }
+        values = torch.stack([value.detach().to(total.device) for value in measured.values()]).tolist()
+        return dict(zip(measured, values, strict=True)) | {"grad_norm": grad_norm}
+
+    def _check_finite(self, name: str, value: float) -> None:
+        """Stops a run that diverges before a step makes parameters of it."""
+        if not math.isfinite(value):
+            raise InvalidRequest(f"learning_rate: with {self.config.ppo.learning_rate:g} the {name} became {value}; begin again with less")

@@ -1,0 +1,95 @@
+"""PPO's arithmetic, without environments or networks: advantages, and the clipped loss.
+
+Sources: Schulman et al. 2017 (PPO), Schulman et al. 2016 (GAE); details as CleanRL's `ppo_atari.py`, but steps that the environment
+did not play (autoreset) are masked, a truncated episode is bootstrapped instead of ended, and the value loss is not clipped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ooc_moe.config.run import PPOConfig
+
+
+@torch.no_grad()
+def advantages(
+    *,
+    rewards_TN: Tensor,
+    values_TN: Tensor,
+    next_values_TN: Tensor,
+    terminated_TN: Tensor,
+    truncated_TN: Tensor,
+    played_TN: Tensor,
+    gamma: float,
+    gae_lambda: float,
+) -> Tensor:
+    """Generalised advantage estimates (T, N); zero where the step was not played.
+
+    Args:
+        rewards_TN: reward of step t, as the learner sees it.
+        values_TN: the value of the observation before step t.
+        next_values_TN: the value of the observation after step t, in the context of step t.
+        terminated_TN: step t ended the episode (or a life): nothing follows.
+        truncated_TN: step t was cut short: what follows is `next_values_TN`, but no later advantage.
+        played_TN: False where the environment ignored the action and reset instead.
+        gamma: discount.
+        gae_lambda: GAE's lambda.
+    """
+    played = played_TN.to(values_TN.dtype)
+    goes_on_TN = played * (~(terminated_TN | truncated_TN)).to(values_TN.dtype)
+    delta_TN = (rewards_TN + gamma * next_values_TN * (~terminated_TN) - values_TN) * played
+    out_TN = torch.zeros_like(values_TN)
+    later_N = torch.zeros_like(values_TN[0])
+    for t in reversed(range(len(rewards_TN))):
+        later_N = delta_TN[t] + gamma * gae_lambda * goes_on_TN[t] * later_N
+        out_TN[t] = later_N
+    return out_TN
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """PPO's loss and its parts; all scalars, only `total` carries a gradient."""
+
+    total: Tensor
+    policy: Tensor
+    value: Tensor
+    entropy: Tensor
+    approx_kl: Tensor
+    clip_fraction: Tensor
+
+
+def clipped_loss(
+    config: PPOConfig,
+    *,
+    logits_BTA: Tensor,
+    value_BT: Tensor,
+    actions_BT: Tensor,
+    old_log_probs_BT: Tensor,
+    advantages_BT: Tensor,
+    returns_BT: Tensor,
+    played_BT: Tensor,
+) -> Loss:
+    """The clipped surrogate, value and entropy losses over the steps that were played; advantages are normalised over these."""
+    mask_M = played_BT.flatten().to(value_BT.dtype)
+    weights_M = mask_M / mask_M.sum().clamp(min=1)
+
+    def mean(x_BT: Tensor) -> Tensor:
+        return x_BT.flatten().dot(weights_M)
+
+    log_probs_BTA = torch.log_softmax(logits_BTA, dim=-1)
+    log_ratio_BT = log_probs_BTA.gather(-1, actions_BT.unsqueeze(-1)).squeeze(-1) - old_log_probs_BT
+    ratio_BT = log_ratio_BT.exp()
+    centred_BT = advantages_BT - mean(advantages_BT)
+    normal_BT = centred_BT / (mean(centred_BT.square()).sqrt() + 1e-8)
+    policy = -mean(torch.minimum(ratio_BT * normal_BT, ratio_BT.clamp(1 - config.clip, 1 + config.clip) * normal_BT))
+    value = 0.5 * mean((value_BT - returns_BT).square())
+    entropy = mean(-(log_probs_BTA.exp() * log_probs_BTA).sum(-1))
+    with torch.no_grad():
+        # Schulman's low-variance estimator of KL(old || new): http://joschu.net/blog/kl-approx.html
+        approx_kl = mean(ratio_BT - 1 - log_ratio_BT)
+        clip_fraction = mean(((ratio_BT - 1).abs() > config.clip).to(value_BT.dtype))
+    total = policy + config.value_coef * value - config.entropy_coef * entropy
+    return Loss(total, policy.detach(), value.detach(), entropy.detach(), approx_kl, clip_fraction)

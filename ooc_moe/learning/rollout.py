@@ -1,0 +1,149 @@
+"""Plays the agent in one game's environments and returns what PPO learns from.
+
+The unit is the segment: `context` consecutive steps of every environment, played with the keys and values of that segment only, so that
+training can repeat exactly what acting saw. Knows nothing of losses, optimizers or other games.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ooc_moe.agent.agent import Agent, Segment
+from ooc_moe.config.run import PPOConfig
+from ooc_moe.envs import GameEnvs
+from ooc_moe.learning.lookahead import foretell_acting
+from ooc_moe.learning.ppo import advantages
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """Segments as rows: B = segments x environments, T = context. `experts_BTLK` is the routing that acted."""
+
+    frames_BTSHW: Tensor
+    starts_BT: Tensor
+    actions_BT: Tensor
+    log_probs_BT: Tensor
+    values_BT: Tensor
+    advantages_BT: Tensor
+    played_BT: Tensor
+    experts_BTLK: Tensor
+    episode_returns: list[float]
+    reward_per_step: float
+    """Mean raw reward of a step of one environment."""
+
+    @property
+    def returns_BT(self) -> Tensor:
+        """What the value function is fitted to."""
+        return self.advantages_BT + self.values_BT
+
+
+class Collector:
+    """Holds the environments of one game between rollouts; `frames_NSHW` is what they show now.
+
+    Args:
+        agent: plays; its `context` is the segment's length.
+        envs: the game's environments.
+        config: rollout length, discount and lambda.
+        generator: draws actions and router noise.
+        on_segment: called with the observations (N, S, H, W) at the start of each segment, before anything acts on them.
+        ahead: whether the experts of the next step are fetched before they are asked for, where HBM has no room for all of them.
+    """
+
+    def __init__(
+        self,
+        agent: Agent,
+        envs: GameEnvs,
+        config: PPOConfig,
+        *,
+        generator: torch.Generator,
+        on_segment: Callable[[Tensor], None],
+        ahead: bool = True,
+    ) -> None:
+        self.agent, self.envs, self.config = agent, envs, config
+        self._generator, self._on_segment, self._ahead = generator, on_segment, ahead
+
+    def reset(self, seed: int) -> None:
+        """Starts all episodes anew, from `seed`."""
+        self.frames_NSHW = torch.from_numpy(self.envs.reset(seed))
+        self._starts_N = torch.ones(self.envs.num_envs, dtype=torch.bool)
+
+    @torch.no_grad()
+    def collect(self) -> Rollout:
+        """Plays `rollout_steps` steps of every environment."""
+        segments: list[Segment] = []
+        steps: list[dict[str, Tensor]] = []
+        episode_returns: list[float] = []
+        for t in range(self.config.rollout_steps):
+            if t % self.agent.config.context == 0:
+                self._on_segment(self.frames_NSHW)
+                segments.append(self.agent.segment(self.envs.game, self.envs.num_envs))
+            steps.append(self._step(segments[-1], episode_returns))
+        time_first = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
+        rewards_TN = time_first.pop("rewards")
+        advantages_TN = advantages(
+            rewards_TN=rewards_TN.clamp(-1.0, 1.0),
+            values_TN=time_first["values"],
+            next_values_TN=self._next_values(segments, time_first["values"], time_first["starts"], time_first.pop("tokens")),
+            terminated_TN=time_first.pop("terminated"),
+            truncated_TN=time_first.pop("truncated"),
+            played_TN=time_first["played"],
+            gamma=self.config.gamma,
+            gae_lambda=self.config.gae_lambda,
+        )
+        rows = {name: self._as_rows(x) for name, x in (time_first | {"advantages": advantages_TN}).items()}
+        return Rollout(
+            frames_BTSHW=rows["frames"],
+            starts_BT=rows["starts"],
+            actions_BT=rows["actions"],
+            log_probs_BT=rows["log_probs"],
+            values_BT=rows["values"],
+            advantages_BT=rows["advantages"],
+            played_BT=rows["played"],
+            experts_BTLK=rows["experts"],
+            episode_returns=episode_returns,
+            reward_per_step=float(rewards_TN.mean()),
+        )
+
+    def _step(self, segment: Segment, episode_returns: list[float]) -> dict[str, Tensor]:
+        """One step; adds the raw returns of the games that ended with it."""
+        acted = self.agent.act(self.frames_NSHW, segment, starts_N=self._starts_N, generator=self._generator)
+        experts_NLK = acted.experts_NLK.cpu()
+        if any(cache.num_experts > cache.capacity_experts for cache in self.agent.caches):
+            foretell_acting(self.agent.caches, [experts_NLK], ahead=self._ahead)
+        step = self.envs.step(acted.actions_N.cpu().numpy())
+        episode_returns += step.episode_returns
+        now = {
+            "frames": self.frames_NSHW,
+            "tokens": acted.tokens_ND,
+            "starts": self._starts_N,
+            "actions": acted.actions_N.cpu(),
+            "log_probs": acted.log_probs_N.cpu(),
+            "values": acted.values_N.cpu(),
+            "experts": experts_NLK,
+            "rewards": torch.from_numpy(step.rewards),
+            "terminated": torch.from_numpy(step.terminated),
+            "truncated": torch.from_numpy(step.truncated),
+            "played": torch.from_numpy(step.played),
+        }
+        self.frames_NSHW = torch.from_numpy(step.observations)
+        self._starts_N = ~now["played"]
+        return now
+
+    def _next_values(self, segments: list[Segment], values_TN: Tensor, starts_TN: Tensor, tokens_TND: Tensor) -> Tensor:
+        """The value of what follows each step, in its segment's context: after the last one, that of the frame where the next begins."""
+        context = self.agent.config.context
+        tokens_MND = torch.cat([tokens_TND[context::context], self.agent.stem(self.frames_NSHW.to(tokens_TND.device)).unsqueeze(0)])
+        starts_MN = torch.cat([starts_TN[context::context], self._starts_N.unsqueeze(0)])
+        ends_B = self.agent.values(tokens_MND.flatten(0, 1), Segment.joined(segments), starts_N=starts_MN.flatten())
+        next_values_TN = values_TN.roll(-1, dims=0)
+        next_values_TN[context - 1 :: context] = ends_B.view_as(starts_MN).cpu()
+        return next_values_TN
+
+    def _as_rows(self, x_TN: Tensor) -> Tensor:
+        """(segments * T, N, ...) -> (segments * N, T, ...)."""
+        context = self.agent.config.context
+        return x_TN.reshape(-1, context, *x_TN.shape[1:]).transpose(1, 2).reshape(-1, context, *x_TN.shape[2:])

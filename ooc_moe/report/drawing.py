@@ -1,0 +1,161 @@
+"""What all charts draw with: one style, one colour per game and per tier, and a few kinds of axes.
+
+matplotlib through its object-oriented interface, on Agg: nothing is shared between figures or left open. Knows nothing of runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import hsv_to_rgb, to_hex
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from numpy.typing import NDArray
+
+from ooc_moe.metrics.measures import Floats
+
+WIDTH = 9.0
+"""Inches of every figure."""
+INK, FAINT, ACCENT = "#1F2933", "#9AA5B1", "#E8A33D"
+TIERS = {"hbm": ("HBM", "#B3261E"), "dram": ("DRAM", "#E8A33D"), "nvme": ("NVMe", "#3B6FB6"), "seed": ("seed", "#B8BEC9")}
+FATES = {"useful": "#2E8B57", "late": "#E8A33D", "wasted": "#B3261E"}
+# Okabe & Ito's colours, which stay apart for colour-blind readers; yellow is left out (unreadable on white).
+_GAME_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_ANNOTATED_CELLS_MAX = 150
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+# Any: matplotlib types the keys as a union of all its settings.
+STYLE: dict[Any, Any] = {
+    "font.size": 10,
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
+    "axes.titlecolor": INK,
+    "axes.edgecolor": "#C5CBD3",
+    "axes.labelcolor": "#52606D",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#ECEFF3",
+    "text.color": INK,
+    "xtick.color": "#52606D",
+    "ytick.color": "#52606D",
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "figure.constrained_layout.use": True,
+    "savefig.dpi": 150,
+}
+
+COUNTS = FuncFormatter(lambda value, _: f"{value:,.0f}" if value == round(value) else f"{value:,.2g}")
+PERCENT = PercentFormatter(1.0)
+
+
+def game_colours(games: Sequence[str]) -> dict[str, str]:
+    """A colour per game, by its place in the run; beyond seven games, hues spread evenly, every other one dark."""
+    if len(games) <= len(_GAME_COLOURS):
+        return dict(zip(games, _GAME_COLOURS, strict=False))
+    return {game: to_hex(tuple(hsv_to_rgb((rank / len(games), 0.75, (0.85, 0.5)[rank % 2])))) for rank, game in enumerate(games)}
+
+
+def mark_games(ax: Axes, spans: Iterable[tuple[str, float, float]], colours: dict[str, str], *, named: bool) -> None:
+    """Shades the steps of each game in its colour, with a line at each switch; `named` writes the games above.
+
+    Args:
+        ax: with environment steps on x.
+        spans: (game, first step, last step) in order.
+        colours: of the games.
+        named: whether the names are written; left out where they would run into each other.
+    """
+    spans = list(spans)
+    width = spans[-1][2] if spans else 0.0
+    for game, start, end in spans:
+        ax.axvspan(start, end, color=colours[game], alpha=0.07, linewidth=0, zorder=0)
+        if start > 0:
+            ax.axvline(start, color=FAINT, linewidth=0.9, linestyle="--")
+        if named and (end - start) > 0.011 * len(game) * width:
+            place = ((start + end) / 2, 1.0)
+            ax.annotate(
+                game,
+                place,
+                xycoords=ax.get_xaxis_transform(),
+                xytext=(0, 3),
+                textcoords="offset points",
+                ha="center",
+                va="bottom",
+                fontsize=9,
+                fontweight="bold",
+                color=colours[game],
+            )
+    if named:
+        ax.set_title(ax.get_title(loc="left"), pad=18)
+    if width:
+        ax.set_xlim(0, width)
+    ax.xaxis.set_major_formatter(COUNTS)
+
+
+def heatmap(ax: Axes, values_RC: Floats, rows: Sequence[str], columns: Sequence[str], texts: Sequence[Sequence[str]] | None = None) -> None:
+    """Shares from 0 (white) to 1 (dark) as a grid with names; what is NaN stays grey. `texts` replaces the percentages in the cells."""
+    colours = np.full((*values_RC.shape, 3), 0.955)
+    known = ~np.isnan(values_RC)
+    strength = np.clip(values_RC[known], 0, 1)[:, None]
+    colours[known] = 1 - strength * (1 - np.array([0.06, 0.32, 0.53]))
+    ax.imshow(colours, aspect="auto", interpolation="nearest")
+    if values_RC.size <= _ANNOTATED_CELLS_MAX:
+        for row, column in zip(*np.nonzero(known), strict=True):
+            text = texts[row][column] if texts else f"{100 * values_RC[row, column]:.0f} %"
+            dark = values_RC[row, column] > 0.55
+            ax.text(column, row, text, ha="center", va="center", color="white" if dark else INK, fontsize=9.5)
+    small = max(len(rows), len(columns)) > 20
+    longest = max(len(line) for name in columns for line in name.split("\n"))
+    turned = 90 if small else 30 if longest * len(columns) > 120 * ax.get_position().width else 0
+    ax.set_xticks(
+        range(len(columns)), columns, rotation=turned, ha="right" if turned else "center", rotation_mode="anchor" if turned else None
+    )
+    ax.set_yticks(range(len(rows)), rows)
+    ax.tick_params(length=0, labelsize=6 if small else 9.5)
+    ax.grid(False)
+    ax.spines[:].set_visible(False)
+
+
+def byte_axis(ax: Axes) -> None:
+    """Bytes on y from zero up, at round numbers of the largest binary unit that fits. Call it when all is drawn."""
+    ax.set_ylim(0, None)
+    top = ax.get_ylim()[1]
+    power = int(np.clip(np.log2(max(top, 1)) // 10, 0, len(_UNITS) - 1))
+    ticks = np.asarray(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(0, top / 1024**power))
+    ticks = ticks[(ticks >= 0) & (ticks * 1024**power <= top)]
+    ax.set_yticks(ticks * 1024**power, [f"{tick:g} {_UNITS[power]}" for tick in ticks])
+
+
+def legend(ax: Axes) -> None:
+    """A legend beside the axes, on the right."""
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), handlelength=1.4)
+
+
+def bar_widths(steps_U: Floats) -> Floats:
+    """Widths that make the bars of updates touch the bar before them; place them with align="edge" and a negative width."""
+    return np.asarray(np.diff(steps_U, prepend=0.0))
+
+
+def running_mean(values: Floats, window: int = 5) -> Floats:
+    """The mean of the `window` values around each place (odd; fewer at the ends), NaN left out."""
+    if not len(values):
+        return values
+    padded = np.pad(np.asarray(values, float), window // 2, constant_values=np.nan)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, window)
+    known = ~np.isnan(windows)
+    count = known.sum(axis=1)
+    return np.asarray(np.where(known, windows, 0).sum(axis=1) / np.where(count > 0, count, np.nan))
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean; 0 for fewer than two values."""
+    return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
+
+
+def shaded(shares_RC: Floats, colours_R3: NDArray[np.float64]) -> Floats:
+    """(R, C, 3) each row from white to its colour as its share grows; the square root keeps rare use visible."""
+    strength = np.sqrt(shares_RC / max(float(shares_RC.max()), 1e-12))
+    return np.asarray(1 - strength[..., None] * (1 - colours_R3[:, None, :]))

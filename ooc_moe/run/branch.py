@@ -1,0 +1,76 @@
+"""Takes a run back to one of its checkpoints, or begins another run from there: dense parameters, experts and events together.
+
+Deliberately trains nothing: both leave a directory that `train.resume` goes on from.
+
+Run: ooc-moe branch runs/first runs/second --checkpoint 0-krull --games boxing
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+from ooc_moe import envs
+from ooc_moe.config.run import RunConfig
+from ooc_moe.metrics.log import CONFIG_FILE, METRICS_FILE
+from ooc_moe.session import checkpoint
+from ooc_moe.session.session import open_store
+from ooc_moe_wire.errors import InvalidRequest
+
+
+def go_back(run_dir: Path, name: str) -> None:
+    """Makes the named checkpoint the latest one; drops the checkpoints of what came after it, and with the next resume their snapshots."""
+    directory = run_dir / checkpoint.DIRECTORY
+    chosen = checkpoint.load_named(directory, name)
+    for file, saved in checkpoint.kept(directory).items():
+        if saved.progress.update > chosen.progress.update:
+            (directory / file).unlink()
+    checkpoint.save(directory / checkpoint.LATEST, chosen)
+
+
+def branch(source: Path, run_dir: Path, name: str, *, games: Sequence[str] = (), store: str | None = None) -> None:
+    """Makes a run that stands where `source` stood at a checkpoint; its banks share with the source's what neither changes.
+
+    Args:
+        source: the directory of the run to begin from; it may be training meanwhile.
+        run_dir: the new run's directory.
+        name: one of the source's checkpoints.
+        games: what is learned after it, instead of what the source learned.
+        store: the daemon's address, if it moved.
+
+    Raises:
+        InvalidRequest: there is no such run or checkpoint, the checkpoint lies inside a game that `games` would replace, or the source's
+            games take turns, a game is unknown, run_dir holds a run already, or the run has a daemon of its own and `store` does not say
+            where it listens.
+        BankExists: the store has banks under the new run's name.
+    """
+    old = RunConfig.read(source)
+    saved = checkpoint.load_named(source / checkpoint.DIRECTORY, name)
+    if games and old.switch_every:
+        raise InvalidRequest(f"games: those of {source} take turns, none has an end to go on from")
+    if games and saved.progress.update_in_turn:
+        raise InvalidRequest(f"games: checkpoint {name!r} lies inside {old.games[saved.progress.turn]!r}; choose the end of a game")
+    for game in games:
+        envs.check_name(game)
+    schedule = (*old.games[: saved.progress.turn], *games) if games else old.games
+    config = dataclasses.replace(old, run_dir=run_dir, games=schedule, store=store or old.store, trace=None)
+    if config.store is None:
+        own = source / "store"
+        raise InvalidRequest(f"store: {source} has a daemon of its own; run ooc-moe-server --data-dir {own} and give its address")
+    if (run_dir / CONFIG_FILE).exists():
+        raise InvalidRequest(f"run_dir: {run_dir} already holds a run; choose another name")
+    with open_store(config) as opened:
+        banks = config.agent.bank_names(config.name)
+        for old_bank, bank in zip(old.agent.bank_names(old.name), banks, strict=True):
+            opened.fork_bank(old_bank, bank, snapshot_id=saved.snapshot_id)
+        snapshot = opened.create_snapshot(banks, name=f"{config.name}/update-{saved.progress.update}-{uuid.uuid4().hex[:8]}")
+    moved = dataclasses.replace(saved, snapshot_id=snapshot.id)
+    directory = run_dir / checkpoint.DIRECTORY
+    for file, kept in checkpoint.kept(source / checkpoint.DIRECTORY).items():
+        if kept.progress == saved.progress:
+            checkpoint.save(directory / file, moved)
+    checkpoint.save(directory / checkpoint.LATEST, moved)
+    (run_dir / METRICS_FILE).write_bytes((source / METRICS_FILE).read_bytes()[: saved.state["metrics_position"]])
+    (run_dir / CONFIG_FILE).write_text(config.to_json())

@@ -1,0 +1,121 @@
+"""Traces that no run recorded: games in turns, each with its own pool; and recorded ones with other turns.
+
+The accesses of a game are independent draws from its pool in the layer whose turn it is, the n-th most popular expert with weight
+n^-exponent. Real training asks for nearly the whole pool in every call of a layer; real acting for a few: `zipf` and `pool` set which.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ooc_moe.metrics.trace import Mark, Trace, TraceInfo
+from ooc_moe_wire.errors import InvalidRequest
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Made:
+    """What a made trace is like."""
+
+    games: int = 57
+    experts: int = 10_000
+    """Of all games together; each game has an equal share of its own."""
+    accesses: int = 10_000_000
+    switch_every: int = 20_000
+    """Accesses of one game before the next one's turn."""
+    layers: int = 6
+    """Each has its part of a game's pool; accesses go through them in turn, `per_call` at a time."""
+    per_call: int = 2
+    zipf: float = 1.0
+    """0: all experts of a pool alike."""
+    eval_every: int | None = None
+    """Turns of training between two evaluations; None: none. In one every game is played for a tenth of a turn."""
+    expert_bytes: int = 25 * 10**6
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("games", "experts", "accesses", "switch_every", "layers", "per_call", "expert_bytes"):
+            if getattr(self, name) < 1:
+                raise InvalidRequest(f"{name}: {getattr(self, name)} is less than 1")
+        if self.eval_every is not None and self.eval_every < 1:
+            raise InvalidRequest(f"eval_every: {self.eval_every} is less than 1")
+        if not 0 <= self.zipf < 10:
+            raise InvalidRequest(f"zipf: {self.zipf} is not between 0 and 10")
+        if self.experts < self.games * self.layers:
+            raise InvalidRequest(
+                f"experts: {self.experts} is less than one for each of {self.games} games in each of {self.layers} layers; "
+                f"give at least {self.games * self.layers}"
+            )
+
+
+def make_trace(made: Made) -> Trace:
+    """Games in rounds of random order, with evaluations between them where these are asked for. Equal arguments, equal trace."""
+    rng = np.random.default_rng(made.seed)
+    pools = _pools(made, rng)
+    pieces: list[NDArray[np.uint32]] = []
+    marks: list[Mark] = []
+    position = turn = 0
+    while position < made.accesses:
+        for game in rng.permutation(made.games).tolist():
+            turns = [(game, False, made.switch_every)]
+            turn += 1
+            if made.eval_every is not None and turn % made.eval_every == 0:
+                turns += [(each, True, max(1, made.switch_every // 10)) for each in range(made.games)]
+            for played, evaluating, length in turns:
+                length = min(length, made.accesses - position)
+                if length:
+                    marks.append(Mark(position, f"game{played:02d}", evaluating))
+                    pieces.append(_draw(made, pools[played], length, rng))
+                    position += length
+    info = TraceInfo(source=f"made: {made}", num_banks=1, expert_bytes=made.expert_bytes)
+    return Trace(info=info, keys_A=np.concatenate(pieces), marks=tuple(marks))
+
+
+def _pools(made: Made, rng: np.random.Generator) -> list[list[NDArray[np.uint32]]]:
+    """By game and layer: the experts, the most popular first, and no two pools with one in common."""
+    games = np.array_split(rng.permutation(made.experts).astype(np.uint32), made.games)
+    return [np.array_split(game, made.layers) for game in games]
+
+
+def _draw(made: Made, pool: list[NDArray[np.uint32]], length: int, rng: np.random.Generator) -> NDArray[np.uint32]:
+    layers_A = np.arange(length) // made.per_call % made.layers
+    keys_A = np.empty(length, np.uint32)
+    for layer, experts in enumerate(pool):
+        mine_A = layers_A == layer
+        weights = np.arange(1, len(experts) + 1, dtype=np.float64) ** -made.zipf
+        ranks = np.searchsorted(np.cumsum(weights) / weights.sum(), rng.random(int(mine_A.sum())), side="right")
+        keys_A[mine_A] = experts[np.minimum(ranks, len(experts) - 1)]
+    return keys_A
+
+
+def with_turns(trace: Trace, switch_every: int) -> Trace:
+    """The same training with other turns: each game's accesses in their order, `switch_every` at a time, the games round robin.
+
+    Evaluation is left out, for it has no place between turns that never were.
+
+    Raises:
+        InvalidRequest: `switch_every` is below 1.
+    """
+    if switch_every < 1:
+        raise InvalidRequest(f"switch_every: {switch_every} accesses are less than one")
+    by_game: dict[str, list[NDArray[Any]]] = {}
+    for span in trace.spans():
+        if not span.evaluating:
+            by_game.setdefault(span.game, []).append(trace.keys_A[span.start : span.stop])
+    left = {game: np.concatenate(parts) for game, parts in by_game.items()}
+    pieces: list[NDArray[np.uint32]] = []
+    marks: list[Mark] = []
+    position = 0
+    while left:
+        for game in list(left):
+            turn, left[game] = left[game][:switch_every], left[game][switch_every:]
+            marks.append(Mark(position, game, False))
+            pieces.append(turn)
+            position += len(turn)
+            if not len(left[game]):
+                del left[game]
+    keys_A = np.concatenate(pieces) if pieces else np.empty(0, np.uint32)
+    return replace(trace, keys_A=keys_A, marks=tuple(marks))

@@ -1,0 +1,89 @@
+"""Rows of the index: records and banks as values, and the checksum that every row carries.
+
+Knows nothing of files and transactions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import xxhash
+
+from ooc_moe_server.catalog.catalog import Bank, Record, Slot
+from ooc_moe_wire.codec import Checksums
+from ooc_moe_wire.layout import BankSpec
+from ooc_moe_wire.v1 import bank_pb2
+
+Row = tuple[Any, ...]
+# expert, version, slab, slot, both checksums, writer id, push number; slot None: the seeded value under a newer version.
+RecordRow = tuple[int, int, int | None, int | None, int | None, int | None, str, int]
+
+
+def record_row(expert: int, record: Record) -> RecordRow:
+    """A record as a row, which files of JSON hold too."""
+    slab, slot = (record.slot.record_bytes, record.slot.index) if record.slot else (None, None)
+    parameters = _signed(record.checksums.parameters) if record.checksums else None
+    optimizer = _signed(record.checksums.optimizer) if record.checksums else None
+    return expert, record.version, slab, slot, parameters, optimizer, record.writer_id, _signed(record.push_number)
+
+
+def record_of(row: Sequence[Any]) -> tuple[int, Record]:
+    """The expert and the record of a row."""
+    expert, version, slab, slot, parameters, optimizer, writer_id, push_number = row
+    return expert, Record(
+        version=version,
+        slot=None if slot is None else Slot(slab, slot),
+        checksums=None if parameters is None else Checksums(_unsigned(parameters), _unsigned(optimizer)),
+        writer_id=writer_id,
+        push_number=_unsigned(push_number),
+    )
+
+
+def bank_row(bank: Bank) -> Row:
+    """A bank as a row, without its records."""
+    spec = bank.spec.to_proto().SerializeToString(deterministic=True)
+    return (
+        bank.id,
+        bank.uuid,
+        bank.name,
+        spec,
+        bank.num_experts,
+        bank.created_unix_ms,
+        bank.forked_from,
+        bank.revision,
+        bank.base_version,
+    )
+
+
+def bank_of(row: Row) -> Bank:
+    """The bank of a row."""
+    bank_id, uuid, _name, spec, num_experts, created_unix_ms, forked_from, revision, base_version = row
+    return Bank(
+        id=bank_id,
+        uuid=uuid,
+        spec=BankSpec.from_proto(bank_pb2.BankSpec.FromString(spec)),
+        num_experts=num_experts,
+        created_unix_ms=created_unix_ms,
+        forked_from=forked_from,
+        revision=revision,
+        base_version=base_version,
+    )
+
+
+def sealed(table: str, rows: Iterable[Row]) -> list[Row]:
+    """The rows, each with the checksum of its values."""
+    return [(*row, checksum(table, row)) for row in rows]
+
+
+def checksum(table: str, values: Row) -> int:
+    """xxh3 of the values as Python writes them in ASCII, which tells types and values apart, and of the table, as a signed word."""
+    return _signed(int(xxhash.xxh3_64_intdigest((table + ascii(values)).encode())))
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 64) if word >= 1 << 63 else word
+
+
+def _unsigned(word: int) -> int:
+    return word + (1 << 64) if word < 0 else word

@@ -1,0 +1,288 @@
+"""Changes of what exists: banks made, grown, deleted, forked; snapshots taken, restored, deleted.
+
+Each is one index transaction between two commit rounds, then its manifests, and only then shown in the catalog and acknowledged; it is
+carried to its end even when the caller hangs up. Bytes are never copied: records share slots.
+
+The transaction decides. Manifests that cannot be written after it leave the change as it is, and the caller an error: they stay owed, and
+no other change that adds something begins before they are written.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from ooc_moe_server.catalog.catalog import UNWRITTEN, Bank, BankState, Catalog, Record, Snapshot, unix_ms
+from ooc_moe_server.dram.tier import DramTier
+from ooc_moe_server.engine.committer import Committer
+from ooc_moe_server.index.database import Index, Write
+from ooc_moe_server.index.manifests import Manifests
+from ooc_moe_server.nvme.reserve import Reserve
+from ooc_moe_server.nvme.tier import NvmeTier
+from ooc_moe_wire.errors import BankExists, InvalidRequest, NotTheWriter, SnapshotExists, UnknownSnapshot
+from ooc_moe_wire.layout import BankSpec
+
+log = logging.getLogger(__name__)
+Result = TypeVar("Result")
+NAME_BYTES_MAX = 128
+
+
+class Changes:
+    """The calls of BankService and SnapshotService that change something."""
+
+    def __init__(
+        self, catalog: Catalog, committer: Committer, dram: DramTier, nvme: NvmeTier, *, manifests: Manifests, reserve: Reserve
+    ) -> None:
+        self._catalog, self._committer, self._dram, self._nvme = catalog, committer, dram, nvme
+        self._manifests, self._reserve = manifests, reserve
+        self._released: list[Record] = []  # Of what was deleted, until no manifest names them.
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    async def create_bank(self, spec: BankSpec) -> Bank:
+        """Makes a bank, or answers it when its spec is equal. Raises BankExists, InvalidRequest (a record larger than the DRAM tier)."""
+        return await self._to_the_end(self._create_bank(spec))
+
+    async def grow_bank(self, name: str, num_experts: int) -> Bank:
+        """Raises the number of experts to at least `num_experts`. Raises UnknownBank, InvalidRequest."""
+        return await self._to_the_end(self._grow_bank(name, num_experts))
+
+    async def delete_bank(self, name: str) -> None:
+        """Removes a bank and its part of every snapshot. Raises UnknownBank, NotTheWriter."""
+        await self._to_the_end(self._delete_bank(name))
+
+    async def fork_bank(self, source: str, name: str, snapshot_id: int) -> Bank:
+        """Makes bank `name` from a snapshot of `source`, or from its present state (0). Raises BankExists, UnknownBank, UnknownSnapshot."""
+        return await self._to_the_end(self._fork_bank(source, name, snapshot_id))
+
+    async def create_snapshot(self, names: Sequence[str], name: str) -> Snapshot:
+        """Takes the committed state of banks in one cut. Raises UnknownBank, SnapshotExists, InvalidRequest."""
+        return await self._to_the_end(self._create_snapshot(names, name))
+
+    async def restore_snapshot(self, snapshot_id: int, writer_id: str) -> Snapshot:
+        """Brings the banks of a snapshot back to it, under new versions. Raises UnknownSnapshot, NotTheWriter."""
+        return await self._to_the_end(self._restore_snapshot(snapshot_id, writer_id))
+
+    async def delete_snapshot(self, snapshot_id: int) -> None:
+        """Raises UnknownSnapshot."""
+        await self._to_the_end(self._delete_snapshot(snapshot_id))
+
+    async def drain(self) -> None:
+        """Returns when nothing is under way."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    async def _to_the_end(self, change: Coroutine[Any, Any, Result]) -> Result:
+        """Runs a change in a task of its own: index and catalog must not part when the caller leaves in between."""
+        task = asyncio.create_task(self._alone(change))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return await asyncio.shield(task)
+
+    async def _alone(self, change: Coroutine[Any, Any, Result]) -> Result:
+        async with self._committer.exclusive():
+            return await change
+
+    async def _create_bank(self, spec: BankSpec) -> Bank:
+        if spec.name in self._catalog.banks:
+            bank = self._catalog.banks[spec.name]
+            if replace(bank.spec, num_experts=spec.num_experts) != spec:
+                raise BankExists(f"bank {spec.name!r} exists with another {_difference(bank.spec, spec)}")
+            await self._settle_what_is_owed()
+            return bank
+        capacity = self._dram.stats.capacity_bytes
+        if spec.layout.record_bytes > capacity:
+            raise InvalidRequest(
+                f"bank {spec.name!r}: a record of {spec.layout.record_bytes} bytes exceeds the DRAM tier of {capacity} bytes"
+            )
+        return await self._add_bank(_new_bank(spec))
+
+    async def _grow_bank(self, name: str, num_experts: int) -> Bank:
+        bank = self._catalog.bank(name)
+        if num_experts > bank.num_experts:
+            replace(bank.spec, num_experts=num_experts)  # Checks the number.
+            await self._add_to_index(lambda index: index.grow_bank(bank.id, num_experts))
+            try:
+                await self._write_manifests(banks=[bank])
+            finally:
+                bank.num_experts = num_experts
+            log.info("bank %r grown to %d experts", name, num_experts)
+        else:
+            await self._settle_what_is_owed()
+        return bank
+
+    async def _delete_bank(self, name: str) -> None:
+        bank = self._catalog.bank(name)
+        self._refuse_other_writer(bank, "")
+        snapshots = [snapshot for snapshot in self._catalog.snapshots.values() if bank.id in snapshot.banks]
+        await self._remove_from_index(lambda index: index.delete_bank(bank.id))
+        try:
+            await self._write_manifests(banks=[bank], snapshots=snapshots)
+        finally:
+            bank.deleted = True
+            del self._catalog.banks[name]
+            released = list(bank.records.values())
+            for snapshot in snapshots:
+                released += snapshot.banks.pop(bank.id).records.values()
+                if not snapshot.banks:
+                    del self._catalog.snapshots[snapshot.id]
+            self._release(released)
+        self._dram.discard_seeds(bank.id)
+        log.info("bank %r deleted", name)
+
+    async def _fork_bank(self, source: str, name: str, snapshot_id: int) -> Bank:
+        origin = self._catalog.bank(source)
+        if name in self._catalog.banks:
+            raise BankExists(f"bank {name!r} exists")
+        await self._committer.write_back([origin])
+        state = self._state(origin, snapshot_id)
+        bank = _new_bank(replace(origin.spec, name=name, num_experts=state.num_experts))
+        bank.forked_from = source
+        for expert, record in sorted(state.records.items()):
+            if record.slot:  # A seeded value needs no row: the fork has the same seed.
+                bank.put(expert, self._renewed(record))
+        return await self._add_bank(bank)
+
+    async def _create_snapshot(self, names: Sequence[str], name: str) -> Snapshot:
+        if not names or len(set(names)) != len(names):
+            raise InvalidRequest(f"banks: {list(names)} is not a list of one or more different banks")
+        if len(name.encode()) > NAME_BYTES_MAX:
+            raise InvalidRequest(f"name: {len(name.encode())} bytes are more than {NAME_BYTES_MAX}")
+        banks = [self._catalog.bank(bank) for bank in names]
+        taken = {snapshot.name: snapshot for snapshot in self._catalog.snapshots.values()}
+        if name in taken:
+            if set(taken[name].banks) == {bank.id for bank in banks}:
+                await self._settle_what_is_owed()
+                return taken[name]
+            raise SnapshotExists(f"snapshot {name!r} exists, of other banks")
+        await self._committer.write_back(banks)
+        snapshot_id = self._catalog.next_snapshot_id
+        while not name and f"snapshot-{snapshot_id}" in taken:  # Somebody chose that name.
+            snapshot_id += 1
+        states = {bank.id: BankState(num_experts=bank.num_experts, records=dict(bank.records)) for bank in banks}
+        snapshot = Snapshot(id=snapshot_id, name=name or f"snapshot-{snapshot_id}", created_unix_ms=unix_ms(), banks=states)
+        await self._add_to_index(lambda index: index.create_snapshot(snapshot))
+        try:
+            await self._write_manifests(snapshots=[snapshot])
+        finally:
+            self._catalog.next_snapshot_id = snapshot_id + 1
+            self._catalog.snapshots[snapshot_id] = snapshot
+            self._hold(record for state in states.values() for record in state.records.values())
+        log.info("snapshot %d %r taken of %s", snapshot_id, snapshot.name, ", ".join(names))
+        return snapshot
+
+    async def _restore_snapshot(self, snapshot_id: int, writer_id: str) -> Snapshot:
+        snapshot = self._catalog.snapshot(snapshot_id)
+        banks = {self._catalog.bank_by_id(bank_id): state for bank_id, state in snapshot.banks.items()}
+        for bank in banks:
+            self._refuse_other_writer(bank, writer_id)
+        restored = [
+            (bank, expert, self._renewed(state.records.get(expert, UNWRITTEN)))
+            for bank, state in banks.items()
+            # A new version also for what is being pushed, so that no push from before the restore lands after it.
+            for expert in sorted(bank.records.keys() | state.records.keys() | bank.pushing.keys())
+        ]
+        writes = [Write(bank_id=bank.id, expert=expert, record=record) for bank, expert, record in restored]
+        # What older versions are on the disk is no candidate of a rebuild any more; versions taken from here on may still be committed.
+        next_version = self._catalog.next_version
+        await self._add_to_index(lambda index: index.restore_banks([bank.id for bank in banks], writes, next_version))
+        try:
+            await self._write_manifests(banks=banks)
+        finally:
+            self._hold(record for _, _, record in restored)
+            self._let_go([bank.put(expert, record) for bank, expert, record in restored])
+        log.info("snapshot %d %r restored", snapshot_id, snapshot.name)
+        return snapshot
+
+    async def _delete_snapshot(self, snapshot_id: int) -> None:
+        snapshot = self._catalog.snapshot(snapshot_id)
+        await self._remove_from_index(lambda index: index.delete_snapshot(snapshot_id))
+        try:
+            await self._write_manifests(snapshots=[snapshot])
+        finally:
+            del self._catalog.snapshots[snapshot_id]
+            self._release([record for state in snapshot.banks.values() for record in state.records.values()])
+        log.info("snapshot %d %r deleted", snapshot_id, snapshot.name)
+
+    async def _add_bank(self, bank: Bank) -> Bank:
+        next_version = self._catalog.next_version
+        bank.id = await self._add_to_index(lambda index: index.create_bank(bank, next_version))
+        try:
+            await self._write_manifests(banks=[bank])
+        finally:
+            self._catalog.banks[bank.name] = bank
+            self._hold(bank.records.values())
+        log.info("bank %r created: %d experts of %d bytes", bank.name, bank.num_experts, bank.layout.record_bytes)
+        return bank
+
+    async def _add_to_index(self, work: Callable[[Index], Result]) -> Result:
+        """A transaction that takes room: refused while the reserve is in use, which is for those that cannot be refused."""
+        await self._settle_what_is_owed()
+
+        def add(index: Index) -> Result:
+            self._reserve.require()
+            return work(index)
+
+        return await self._committer.on_index(add)
+
+    async def _remove_from_index(self, work: Callable[[Index], None]) -> None:
+        """A transaction that sets room free, and so works on a full disk."""
+        await self._committer.on_index(lambda index: self._reserve.run(lambda: work(index)))
+
+    async def _write_manifests(self, *, banks: Iterable[Bank] = (), snapshots: Iterable[Snapshot] = ()) -> None:
+        """Makes the files of what changed equal to the index. Raises TierFull, Internal: then they stay owed."""
+        for bank in banks:
+            self._manifests.owe_bank(bank.uuid)
+        for snapshot in snapshots:
+            self._manifests.owe_snapshot(snapshot.id)
+        await self._settle_what_is_owed()
+
+    async def _settle_what_is_owed(self) -> None:
+        if self._manifests.is_owing:
+            await self._committer.on_index(lambda index: self._reserve.run(lambda: self._manifests.settle(index)))
+        released, self._released = self._released, []
+        self._let_go(released)
+
+    def _release(self, records: Iterable[Record]) -> None:
+        """Lets go of what was deleted; not while a manifest still names it, for a rebuild would find other records in these slots."""
+        if self._manifests.is_owing:
+            self._released += records
+        else:
+            self._let_go(records)
+
+    def _state(self, bank: Bank, snapshot_id: int) -> BankState:
+        if not snapshot_id:
+            return BankState(num_experts=bank.num_experts, records=bank.records)
+        snapshot = self._catalog.snapshot(snapshot_id)
+        if bank.id not in snapshot.banks:
+            raise UnknownSnapshot(f"snapshot {snapshot_id} {snapshot.name!r} is not of bank {bank.name!r}")
+        return snapshot.banks[bank.id]
+
+    def _renewed(self, record: Record) -> Record:
+        """The same bytes under a new version; no push is remembered, so that none is answered as a repeat."""
+        return Record(version=self._catalog.take_version(), slot=record.slot, checksums=record.checksums)
+
+    def _refuse_other_writer(self, bank: Bank, writer_id: str) -> None:
+        if bank.writer and bank.writer.writer_id != writer_id:
+            raise NotTheWriter(f"bank {bank.name!r}: writer {bank.writer.writer_id!r} has it open")
+
+    def _hold(self, records: Iterable[Record]) -> None:
+        for record in records:
+            if record.slot:
+                self._nvme.hold(record.slot)
+
+    def _let_go(self, records: Iterable[Record]) -> None:
+        for record in records:
+            if record.slot:
+                self._nvme.let_go(record.slot)
+
+
+def _difference(present: BankSpec, asked: BankSpec) -> str:
+    return "layout" if present.layout != asked.layout else f"seed: {present.seed}, not {asked.seed}"
+
+
+def _new_bank(spec: BankSpec) -> Bank:
+    return Bank(id=0, uuid=uuid.uuid4().bytes, spec=spec, num_experts=spec.num_experts, created_unix_ms=unix_ms(), forked_from="")

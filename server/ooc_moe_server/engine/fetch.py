@@ -1,0 +1,226 @@
+"""Serving experts: what a FetchExperts call does, without gRPC.
+
+Experts come in the order that is fastest: unchanged ones, DRAM residents, then the others as they arrive. A fetch reads a few records ahead
+and holds pins only on those and on what it hands out, so that a call may be larger than the DRAM tier. Knows nothing of how bytes travel.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+from ooc_moe_server.catalog.catalog import UNWRITTEN, Bank, Record, Source
+from ooc_moe_server.dram.tier import DramTier, Entry
+from ooc_moe_server.engine.promotions import Promotions
+from ooc_moe_server.stats import Scopes, Stats
+from ooc_moe_wire.codec import HOLDS_NONE
+from ooc_moe_wire.errors import CorruptRecord, InvalidRequest, TierFull
+from ooc_moe_wire.v1 import expert_pb2
+
+# Records that one call may have pinned or under way beyond those it hands out; more than are read at once, so that no disk waits for it.
+READ_AHEAD = 8
+_LATENCY = {expert_pb2.TIER_DRAM: "fetch_dram", expert_pb2.TIER_NVME: "fetch_nvme", expert_pb2.TIER_SEED: "fetch_seed"}
+# One that was resident: its expert, record and source.
+_Resident = tuple[int, Record, Source]
+# How many records may be handed out now, at least one; it may wait.
+Room = Callable[[], Awaitable[int]]
+
+
+@dataclass(slots=True)
+class Served:
+    """One expert of a fetch. `entry` is pinned; None when unchanged or damaged."""
+
+    expert: int
+    version: int
+    tier: expert_pb2.Tier.ValueType  # That held it when it was asked for.
+    began: float = 0.0
+    entry: Entry | None = None
+    error: CorruptRecord | TierFull | None = None
+    was_prefetched: bool = False
+
+
+class Fetch:
+    """One call. `experts()` or `batches()` may be run once."""
+
+    def __init__(
+        self,
+        bank: Bank,
+        experts: Sequence[int],
+        *,
+        known_versions: Sequence[int],
+        demand: bool,
+        section_bytes: int,
+        scopes: Scopes,
+        dram: DramTier,
+        promotions: Promotions,
+        stats: Stats,
+    ) -> None:
+        """Checks the request. Raises UnknownExpert, InvalidRequest."""
+        if not experts or len(set(experts)) != len(experts):
+            raise InvalidRequest(f"experts: {len(experts)} ids, {len(set(experts))} of them different; at least one, each once")
+        if known_versions and len(known_versions) != len(experts):
+            raise InvalidRequest(f"known_versions: {len(known_versions)} for {len(experts)} experts")
+        bank.check(experts)
+        self._bank, self._demand, self._section_bytes, self._scopes = bank, demand, section_bytes, scopes
+        self._dram, self._promotions, self._stats = dram, promotions, stats
+        self._alone: set[int] = set()  # Experts that found no room, and are tried again when this call holds no other pin.
+        self._known = dict(zip(experts, known_versions or [HOLDS_NONE] * len(experts), strict=True))
+
+    async def experts(self) -> AsyncGenerator[Served, None]:
+        """Yields each expert once, pinned until the next is asked for; close it to drop what was not taken.
+
+        Raises:
+            TierFull: pins left no room for too long.
+        """
+        async with contextlib.aclosing(self.batches(_one)) as batches:
+            async for batch in batches:
+                for served in batch:  # With a pin it is alone.
+                    try:
+                        yield served
+                        self.sent((served,))
+                    finally:
+                        if served.entry:
+                            self._dram.unpin(served.entry)
+
+    async def batches(self, room: Room) -> AsyncGenerator[list[Served], None]:
+        """As `experts`, but yields as many at once as are ready and `room` allows, and leaves their pins to the caller."""
+        self._scopes.count("fetched_experts", len(self._known))
+        unchanged, residents, missing = self._sorted()
+        if unchanged:
+            self._scopes.count("unchanged", len(unchanged))
+            yield unchanged
+        ahead: set[asyncio.Task[Served]] = set()
+        arrived: deque[asyncio.Task[Served]] = deque()
+        try:
+            self._read_ahead(missing, ahead, READ_AHEAD)
+            while residents:
+                if batch := self._take(residents, missing, await room()):
+                    yield self._counted(batch)
+            while missing or ahead or arrived:
+                self._read_ahead(missing, ahead, (1 if self._alone else READ_AHEAD) - len(arrived))
+                if not arrived:
+                    done, ahead = await asyncio.wait(ahead, return_when=asyncio.FIRST_COMPLETED)
+                    arrived.extend(done)
+                batch = self._with_room(_landed(arrived, await room()), missing)
+                if not self._alone:
+                    self._read_ahead(missing, ahead, READ_AHEAD - len(arrived))
+                if batch:
+                    yield self._counted(batch)
+        finally:
+            await self._abandon([*ahead, *arrived])
+
+    def sent(self, batch: Sequence[Served], *, leased: bool = False) -> None:
+        """Counts what has reached the caller."""
+        num_bytes = self._section_bytes * sum(served.entry is not None for served in batch)
+        self._scopes.count("fetched_bytes", num_bytes)
+        if leased:
+            self._scopes.count("leased_bytes", num_bytes)
+        for served in batch:
+            if served.entry:
+                self._stats.took(_LATENCY[served.tier], served.began)
+
+    def _sorted(self) -> tuple[list[Served], deque[_Resident], deque[int]]:
+        """The experts that are unchanged, resident, and neither. Residents are touched, so that this call's own misses evict them last."""
+        bank = self._bank
+        unchanged: list[Served] = []
+        residents: deque[_Resident] = deque()
+        missing: deque[int] = deque()
+        bank.check(())
+        for expert, known in self._known.items():
+            record = bank.records.get(expert, UNWRITTEN)
+            if known != HOLDS_NONE and record.version == known:
+                unchanged.append(Served(expert, known, self._tier(expert, record)))
+            elif self._dram.touch(source := bank.source(expert, record)):
+                residents.append((expert, record, source))
+            else:
+                missing.append(expert)
+        return unchanged, residents, missing
+
+    def _take(self, residents: deque[_Resident], missing: deque[int], limit: int) -> list[Served]:
+        """The next residents, pinned. One that was evicted meanwhile is missing: to wait for it here would wait for pins of our own."""
+        bank, began = self._bank, self._stats.clock()
+        batch: list[Served] = []
+        bank.check(())
+        while residents and len(batch) < limit:
+            expert, record, source = residents.popleft()
+            if (present := bank.records.get(expert, UNWRITTEN)) is not record:
+                record, source = present, bank.source(expert, present)
+            entry = self._dram.take(source, demand=self._demand)
+            if entry is None:
+                missing.append(expert)
+                continue
+            batch.append(Served(expert, record.version, expert_pb2.TIER_DRAM, began, entry, None, entry.wasted is not None))
+            entry.wasted = None
+        return batch
+
+    def _with_room(self, batch: list[Served], missing: deque[int]) -> list[Served]:
+        """The batch without what found no room: the pins in the way may be our own, so that is missing once more, and then tried alone.
+
+        Raises:
+            TierFull: it was alone.
+        """
+        for served in batch:
+            if isinstance(served.error, TierFull):
+                if served.expert in self._alone:
+                    raise served.error
+                self._alone.add(served.expert)
+                missing.append(served.expert)
+        return [served for served in batch if not isinstance(served.error, TierFull)]
+
+    def _read_ahead(self, missing: deque[int], ahead: set[asyncio.Task[Served]], limit: int) -> None:
+        while missing and len(ahead) < limit:
+            ahead.add(asyncio.create_task(self._acquire(missing.popleft())))
+
+    async def _acquire(self, expert: int) -> Served:
+        """The expert's present record, pinned, from wherever it is."""
+        record = self._bank.record(expert)
+        served = Served(expert, record.version, self._tier(expert, record), self._stats.clock())
+        try:
+            taken = self._dram.take(self._bank.source(expert, record), demand=self._demand)
+            served.entry = taken or await self._promotions.bring(self._bank, expert, record, urgent=self._demand)
+            served.was_prefetched = taken is not None and taken.wasted is not None
+            served.entry.wasted = None
+        except (CorruptRecord, TierFull) as refusal:
+            served.error = refusal
+        return served
+
+    def _tier(self, expert: int, record: Record) -> expert_pb2.Tier.ValueType:
+        if self._dram.holds(self._bank.source(expert, record)):
+            return expert_pb2.TIER_DRAM
+        return expert_pb2.TIER_NVME if record.slot else expert_pb2.TIER_SEED
+
+    def _counted(self, batch: list[Served]) -> list[Served]:
+        """Counts demands by the tier that held them."""
+        if self._demand:
+            tiers = [served.tier for served in batch]
+            num_nvme, num_seeded = tiers.count(expert_pb2.TIER_NVME), tiers.count(expert_pb2.TIER_SEED)
+            num_hits = len(batch) - num_nvme - num_seeded
+            self._scopes.count("hits", num_hits)
+            self._scopes.count("prefetch_hits", sum(served.was_prefetched for served in batch))
+            self._scopes.count("misses", num_nvme + num_seeded)
+            self._scopes.count("nvme_reads", num_nvme)
+            self._scopes.count("seeded", num_seeded)
+        return batch
+
+    async def _abandon(self, tasks: Sequence[asyncio.Task[Served]]) -> None:
+        """Takes back the pins of what nobody will ask for."""
+        for task in tasks:
+            task.cancel()
+        for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+            if isinstance(outcome, Served) and outcome.entry:
+                self._dram.unpin(outcome.entry)
+
+
+def _landed(arrived: deque[asyncio.Task[Served]], limit: int) -> list[Served]:
+    """What the first tasks brought; a failure is raised when it comes first, so that no pin is lost with it."""
+    batch: list[Served] = []
+    while arrived and len(batch) < limit and not (batch and arrived[0].exception()):
+        batch.append(arrived.popleft().result())
+    return batch
+
+
+async def _one() -> int:
+    return 1

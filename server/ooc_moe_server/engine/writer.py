@@ -1,0 +1,264 @@
+"""One writer of one bank: its lease, the records it sends, and their outcomes. What a PushExperts stream does, without gRPC.
+
+    open -> (begin -> add ... add)* -> settle -> close
+
+A record is received straight into the arena, or lies staged in the caller's memory, and is handed to the committer, which carries it on
+even if the writer dies. Knows nothing of how messages travel.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from typing import Any, Protocol
+
+from ooc_moe_server.catalog.catalog import Bank, PushUnderWay
+from ooc_moe_server.dram.tier import DramTier
+from ooc_moe_server.engine.committer import Committer
+from ooc_moe_server.engine.push import Push, check_base
+from ooc_moe_server.stats import Scopes, Stats
+from ooc_moe_wire.codec import CHUNK_BYTES_MAX, Assembler, Checksums
+from ooc_moe_wire.errors import InvalidRequest, NotTheWriter, OocMoeError, StaleVersion
+from ooc_moe_wire.v1 import expert_pb2
+
+log = logging.getLogger(__name__)
+
+WRITER_ID_BYTES_MAX = 128
+# Of one stream; a writer that sends more waits.
+PUSHES_IN_FLIGHT_MAX = 64
+
+
+class Staging(Protocol):
+    """What a writer knows of its session on the local plane."""
+
+    def staging(self, offset: int, size: int) -> memoryview:
+        """Bytes of the caller's memory. Raises InvalidRequest, LeaseExpired."""
+        ...
+
+
+class Writer:
+    """The open writer of a bank. `closing` is set, with the reason, when it must end: taken over, or the daemon drains."""
+
+    def __init__(
+        self,
+        bank: Bank,
+        writer_id: str,
+        scopes: Scopes,
+        *,
+        session: Staging | None,
+        committer: Committer,
+        dram: DramTier,
+        stats: Stats,
+        patience_s: float,
+    ) -> None:
+        """Takes the bank's lease. Raises NotTheWriter, InvalidRequest."""
+        if not 1 <= len(writer_id.encode()) <= WRITER_ID_BYTES_MAX or "\0" in writer_id:  # Record headers pad it with zeros.
+            raise InvalidRequest(f"writer_id: {writer_id!r} is not 1 to {WRITER_ID_BYTES_MAX} bytes without zeros")
+        older = bank.writer
+        if older is not None and older.writer_id != writer_id:
+            raise NotTheWriter(f"bank {bank.name!r}: writer {older.writer_id!r} has it open")
+        self.bank, self.writer_id = bank, writer_id
+        self.took_over = older is not None
+        self.closing: asyncio.Future[OocMoeError] = asyncio.get_running_loop().create_future()
+        self.outcomes: asyncio.Queue[expert_pb2.PushOutcome] = asyncio.Queue()
+        self._scopes, self._committer, self._dram, self._stats, self._patience_s = scopes, committer, dram, stats, patience_s
+        self._session = session
+        self._incoming: _Incoming | None = None
+        self._end_after_incoming: OocMoeError | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._slots = asyncio.Semaphore(PUSHES_IN_FLIGHT_MAX)
+        if isinstance(older, Writer):
+            older._lose()
+        bank.writer = self
+        log.info("writer %r opened bank %r%s", writer_id, bank.name, ", taking over from its older stream" if self.took_over else "")
+
+    async def begin(self, header: expert_pb2.PushHeader) -> None:
+        """Starts a record; the whole of it when it is staged. A refusal becomes an outcome, and the record's chunks are then skipped.
+
+        Raises:
+            InvalidRequest: the record before is not complete.
+        """
+        if self._incoming:
+            raise InvalidRequest(f"expert {header.expert}: a header before the last chunk of expert {self._incoming.header.expert}")
+        await self._slots.acquire()
+        incoming = _Incoming(header, self._stats.clock())
+        self._incoming = incoming
+        try:
+            await self._admit(incoming)
+        except OocMoeError as error:
+            self._answer(incoming, error)
+        self._finish_if_complete()
+
+    def add(self, chunk: expert_pb2.Chunk) -> None:
+        """Takes the next chunk. Raises InvalidRequest when it is out of order, too long, or belongs to nothing."""
+        if self._incoming is None:
+            raise InvalidRequest(f"chunk at offset {chunk.offset}: no header came before it")
+        if len(chunk.payload) > CHUNK_BYTES_MAX:
+            raise InvalidRequest(f"chunk of {len(chunk.payload)} bytes: at most {CHUNK_BYTES_MAX}")
+        self._incoming.add(chunk)
+        self._finish_if_complete()
+
+    def end(self) -> None:
+        """The writer sends no more. Raises InvalidRequest when a record is not complete."""
+        if self._incoming:
+            header = self._incoming.header
+            raise InvalidRequest(
+                f"expert {header.expert}: the stream ended after {self._incoming.received} of "
+                f"{header.parameter_bytes + header.optimizer_bytes} bytes"
+            )
+
+    async def settle(self) -> None:
+        """Returns when every complete record has its outcome."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def close(self) -> None:
+        """Gives the lease back and drops a record half received. Complete ones go on to the disk."""
+        self._drop_incoming()
+        if self.bank.writer is self:
+            self.bank.writer = None
+            log.info("writer %r closed bank %r", self.writer_id, self.bank.name)
+
+    def ask_to_end(self, reason: OocMoeError) -> None:
+        """Sets `closing`, after the record that is being received."""
+        if self._incoming:
+            self._end_after_incoming = reason
+        elif not self.closing.done():
+            self.closing.set_result(reason)
+
+    def _lose(self) -> None:
+        """A newer stream of the same writer takes over: what is half received will come again there."""
+        self._drop_incoming()
+        self.ask_to_end(NotTheWriter(f"bank {self.bank.name!r}: writer {self.writer_id!r} opened a newer stream"))
+
+    async def _admit(self, incoming: _Incoming) -> None:
+        """Readies memory for a record, or arranges the answer that needs none. Raises what refuses it."""
+        header, bank = incoming.header, self.bank
+        self._check(header)
+        record = bank.record(header.expert)
+        if (under_way := bank.pushing.get(header.expert)) is not None:
+            if (under_way.writer_id, under_way.push_number) != (self.writer_id, header.push_number):
+                raise StaleVersion(f"expert {header.expert} of bank {bank.name!r}: push {under_way.push_number} is still being written")
+            self._spawn(self._follow(incoming, under_way))
+        elif record.writer_id == self.writer_id and record.push_number == header.push_number:
+            self._scopes.count("push_repeats")
+            self._answer(incoming, record.version, durable=not record.unsaved)
+        else:
+            check_base(bank, header.expert, header.base_version)
+            self._committer.check_quota(bank, header.expert)
+            staged = self._staged(header)
+            entry = await self._dram.reserve_soon(bank.layout.record_bytes, self._patience_s)
+            if self._incoming is not incoming:  # Taken over while it waited.
+                self._dram.unpin(entry)
+                return
+            incoming.receive(
+                Push(
+                    bank=bank,
+                    expert=header.expert,
+                    base_version=header.base_version,
+                    writer_id=self.writer_id,
+                    push_number=header.push_number,
+                    checksums=Checksums(header.parameter_xxh3, header.optimizer_xxh3),
+                    entry=entry,
+                    staged=staged,
+                    in_memory=header.durability == expert_pb2.MEMORY,
+                )
+            )
+
+    def _staged(self, header: expert_pb2.PushHeader) -> memoryview | None:
+        """The bytes that come in no chunks."""
+        if not header.HasField("staged_at"):
+            return None
+        if self._session is None:
+            raise InvalidRequest(f"staged_at: expert {header.expert} is staged, but the stream was opened without a local_session")
+        return self._session.staging(header.staged_at, self.bank.layout.body_bytes)
+
+    def _check(self, header: expert_pb2.PushHeader) -> None:
+        layout = self.bank.layout
+        self.bank.check((header.expert,))
+        if header.push_number < 1:
+            raise InvalidRequest(f"push_number: {header.push_number} of expert {header.expert} is not at least 1")
+        if (header.parameter_bytes, header.optimizer_bytes) != (layout.parameter_bytes, layout.optimizer_bytes):
+            raise InvalidRequest(
+                f"expert {header.expert}: sections of {header.parameter_bytes} and {header.optimizer_bytes} bytes, "
+                f"bank {self.bank.name!r} has {layout.parameter_bytes} and {layout.optimizer_bytes}"
+            )
+
+    def _finish_if_complete(self) -> None:
+        incoming = self._incoming
+        if incoming is None or not incoming.complete:
+            return
+        self._incoming = None
+        if incoming.push:
+            self._committer.submit(incoming.push)
+            self._spawn(self._follow(incoming, incoming.push))
+        if self._end_after_incoming:
+            self.ask_to_end(self._end_after_incoming)
+
+    async def _follow(self, incoming: _Incoming, push: PushUnderWay) -> None:
+        """Answers with the outcome of a push under way: its own, or the one it repeats."""
+        outcome = await asyncio.shield(push.outcome)
+        if incoming.push is not push:
+            self._scopes.count("push_repeats")
+        elif isinstance(outcome, int):
+            self._scopes.count("pushed_experts")
+            self._scopes.count("pushed_bytes", self.bank.layout.body_bytes)
+            self._stats.took("push", incoming.began)
+        self._answer(incoming, outcome, durable=push.durable)
+
+    def _answer(self, incoming: _Incoming, outcome: int | OocMoeError, *, durable: bool = False) -> None:
+        header = incoming.header
+        message = expert_pb2.PushOutcome(expert=header.expert, push_number=header.push_number)
+        if isinstance(outcome, int):
+            message.version, message.durable = outcome, durable
+        else:
+            message.error.CopyFrom(error_info(outcome))
+            self._scopes.count("push_refused")
+        self.outcomes.put_nowait(message)
+        self._slots.release()
+
+    def _drop_incoming(self) -> None:
+        if self._incoming and self._incoming.push:
+            self._dram.unpin(self._incoming.push.entry)
+        self._incoming = None
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+class _Incoming:
+    """A record being received; without a push its bytes are skipped."""
+
+    def __init__(self, header: expert_pb2.PushHeader, began: float) -> None:
+        self.header, self.began = header, began
+        self.push: Push | None = None
+        self._num_bytes = header.parameter_bytes + header.optimizer_bytes
+        self.received = self._num_bytes if header.HasField("staged_at") else 0
+        self._assembler: Assembler | None = None
+
+    def receive(self, push: Push) -> None:
+        """Keeps the bytes from now on, in the push's arena entry."""
+        self.push = push
+        self._assembler = Assembler(push.entry.body, what=f"expert {push.expert} of bank {push.bank.name!r}")
+
+    @property
+    def complete(self) -> bool:
+        return self.received == self._num_bytes
+
+    def add(self, chunk: expert_pb2.Chunk) -> None:
+        end = self.received + len(chunk.payload)
+        if self._assembler:
+            self._assembler.add(chunk)
+        elif chunk.offset != self.received or not chunk.payload or end > self._num_bytes:
+            raise InvalidRequest(
+                f"expert {self.header.expert}: chunk at offset {chunk.offset}, expected {self.received} of {self._num_bytes}"
+            )
+        self.received = end
+
+
+def error_info(error: OocMoeError) -> expert_pb2.ErrorInfo:
+    """An error of one expert, for a stream that goes on."""
+    return expert_pb2.ErrorInfo(kind=type(error).__name__, message=str(error))

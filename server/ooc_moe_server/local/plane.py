@@ -1,0 +1,311 @@
+"""The daemon's end of the local plane (see v1/local.proto): callers on this host read the arena in place, and stage what they push.
+
+    connect -> peer checked -> welcome, with descriptors -> fetches, releases, staging memory -> closed: all of it is dropped
+
+A lease is a pin in the DRAM tier that ends by itself. Lives on the event loop and never blocks it.
+Knows nothing of gRPC, nor what is fetched.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import mmap
+import os
+import secrets
+import socket
+import struct
+import time
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from typing import NamedTuple
+
+from ooc_moe_server.dram.arena import Arena
+from ooc_moe_server.dram.tier import DramTier, Entry
+from ooc_moe_wire import local as packets
+from ooc_moe_wire.errors import InvalidRequest, LeaseExpired, OocMoeError, TierFull
+from ooc_moe_wire.local import ACK, LEASE_S, PACKET_BYTES_MAX, Welcome
+from ooc_moe_wire.v1 import local_pb2
+
+log = logging.getLogger(__name__)
+
+SESSIONS_MAX = 512
+STAGING_BYTES_MAX = 1 << 30
+# Of the arena, what leases may pin: one session's, and all together. One record is always allowed.
+SESSION_SHARE, TOTAL_SHARE = 1 / 2, 3 / 4
+_SWEEP_S = 1.0
+_ACCEPT_AGAIN_S = 1.0  # After the process had no descriptor left for a new connection.
+_DESCRIPTORS_MAX = 4  # Taken from one packet, so that those that do not belong can be closed.
+# Serves a session's fetch: sends answers, the last of them with `end`. Never raises.
+Serve = Callable[["Session", local_pb2.LocalFetch], Awaitable[None]]
+_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+
+
+def peer_uid(connection: socket.socket) -> int:
+    """The user of the process that connected, by the kernel's word."""
+    _, uid, _ = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    return int(uid)
+
+
+class LocalPlane:
+    """The socket and its sessions. `socket_name` is in the abstract namespace, without the leading zero byte."""
+
+    def __init__(
+        self,
+        arena: Arena,
+        dram: DramTier,
+        serve: Serve,
+        *,
+        patience_s: float = 2.0,
+        clock: Callable[[], float] = time.monotonic,
+        uid_of: Callable[[socket.socket], int] = peer_uid,
+    ) -> None:
+        """Listens, on the running loop, until `close`. `patience_s`: how long a fetch waits for leases to end before TierFull."""
+        self.socket_name = f"ooc-moe-{secrets.token_hex(16)}"
+        self.dram, self.serve, self.clock, self.patience_s = dram, serve, clock, patience_s
+        self.session_bytes_max, self.total_bytes_max = int(arena.num_bytes * SESSION_SHARE), int(arena.num_bytes * TOTAL_SHARE)
+        self.leased_bytes = 0
+        self.freed = asyncio.Event()  # Set whenever a lease or a session ended.
+        self._arena_bytes, self._uid_of = arena.num_bytes, uid_of
+        self._sessions: dict[int, Session] = {}
+        self._loop = asyncio.get_running_loop()
+        self._descriptors = (_reopened(arena.fd), _reopened(arena.generations_fd))
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        self._listener.bind(f"\0{self.socket_name}")
+        self._listener.listen(128)
+        self._listen()
+        self._sweeping = self._loop.call_later(_SWEEP_S, self._sweep)
+
+    @property
+    def num_sessions(self) -> int:
+        """Sessions that are open; a caller may have several."""
+        return len(self._sessions)
+
+    def session(self, number: int) -> Session:
+        """Raises LeaseExpired."""
+        if number not in self._sessions:
+            raise LeaseExpired(f"local_session: {number:#x} is not, or no longer, a session of this daemon")
+        return self._sessions[number]
+
+    def expire(self) -> None:
+        """Ends the leases whose time has come."""
+        now = self.clock()
+        for session in self._sessions.values():
+            session.expire(now)
+
+    def close(self) -> None:
+        """Stops listening and ends every session."""
+        self._sweeping.cancel()
+        self._loop.remove_reader(self._listener)
+        self._listener.close()
+        for session in list(self._sessions.values()):
+            self._end(session)
+        for descriptor in self._descriptors:
+            os.close(descriptor)
+
+    def _sweep(self) -> None:
+        self.expire()
+        self._sweeping = self._loop.call_later(_SWEEP_S, self._sweep)
+
+    def _listen(self) -> None:
+        if self._listener.fileno() >= 0:
+            self._loop.add_reader(self._listener, self._accept)
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError as error:  # Out of descriptors: the connection stays in the queue, and would wake us again at once.
+            log.warning("local plane: cannot accept: %s", error)
+            self._loop.remove_reader(self._listener)
+            self._loop.call_later(_ACCEPT_AGAIN_S, self._listen)
+            return
+        connection.setblocking(False)
+        try:
+            self._welcome(connection)
+        except (OSError, OocMoeError) as error:
+            log.warning("local plane: a caller is refused: %s", error)
+            connection.close()
+
+    def _welcome(self, connection: socket.socket) -> None:
+        """Makes a connection a session. Raises OocMoeError when it may be none, OSError when it is gone already."""
+        if (uid := self._uid_of(connection)) != os.geteuid():
+            raise InvalidRequest(f"its user is {uid}, ours {os.geteuid()}")
+        if len(self._sessions) >= SESSIONS_MAX:
+            raise TierFull(f"{SESSIONS_MAX} sessions are open")
+        number = secrets.randbelow((1 << 64) - 1) + 1
+        socket.send_fds(connection, [Welcome(session=number, arena_bytes=self._arena_bytes).pack()], self._descriptors)
+        session = self._sessions[number] = Session(self, number, connection)
+        self._loop.add_reader(connection, self._receive, session)
+
+    def _receive(self, session: Session) -> None:
+        try:
+            open_still = session.receive()
+        except BlockingIOError:
+            return
+        except (OSError, OocMoeError) as error:
+            log.warning("local plane: session %#x is closed: %s", session.number, error)
+            open_still = False
+        if not open_still:
+            self._end(session)
+
+    def _end(self, session: Session) -> None:
+        del self._sessions[session.number]
+        self._loop.remove_reader(session.connection)
+        session.close()
+        self.freed.set()
+
+
+class _Lease(NamedTuple):
+    entry: Entry
+    expires_at: float | None  # By the plane's clock; None: pinned.
+
+
+class Session:
+    """One connected caller: its leases and its staging memory. Made by the plane."""
+
+    def __init__(self, plane: LocalPlane, number: int, connection: socket.socket) -> None:
+        self.number, self.connection = number, connection
+        self.leased_bytes = 0
+        self.closed = False
+        self._plane = plane
+        self._leases: dict[int, _Lease] = {}
+        self._next_lease = 1
+        self._staging: mmap.mmap | None = None
+        self._fetching: asyncio.Future[None] | None = None
+
+    async def room(self, record_bytes: int) -> int:
+        """How many records of a size may be leased now, at least one; waits for leases to end when that is none.
+
+        Raises:
+            TierFull: none ended in time. LeaseExpired: the session was closed.
+        """
+        plane = self._plane
+        deadline = asyncio.get_running_loop().time() + plane.patience_s
+        while (number := self._room(record_bytes)) < 1:
+            plane.freed.clear()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await plane.freed.wait()
+            except TimeoutError:
+                raise TierFull(
+                    f"leases: {self.leased_bytes} bytes of this session, {plane.leased_bytes} of all; "
+                    f"the most are {plane.session_bytes_max} and {plane.total_bytes_max}"
+                ) from None
+        return number
+
+    def lease(self, entries: Sequence[Entry], *, pinned: bool) -> range:
+        """Makes leases of entries that are pinned, and takes these pins over; returns their ids."""
+        assert not self.closed
+        ids = range(self._next_lease, self._next_lease + len(entries))
+        expires_at = None if pinned else self._plane.clock() + LEASE_S
+        self._leases.update(zip(ids, [_Lease(entry, expires_at) for entry in entries], strict=True))
+        self._next_lease = ids.stop
+        self._account(sum(entry.extent.size for entry in entries))
+        return ids
+
+    def expire(self, now: float) -> None:
+        """Ends the leases whose time has come."""
+        self._release([each for each, lease in self._leases.items() if lease.expires_at is not None and lease.expires_at <= now])
+
+    def staging(self, offset: int, size: int) -> memoryview:
+        """Bytes of the staging memory, for reading; the mapping lasts as long as the view. Raises InvalidRequest, LeaseExpired."""
+        if self.closed:
+            raise LeaseExpired(f"local_session: {self.number:#x} is closed")
+        num_bytes = 0 if self._staging is None else len(self._staging)
+        if self._staging is None or offset + size > num_bytes:
+            raise InvalidRequest(f"staged_at: {size} bytes at {offset} are beyond the session's {num_bytes} bytes of staging memory")
+        return memoryview(self._staging)[offset : offset + size]
+
+    def receive(self) -> bool:
+        """Takes one packet; False when the caller has closed. Raises InvalidRequest, also for a fetch during another, and OSError."""
+        packet, descriptors, flags, _ = socket.recv_fds(self.connection, PACKET_BYTES_MAX, _DESCRIPTORS_MAX, socket.MSG_CMSG_CLOEXEC)
+        try:
+            if not packet:
+                return False
+            if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+                raise InvalidRequest(f"a packet of more than {PACKET_BYTES_MAX} bytes or {_DESCRIPTORS_MAX} descriptors")
+            told = packets.unpack(packet)
+            if len(descriptors) != (1 if isinstance(told, int) else 0):
+                raise InvalidRequest(f"{len(descriptors)} descriptors came with a packet of {len(packet)} bytes")
+            if isinstance(told, int):
+                self._staging = _mapped(descriptors[0], told)
+                self.connection.send(ACK)
+            elif isinstance(told, tuple):
+                self._release(told)
+            elif self._fetching is None:
+                self._fetching = asyncio.ensure_future(self._plane.serve(self, told))
+                self._fetching.add_done_callback(self._fetched)
+            else:
+                raise InvalidRequest("a fetch before the end of another")
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+        return True
+
+    async def send(self, answer: local_pb2.LocalAnswer) -> None:
+        """Sends one answer, when the caller has room for it. Raises LeaseExpired when the session was closed."""
+        if not self.closed:
+            try:
+                await asyncio.get_running_loop().sock_sendall(self.connection, answer.SerializeToString())
+            except OSError as error:
+                raise LeaseExpired(f"local_session: {self.number:#x}: {error.strerror}") from error
+        if self.closed:
+            raise LeaseExpired(f"local_session: {self.number:#x} was closed")
+
+    def close(self) -> None:
+        """Ends the fetch and the leases, and forgets the staging memory: what copies from it keeps it mapped."""
+        self.closed = True
+        if self._fetching:
+            self._fetching.cancel()
+        asyncio.get_running_loop().remove_writer(self.connection)
+        self.connection.close()
+        self._release(list(self._leases))
+        self._staging = None
+
+    def _fetched(self, _: asyncio.Future[None]) -> None:
+        self._fetching = None
+
+    def _room(self, record_bytes: int) -> int:
+        if self.closed:
+            raise LeaseExpired(f"local_session: {self.number:#x} was closed")
+        of_session = max((self._plane.session_bytes_max - self.leased_bytes) // record_bytes, not self._leases)
+        return min(of_session, max((self._plane.total_bytes_max - self._plane.leased_bytes) // record_bytes, not self._plane.leased_bytes))
+
+    def _release(self, ids: Collection[int]) -> None:
+        """Ends leases; those that ended before, or never were, are passed over."""
+        ended = [lease.entry for each in ids if (lease := self._leases.pop(each, None)) is not None]
+        if not ended:
+            return
+        for entry in ended:
+            self._plane.dram.unpin(entry)
+        self._account(-sum(entry.extent.size for entry in ended))
+        self._plane.freed.set()
+
+    def _account(self, num_bytes: int) -> None:
+        self.leased_bytes += num_bytes
+        self._plane.leased_bytes += num_bytes
+
+
+def _reopened(descriptor: int) -> int:
+    """The same memory, read-only. Its seals refuse other writers too; this says so one step earlier."""
+    try:
+        return os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:  # No /proc here.
+        return os.dup(descriptor)
+
+
+def _mapped(descriptor: int, num_bytes: int) -> mmap.mmap:
+    """A caller's memory, mapped for reading. Raises InvalidRequest for what could change its size below us: reading it would kill us."""
+    if not 1 <= num_bytes <= STAGING_BYTES_MAX:
+        raise InvalidRequest(f"staging memory of {num_bytes} bytes; 1 to {STAGING_BYTES_MAX} are allowed")
+    try:
+        seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
+        size, page_bytes = os.fstat(descriptor).st_size, os.fstatvfs(descriptor).f_bsize
+        if seals & _SEALS != _SEALS or size != num_bytes or page_bytes != mmap.PAGESIZE:  # Huge pages can run out while they are read.
+            raise InvalidRequest(f"staging memory of {size} bytes (said {num_bytes}), seals {seals:#x}, pages of {page_bytes} bytes")
+        return mmap.mmap(descriptor, num_bytes, mmap.MAP_SHARED, mmap.PROT_READ)
+    except OSError as error:
+        raise InvalidRequest(f"staging memory cannot be mapped: {error.strerror}") from error

@@ -1,0 +1,281 @@
+"""The five services as gRPC sees them: messages in, engine calls, messages out. Errors are raised as they are; guard.py translates them.
+
+Streams write to the context (see guard.py), which mypy's stubs of a servicer do not foresee: hence the overrides.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import grpc.aio
+
+from ooc_moe_server.catalog.catalog import Bank
+from ooc_moe_server.engine.engine import Engine
+from ooc_moe_server.engine.fetch import Fetch
+from ooc_moe_server.engine.writer import Writer
+from ooc_moe_server.local.plane import LocalPlane, Session
+from ooc_moe_server.rpc import replies as answers
+from ooc_moe_server.rpc.pacing import Turns
+from ooc_moe_server.stats import Scopes
+from ooc_moe_wire.codec import TRAINER_BYTES_MAX, TRAINER_KEY, ChunkView
+from ooc_moe_wire.errors import InvalidRequest, LeaseExpired, Unavailable
+from ooc_moe_wire.layout import BankSpec
+from ooc_moe_wire.v1 import (
+    bank_pb2,
+    bank_pb2_grpc,
+    expert_pb2,
+    expert_pb2_grpc,
+    local_pb2,
+    local_pb2_grpc,
+    snapshot_pb2,
+    snapshot_pb2_grpc,
+    stats_pb2,
+    stats_pb2_grpc,
+)
+
+WATCH_INTERVAL_MS = 1000
+WATCH_INTERVAL_MS_MIN = 100
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class BankService(bank_pb2_grpc.BankServiceServicer):
+    """See bank.proto."""
+
+    def __init__(self, engine: Callable[[], Engine]) -> None:
+        self._engine = engine
+
+    async def CreateBank(self, request: bank_pb2.CreateBankRequest, context: Context) -> bank_pb2.Bank:
+        """Makes a bank."""
+        return (await self._engine().changes.create_bank(BankSpec.from_proto(request.spec))).to_proto()
+
+    async def GrowBank(self, request: bank_pb2.GrowBankRequest, context: Context) -> bank_pb2.Bank:
+        """Adds experts."""
+        return (await self._engine().changes.grow_bank(request.bank, request.num_experts)).to_proto()
+
+    async def GetBank(self, request: bank_pb2.GetBankRequest, context: Context) -> bank_pb2.Bank:
+        """Shows a bank."""
+        return self._engine().catalog.bank(request.bank).to_proto()
+
+    async def ListBanks(self, request: bank_pb2.ListBanksRequest, context: Context) -> bank_pb2.ListBanksResponse:
+        """Shows all banks, by name."""
+        return bank_pb2.ListBanksResponse(banks=[bank.to_proto() for _, bank in sorted(self._engine().catalog.banks.items())])
+
+    async def DeleteBank(self, request: bank_pb2.DeleteBankRequest, context: Context) -> bank_pb2.DeleteBankResponse:
+        """Removes a bank."""
+        await self._engine().changes.delete_bank(request.bank)
+        return bank_pb2.DeleteBankResponse()
+
+    async def ForkBank(self, request: bank_pb2.ForkBankRequest, context: Context) -> bank_pb2.Bank:
+        """Makes a bank from another."""
+        return (await self._engine().changes.fork_bank(request.source, request.name, request.snapshot_id)).to_proto()
+
+
+class ExpertService(expert_pb2_grpc.ExpertServiceServicer):
+    """See expert.proto. `writers` holds the open push streams, for the daemon to end when it drains."""
+
+    def __init__(self, engine: Callable[[], Engine], plane: Callable[[], LocalPlane | None]) -> None:
+        self._engine, self._plane = engine, plane
+        self._turns = Turns()
+        self.writers: set[Writer] = set()
+
+    async def FetchExperts(self, request: expert_pb2.FetchExpertsRequest, context: Context) -> None:  # type: ignore[override]
+        """Streams records."""
+        bank, fetch = fetch_of(self._engine(), request, trainer_of(context))
+        whole = request.sections == expert_pb2.SECTIONS_ALL
+        await answers.stream(fetch, bank.layout, context.write, whole=whole, turns=self._turns)
+
+    async def PushExperts(self, requests: object, context: Context) -> None:  # type: ignore[override]
+        """Receives records and answers each with its outcome."""
+        first = await context.read()
+        if first is grpc.aio.EOF or isinstance(first, ChunkView) or first.WhichOneof("message") != "open":
+            raise InvalidRequest("push stream: it must begin with PushOpen")
+        engine, bank, scopes = self._bank(first.open.bank, context)
+        writer = engine.open_writer(bank.name, first.open.writer_id, scopes, session=self._session(first.open.local_session))
+        self.writers.add(writer)
+        try:
+            await context.write(expert_pb2.PushExpertsResponse(opened=expert_pb2.PushOpened(took_over=writer.took_over)))
+            await _serve(writer, context)
+        finally:
+            self.writers.discard(writer)
+            writer.close()
+
+    async def PrefetchExperts(self, request: expert_pb2.PrefetchExpertsRequest, context: Context) -> expert_pb2.PrefetchExpertsResponse:
+        """Queues promotions."""
+        engine, bank, scopes = self._bank(request.bank, context)
+        deadline_s = request.deadline_ms / 1000 if request.deadline_ms else None
+        states = engine.prefetch(bank, request.experts, deadline_s=deadline_s, priority=request.priority, scopes=scopes)
+        return expert_pb2.PrefetchExpertsResponse(states=states)
+
+    async def CancelPrefetch(self, request: expert_pb2.CancelPrefetchRequest, context: Context) -> expert_pb2.CancelPrefetchResponse:
+        """Drops queued promotions."""
+        engine, bank, _ = self._bank(request.bank, context)
+        return expert_pb2.CancelPrefetchResponse(num_cancelled=engine.promotions.cancel(bank, set(request.experts)))
+
+    async def ListExperts(self, request: expert_pb2.ListExpertsRequest, context: Context) -> expert_pb2.ListExpertsResponse:
+        """Shows a page of a bank."""
+        engine, bank, _ = self._bank(request.bank, context)
+        return engine.list_experts(bank, request.start, request.page_size)
+
+    def _session(self, number: int) -> Session | None:
+        """The local session of a call; None when it names none. Raises LeaseExpired."""
+        if number == 0:
+            return None
+        plane = self._plane()
+        if plane is None:
+            raise LeaseExpired(f"local_session: {number:#x}: this daemon has no local plane")
+        return plane.session(number)
+
+    def _bank(self, name: str, context: Context) -> tuple[Engine, Bank, Scopes]:
+        engine = self._engine()
+        trainer = trainer_of(context)
+        bank = engine.catalog.bank(name)
+        return engine, bank, engine.stats.scopes(trainer, bank.access)
+
+
+class SnapshotService(snapshot_pb2_grpc.SnapshotServiceServicer):
+    """See snapshot.proto."""
+
+    def __init__(self, engine: Callable[[], Engine]) -> None:
+        self._engine = engine
+
+    async def CreateSnapshot(self, request: snapshot_pb2.CreateSnapshotRequest, context: Context) -> snapshot_pb2.Snapshot:
+        """Takes a snapshot."""
+        engine = self._engine()
+        return engine.catalog.snapshot_to_proto(await engine.changes.create_snapshot(request.banks, request.name))
+
+    async def ListSnapshots(self, request: snapshot_pb2.ListSnapshotsRequest, context: Context) -> snapshot_pb2.ListSnapshotsResponse:
+        """Shows snapshots, newest first."""
+        catalog = self._engine().catalog
+        newest_first = sorted(catalog.snapshots.values(), key=lambda snapshot: -snapshot.id)
+        shown = [catalog.snapshot_to_proto(snapshot) for snapshot in newest_first]
+        return snapshot_pb2.ListSnapshotsResponse(snapshots=[each for each in shown if not request.bank or request.bank in each.banks])
+
+    async def RestoreSnapshot(self, request: snapshot_pb2.RestoreSnapshotRequest, context: Context) -> snapshot_pb2.Snapshot:
+        """Brings banks back."""
+        engine = self._engine()
+        return engine.catalog.snapshot_to_proto(await engine.changes.restore_snapshot(request.id, request.writer_id))
+
+    async def DeleteSnapshot(self, request: snapshot_pb2.DeleteSnapshotRequest, context: Context) -> snapshot_pb2.DeleteSnapshotResponse:
+        """Removes a snapshot."""
+        await self._engine().changes.delete_snapshot(request.id)
+        return snapshot_pb2.DeleteSnapshotResponse()
+
+
+class LocalService(local_pb2_grpc.LocalServiceServicer):
+    """See local.proto."""
+
+    def __init__(self, plane: Callable[[], LocalPlane | None]) -> None:
+        self._plane = plane
+
+    async def GetLocalPlane(self, request: local_pb2.GetLocalPlaneRequest, context: Context) -> local_pb2.LocalPlane:
+        """Names the socket."""
+        plane = self._plane()
+        return local_pb2.LocalPlane(socket=plane.socket_name if plane else "")
+
+
+class StatsService(stats_pb2_grpc.StatsServiceServicer):
+    """See stats.proto. `draining` is set when watchers must leave."""
+
+    def __init__(self, engine: Callable[[], Engine], complete: Callable[[stats_pb2.Stats], None]) -> None:
+        """`complete` fills in what the engine does not know: version, data directory, streams."""
+        self._engine, self._complete = engine, complete
+        self.draining = asyncio.Event()
+
+    async def GetStats(self, request: stats_pb2.GetStatsRequest, context: Context) -> stats_pb2.Stats:
+        """Shows every counter."""
+        return self._stats()
+
+    async def WatchStats(self, request: stats_pb2.WatchStatsRequest, context: Context) -> None:  # type: ignore[override]
+        """Shows every counter again and again."""
+        interval_ms = request.interval_ms or WATCH_INTERVAL_MS
+        if interval_ms < WATCH_INTERVAL_MS_MIN:
+            raise InvalidRequest(f"interval_ms: {interval_ms} is less than {WATCH_INTERVAL_MS_MIN}")
+        while not self.draining.is_set():
+            await context.write(self._stats())
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(interval_ms / 1000):
+                    await self.draining.wait()
+        raise Unavailable("the daemon drains")
+
+    async def ReportTrainer(self, request: stats_pb2.ReportTrainerRequest, context: Context) -> stats_pb2.ReportTrainerResponse:
+        """Keeps a trainer's counters."""
+        self._engine().stats.report(trainer_of(context), request)
+        return stats_pb2.ReportTrainerResponse()
+
+    def _stats(self) -> stats_pb2.Stats:
+        stats = self._engine().snapshot_stats()
+        self._complete(stats)
+        return stats
+
+
+def trainer_of(context: Context) -> str:
+    """How the caller names itself. Raises InvalidRequest when that is too long."""
+    return checked_trainer(str(dict(context.invocation_metadata() or ()).get(TRAINER_KEY, "")))
+
+
+def checked_trainer(trainer: str) -> str:
+    """The name itself. Raises InvalidRequest when it is too long."""
+    if len(trainer.encode()) > TRAINER_BYTES_MAX:
+        raise InvalidRequest(f"{TRAINER_KEY}: {len(trainer.encode())} bytes are more than {TRAINER_BYTES_MAX}")
+    return trainer
+
+
+def fetch_of(engine: Engine, request: expert_pb2.FetchExpertsRequest, trainer: str) -> tuple[Bank, Fetch]:
+    """What a request asks for, checked. Raises UnknownBank, UnknownExpert, InvalidRequest."""
+    bank = engine.catalog.bank(request.bank)
+    whole = request.sections == expert_pb2.SECTIONS_ALL
+    fetch = engine.fetch(
+        bank,
+        request.experts,
+        known_versions=request.known_versions,
+        demand=request.priority == expert_pb2.PRIORITY_DEMAND,
+        section_bytes=bank.layout.body_bytes if whole else bank.layout.parameter_bytes,
+        scopes=engine.stats.scopes(trainer, bank.access),
+    )
+    return bank, fetch
+
+
+async def _serve(writer: Writer, context: Context) -> None:
+    """Receives and answers until the stream ends, or must: then complete records are still answered. Raises what ended it."""
+    receiver = asyncio.create_task(_receive(writer, context))
+    sender = asyncio.create_task(_answer(writer, context))
+    try:
+        enders: list[asyncio.Future[Any]] = [receiver, writer.closing]
+        await asyncio.wait(enders, return_when=asyncio.FIRST_COMPLETED)
+        if not receiver.done():
+            receiver.cancel()
+        await writer.settle()
+        answered = asyncio.create_task(writer.outcomes.join())
+        await asyncio.wait([answered, sender], return_when=asyncio.FIRST_COMPLETED)
+        answered.cancel()
+        if receiver.done() and not receiver.cancelled():
+            receiver.result()
+        if writer.closing.done():
+            raise writer.closing.result()
+    finally:
+        receiver.cancel()
+        sender.cancel()
+
+
+async def _receive(writer: Writer, context: Context) -> None:
+    while (message := await context.read()) is not grpc.aio.EOF:
+        match "view" if isinstance(message, ChunkView) else message.WhichOneof("message"):
+            case "view":
+                writer.add(message)
+            case "header":
+                await writer.begin(message.header)
+            case "chunk":
+                writer.add(message.chunk)
+            case other:
+                raise InvalidRequest(f"push stream: {other or 'an empty message'} where a header or a chunk belongs")
+    writer.end()
+
+
+async def _answer(writer: Writer, context: Context) -> None:
+    while True:
+        outcome = await writer.outcomes.get()
+        await context.write(expert_pb2.PushExpertsResponse(outcome=outcome))
+        writer.outcomes.task_done()
