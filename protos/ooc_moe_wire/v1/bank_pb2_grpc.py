@@ -70,48 +70,60 @@ class BankServiceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def CreateBank(self, request, context):
-        """Makes a bank. Retry: yes; an equal spec of an existing bank answers that bank as it stands (it may have grown).
-        INVALID_ARGUMENT InvalidRequest: a bad name, layout or initializer, or a record larger than the DRAM tier. ALREADY_EXISTS BankExists: another spec has that name.
+        """Makes a bank. If a bank of that name has an equal spec (see BankSpec), the call changes nothing and returns that bank
+        as it stands; it may have grown.
+        Retry: yes.
+        INVALID_ARGUMENT InvalidRequest: a bad name, layout or initializer, or a record larger than the DRAM tier.
+        ALREADY_EXISTS BankExists: a bank of that name has another spec.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GrowBank(self, request, context):
-        """Adds experts at the end. Retry: yes; a size at or below the present one changes nothing. NOT_FOUND UnknownBank.
-        INVALID_ARGUMENT InvalidRequest: more experts than a bank may have.
+        """Raises the number of experts. New experts hold their initial values. A number at or below the present one changes
+        nothing; banks never shrink.
+        Retry: yes.
+        NOT_FOUND UnknownBank. INVALID_ARGUMENT InvalidRequest: more experts than a bank may have.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetBank(self, request, context):
-        """Retry: yes. NOT_FOUND UnknownBank.
+        """Returns one bank.
+        Retry: yes.
+        NOT_FOUND UnknownBank.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListBanks(self, request, context):
-        """Retry: yes. Banks in order of their names.
+        """Returns all banks in the order of their names.
+        Retry: yes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteBank(self, request, context):
-        """Removes a bank, its experts, and its part of every snapshot; snapshots of no other bank go with it. Forks keep what they have. A fetch under
-        way ends with NOT_FOUND UnknownBank. Retry: yes, but the repeat answers NOT_FOUND UnknownBank.
-        FAILED_PRECONDITION NotTheWriter: a writer has the bank open.
+        """Removes a bank, its experts, and its part of every snapshot. A snapshot of this bank alone is removed too. Forks of
+        the bank keep their experts. A fetch from the bank that is under way ends with NOT_FOUND UnknownBank.
+        Retry: yes, but a repeat of a call that took effect fails with NOT_FOUND UnknownBank.
+        NOT_FOUND UnknownBank. FAILED_PRECONDITION NotTheWriter: a writer has the bank open.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ForkBank(self, request, context):
-        """Makes a new bank from a bank's present state, or from a snapshot of it, without copying bytes. Forked records get new versions.
-        Retry: no; the repeat answers ALREADY_EXISTS BankExists. NOT_FOUND UnknownBank; UnknownSnapshot, also for a
-        snapshot that the bank is not part of. INVALID_ARGUMENT InvalidRequest: a bad name.
+        """Makes a new bank from the present state of a bank, or from a snapshot of it. No bytes are copied. The fork has the
+        layout and the seed of its source. Records of the fork get new versions; experts that the source never wrote keep
+        version 0.
+        Retry: no; a repeat of a call that took effect fails with ALREADY_EXISTS BankExists.
+        NOT_FOUND UnknownBank. NOT_FOUND UnknownSnapshot: no such snapshot, or the bank is not part of it.
+        ALREADY_EXISTS BankExists: the new name is taken. INVALID_ARGUMENT InvalidRequest: a bad name.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

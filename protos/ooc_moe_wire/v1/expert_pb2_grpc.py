@@ -65,45 +65,70 @@ class ExpertServiceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def FetchExperts(self, request, context):
-        """Streams records: for each expert one ExpertHeader, then its Chunks in order of offset, without gaps. Experts arrive in the order that is
-        fastest (DRAM residents first, then NVMe reads as they land), each exactly once; chunks of different experts do not interleave.
-        Retry: yes. INVALID_ARGUMENT InvalidRequest: no ids, a repeated id, or known_versions of another length. NOT_FOUND UnknownBank, or
-        UnknownExpert naming the id (checked before anything is sent). A damaged expert arrives as a header with `error` set (CorruptRecord) and no
-        chunks; the others are not affected. RESOURCE_EXHAUSTED TierFull: pins left no room in the DRAM tier for about two
-        seconds; what was sent before is sound. Callers on the daemon's host do better with leases (see local.proto).
+        """Streams experts: for each one an ExpertHeader, then its chunks. Each requested expert comes exactly once, in the order
+        that is fastest for the daemon: unchanged ones, then those in DRAM, then the others as they are read.
+        A damaged expert comes as a header with `error` set (CorruptRecord) and no chunks; the others are not affected.
+        Callers on the daemon's host get more speed from local.proto.
+        Retry: yes.
+        INVALID_ARGUMENT InvalidRequest: no ids, a repeated id, or known_versions of another length than experts.
+        NOT_FOUND UnknownBank; also in the middle of the stream, when the bank is deleted.
+        NOT_FOUND UnknownExpert: the message names the id. Ids are checked before anything is sent.
+        RESOURCE_EXHAUSTED TierFull: for about two seconds, pinned records left no room in DRAM. Experts that were complete
+        before are valid.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def PushExperts(self, request_iterator, context):
-        """Writes records. The stream is the writer's lease on the bank: it begins with PushOpen, holds the lease while it is open, and gives it up when it
-        ends or its connection dies. A second writer is refused with FAILED_PRECONDITION NotTheWriter; the same writer_id opening again takes over from
-        its older stream. After PushOpen the daemon answers PushOpened; then each expert is a PushHeader followed by its Chunks in order, and
-        is answered by one PushOutcome as it becomes durable (or, asked so, once it lies in DRAM), in any order. A refused expert (StaleVersion, LostUpdate, CorruptRecord, InvalidRequest, UnknownExpert, TierFull)
-        is an outcome with `error` set and the stream goes on; a breach of the sequence itself ends the stream with INVALID_ARGUMENT.
-        Retry: yes, with the same writer_id and push numbers: a push that was applied answers its first outcome again and is not written twice.
+        """Writes experts. The stream is the writer's lease on the bank.
+
+        caller   PushOpen               PushHeader Chunk ... Chunk  PushHeader Chunk ...          half-close
+        daemon              PushOpened                       PushOutcome            PushOutcome               OK
+
+        1. The caller sends PushOpen. The daemon answers PushOpened, and the lease is taken. If another writer_id has the bank
+        open, the call fails with NotTheWriter. If the same writer_id has it open, the new stream takes over: the older
+        stream ends with NotTheWriter, and a body that was half received there is dropped.
+        2. The caller sends pushes: a PushHeader, then the chunks of the whole body (both sections). It need not wait for
+        outcomes in between. At 64 pushes without an outcome the daemon stops reading until one has its outcome.
+        3. The daemon answers each push with one PushOutcome, in any order. A refused push (`error` is set: StaleVersion,
+        LostUpdate, CorruptRecord, InvalidRequest, UnknownExpert, TierFull) changes nothing, and the stream goes on. The
+        XX
+        4. The caller half-closes. The daemon sends the outcomes that are left and ends the call with OK. The lease also ends
+        when the call is cancelled or the connection dies. A body that was complete by then is written all the same.
+
+        Retry: yes, with the same writer_id and push numbers (see above).
+        INVALID_ARGUMENT InvalidRequest: a bad writer_id; or the sequence was broken, for example by a chunk at the wrong
+        offset, an empty chunk, a header before the last chunk, or a half-close inside a body. Outcomes of complete pushes
+        still come first. NOT_FOUND UnknownBank. FAILED_PRECONDITION NotTheWriter. FAILED_PRECONDITION LeaseExpired:
+        local_session is not known. UNAVAILABLE Unavailable: the daemon drains; it completes the push that it is receiving.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def PrefetchExperts(self, request, context):
-        """Asks for NVMe -> DRAM promotion behind the answer. Returns at once. Retry: yes. NOT_FOUND UnknownBank, UnknownExpert.
+        """Asks the daemon to read experts from NVMe, or make them from the seed, into DRAM in the background. Returns at once.
+        Retry: yes.
+        NOT_FOUND UnknownBank, UnknownExpert.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CancelPrefetch(self, request, context):
-        """Drops queued promotions. Those already being read, or that a fetch waits for, go on. Retry: yes. NOT_FOUND UnknownBank.
+        """Drops queued prefetches. A read that has begun, or that a fetch waits for, goes on.
+        Retry: yes.
+        NOT_FOUND UnknownBank.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListExperts(self, request, context):
-        """Lists experts by id. Retry: yes. NOT_FOUND UnknownBank. INVALID_ARGUMENT InvalidRequest: a page_size above the most.
+        """Lists experts by id, a page at a time.
+        Retry: yes.
+        NOT_FOUND UnknownBank. INVALID_ARGUMENT InvalidRequest: page_size is above 1000.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

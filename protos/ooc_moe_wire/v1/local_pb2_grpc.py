@@ -45,7 +45,8 @@ class LocalServiceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def GetLocalPlane(self, request, context):
-        """Retry: yes.
+        """Names the socket of the local plane.
+        Retry: yes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -60,32 +60,39 @@ class SnapshotServiceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def CreateSnapshot(self, request, context):
-        """Takes the committed state of the banks in one cut; copies nothing. Retry: yes when a name is given (an existing snapshot of that name and those
-        banks is answered), otherwise the repeat makes a second one. NOT_FOUND UnknownBank. ALREADY_EXISTS SnapshotExists: the name is taken by other banks.
-        INVALID_ARGUMENT InvalidRequest: no bank, one named twice, or a name of more than 128 bytes.
+        """Takes the state of the banks at one moment, without copying bytes. Pushes that were acknowledged in memory are first
+        written to NVMe. If a snapshot of that name holds the same banks, the call changes nothing and returns that snapshot.
+        Retry: yes if a name is given; without a name a repeat may make a second snapshot.
+        NOT_FOUND UnknownBank. ALREADY_EXISTS SnapshotExists: a snapshot of that name holds other banks.
+        INVALID_ARGUMENT InvalidRequest: no bank, a bank named twice, or a name of more than 128 bytes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListSnapshots(self, request, context):
-        """Retry: yes. Newest first.
+        """Returns snapshots, the newest first.
+        Retry: yes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RestoreSnapshot(self, request, context):
-        """Brings the banks back to the snapshot. Records get new versions; banks keep their size, and experts that the snapshot does not know return to
-        their initial values. A push under way is refused with StaleVersion. Retry: yes. NOT_FOUND UnknownSnapshot. FAILED_PRECONDITION NotTheWriter: a
-        writer other than writer_id has a bank open.
+        """Gives every expert of the snapshot's banks the bytes that it had in the snapshot, under new versions. Banks keep their
+        size; experts that were not written in the snapshot return to their initial values, and those that were never written
+        keep version 0. A push that is under way, or that started from an older version, is refused with StaleVersion.
+        Retry: yes; a repeat restores again, under newer versions.
+        NOT_FOUND UnknownSnapshot. FAILED_PRECONDITION NotTheWriter: a writer other than writer_id has one of the banks open.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteSnapshot(self, request, context):
-        """Retry: yes, but the repeat answers NOT_FOUND UnknownSnapshot.
+        """Removes a snapshot. The banks do not change.
+        Retry: yes, but a repeat of a call that took effect fails with NOT_FOUND UnknownSnapshot.
+        NOT_FOUND UnknownSnapshot.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

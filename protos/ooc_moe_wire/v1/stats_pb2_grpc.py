@@ -55,21 +55,27 @@ class StatsServiceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def GetStats(self, request, context):
-        """Retry: yes.
+        """Returns all statistics as of now.
+        Retry: yes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchStats(self, request, context):
-        """A message now and then one per interval, until the caller hangs up. Has no deadline. Retry: yes. UNAVAILABLE when the daemon drains.
+        """Sends all statistics at once, and then once per interval until the caller cancels. Takes no deadline.
+        Retry: yes.
+        INVALID_ARGUMENT InvalidRequest: interval_ms is below 100. UNAVAILABLE Unavailable: the daemon drains.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ReportTrainer(self, request, context):
-        """A trainer tells its HBM counters, so that GetStats shows all three tiers. Expires after 15 s. Retry: yes; the newest report counts.
+        """Stores the HBM counters of a trainer, so that GetStats shows all three tiers. The caller's name (see bank.proto) says
+        which trainer. A report replaces the one before and expires after 15 s.
+        Retry: yes.
+        INVALID_ARGUMENT InvalidRequest: more than 256 banks, or more than 1024 characters of activity.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
