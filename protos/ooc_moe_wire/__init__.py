@@ -1,4 +1,28 @@
-"""The contract between the storage daemon and its trainers: messages, records, checksums, initial values, errors. No torch.
+"""The contract between the storage daemon and its clients: messages, record layouts, checksums, initial values and errors. No torch.
 
-Read `v1/expert.proto` first: its comments are the specification.
+The comments of `v1/bank.proto` and `v1/expert.proto` are the specification; read them first. The names below describe a bank of experts;
+`errors` holds every error that a call can raise.
 """
+
+from typing import TYPE_CHECKING
+
+from ooc_moe_wire.lazy_names import lazy_names
+
+if TYPE_CHECKING:
+    from ooc_moe_wire import errors as errors
+    from ooc_moe_wire.initializers import Initializer as Initializer
+    from ooc_moe_wire.layout import BankSpec as BankSpec
+    from ooc_moe_wire.layout import Layout as Layout
+    from ooc_moe_wire.layout import TensorSpec as TensorSpec
+
+_MODULES = {
+    "BankSpec": "layout",
+    "Initializer": "initializers",
+    "Layout": "layout",
+    "TensorSpec": "layout",
+    "errors": "",
+}
+__all__ = list(_MODULES)
+
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = lazy_names(__name__, _MODULES)
