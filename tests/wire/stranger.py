@@ -30,12 +30,12 @@ BANK = {
     "num_experts": 4,
     "seed": 2**63 + 7,
     "parameters": [
-        {"name": "w", "shape": [3, 5], "dtype": "float32", "initializer": {"algorithm": "uniform_v1", "value": 0.1}},
+        {"name": "w", "shape": [2, 3], "dtype": "float32", "initializer": {"algorithm": "uniform_v1", "value": 0.1}},
         {"name": "b", "shape": [7], "dtype": "float16", "initializer": {"algorithm": "constant_v1", "value": 0.25}},
         {"name": "table", "shape": [2_500_000], "dtype": "uint8"},  # More than one chunk.
     ],
     "optimizer": [
-        {"name": "w_m", "shape": [3, 5], "dtype": "float32", "initializer": {"algorithm": "uniform_v1", "value": 2.0}},
+        {"name": "w_m", "shape": [2, 3], "dtype": "float32", "initializer": {"algorithm": "uniform_v1", "value": 2.0}},
         {"name": "steps", "shape": [1], "dtype": "int64", "initializer": {"algorithm": "constant_v1", "value": 3}},
     ],
 }
@@ -167,8 +167,8 @@ class Daemon:
             assert checksum(body[header.parameter_bytes :]) == header.optimizer_xxh3
         return {expert: (header, bytes(body)) for expert, (header, body) in experts.items()}
 
-    def push(self, spec: dict[str, Any], writer_id: str, pushes: Iterable[tuple[int, int, int, bytes]]) -> list[Any]:
-        """The outcomes of pushes, each (push number, expert, base version, body), in the order in which they came."""
+    def push(self, spec: dict[str, Any], writer_id: str, pushes: Iterable[tuple[int, int, int, bytes]]) -> dict[int, Any]:
+        """Sends pushes, each (push number, expert, base version, body). Returns their outcomes by push number: they come in any order."""
 
         def requests() -> Iterator[Any]:
             yield self.message("PushExpertsRequest", open={"bank": spec["name"], "writer_id": writer_id})
@@ -190,7 +190,7 @@ class Daemon:
 
         opened, *responses = self.method("ExpertService", "PushExperts")(requests(), timeout=TIMEOUT_S)
         assert opened.WhichOneof("message") == "opened"
-        return [response.outcome for response in responses]
+        return {response.outcome.push_number: response.outcome for response in responses}
 
 
 def main(target: str) -> None:
@@ -213,7 +213,7 @@ def main(target: str) -> None:
         trained = bytearray(body)
         tensor_of(trained, BANK, "w")[1, 2] += 1
         tensor_of(trained, BANK, "steps")[0] += 1
-        (outcome,) = daemon.push(BANK, writer_id, [(1, 2, 0, bytes(trained))])
+        outcome = daemon.push(BANK, writer_id, [(1, 2, 0, bytes(trained))])[1]
         assert outcome.durable
         assert outcome.version > 0
         header, read_back = daemon.fetch(bank=BANK["name"], experts=[2])[2]
@@ -226,13 +226,11 @@ def main(target: str) -> None:
         assert fetched[0][1] == initial_body(BANK, 0)
 
         # The same push again has the same outcome. A push from an older version is refused, and the stream goes on.
-        repeated, stale, other = daemon.push(
-            BANK, writer_id, [(1, 2, 0, bytes(trained)), (2, 2, 0, body), (3, 1, 0, bytes(initial_body(BANK, 1)))]
-        )
-        assert repeated.version == outcome.version
-        assert stale.push_number == 2
-        assert stale.error.kind == "StaleVersion"
-        assert other.version > outcome.version
+        repeated, stale, fresh = (1, 2, 0, bytes(trained)), (2, 2, 0, body), (3, 1, 0, bytes(initial_body(BANK, 1)))
+        outcomes = daemon.push(BANK, writer_id, [repeated, stale, fresh])
+        assert outcomes[1].version == outcome.version
+        assert outcomes[2].error.kind == "StaleVersion"
+        assert outcomes[3].version > outcome.version
 
         # A call that fails names its error.
         daemon.call("BankService", "DeleteBank", bank=BANK["name"])

@@ -19,7 +19,8 @@ WORDS
 TRANSPORT
   gRPC over HTTP/2 without TLS, on TCP or on a Unix socket. The daemon also serves grpc.health.v1.Health (status of
   "" and of each service: NOT_SERVING while the daemon starts or drains, SERVING otherwise) and
-  grpc.reflection.v1alpha.ServerReflection, which gives out these files as descriptors.
+  grpc.reflection.v1alpha.ServerReflection, which gives out these files as descriptors. The daemon pings each connection
+  every 10 s and closes it when no answer comes within 10 s; its streams end with it. Callers may ping every 5 s.
 
 DEADLINES
   A caller sets a deadline on every call except WatchStats and PushExperts, which last as long as the caller wants.
