@@ -122,10 +122,10 @@ class Daemon:
         self.channel = channel
         self.pool = descriptor_pool.DescriptorPool(ProtoReflectionDescriptorDatabase(channel))
 
-    def message(self, name: str, **fields: Any) -> Any:
+    def message(self, kind: str, /, **fields: Any) -> Any:
         """A message of the package."""
-        kind = message_factory.GetMessageClass(self.pool.FindMessageTypeByName(f"ooc_moe_wire.v1.{name}"))
-        return kind(**fields)
+        described = self.pool.FindMessageTypeByName(f"ooc_moe_wire.v1.{kind}")
+        return message_factory.GetMessageClass(described)(**fields)
 
     def method(self, service: str, name: str) -> Any:
         """A method, as gRPC calls it: unary or streaming as its descriptor says."""
@@ -137,12 +137,12 @@ class Daemon:
             response_deserializer=message_factory.GetMessageClass(found.output_type).FromString,
         )
 
-    def call(self, service: str, name: str, **fields: Any) -> Any:
+    def call(self, service: str, name: str, /, **fields: Any) -> Any:
         """A call with one request."""
         request = self.message(f"{name}Request", **fields)
         return self.method(service, name)(request, timeout=TIMEOUT_S, metadata=[("ooc-moe-trainer", "stranger")])
 
-    def refusal(self, service: str, name: str, **fields: Any) -> tuple[grpc.StatusCode, str] | None:
+    def refusal(self, service: str, name: str, /, **fields: Any) -> tuple[grpc.StatusCode, str] | None:
         """The status and the kind of error with which a call fails. None if it succeeds."""
         try:
             self.call(service, name, **fields)

@@ -1,11 +1,13 @@
-"""The comments of the .proto files suffice to write a client: `stranger.py` is one, and has nothing else to go by."""
+"""The comments of the .proto files suffice to write a client: `stranger.py` and `stranger_on_the_host.py` are two."""
 
 import ast
 import subprocess
 import sys
 from pathlib import Path
 
-STRANGER = Path(__file__).with_name("stranger.py")
+import pytest
+
+STRANGER, ON_THE_HOST = (Path(__file__).with_name(name) for name in ("stranger.py", "stranger_on_the_host.py"))
 FACES = ("ooc_moe", "ooc_moe_client", "ooc_moe_server", "ooc_moe_wire")
 # Ends the program when it imports a module of this project, directly or through another.
 BLOCKED = f"""
@@ -27,18 +29,19 @@ def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=program.parent)
 
 
-def test_a_stranger_creates_reads_pushes_and_is_refused_as_the_comments_say(daemon):
-    ended = run(STRANGER, daemon.target)
+@pytest.mark.parametrize("program", [STRANGER, ON_THE_HOST], ids=lambda program: program.stem)
+def test_a_stranger_creates_reads_pushes_and_is_refused_as_the_comments_say(daemon, program):
+    ended = run(program, daemon.target)
     assert (ended.returncode, ended.stdout) == (0, "all as specified\n"), ended.stderr
 
 
-def test_the_stranger_imports_nothing_of_ours():
+def test_the_strangers_import_nothing_of_ours():
     imported = set()
-    for node in ast.walk(ast.parse(STRANGER.read_text())):
+    for node in [node for program in (STRANGER, ON_THE_HOST) for node in ast.walk(ast.parse(program.read_text()))]:
         imported |= {alias.name for alias in node.names} if isinstance(node, ast.Import) else set()
         imported |= {node.module} if isinstance(node, ast.ImportFrom) else set()
     others = {name.partition(".")[0] for name in imported} - sys.stdlib_module_names
-    assert others == {"grpc", "grpc_reflection", "google", "numpy", "xxhash"}
+    assert others == {"grpc", "grpc_reflection", "google", "numpy", "stranger", "xxhash"}
 
 
 def test_the_blocker_blocks(tmp_path):

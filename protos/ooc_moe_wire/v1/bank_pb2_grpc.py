@@ -119,8 +119,8 @@ class BankServiceServicer(object):
 
     def ForkBank(self, request, context):
         """Makes a new bank from the present state of a bank, or from a snapshot of it. No bytes are copied. The fork has the
-        layout and the seed of its source. Records of the fork get new versions; experts that the source never wrote keep
-        version 0.
+        layout and the seed of its source. Its written experts get new versions; experts that hold their initial values have
+        version 0 in the fork. Pushes that were acknowledged in memory are first written to NVMe.
         Retry: no; a repeat of a call that took effect fails with ALREADY_EXISTS BankExists.
         NOT_FOUND UnknownBank. NOT_FOUND UnknownSnapshot: no such snapshot, or the bank is not part of it.
         ALREADY_EXISTS BankExists: the new name is taken. INVALID_ARGUMENT InvalidRequest: a bad name.

@@ -3,6 +3,7 @@
 isort:skip_file
 The local plane: callers on the daemon's host copy records from shared memory, and no bytes travel through gRPC. It is
 an option: everything also works through the other services. bank.proto and expert.proto have the words and the rules.
+tests/wire/stranger_on_the_host.py is a client of the local plane.
 
 SESSION
   GetLocalPlane names a Unix socket of type SOCK_SEQPACKET in the abstract namespace, which exists on this host only.
