@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ooc_moe_wire.lazy_names import lazy_names
 
 if TYPE_CHECKING:
+    from ooc_moe_client.hbm.admission import AdmissionMode as AdmissionMode
     from ooc_moe_client.hbm.cache import ExpertCache as ExpertCache
     from ooc_moe_client.hbm.stats import CacheStats as CacheStats
     from ooc_moe_client.in_memory import InMemoryStore as InMemoryStore
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from ooc_moe_client.store import Tier as Tier
 
 _MODULES = {
+    "AdmissionMode": "hbm.admission",
     "Bank": "store",
     "CacheStats": "hbm.stats",
     "Durability": "store",

@@ -81,7 +81,7 @@ def test_a_name_that_does_not_exist_is_an_attribute_error(face):
     [
         "import ooc_moe, ooc_moe_client, ooc_moe_server, ooc_moe_wire; dir(ooc_moe); dir(ooc_moe_client)",
         "from ooc_moe import PRESETS, AgentConfig, PPOConfig, RunConfig, embedded_daemon, envs; envs.make",
-        "from ooc_moe_client import ExpertStore, InMemoryStore, Push, RemoteStore, Sections",
+        "from ooc_moe_client import AdmissionMode, CacheStats, ExpertStore, InMemoryStore, Push, RemoteStore, Sections",
         "from ooc_moe_server import ServerConfig, run",
         "from ooc_moe_wire import BankSpec, Initializer, Layout, TensorSpec, errors",
     ],
