@@ -110,6 +110,11 @@ class Store:
             self.engine.dram.discard(self.bank.source(expert, self.bank.record(expert)))
 
     @property
+    def waiting(self):
+        """The pushes that wait for a commit round."""
+        return self.engine.committer._rounds._waiting
+
+    @property
     def stats(self):
         return self.engine.snapshot_stats()
 

@@ -77,7 +77,11 @@ class PushUnderWay(Protocol):
     writer_id: str
     push_number: int
     outcome: asyncio.Future[int | OocMoeError]
-    durable: bool  # Of a version that is its outcome.
+
+    @property
+    def is_durable(self) -> bool:
+        """Whether the version that is the outcome survives a crash."""
+        ...
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

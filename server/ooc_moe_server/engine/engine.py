@@ -43,7 +43,7 @@ class Engine:
         data_dir: Path,
         arena: Arena,
         files: StoreFiles,
-        index_thread: ThreadPoolExecutor,
+        index_executor: ThreadPoolExecutor,
         *,
         dram_policy: str,
         nvme_bytes: int | None,
@@ -55,10 +55,10 @@ class Engine:
         self.dram = DramTier(arena, make_policy(dram_policy))
         self.nvme = NvmeTier(data_dir / "slabs", catalog, on_free=self.dram.discard, quota_bytes=nvme_bytes)
         self.nvme.trim()
-        self.committer = Committer(catalog, index, index_thread, self.dram, self.nvme, self.stats, bank_bytes=bank_bytes)
+        self.committer = Committer(catalog, index, index_executor, self.dram, self.nvme, self.stats, bank_bytes=bank_bytes)
         self.promotions = Promotions(self.dram, self.nvme, self.stats, patience_s=patience_s)
         self.changes = Changes(catalog, self.committer, self.dram, self.nvme, manifests=files.manifests, reserve=files.reserve)
-        self._index, self._index_thread, self._patience_s = index, index_thread, patience_s
+        self._index, self._index_executor, self._patience_s = index, index_executor, patience_s
 
     @staticmethod
     async def open(
@@ -72,20 +72,20 @@ class Engine:
     ) -> Engine:
         """Allocates the arena and reads the index. Raises TierFull (no memory) or CorruptRecord (the index is damaged)."""
         loop = asyncio.get_running_loop()
-        index_thread = ThreadPoolExecutor(1, thread_name_prefix="index")
+        index_executor = ThreadPoolExecutor(1, thread_name_prefix="index")
         arena = await loop.run_in_executor(None, Arena, dram_bytes)
-        files = await loop.run_in_executor(index_thread, open_files, data_dir)
+        files = await loop.run_in_executor(index_executor, open_files, data_dir)
         engine = Engine(
             data_dir,
             arena,
             files,
-            index_thread,
+            index_executor,
             dram_policy=dram_policy,
             nvme_bytes=nvme_bytes,
             bank_bytes=bank_bytes,
             patience_s=patience_s,
         )
-        await loop.run_in_executor(index_thread, files.reserve.take)
+        await loop.run_in_executor(index_executor, files.reserve.take)
         log.info(
             "opened %d banks, %d snapshots; NVMe I/O is %s",
             len(engine.catalog.banks),
@@ -100,8 +100,8 @@ class Engine:
         await self.changes.drain()
         await self.committer.drain()
         await self.nvme.drain()
-        await asyncio.get_running_loop().run_in_executor(self._index_thread, self._index.close)
-        self._index_thread.shutdown()
+        await asyncio.get_running_loop().run_in_executor(self._index_executor, self._index.close)
+        self._index_executor.shutdown()
         self.nvme.close()
         self.arena.close()
 

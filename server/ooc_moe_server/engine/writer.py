@@ -205,7 +205,7 @@ class Writer:
             self._scopes.count("pushed_experts")
             self._scopes.count("pushed_bytes", self.bank.layout.body_bytes)
             self._stats.took("push", incoming.began)
-        self._answer(incoming, outcome, durable=push.durable)
+        self._answer(incoming, outcome, durable=push.is_durable)
 
     def _answer(self, incoming: _Incoming, outcome: int | OocMoeError, *, durable: bool = False) -> None:
         header = incoming.header

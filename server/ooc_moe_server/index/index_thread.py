@@ -19,11 +19,11 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
-class IndexWriter:
+class IndexThread:
     """One index and its thread."""
 
-    def __init__(self, catalog: Catalog, index: Index, thread: ThreadPoolExecutor, nvme: NvmeTier) -> None:
-        self._catalog, self._index, self._thread, self._nvme = catalog, index, thread, nvme
+    def __init__(self, catalog: Catalog, index: Index, executor: ThreadPoolExecutor, nvme: NvmeTier) -> None:
+        self._catalog, self._index, self._executor, self._nvme = catalog, index, executor, nvme
         self._versions_below = catalog.next_version + VERSION_RESERVE  # The index will begin beyond these after a crash; `load` saved it.
         # An index commit that failed may still be found after a crash, until a later one went over it.
         self._quarantine: set[Slot] = set()
@@ -32,7 +32,7 @@ class IndexWriter:
     async def run(self, work: Callable[[Index], Result]) -> Result:
         """Runs `work` on the index's thread. Raises TierFull (disk full) or Internal."""
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, work, self._index)
+            return await asyncio.get_running_loop().run_in_executor(self._executor, work, self._index)
         except (OSError, sqlite3.Error) as error:
             raise self.translated(error, "index") from error
 

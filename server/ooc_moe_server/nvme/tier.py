@@ -110,7 +110,7 @@ class NvmeTier:
             self._replacing.remove(slot)
             self._replaced_bytes -= slot.record_bytes
 
-    async def write(self, slot: Slot, record: memoryview, prepare: Callable[[], None]) -> int:
+    async def write(self, slot: Slot, record: memoryview, prepare: Callable[[], None] | None = None) -> int:
         """Runs `prepare` and then writes a record into its slot, both on a thread for writes; durable after `sync`.
 
         Returns:
@@ -122,7 +122,8 @@ class NvmeTier:
         slab = self._slabs[slot.record_bytes]
 
         def prepare_and_write() -> int:
-            prepare()
+            if prepare:
+                prepare()
             epoch = slab.epoch
             slab.write(slot.index, record)
             return epoch

@@ -256,7 +256,7 @@ def test_a_slab_whose_sync_fails_holds_up_no_other(tmp_path, syncs):
             async with store.engine.committer.exclusive():  # So that both are in one round.
                 pushing = asyncio.create_task(store.push_one(0, 1))
                 refused = asyncio.create_task(push_to_other(store, other_layout))
-                await until(lambda: len(store.engine.committer._waiting) == 2)
+                await until(lambda: len(store.waiting) == 2)
             assert (await pushing).durable
             assert (await refused).error.kind == "Internal"
 

@@ -237,7 +237,7 @@ def test_a_bank_deleted_in_the_middle_of_a_fetch_and_a_push_ends_both_without_ha
                 deleting = asyncio.create_task(store.engine.changes.delete_bank("b"))
                 await asyncio.sleep(0)
                 pushing = asyncio.create_task(store.push({8: body_of(8)}))
-                await until(lambda: store.engine.committer._waiting)
+                await until(lambda: store.waiting)
             with pytest.raises(NotTheWriter):
                 await deleting
             assert (await pushing)[8].version > 0
@@ -263,7 +263,7 @@ def test_a_restore_that_comes_before_a_push_makes_it_stale(tmp_path):
                 await asyncio.sleep(0)
                 await asyncio.sleep(0)
                 pushing = asyncio.create_task(store.push({0: body_of(1), 1: body_of(2)}))  # Expert 1 was never written.
-                await until(lambda: len(store.engine.committer._waiting) == 2)
+                await until(lambda: len(store.waiting) == 2)
             await restoring
             assert {outcome.error.kind for outcome in (await pushing).values()} == {"StaleVersion"}
             assert await store.bodies(0, 1) == {0: bytes(LAYOUT.body_bytes), 1: bytes(LAYOUT.body_bytes)}
@@ -278,7 +278,7 @@ def test_pushes_that_wait_share_one_commit(tmp_path):
         async with opened(tmp_path) as store:
             async with store.engine.committer.exclusive():  # A round cannot begin.
                 pushing = asyncio.create_task(store.push({expert: body_of(expert) for expert in range(6)}))
-                await until(lambda: len(store.engine.committer._waiting) >= 5)
+                await until(lambda: len(store.waiting) >= 5)
             await pushing
             assert store.engine.stats.latency()["commit"].count <= 2
 

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from ooc_moe_server.engine import committer as commits
+from ooc_moe_server.engine import write_behind
 from ooc_moe_server.index.database import VERSION_RESERVE, Index
 from ooc_moe_server.nvme.slab import Slab
 from ooc_moe_wire.codec import chunks
@@ -144,8 +144,8 @@ def test_no_version_in_a_header_comes_again_after_a_crash_even_where_a_change_of
             store.engine.catalog.next_version += 3 * VERSION_RESERVE  # As a restore takes them, whose commit then fails.
             async with store.engine.committer.exclusive():  # No round can begin.
                 pushing = asyncio.create_task(store.push_one(0, 1))
-                await until(lambda: store.engine.committer._waiting)
-                version = store.engine.committer._waiting[0].version
+                await until(lambda: store.waiting)
+                version = store.waiting[0].version
                 copy = crashed(tmp_path / "a", tmp_path / "b")
             await pushing
         async with opened(copy) as store:
@@ -227,7 +227,7 @@ def test_a_newer_memory_push_during_the_older_ones_commit_ends_with_the_newer(tm
         async with opened(tmp_path, records=32) as store:
             monkeypatch.setattr(Index, "put_records", put_records)
             await store.push_one(0, 1, in_memory=True)
-            await until(lambda: store.engine._index_thread._work_queue.empty() and store.engine.committer._lock.locked())
+            await until(lambda: store.engine._index_executor._work_queue.empty() and store.engine.committer._lock._lock.locked())
             newer = await store.push_one(0, 2, in_memory=True)
             gate.set()
             await saved(store)
@@ -262,8 +262,8 @@ def test_a_durable_push_over_an_unsaved_one_makes_that_one_moot(tmp_path, disk):
 def test_both_in_one_round_end_with_the_durable_one(tmp_path):
     async def scenario():
         async with opened(tmp_path) as store:
-            waiting = store.engine.committer._waiting
-            async with store.engine.committer._lock:  # No round can begin.
+            waiting = store.waiting
+            async with store.engine.committer._lock.round():  # No round can begin.
                 older = await store.push_one(0, 1, in_memory=True)
                 await until(lambda: len(waiting) == 1)
                 pushing = asyncio.create_task(store.push_one(0, 2, base_version=older.version))
@@ -295,8 +295,8 @@ def test_beyond_their_share_of_the_arena_memory_pushes_become_durable_ones(tmp_p
 
 @pytest.mark.parametrize("cause", ["write", "sync", "index"])
 def test_a_failed_write_back_keeps_the_record_and_is_tried_again_until_it_is_saved(tmp_path, monkeypatch, caplog, cause):
-    monkeypatch.setattr(commits, "RETRY_S_MIN", 0.001)
-    monkeypatch.setattr(commits, "RETRY_S_MAX", 0.001)
+    monkeypatch.setattr(write_behind, "RETRY_S_MIN", 0.001)
+    monkeypatch.setattr(write_behind, "RETRY_S_MAX", 0.001)
     target, name = {"write": (Slab, "write"), "sync": (Slab, "sync"), "index": (Index, "put_records")}[cause]
     tries = 0
 
@@ -330,7 +330,7 @@ def test_a_snapshot_and_a_fork_contain_what_was_acknowledged_in_memory(tmp_path,
         async with opened(tmp_path / "a") as store:
             await store.push_one(0, 1, in_memory=True)
             taking = asyncio.create_task(store.engine.changes.create_snapshot(["b"], "s"))
-            await until(lambda: not store.engine.committer._calm.is_set())
+            await until(lambda: store.engine.committer._lock.is_changing)
             later = asyncio.create_task(store.push_one(1, 2, in_memory=True))  # Waits: it would change what is being taken.
             disk.open.set()
             snapshot = await taking
