@@ -88,7 +88,7 @@ async def check_rebuilt(directory: Path, ledger: Ledger, moment: float) -> int:
     with held(directory):
         rebuilt = await asyncio.to_thread(rebuild, directory)
     # Known, and counted: an expert's first write, cut off, makes it refused instead of giving its initial value back (see the test below).
-    num_lost = sum("lost; fetches say so" in line for line in rebuilt.damage)
+    num_lost = sum("lost; fetches raise" in line for line in rebuilt.damage)
     num_refused = await check(directory, ledger, moment, damaged=is_first_write)
     assert num_refused <= num_lost, rebuilt.damage
     return num_refused

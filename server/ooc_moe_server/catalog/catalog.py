@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -172,9 +172,15 @@ class Snapshot:
     banks: dict[int, BankState]
     revision: int = 0  # As a bank's: it was taken, or lost a bank that was deleted.
 
-    def slots(self, bank_id: int) -> list[Slot]:
-        """The slots its part of a bank refers to."""
-        return [record.slot for record in self.banks[bank_id].records.values() if record.slot]
+    def records(self) -> Iterator[tuple[int, int, Record]]:
+        """Yields the id of the bank, the expert and the record, for every record of every bank."""
+        for bank_id, state in self.banks.items():
+            for expert, record in state.records.items():
+                yield bank_id, expert, record
+
+    def slots(self) -> list[Slot]:
+        """The slots that the records refer to, one for each written record."""
+        return [record.slot for _, _, record in self.records() if record.slot]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -210,7 +216,7 @@ class Catalog:
 
     def snapshot_to_proto(self, snapshot: Snapshot) -> snapshot_pb2.Snapshot:
         """Its message."""
-        slots = [slot for bank_id in snapshot.banks for slot in snapshot.slots(bank_id)]
+        slots = snapshot.slots()
         return snapshot_pb2.Snapshot(
             id=snapshot.id,
             name=snapshot.name,

@@ -19,8 +19,9 @@ from typing import Any, TypeVar
 from ooc_moe_server.catalog.catalog import UNWRITTEN, Bank, BankState, Catalog, Record, Snapshot, unix_ms
 from ooc_moe_server.dram.tier import DramTier
 from ooc_moe_server.engine.committer import Committer
-from ooc_moe_server.index.database import Index, Write
+from ooc_moe_server.index.database import Index
 from ooc_moe_server.index.manifests import Manifests
+from ooc_moe_server.index.tables import Write
 from ooc_moe_server.nvme.reserve import Reserve
 from ooc_moe_server.nvme.tier import NvmeTier
 from ooc_moe_wire.errors import BankExists, InvalidRequest, NotTheWriter, SnapshotExists, UnknownSnapshot
@@ -242,7 +243,7 @@ class Changes:
 
     async def _settle_what_is_owed(self) -> None:
         if self._manifests.is_owing:
-            await self._committer.on_index(lambda index: self._reserve.run(lambda: self._manifests.settle(index)))
+            await self._committer.on_index(lambda index: self._reserve.run(lambda: self._manifests.write_owed(index)))
         released, self._released = self._released, []
         self._let_go(released)
 

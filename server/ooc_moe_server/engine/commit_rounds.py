@@ -19,8 +19,8 @@ from ooc_moe_server.engine.catalog_lock import CatalogLock
 from ooc_moe_server.engine.push import Push, PushState, check_base
 from ooc_moe_server.engine.slot_writer import SlotWriter
 from ooc_moe_server.engine.unsaved_records import UnsavedRecords
-from ooc_moe_server.index.database import Write
 from ooc_moe_server.index.index_thread import IndexThread
+from ooc_moe_server.index.tables import Write
 from ooc_moe_server.nvme.tier import NvmeTier
 from ooc_moe_server.stats import Stats
 from ooc_moe_wire.errors import OocMoeError
@@ -131,7 +131,7 @@ class CommitRounds:
             return True
         self._slots.condemn(push)
         try:
-            await self._slots.take(push)
+            await self._slots.allocate(push)
             await self._slots.write(push)
         except Exception as error:
             self._end_join(push, self._index.translated(error, push.name))

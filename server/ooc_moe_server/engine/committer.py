@@ -158,7 +158,7 @@ class Committer:
 
     async def _commit(self, push: Push) -> None:
         """Writes a push and commits it before it is acknowledged. Raises what refuses it."""
-        await self._slots.take(push)
+        await self._slots.allocate(push)
         push.version = await self._index.take_version()
         push.enter(PushState.WRITING)
         await self._slots.write(push, push.verify_and_pack)

@@ -85,7 +85,7 @@ class Engine:
             bank_bytes=bank_bytes,
             patience_s=patience_s,
         )
-        await loop.run_in_executor(index_executor, files.reserve.take)
+        await loop.run_in_executor(index_executor, files.reserve.fill)
         log.info(
             "opened %d banks, %d snapshots; NVMe I/O is %s",
             len(engine.catalog.banks),

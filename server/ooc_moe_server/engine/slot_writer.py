@@ -1,4 +1,4 @@
-"""The slot of a push: taken, written, condemned after a failed write, and handed over to the record that is committed."""
+"""The slot of a push: allocated, written, condemned after a failed write, and handed over to the record that is committed."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class SlotWriter:
     def __init__(self, index: IndexThread, nvme: NvmeTier, unsaved: UnsavedRecords) -> None:
         self._index, self._nvme, self._unsaved = index, nvme, unsaved
 
-    async def take(self, push: Push) -> None:
-        """Takes a free slot for a push. Raises TierFull, Internal, OSError."""
+    async def allocate(self, push: Push) -> None:
+        """Allocates a slot for a push. Raises TierFull, Internal, OSError."""
         await self._index.clear_quarantine()
         replaced = self._unsaved.indexed(push.bank, push.expert).slot
-        push.slot = await self._nvme.take(push.bank.layout.record_bytes, replaced=replaced)
+        push.slot = await self._nvme.allocate(push.bank.layout.record_bytes, replaced=replaced)
 
     async def write(self, push: Push, prepare: Callable[[], None] | None = None) -> None:
         """Runs `prepare` and writes the record to the slot of the push.
@@ -51,5 +51,5 @@ class SlotWriter:
         slot, push.slot = push.slot, None
         if replaced.slot:
             self._nvme.let_go(replaced.slot)
-        self._nvme.committed(slot)
+        self._nvme.end_replacing(slot)
         return slot

@@ -106,7 +106,7 @@ class WriteBehind:
     async def _acknowledge(self, push: Push) -> UnsavedRecord:
         """Makes a push visible before it is written. Takes its slot first, so that a full disk refuses the push now and not later."""
         await self._nvme.prepare(push.verify)
-        await self._slots.take(push)
+        await self._slots.allocate(push)
         push.version = await self._index.take_version()
         await self._lock.wait_until_unchanging()
         check_base(push.bank, push.expert, push.base_version)
@@ -146,7 +146,7 @@ class WriteBehind:
             async with self._turns:
                 push.enter(PushState.WRITING_BACK)
                 if push.slot is None:
-                    await self._slots.take(push)
+                    await self._slots.allocate(push)
                 await self._slots.write(push)
             push.enter(PushState.SAVING)
             await self._rounds.join(push)

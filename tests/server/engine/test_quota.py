@@ -32,7 +32,7 @@ def test_the_refusal_says_when_to_try_again(tmp_path):
         async with opened(tmp_path, nvme_bytes=RECORD) as store:
             await store.push_one(0, 0)
             with pytest.raises(TierFull) as caught:
-                await store.engine.nvme.take(RECORD)
+                await store.engine.nvme.allocate(RECORD)
             assert caught.value.retry_after_ms > 0
 
     asyncio.run(scenario())

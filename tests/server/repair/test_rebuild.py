@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from ooc_moe_server.daemon import cli, data_dir
-from ooc_moe_server.index import commit_witness as committed
+from ooc_moe_server.index import commit_witness
 from ooc_moe_server.index.database import VERSION_RESERVE, Index
 from ooc_moe_server.repair.rebuild import rebuild
 from ooc_moe_wire.codec import Checksums, RecordHeader
@@ -194,8 +194,8 @@ def test_a_record_is_current_again_only_if_it_can_have_been_committed(tmp_path, 
     uuid, row = run(tmp_path, restored_once)
     body = bytearray(RECORD)
     body[4096:] = body_of(5)
-    last, _ = committed.read(tmp_path / "COMMITTED")
-    committed.renew(tmp_path / "COMMITTED", replace(last, next_version=row + 2))
+    last, _ = commit_witness.read(tmp_path / "COMMITTED")
+    commit_witness.renew(tmp_path / "COMMITTED", replace(last, next_version=row + 2))
     header = RecordHeader(
         bank_id=uuid,
         expert=expert,
