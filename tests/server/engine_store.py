@@ -66,7 +66,7 @@ class Store:
             await self.begin(writer, expert, body, **options)
             for chunk in chunks(memoryview(body)):
                 writer.add(chunk)
-        await writer.settle()
+        await writer.wait_outcomes()
         writer.close()
         outcomes = [writer.outcomes.get_nowait() for _ in experts]
         return {outcome.expert: outcome for outcome in outcomes}

@@ -239,7 +239,7 @@ def _check_slots(engine: Engine) -> None:
     """What is counted as used is what banks and snapshots refer to."""
     catalog = engine.catalog
     slots = {record.slot for bank in catalog.banks.values() for record in bank.records.values() if record.slot}
-    slots |= {slot for snapshot in catalog.snapshots.values() for bank_id in snapshot.banks for slot in snapshot.slots(bank_id)}
+    slots |= {slot for snapshot in catalog.snapshots.values() for slot in snapshot.slots()}
     used = engine.snapshot_stats().nvme.used_bytes
     wanted = sum(slot.record_bytes for slot in slots)
     _require(used == wanted, f"{used} bytes of NVMe are counted as used, {wanted} are referred to")

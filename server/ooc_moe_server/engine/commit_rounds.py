@@ -151,7 +151,7 @@ class CommitRounds:
                 push.slot = None  # The index keeps it in quarantine.
                 self._end_join(push, self._index.translated(error, "commit"))
             return
-        self._stats.took("commit", began)
+        self._stats.add_latency("commit", began)
         for push in batch:
             if push.is_acknowledged_unsaved:
                 self._mark_saved(push)

@@ -174,9 +174,7 @@ def _scan(slabs: Slabs, banks: dict[bytes, Bank], last: LastCommit | None, resul
             elif _was_current(header, bank, last) and _fits(header, slot, bank, result):
                 seen.candidates[bank.uuid, header.expert].append(_record(header, slot))
     if strangers:
-        result.notes.append(
-            f"{strangers.total()} records of {len(strangers)} deleted banks (without a manifest) are left out"
-        )
+        result.notes.append(f"{strangers.total()} records of {len(strangers)} deleted banks (without a manifest) are left out")
     return seen
 
 

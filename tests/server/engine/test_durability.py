@@ -269,7 +269,7 @@ def test_a_slab_whose_sync_fails_holds_up_no_other(tmp_path, syncs):
         )
         for chunk in chunks(memoryview(body)):
             writer.add(chunk)
-        await writer.settle()
+        await writer.wait_outcomes()
         writer.close()
         return writer.outcomes.get_nowait()
 

@@ -188,7 +188,7 @@ def test_damaged_bytes_are_refused_and_never_seen(tmp_path):
             await store.begin(writer, 0, body_of(1), in_memory=True)
             for chunk in chunks(memoryview(body_of(2))):
                 writer.add(chunk)
-            await writer.settle()
+            await writer.wait_outcomes()
             writer.close()
             assert writer.outcomes.get_nowait().error.kind == "CorruptRecord"
             assert await store.bodies(0) == {0: SEEDED}

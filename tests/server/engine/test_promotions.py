@@ -98,7 +98,7 @@ class Rig:
 
     def demand(self, *experts: int, urgent: bool = True) -> list[asyncio.Task]:
         bank = self.bank
-        return [asyncio.create_task(self.promotions.bring(bank, each, bank.record(each), urgent=urgent)) for each in experts]
+        return [asyncio.create_task(self.promotions.promote(bank, each, bank.record(each), urgent=urgent)) for each in experts]
 
     def holds(self, expert: int) -> bool:
         return self.dram.holds(Slot(RECORD, expert))

@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 
 from ooc_moe_server.engine.engine import Engine
-from ooc_moe_server.local import plane as local
-from ooc_moe_server.local.plane import LocalPlane
-from ooc_moe_server.rpc import replies as answers
+from ooc_moe_server.local import plane
+from ooc_moe_server.local.plane import STAGING_BYTES_MAX, LocalPlane
+from ooc_moe_server.rpc import replies
 from ooc_moe_server.rpc.interceptor import Guard
 from ooc_moe_server.rpc.local_fetches import LocalFetches
 from ooc_moe_wire.codec import HOLDS_NONE, Checksums
@@ -286,7 +286,7 @@ def test_a_closed_session_leaves_no_pin_and_is_unknown(tmp_path):
 
 
 def test_leases_come_in_growing_batches_within_the_sessions_room(tmp_path, monkeypatch):
-    monkeypatch.setattr(answers, "FIRST_LEASES_BYTES", RECORD)
+    monkeypatch.setattr(replies, "FIRST_LEASES_BYTES", RECORD)
 
     async def scenario(store):
         caller = await store.connect()
@@ -385,14 +385,14 @@ def test_a_session_that_closes_ends_the_fetch_that_waits_for_its_leases(tmp_path
 
 def test_a_damaged_expert_comes_as_a_header_and_the_others_as_leases(tmp_path, monkeypatch):
     async def scenario(store):
-        caller, bring = await store.connect(), store.engine.promotions.bring
+        caller, promote = await store.connect(), store.engine.promotions.promote
 
         async def damaged(bank, expert, record, **options):
             if expert == 2:
                 raise CorruptRecord("flipped")
-            return await bring(bank, expert, record, **options)
+            return await promote(bank, expert, record, **options)
 
-        monkeypatch.setattr(store.engine.promotions, "bring", damaged)
+        monkeypatch.setattr(store.engine.promotions, "promote", damaged)
         messages = await store.fetch(caller, 1, 2, 3)
         headers = [message.header for message in messages if message.HasField("header")]
         assert [(header.expert, header.error.kind) for header in headers] == [(2, "CorruptRecord")]
@@ -433,7 +433,7 @@ def test_what_ends_a_fetch_is_said_and_the_session_lives_on(tmp_path, monkeypatc
         with pytest.raises(Unavailable, match="draining"):
             await store.fetch(caller, 1)
         store.guard.refusal = None
-        monkeypatch.setattr(answers, "lease", None)  # A fault of ours.
+        monkeypatch.setattr(replies, "send_leases", None)  # A bug of the daemon.
         (last,) = await asyncio.to_thread(caller.fetch, "b", 1)
         assert last.end.error.kind == "Internal"
         monkeypatch.undo()
@@ -536,7 +536,7 @@ def test_staged_bytes_are_seen_within_their_bounds_and_outlive_what_replaces_the
         {"said": 4096},
         {"said": 16384},
         {"said": 0},
-        {"said": local.STAGING_BYTES_MAX + 1},
+        {"said": STAGING_BYTES_MAX + 1},
         {"descriptors": 0},
         {"descriptors": 2},
         {"descriptors": 20},
@@ -582,7 +582,7 @@ def test_another_user_is_refused_without_a_welcome(tmp_path, caplog):
 
 
 def test_sessions_are_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(local, "SESSIONS_MAX", 2)
+    monkeypatch.setattr(plane, "SESSIONS_MAX", 2)
 
     async def scenario(store):
         first, second = await store.connect(), await store.connect()

@@ -6,7 +6,7 @@ import logging
 import grpc
 import pytest
 
-from ooc_moe_server.rpc import interceptor as guards
+from ooc_moe_server.rpc import interceptor
 from ooc_moe_server.rpc.interceptor import Guard
 from ooc_moe_server.rpc.services import BankService
 from ooc_moe_wire.errors import ERROR_KEY, RETRY_AFTER_KEY
@@ -51,7 +51,7 @@ class SlowBanks(bank_pb2_grpc.BankServiceServicer):
 
 
 def test_calls_beyond_the_most_are_asked_to_come_again(monkeypatch):
-    monkeypatch.setattr(guards, "CALLS_MAX", 3)
+    monkeypatch.setattr(interceptor, "CALLS_MAX", 3)
 
     async def scenario():
         guard, banks = Guard(), SlowBanks()
