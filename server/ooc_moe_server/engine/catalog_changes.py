@@ -34,7 +34,7 @@ NAME_BYTES_MAX = 128
 
 
 class CatalogChanges:
-    """The calls of BankService and SnapshotService that change something."""
+    """The calls of BankService and SnapshotService that change banks or snapshots, without gRPC."""
 
     def __init__(
         self, catalog: Catalog, committer: Committer, dram: DramTier, nvme: NvmeTier, *, manifests: Manifests, reserve: Reserve
@@ -45,7 +45,12 @@ class CatalogChanges:
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def create_bank(self, spec: BankSpec) -> Bank:
-        """Makes a bank, or answers it when its spec is equal. Raises BankExists, InvalidRequest (a record larger than the DRAM tier)."""
+        """Creates a bank; returns the existing one when its spec is equal.
+
+        Raises:
+            BankExists: a bank of this name exists with another spec.
+            InvalidRequest: a record is larger than the DRAM tier.
+        """
         return await self._to_the_end(self._create_bank(spec))
 
     async def grow_bank(self, name: str, num_experts: int) -> Bank:
@@ -57,19 +62,23 @@ class CatalogChanges:
         await self._to_the_end(self._delete_bank(name))
 
     async def fork_bank(self, source: str, name: str, snapshot_id: int) -> Bank:
-        """Makes bank `name` from a snapshot of `source`, or from its present state (0). Raises BankExists, UnknownBank, UnknownSnapshot."""
+        """Creates bank `name` from a snapshot of `source`, or from its present state if `snapshot_id` is 0.
+
+        Raises:
+            BankExists, UnknownBank, UnknownSnapshot: the names or the id are wrong.
+        """
         return await self._to_the_end(self._fork_bank(source, name, snapshot_id))
 
     async def create_snapshot(self, names: Sequence[str], name: str) -> Snapshot:
-        """Takes the committed state of banks in one cut. Raises UnknownBank, SnapshotExists, InvalidRequest."""
+        """Takes a snapshot of the committed state of all these banks at one moment. Raises UnknownBank, SnapshotExists, InvalidRequest."""
         return await self._to_the_end(self._create_snapshot(names, name))
 
     async def restore_snapshot(self, snapshot_id: int, writer_id: str) -> Snapshot:
-        """Brings the banks of a snapshot back to it, under new versions. Raises UnknownSnapshot, NotTheWriter."""
+        """Restores the banks of a snapshot to their state in it, under new versions. Raises UnknownSnapshot, NotTheWriter."""
         return await self._to_the_end(self._restore_snapshot(snapshot_id, writer_id))
 
     async def delete_snapshot(self, snapshot_id: int) -> None:
-        """Raises UnknownSnapshot."""
+        """Removes a snapshot. Raises UnknownSnapshot."""
         await self._to_the_end(self._delete_snapshot(snapshot_id))
 
     async def drain(self) -> None:
@@ -265,7 +274,7 @@ class CatalogChanges:
         return snapshot.banks[bank.id]
 
     def _renewed(self, record: Record) -> Record:
-        """The same bytes under a new version; no push is remembered, so that none is answered as a repeat."""
+        """The same bytes under a new version. Writer and push number are left out, so that no later push counts as a repeat."""
         return Record(version=self._catalog.take_version(), slot=record.slot, checksums=record.checksums)
 
     def _refuse_other_writer(self, bank: Bank, writer_id: str) -> None:

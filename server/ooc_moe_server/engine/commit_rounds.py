@@ -50,7 +50,7 @@ class CommitRounds:
         self._task: asyncio.Task[None] | None = None
 
     async def join(self, push: Push) -> None:
-        """Returns when a round has committed a written push, or found that its record was replaced. Raises the error that refused it."""
+        """Returns when a round has committed a written push, or found that a newer record replaced it. Raises the error of a refusal."""
         result: asyncio.Future[OocMoeError | None] = asyncio.get_running_loop().create_future()
         self._results[push] = result
         self._waiting.append(push)
@@ -75,7 +75,7 @@ class CommitRounds:
                         self._end_join(push, self._index.translated(error, "commit"))
 
     def _end_join(self, push: Push, error: OocMoeError | None) -> None:
-        """Lets `join` return or raise, unless it has already."""
+        """Lets `join` of a push return, or raise `error`; does nothing if it has ended already."""
         result = self._results.pop(push, None)
         if result is not None and not result.done():
             result.set_result(error)
@@ -106,7 +106,7 @@ class CommitRounds:
         return True
 
     async def _make_durable(self, batch: list[Push]) -> list[Push]:
-        """Syncs the slabs of a batch, and writes records anew after a failed sync. Returns the durable pushes; the others end."""
+        """Syncs the slabs of a batch, and writes records anew after a failed sync. Returns the durable pushes; `join` raises for others."""
         durable: list[Push] = []
         failed: dict[int, OSError] = {}
         for _ in range(SYNC_TRIES):
@@ -161,7 +161,7 @@ class CommitRounds:
             self._end_join(push, None)
 
     def _show(self, push: Push) -> None:
-        """Makes a committed push visible, and releases what it replaced."""
+        """Makes a committed durable push visible, and releases the slot of the record that it replaced."""
         bank, expert = push.bank, push.expert
         older = self._unsaved.pop(bank, expert)
         if older:
@@ -172,7 +172,7 @@ class CommitRounds:
         self._slots.hand_over(push, older.indexed if older else replaced)
 
     def _mark_saved(self, push: Push) -> None:
-        """Makes an unsaved record that is committed now an ordinary one, of the same version."""
+        """Makes an unsaved record, which is committed now, an ordinary record of the same version."""
         bank, expert, record = push.bank, push.expert, push.record()
         newest = self._unsaved.newest(bank, expert)
         assert newest is not None

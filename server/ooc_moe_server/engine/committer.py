@@ -75,9 +75,9 @@ class Committer:
 
     @asynccontextmanager
     async def exclusive(self) -> AsyncIterator[None]:
-        """Inside, no round runs and no push becomes visible. All changes of banks and snapshots happen inside.
+        """Holds the lock for one change of banks or snapshots: inside, no round runs and no push becomes visible.
 
-        A change may replace records and delete banks that have unsaved records: these are dropped when it ends.
+        A change may replace records and delete banks that have unsaved records. These are dropped when the change ends.
         """
         async with self._lock.change():
             try:
@@ -98,7 +98,7 @@ class Committer:
         return await self._index.run(work)
 
     def check_quota(self, bank: Bank, expert: int) -> None:
-        """Raises TierFull when one more record is more than a bank may have; UnknownExpert, UnknownBank."""
+        """Raises TierFull when a push of this expert would exceed the quota of its bank. Raises UnknownExpert, UnknownBank."""
         if self._bank_bytes is None or bank.record(expert).is_written:
             return
         others = bank.pushing.keys() - {expert}
@@ -137,7 +137,7 @@ class Committer:
         await self._rounds.finish()
 
     async def _carry(self, push: Push) -> None:
-        """The whole life of a push."""
+        """Carries a push from its receipt to its end."""
         record_bytes = push.bank.layout.record_bytes
         is_behind = push.in_memory and self._unsaved.reserve(record_bytes)
         try:
@@ -157,7 +157,7 @@ class Committer:
             self._dram.unpin(push.entry)
 
     async def _commit(self, push: Push) -> None:
-        """Writes a push and commits it before it is acknowledged. Raises what refuses it."""
+        """Writes a push and commits it, which acknowledges it. Raises the error that refuses the push."""
         await self._slots.allocate(push)
         push.version = await self._index.take_version()
         push.enter(PushState.WRITING)

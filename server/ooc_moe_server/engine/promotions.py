@@ -100,10 +100,10 @@ class Speculation:
 
 
 class Promotions:
-    """The queues and the reads under way."""
+    """The promotion queues, and the reads under way."""
 
     def __init__(self, dram: DramTier, nvme: NvmeTier, stats: Stats, *, patience_s: float) -> None:
-        """`patience_s`: how long a demand waits for pins to go before it is refused with TierFull."""
+        """`patience_s`: how long a demand waits for pins to be released before it gets TierFull."""
         self._dram, self._nvme, self._stats, self._patience_s = dram, nvme, stats, patience_s
         self._jobs: dict[Source, Job] = {}  # Queued and under way.
         self._demand: OrderedDict[Source, Job] = OrderedDict()

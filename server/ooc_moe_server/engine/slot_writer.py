@@ -13,7 +13,7 @@ from ooc_moe_server.nvme.tier import NvmeTier
 
 
 class SlotWriter:
-    """Sets `slot` and `epoch` of pushes."""
+    """Allocates, writes and gives up the slots of pushes, and keeps `Push.slot` and `Push.epoch` up to date."""
 
     def __init__(self, index: IndexThread, nvme: NvmeTier, unsaved: UnsavedRecords) -> None:
         self._index, self._nvme, self._unsaved = index, nvme, unsaved
@@ -40,7 +40,7 @@ class SlotWriter:
             raise
 
     def condemn(self, push: Push) -> None:
-        """Gives the slot of a push up: its content is unknown."""
+        """Gives up the slot of a push, because its content is unknown."""
         assert push.slot is not None
         slot, push.slot = push.slot, None
         self._nvme.condemn(slot)

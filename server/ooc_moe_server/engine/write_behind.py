@@ -53,7 +53,7 @@ class WriteBehind:
         self._is_ending = False
 
     async def run(self, push: Push) -> None:
-        """Carries a push from its receipt to its end, in a task of its own. Raises what refuses it before the acknowledgement."""
+        """Carries a push from its receipt to its end; the calling task runs for this push only. Raises the error that refuses the push."""
         unsaved = await self._acknowledge(push)
         try:
             await self._write_back(unsaved)
@@ -125,7 +125,7 @@ class WriteBehind:
         return unsaved
 
     async def _write_back(self, unsaved: UnsavedRecord) -> None:
-        """Tries until the record is in the index, or replaced."""
+        """Tries again and again until the record is in the index, or replaced by a newer one."""
         push, delay_s = unsaved.push, RETRY_S_MIN
         while push in self._unsaved and not self._is_ending:
             error = await self._try_once(push)

@@ -307,8 +307,9 @@ def _reopened(descriptor: int) -> int:
 def _mapped(descriptor: int, num_bytes: int) -> mmap.mmap:
     """Maps a caller's staging memory for reading.
 
-    Raises InvalidRequest for memory that the caller could shrink, or that has huge pages, which can run out: to read pages that are missing
-    would kill the daemon.
+    Raises:
+        InvalidRequest: the caller could shrink the memory, or it has huge pages, which can run out. To read a missing page would kill the
+            daemon.
     """
     if not 1 <= num_bytes <= STAGING_BYTES_MAX:
         raise InvalidRequest(f"staging memory of {num_bytes} bytes; 1 to {STAGING_BYTES_MAX} are allowed")

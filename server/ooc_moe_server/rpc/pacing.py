@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 
 class MessagePacer:
-    """Shared by all streams of a loop."""
+    """Gives large messages their turns. All streams of an event loop share one pacer."""
 
     def __init__(self) -> None:
         self.num_streams = 0

@@ -53,7 +53,7 @@ class BankService(bank_pb2_grpc.BankServiceServicer):
         return (await self._engine().changes.create_bank(BankSpec.from_proto(request.spec))).to_proto()
 
     async def GrowBank(self, request: bank_pb2.GrowBankRequest, context: Context) -> bank_pb2.Bank:
-        """Adds experts."""
+        """Adds experts to a bank."""
         return (await self._engine().changes.grow_bank(request.bank, request.num_experts)).to_proto()
 
     async def GetBank(self, request: bank_pb2.GetBankRequest, context: Context) -> bank_pb2.Bank:
@@ -83,7 +83,7 @@ class ExpertService(expert_pb2_grpc.ExpertServiceServicer):
         self.writers: set[Writer] = set()
 
     async def FetchExperts(self, request: expert_pb2.FetchExpertsRequest, context: Context) -> None:  # type: ignore[override]
-        """Streams records."""
+        """Streams the records of experts."""
         bank, fetch = fetch_of(self._engine(), request, trainer_of(context))
         whole = request.sections == expert_pb2.SECTIONS_ALL
         await replies.send_experts(fetch, bank.layout, context.write, whole=whole, pacer=self._pacer)
