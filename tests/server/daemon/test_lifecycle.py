@@ -1,4 +1,4 @@
-"""A daemon's life as others see it: starting, ready, draining, stopped, refused."""
+"""The life of a daemon, seen from outside: starting, ready, draining, stopped, refused."""
 
 import asyncio
 import json
@@ -24,7 +24,7 @@ SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.Health
 
 @pytest.fixture
 def refused(monkeypatch, capsys):
-    """Runs the command in this process; returns the one line it leaves when it cannot start."""
+    """Runs the command in this process; returns the one line that it prints when it cannot start."""
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["ooc-moe-server", *arguments])

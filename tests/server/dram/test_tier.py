@@ -1,4 +1,4 @@
-"""The DRAM tier by itself: four places of one block each, unless a test says otherwise."""
+"""The DRAM tier alone: an arena of four blocks, unless a test says otherwise."""
 
 import asyncio
 import contextlib
@@ -27,7 +27,7 @@ def dram():
 
 
 def put(dram, expert, blocks=1, **options):
-    """A resident, unpinned."""
+    """Makes a resident without a pin."""
     entry = dram.reserve(blocks * BLOCK)
     dram.publish(entry, Seed(1, expert), NO_SUMS, 1, **options)
     dram.unpin(entry)
@@ -35,14 +35,14 @@ def put(dram, expert, blocks=1, **options):
 
 
 def prefetch(dram, expert, blocks=1, wasted=lambda: None):
-    """A resident that a prefetch brought."""
+    """Makes a resident that a prefetch brought."""
     entry = dram.reserve(blocks * BLOCK, speculative=True)
     dram.publish(entry, Seed(1, expert), NO_SUMS, 1, wasted=wasted)
     dram.unpin(entry)
 
 
 def demand(dram, *experts):
-    """Each is asked for and let go."""
+    """Demands each of these experts and unpins it."""
     for expert in experts:
         dram.unpin(dram.pin_resident(Seed(1, expert)))
 
@@ -238,7 +238,7 @@ def test_with_s3_fifo_a_record_that_is_pushed_again_and_again_keeps_its_standing
 
 
 def test_touching_and_then_taking_is_one_use():
-    """A fetch touches all of its records and then takes them; S3-FIFO counts uses."""
+    """A fetch first touches and then pins each of its records; S3-FIFO counts uses."""
     dram = DramTier(Arena(4 * BLOCK), make_policy("s3fifo"))
     for expert in range(4):
         put(dram, expert)
@@ -290,7 +290,7 @@ def test_speculation_takes_no_room_that_a_demand_waits_for(dram):
     st.sampled_from(["lru", "s3fifo"]),
 )
 def test_any_record_that_the_arena_could_hold_finds_room_once_nothing_is_pinned(records, blocks, policy):
-    """However much the records of many sizes have cut it up."""
+    """This holds however much records of many sizes have fragmented the arena."""
     dram = DramTier(Arena(16 * BLOCK), make_policy(policy))
     pinned = []
     for expert, size, keep in records:

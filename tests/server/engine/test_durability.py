@@ -1,4 +1,4 @@
-"""What survives: kill -9, restarts, damaged files, failed syncs, a DRAM tier that is far too small."""
+"""What survives kill -9, restarts, damaged files, failed syncs, and a DRAM tier that is far too small."""
 
 import asyncio
 import errno
@@ -17,7 +17,7 @@ from tests.server.engine_store import LAYOUT, RECORD, SEEDED, body_of, opened, u
 
 @pytest.fixture
 def writer(daemon, connect):
-    """A client of the test's own daemon, with a bank "b"."""
+    """A client of a daemon of its own, with a bank "b"."""
     client = connect(daemon.target)
     client.create("b")
     return client
@@ -156,7 +156,7 @@ def test_a_bank_many_times_the_dram_tier_is_served_whole(start_daemon, connect):
 
 
 class Syncs:
-    """fdatasync of slabs: fails as often as told, for one record size or for all; other files are left alone."""
+    """Makes fdatasync of slabs fail a number of times, for one record size or for all. Other files sync as usual."""
 
     def __init__(self, monkeypatch) -> None:
         self.num_failures, self.record_bytes, self.num_calls = 0, 0, 0
@@ -218,7 +218,7 @@ def test_when_syncs_go_on_failing_the_push_is_refused_and_the_store_recovers_wit
 
 
 def test_a_failed_sync_casts_doubt_on_writes_that_only_wait_for_the_next_one(tmp_path, monkeypatch):
-    """Two pushes: one whose sync fails, and one written before that and synced, successfully, after."""
+    """Of two pushes, the sync of one fails. The other was written before that, and its own sync succeeds afterwards."""
     in_sync, go_on = threading.Event(), threading.Event()
     real, num_calls = os.fdatasync, 0
 

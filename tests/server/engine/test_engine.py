@@ -20,7 +20,7 @@ RESIDENT, QUEUED, REJECTED = expert_pb2.PREFETCH_RESIDENT, expert_pb2.PREFETCH_Q
 
 
 class Gate:
-    """Holds NVMe reads back; `order` is the slots in order of reading."""
+    """Holds NVMe reads back; `order` lists the slots in the order of the reads."""
 
     def __init__(self, monkeypatch) -> None:
         self.order: list[int] = []
@@ -36,7 +36,7 @@ class Gate:
 
 
 async def written(store: Store, num_experts: int) -> None:
-    """Experts in NVMe and not in DRAM; expert e lies in slot e."""
+    """Writes experts to NVMe and drops them from DRAM; expert e lies in slot e."""
     for expert in range(num_experts):
         await store.push({expert: body_of(expert)})
         assert store.bank.record(expert).slot.index == expert

@@ -1,4 +1,4 @@
-"""Pushes acknowledged in memory: visible at once, written behind, and what a crash may and may not take."""
+"""Pushes acknowledged in memory: they are visible at once and written later. What a crash may lose, and what it may not."""
 
 import asyncio
 import errno
@@ -19,7 +19,7 @@ from tests.server.engine_store import LAYOUT, RECORD, SEEDED, body_of, failing, 
 
 
 class Disk:
-    """Writes to slabs: held back until `open` is set, and failing while `error` is."""
+    """Writes to slabs: they wait until `open` is set, and fail while `error` is set."""
 
     def __init__(self, monkeypatch) -> None:
         self.open, self.error = threading.Event(), None
@@ -42,7 +42,7 @@ def disk(monkeypatch):
 
 
 def crashed(store_dir, copy_dir):
-    """What a kill -9 of this moment leaves."""
+    """A copy of the directory, as a kill -9 now would leave it."""
     return shutil.copytree(store_dir, copy_dir, ignore=shutil.ignore_patterns("LOCK"))
 
 

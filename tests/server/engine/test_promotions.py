@@ -1,4 +1,4 @@
-"""Promotions by themselves: a disk whose reads end when the test says so, and a clock that the test turns."""
+"""Promotions without an engine. Reads of the disk end when the test says so, and the test sets the clock."""
 
 import asyncio
 from collections import Counter
@@ -46,7 +46,7 @@ class Disk:
             del self.under_way[slot.index]
 
     async def finish(self, *experts: int, error: Exception | None = None) -> None:
-        """Ends reads under way, all of them when none is named, and lets what waited for them go on."""
+        """Ends the named reads under way, or all of them, and lets the waiting tasks go on."""
         for expert in experts or tuple(self.under_way):
             gate = self.under_way[expert]
             if error is None:
@@ -56,19 +56,19 @@ class Disk:
         await settled()
 
     async def finish_all(self) -> None:
-        """Until no read begins any more."""
+        """Ends reads until no new one begins."""
         while self.under_way:
             await self.finish()
 
 
 async def settled() -> None:
-    """Everything that can go on without the disk has."""
+    """Returns when every task that does not wait for the disk has gone on."""
     for _ in range(12):
         await asyncio.sleep(0)
 
 
 def make_bank(bank_id: int = 1, name: str = "b") -> Bank:
-    """Expert e lies in slot e."""
+    """A bank whose expert e lies in slot e."""
     spec = BankSpec(name=name, num_experts=NUM_EXPERTS, layout=LAYOUT)
     bank = Bank(id=bank_id, uuid=bytes(16), spec=spec, num_experts=NUM_EXPERTS, created_unix_ms=0, forked_from="")
     for expert in range(NUM_EXPERTS):
@@ -81,7 +81,7 @@ def record_in(slot: int, version: int = 1) -> Record:
 
 
 class Rig:
-    """The promotions of a DRAM tier of so many records."""
+    """Promotions into a DRAM tier that holds a number of records."""
 
     def __init__(self, records: int = NUM_EXPERTS) -> None:
         self.now = 100.0
@@ -104,7 +104,7 @@ class Rig:
         return self.dram.holds(Slot(RECORD, expert))
 
     async def busy_with_demand(self) -> list[asyncio.Task]:
-        """All places are taken by demands for experts 30 to 33."""
+        """Demands for experts 30 to 33 take all places."""
         tasks = self.demand(*range(30, 30 + READS_MAX))
         await settled()
         return tasks

@@ -1,4 +1,4 @@
-"""The states of a push: which ones each way of a push passes, and that no other step is possible."""
+"""The states of a push: the order in which each kind of push passes them, and that no other step is possible."""
 
 import asyncio
 import errno

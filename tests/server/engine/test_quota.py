@@ -1,4 +1,4 @@
-"""The most that a store and a bank may hold, and what becomes of the disk of what is gone."""
+"""Quotas of a store and of a bank, and the disk space of deleted records."""
 
 import asyncio
 

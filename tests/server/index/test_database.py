@@ -113,7 +113,7 @@ def filled(tmp_path):
 
 
 def content(catalog):
-    """What a catalog says, in values that compare."""
+    """The content of a catalog as comparable values."""
     banks = {bank.name: (bank.id, bank.uuid, bank.spec, bank.num_experts, bank.records) for bank in catalog.banks.values()}
     snapshots = {
         snapshot.id: (snapshot.name, {bank_id: (state.num_experts, state.records) for bank_id, state in snapshot.banks.items()})
@@ -323,7 +323,7 @@ def test_a_commit_stands_without_its_witness_and_the_next_one_waits_for_it(fille
 
 
 def test_a_full_disk_does_not_keep_committed_from_being_written(filled):
-    """It never grows: both blocks were there from the start."""
+    """The file never grows: both blocks exist from the start."""
     index = Index(filled / "index.sqlite")
     stat = (filled / "COMMITTED").stat()
     for version in range(50, 60):

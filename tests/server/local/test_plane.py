@@ -1,4 +1,4 @@
-"""The local plane: leases, expiry and staging on a plane of our own; then peers, deaths and maps of a real daemon."""
+"""The local plane. First on a plane inside the test: leases, expiry, staging. Then with a real daemon: peers, deaths, mappings."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
 
 class Caller:
-    """The other end of the socket: what a client knows."""
+    """The client's end of the socket."""
 
     def __init__(self, socket_name: str) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -58,7 +58,7 @@ class Caller:
         return self.arena[lease.offset : lease.offset + size]
 
     def is_whole(self, lease: Lease) -> bool:
-        """The generation is the one that was told."""
+        """Whether the generation is still the one that the lease named."""
         assert lease.generation % 2 == 0
         return int(self.generations[lease.offset // BLOCK_BYTES - 1]) == lease.generation
 
@@ -73,7 +73,7 @@ class Caller:
         self.socket.send(pack_fetch(fetch))
 
     def answers(self) -> list[local_pb2.LocalAnswer]:
-        """Of the fetch that was asked for, the end included."""
+        """Receives the answers to the fetch, up to and including the end."""
         received = []
         while not received or not received[-1].HasField("end"):
             if not (packet := self.socket.recv(PACKET_BYTES_MAX)):
@@ -103,7 +103,7 @@ class Caller:
 
 
 class Lease:
-    """One row of Leases."""
+    """One row of a Leases message."""
 
     def __init__(self, leases: local_pb2.Leases, row: int) -> None:
         self.id, self.expert, self.version = leases.ids[row], leases.experts[row], leases.versions[row]
@@ -137,7 +137,7 @@ class Store:
         return self.callers[-1]
 
     async def fetch(self, caller: Caller, *experts: int, **options) -> list[local_pb2.LocalAnswer]:
-        """Its answers. Raises what ended it."""
+        """Returns the answers to a fetch. Raises the error that ended it."""
         *answers, last = await asyncio.to_thread(caller.fetch, "b", *experts, **options)
         if last.end.HasField("error"):
             raise error_named(last.end.error.kind, last.end.error.message)
@@ -147,7 +147,7 @@ class Store:
         return [lease for answer in await self.fetch(caller, *experts, pin=pin) for lease in rows(answer)]
 
     async def bring(self, *experts: int) -> None:
-        """Makes them resident."""
+        """Makes experts resident."""
         scopes = self.engine.stats.scopes("t")
         fetch = self.engine.fetch(self.bank, experts, known_versions=(), demand=True, section_bytes=0, scopes=scopes)
         async for _ in fetch.experts():
@@ -185,7 +185,7 @@ async def opened(directory, *, records: int = 64):
 
 
 async def until(condition) -> None:
-    """Lets everything else run until it holds."""
+    """Lets other tasks run until the condition holds."""
     for _ in range(10_000):
         if condition():
             return

@@ -1,4 +1,4 @@
-"""A full disk, played by what fails until the reserve is given up: it stops pushes, and not deletions or a start."""
+"""A full disk, simulated by writes that fail until the reserve is emptied: it stops pushes, but no deletion and no start."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FULL = OSError(errno.ENOSPC, "no room")
 
 
 class FullDisk:
-    """While `is_full`, neither index nor manifests can be written as long as RESERVE holds its room, nor can that be taken again."""
+    """While `is_full`: writes to index and manifests fail as long as RESERVE occupies space, and RESERVE cannot be filled again."""
 
     def __init__(self, directory, monkeypatch) -> None:
         self.is_full = False

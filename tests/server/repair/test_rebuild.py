@@ -1,4 +1,4 @@
-"""`ooc-moe-server rebuild`: an index made anew from records and manifests is the one that was lost."""
+"""`ooc-moe-server rebuild`: the index that it makes from records and manifests equals the lost one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.server.engine_store import LAYOUT, RECORD, SEEDED, Store, body_of, fl
 
 
 def run(directory, scenario):
-    """Runs a scenario against an engine on the directory, which a daemon could have opened, and closes it."""
+    """Opens an engine on the directory, as a daemon would, runs a scenario against it, and closes it."""
 
     async def with_engine():
         async with opened(directory) as store:
@@ -37,7 +37,7 @@ def lose_index(directory):
 
 
 def committed_state(directory):
-    """All that the index says, with banks by uuid, in values that compare."""
+    """The whole content of the index as comparable values, with banks by uuid."""
     index = Index(directory / "index.sqlite")
     catalog = index.read()
     index.close()
@@ -61,7 +61,7 @@ def slab(directory):
 
 
 def call(monkeypatch, capsys, *arguments):
-    """Runs the command in this process; returns the exit code and what it printed."""
+    """Runs the command in this process; returns the exit code and the output."""
     monkeypatch.setattr(sys, "argv", ["ooc-moe-server", *map(str, arguments)])
     with pytest.raises(SystemExit) as caught:
         cli.main()
@@ -70,7 +70,7 @@ def call(monkeypatch, capsys, *arguments):
 
 
 def other(store, name):
-    """A store of another bank of the same engine."""
+    """A Store for another bank of the same engine."""
     return Store(store.engine, store.engine.catalog.banks[name])
 
 
@@ -172,7 +172,7 @@ def test_what_was_deleted_or_restored_away_stays_so(tmp_path):
 
 
 async def restored_once(store):
-    """Expert 1 has a row of the restore; expert 2 none."""
+    """A store after a restore: expert 1 has a row from it, expert 2 has none."""
     snapshot = await store.engine.changes.create_snapshot(["b"], "s")
     await store.push_one(1, 1)
     await store.engine.changes.restore_snapshot(snapshot.id, "")

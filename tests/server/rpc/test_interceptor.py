@@ -1,4 +1,4 @@
-"""A fault of ours, told apart from an error of the caller's."""
+"""The guard around calls: a bug of the daemon becomes INTERNAL, and the number of calls is limited."""
 
 import asyncio
 import logging
@@ -40,7 +40,7 @@ def test_a_fault_of_ours_is_internal_and_logged_once_with_its_traceback(caplog):
 
 
 class SlowBanks(bank_pb2_grpc.BankServiceServicer):
-    """Answers when it may."""
+    """A BankService that answers when the test allows it."""
 
     def __init__(self) -> None:
         self.may_answer = asyncio.Event()

@@ -1,4 +1,4 @@
-"""Turns on the event loop: one each iteration, in order, and none lost."""
+"""The pacer of large messages: one turn in each iteration of the loop, in order, and no turn is lost."""
 
 import asyncio
 

@@ -223,7 +223,7 @@ def test_staged_bodies_are_taken_from_the_callers_memory_without_chunks(tmp_path
 
 
 def test_a_caller_that_changes_staged_bytes_is_refused_or_not_heard(tmp_path, monkeypatch):
-    """What is checked is the arena's copy, and that is what is kept."""
+    """The copy in the arena is what is verified, and what is kept."""
 
     async def scenario():
         async with opened(tmp_path) as store:
