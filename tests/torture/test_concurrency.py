@@ -280,7 +280,7 @@ class Traffic:
                 pytest.skip(str(error))
 
     def move(self, num_bytes: int, process: psutil.Process) -> tuple[list[int], list[int]]:
-        """Moves at least a number of bytes. Returns samples of the daemon's own memory: of the fifth tenth of the traffic, and of the last."""
+        """Moves at least a number of bytes. Returns samples of the daemon's own memory: of the traffic's fifth tenth, and of its last."""
         samples: list[int] = []
 
         def watch() -> None:
