@@ -80,7 +80,7 @@ class PushUnderWay(Protocol):
 
     @property
     def is_durable(self) -> bool:
-        """Whether the version that is the outcome survives a crash."""
+        """Whether the pushed record is committed, so that it survives a crash."""
         ...
 
 

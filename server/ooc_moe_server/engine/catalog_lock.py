@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 
 
 class CatalogLock:
-    """Excludes commit rounds and changes from each other, and acknowledgements in memory from changes."""
+    """Lets one commit round or one change run at a time, and delays acknowledgements in memory until no change runs."""
 
     def __init__(self) -> None:
         self._lock = asyncio.Lock()  # Held by a round, or by a change that has not lent it.
@@ -47,7 +47,7 @@ class CatalogLock:
 
     @asynccontextmanager
     async def lent_to_rounds(self) -> AsyncIterator[None]:
-        """Lets rounds run, though the caller is inside `change`; no other change begins."""
+        """For a caller inside `change`: rounds may run inside this context, but no other change begins."""
         self._is_lent = True
         self._lock.release()
         try:

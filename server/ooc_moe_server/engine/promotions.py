@@ -254,7 +254,7 @@ class Promotions:
             self._start(job, self._speculative_reads)
 
     def _may_speculate(self) -> bool:
-        num_free = READS_MAX - len(self._demand_reads) - len(self._speculative_reads)  # None while a demand waits.
+        num_free = READS_MAX - len(self._demand_reads) - len(self._speculative_reads)  # 0 while a demand waits.
         return num_free > 0 and len(self._speculative_reads) < SPECULATIVE_READS_MAX
 
     def _is_needless(self, job: Job) -> bool:

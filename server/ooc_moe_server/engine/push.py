@@ -1,14 +1,12 @@
 """One push of one expert, and the states it passes through on its way to the disk.
 
     DURABLE   RECEIVED -> WRITING -> IN_ROUND -> COMMITTED
-                  |          |          |
-                  +----------+----------+------> REFUSED
+              RECEIVED, WRITING, IN_ROUND -> REFUSED
 
     MEMORY    RECEIVED -> UNSAVED -> WRITING_BACK -> SAVING -> COMMITTED
-                  |          ^             |           |
-                  |          +-------------+-----------+   a try failed, the next one follows
-                  |          |             |           |
-               REFUSED       +-------------+-----------+-> DROPPED
+              RECEIVED -> REFUSED
+              WRITING_BACK, SAVING -> UNSAVED             a try failed; the next one follows
+              UNSAVED, WRITING_BACK, SAVING -> DROPPED    a newer record replaced it, or the daemon ended
 
 A push with durability DURABLE is acknowledged on COMMITTED. A push with durability MEMORY is acknowledged on UNSAVED: it is visible from
 then on, and a crash loses it until it is COMMITTED. `Push.enter` is the only place where the state changes, and asserts these arrows.

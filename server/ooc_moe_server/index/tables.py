@@ -93,7 +93,7 @@ class Meta:
 
 
 class Tables:
-    """Reads and writes rows. Calls that write take the `Meta` of the transaction under way, and keep its digest."""
+    """Reads and writes rows. Calls that write take the `Meta` of the transaction under way, and keep its digest up to date."""
 
     def __init__(self, db: Connection, path: Path) -> None:
         """`path`: the index file, for messages."""

@@ -1,4 +1,4 @@
-"""Reads slabs without a daemon: reads header blocks, and compares bodies with their checksums.
+"""Reads the slabs of a stopped daemon: header blocks, and bodies to compare them with their checksums.
 
 Calls may run on any thread, and use a bounded amount of memory.
 """

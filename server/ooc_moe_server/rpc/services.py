@@ -237,7 +237,7 @@ def trainer_of(context: Context) -> str:
 
 
 def checked_trainer(trainer: str) -> str:
-    """Returns the name. Raises InvalidRequest when it is too long."""
+    """Returns the name of a trainer. Raises InvalidRequest when it is too long."""
     if len(trainer.encode()) > TRAINER_BYTES_MAX:
         raise InvalidRequest(f"{TRAINER_KEY}: {len(trainer.encode())} bytes are more than {TRAINER_BYTES_MAX}")
     return trainer
