@@ -150,7 +150,7 @@ class _Connection:
             error = sqlite3.OperationalError("injected: " + _SQLITE_MESSAGES[fault.error])
             error.sqlite_errorcode = fault.error  # type: ignore[misc]
             if fault.error == sqlite3.SQLITE_IOERR and word == "COMMIT" and self._db.in_transaction:
-                self._db.execute("ROLLBACK")  # As SQLite does after some errors, not all.
+                self._db.execute("ROLLBACK")  # SQLite does so after some errors, but not after all.
             raise error
 
 

@@ -74,7 +74,7 @@ class Fuzzer:
 
     def __init__(self, random: random.Random, banks: Sequence[str] = ("b", "c")) -> None:
         self._random, self._banks = random, list(banks)
-        self._wildness = 0.5  # How likely a value is at an edge.
+        self._wildness = 0.5  # The probability of an extreme value.
 
     def requests(self, method: Method) -> Iterator[bytes]:
         """The messages of one call: one, or a few for a stream."""

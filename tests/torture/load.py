@@ -222,7 +222,7 @@ class Keeper:
         self.num_changes = 0
         self._name, self._tag_banks, self._ledger, self._random = name, iter(tag_banks), ledger, random
         self._world = World()
-        self._wanted: World | None = None  # As after the call that was under way.
+        self._wanted: World | None = None  # The state after the call that was under way.
         self._ids: dict[str, int] = {}
         self._numbers = 0
 
@@ -416,7 +416,7 @@ class Keeper:
                 model = world.banks[bank]
                 for expert, cell in enumerate(model.cells):
                     then = writes[expert] if expert < len(writes) else _untouched(model.tag_bank, expert).floor
-                    if then.version or cell.newest.version:  # Otherwise it was never written at all.
+                    if then.version or cell.newest.version:  # Otherwise it was never written.
                         model.cells[expert] = Cell(Write(then.tag, above=above))
 
         self._change(change, lambda: store.restore_snapshot(self._ids[name]))

@@ -35,8 +35,8 @@ class Change:
     """One change of a file's bytes or of a directory's names. Times are events of the recorder."""
 
     began: int
-    apply: Callable[[Any], None]  # Of a bytearray, or of a dict of names.
-    num_bytes: int = 0  # Of a write: it can be torn.
+    apply: Callable[[Any], None]  # Changes a bytearray, or a dict of names.
+    num_bytes: int = 0  # More than 0 for a write, which can be torn.
     offset: int = 0
     data: bytes = b""
     done: float = inf
@@ -129,7 +129,7 @@ class Recorder:
                 actual = Path(self.root, name).read_bytes()
                 assert actual == content, f"{name}: {len(actual)} bytes, {len(content)} were recorded"
 
-    # What the shims and SQLite tell.
+    # Called by the patched functions and by SQLite.
 
     def change(self, path: str, apply: Callable[[Any], None], *, offset: int = 0, data: bytes = b"") -> Change:
         """Begins a change of a file's bytes, or of a directory's names; `finish` ends it."""
@@ -326,7 +326,7 @@ def materialise(survivors: dict[str, bytes | None], directory: Path) -> None:
             (directory / name).write_bytes(content)
 
 
-# How much of what was not synced survived.
+# How much of the unsynced changes survived.
 
 
 def nothing(changes: list[Change]) -> list[bool | set[int]]:

@@ -46,7 +46,7 @@ class Value:
     began: float = 0
     acknowledged: float = inf
     durable: float = inf
-    together: object = None  # Values of one restore: all of them are there, or none.
+    together: object = None  # The values of one restore: all of them survive, or none.
 
 
 @dataclass(eq=False, kw_only=True)

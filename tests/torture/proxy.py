@@ -51,7 +51,7 @@ class LossyProxy:
                 if self.refuses:
                     raise ConnectionRefusedError
                 server = socket.create_connection(self._upstream)
-            except OSError:  # The daemon is away: so is the proxy.
+            except OSError:  # While the daemon is down, the proxy refuses connections.
                 client.close()
                 continue
             for each in (client, server):

@@ -296,7 +296,7 @@ class Traffic:
             try:
                 work(*arguments)
             finally:
-                self._done.set()  # Whoever ends first, by success or failure, ends all.
+                self._done.set()  # The first worker that ends, by success or failure, ends all.
 
         work = [(self._write, "a"), (self._write, "b"), (self._read, "a"), (self._read, "b")]
         run_all(lambda: guarded(watch), *(partial(guarded, *each) for each in work))

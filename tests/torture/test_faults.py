@@ -35,7 +35,7 @@ OS_ERRORS, SQLITE_ERRORS = (errno.EIO, errno.ENOSPC), (FULL, IOERR)
 PUSHES = ("push", "memory push")
 CHANGES = ("create", "grow", "fork", "snapshot", "restore")
 REMOVALS = ("drop", "delete")
-# What breaks -> files, calls, errors, and the operations that come by there.
+# What breaks -> files, calls, errors, and the operations that use them.
 PLACES: dict[str, tuple[str, list[str], tuple[int, ...], tuple[str, ...]]] = {
     "slab write": ("slabs/", ["pwritev"], (*OS_ERRORS, errno.EDQUOT), PUSHES),
     "slab growth": ("slabs/", ["posix_fallocate"], (*OS_ERRORS, errno.EDQUOT), PUSHES),
@@ -55,7 +55,7 @@ PLACES: dict[str, tuple[str, list[str], tuple[int, ...], tuple[str, ...]]] = {
 
 @pytest.fixture(autouse=True)
 def growing_with_nearly_every_push(with_small_files):
-    # Not by monkeypatch, which would be undone after small_files and bring its value back for good.
+    # Not with monkeypatch: it would be undone after small_files, and would restore the wrong value.
     with mock.patch.object(slab, "GROWTH_BYTES", 1):
         yield
 
@@ -276,7 +276,7 @@ def test_a_commit_that_went_through_though_it_was_reported_as_failed_is_there_af
             with disk.broken(Fault("index.sqlite", ["after COMMIT"], IOERR, times=1)), pytest.raises(Internal):
                 await store.run(operation)
             first = store.ledger.clock()
-            await attempt(store, "push", errno.EIO)  # Refused, or done: the daemon lives, and says which.
+            await attempt(store, "push", errno.EIO)  # The operation is refused or done. The daemon runs on, and says which.
             got = await fetch(store.engine, "a", range(NUM_EXPERTS))
             assert all(isinstance(body, bytes) for _, body in got.values())
         await reopened(ram_path / "store", store, first)

@@ -27,7 +27,7 @@ from tests.torture.workload import Workload
 pytestmark = pytest.mark.usefixtures("with_small_files")
 
 DRAM_BYTES = 160 << 10
-# How often a kind of file is hit.
+# How often each kind of file is hit.
 KINDS = {"slabs/*": 8, "index.sqlite": 6, "index.sqlite-wal": 6, "COMMITTED": 2, "banks/*": 3, "snapshots/*": 3}
 
 
@@ -68,7 +68,7 @@ def flip(directory: Path, rng: random.Random) -> str:
     path = rng.choice(files)
     content = bytearray(path.read_bytes())
     used = [place for place, byte in enumerate(content) if byte]
-    place = rng.choice(used) if used and rng.random() < 0.7 else rng.randrange(len(content))  # Most of a file is zeros that nobody reads.
+    place = rng.choice(used) if used and rng.random() < 0.7 else rng.randrange(len(content))  # Most of a file is zeros that are never read.
     content[place] ^= rng.randrange(1, 256)
     path.write_bytes(content)
     return str(path.relative_to(directory))

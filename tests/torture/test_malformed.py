@@ -57,7 +57,7 @@ class Victim:
         self._versions, self._round = [0] * 4, 0
         self._keeper = RemoteStore(daemon.target, plane=Plane.STREAM)
         self._keeper.create_bank(spec_of("precious", self._layout, 1, len(self._versions)))
-        self._keeper.open_for_writing("precious")  # Nobody else may write, restore or delete it from now on.
+        self._keeper.open_for_writing("precious")  # No other caller may write, restore or delete the bank from now on.
 
     def remake_banks(self) -> None:
         """Deletes and recreates the banks that the malformed messages may change."""
@@ -219,7 +219,7 @@ def torture_and_compare(victim: Victim, seed: int, num_messages: int) -> None:
     after = victim.vitals()
     assert after["descriptors"] <= before["descriptors"], (before, after)
     assert after["threads"] <= before["threads"] + 4, (before, after)
-    assert len({status.split()[1] for status in statuses}) >= 5  # Not all died of the same fault.
+    assert len({status.split()[1] for status in statuses}) >= 5  # Not all failed for the same reason.
 
 
 @pytest.mark.timeout(120)
@@ -339,7 +339,7 @@ def test_wrong_packets_end_at_most_their_own_session(victim: Victim, seed: int) 
     before = victim.vitals()
     for _ in range(300):
         connection, _ = open_session(victim)
-        with connection, contextlib.suppress(OSError):  # It hangs up on nonsense.
+        with connection, contextlib.suppress(OSError):  # The daemon closes the connection after a malformed packet.
             for _ in range(chosen.randint(1, 4)):
                 descriptors = some_descriptors(chosen)
                 ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []

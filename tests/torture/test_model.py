@@ -29,8 +29,8 @@ from tests.torture.workload import ram_directory, small_files
 NAMES = st.sampled_from(["a", "b", "c"])
 EXPERTS = st.sets(st.integers(0, 5), min_size=1, max_size=4)
 DURABILITIES = st.sampled_from([expert_pb2.DURABLE, expert_pb2.MEMORY])
-ANY = st.integers(0, 11)  # Chooses among what there is.
-DRAM_BYTES = 64 << 10  # Five small records or so: less than the banks.
+ANY = st.integers(0, 11)  # Chooses one of the existing things by index.
+DRAM_BYTES = 64 << 10  # About five small records: fewer than the banks hold.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,14 +40,14 @@ class Value:
     body: bytes
     version: int
     origin: int = 0
-    push: tuple[int, int] | None = None  # Its number and the version it started from; a restored or forked value has none.
+    push: tuple[int, int] | None = None  # The push number and base version; None for a restored or forked value.
 
 
 @dataclass(kw_only=True)
 class ModelBank:
     spec: BankSpec
     num_experts: int
-    records: dict[int, list[Value]] = field(default_factory=dict)  # The durable one, then those that a crash may lose.
+    records: dict[int, list[Value]] = field(default_factory=dict)  # The durable value, then those that a crash may lose.
 
     @property
     def layout(self) -> Layout:
@@ -339,7 +339,7 @@ class StoreMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if hasattr(self, "engine"):
             try:
-                if sys.exc_info()[0] is None:  # Else a rule failed, and says more.
+                if sys.exc_info()[0] is None:  # Otherwise a rule has failed, and its error says more.
                     self._compare_all()
             finally:
                 self.run(self.engine.close())

@@ -23,7 +23,7 @@ from tests.torture.workload import Workload
 
 pytestmark = pytest.mark.usefixtures("with_small_files")
 
-DRAM_BYTES = 160 << 10  # A dozen records: fewer than there are.
+DRAM_BYTES = 160 << 10  # A dozen records: fewer than the store holds.
 
 
 async def record(root: Path, rng: random.Random, *, num_rounds: int, lying: tuple[str, ...] = ()) -> tuple[Recorder, Ledger]:
@@ -189,7 +189,7 @@ def test_what_was_acknowledged_survives_thousands_of_power_losses(ram_path, seed
         "workloads": num_workloads,
         "power losses, each also with the index lost and rebuilt": num_workloads * num_crashes,
         "recorded events (writes, syncs, names; their begin and end)": num_events,
-        "promises broken by a start on what survived": 0,  # The first would have ended this.
+        "promises broken by a start on what survived": 0,  # The first one would have ended the test.
         "experts refused as damaged, and reported, after a rebuild without the index": num_refused,
     }
     report("power_loss", command, counts)

@@ -112,7 +112,7 @@ def soak(daemon: DaemonProcess, tmp_path: Path, seed: int, duration_s: float, *,
     def config(run_dir: Path, target: str) -> RunConfig:
         return RunConfig(
             run_dir=run_dir,
-            games=GAMES * 10_000,  # More than there is time for.
+            games=GAMES * 10_000,  # More updates than the time allows.
             agent=AGENT,
             ppo=PPO,
             steps_per_game=steps_per_game,

@@ -52,8 +52,8 @@ class Workload:
 
     def __init__(self, engine: Engine, ledger: Ledger, rng: random.Random) -> None:
         self.engine, self.ledger, self.rng = engine, ledger, rng
-        self._free: set[BankPromise] = set()  # No action of this round has them.
-        self._taken: set[str] = set()  # Names of deleted banks that one has.
+        self._free: set[BankPromise] = set()  # Banks that no action of this round uses.
+        self._taken: set[str] = set()  # Names of deleted banks that a new bank has taken.
         self._number = 0
 
     async def run(self, num_rounds: int) -> None:

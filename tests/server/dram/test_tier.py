@@ -215,7 +215,7 @@ def test_a_newer_version_takes_the_place_of_the_older_one(dram):
     assert residents(dram) == [1, 2, 10]
     assert dram.records_by_bank[1] == 3
     assert dram.speculative_bytes == 3 * BLOCK  # It is protected as the older one was.
-    put(dram, 11, replaces=Seed(1, 0))  # The older one is not resident: an ordinary newcomer.
+    put(dram, 11, replaces=Seed(1, 0))  # The older one is not resident, so the new one is an ordinary newcomer.
     assert residents(dram) == [1, 2, 10, 11]
     put(dram, 12)
     assert residents(dram) == [2, 10, 11, 12]
@@ -243,9 +243,9 @@ def test_touching_and_then_taking_is_one_use():
     for expert in range(4):
         put(dram, expert)
     dram.touch(Seed(1, 0))
-    demand(dram, 0)  # Used once: leaves in its turn.
+    demand(dram, 0)  # It was used once: it is evicted in its turn.
     dram.touch(Seed(1, 1))
-    demand(dram, 1, 1)  # Used twice: goes on to the main queue.
+    demand(dram, 1, 1)  # It was used twice: it moves to the main queue.
     put(dram, 4)
     put(dram, 5)
     assert residents(dram) == [1, 3, 4, 5]

@@ -84,7 +84,8 @@ def test_banks_snapshots_and_slots_in_use_come_back_after_a_crash(daemon, writer
     assert client.create("b") == bank
     assert client.stats().nvme.used_bytes == used
     assert list(client.call(client.snapshots.ListSnapshots, snapshot_pb2.ListSnapshotsRequest()).snapshots) == [snapshot]
-    client.put("b", {expert: client.random_body(10 + expert) for expert in range(3, 8)}, push_number=3)  # Takes free slots only.
+    # The push allocates free slots only.
+    client.put("b", {expert: client.random_body(10 + expert) for expert in range(3, 8)}, push_number=3)
     assert (client.body("b", 1), client.body("b", 2)) == (client.random_body(2), client.random_body(3))
     client.call(client.snapshots.RestoreSnapshot, snapshot_pb2.RestoreSnapshotRequest(id=snapshot.id))
     assert client.body("b", 1) == client.random_body(1)
@@ -189,7 +190,7 @@ def test_what_a_failed_sync_was_for_is_written_anew_to_other_slots_that_alone_ar
             for tries in (1, 2):
                 syncs.num_failures = tries
                 assert (await store.push_one(0, tries)).durable
-                assert slots(store, 0) == {1 if tries == 1 else 4}  # 0, 2, 3: what they hold, nobody knows.
+                assert slots(store, 0) == {1 if tries == 1 else 4}  # 0, 2, 3: their content is unknown.
             await store.push({expert: body_of(expert) for expert in range(1, 12)})
             assert slots(store, *range(12)).isdisjoint({0, 2, 3})
             stats = store.stats

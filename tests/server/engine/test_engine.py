@@ -63,7 +63,7 @@ def test_demand_reads_go_before_prefetches_and_a_prefetch_that_is_demanded_moves
             assert store.prefetch(0, 1, 2, 3, 4) == [QUEUED] * 5
             await until(lambda: len(gate.order) == promotions.SPECULATIVE_READS_MAX)  # The others wait: speculation has half the reads.
             demands = [asyncio.create_task(store.bodies(expert)) for expert in (6, 7, 4)]
-            await until(lambda: len(gate.order) == promotions.SPECULATIVE_READS_MAX + 3)  # At once, beside the speculation.
+            await until(lambda: len(gate.order) == promotions.SPECULATIVE_READS_MAX + 3)  # Demands start at once, next to the speculation.
             assert store.engine.snapshot_stats().queues.demand_reads == 3
             gate.open.set()
             assert [await demand for demand in demands] == [{expert: body_of(expert)} for expert in (6, 7, 4)]
@@ -327,7 +327,8 @@ def test_the_slot_of_a_failed_index_commit_waits_for_a_good_one_before_it_is_reu
                 broken.setattr(Index, "put_records", failing(full))
                 for expert in (0, 1, 1):
                     assert (await store.push({expert: body_of(9)}))[expert].error.kind == "TierFull"
-                assert store.engine.snapshot_stats().nvme.used_bytes == RECORD  # It may stand in a commit that a crash would bring back.
+                # A crash could bring back the commit that refers to this slot.
+                assert store.engine.snapshot_stats().nvme.used_bytes == RECORD
             await store.push({2: body_of(2)})
             assert store.engine.snapshot_stats().nvme.used_bytes == RECORD
             assert store.bank.record(2).slot.index == 0

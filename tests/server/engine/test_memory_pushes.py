@@ -66,7 +66,7 @@ def test_a_memory_push_is_acknowledged_and_visible_before_anything_is_written(tm
             stats = store.stats
             assert (stats.nvme.writes, stats.nvme.used_bytes, stats.dram.pinned_bytes) == (1, RECORD, 0)
             assert await store.bodies(0) == {0: body_of(1)}
-            assert store.stats.nvme.reads == 0  # It stayed in DRAM, under another name.
+            assert store.stats.nvme.reads == 0  # The record stayed in DRAM, under the source of its slot.
             store.drop_from_dram(0)
             assert await store.bodies(0) == {0: body_of(1)}
 
@@ -111,7 +111,8 @@ def test_versions_acknowledged_in_memory_never_come_again_after_a_crash_however_
         async with opened(tmp_path / "a", records=64) as store:
             newest = 0
             for number in range(40):
-                store.engine.catalog.next_version += VERSION_RESERVE // 16 - 1  # As many pushes as that, and nothing durable in between.
+                # Stands for as many pushes, without a durable one in between.
+                store.engine.catalog.next_version += VERSION_RESERVE // 16 - 1
                 outcome = await store.push_one(number % 8, number, in_memory=True)
                 assert outcome.version > newest
                 newest = outcome.version
@@ -141,7 +142,7 @@ def test_no_version_is_acknowledged_that_could_not_be_saved(tmp_path, disk, monk
 def test_no_version_in_a_header_comes_again_after_a_crash_even_where_a_change_of_many_experts_failed_before(tmp_path):
     async def scenario():
         async with opened(tmp_path / "a") as store:
-            store.engine.catalog.next_version += 3 * VERSION_RESERVE  # As a restore takes them, whose commit then fails.
+            store.engine.catalog.next_version += 3 * VERSION_RESERVE  # Stands for a restore whose commit fails after it took versions.
             async with store.engine.committer.exclusive():  # No round can begin.
                 pushing = asyncio.create_task(store.push_one(0, 1))
                 await until(lambda: store.waiting)
@@ -279,7 +280,7 @@ def test_both_in_one_round_end_with_the_durable_one(tmp_path):
 
 def test_beyond_their_share_of_the_arena_memory_pushes_become_durable_ones(tmp_path, disk):
     async def scenario():
-        async with opened(tmp_path, records=16, patience_s=30) as store:  # A quarter: four.
+        async with opened(tmp_path, records=16, patience_s=30) as store:  # A quarter of the arena holds four.
             outcomes = await store.push({expert: body_of(expert) for expert in range(4)}, in_memory=True)
             assert not any(outcome.durable for outcome in outcomes.values())
             pushing = asyncio.create_task(store.push_one(4, 4, in_memory=True))
@@ -331,7 +332,8 @@ def test_a_snapshot_and_a_fork_contain_what_was_acknowledged_in_memory(tmp_path,
             await store.push_one(0, 1, in_memory=True)
             taking = asyncio.create_task(store.engine.changes.create_snapshot(["b"], "s"))
             await until(lambda: store.engine.committer._lock.is_changing)
-            later = asyncio.create_task(store.push_one(1, 2, in_memory=True))  # Waits: it would change what is being taken.
+            # This push waits, since it would change the state of the snapshot.
+            later = asyncio.create_task(store.push_one(1, 2, in_memory=True))
             disk.open.set()
             snapshot = await taking
             await later

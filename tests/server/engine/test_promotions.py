@@ -28,7 +28,7 @@ class Disk:
     def __init__(self) -> None:
         self.num_corrupt = 0
         self.held: Counter[Slot] = Counter()
-        self.order: list[int] = []  # Experts, in order of reading.
+        self.order: list[int] = []  # Experts in the order of the reads.
         self.under_way: dict[int, asyncio.Future[None]] = {}
 
     def hold(self, slot):
@@ -185,7 +185,7 @@ def test_a_prefetch_that_is_demanded_becomes_a_demand(under_way):
         await rig.disk.finish_all()
         rig.dram.unpin(await task)
         assert rig.disk.order.count(0) == 1
-        assert (rig.stats.total.prefetch_promoted, rig.stats.total.prefetch_wasted) == (0, 0)  # It came too late to be of use.
+        assert (rig.stats.total.prefetch_promoted, rig.stats.total.prefetch_wasted) == (0, 0)  # The record arrived too late to be useful.
 
     asyncio.run(scenario())
 
@@ -248,7 +248,7 @@ def test_a_prefetch_is_dropped_after_its_deadline_and_the_later_of_two_counts():
         await settled()
         rig.now += 20.0
         await rig.disk.finish_all()
-        assert sorted(rig.disk.order[READS_MAX:]) == [1, 2, 3]  # Somebody waits for 3.
+        assert sorted(rig.disk.order[READS_MAX:]) == [1, 2, 3]  # A caller waits for 3.
         assert rig.stats.total.prefetch_cancelled == 1
         rig.dram.unpin(await task)
 

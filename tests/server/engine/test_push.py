@@ -47,7 +47,7 @@ def test_a_push_from_a_stale_version_is_refused_from_the_round(tmp_path, passed)
             async with store.engine.committer.exclusive():  # No round can begin.
                 pushing = asyncio.create_task(store.push_one(0, 1))
                 await until(lambda: store.waiting)
-                store.bank.put(0, store.waiting[0].record())  # As a restore that came first.
+                store.bank.put(0, store.waiting[0].record())  # Stands for a restore that came first.
                 store.engine.nvme.hold(store.waiting[0].slot)
             assert (await pushing).error.kind == "StaleVersion"
 

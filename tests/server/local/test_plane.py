@@ -245,13 +245,13 @@ def test_an_expired_lease_is_seen_by_its_generation_once_the_place_is_used_again
         store.now += 0.2
         store.plane.expire()
         assert store.pinned_bytes == 0
-        assert caller.is_whole(lease)  # Nobody has used it yet.
+        assert caller.is_whole(lease)  # No fetch has used the expert yet.
         store.evict(5)
         (other,) = await store.lease(caller, 6)
         assert other.offset == lease.offset
         assert not caller.is_whole(lease)
         assert caller.is_whole(other)
-        caller.release(lease.id, 12345, other.id)  # Ended, never given, ours.
+        caller.release(lease.id, 12345, other.id)  # A lease that has ended, one that was never given, and ours.
         await until(lambda: store.pinned_bytes == 0)
         assert not store.plane.session(caller.session).closed
 
@@ -677,9 +677,9 @@ def test_the_arena_and_the_generations_cannot_be_written_or_resized_by_a_caller(
         assert fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & F_SEAL_FUTURE_WRITE
         with pytest.raises(PermissionError):
             mmap.mmap(descriptor, size, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-        with pytest.raises(OSError, match="Bad file descriptor"):  # Not open for writing.
+        with pytest.raises(OSError, match="Bad file descriptor"):  # The descriptor is not open for writing.
             os.pwrite(descriptor, b"x", 0)
-        again = os.open(f"/proc/self/fd/{descriptor}", os.O_RDWR)  # The same user may open it anew: the seals stay.
+        again = os.open(f"/proc/self/fd/{descriptor}", os.O_RDWR)  # The same user may open the memory anew, but the seals stay.
         with pytest.raises(PermissionError):
             mmap.mmap(again, size, prot=mmap.PROT_READ | mmap.PROT_WRITE)
         for change in (lambda again=again: os.pwrite(again, b"x", 0), lambda again=again, size=size: os.ftruncate(again, size - 4096)):
@@ -721,7 +721,7 @@ def test_a_caller_that_is_killed_leaves_no_pin_behind(shared_daemon, client, ban
 def test_a_process_of_another_user_gets_neither_a_welcome_nor_descriptors(shared_daemon, client):
     name = plane_of(shared_daemon.target)
     child = os.fork()
-    if child == 0:  # No interpreter of its own: the other user may not be able to read this one's files.
+    if child == 0:  # Forks instead of starting an interpreter, whose files the other user may not be able to read.
         os.setuid(65534)
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         connection.settimeout(30)
@@ -734,7 +734,7 @@ def test_a_process_of_another_user_gets_neither_a_welcome_nor_descriptors(shared
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     assert client.stats().queues.local_sessions == 0
     deadline = time.monotonic() + 30
-    while not any("its user is 65534" in line for line in shared_daemon.log):  # The log comes through a pipe of its own.
+    while not any("its user is 65534" in line for line in shared_daemon.log):  # The log arrives through another pipe, perhaps later.
         assert time.monotonic() < deadline
 
 

@@ -159,7 +159,7 @@ def test_what_was_deleted_or_restored_away_stays_so(tmp_path):
         await store.engine.changes.create_bank(BankSpec(name="c", num_experts=4, layout=LAYOUT))
 
     run(tmp_path, scenario)
-    assert slab(tmp_path).read_bytes().count(body_of(2)) == 1  # It is still there to be found.
+    assert slab(tmp_path).read_bytes().count(body_of(2)) == 1  # The record is still on the disk.
     lose_index(tmp_path)
     assert rebuild(tmp_path).is_whole
 
@@ -186,7 +186,7 @@ async def restored_once(store):
         (1, lambda header, row: replace(header, base_version=row - 1), False),  # Refused by the restore: it began before.
         (2, lambda header, row: replace(header, base_version=0), True),
         (2, lambda header, row: replace(header, base_version=0, version=row - 1), False),  # Never committed before the restore.
-        (1, lambda header, row: replace(header, bank_id=b"d" * 16), False),  # Of a deleted bank.
+        (1, lambda header, row: replace(header, bank_id=b"d" * 16), False),  # A record of a deleted bank.
         (1, lambda header, row: replace(header, version=row + 1000), False),  # Beyond the last commit: cut off by the crash.
     ],
 )
@@ -304,7 +304,7 @@ def test_a_rebuild_that_was_cut_off_can_be_repeated(tmp_path, monkeypatch, step)
         patched.setattr(os, "replace", cut_off)
         with pytest.raises(OSError, match="cut off"):
             rebuild(tmp_path)
-    with pytest.raises(CorruptRecord, match="rebuild"):  # Neither a store of nothing nor one of half.
+    with pytest.raises(CorruptRecord, match="rebuild"):  # The start must create neither an empty store nor half of one.
         Index(tmp_path / "index.sqlite")
     assert rebuild(tmp_path).is_whole
     assert committed_state(tmp_path) == before

@@ -230,7 +230,7 @@ def test_a_caller_that_changes_staged_bytes_is_refused_or_not_heard(tmp_path, mo
             session = Session(2 * LAYOUT.body_bytes)
             session.memory[:] = body_of(1) + body_of(2)
             writer = store.writer(session)
-            await store.begin(writer, 0, body_of(1), staged_at=LAYOUT.body_bytes)  # Other bytes than the checksum's.
+            await store.begin(writer, 0, body_of(1), staged_at=LAYOUT.body_bytes)  # Bytes that do not match the checksum.
             await writer.wait_outcomes()
             assert writer.outcomes.get_nowait().error.kind == CorruptRecord.__name__
             monkeypatch.setattr(writes, "verify", changing(session))
