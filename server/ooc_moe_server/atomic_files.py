@@ -1,6 +1,6 @@
-"""Files that are whole or not there, also after a power cut.
+"""Files that are complete or absent, even after a power cut.
 
-Only `os` calls, so that a test can stand in for the disk. Knows nothing of what the files hold.
+Calls nothing but `os`, so that a test can stand in for the disk.
 """
 
 from __future__ import annotations
@@ -8,11 +8,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ooc_moe_server.nvme.slab import sync_directory
-
 
 def write_durably(path: Path, content: bytes) -> None:
-    """Makes or replaces a file in one step; what was there stays until then. Raises OSError."""
+    """Creates or replaces a file in one step: a crash leaves the old content or the new one. Raises OSError."""
     temporary = path.with_name(path.name + ".new")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
     try:
@@ -27,7 +25,7 @@ def write_durably(path: Path, content: bytes) -> None:
 
 
 def remove_durably(path: Path) -> None:
-    """Removes a file if it is there. Raises OSError."""
+    """Removes a file if it exists. Raises OSError."""
     try:
         os.unlink(path)
     except FileNotFoundError:
@@ -36,10 +34,19 @@ def remove_durably(path: Path) -> None:
 
 
 def move_aside(path: Path, tag: str = "damaged") -> Path:
-    """Renames a file to the first free `<name>.<tag>-<n>`; nothing is ever lost by it. Returns the new path. Raises OSError."""
+    """Renames a file to the first free `<name>.<tag>-<n>`, and overwrites nothing. Returns the new path. Raises OSError."""
     number = 1
     while (aside := path.with_name(f"{path.name}.{tag}-{number}")).exists():
         number += 1
     os.rename(path, aside)
     sync_directory(path.parent)
     return aside
+
+
+def sync_directory(path: Path) -> None:
+    """Makes the names in a directory durable. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,7 +1,7 @@
-"""Counting what the daemon does: accesses by scope, latencies by kind, trainers by name.
+"""The daemon's counters: accesses by scope, latencies by kind, trainers by name.
 
-The counters are the wire's own messages, so that nothing is copied field by field: showing them all must cost the event loop little. Event
-loop only. Knows nothing of what it counts.
+The counters are the wire's own messages, so that nothing is copied field by field: GetStats must cost the event loop little. Event loop
+only.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ooc_moe_wire.v1 import stats_pb2
 LATENCY_SAMPLES = 4096
 NUM_TRAINERS_MAX = 1024
 REPORT_LIFETIME_S = 15.0
-# Of one report, which is kept.
+# Bounds of one report, because it is kept.
 REPORT_BANKS_MAX = 256
 REPORT_ACTIVITY_CHARS_MAX = 1024
 PERCENTILES = (50, 90, 99, 100)
@@ -29,31 +29,31 @@ LATENCY_KINDS = ("fetch_dram", "fetch_nvme", "fetch_seed", "push", "nvme_read", 
 
 @dataclass(frozen=True, slots=True)
 class Scopes:
-    """The counters one access belongs to: the total, its bank's, its trainer's."""
+    """The counters that one access adds to: those of all accesses, of its bank and of its trainer."""
 
     counters: tuple[stats_pb2.AccessStats, ...]
 
     def count(self, field_name: str, number: int = 1) -> None:
-        """Adds to one field of each."""
+        """Adds to one field of each counter."""
         for access in self.counters:
             setattr(access, field_name, getattr(access, field_name) + number)
 
 
 class LatencySamples:
-    """The last operations of one kind."""
+    """The durations of the last operations of one kind."""
 
     def __init__(self) -> None:
         self.count = 0
-        self._seconds = array("d", bytes(8 * LATENCY_SAMPLES))  # A ring.
+        self._seconds = array("d", bytes(8 * LATENCY_SAMPLES))  # A ring buffer.
         self._shown = stats_pb2.Latency()
 
     def add(self, seconds: float) -> None:
-        """One operation took so long."""
+        """Adds the duration of one operation."""
         self._seconds[self.count % LATENCY_SAMPLES] = seconds
         self.count += 1
 
     def to_proto(self) -> stats_pb2.Latency:
-        """Percentiles (the smallest sample that so many are not above) in milliseconds; zeros when there was no operation."""
+        """Percentiles in milliseconds (nearest rank: always one of the samples); zeros when there was no operation."""
         if self._shown.count != self.count:
             samples = np.frombuffer(self._seconds)[: self.count]
             ranks = [-(-percent * len(samples) // 100) - 1 for percent in PERCENTILES]
@@ -64,14 +64,14 @@ class LatencySamples:
 
 @dataclass(slots=True)
 class Trainer:
-    """One caller, as it names itself, and what it says of itself."""
+    """One trainer: its counters here, and its last report."""
 
     shown: stats_pb2.TrainerStats
     reported_at: float | None = None
 
 
 class Stats:
-    """Everything counted that no tier or bank counts itself."""
+    """All counters that no tier and no bank keeps itself."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.total = stats_pb2.AccessStats()
@@ -82,20 +82,20 @@ class Stats:
 
     @property
     def uptime_s(self) -> float:
-        """Seconds since the start."""
+        """Seconds since the daemon started."""
         return self.clock() - self._started_at
 
     def scopes(self, trainer: str, bank: stats_pb2.AccessStats | None = None) -> Scopes:
-        """The counters of a call by `trainer`, on a bank or on none."""
+        """The counters for a call by `trainer`, on the bank that `bank` counts for, if any."""
         named = self._trainer(trainer).shown.access
         return Scopes((self.total, named) if bank is None else (self.total, bank, named))
 
-    def took(self, kind: str, since: float) -> None:
-        """An operation of `kind` that began at `since` (of the clock) is done."""
+    def add_latency(self, kind: str, since: float) -> None:
+        """Adds the latency of an operation that began at `since`, a time of the clock, and ends now."""
         self._latency[kind].add(self.clock() - since)
 
     def report(self, trainer: str, report: stats_pb2.ReportTrainerRequest) -> None:
-        """Keeps a trainer's own counters, in place of its former ones. Raises InvalidRequest for too many."""
+        """Stores a trainer's own counters in place of its last report. Raises InvalidRequest when there are too many."""
         if len(report.hbm) > REPORT_BANKS_MAX or len(report.activity) > REPORT_ACTIVITY_CHARS_MAX:
             raise InvalidRequest(
                 f"report: {len(report.hbm)} banks and {len(report.activity)} characters of activity; "
@@ -107,11 +107,11 @@ class Stats:
         named.shown.activity, named.reported_at = report.activity, self.clock()
 
     def latency(self) -> dict[str, stats_pb2.Latency]:
-        """By kind."""
+        """The latencies by kind of operation."""
         return {kind: samples.to_proto() for kind, samples in self._latency.items()}
 
     def trainers(self) -> Iterable[stats_pb2.TrainerStats]:
-        """In order of names; reports older than 15 s are left out."""
+        """All trainers, sorted by name, without the reports that are older than 15 s."""
         now = self.clock()
         for _, trainer in sorted(self._trainers.items()):
             if trainer.reported_at is not None:
@@ -123,7 +123,7 @@ class Stats:
             yield trainer.shown
 
     def _trainer(self, name: str) -> Trainer:
-        """The trainer of that name; the longest unheard-of makes place for a new one."""
+        """The trainer of that name, added if it is new. Beyond NUM_TRAINERS_MAX, the least recently seen one is dropped."""
         trainer = self._trainers.get(name)
         if trainer is None:
             trainer = self._trainers[name] = Trainer(stats_pb2.TrainerStats(trainer=name))

@@ -31,7 +31,7 @@ TIMEOUT_S = 30
 
 
 def layout_of(floats: int = 32) -> Layout:
-    """One parameter tensor and one moment of so many floats."""
+    """A layout of one parameter tensor and one moment, each with a number of floats."""
     parameters = (TensorSpec(name="w", shape=(floats,), initializer=Initializer("uniform_v1", 0.5)),)
     return Layout(parameters=parameters, optimizer=(TensorSpec(name="m", shape=(floats,)),))
 
@@ -71,7 +71,7 @@ class PushStream:
         return next(self.call).outcome
 
     def close(self) -> None:
-        """Half-closes, and waits for the end."""
+        """Closes the sending side, and waits for the end of the stream."""
         self._requests.put(None)
         assert list(self.call) == []
 
@@ -124,7 +124,7 @@ class Client:
         return PushStream(self, bank, writer_id, open_it=open_it)
 
     def put(self, bank: str, experts: dict[int, bytes], *, push_number: int = 1, writer_id: str = "writer") -> dict[int, int]:
-        """Pushes over the present versions and returns the new ones."""
+        """Pushes new bodies over the present versions; returns the new versions."""
         versions = {expert: got.header.version for expert, got in self.fetch(bank, list(experts)).items()}
         stream = self.stream(bank, writer_id)
         for expert, body in experts.items():
@@ -135,7 +135,7 @@ class Client:
         return versions
 
     def random_body(self, number: int) -> bytes:
-        """A body that only `number` gives."""
+        """A random body that depends on `number`."""
         return np.random.default_rng(number).bytes(self.layout.body_bytes)
 
     def push_header(self, expert: int, body: bytes, *, base_version: int = 0, push_number: int = 1) -> expert_pb2.PushHeader:
@@ -152,7 +152,7 @@ class Client:
 
     @contextmanager
     def refused(self, kind: type[OocMoeError], *words: str) -> Iterator[None]:
-        """The call inside fails with this error's status and name, and a message that holds the words."""
+        """Checks that the call inside fails with the status and name of an error, and with these words in its message."""
         with pytest.raises(grpc.RpcError) as caught:
             yield
         call: Any = caught.value

@@ -1,4 +1,4 @@
-"""An engine without a daemon, and the calls of a trainer in one line each."""
+"""An engine without a daemon, and one-line versions of the calls that a trainer makes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WRITER_NUMBERS = itertools.count()
 
 
 def body_of(number: int) -> bytes:
-    """A body that only `number` gives."""
+    """A random body that depends on `number`."""
     return np.random.default_rng(number).bytes(LAYOUT.body_bytes)
 
 
@@ -66,7 +66,7 @@ class Store:
             await self.begin(writer, expert, body, **options)
             for chunk in chunks(memoryview(body)):
                 writer.add(chunk)
-        await writer.settle()
+        await writer.wait_outcomes()
         writer.close()
         outcomes = [writer.outcomes.get_nowait() for _ in experts]
         return {outcome.expert: outcome for outcome in outcomes}
@@ -110,13 +110,18 @@ class Store:
             self.engine.dram.discard(self.bank.source(expert, self.bank.record(expert)))
 
     @property
+    def waiting(self):
+        """The pushes that wait for a commit round."""
+        return self.engine.committer._rounds._waiting
+
+    @property
     def stats(self):
         return self.engine.snapshot_stats()
 
 
 @asynccontextmanager
 async def opened(directory: Path, *, records: int = 8, patience_s: float = 0.0, **options: Any):
-    """An engine whose DRAM tier holds so many records."""
+    """An engine whose DRAM tier holds `records` records."""
     directory.mkdir(exist_ok=True)
     engine = await Engine.open(directory, records * RECORD, patience_s=patience_s, **options)
     bank = await engine.changes.create_bank(BankSpec(name="b", num_experts=16, layout=LAYOUT))
@@ -127,7 +132,7 @@ async def opened(directory: Path, *, records: int = 8, patience_s: float = 0.0, 
 
 
 async def until(condition) -> None:
-    """Lets everything else run until it holds."""
+    """Lets other tasks run until the condition holds."""
     while not condition():
         await asyncio.sleep(0)
 
@@ -142,7 +147,7 @@ def failing(error: Exception):
 
 
 def flip(path: Path, position: int) -> None:
-    """Turns one bit of a file over."""
+    """Flips one bit of a file."""
     with path.open("r+b") as file:
         file.seek(position)
         byte = file.read(1)[0]

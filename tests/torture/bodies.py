@@ -1,6 +1,6 @@
-"""Bodies that say whose they are: any fetched body is exactly one that was sent, or it is torn.
+"""Bodies that carry a tag: any fetched body either equals one that was sent, or is torn.
 
-A body is random numbers drawn from its tag, over all of its length, with the tag in front; a bank's initial values are those of its seed.
+A body begins with its tag; the rest are random numbers drawn from the tag. A bank's initial values come from its seed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _MARK = 86028121.0  # Above any initial value.
 
 
 class Tag(NamedTuple):
-    """Which body: the bank it was made for (its seed), the expert, and the push; number 0 is the initial value."""
+    """The name of a body: its bank (by seed), its expert and the number of the push; 0 is the initial value."""
 
     bank: int
     expert: int
@@ -25,7 +25,7 @@ class Tag(NamedTuple):
 
 
 def layout_of(num_bytes: int) -> Layout:
-    """Two tensors, one per section, of about so many bytes together; every section has its own padding."""
+    """A layout of two tensors, one per section, of about `num_bytes` together; the sections have different padding."""
     floats = max(8, num_bytes // 8)
     parameters = (TensorSpec(name="w", shape=(floats,), initializer=Initializer("uniform_v1", 0.5)),)
     return Layout(parameters=parameters, optimizer=(TensorSpec(name="m", shape=(floats,)),))
@@ -37,7 +37,7 @@ def spec_of(name: str, layout: Layout, tag_bank: int, num_experts: int) -> BankS
 
 
 def body_of(layout: Layout, tag: Tag) -> bytes:
-    """The body of that tag."""
+    """The body of a tag."""
     if tag.number == 0:
         return _initial(layout, tag.bank, tag.expert)
     random = np.random.Generator(np.random.Philox(key=np.array([tag.bank << 32 | tag.expert, tag.number], dtype=np.uint64)))
@@ -50,7 +50,7 @@ def tag_of(layout: Layout, bank: int, expert: int, body: bytes | bytearray | mem
     """The tag of a fetched body, or of its parameter section; `bank` and `expert` are whose initial value it is if it has no tag.
 
     Raises:
-        AssertionError: it is no body that anyone sent: torn, or mixed.
+        AssertionError: the body was never sent: it is torn or mixed.
     """
     mark, *fields = np.frombuffer(body, dtype=np.float32, count=4)
     tag = Tag(*map(int, fields)) if mark == np.float32(_MARK) else Tag(bank, expert, 0)

@@ -1,4 +1,4 @@
-"""What torture tests share: a seed that a failure shows, memory for a disk, small files of the store, and results files.
+"""Fixtures of the torture tests: a seed that a failure shows, a directory in memory, small store files, and files of results.
 
 python -m pytest tests/torture/test_kills.py -m slow --results tests/bench/results
 """
@@ -29,7 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture
 def seed(request: pytest.FixtureRequest) -> int:
-    """Another one in every run; pytest shows it with a failure."""
+    """A random seed, different in every run; pytest shows it with a failure."""
     given = request.config.getoption("--torture-seed", default=None)
     chosen = random.SystemRandom().randrange(1 << 32) if given is None else int(given)
     print(f"repeat with --torture-seed {chosen}")
@@ -38,7 +38,7 @@ def seed(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture
 def ram_path() -> Iterator[Path]:
-    """A directory of its own; see `ram_directory`."""
+    """A new directory for the test; see `ram_directory`."""
     with ram_directory() as path:
         yield path
 
@@ -52,7 +52,7 @@ def with_small_files() -> Iterator[None]:
 
 @pytest.fixture
 def report(request: pytest.FixtureRequest) -> Report:
-    """`report(name, command, counts)` prints what was counted and, with --results, keeps it in DIR/torture_<name>.md."""
+    """`report(name, command, counts)` prints the counts; with --results it also writes them to DIR/torture_<name>.md."""
     directory = request.config.getoption("--results", default=None)
 
     def write(name: str, command: str, counts: Mapping[str, object]) -> None:

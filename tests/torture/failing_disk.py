@@ -1,4 +1,4 @@
-"""A disk that fails: chosen calls on chosen files raise, or do less than they were asked; the rest works.
+"""A failing disk: chosen calls on chosen files raise an error, or do less than they were asked. All others work.
 
     with FailingDisk() as disk:
         ...
@@ -6,7 +6,7 @@
             ...
         assert fault.num_hits
 
-For SQLite, faults of statements: the name of the call is the first word of the statement ("executemany" counts as INSERT).
+For SQLite, faults hit statements: the name of the call is the first word of the statement ("executemany" counts as INSERT).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BLOCK_BYTES = 4096
 
 @dataclass(eq=False)
 class Fault:
-    """`error`: an errno; a SQLite code for the index; "short": a part of the bytes; "none": no byte. `times`: then it heals."""
+    """`error`: an errno, a SQLite code, "short" (moves some of the bytes) or "none" (moves no byte). `times`: how often it hits."""
 
     files: str
     calls: Sequence[str]
@@ -37,7 +37,7 @@ class Fault:
     num_hits: int = 0
 
     def strikes(self, file: str, call: str) -> bool:
-        """Whether this call fails; counts it if so."""
+        """Whether the fault hits this call; counts the hit."""
         if self.files not in file or call not in self.calls or (self.times is not None and self.num_hits >= self.times):
             return False
         self.num_hits += 1
@@ -67,7 +67,7 @@ class FailingDisk:
 
     @contextmanager
     def broken(self, fault: Fault) -> Iterator[Fault]:
-        """The fault is there inside."""
+        """Makes a fault active inside the context."""
         self._faults.append(fault)
         try:
             yield fault
@@ -75,7 +75,7 @@ class FailingDisk:
             self._faults.remove(fault)
 
     def struck(self, file: str, call: str) -> Fault | None:
-        """The fault that hits this call, if one does."""
+        """The fault that hits this call, or None."""
         with self._lock:
             return next((fault for fault in self._faults if fault.strikes(file, call)), None)
 
@@ -124,7 +124,7 @@ class FailingDisk:
 
 
 class _Connection:
-    """sqlite3.Connection, failing."""
+    """A sqlite3.Connection whose statements may fail."""
 
     def __init__(self, disk: FailingDisk, db: sqlite3.Connection) -> None:
         self._disk, self._db = disk, db
@@ -150,7 +150,7 @@ class _Connection:
             error = sqlite3.OperationalError("injected: " + _SQLITE_MESSAGES[fault.error])
             error.sqlite_errorcode = fault.error  # type: ignore[misc]
             if fault.error == sqlite3.SQLITE_IOERR and word == "COMMIT" and self._db.in_transaction:
-                self._db.execute("ROLLBACK")  # As SQLite does after some errors, not all.
+                self._db.execute("ROLLBACK")  # SQLite does so after some errors, but not after all.
             raise error
 
 
@@ -159,7 +159,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, sqlite3.SQLITE_FULL)
 
 
 def _in_part(real: Callable[..., Any], fd: int, buffers: Any, *arguments: Any) -> Any:
-    """One block at most: direct I/O takes no less."""
+    """Cuts a transfer to one block, the least that direct I/O allows."""
     parts = [buffers] if isinstance(buffers, bytes | memoryview) else buffers
     view = memoryview(parts[0])
     part = view[:BLOCK_BYTES]

@@ -1,9 +1,7 @@
-"""Wrong messages: random bytes, and valid messages with wild values, damaged.
+"""Malformed messages: random bytes, valid messages with wild values, and damaged messages.
 
-    Method      every method of every service, from the descriptors: nothing is forgotten when a call is added
-    Fuzzer      makes requests for a method, seeded
-
-Knows nothing of what the daemon should answer.
+`methods` reads every method of every service from the descriptors, so that a new call is tested too. A `Fuzzer` makes requests for a method
+from a seed.
 """
 
 from __future__ import annotations
@@ -72,11 +70,11 @@ def methods(files: Iterable[FileDescriptor] = FILES) -> list[Method]:
 
 
 class Fuzzer:
-    """Requests by seed. `banks` are names that exist."""
+    """Makes requests from a seed. `banks`: names of banks that exist."""
 
     def __init__(self, random: random.Random, banks: Sequence[str] = ("b", "c")) -> None:
         self._random, self._banks = random, list(banks)
-        self._wildness = 0.5  # How likely a value is at an edge.
+        self._wildness = 0.5  # The probability of an extreme value.
 
     def requests(self, method: Method) -> Iterator[bytes]:
         """The messages of one call: one, or a few for a stream."""
@@ -89,7 +87,7 @@ class Fuzzer:
             yield from self._pushes()
 
     def request(self, kind: type[Message]) -> bytes:
-        """One message: noise, well-formed but wild, or such a one damaged."""
+        """One message: random bytes, a well-formed message with wild values, or a damaged one."""
         match self._random.randrange(6):
             case 0:
                 return self._random.randbytes(self._random.choice((0, 1, 2, 7, 40, 300, 5000)))
@@ -99,7 +97,7 @@ class Fuzzer:
                 return self.wild(kind).SerializeToString()
 
     def wild(self, kind: type[Message]) -> Message:
-        """A message whose fields are plausible, at an edge, or absent; some messages are wild all over, some not at all."""
+        """A message whose fields are plausible, extreme, or absent. Some messages have only wild fields, and some have none."""
         self._wildness = self._random.choice((0.0, 0.1, 0.5, 1.0))
         message = kind()
         self._fill(message, message.DESCRIPTOR)
@@ -191,7 +189,7 @@ class Fuzzer:
         return bytes(damaged)
 
     def _pushes(self) -> Iterator[bytes]:
-        """A push stream that begins well, and then does not."""
+        """The messages of a push stream that begins correctly and continues with errors."""
         self._wildness = 0.5
         make = expert_pb2.PushExpertsRequest
         yield make(
@@ -220,7 +218,7 @@ class Fuzzer:
 
 
 def message_of(kind: type[Message], request: bytes) -> str:
-    """For a failure's text."""
+    """A request as the text of a failure shows it."""
     try:
         return str(kind.FromString(request))[:300]
     except Exception:

@@ -1,7 +1,8 @@
-"""A store killed without a kill: a copy of its directory as its files are now, while its engine still runs.
+"""A copy of a store's directory while its engine runs: it equals what a kill at this moment would leave.
 
-The copy is taken between two steps of the event loop and while no thread of a pool works, so that it is one state of the files; the engine
-it came from may be closed afterwards. Nothing is lost that was handed to the operating system: for that, see power_loss.py.
+The copy is taken between two steps of the event loop, while no pool thread works, so that it is one consistent state of the files. The
+engine may be closed afterwards. The copy holds everything that was handed to the operating system; power_loss.py simulates the loss of
+that.
 """
 
 from __future__ import annotations
@@ -16,24 +17,24 @@ from unittest import mock
 
 
 class Threads:
-    """All work handed to thread pools while `watched`."""
+    """Knows all work that is handed to thread pools inside `watched`."""
 
     def __init__(self) -> None:
         self._work: set[Future[Any]] = set()
 
     def rest(self) -> None:
-        """Returns when none is under way."""
+        """Returns when no work is under way."""
         wait(self._work)
         self._work.clear()
 
     def copy(self, directory: Path, copy: Path) -> None:
-        """Copies a store as a kill would leave it; `LOCK` and daemon.json tell nothing and stay behind."""
+        """Copies a store as a kill would leave it, without LOCK and daemon.json."""
         self.rest()
         shutil.copytree(directory, copy, ignore=shutil.ignore_patterns("LOCK", "daemon.json", "*-shm"))
 
     @contextmanager
     def watched(self) -> Iterator[Threads]:
-        """Watches every pool from now on."""
+        """Watches every thread pool inside the context."""
         real = ThreadPoolExecutor.submit
 
         def submit(pool: ThreadPoolExecutor, *arguments: Any, **options: Any) -> Future[Any]:

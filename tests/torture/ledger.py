@@ -1,6 +1,6 @@
-"""What a daemon promised, and therefore may answer: one `Cell` per expert, and one `Ledger` of all versions ever seen.
+"""What a daemon acknowledged, and so what it may answer after a crash: a `Cell` for each expert, and a `Ledger` of all versions.
 
-A cell keeps the last state that must survive a crash, and everything sent after it: what a crash may leave is one of these. Several
+A cell keeps the last state that must survive a crash, and every state that was sent after it. A crash may leave any one of these. Several
 threads may use the ledger at once.
 """
 
@@ -14,7 +14,7 @@ from tests.torture.bodies import Tag
 
 @dataclass(eq=False)
 class Write:
-    """A body that was sent for an expert. Its version is above `above`; it is None until an answer or a fetch tells it."""
+    """A body that was sent for an expert. Its version is higher than `above`, and None until an answer or a fetch shows it."""
 
     tag: Tag
     durable: bool = True
@@ -22,34 +22,34 @@ class Write:
     above: int = 0
 
     def explains(self, version: int, tag: Tag) -> bool:
-        """Whether it may be what was found."""
+        """Whether this write may be the state that was found."""
         return self.tag == tag and (version > self.above if self.version is None else version == self.version)
 
 
 @dataclass
 class Cell:
-    """One expert: `floor` survives a crash; of `later`, in the order of sending, any may have survived instead."""
+    """One expert. `floor`: the last state that must survive a crash. `later`: the states sent since; any may survive instead."""
 
     floor: Write
     later: list[Write] = field(default_factory=list)
 
     @property
     def newest(self) -> Write:
-        """What was sent last."""
+        """The state that was sent last."""
         return (self.later or [self.floor])[-1]
 
     def save(self, write: Write) -> None:
-        """That write is safe now, and nothing before it can come back."""
+        """Notes that a write must survive from now on, and that no older state may come back."""
         self.later = self.later[self.later.index(write) + 1 :] if write in self.later else self.later
         self.floor = write
 
     def explanation(self, version: int, tag: Tag) -> Write | None:
-        """Which of the states that a crash may leave it is, if any."""
+        """The state that explains what was found after a crash, or None."""
         return next((write for write in (self.floor, *self.later) if write.explains(version, tag)), None)
 
 
 class Ledger:
-    """Every version that any answer ever named, over all lives of a daemon: what it is never changes."""
+    """The bytes of every version that an answer ever named. They never change, not even after restarts of the daemon."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
@@ -59,7 +59,7 @@ class Ledger:
         self._meaning: dict[int, tuple[str, int, Tag]] = {}
 
     def note(self, bank: str, expert: int, version: int, tag: Tag) -> None:
-        """A version was seen with these bytes."""
+        """Notes the bytes of a version."""
         with self.lock:
             if version == 0:
                 assert tag.number == 0, f"bank {bank}, expert {expert}: version 0 is {tag}"
@@ -69,7 +69,7 @@ class Ledger:
             self.newest = max(self.newest, version)
 
     def acknowledged(self, bank: str, expert: int, cell: Cell, write: Write, version: int) -> None:
-        """The daemon answered a push with a version."""
+        """Notes that the daemon answered a push with a version."""
         with self.lock:
             assert write.version in (None, version), f"bank {bank}, expert {expert}: acknowledged {version}, but seen as {write.version}"
             assert version > write.above, (
@@ -82,7 +82,7 @@ class Ledger:
                 cell.save(write)
 
     def seen(self, bank: str, expert: int, cell: Cell, version: int, tag: Tag, *, at_least: int) -> None:
-        """A fetch that began when `at_least` was known gave this: a durable push becomes visible when it is safe, and not before."""
+        """Notes the result of a fetch that began when `at_least` was known. A durable push is visible only when it survives a crash."""
         with self.lock:
             self.num_verified += 1
             self.note(bank, expert, version, tag)
@@ -95,7 +95,7 @@ class Ledger:
                     cell.save(write)
 
     def found(self, bank: str, expert: int, cell: Cell, version: int, tag: Tag) -> None:
-        """After a crash the expert is this: from now on it must survive."""
+        """Notes the state that was found after a crash: it must survive from now on."""
         with self.lock:
             self.num_verified += 1
             self.note(bank, expert, version, tag)

@@ -1,12 +1,12 @@
-"""The mixed load that the daemon is killed under: each worker has banks of its own, knows what they must hold, and checks it after a crash.
+"""The mixed load under which the daemon is killed. Each worker has its own banks, knows what they must hold, and checks it after a crash.
 
-    Pusher       one bank, several pushes under way, durable and in memory; repeats what was not answered before the crash
-    Keeper       a few small banks: made, grown, forked, deleted; snapshots taken, restored, deleted
-    Reader       fetches what pushers push, whole or in part, and hangs up in between
-    Prefetcher   promotions and their cancelling
-    Trainer      a patient RemoteStore, for which a crash of the daemon is only a pause
+    Pusher       one bank; several pushes under way, durable and in memory; repeats the pushes that had no answer before the crash
+    Keeper       a few small banks: creates, grows, forks and deletes them; creates, restores and deletes snapshots
+    Reader       fetches what pushers push, whole or in part, and sometimes hangs up
+    Prefetcher   asks for prefetches and cancels some
+    Trainer      a RemoteStore with patience, for which a crash of the daemon is only a pause
 
-A worker's `run` ends by the error of the daemon's death; `verify` is called after each restart, while nothing runs.
+A worker's `run` ends with an error when the daemon dies. `verify` is called after each restart, while no worker runs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tests.torture.ledger import Cell, Ledger, Write
 
 
 def fetch(store: RemoteStore, bank: str, layout: Layout, tag_bank: int, experts: Sequence[int]) -> dict[int, tuple[int, Tag]]:
-    """Version and tag of each expert; every body is checked in full."""
+    """Fetches the version and tag of each expert, and checks every byte of the bodies."""
     bodies = {expert: bytearray(layout.body_bytes) for expert in experts}
     fetched = list(store.fetch(bank, experts, into=lambda expert: memoryview(bodies[expert])))
     assert sorted(item.expert for item in fetched) == sorted(experts)
@@ -36,7 +36,7 @@ def fetch(store: RemoteStore, bank: str, layout: Layout, tag_bank: int, experts:
 
 
 def connected(target: str, trainer: str, dying: threading.Event) -> RemoteStore:
-    """A store without patience, once it has a connection: what ends it later is the daemon's death."""
+    """Connects a store without patience, so that only the daemon's death ends it."""
     store = RemoteStore(target, trainer=trainer, patience_s=0)
     while True:
         try:
@@ -57,7 +57,7 @@ class UnderWay:
 
 
 class Pusher:
-    """The one writer of a bank, over all lives of the daemon."""
+    """The only writer of a bank, across all restarts of the daemon."""
 
     WINDOW = 6
 
@@ -70,11 +70,11 @@ class Pusher:
         self._unanswered: list[UnderWay] = []
 
     def prepare(self, store: RemoteStore) -> None:
-        """Makes the bank."""
+        """Creates the bank."""
         store.create_bank(spec_of(self.name, self.layout, self._tag_bank, len(self.cells)))
 
     def run(self, target: str, dying: threading.Event) -> None:
-        """Pushes; at first, half of what was not answered in the life before, once more."""
+        """Pushes. Begins by repeating half of the pushes that had no answer before the last crash."""
         client = Client(target, layout=self.layout)
         under_way: dict[int, UnderWay] = {}
         stream = client.stream(self.name, f"pusher of {self.name}", open_it=False)
@@ -96,7 +96,7 @@ class Pusher:
             client.channel.close()
 
     def verify(self, store: RemoteStore) -> None:
-        """Every expert is its last durable state, or something sent later."""
+        """Checks that every expert is in its last durable state, or in one that was sent later."""
         found = fetch(store, self.name, self.layout, self._tag_bank, range(len(self.cells)))
         for expert, (version, tag) in found.items():
             self._ledger.found(self.name, expert, self.cells[expert], version, tag)
@@ -120,7 +120,7 @@ class Pusher:
         stream.body(body)
 
     def _repeat(self, stream: PushStream, push: UnderWay, under_way: dict[int, UnderWay]) -> None:
-        """The same push again: if it was applied, its first outcome is the answer."""
+        """Repeats a push. If it was applied before, the answer is its first outcome."""
         cell = self.cells[push.header.expert]
         if cell.floor is not push.write:
             push.write = Write(push.write.tag, durable=push.write.durable, above=self._ledger.newest)
@@ -145,7 +145,7 @@ class Pusher:
 
 
 class Reader:
-    """Reads what pushers push: never torn, never older than what was known before, and what it sees of a durable push stays."""
+    """Reads what pushers push, and checks that it is never torn and never older than before, and that a durable push stays."""
 
     def __init__(self, pushers: Sequence[Pusher], ledger: Ledger, random: random.Random) -> None:
         self._pushers, self._ledger, self._random = pushers, ledger, random
@@ -177,7 +177,7 @@ class Reader:
 
 
 class Prefetcher:
-    """Asks for promotions, and takes some back."""
+    """Asks for prefetches, and cancels some of them."""
 
     def __init__(self, pushers: Sequence[Pusher], random: random.Random) -> None:
         self._pushers, self._random = pushers, random
@@ -198,7 +198,7 @@ class Prefetcher:
 
 @dataclass
 class BankModel:
-    """A bank as it must be. `tag_bank` is its seed; a bank made again under an old name has another."""
+    """The state that a bank must have. `tag_bank` is its seed; a bank that is created again under an old name has another seed."""
 
     tag_bank: int
     cells: list[Cell]
@@ -206,14 +206,14 @@ class BankModel:
 
 @dataclass
 class World:
-    """All that a keeper has made."""
+    """All banks and snapshots of a keeper."""
 
     banks: dict[str, BankModel] = field(default_factory=dict)
     snapshots: dict[str, dict[str, list[Write]]] = field(default_factory=dict)  # name -> bank -> its experts then
 
 
 class Keeper:
-    """Changes its banks and snapshots one call at a time: a crash leaves the world as before the one under way, or as after it."""
+    """Changes its banks and snapshots one call at a time, so that a crash leaves the state before or after the call under way."""
 
     LAYOUT = layout_of(9000)
     NUM_BANKS, NUM_SNAPSHOTS = 3, 3
@@ -222,12 +222,12 @@ class Keeper:
         self.num_changes = 0
         self._name, self._tag_banks, self._ledger, self._random = name, iter(tag_banks), ledger, random
         self._world = World()
-        self._wanted: World | None = None  # As after the call that was under way.
+        self._wanted: World | None = None  # The state after the call that was under way.
         self._ids: dict[str, int] = {}
         self._numbers = 0
 
     def run(self, target: str, dying: threading.Event) -> None:
-        """Changes things."""
+        """Makes random changes."""
         store = connected(target, "keeper", dying)
         client = Client(target, layout=self.LAYOUT)
         try:
@@ -253,7 +253,7 @@ class Keeper:
             client.channel.close()
 
     def verify(self, store: RemoteStore) -> None:
-        """What is there is one of the two worlds that may be; and a snapshot, picked at random, holds what it held."""
+        """Checks that the state is one of the two possible worlds, and that a random snapshot holds what it held."""
         found = {bank.spec.name: bank for bank in store.list_banks() if bank.spec.name.startswith(self._name)}
         contents = {name: fetch(store, name, self.LAYOUT, bank.spec.seed, range(bank.spec.num_experts)) for name, bank in found.items()}
         seeds = {name: bank.spec.seed for name, bank in found.items()}
@@ -286,7 +286,7 @@ class Keeper:
         self.num_changes += 1
 
     def _learn(self, store: RemoteStore, name: str) -> None:
-        """Takes in the versions that a change gave; the bytes must be what they must be."""
+        """Learns the versions that a change issued, and checks the bytes."""
         model = self._world.banks[name]
         for expert, (version, tag) in fetch(store, name, self.LAYOUT, model.tag_bank, range(len(model.cells))).items():
             newest = model.cells[expert].newest
@@ -416,7 +416,7 @@ class Keeper:
                 model = world.banks[bank]
                 for expert, cell in enumerate(model.cells):
                     then = writes[expert] if expert < len(writes) else _untouched(model.tag_bank, expert).floor
-                    if then.version or cell.newest.version:  # Otherwise it was never written at all.
+                    if then.version or cell.newest.version:  # Otherwise it was never written.
                         model.cells[expert] = Cell(Write(then.tag, above=above))
 
         self._change(change, lambda: store.restore_snapshot(self._ids[name]))
@@ -431,7 +431,7 @@ class Keeper:
 
 
 class Trainer:
-    """Pushes and reads back through every crash: a call takes longer then, and that is all."""
+    """Pushes and reads back through every crash; a crash only makes a call take longer."""
 
     NUM_EXPERTS = 8
 
@@ -443,7 +443,7 @@ class Trainer:
         self._store = RemoteStore(target, trainer="trainer")
 
     def run(self) -> None:
-        """Until `done`."""
+        """Runs until `done` is set."""
         self._store.create_bank(spec_of(self._name, self._layout, self._tag_bank, self.NUM_EXPERTS))
         versions, tags = [0] * self.NUM_EXPERTS, [Tag(self._tag_bank, expert, 0) for expert in range(self.NUM_EXPERTS)]
         while not self.done.is_set():
@@ -469,7 +469,7 @@ def _untouched(tag_bank: int, expert: int) -> Cell:
 
 
 def _save_all(model: BankModel) -> None:
-    """Whatever was in memory only is safe: it is part of a snapshot or a fork now."""
+    """Notes that everything in memory is durable now, because it is part of a snapshot or a fork."""
     for cell in model.cells:
         cell.save(cell.newest)
 
@@ -477,7 +477,7 @@ def _save_all(model: BankModel) -> None:
 def _fault(
     world: World, seeds: dict[str, int], contents: dict[str, dict[int, tuple[int, Tag]]], snapshots: dict[str, list[str]]
 ) -> str | None:
-    """How what was found differs from a world; None if it does not."""
+    """Describes how the found state differs from a world, or returns None."""
     if seeds != (expected := {name: model.tag_bank for name, model in world.banks.items()}):
         return f"banks (with their seeds) {seeds}, not {expected}"
     if snapshots != (shown := {name: sorted(banks) for name, banks in world.snapshots.items()}):

@@ -1,12 +1,12 @@
-"""Losing power, simulated: everything that is done to a directory is recorded, and any moment of it can be the last.
+"""Simulated power loss: a recorder notes every change of a directory, and can show what a loss at any moment could leave.
 
     with Recorder(directory) as recorder:                # os.* and SQLite
         ...                                    # a real engine works in it
-    recorder.survivors(moment, choose)         # what a disk may hold after power was lost then
+    recorder.survivors(moment, choose)         # what the disk may hold after a power loss at `moment`
 
-What was synced before the moment survives. Of everything else any part may: each write, cut, allocation or name separately, and of a
-write any of its 512-byte sectors. A file's sync covers its bytes, not its name; a directory's covers the names in it. Knows nothing of what
-is stored.
+Changes that were synced before the moment survive. Of all others any subset may survive: each write, truncation, allocation or name
+separately, and of a write any of its 512-byte sectors. The sync of a file covers its bytes but not its name; the sync of a directory covers
+the names in it.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Change:
     """One change of a file's bytes or of a directory's names. Times are events of the recorder."""
 
     began: int
-    apply: Callable[[Any], None]  # Of a bytearray, or of a dict of names.
-    num_bytes: int = 0  # Of a write: it can be torn.
+    apply: Callable[[Any], None]  # Changes a bytearray, or a dict of names.
+    num_bytes: int = 0  # More than 0 for a write, which can be torn.
     offset: int = 0
     data: bytes = b""
     done: float = inf
@@ -45,7 +45,7 @@ class Change:
 
 @dataclass(eq=False, slots=True)
 class Node:
-    """A file, or a directory: what it holds now, what it held when recording began, and all changes between."""
+    """A file or a directory: its present content, its content when recording began, and all changes between."""
 
     is_directory: bool
     base: Any
@@ -63,7 +63,7 @@ Choice = Callable[[list[Change]], list[bool | set[int]]]
 
 
 class Recorder:
-    """Records what happens below `root` while it is entered. `lying`: parts of paths whose syncs do nothing, for tests of the tests."""
+    """Records the changes below `root` while it is entered. `lying`: parts of paths whose syncs do nothing, to test the tests."""
 
     def __init__(self, root: Path, *, lying: tuple[str, ...] = ()) -> None:
         self.root, self.lying = os.path.realpath(root), lying
@@ -89,7 +89,7 @@ class Recorder:
         self._vfs.unregister()
 
     def tick(self) -> int:
-        """The present moment: one more than the last event."""
+        """Counts one event and returns its number, the present moment."""
         with self._lock:
             self.clock += 1
             return self.clock
@@ -120,7 +120,7 @@ class Recorder:
                 found[relative] = bytes(_survived(survivor, moment, choose))
 
     def check_complete(self) -> None:
-        """What was recorded, all of it applied, is what the directory holds: nothing went past the recorder."""
+        """Checks that all recorded changes together give the present content of the directory, so that the recorder missed none."""
         found = self.survivors(inf, lambda changes: [True] * len(changes))
         ignored = {name for name in _files(self.root) if name.endswith("-shm")}
         assert _files(self.root) - ignored == {name for name, content in found.items() if content is not None}
@@ -129,7 +129,7 @@ class Recorder:
                 actual = Path(self.root, name).read_bytes()
                 assert actual == content, f"{name}: {len(actual)} bytes, {len(content)} were recorded"
 
-    # What the shims and SQLite tell.
+    # Called by the patched functions and by SQLite.
 
     def change(self, path: str, apply: Callable[[Any], None], *, offset: int = 0, data: bytes = b"") -> Change:
         """Begins a change of a file's bytes, or of a directory's names; `finish` ends it."""
@@ -141,7 +141,7 @@ class Recorder:
             return change
 
     def finish(self, change: Change) -> None:
-        """The call returned: a sync that begins now covers it."""
+        """Notes that the call of a change has returned. A sync that begins now covers the change."""
         change.done = self.tick()
 
     def write(self, path: str, offset: int, data: bytes) -> None:
@@ -149,7 +149,7 @@ class Recorder:
         self.finish(self.change(path, lambda content: _write(content, offset, data), offset=offset, data=data))
 
     def truncate(self, path: str, size: int) -> None:
-        """Records a cut, or an extension with zeros."""
+        """Records a truncation, or an extension with zeros."""
         self.finish(self.change(path, lambda content: _resize(content, size)))
 
     def created(self, path: str, *, is_directory: bool = False, sync_names: bool = False) -> None:
@@ -161,7 +161,7 @@ class Recorder:
             self.finish(self.change(folder, lambda names: names.update({name: node})))
 
     def unlinked(self, path: str) -> None:
-        """Records that a name is gone."""
+        """Records that a name was removed."""
         folder, name = os.path.split(path)
         with self._lock:
             self._nodes.pop(path, None)
@@ -182,7 +182,7 @@ class Recorder:
 
     @contextmanager
     def syncing(self, path: str) -> Iterator[None]:
-        """Records a sync: what was done before it began is durable when it has returned."""
+        """Records a sync. Changes that were finished before it began are durable when it returns."""
         with self._lock:
             node = self._nodes[path]
             began = self.tick()
@@ -201,14 +201,14 @@ class Recorder:
                 pass
 
     def covers(self, path: object) -> str | None:
-        """The absolute path of what lies below the root, else None."""
+        """The absolute path of a file below the root; None for other files."""
         if not isinstance(path, str | os.PathLike):
             return None
         absolute = os.path.abspath(os.fspath(path))  # type: ignore[type-var]
         return absolute if (absolute + "/").startswith(self.root + "/") else None
 
     def knows(self, path: str) -> bool:
-        """Whether that file or directory is recorded."""
+        """Whether a file or directory is recorded."""
         return path in self._nodes
 
     # os.*
@@ -304,7 +304,7 @@ class Recorder:
             self.finish(self.change(path, lambda content: _zero(content, offset, size)))
 
     def _import(self, path: str) -> Node:
-        """What is there already is durable."""
+        """Reads the files that exist when recording begins; they are durable."""
         if os.path.isdir(path):
             names = {name: self._import(os.path.join(path, name)) for name in sorted(os.listdir(path)) if not name.endswith("-shm")}
             self._nodes[path] = Node(True, names)
@@ -317,7 +317,7 @@ _SHIMS = [name.removeprefix("_os_") for name in vars(Recorder) if name.startswit
 
 
 def materialise(survivors: dict[str, bytes | None], directory: Path) -> None:
-    """Makes a directory of what survived."""
+    """Writes the surviving files to a directory."""
     directory.mkdir()
     for name, content in survivors.items():
         if content is None:
@@ -326,21 +326,21 @@ def materialise(survivors: dict[str, bytes | None], directory: Path) -> None:
             (directory / name).write_bytes(content)
 
 
-# How much of what was not synced survived.
+# How much of the unsynced changes survived.
 
 
 def nothing(changes: list[Change]) -> list[bool | set[int]]:
-    """Only what was synced."""
+    """Keeps only synced changes."""
     return [False] * len(changes)
 
 
 def everything(changes: list[Change]) -> list[bool | set[int]]:
-    """All that was begun."""
+    """Keeps every change that was begun."""
     return [True] * len(changes)
 
 
 def prefix(rng: random.Random) -> Choice:
-    """Of each file and directory what came first, the last write torn."""
+    """Keeps the first changes of each file and directory; the last kept write is torn."""
 
     def choose(changes: list[Change]) -> list[bool | set[int]]:
         kept = rng.randint(0, len(changes))
@@ -354,7 +354,7 @@ def prefix(rng: random.Random) -> Choice:
 
 
 def any_part(rng: random.Random) -> Choice:
-    """Each change on its own, in whatever order the disk liked; of a write perhaps only some sectors."""
+    """Keeps a random subset of the changes, and of a write perhaps only some sectors."""
 
     def choose(changes: list[Change]) -> list[bool | set[int]]:
         likely = rng.choice((0.1, 0.5, 0.9))
@@ -464,7 +464,7 @@ class _RecordingFile(apsw.VFSFile):
 
 
 class Connection:
-    """What the index uses of sqlite3.Connection, over apsw's. Checkpoints often, so that losses hit them too."""
+    """The part of sqlite3.Connection that the index uses, on top of apsw. It checkpoints often, so that losses hit checkpoints too."""
 
     CHECKPOINT_PAGES = 12
 

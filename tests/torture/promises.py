@@ -1,10 +1,10 @@
-"""What a store has promised, and whether it keeps it: every value by the moment it was begun, acknowledged, and durable.
+"""The promises of a store, and a check that it keeps them: each value with the moments when it was begun, acknowledged, and durable.
 
-    ledger = Ledger(clock)        clock() is the present moment, any number that grows
-    ...                           workload.py notes what it does
-    await ledger.check(engine, moment)     raises BrokenPromise if a store that lost power, or was killed, at `moment` broke one
+    ledger = Ledger(clock)        clock() returns the present moment, any growing number
+    ...                           workload.py notes its actions in the ledger
+    await ledger.check(engine, moment)     raises BrokenPromise if a store that was stopped at `moment` broke a promise
 
-Deliberately slow and plain. Knows nothing of how the store keeps anything.
+Deliberately slow and simple, and independent of the way in which the store keeps its data.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ WRITER = "writer"
 
 
 class BrokenPromise(AssertionError):
-    """The store does not hold what it acknowledged, or holds what nobody wrote."""
+    """The store lacks something that it acknowledged, or holds something that was never written."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -46,7 +46,7 @@ class Value:
     began: float = 0
     acknowledged: float = inf
     durable: float = inf
-    together: object = None  # Values of one restore: all of them are there, or none.
+    together: object = None  # The values of one restore: all of them survive, or none.
 
 
 @dataclass(eq=False, kw_only=True)
@@ -76,11 +76,11 @@ class BankPromise:
         return self.values[expert]
 
     def current(self, expert: int) -> Value:
-        """The newest that was acknowledged."""
+        """The newest acknowledged state of an expert."""
         return next(value for value in reversed(self.history(expert)) if value.acknowledged < inf)
 
     def settled(self, moment: float) -> None:
-        """All that was acknowledged is durable from now on."""
+        """Notes that everything that was acknowledged is durable from now on."""
         for expert in self.values:
             value = self.current(expert)
             value.durable = min(value.durable, moment)
@@ -113,11 +113,11 @@ class Ledger:
         self.push_numbers = itertools.count(1)
 
     def living(self) -> list[BankPromise]:
-        """Banks that exist, as far as was acknowledged."""
+        """The banks that exist, according to the acknowledgements."""
         return [bank for bank in self.banks if bank.acknowledged < inf and bank.delete_began == inf]
 
     def living_snapshots(self) -> list[SnapshotPromise]:
-        """Snapshots that exist, as far as was acknowledged."""
+        """The snapshots that exist, according to the acknowledgements."""
         return [
             snapshot
             for snapshot in self.snapshots
@@ -125,7 +125,7 @@ class Ledger:
         ]
 
     def newest_version(self, moment: float) -> int:
-        """The newest version that anybody was told of."""
+        """The newest version that was acknowledged."""
         return max(
             (
                 value.version
@@ -140,10 +140,10 @@ class Ledger:
     async def check(self, engine: Engine, moment: float, *, damaged: Forgive | None = None) -> int:
         """Compares a store with what was promised at `moment`; returns how many experts were refused as damaged.
 
-        Pushes to one expert in the end, which is noted as later than `moment`.
+        At the end, pushes to one expert, and notes that as later than `moment`.
 
         Raises:
-            BrokenPromise: it lost, mixed or invented something, or refused an expert that `damaged` does not forgive.
+            BrokenPromise: the store lost, mixed or invented something, or refused an expert that `damaged` does not forgive.
         """
         forgiven = damaged or (lambda _error, _value: False)
         found = self._check_banks(engine, moment)
@@ -236,10 +236,10 @@ def _require(kept: bool, message: str) -> None:
 
 
 def _check_slots(engine: Engine) -> None:
-    """What is counted as used is what banks and snapshots refer to."""
+    """Checks that the used bytes are those of the slots that banks and snapshots refer to, and that nothing is pinned."""
     catalog = engine.catalog
     slots = {record.slot for bank in catalog.banks.values() for record in bank.records.values() if record.slot}
-    slots |= {slot for snapshot in catalog.snapshots.values() for bank_id in snapshot.banks for slot in snapshot.slots(bank_id)}
+    slots |= {slot for snapshot in catalog.snapshots.values() for slot in snapshot.slots()}
     used = engine.snapshot_stats().nvme.used_bytes
     wanted = sum(slot.record_bytes for slot in slots)
     _require(used == wanted, f"{used} bytes of NVMe are counted as used, {wanted} are referred to")
@@ -248,7 +248,7 @@ def _check_slots(engine: Engine) -> None:
 
 
 async def _check_fork(engine: Engine, bank: BankPromise, snapshot_id: int, bodies: dict[int, bytes], forgiven: Forgive) -> int:
-    """The contents of a snapshot, seen through a fork of it."""
+    """Checks the content of a snapshot through a fork of it; returns the number of experts refused as damaged."""
     num_damaged = 0
     fork = await engine.changes.fork_bank(bank.name, f"check-{bank.name}-{snapshot_id}", snapshot_id)
     for expert, (_, body) in (await fetch(engine, fork.name, range(fork.num_experts))).items():
@@ -270,12 +270,12 @@ def seeded(spec: BankSpec, expert: int) -> bytes:
 
 
 def random_body(layout: Layout, number: int) -> bytes:
-    """A body that only `number` gives."""
+    """A random body that depends on `number`."""
     return np.random.default_rng(number).bytes(layout.body_bytes)
 
 
 async def fetch(engine: Engine, bank: str, experts: Iterable[int]) -> dict[int, tuple[int, bytes | OocMoeError]]:
-    """Version and body, or the error instead of a body, of each expert."""
+    """Fetches the version and the body of each expert, or the error instead of the body."""
     present = engine.catalog.bank(bank)
     wanted = engine.fetch(
         present,
@@ -294,18 +294,18 @@ async def fetch(engine: Engine, bank: str, experts: Iterable[int]) -> dict[int, 
 
 @contextlib.asynccontextmanager
 async def writing(engine: Engine, bank: str, writer_id: str = WRITER) -> AsyncIterator[Any]:
-    """The open writer of a bank."""
+    """Opens a writer of a bank, and closes it afterwards."""
     present = engine.catalog.bank(bank)
     writer = engine.open_writer(bank, writer_id, engine.stats.scopes("t", present.access))
     try:
         yield writer
-        await writer.settle()
+        await writer.wait_outcomes()
     finally:
         writer.close()
 
 
 async def send(writer: Any, layout: Layout, expert: int, body: bytes, **header: Any) -> None:
-    """One record, whole; `header` has base_version, push_number and, if not DURABLE, durability."""
+    """Sends a whole record. `header`: base_version, push_number, and durability if it is not DURABLE."""
     sums = Checksums.of(layout, memoryview(body))
     sizes = {"parameter_bytes": layout.parameter_bytes, "optimizer_bytes": layout.optimizer_bytes}
     checks = {"parameter_xxh3": sums.parameters, "optimizer_xxh3": sums.optimizer}
@@ -317,7 +317,7 @@ async def send(writer: Any, layout: Layout, expert: int, body: bytes, **header: 
 async def push(
     engine: Engine, bank: str, experts: dict[int, tuple[int, bytes]], push_numbers: Iterable[int], **header: Any
 ) -> dict[int, expert_pb2.PushOutcome]:
-    """Sends all (base version, body) before it waits for any."""
+    """Sends all pairs of base version and body before it waits for an outcome."""
     layout = engine.catalog.bank(bank).layout
     numbers = iter(push_numbers)
     async with writing(engine, bank) as writer:
@@ -328,6 +328,6 @@ async def push(
 
 
 async def write_back(engine: Engine) -> None:
-    """What was acknowledged in memory is durable then. Raises TierFull, Internal."""
+    """Writes back what was acknowledged in memory. Raises TierFull, Internal."""
     async with engine.committer.exclusive():
         await engine.committer.write_back()

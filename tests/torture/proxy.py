@@ -1,4 +1,4 @@
-"""A TCP proxy that loses answers: what a client sends arrives, what the server answers does not, and then the connection breaks."""
+"""A TCP proxy that loses answers: requests arrive at the server, its answers are dropped, and then the connection breaks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import threading
 
 
 class LossyProxy:
-    """Stands before a daemon, at `target`. Connections made after a `cut` are sound again."""
+    """A proxy in front of a daemon; clients connect to `target`. Connections made after a `cut` work as usual."""
 
     def __init__(self, upstream: str) -> None:
         host, _, port = upstream.rpartition(":")
@@ -22,11 +22,11 @@ class LossyProxy:
 
     @property
     def target(self) -> str:
-        """For a channel or a RemoteStore."""
+        """The address for a channel or a RemoteStore."""
         return f"127.0.0.1:{self._listener.getsockname()[1]}"
 
     def lose_answers(self) -> None:
-        """From now on nothing comes back on the connections that there are."""
+        """Drops all further answers on the present connections."""
         self._losing = set(self._sockets)
 
     def cut(self) -> None:
@@ -51,7 +51,7 @@ class LossyProxy:
                 if self.refuses:
                     raise ConnectionRefusedError
                 server = socket.create_connection(self._upstream)
-            except OSError:  # The daemon is away: so is the proxy.
+            except OSError:  # While the daemon is down, the proxy refuses connections.
                 client.close()
                 continue
             for each in (client, server):
@@ -61,7 +61,7 @@ class LossyProxy:
             threading.Thread(target=self._pump, args=(server, client), daemon=True).start()
 
     def _pump(self, source: socket.socket, sink: socket.socket) -> None:
-        """Carries bytes one way until either end closes; then closes both."""
+        """Copies bytes in one direction until either end closes; then closes both."""
         with contextlib.suppress(OSError):
             while data := source.recv(1 << 18):
                 if not (source in self._losing and self._is_server(source)):

@@ -1,4 +1,4 @@
-"""`ooc-moe-server` on a slow disk: every read, write and sync of records sleeps first, as long as twice SECONDS, at random.
+"""`ooc-moe-server` on a slow disk: every read, write and sync of a slab first sleeps a random time of up to twice SECONDS.
 
 python -m tests.torture.slow_disk SECONDS --data-dir DIR ...
 """

@@ -1,4 +1,4 @@
-"""Many clients at once: every byte checked, one writer per bank, a lost acknowledgement applied once, and memory that does not grow.
+"""Many clients at once: every byte is checked, a bank has one writer, a repeated push is applied once, and memory does not grow.
 
 python -m pytest tests/torture/test_concurrency.py -m slow --results tests/bench/results
 """
@@ -38,7 +38,7 @@ SAMPLES_MIN = 50
 
 
 def connect(target: str, plane: str = "AUTO", **options: Any) -> RemoteStore:
-    """A store on that plane; a client that has no planes streams."""
+    """Connects a store over a plane. A client without the local plane uses streams."""
     if "plane" in inspect.signature(RemoteStore).parameters:
         options["plane"] = getattr(interface, "Plane")[plane]  # noqa: B009
     elif plane == "LOCAL":
@@ -47,7 +47,7 @@ def connect(target: str, plane: str = "AUTO", **options: Any) -> RemoteStore:
 
 
 def run_all(*work: Callable[[], object]) -> None:
-    """Runs each in a thread; raises what the first that failed raised."""
+    """Runs each function in a thread; raises the first error."""
     with ThreadPoolExecutor(len(work)) as pool:
         futures = [pool.submit(each) for each in work]
         wait(futures)
@@ -56,7 +56,7 @@ def run_all(*work: Callable[[], object]) -> None:
 
 
 class BankUnderLoad:
-    """One writer and its readers, each with a connection of its own."""
+    """A bank with one writer and its readers, each with its own connection."""
 
     def __init__(self, target: str, name: str, tag_bank: int, num_bytes: int, rounds: int, seed: int) -> None:
         self.name, self.num_fetched = name, 0
@@ -80,7 +80,7 @@ class BankUnderLoad:
             self._done.set()
 
     def read(self, number: int) -> None:
-        """Fetches random experts until the writer is done, and once more."""
+        """Fetches random experts until the writer has finished, and once more then."""
         chosen = random.Random(self._seed + number)
         with closing(connect(self._target, chosen.choice(("AUTO", "STREAM")))) as store:
             last = False
@@ -93,7 +93,7 @@ class BankUnderLoad:
                     self._ledger.seen(self.name, expert, self._cells[expert], version, tag, at_least=known[expert])
 
     def verify(self, store: RemoteStore) -> tuple[int, int]:
-        """Holds exactly what was acknowledged last. Returns the numbers of pushes and of fetched experts."""
+        """Checks that the bank holds exactly what was acknowledged last. Returns the numbers of pushes and of fetched experts."""
         found = fetch(store, self.name, self._layout, self._tag_bank, range(NUM_EXPERTS))
         assert found == {expert: (cell.floor.version, cell.floor.tag) for expert, cell in enumerate(self._cells)}
         assert not any(cell.later for cell in self._cells)
@@ -112,7 +112,7 @@ class BankUnderLoad:
 
 
 def load_of_64_clients(daemon: Any, seed: int, rounds: int) -> dict[str, object]:
-    """Eight banks of different sizes, each with one writer and seven readers. Returns what was counted."""
+    """Loads eight banks of different sizes, each with one writer and seven readers. Returns the counts."""
     sizes = [12_000, 12_000, 40_000, 40_000, 200_000, 200_000, 1_500_000, 1_500_000]
     banks = [BankUnderLoad(daemon.target, f"bank{n}", n + 1, size, rounds, seed + 100 * n) for n, size in enumerate(sizes)]
     work: list[Callable[[], object]] = [bank.write for bank in banks]
@@ -211,7 +211,7 @@ def proxy(daemon: Any) -> Iterator[LossyProxy]:
 
 
 def push_all(store: RemoteStore, versions: Sequence[int], number: int) -> list[int]:
-    """Pushes body `number` to every expert; all must be accepted."""
+    """Pushes body `number` to every expert; every push must be accepted."""
     layout = layout_of(12_000)
     pushes = [Push(expert=expert, base_version=base, body=body_of(layout, Tag(1, expert, number))) for expert, base in enumerate(versions)]
     outcomes = store.push("b", pushes)
@@ -260,7 +260,7 @@ def test_connections_that_break_at_random_instants_lose_and_repeat_nothing(daemo
 
 
 class Traffic:
-    """Two writers and two readers of large records, until so many bytes have moved."""
+    """Two writers and two readers of large records, which run until a number of bytes have moved."""
 
     NUM_EXPERTS = 12
 
@@ -280,7 +280,7 @@ class Traffic:
                 pytest.skip(str(error))
 
     def move(self, num_bytes: int, process: psutil.Process) -> tuple[list[int], list[int]]:
-        """Moves at least so many. Returns samples of the daemon's own memory: the fifth tenth, after a warm-up, and the last."""
+        """Moves at least a number of bytes. Returns samples of the daemon's own memory: of the traffic's fifth tenth, and of its last."""
         samples: list[int] = []
 
         def watch() -> None:
@@ -296,7 +296,7 @@ class Traffic:
             try:
                 work(*arguments)
             finally:
-                self._done.set()  # Whoever ends first, by success or failure, ends all.
+                self._done.set()  # The first worker that ends, by success or failure, ends all.
 
         work = [(self._write, "a"), (self._write, "b"), (self._read, "a"), (self._read, "b")]
         run_all(lambda: guarded(watch), *(partial(guarded, *each) for each in work))
@@ -327,13 +327,13 @@ class Traffic:
 
 
 def own_bytes(process: psutil.Process) -> int:
-    """Resident memory less what is shared: the arena is."""
+    """The daemon's resident memory without shared memory, such as the arena."""
     info = process.memory_info()
     return int(info.rss - info.shared)
 
 
 def growth(start_daemon: Callable[..., Any], plane: str, num_bytes: int) -> tuple[float, str]:
-    """How the daemon's own memory grew (a ratio) from the fifth tenth of so much traffic to the last; and the numbers, in words."""
+    """The daemon's own memory in the last tenth of the traffic, as a ratio to the fifth tenth; and a text."""
     daemon = start_daemon(dram_bytes="160MiB")
     traffic = Traffic(daemon.target, plane)
     first, last = traffic.move(num_bytes, psutil.Process(daemon.pid))

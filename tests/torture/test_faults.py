@@ -1,4 +1,4 @@
-"""Disks that are full, fail, do half of what they are asked, or cannot sync: a typed error, a store that goes on, and nothing lost.
+"""Disks that are full, fail, move only some bytes, or cannot sync: the error is typed, the store goes on, and nothing is lost.
 
 python -m pytest tests/torture/test_faults.py
 """
@@ -35,7 +35,7 @@ OS_ERRORS, SQLITE_ERRORS = (errno.EIO, errno.ENOSPC), (FULL, IOERR)
 PUSHES = ("push", "memory push")
 CHANGES = ("create", "grow", "fork", "snapshot", "restore")
 REMOVALS = ("drop", "delete")
-# What breaks -> files, calls, errors, and the operations that come by there.
+# What breaks -> files, calls, errors, and the operations that use them.
 PLACES: dict[str, tuple[str, list[str], tuple[int, ...], tuple[str, ...]]] = {
     "slab write": ("slabs/", ["pwritev"], (*OS_ERRORS, errno.EDQUOT), PUSHES),
     "slab growth": ("slabs/", ["posix_fallocate"], (*OS_ERRORS, errno.EDQUOT), PUSHES),
@@ -55,7 +55,7 @@ PLACES: dict[str, tuple[str, list[str], tuple[int, ...], tuple[str, ...]]] = {
 
 @pytest.fixture(autouse=True)
 def growing_with_nearly_every_push(with_small_files):
-    # Not by monkeypatch, which would be undone after small_files and bring its value back for good.
+    # Not with monkeypatch: it would be undone after small_files, and would restore the wrong value.
     with mock.patch.object(slab, "GROWTH_BYTES", 1):
         yield
 
@@ -67,7 +67,7 @@ def disk() -> Iterator[FailingDisk]:
 
 
 class Attempts:
-    """Operations on a store with a history; each may be tried again after it failed."""
+    """Operations on a store with a history. Each may be repeated after a failure."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -80,7 +80,7 @@ class Attempts:
         self._taken: SnapshotPromise | None = None
 
     async def prepare(self) -> None:
-        """Two banks, a snapshot of one of them, and changes since."""
+        """Makes two banks, a snapshot of one of them, and later changes."""
         for name in ("a", "b"):
             await self.workload.create(name, LARGE, NUM_EXPERTS)
         self.bank, other = self.ledger.banks
@@ -92,7 +92,7 @@ class Attempts:
         await self.workload.snapshot([other])
 
     async def run(self, operation: str) -> None:
-        """Raises what the store answers."""
+        """Runs an operation. Raises the store's error."""
         if operation in ("push", "memory push"):
             await self.push(expert_pb2.DURABLE if operation == "push" else expert_pb2.MEMORY, 1)
             await write_back(self.engine)
@@ -112,7 +112,7 @@ class Attempts:
             await self.workload.delete(self.ledger.banks[1])
 
     async def again(self, operation: str) -> None:
-        """After a failure; what is to be removed may be gone already, as after a lost answer."""
+        """Repeats an operation after a failure. What it removes may be gone already, as after a lost answer."""
         try:
             await self.run(operation)
         except NotFound:
@@ -165,7 +165,7 @@ async def attempts(directory):
 
 
 async def reopened(directory, store: Attempts, moment: float) -> None:
-    """Compares what lies there with what was promised then."""
+    """Opens the store in a directory and compares it with the promises of a moment."""
     engine = await Engine.open(directory, DRAM_BYTES)
     try:
         await store.ledger.check(engine, moment)
@@ -174,7 +174,7 @@ async def reopened(directory, store: Attempts, moment: float) -> None:
 
 
 async def attempt(store: Attempts, operation: str, error: int) -> bool:
-    """False when it was refused, as it should be; it may also be done, where the store gets by without what is broken."""
+    """Tries an operation; returns False when it was refused. It may also succeed, where the store does not need what is broken."""
     try:
         await store.run(operation)
     except OocMoeError as refusal:
@@ -184,7 +184,7 @@ async def attempt(store: Attempts, operation: str, error: int) -> bool:
 
 
 def cases() -> Iterator[Any]:
-    """All of them; the default run takes two of each place."""
+    """All cases; the default run takes two of each place."""
     for number, (place, (_, _, errors, operations)) in enumerate(PLACES.items()):
         for error, operation in itertools.product(errors, operations):
             chosen = (errors.index(error) + operations.index(operation) + number) % (len(operations) * len(errors) // 2) == 0
@@ -250,7 +250,7 @@ def test_what_cannot_be_read_is_an_error_of_that_expert_and_is_back_once_it_can(
 
 @pytest.mark.parametrize("operation", PUSHES)
 def test_a_sync_that_fails_once_is_not_asked_again_but_the_records_are_written_to_other_slots(ram_path, disk, operation):
-    """A later sync of the same pages would say that all is well (they are marked clean), and it would not be."""
+    """A second sync of the same pages would succeed, since they are marked clean, although the data may be lost."""
 
     async def scenario():
         async with attempts(ram_path / "store") as store:
@@ -276,7 +276,7 @@ def test_a_commit_that_went_through_though_it_was_reported_as_failed_is_there_af
             with disk.broken(Fault("index.sqlite", ["after COMMIT"], IOERR, times=1)), pytest.raises(Internal):
                 await store.run(operation)
             first = store.ledger.clock()
-            await attempt(store, "push", errno.EIO)  # Refused, or done: the daemon lives, and says which.
+            await attempt(store, "push", errno.EIO)  # The operation is refused or done. The daemon runs on, and says which.
             got = await fetch(store.engine, "a", range(NUM_EXPERTS))
             assert all(isinstance(body, bytes) for _, body in got.values())
         await reopened(ram_path / "store", store, first)
@@ -299,7 +299,7 @@ def test_a_store_whose_disk_is_broken_for_good_can_be_closed_and_loses_only_what
 
 
 def noting(write: Any, slots: list[int]) -> Any:
-    """Slab.write, that notes the slots."""
+    """A Slab.write that also notes the slots."""
 
     def noted(self: slab.Slab, slot: int, record: memoryview) -> None:
         slots.append(slot)

@@ -1,4 +1,4 @@
-"""One flipped byte anywhere in a store that is not running: never wrong bytes, never a wrong version, nothing gone without a word.
+"""One changed byte anywhere in a stopped store: it never gives wrong bytes or a wrong version, and every loss is reported.
 
 python -m pytest tests/torture/test_flips.py -m slow --results tests/bench/results
 """
@@ -27,13 +27,13 @@ from tests.torture.workload import Workload
 pytestmark = pytest.mark.usefixtures("with_small_files")
 
 DRAM_BYTES = 160 << 10
-# How often a kind of file is hit.
+# How often each kind of file is hit.
 KINDS = {"slabs/*": 8, "index.sqlite": 6, "index.sqlite-wal": 6, "COMMITTED": 2, "banks/*": 3, "snapshots/*": 3}
 
 
 @dataclass
 class Store:
-    """A directory at rest, and what it promised by then."""
+    """The directory of a stopped store, and its promises."""
 
     directory: Path
     ledger: Ledger
@@ -41,7 +41,7 @@ class Store:
 
 
 async def make(root: Path, seed: int) -> list[Store]:
-    """The same store killed, with its write-ahead log, and a little later closed."""
+    """Makes the same store twice: killed, with its write-ahead log, and closed a little later."""
     root.mkdir()
     ledger = Ledger(itertools.count(1).__next__)
     with Threads().watched() as threads, held(root):
@@ -59,7 +59,7 @@ async def make(root: Path, seed: int) -> list[Store]:
 
 
 def flip(directory: Path, rng: random.Random) -> str:
-    """Changes one byte; returns the file's name."""
+    """Changes one byte of a random file; returns the file's name."""
     while True:
         kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
         files = sorted(path for path in directory.glob(kind) if path.is_file() and path.stat().st_size)
@@ -68,14 +68,14 @@ def flip(directory: Path, rng: random.Random) -> str:
     path = rng.choice(files)
     content = bytearray(path.read_bytes())
     used = [place for place, byte in enumerate(content) if byte]
-    place = rng.choice(used) if used and rng.random() < 0.7 else rng.randrange(len(content))  # Most of a file is zeros that nobody reads.
+    place = rng.choice(used) if used and rng.random() < 0.7 else rng.randrange(len(content))  # Most of a file is zeros that are never read.
     content[place] ^= rng.randrange(1, 256)
     path.write_bytes(content)
     return str(path.relative_to(directory))
 
 
 async def look(store: Store, directory: Path, name: str) -> str:
-    """Opens a store with a flipped byte in file `name`, by way of `rebuild` where the start says so; returns what became of it."""
+    """Opens a store with a changed byte in file `name`, after a `rebuild` if the start demands one; returns the outcome."""
     with held(directory):
         findings = (await asyncio.to_thread(verify, directory)).findings
         refused = ""
@@ -106,7 +106,7 @@ def is_of_slab(error: OocMoeError, name: str) -> bool:
 
 
 async def torture(ram_path: Path, seed: int, *, num_flips: int, flips_per_store: int = 50) -> Counter[tuple[str, str]]:
-    """How many flips had which outcome, by kind of file."""
+    """Returns how often each outcome came, by kind of file."""
     rng = random.Random(seed)
     counts: Counter[tuple[str, str]] = Counter()
     for number in range(num_flips):

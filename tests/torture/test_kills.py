@@ -1,4 +1,4 @@
-"""kill -9 at random instants under a mixed load: whatever was acknowledged is there, and whatever is there was sent.
+"""kill -9 at random moments under a mixed load: everything acknowledged survives, and everything found was sent.
 
 python -m pytest tests/torture/test_kills.py -m slow --results tests/bench/results
 """
@@ -36,7 +36,7 @@ JOIN_S = 30
 
 
 class Torture:
-    """One daemon, its workers, and their ledger. `live` is one life: load, kill, restart, verify."""
+    """One daemon, its workers, and their ledger. `live` is one cycle: load, kill, restart, verify."""
 
     def __init__(self, daemon: Any, seed: int, life_s_max: float) -> None:
         self._life_s_max = life_s_max
@@ -80,14 +80,14 @@ class Torture:
         assert not self._faults, self._faults
 
     def end(self) -> None:
-        """Stops what still runs; what it found comes up."""
+        """Stops the workers that still run, and raises the errors that they found."""
         self.trainer.done.set()
         self._join([self._trainer_thread])
         self.store.close()
         assert not self._faults, self._faults
 
     def counts(self) -> dict[str, object]:
-        """For the report."""
+        """The counts for the report."""
         restarts = sorted(self.restarts_s)
         return {
             "kills": len(restarts) + self.num_killed_starting,
@@ -110,7 +110,7 @@ class Torture:
         self.restarts_s.append(time.monotonic() - began)
 
     def _kill_while_it_starts(self) -> None:
-        """A crash during recovery is a crash like any other."""
+        """Kills the daemon while it starts: a crash during recovery must be harmless too."""
         starting = threading.Thread(target=self._start_in_vain)
         starting.start()
         time.sleep(self.random.uniform(0.2, 0.6))
@@ -125,7 +125,7 @@ class Torture:
             assert "Traceback" not in "".join(self.daemon.log[-20:])
 
     def _guarded(self, work: Callable[..., None], *arguments: object) -> None:
-        """Runs a worker until its daemon is killed; any other end is kept for the test."""
+        """Runs a worker until its daemon is killed; keeps any other error for the test."""
         try:
             work(*arguments)
         except (grpc.RpcError, Unavailable) as error:
@@ -142,7 +142,7 @@ class Torture:
 
 
 def torture(daemon: Any, seed: int, kills: int, life_s_max: float) -> dict[str, object]:
-    """Kills a daemon so many times; what must hold was checked each time."""
+    """Kills a daemon a number of times, and checks all promises each time."""
     run = Torture(daemon, seed, life_s_max)
     try:
         while len(run.restarts_s) + run.num_killed_starting < kills:

@@ -1,4 +1,4 @@
-"""Thousands of wrong messages: only typed statuses, the same process afterwards, nothing left behind, no traceback in its log.
+"""Thousands of malformed messages: each gets a typed status, the daemon survives, leaks nothing, and logs no traceback.
 
 python -m pytest tests/torture/test_malformed.py -m slow
 """
@@ -45,7 +45,7 @@ QUIET_S = 15
 
 
 class Victim:
-    """A daemon that holds something precious while it is tortured, and is looked over before and after."""
+    """A daemon that holds known data while it gets malformed messages, and that is checked before and after."""
 
     def __init__(self, daemon: DaemonProcess) -> None:
         self.daemon = daemon
@@ -57,10 +57,10 @@ class Victim:
         self._versions, self._round = [0] * 4, 0
         self._keeper = RemoteStore(daemon.target, plane=Plane.STREAM)
         self._keeper.create_bank(spec_of("precious", self._layout, 1, len(self._versions)))
-        self._keeper.open_for_writing("precious")  # Nobody else may write, restore or delete it from now on.
+        self._keeper.open_for_writing("precious")  # No other caller may write, restore or delete the bank from now on.
 
     def remake_banks(self) -> None:
-        """The banks that are fair game."""
+        """Deletes and recreates the banks that the malformed messages may change."""
         for bank in "bc":
             with contextlib.suppress(grpc.RpcError):
                 self.client.create(bank)
@@ -75,7 +75,7 @@ class Victim:
         }
 
     def check(self) -> None:
-        """Alive, as it was, without a traceback; what was precious is; a normal push and fetch go through."""
+        """Checks that the process is the same, its log has no traceback, the known data is intact, and a push and a fetch work."""
         assert self._process.is_running()
         assert self.daemon.pid == self._pid
         health = health_pb2_grpc.HealthStub(self.client.channel).Check(health_pb2.HealthCheckRequest(), timeout=CALL_S)
@@ -91,7 +91,7 @@ class Victim:
         self.check_log()
 
     def check_log(self) -> None:
-        """No fault of the daemon's own was logged."""
+        """Checks that the daemon logged no bug of its own."""
         log = "".join(self.daemon.log[self.log_start :])
         assert "Traceback" not in log, log[max(0, log.index("Traceback") - 300) :][:3000]
 
@@ -125,7 +125,7 @@ class Victim:
 
 @pytest.fixture(scope="module")
 def shared_victim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Victim]:
-    """One for all tests of this file, as a daemon has many callers in its life."""
+    """One daemon for all tests of this file, as a real daemon serves many callers."""
     daemon = DaemonProcess(tmp_path_factory.mktemp("victim") / "store", dram_bytes="24MiB").start()
     victim = Victim(daemon)
     yield victim
@@ -135,13 +135,13 @@ def shared_victim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Victim]:
 
 @pytest.fixture
 def victim(shared_victim: Victim) -> Victim:
-    """With its log read up to now: a test answers for what it caused itself."""
+    """The shared daemon. Its log is read up to now, so that a test sees only the lines that it caused."""
     shared_victim.log_start = len(shared_victim.daemon.log)
     return shared_victim
 
 
 def attempt(channel: grpc.Channel, method: Method, requests: list[bytes], **options: Any) -> str:
-    """Makes one call and judges its end. Returns its status's name."""
+    """Makes one call and checks its status; returns the name of the status."""
     try:
         if method.client_streams:
             call = channel.stream_stream(method.path)(iter(requests), timeout=CALL_S, **options)
@@ -159,7 +159,7 @@ def attempt(channel: grpc.Channel, method: Method, requests: list[bytes], **opti
 
 
 def _judge(method: Method, requests: list[bytes], error: Any) -> None:
-    """A typed status, whose name and number agree; or gRPC's own, for a message that is too long."""
+    """Checks that a status is typed, with matching name and number, or gRPC's own status for a message that is too long."""
     what = f"{method.path}: {error.code()} {error.details()!r} for {[message_of(method.request, each) for each in requests]}"
     kind = dict(error.trailing_metadata() or ()).get(ERROR_KEY)
     if kind is None:
@@ -172,7 +172,7 @@ def _judge(method: Method, requests: list[bytes], error: Any) -> None:
 
 
 def _judge_response(method: Method, response: bytes) -> None:
-    """Errors inside streams are typed too."""
+    """Checks that errors inside streams are typed too."""
     if method.path.endswith("PushExperts"):
         error = expert_pb2.PushExpertsResponse.FromString(response).outcome.error
     elif method.path.endswith("FetchExperts"):
@@ -184,7 +184,7 @@ def _judge_response(method: Method, response: bytes) -> None:
 
 
 def torture(victim: Victim, seed: int, num_messages: int) -> Counter[str]:
-    """Sends so many, from several threads over connections of their own. Returns the statuses, counted."""
+    """Sends a number of messages from several threads, each with its own connection. Returns the count of each status."""
     statuses: Counter[str] = Counter()
     lock = threading.Lock()
 
@@ -208,7 +208,7 @@ def torture(victim: Victim, seed: int, num_messages: int) -> Counter[str]:
 
 
 def torture_and_compare(victim: Victim, seed: int, num_messages: int) -> None:
-    """Nothing is left behind that was not there after a warm-up."""
+    """Checks that the daemon has the same descriptors and threads as after a warm-up."""
     victim.remake_banks()
     torture(victim, seed, num_messages // 4)
     before = victim.vitals()
@@ -219,7 +219,7 @@ def torture_and_compare(victim: Victim, seed: int, num_messages: int) -> None:
     after = victim.vitals()
     assert after["descriptors"] <= before["descriptors"], (before, after)
     assert after["threads"] <= before["threads"] + 4, (before, after)
-    assert len({status.split()[1] for status in statuses}) >= 5  # Not all died of the same fault.
+    assert len({status.split()[1] for status in statuses}) >= 5  # Not all failed for the same reason.
 
 
 @pytest.mark.timeout(120)
@@ -286,7 +286,7 @@ def test_noise_on_the_port_does_no_harm(victim: Victim, seed: int) -> None:
 
 
 def open_session(victim: Victim) -> tuple[socket.socket, Welcome]:
-    """A session of the local plane; the descriptors that come with it are closed at once."""
+    """Opens a session of the local plane, and closes the descriptors that come with it."""
     plane = local_pb2_grpc.LocalServiceStub(victim.client.channel).GetLocalPlane(local_pb2.GetLocalPlaneRequest(), timeout=CALL_S)
     if not plane.socket:
         pytest.skip("this daemon has no local plane")
@@ -320,7 +320,7 @@ def some_packet(chosen: random.Random) -> bytes:
 
 
 def some_descriptors(chosen: random.Random) -> list[int]:
-    """What is no staging memory: none, not a memfd, one without seals, too many."""
+    """Descriptors that are no staging memory: none, no memfd, a memfd without seals, too many."""
     match chosen.randrange(5):
         case 0:
             return [os.open("/dev/zero", os.O_RDWR)]
@@ -339,7 +339,7 @@ def test_wrong_packets_end_at_most_their_own_session(victim: Victim, seed: int) 
     before = victim.vitals()
     for _ in range(300):
         connection, _ = open_session(victim)
-        with connection, contextlib.suppress(OSError):  # It hangs up on nonsense.
+        with connection, contextlib.suppress(OSError):  # The daemon closes the connection after a malformed packet.
             for _ in range(chosen.randint(1, 4)):
                 descriptors = some_descriptors(chosen)
                 ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []

@@ -1,4 +1,4 @@
-"""The real engine against a dict, under any sequence of operations that Hypothesis can think of.
+"""The real engine is compared with a dict, under random sequences of operations that Hypothesis makes.
 
 python -m pytest tests/torture/test_model.py -m slow
 """
@@ -29,25 +29,25 @@ from tests.torture.workload import ram_directory, small_files
 NAMES = st.sampled_from(["a", "b", "c"])
 EXPERTS = st.sets(st.integers(0, 5), min_size=1, max_size=4)
 DURABILITIES = st.sampled_from([expert_pb2.DURABLE, expert_pb2.MEMORY])
-ANY = st.integers(0, 11)  # Chooses among what there is.
-DRAM_BYTES = 64 << 10  # Five small records or so: less than the banks.
+ANY = st.integers(0, 11)  # Chooses one of the existing things by index.
+DRAM_BYTES = 64 << 10  # About five small records: fewer than the banks hold.
 
 
 @dataclass(frozen=True, kw_only=True)
 class Value:
-    """What an expert is. `origin` names the push that made its bytes, across forks and restores; 0 is the seed."""
+    """The state of an expert. `origin` names the push that made its bytes, also across forks and restores; 0 is the seed."""
 
     body: bytes
     version: int
     origin: int = 0
-    push: tuple[int, int] | None = None  # Its number and the version it started from; a restored or forked value has none.
+    push: tuple[int, int] | None = None  # The push number and base version; None for a restored or forked value.
 
 
 @dataclass(kw_only=True)
 class ModelBank:
     spec: BankSpec
     num_experts: int
-    records: dict[int, list[Value]] = field(default_factory=dict)  # The durable one, then those that a crash may lose.
+    records: dict[int, list[Value]] = field(default_factory=dict)  # The durable value, then those that a crash may lose.
 
     @property
     def layout(self) -> Layout:
@@ -64,7 +64,7 @@ class ModelBank:
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """One store and its model."""
+    """A store and its model. Above 250 lines, because Hypothesis wants all rules of a state machine in one class."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -186,7 +186,7 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.banks)
     @rule(which=ANY, other=ANY, durability=DURABILITIES)
     def two_pushes_of_one_expert_at_once(self, which: int, other: int, durability: int) -> None:
-        """The second of the same stream is refused or comes after the first, never lost in between."""
+        """The second push of the stream is refused, or committed after the first. It is never lost."""
         bank = self._bank(which)
         expert = other % bank.num_experts
         base, numbers = bank.value(expert), [next(self.numbers), next(self.numbers)]
@@ -250,7 +250,7 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.banks)
     @rule(which=ANY, known=st.sets(st.integers(0, 5)))
     def fetch_what_is_not_known(self, which: int, known: set[int]) -> None:
-        """Parameters only, with known versions for some; those of others are out of date."""
+        """Fetches parameters only. Some known versions are current, others outdated."""
         bank = self._bank(which)
         versions = [bank.value(expert).version + (expert not in known) for expert in range(bank.num_experts)]
         got = self.run(self._fetch_parameters(bank, versions))
@@ -276,7 +276,7 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.banks)
     @rule(which=ANY, experts=EXPERTS, cancel=st.booleans())
     def prefetch(self, which: int, experts: set[int], cancel: bool) -> None:
-        """Left to itself: it may or may not have come by the next operation."""
+        """Queues a prefetch, which may or may not have ended by the next operation."""
         bank = self._bank(which)
         present = self.engine.catalog.bank(bank.spec.name)
         wanted = sorted(expert for expert in experts if expert < bank.num_experts)
@@ -292,7 +292,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule()
     def settle(self) -> None:
-        """What was acknowledged in memory reaches the disk."""
+        """Writes back what was acknowledged in memory."""
         self.run(self.engine.promotions.drain())
         self.run(write_back(self.engine))
         for bank in self.banks.values():
@@ -309,7 +309,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule()
     def crash(self) -> None:
-        """Killed and started again; what was acknowledged in memory only may be older now."""
+        """Kills and restarts the store. An expert acknowledged in memory only may have an older state now."""
         before, self.directory = self.directory, self.root / f"store{next(self.numbers)}"
         self.threads.copy(before, self.directory)
         self.run(self.engine.close())
@@ -339,7 +339,7 @@ class StoreMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if hasattr(self, "engine"):
             try:
-                if sys.exc_info()[0] is None:  # Else a rule failed, and says more.
+                if sys.exc_info()[0] is None:  # Otherwise a rule has failed, and its error says more.
                     self._compare_all()
             finally:
                 self.run(self.engine.close())
@@ -348,7 +348,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.stack.close()
 
     def _compare_all(self) -> None:
-        """Every expert of every bank and snapshot; no pins, no slots beyond."""
+        """Compares every expert of every bank and snapshot; checks that no other pin or slot is left."""
         for name, bank in self.banks.items():
             got = self.run(fetch(self.engine, name, range(bank.num_experts)))
             assert got == {expert: (bank.value(expert).version, bank.value(expert).body) for expert in range(bank.num_experts)}
@@ -364,7 +364,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert self.engine.snapshot_stats().dram.pinned_bytes == 0
 
     def _compare_slots(self) -> None:
-        """Used is what banks and snapshots refer to, each record once."""
+        """Checks that the used bytes are those of the slots that banks and snapshots refer to, each counted once."""
         values = [(bank.layout, value) for bank in self.banks.values() for value in bank.values().values()]
         for contents in self.snapshots.values():
             values += [(self.banks[name].layout, value) for name, (_, kept) in contents.items() for value in kept.values()]
@@ -372,7 +372,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert self.engine.snapshot_stats().nvme.used_bytes == sum(live.values())
 
     def _take_over(self, name: str, values: dict[int, Value]) -> None:
-        """A restore's or fork's values, under new versions."""
+        """Copies the values of a restore or fork, under new versions."""
         bank, before = self.banks[name], self.newest
         for expert, value in values.items():
             version = self.engine.catalog.bank(name).record(expert).version

@@ -1,4 +1,4 @@
-"""Power loss at any moment, with any part of what was not synced: what was acknowledged as durable is there, whole; nothing is invented.
+"""Power loss at any moment, with any part of the unsynced writes lost: all durable records survive whole, and nothing is invented.
 
 python -m pytest tests/torture/test_power_loss.py -m slow --results tests/bench/results
 """
@@ -23,11 +23,11 @@ from tests.torture.workload import Workload
 
 pytestmark = pytest.mark.usefixtures("with_small_files")
 
-DRAM_BYTES = 160 << 10  # A dozen records: fewer than there are.
+DRAM_BYTES = 160 << 10  # A dozen records: fewer than the store holds.
 
 
 async def record(root: Path, rng: random.Random, *, num_rounds: int, lying: tuple[str, ...] = ()) -> tuple[Recorder, Ledger]:
-    """What a store goes through in so many rounds, from its first file to an orderly end."""
+    """Records the life of a store over a number of rounds, from its first file to an orderly end."""
     root.mkdir()
     with Recorder(root, lying=lying) as recorder:
         ledger = Ledger(recorder.tick)
@@ -40,7 +40,7 @@ async def record(root: Path, rng: random.Random, *, num_rounds: int, lying: tupl
 
 
 async def check(directory: Path, ledger: Ledger, moment: float, damaged: Forgive | None = None) -> int:
-    """Starts on what survived, and compares; returns how many experts were refused as damaged."""
+    """Opens the surviving files and compares them with the ledger; returns how many experts were refused as damaged."""
     with held(directory):
         try:
             engine = await Engine.open(directory, DRAM_BYTES)
@@ -53,7 +53,7 @@ async def check(directory: Path, ledger: Ledger, moment: float, damaged: Forgive
 
 
 def moments(ledger: Ledger, recorder: Recorder, rng: random.Random, count: int) -> list[float]:
-    """Any moment, and as often one at which something was just acknowledged."""
+    """Random moments; half of them are moments just after an acknowledgement."""
     acknowledged = [value.acknowledged for bank in ledger.banks for history in bank.values.values() for value in history]
     acknowledged += [each for bank in ledger.banks for each in (bank.acknowledged, bank.deleted, *(size[2] for size in bank.sizes))]
     acknowledged += [each for snapshot in ledger.snapshots for each in (snapshot.acknowledged, snapshot.deleted)]
@@ -66,7 +66,7 @@ def draw(rng: random.Random) -> Choice:
 
 
 async def crash(recorder: Recorder, ledger: Ledger, directory: Path, moment: float, rng: random.Random) -> int:
-    """Power is lost; sometimes again while the store starts anew. Returns how many experts a rebuild could not bring back."""
+    """Simulates a power loss, sometimes another one during the next start. Returns how many experts a rebuild could not bring back."""
     survivors = recorder.survivors(moment, draw(rng))
     materialise(survivors, directory / "first")
     if rng.random() < 0.3:
@@ -82,13 +82,13 @@ async def crash(recorder: Recorder, ledger: Ledger, directory: Path, moment: flo
 
 
 async def check_rebuilt(directory: Path, ledger: Ledger, moment: float) -> int:
-    """The index is lost as well: what is rebuilt keeps the same promise, but for experts that it says are lost; returns how many."""
+    """Loses the index as well, and rebuilds it. All promises hold except for experts that the rebuild reports as lost; returns how many."""
     for path in directory.glob("index.sqlite*"):
         path.unlink()
     with held(directory):
         rebuilt = await asyncio.to_thread(rebuild, directory)
     # Known, and counted: an expert's first write, cut off, makes it refused instead of giving its initial value back (see the test below).
-    num_lost = sum("lost; fetches say so" in line for line in rebuilt.damage)
+    num_lost = sum("lost; fetches raise" in line for line in rebuilt.damage)
     num_refused = await check(directory, ledger, moment, damaged=is_first_write)
     assert num_refused <= num_lost, rebuilt.damage
     return num_refused
@@ -151,7 +151,7 @@ def test_a_power_loss_during_the_first_start_leaves_a_directory_that_starts(ram_
 
 
 def test_a_first_write_that_was_cut_off_is_refused_and_reported_when_the_index_is_lost_too(ram_path):
-    """It cannot be told from an acknowledged record that rotted: to go back to the initial value could hide a loss."""
+    """Such a write looks like an acknowledged record that was damaged later. To go back to the initial value could hide a loss."""
 
     async def scenario():
         (ram_path / "store").mkdir()
@@ -189,7 +189,7 @@ def test_what_was_acknowledged_survives_thousands_of_power_losses(ram_path, seed
         "workloads": num_workloads,
         "power losses, each also with the index lost and rebuilt": num_workloads * num_crashes,
         "recorded events (writes, syncs, names; their begin and end)": num_events,
-        "promises broken by a start on what survived": 0,  # The first would have ended this.
+        "promises broken by a start on what survived": 0,  # The first one would have ended the test.
         "experts refused as damaged, and reported, after a rebuild without the index": num_refused,
     }
     report("power_loss", command, counts)

@@ -1,4 +1,4 @@
-"""A run that never has peace, restarts of its daemon (kill -9 too), cut connections, a slow disk, ends bit-equal to the undisturbed one.
+"""A run with constant disturbances (restarts and kill -9 of its daemon, cut connections, a slow disk) ends bit-equal to an undisturbed one.
 
 python -m pytest tests/torture/test_soak.py -m slow --results tests/bench/results          # 20 minutes
 """
@@ -39,7 +39,7 @@ PPO = PPOConfig(num_envs=4, rollout_steps=4, epochs=2, minibatch_segments=2)
 
 
 class Trouble:
-    """What befalls a run after its first update, in a thread of its own; at the end the run is asked to stop, as by Ctrl-C."""
+    """Disturbs a run after its first update, from a thread of its own. At the end it asks the run to stop, as Ctrl-C does."""
 
     def __init__(self, run_dir: Path, daemon: DaemonProcess, proxy: LossyProxy, seed: int, duration_s: float) -> None:
         self.counts: Counter[str] = Counter()
@@ -93,7 +93,7 @@ class Trouble:
 
 @contextmanager
 def stopped_after(update: int) -> Iterator[None]:
-    """Ctrl-C comes in this update of a run."""
+    """Makes Ctrl-C arrive in a given update of a run."""
     advance = Trainer._advance
 
     def advanced(trainer: Trainer) -> None:
@@ -107,12 +107,12 @@ def stopped_after(update: int) -> Iterator[None]:
 
 
 def soak(daemon: DaemonProcess, tmp_path: Path, seed: int, duration_s: float, *, plane: str, steps_per_game: int) -> dict[str, object]:
-    """Runs in trouble, then the same in peace; returns what happened."""
+    """Runs once with disturbances and once without; returns what happened."""
 
     def config(run_dir: Path, target: str) -> RunConfig:
         return RunConfig(
             run_dir=run_dir,
-            games=GAMES * 10_000,  # More than there is time for.
+            games=GAMES * 10_000,  # More updates than the time allows.
             agent=AGENT,
             ppo=PPO,
             steps_per_game=steps_per_game,
@@ -162,7 +162,7 @@ def soak(daemon: DaemonProcess, tmp_path: Path, seed: int, duration_s: float, *,
 
 @pytest.fixture
 def daemon(start_daemon: Any) -> DaemonProcess:
-    """Its disk is slow, and its DRAM holds a part of the experts."""
+    """A daemon with a slow disk, whose DRAM tier holds only some of the experts."""
     return start_daemon(dram_bytes="112KiB", command=(sys.executable, "-m", "tests.torture.slow_disk", str(DISK_S)))
 
 

@@ -1,4 +1,4 @@
-"""A random trainer, or several, on a real engine; everything it begins and is told goes into a ledger of promises."""
+"""Random trainers on a real engine. Everything that they begin, and every acknowledgement, goes into a ledger of promises."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SNAPSHOTS_MAX = 3
 
 @contextmanager
 def small_files() -> Iterator[None]:
-    """SMALL_FILES are in force inside."""
+    """Applies SMALL_FILES inside the context."""
     with ExitStack() as stack:
         for (module, name), value in SMALL_FILES.items():
             stack.enter_context(mock.patch.object(module, name, value))
@@ -41,23 +41,23 @@ def small_files() -> Iterator[None]:
 
 @contextmanager
 def ram_directory() -> Iterator[Path]:
-    """A directory in memory where there is one: these tests sync thousands of files, and lose power only in their own way."""
+    """A directory in memory, if the machine has one: these tests sync thousands of files, and simulate power loss themselves."""
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(prefix="ooc-moe-", dir=memory if os.access(memory, os.W_OK) else None) as directory:
         yield Path(directory)
 
 
 class Workload:
-    """Draws actions from `rng`; those of one round run at the same time, on different banks."""
+    """Draws random actions from `rng`. The actions of one round run concurrently, on different banks."""
 
     def __init__(self, engine: Engine, ledger: Ledger, rng: random.Random) -> None:
         self.engine, self.ledger, self.rng = engine, ledger, rng
-        self._free: set[BankPromise] = set()  # No action of this round has them.
-        self._taken: set[str] = set()  # Names of deleted banks that one has.
+        self._free: set[BankPromise] = set()  # Banks that no action of this round uses.
+        self._taken: set[str] = set()  # Names of deleted banks that a new bank has taken.
         self._number = 0
 
     async def run(self, num_rounds: int) -> None:
-        """All rounds."""
+        """Runs all rounds."""
         for _ in range(num_rounds):
             self._free, self._taken = set(self.ledger.living()), set()
             actions = [self._draw() for _ in range(self.rng.choice((1, 1, 2, 3)))]
@@ -124,7 +124,7 @@ class Workload:
                 snapshot.deleted = min(snapshot.deleted, bank.deleted)
 
     async def push(self, bank: BankPromise) -> None:
-        """Several experts of one bank, each durable or in memory."""
+        """Pushes several experts of one bank, each durable or in memory."""
         experts = self.rng.sample(range(bank.num_experts), self.rng.randint(1, min(4, bank.num_experts)))
         sent: dict[int, tuple[Value, bool]] = {}
         async with writing(self.engine, bank.name) as writer:
@@ -212,7 +212,7 @@ class Workload:
         return {bank for bank in snapshot.contents if bank.delete_began == inf}
 
     def _name_of_the_dead(self) -> str:
-        """The name of a deleted bank that no other has, sometimes."""
+        """Sometimes the name of a deleted bank that no other bank has, else None."""
         taken = {bank.name for bank in self.ledger.banks if bank.deleted == inf}
         name = self.rng.choice(["", *sorted({bank.name for bank in self.ledger.banks} - taken - self._taken)])
         self._taken.add(name)

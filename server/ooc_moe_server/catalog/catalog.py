@@ -1,14 +1,14 @@
-"""What the store holds, in memory: banks, their current records, snapshots. The index (index.py) keeps the same on disk.
+"""The catalog: the banks, their current records and the snapshots, in memory. The index (index/database.py) keeps the same on disk.
 
-Everything here shows committed state, and what was acknowledged in memory (`Record.unsaved`); it is read and changed on the event loop
-alone. Knows nothing of bytes: a record is a slot, or the bank's seed.
+The catalog shows what is committed, and what was acknowledged in memory (`Record.unsaved`). It holds no bytes: a record refers to a slot,
+or to the bank's seed. Event loop only.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -20,7 +20,7 @@ from ooc_moe_wire.v1 import bank_pb2, snapshot_pb2, stats_pb2
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A place in the slab of its record size. Its bytes never change while anything refers to it."""
+    """A place in the slab of its record size. Its bytes do not change while a record, snapshot or reader refers to it."""
 
     record_bytes: int
     index: int
@@ -28,7 +28,7 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Seed:
-    """The initial value of an expert, made from its bank's seed."""
+    """The initial value of an expert, which is computed from the bank's seed."""
 
     bank_id: int
     expert: int
@@ -36,29 +36,29 @@ class Seed:
 
 @dataclass(frozen=True, slots=True)
 class Unsaved:
-    """A version that lies in DRAM only: pushed with Durability MEMORY, not yet written."""
+    """A version that lies in DRAM only: it was pushed with durability MEMORY and is not committed yet."""
 
     version: int
 
 
-# What an immutable record is made from, and so what names it in the DRAM tier: forks and restores share it.
+# Where the bytes of a record come from. The DRAM tier finds records by it; forks and restores share the source of the original.
 Source = Slot | Seed | Unsaved
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """The present state of one expert."""
+    """The current record of one expert, or one that a snapshot keeps."""
 
     version: int
-    slot: Slot | None  # None: the seeded value, or unsaved.
+    slot: Slot | None  # None for the seeded value, and while the record is unsaved.
     checksums: Checksums | None  # None for the seeded value.
-    writer_id: str = ""  # Who wrote it, by which push: what a repeat is recognised by.
+    writer_id: str = ""  # The writer and the number of its push, by which a repeated push is recognised.
     push_number: int = 0
-    unsaved: bool = False  # Acknowledged in memory; not in the index.
+    unsaved: bool = False  # Acknowledged in memory, and not in the index yet.
 
     @property
     def is_written(self) -> bool:
-        """Whether anybody ever pushed it."""
+        """Whether a push wrote it; False for the seeded value."""
         return self.slot is not None or self.unsaved
 
 
@@ -66,43 +66,47 @@ UNWRITTEN = Record(version=0, slot=None, checksums=None)
 
 
 class Lease(Protocol):
-    """What the catalog knows of an open writer."""
+    """The part of an open writer that the catalog knows."""
 
     writer_id: str
 
 
 class PushUnderWay(Protocol):
-    """What the catalog knows of a write on its way to the disk."""
+    """The part of a push under way that the catalog knows."""
 
     writer_id: str
     push_number: int
     outcome: asyncio.Future[int | OocMoeError]
-    durable: bool  # Of a version that is its outcome.
+
+    @property
+    def is_durable(self) -> bool:
+        """Whether the pushed record is committed, so that it survives a crash."""
+        ...
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Bank:
-    """A bank as it stands."""
+    """A bank in its present state."""
 
     id: int
     uuid: bytes
-    spec: BankSpec  # As created; `num_experts` below is the present one.
+    spec: BankSpec  # As it was created; the field `num_experts` below is the present number.
     num_experts: int
     created_unix_ms: int
     forked_from: str
-    revision: int = 0  # The index's sequence number when the bank last changed (made, grown, restored); a push is no change.
-    base_version: int = 1  # Headers of older versions than this never became current after the last restore.
+    revision: int = 0  # The index's sequence number when the bank was last created, grown or restored. Pushes do not count.
+    base_version: int = 1  # Of records with an older version, a rebuild takes only those of the manifest.
     records: dict[int, Record] = field(default_factory=dict)  # Experts without an entry are UNWRITTEN.
     num_written: int = 0
     newest_version: int = 0
     writer: Lease | None = None
-    pushing: dict[int, PushUnderWay] = field(default_factory=dict)  # Received, not yet committed or refused.
+    pushing: dict[int, PushUnderWay] = field(default_factory=dict)  # By expert: received, and without an outcome yet.
     deleted: bool = False
     access: stats_pb2.AccessStats = field(default_factory=stats_pb2.AccessStats)
 
     @property
     def name(self) -> str:
-        """Its name."""
+        """The name of the bank."""
         return self.spec.name
 
     @property
@@ -111,7 +115,7 @@ class Bank:
         return self.spec.layout
 
     def check(self, experts: Sequence[int]) -> None:
-        """Raises UnknownExpert for the first id outside the bank, UnknownBank once it is deleted: its slots are others' then."""
+        """Raises UnknownExpert for the first id outside the bank, and UnknownBank once the bank is deleted."""
         if self.deleted:
             raise UnknownBank(f"bank {self.name!r} was deleted")
         for expert in experts:
@@ -124,13 +128,13 @@ class Bank:
         return self.records.get(expert, UNWRITTEN)
 
     def source(self, expert: int, record: Record) -> Source:
-        """What the bytes of `record` are made from."""
+        """Where the bytes of `record` come from."""
         if record.unsaved:
             return Unsaved(record.version)
         return record.slot or Seed(self.id, expert)
 
     def put(self, expert: int, record: Record) -> Record:
-        """Makes `record` current; returns the one it replaces."""
+        """Makes `record` current; returns the record that it replaces."""
         old = self.records.get(expert, UNWRITTEN)
         self.records[expert] = record
         self.num_written += record.is_written - old.is_written
@@ -138,7 +142,7 @@ class Bank:
         return old
 
     def to_proto(self) -> bank_pb2.Bank:
-        """Its message."""
+        """The bank as a message."""
         return bank_pb2.Bank(
             spec=replace(self.spec, num_experts=self.num_experts).to_proto(),
             num_written=self.num_written,
@@ -160,17 +164,23 @@ class BankState:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Snapshot:
-    """A named state of banks, by bank id."""
+    """A snapshot: the states of its banks by bank id."""
 
     id: int
     name: str
     created_unix_ms: int
     banks: dict[int, BankState]
-    revision: int = 0  # As a bank's: it was taken, or lost a bank that was deleted.
+    revision: int = 0  # The index's sequence number when it was created, or when one of its banks was last deleted.
 
-    def slots(self, bank_id: int) -> list[Slot]:
-        """The slots its part of a bank refers to."""
-        return [record.slot for record in self.banks[bank_id].records.values() if record.slot]
+    def records(self) -> Iterator[tuple[int, int, Record]]:
+        """Yields the id of the bank, the expert and the record, for every record of every bank."""
+        for bank_id, state in self.banks.items():
+            for expert, record in state.records.items():
+                yield bank_id, expert, record
+
+    def slots(self) -> list[Slot]:
+        """The slots that the records refer to, one for each written record."""
+        return [record.slot for _, _, record in self.records() if record.slot]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -183,30 +193,30 @@ class Catalog:
     next_snapshot_id: int = 1
 
     def bank(self, name: str) -> Bank:
-        """Raises UnknownBank."""
+        """Returns a bank. Raises UnknownBank."""
         if name not in self.banks:
             raise UnknownBank(f"bank {name!r} does not exist")
         return self.banks[name]
 
     def snapshot(self, snapshot_id: int) -> Snapshot:
-        """Raises UnknownSnapshot."""
+        """Returns a snapshot. Raises UnknownSnapshot."""
         if snapshot_id not in self.snapshots:
             raise UnknownSnapshot(f"snapshot {snapshot_id} does not exist")
         return self.snapshots[snapshot_id]
 
     def bank_by_id(self, bank_id: int) -> Bank:
-        """The bank of an id that a snapshot names."""
+        """Returns the bank with an id, which must exist."""
         return next(bank for bank in self.banks.values() if bank.id == bank_id)
 
     def take_version(self) -> int:
-        """The next version of the store-wide sequence."""
+        """Takes the next version of the store-wide sequence."""
         version = self.next_version
         self.next_version += 1
         return version
 
     def snapshot_to_proto(self, snapshot: Snapshot) -> snapshot_pb2.Snapshot:
-        """Its message."""
-        slots = [slot for bank_id in snapshot.banks for slot in snapshot.slots(bank_id)]
+        """A snapshot as a message."""
+        slots = snapshot.slots()
         return snapshot_pb2.Snapshot(
             id=snapshot.id,
             name=snapshot.name,
@@ -218,5 +228,5 @@ class Catalog:
 
 
 def unix_ms() -> int:
-    """The time of day, for people."""
+    """The wall-clock time in milliseconds since 1970, to be shown to people."""
     return time.time_ns() // 1_000_000

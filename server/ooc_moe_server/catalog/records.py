@@ -1,6 +1,6 @@
-"""Rows of the index: records and banks as values, and the checksum that every row carries.
+"""Conversion of records and banks to the rows of the index and back, and the checksum that every row carries.
 
-Knows nothing of files and transactions.
+A row is a tuple of plain values, so that manifests can hold rows as JSON too.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from ooc_moe_wire.layout import BankSpec
 from ooc_moe_wire.v1 import bank_pb2
 
 Row = tuple[Any, ...]
-# expert, version, slab, slot, both checksums, writer id, push number; slot None: the seeded value under a newer version.
+# expert, version, slab, slot, parameter checksum, optimizer checksum, writer id, push number. Slot None: the seeded value, under a newer
+# version.
 RecordRow = tuple[int, int, int | None, int | None, int | None, int | None, str, int]
 
 
 def record_row(expert: int, record: Record) -> RecordRow:
-    """A record as a row, which files of JSON hold too."""
+    """A record as a row."""
     slab, slot = (record.slot.record_bytes, record.slot.index) if record.slot else (None, None)
     parameters = _signed(record.checksums.parameters) if record.checksums else None
     optimizer = _signed(record.checksums.optimizer) if record.checksums else None
@@ -29,7 +30,7 @@ def record_row(expert: int, record: Record) -> RecordRow:
 
 
 def record_of(row: Sequence[Any]) -> tuple[int, Record]:
-    """The expert and the record of a row."""
+    """Converts a row to its expert and its record."""
     expert, version, slab, slot, parameters, optimizer, writer_id, push_number = row
     return expert, Record(
         version=version,
@@ -57,7 +58,7 @@ def bank_row(bank: Bank) -> Row:
 
 
 def bank_of(row: Row) -> Bank:
-    """The bank of a row."""
+    """Converts a row to a bank, without records."""
     bank_id, uuid, _name, spec, num_experts, created_unix_ms, forked_from, revision, base_version = row
     return Bank(
         id=bank_id,
@@ -72,12 +73,15 @@ def bank_of(row: Row) -> Bank:
 
 
 def sealed(table: str, rows: Iterable[Row]) -> list[Row]:
-    """The rows, each with the checksum of its values."""
+    """The rows of a table, each with its checksum appended."""
     return [(*row, checksum(table, row)) for row in rows]
 
 
 def checksum(table: str, values: Row) -> int:
-    """xxh3 of the values as Python writes them in ASCII, which tells types and values apart, and of the table, as a signed word."""
+    """The checksum of a row, as a signed 64-bit word: the xxh3 of the table's name and Python's `ascii(values)`.
+
+    `ascii` writes values of different types differently: `ascii((1,))` and `ascii(("1",))` differ.
+    """
     return _signed(int(xxhash.xxh3_64_intdigest((table + ascii(values)).encode())))
 
 

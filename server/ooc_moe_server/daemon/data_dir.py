@@ -1,11 +1,13 @@
-"""The data directory: one daemon at a time, one format.
+"""The data directory of a daemon. One daemon uses it at a time.
 
-FORMAT        what the rest is written in
-LOCK          held while a daemon runs, or `rebuild` or `verify`
-daemon.json   who runs, and where it listens
-index.sqlite  what is committed (index.py)             COMMITTED   up to where (committed.py)
-slabs/        the records (nvme.py)                    RESERVE     room for a full disk (reserve.py)
-banks/  snapshots/  what exists, for a rebuild (manifests.py)
+FORMAT                the name of the format of all other files
+LOCK                  locked while a daemon, `rebuild` or `verify` runs
+daemon.json           the process id of the running daemon, and its addresses
+index.sqlite          what is committed (index/database.py)
+COMMITTED             how many commits the index must hold (index/commit_witness.py)
+slabs/                the records (nvme/slab.py)
+banks/, snapshots/    manifests, from which a rebuild makes a lost index anew (index/manifests.py)
+RESERVE               disk space for when the disk is full (nvme/reserve.py)
 """
 
 from __future__ import annotations
@@ -26,7 +28,11 @@ FORMAT = "ooc-moe store 2\n"
 
 @contextmanager
 def held(path: Path) -> Iterator[None]:
-    """Makes the directory if need be and holds it. Raises InvalidRequest when it is held, foreign, or cannot be used."""
+    """Locks the data directory; creates it if it does not exist.
+
+    Raises:
+        InvalidRequest: another daemon holds it, it is no store of this format, or it cannot be used.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = os.open(path / "LOCK", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -47,7 +53,7 @@ def held(path: Path) -> Iterator[None]:
 
 
 def announce(path: Path, addresses: Sequence[str]) -> None:
-    """Writes daemon.json in one step: the process id and the addresses that are bound."""
+    """Writes daemon.json in one step: the process id and the bound addresses."""
     temporary = path / "daemon.json.new"
     temporary.write_text(json.dumps({"pid": os.getpid(), "addresses": list(addresses)}))
     temporary.replace(path / "daemon.json")

@@ -1,6 +1,6 @@
-"""A daemon's life: starting -> ready -> draining -> stopped.
+"""The life of a daemon: starting -> ready -> draining -> stopped.
 
-Listens before it is ready, so that health can say so; drains before it stops, so that nothing under way is lost.
+The daemon listens before it is ready, so that health checks get NOT_SERVING. It drains before it stops, so that no call under way is lost.
 """
 
 from __future__ import annotations
@@ -24,37 +24,24 @@ from ooc_moe_server.engine.engine import Engine
 from ooc_moe_server.local.plane import LocalPlane
 from ooc_moe_server.rpc.interceptor import Guard
 from ooc_moe_server.rpc.local_fetches import LocalFetches
-from ooc_moe_server.rpc.services import BankService, ExpertService, LocalService, SnapshotService, StatsService
+from ooc_moe_server.rpc.services import (
+    SERVICE_NAMES,
+    BankService,
+    ExpertService,
+    LocalService,
+    SnapshotService,
+    StatsService,
+    add_to_server,
+)
 from ooc_moe_wire.allocator import keep_large_buffers
 from ooc_moe_wire.codec import MESSAGE_BYTES_MAX
 from ooc_moe_wire.errors import InvalidRequest, Unavailable
-from ooc_moe_wire.v1 import (
-    bank_pb2,
-    bank_pb2_grpc,
-    expert_pb2,
-    expert_pb2_grpc,
-    local_pb2,
-    local_pb2_grpc,
-    snapshot_pb2,
-    snapshot_pb2_grpc,
-    stats_pb2,
-    stats_pb2_grpc,
-)
+from ooc_moe_wire.v1 import stats_pb2
 
 log = logging.getLogger(__name__)
 
-SERVICES = tuple(
-    module.DESCRIPTOR.services_by_name[name].full_name
-    for module, name in (
-        (bank_pb2, "BankService"),
-        (expert_pb2, "ExpertService"),
-        (snapshot_pb2, "SnapshotService"),
-        (stats_pb2, "StatsService"),
-        (local_pb2, "LocalService"),
-    )
-)
 _OPTIONS = (
-    # Large frames and buffers, which made streams of 1 MiB messages faster.
+    # Large frames and buffers make streams of 1 MiB messages faster.
     ("grpc.http2.max_frame_size", (16 << 20) - 1),
     ("grpc.http2.lookahead_bytes", 64 << 20),
     ("grpc.http2.write_buffer_size", 64 << 20),
@@ -62,15 +49,15 @@ _OPTIONS = (
     ("grpc.experimental.tcp_max_read_chunk_size", 16 << 20),
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
-    ("grpc.so_reuseport", 0),  # Two daemons on one port would share its calls.
-    # A host that vanished closes no connection: these pings do, and with it end its streams, pins and leases.
+    ("grpc.so_reuseport", 0),  # Otherwise two daemons could bind one port, and would share its calls.
+    # A host that vanished closes no connection. These pings close it, which ends the streams, pins and leases of that host.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
 )
-# For answers already written to leave the process.
-_LAST_WORDS_S = 0.5
+# How long replies that were already written may take to leave the process.
+_LAST_REPLIES_S = 0.5
 
 
 class Daemon:
@@ -84,11 +71,11 @@ class Daemon:
         self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(interceptors=(self._guard,), options=_OPTIONS)
         self._experts = ExpertService(self._ready_engine, lambda: self._plane)
-        self._stats = StatsService(self._ready_engine, self._complete)
+        self._stats = StatsService(self._ready_engine, self._add_daemon_stats)
         self._stopping = asyncio.Event()
 
     async def run(self) -> None:
-        """Serves until SIGTERM or SIGINT. The data directory is held by the caller. Raises OocMoeError when it cannot start."""
+        """Serves until SIGTERM or SIGINT. The caller holds the data directory. Raises OocMoeError when the daemon cannot start."""
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._stopping.set)
         log.info("starting: data directory %s, DRAM %d bytes", self._config.data_dir, self._config.dram_bytes)
@@ -110,21 +97,20 @@ class Daemon:
             await self._stopping.wait()
             await self._drain()
         finally:
-            await self._server.stop(_LAST_WORDS_S)
+            await self._server.stop(_LAST_REPLIES_S)
             if self._plane:
                 self._plane.close()
         await self._engine.close()
         log.info("stopped")
 
     async def _listen(self) -> list[str]:
-        """Binds every address and answers health; returns the addresses with their real ports."""
-        bank_pb2_grpc.add_BankServiceServicer_to_server(BankService(self._ready_engine), self._server)
-        expert_pb2_grpc.add_ExpertServiceServicer_to_server(self._experts, self._server)
-        snapshot_pb2_grpc.add_SnapshotServiceServicer_to_server(SnapshotService(self._ready_engine), self._server)
-        stats_pb2_grpc.add_StatsServiceServicer_to_server(self._stats, self._server)
-        local_pb2_grpc.add_LocalServiceServicer_to_server(LocalService(lambda: self._plane), self._server)
+        """Binds every address and starts to serve health checks; returns the addresses with the ports that were bound."""
+        engine = self._ready_engine
+        add_to_server(
+            self._server, BankService(engine), self._experts, SnapshotService(engine), self._stats, LocalService(lambda: self._plane)
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        reflection.enable_server_reflection((*SERVICE_NAMES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         addresses = [_bind(self._server, address) for address in self._config.listen]
         await self._server.start()
@@ -132,7 +118,7 @@ class Daemon:
         return addresses
 
     async def _drain(self) -> None:
-        """Refuses new calls and lets those under way finish, for `grace_s`."""
+        """Refuses new calls, and waits up to `grace_s` for the calls under way."""
         self._guard.refusal = "the daemon is draining"
         await self._health.enter_graceful_shutdown()
         log.info("draining: %d calls under way", self._guard.num_open)
@@ -146,7 +132,7 @@ class Daemon:
             log.warning("%d calls did not finish within %g s", self._guard.num_open, self._config.grace_s)
 
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
-        for service in ("", *SERVICES):
+        for service in ("", *SERVICE_NAMES):
             await self._health.set(service, status)
 
     def _ready_engine(self) -> Engine:
@@ -154,7 +140,8 @@ class Daemon:
             raise Unavailable("the daemon is starting")
         return self._engine
 
-    def _complete(self, stats: stats_pb2.Stats) -> None:
+    def _add_daemon_stats(self, stats: stats_pb2.Stats) -> None:
+        """Adds the counters and facts that the engine does not know."""
         stats.version = version("ooc-moe")
         stats.data_dir = str(self._config.data_dir)
         stats.draining = self._stopping.is_set()
@@ -164,7 +151,7 @@ class Daemon:
 
 
 def run(config: ServerConfig) -> None:
-    """Runs a daemon to its end. Raises OocMoeError when it cannot start."""
+    """Runs a daemon until a signal stops it. Raises OocMoeError when it cannot start."""
     keep_large_buffers()
     with data_dir.held(config.data_dir):
         asyncio.run(_run(config))
@@ -175,7 +162,7 @@ async def _run(config: ServerConfig) -> None:
 
 
 def _bind(server: grpc.aio.Server, address: str) -> str:
-    """Binds an address and returns it with its real port. Raises InvalidRequest."""
+    """Binds an address and returns it with the port that was bound. Raises InvalidRequest."""
     if address.startswith("unix:"):
         _check_socket_path(Path(address.removeprefix("unix:")))
     else:
@@ -188,7 +175,7 @@ def _bind(server: grpc.aio.Server, address: str) -> str:
 
 
 def _check_port(address: str) -> None:
-    """Tries to bind, for a clear refusal: gRPC's own says less in more lines."""
+    """Binds and releases an address, to raise a clear InvalidRequest: gRPC's own error is longer, and does not name the reason."""
     host, port = split_address(address)
     try:
         family, kind, protocol, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
@@ -200,7 +187,7 @@ def _check_port(address: str) -> None:
 
 
 def _check_socket_path(path: Path) -> None:
-    """Refuses a path that is in use: gRPC would silently replace the socket of a living daemon."""
+    """Raises InvalidRequest for a path that is in use: gRPC would silently replace the socket of a running daemon."""
     if not path.parent.is_dir():
         raise InvalidRequest(f"listen: unix:{path}: the directory does not exist")
     if not path.exists():

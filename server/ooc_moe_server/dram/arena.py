@@ -1,8 +1,10 @@
-"""The memory of the DRAM tier: one memfd, allocated in full at the start, mapped once; and the generations of what lies in it.
+"""The memory of the DRAM tier: one memfd, allocated in full at the start and mapped once, and a second memfd with the generations.
 
-A memfd (rather than a bytearray) is page aligned, so that O_DIRECT reads land in it, and can be handed to another process: sealed, so that
-nobody else can ever map it for writing. A generation is a word per 4 KiB block, in a memfd of its own: odd while the record that begins
-there is not whole (see v1/local.proto). Knows nothing of records beyond where they begin.
+A memfd is page aligned, so that O_DIRECT can read into it, and it can be passed to another process. It is sealed, so that no other process
+can map it for writing.
+
+There is one generation, a 64-bit word, for each 4 KiB block of the arena. The generation of a record's first block is odd while the record
+may be incomplete, and even once it is complete (see v1/local.proto).
 """
 
 from __future__ import annotations
@@ -18,18 +20,18 @@ from ooc_moe_wire.errors import InvalidRequest, TierFull
 from ooc_moe_wire.layout import BLOCK_BYTES
 from ooc_moe_wire.local import F_SEAL_FUTURE_WRITE
 
-# Left to the operating system and to the daemon itself.
+# Memory that stays free for the operating system and for the daemon itself.
 HEADROOM_BYTES = 256 << 20
 
 
 class Arena:
-    """`num_bytes` of shared memory, every page present."""
+    """Shared memory of `num_bytes`, with all its pages allocated."""
 
     def __init__(self, num_bytes: int) -> None:
         """Allocates and touches the pages; takes about 0.3 s per GiB, so call it off the event loop.
 
         Raises:
-            TierFull: the kernel has not that many pages.
+            TierFull: the kernel does not have that many pages.
         """
         self.num_bytes = num_bytes
         try:
@@ -42,30 +44,30 @@ class Arena:
         np.frombuffer(words, dtype=np.uint64)[:] = 1
 
     def close(self) -> None:
-        """Closes the descriptors. The memory goes when nobody maps it any more."""
+        """Closes the descriptors. The kernel frees the memory when no process maps it any more."""
         os.close(self.fd)
         os.close(self.generations_fd)
 
     def view(self, start: int, size: int) -> memoryview:
-        """Writable bytes [start, start + size), no copy."""
+        """Returns the writable bytes [start, start + size), without a copy."""
         return self._view[start : start + size]
 
     def complete(self, start: int) -> None:
-        """The record that begins at `start` is whole."""
+        """Notes that the record at `start` is complete."""
         assert self.generation(start) % 2 == 1, "complete twice"
         self._generations[start // BLOCK_BYTES] += 1
 
     def spoil(self, start: int) -> None:
-        """The record that begins at `start`, whole or not, may be overwritten from now on."""
+        """Notes that the record at `start`, complete or not, may be overwritten from now on."""
         self._generations[start // BLOCK_BYTES] |= 1
 
     def generation(self, start: int) -> int:
-        """Of the record that begins at `start`."""
+        """The generation of the record at `start`."""
         return self._generations[start // BLOCK_BYTES]
 
 
 def _sealed_memory(name: str, num_bytes: int) -> tuple[int, mmap.mmap]:
-    """A memfd with all its pages, mapped here for writing and nowhere else, ever. Raises OSError."""
+    """Makes a memfd, allocates its pages, maps it for writing, and seals it so that no later mapping can write. Raises OSError."""
     fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.posix_fallocate(fd, 0, num_bytes)
@@ -78,7 +80,7 @@ def _sealed_memory(name: str, num_bytes: int) -> tuple[int, mmap.mmap]:
 
 
 def check_dram_bytes(num_bytes: int) -> None:
-    """Refuses a size that cannot work, before anything is touched: the kernel would grant it and kill us later.
+    """Refuses a size that does not fit, before memory is touched: the kernel would grant it, and kill the daemon later.
 
     Raises:
         InvalidRequest: not a positive multiple of 4 KiB, or more than the memory that is left; the message names both.
@@ -93,7 +95,7 @@ def check_dram_bytes(num_bytes: int) -> None:
 
 
 def available_bytes() -> int:
-    """Memory that can still be had: the kernel's estimate, or less where a control group limits us."""
+    """Memory that can still be allocated: the kernel's estimate, or less where a control group limits the daemon."""
     fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(fields["MemAvailable"].split()[0]) * 1024
     limit, used = _cgroup_number("memory.max"), _cgroup_number("memory.current")
@@ -101,7 +103,7 @@ def available_bytes() -> int:
 
 
 def _cgroup_number(name: str) -> int | None:
-    """A number of our own control group (version 2), or None where there is none or it says "max"."""
+    """Reads a number of the daemon's control group (version 2); None where there is none, or where it is "max"."""
     try:
         group = Path("/proc/self/cgroup").read_text().strip().rpartition(":")[2]
         return int((Path("/sys/fs/cgroup") / group.lstrip("/") / name).read_text())

@@ -1,7 +1,6 @@
-"""Who owns which bytes of the arena: a first-fit allocator over extents in address order.
+"""A first-fit allocator for the arena: extents in address order, each with an owner, or a hole.
 
-Free neighbours coalesce, so the extents always tile the whole space and no two holes touch. Pure bookkeeping: it holds no memory, and knows
-nothing of records or policies beyond the caller's word on which owners may be moved out.
+Neighbouring holes are joined. So the extents always cover the whole space, and no two holes touch. Holds no memory itself.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ Owner = TypeVar("Owner")
 
 @dataclass(slots=True, eq=False)
 class Extent(Generic[Owner]):
-    """A run of bytes; a hole when nobody owns it."""
+    """A range of bytes; a hole when it has no owner."""
 
     start: int
     size: int
@@ -24,12 +23,12 @@ class Extent(Generic[Owner]):
 
     @property
     def end(self) -> int:
-        """The first byte past it."""
+        """The first byte after the extent."""
         return self.start + self.size
 
 
 class Extents(Generic[Owner]):
-    """Divides `capacity` bytes."""
+    """The extents that divide `capacity` bytes."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -40,7 +39,7 @@ class Extents(Generic[Owner]):
         self._add(Extent(0, capacity, None))
 
     def __iter__(self) -> Iterator[Extent[Owner]]:
-        """All extents, holes too, in address order."""
+        """Yields all extents in address order, holes included."""
         start = 0
         while start < self.capacity:
             extent = self._by_start[start]
@@ -48,7 +47,7 @@ class Extents(Generic[Owner]):
             start = extent.end
 
     def allocate(self, size: int, owner: Owner) -> Extent[Owner] | None:
-        """Gives the front of the first hole that holds `size` bytes, or None when no hole does."""
+        """Allocates the front of the first hole that holds `size` bytes; returns None when no hole does."""
         if size > self.free_bytes:
             return None
         for start in self._holes:
@@ -61,7 +60,7 @@ class Extents(Generic[Owner]):
         return None
 
     def free(self, extent: Extent[Owner]) -> None:
-        """Turns an owned extent into a hole, joined with the holes beside it."""
+        """Turns an owned extent into a hole, and joins it with neighbouring holes."""
         assert self._by_start.get(extent.start) is extent, "freed twice"
         self._drop(extent)
         start, end = extent.start, extent.end
@@ -75,9 +74,10 @@ class Extents(Generic[Owner]):
         self._add(Extent(start, end - start, None))
 
     def window(self, victim: Extent[Owner], size: int, movable: Callable[[Owner], bool]) -> list[Extent[Owner]] | None:
-        """The owned extents to free so that a hole of `size` bytes opens around `victim`.
+        """Returns the owned extents to free so that a hole of `size` bytes opens around `victim`.
 
-        The window grows over neighbours, holes before owned ones, and stops at what is not movable; None when it cannot grow to `size`.
+        The window starts at `victim` and grows over its neighbours, holes first. It stops at owners that are not movable. Returns None when
+        it cannot grow to `size`.
         """
         assert victim.owner is not None
         first = last = victim

@@ -1,16 +1,16 @@
-"""The DRAM tier: immutable records in the arena, pinned while they are used, evicted by policy.
+"""The DRAM tier: immutable records in the arena. They are pinned while they are in use, and evicted by a policy.
 
-    reserve -> staging entry (pinned, nameless) -> publish -> resident under its source -> evicted, or discarded -> bytes free again
+    reserve -> staging entry (pinned, without a source) -> publish -> resident under its source -> evicted or discarded -> free bytes
 
-Filled by demand misses, prefetches and pushes alike, and served from. Who may evict whom:
+Demand misses, prefetches and pushes all fill this one tier. The rules of eviction:
 
-- what is pinned stays;
-- a demand or a push evicts anything else, in the policy's order;
-- speculation evicts nothing that was demanded lately: the records demanded last keep half of the arena. What prefetches brought and nobody
-  asked for may hold the other half; beyond that the oldest of it leaves first for the next prefetch, else the policy's order counts.
+- A pinned record stays.
+- A demand or a push may evict any other record, in the policy's order.
+- Speculation evicts no record that was demanded lately: the records demanded last are protected, up to half of the arena. Records that
+  prefetches brought and that no caller asked for yet may fill the other half. Beyond that, the next prefetch first evicts the oldest of
+  them; otherwise the policy's order applies.
 
-Lives on the event loop; other threads only ever touch the bytes of an entry that is pinned for them. Knows nothing of where records come
-from.
+Event loop only; other threads touch only the bytes of an entry that is pinned for them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ooc_moe_wire.v1 import stats_pb2
 
 
 class Entry:
-    """One record in the arena. `source` is None while it is being filled, and again once it was discarded."""
+    """One record in the arena. `source` is None while the entry is being filled, and again once it was evicted or discarded."""
 
     __slots__ = ("announced", "bank_id", "checksums", "extent", "pins", "record", "source", "wasted")
 
@@ -42,45 +42,45 @@ class Entry:
         self.source: Source | None = None
         self.bank_id = 0
         self.checksums: Checksums | None = None
-        self.announced = False  # Touched, and not yet taken: the two are one use.
-        self.wasted: Callable[[], None] | None = None  # Set: brought by a prefetch, not asked for since; called if it leaves so.
+        self.announced = False  # `touch` counted a use of this resident, so that the next `pin_resident` counts none.
+        self.wasted: Callable[[], None] | None = None  # Set while only a prefetch wanted the record; called if it leaves like that.
 
     @property
     def body(self) -> memoryview:
-        """The sections, without the header block."""
+        """The bytes of the sections, without the header block."""
         return self.record[BLOCK_BYTES:]
 
 
-class _Share:
-    """Residents that together hold a part of the arena, the oldest first."""
+class _AgeList:
+    """Some of the residents, the oldest first, and how many bytes they hold."""
 
     def __init__(self) -> None:
         self.num_bytes = 0
-        self.idle_bytes = 0  # Of these, unpinned.
+        self.idle_bytes = 0  # The part of `num_bytes` that is not pinned.
         self.entries: OrderedDict[Entry, None] = OrderedDict()
 
     def add(self, entry: Entry) -> None:
-        """Enters, or enters anew, as the newest."""
+        """Adds a resident as the newest one, or makes it the newest one."""
         self.drop(entry)
         self.entries[entry] = None
         self.num_bytes += entry.extent.size
         self.idle_bytes += entry.extent.size if entry.pins == 0 else 0
 
     def drop(self, entry: Entry) -> None:
-        """Leaves, if it is in here."""
+        """Removes a resident, if it is in the list."""
         if entry in self.entries:
             del self.entries[entry]
             self.num_bytes -= entry.extent.size
             self.idle_bytes -= entry.extent.size if entry.pins == 0 else 0
 
-    def idles(self, entry: Entry, sign: int) -> None:
-        """An entry, perhaps one in here, lost its last pin (+1) or got its first (-1)."""
+    def note_idle(self, entry: Entry, sign: int) -> None:
+        """Notes that an entry lost its last pin (`sign` +1) or got its first pin (-1); it need not be in the list."""
         if entry in self.entries:
             self.idle_bytes += sign * entry.extent.size
 
 
 class DramTier:
-    """Residents by source."""
+    """The residents by source, and the free space of the arena."""
 
     def __init__(self, arena: Arena, policy: EvictionPolicy[Source] | None = None) -> None:
         self._arena = arena
@@ -90,28 +90,28 @@ class DramTier:
         self._extents: Extents[Entry] = Extents(arena.num_bytes)
         self._residents: dict[Source, Entry] = {}
         self._pinned_bytes = 0
-        self._room = asyncio.Event()  # Set whenever a pin or an extent went away.
-        self._num_waiting = 0  # Demands and pushes that wait for it.
+        self._room = asyncio.Event()  # Set whenever a pin is released or bytes become free.
+        self._num_waiting = 0  # The number of demands and pushes that wait for room.
         self._half = arena.num_bytes // 2
-        self._protected = _Share()  # Demanded last: speculation evicts none of them.
-        self._unasked = _Share()  # Brought by prefetches, not asked for since.
+        self._protected = _AgeList()  # The residents demanded last. Speculation evicts none of them.
+        self._unasked = _AgeList()  # Residents that prefetches brought and that no caller asked for yet.
 
     @property
     def unpinned_bytes(self) -> int:
-        """Bytes that are free or could be freed, in however many pieces."""
+        """Bytes that are free or could be freed, not necessarily in one piece."""
         return self._extents.capacity - self._pinned_bytes
 
     @property
     def speculative_bytes(self) -> int:
-        """Bytes that are free or that speculation could free, in however many pieces."""
+        """Bytes that are free or that speculation could free, not necessarily in one piece."""
         return self.unpinned_bytes - self._protected.idle_bytes
 
     def holds(self, source: Source) -> bool:
-        """Whether it is resident; counts as no use."""
+        """Whether a source is resident. Counts as no use."""
         return source in self._residents
 
     def touch(self, source: Source) -> bool:
-        """Announces that it will be taken, so that it leaves later than others; False when it is not resident."""
+        """Counts a use of a resident ahead of `pin_resident`, so that it is evicted later. Returns False when it is not resident."""
         entry = self._residents.get(source)
         if entry is None:
             return False
@@ -119,8 +119,8 @@ class DramTier:
         entry.announced = True
         return True
 
-    def take(self, source: Source, *, demand: bool = True) -> Entry | None:
-        """The resident, pinned for the caller and counted as used, or None. `demand`: not for a prefetch."""
+    def pin_resident(self, source: Source, *, demand: bool = True) -> Entry | None:
+        """Pins a resident for the caller and counts the use; returns None when it is not resident. `demand`: false for speculation."""
         entry = self._residents.get(source)
         if entry is None:
             return None
@@ -128,13 +128,13 @@ class DramTier:
             self._policy.touch(source)
         entry.announced = False
         self.pin(entry)
-        self.asked(entry, demand=demand)
+        self.note_request(entry, demand=demand)
         self.stats.reads += 1
         self.stats.read_bytes += entry.extent.size
         return entry
 
-    def asked(self, entry: Entry, *, demand: bool) -> None:
-        """Somebody asked for a resident; protects it from speculation for a while if that was a demand."""
+    def note_request(self, entry: Entry, *, demand: bool) -> None:
+        """Notes that a caller asked for a resident. A demand protects it from speculation for a while."""
         self._unasked.drop(entry)
         if demand and entry.source is not None:
             self._protected.add(entry)
@@ -142,30 +142,30 @@ class DramTier:
                 self._protected.drop(next(iter(self._protected.entries)))
 
     def pin(self, entry: Entry) -> None:
-        """Forbids that its bytes are reused, once more."""
+        """Adds a pin to an entry: its bytes are not reused while it has any."""
         if entry.pins == 0:
             self._pinned_bytes += entry.extent.size
-            self._protected.idles(entry, -1)
-            self._unasked.idles(entry, -1)
+            self._protected.note_idle(entry, -1)
+            self._unasked.note_idle(entry, -1)
         entry.pins += 1
 
     def unpin(self, entry: Entry) -> None:
-        """Takes one pin back. A nameless entry's bytes are free with its last pin."""
+        """Releases one pin. The bytes of an entry without a source become free with its last pin."""
         assert entry.pins > 0
         entry.pins -= 1
         if entry.pins == 0:
             self._pinned_bytes -= entry.extent.size
-            self._protected.idles(entry, 1)
-            self._unasked.idles(entry, 1)
+            self._protected.note_idle(entry, 1)
+            self._unasked.note_idle(entry, 1)
             if entry.source is None:
                 self._free(entry)
             self._room.set()
 
     def reserve(self, num_bytes: int, *, speculative: bool = False) -> Entry:
-        """A staging entry of `num_bytes` with one pin, evicting what it must, and may.
+        """Returns a staging entry of `num_bytes` with one pin. Evicts residents to make room.
 
         Raises:
-            TierFull: pins leave no room; or for speculation: what was demanded lately leaves none, or others wait for it.
+            TierFull: pins leave no room. For speculation also: protected records leave none, or demands or pushes wait for room.
         """
         if speculative and self._num_waiting:
             raise TierFull(f"DRAM tier: {self._num_waiting} demands and pushes wait for room")
@@ -181,7 +181,7 @@ class DramTier:
         return entry
 
     async def reserve_soon(self, num_bytes: int, patience_s: float) -> Entry:
-        """As `reserve` for a demand or a push, but waits for pins to go. Raises TierFull after `patience_s`."""
+        """Reserves as `reserve` does for a demand or a push, but waits for pins to be released. Raises TierFull after `patience_s`."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + patience_s
         while True:
@@ -196,7 +196,7 @@ class DramTier:
                 async with asyncio.timeout_at(deadline):
                     await self._room.wait()
             except TimeoutError:
-                continue  # One last try, which raises.
+                continue  # Tries a last time, and raises if there is still no room.
             finally:
                 self._num_waiting -= 1
 
@@ -210,15 +210,15 @@ class DramTier:
         replaces: Source | None = None,
         wasted: Callable[[], None] | None = None,
     ) -> None:
-        """Makes a filled staging entry resident. Its pin stays the caller's.
+        """Makes a filled staging entry resident. The caller keeps its pin.
 
         Args:
             entry: The staging entry.
-            source: What it holds; not resident yet.
-            checksums: Of its sections.
-            bank_id: The bank it is counted under.
-            replaces: The source that it is a newer version of; if that is resident, it is discarded, and its place and its uses pass on.
-            wasted: Nobody has asked for it: a prefetch brought it. Called if it leaves before anybody does.
+            source: The source of the record; it must not be resident yet.
+            checksums: The checksums of its sections.
+            bank_id: The bank for which the record is counted.
+            replaces: The source of the older version. If that is resident, it is discarded, and the new one takes its place in the policy.
+            wasted: Given when only a prefetch wants the record. Called if the record leaves before a caller asks for it.
         """
         assert entry.source is None, "published twice"
         assert source not in self._residents
@@ -238,12 +238,12 @@ class DramTier:
             was_protected = older in self._protected.entries
             self._forget(older)
             if was_protected:
-                self.asked(entry, demand=True)
+                self.note_request(entry, demand=True)
         if wasted:
             self._unasked.add(entry)
 
     def rename(self, old: Source, new: Source) -> None:
-        """A resident, if it is one, goes by another name from now on: an unsaved version was written to a slot."""
+        """Changes the source of a resident, if it is one: an unsaved version was committed to a slot."""
         entry = self._residents.pop(old, None)
         if entry is not None:
             assert new not in self._residents
@@ -252,19 +252,19 @@ class DramTier:
             self._policy.rename(old, new)
 
     def discard(self, source: Source) -> None:
-        """Forgets a resident, if it is one; its bytes are free when its pins are gone."""
+        """Removes a resident, if it is one. Its bytes become free with its last pin."""
         entry = self._residents.pop(source, None)
         if entry is not None:
             self._policy.remove(source)
             self._forget(entry)
 
     def discard_seeds(self, bank_id: int) -> None:
-        """Forgets the seeded values of a bank that is gone."""
+        """Removes the seeded values of a deleted bank."""
         for source in [source for source in self._residents if isinstance(source, Seed) and source.bank_id == bank_id]:
             self.discard(source)
 
     def snapshot_stats(self) -> stats_pb2.TierStats:
-        """The counters, with the present occupancy."""
+        """Returns the counters, with the present occupancy."""
         self.stats.free_bytes = self._extents.free_bytes
         self.stats.used_bytes = self._extents.capacity - self._extents.free_bytes
         self.stats.pinned_bytes = self._pinned_bytes
@@ -272,7 +272,7 @@ class DramTier:
         return self.stats
 
     def _forget(self, entry: Entry) -> None:
-        """An entry is resident no longer; its bytes are free when its pins are gone."""
+        """Ends the residence of an entry. Its bytes become free with its last pin."""
         self.records_by_bank[entry.bank_id] -= 1
         self._protected.drop(entry)
         self._unasked.drop(entry)
@@ -288,7 +288,7 @@ class DramTier:
         self._extents.free(entry.extent)
 
     def _make_room(self, num_bytes: int, speculative: bool) -> None:
-        """Evicts the first window, in order of the residents it grows around, that `num_bytes` fit into."""
+        """Evicts the first window of neighbours that holds `num_bytes`, trying residents in the policy's order as its centre."""
 
         def movable(entry: Entry) -> bool:
             return entry.pins == 0 and not (speculative and entry in self._protected.entries)
@@ -307,17 +307,17 @@ class DramTier:
         )
 
     def _overdue(self, num_bytes: int) -> Iterator[Source]:
-        """What earlier prefetches brought in vain, the oldest first, when there would be too much of it."""
+        """The residents that no caller asked for, the oldest first, if `num_bytes` more of them would exceed half of the arena."""
         if self._unasked.num_bytes + num_bytes > self._half:
             yield from (entry.source for entry in self._unasked.entries if entry.source is not None)
 
     def _window(self, source: Source, num_bytes: int, movable: Callable[[Entry], bool]) -> list[Extent[Entry]] | None:
-        """The extents to free around a resident, or None when it, or too many beside it, must stay."""
+        """The extents to free around a resident, or None when the resident or too many of its neighbours must stay."""
         entry = self._residents[source]
         return self._extents.window(entry.extent, num_bytes, movable) if movable(entry) else None
 
     def _evict(self, window: list[Extent[Entry]], chosen: Source | None) -> None:
-        """Empties a window. Only what the policy chose is evicted in its eyes; what lay beside it, or nobody asked for, just goes."""
+        """Evicts all residents of a window. Tells the policy that `chosen` was evicted, and that the others were removed."""
         for extent in window:
             assert extent.owner is not None
             source = extent.owner.source

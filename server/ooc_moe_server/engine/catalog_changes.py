@@ -1,10 +1,11 @@
-"""Changes of what exists: banks made, grown, deleted, forked; snapshots taken, restored, deleted.
+"""Changes of banks and snapshots: create, grow, delete and fork a bank; create, restore and delete a snapshot.
 
-Each is one index transaction between two commit rounds, then its manifests, and only then shown in the catalog and acknowledged; it is
-carried to its end even when the caller hangs up. Bytes are never copied: records share slots.
+    one index transaction, between two commit rounds -> the manifests -> visible in the catalog, acknowledged
 
-The transaction decides. Manifests that cannot be written after it leave the change as it is, and the caller an error: they stay owed, and
-no other change that adds something begins before they are written.
+A change is carried to its end even when the caller hangs up. Bytes are never copied: records share slots.
+
+The transaction decides. If the manifests cannot be written after it, the change stands, and the caller gets an error. The manifests stay
+owed, and no other change that adds something begins before they are written.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from typing import Any, TypeVar
 from ooc_moe_server.catalog.catalog import UNWRITTEN, Bank, BankState, Catalog, Record, Snapshot, unix_ms
 from ooc_moe_server.dram.tier import DramTier
 from ooc_moe_server.engine.committer import Committer
-from ooc_moe_server.index.database import Index, Write
+from ooc_moe_server.index.database import Index
 from ooc_moe_server.index.manifests import Manifests
+from ooc_moe_server.index.tables import Write
 from ooc_moe_server.nvme.reserve import Reserve
 from ooc_moe_server.nvme.tier import NvmeTier
 from ooc_moe_wire.errors import BankExists, InvalidRequest, NotTheWriter, SnapshotExists, UnknownSnapshot
@@ -31,19 +33,24 @@ Result = TypeVar("Result")
 NAME_BYTES_MAX = 128
 
 
-class Changes:
-    """The calls of BankService and SnapshotService that change something."""
+class CatalogChanges:
+    """The calls of BankService and SnapshotService that change banks or snapshots, without gRPC."""
 
     def __init__(
         self, catalog: Catalog, committer: Committer, dram: DramTier, nvme: NvmeTier, *, manifests: Manifests, reserve: Reserve
     ) -> None:
         self._catalog, self._committer, self._dram, self._nvme = catalog, committer, dram, nvme
         self._manifests, self._reserve = manifests, reserve
-        self._released: list[Record] = []  # Of what was deleted, until no manifest names them.
+        self._released: list[Record] = []  # Deleted records, whose slots must stay until no manifest names them.
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def create_bank(self, spec: BankSpec) -> Bank:
-        """Makes a bank, or answers it when its spec is equal. Raises BankExists, InvalidRequest (a record larger than the DRAM tier)."""
+        """Creates a bank; returns the existing one when its spec is equal.
+
+        Raises:
+            BankExists: a bank of this name exists with another spec.
+            InvalidRequest: a record is larger than the DRAM tier.
+        """
         return await self._to_the_end(self._create_bank(spec))
 
     async def grow_bank(self, name: str, num_experts: int) -> Bank:
@@ -55,34 +62,38 @@ class Changes:
         await self._to_the_end(self._delete_bank(name))
 
     async def fork_bank(self, source: str, name: str, snapshot_id: int) -> Bank:
-        """Makes bank `name` from a snapshot of `source`, or from its present state (0). Raises BankExists, UnknownBank, UnknownSnapshot."""
+        """Creates bank `name` from a snapshot of `source`, or from its present state if `snapshot_id` is 0.
+
+        Raises:
+            BankExists, UnknownBank, UnknownSnapshot: the names or the id are wrong.
+        """
         return await self._to_the_end(self._fork_bank(source, name, snapshot_id))
 
     async def create_snapshot(self, names: Sequence[str], name: str) -> Snapshot:
-        """Takes the committed state of banks in one cut. Raises UnknownBank, SnapshotExists, InvalidRequest."""
+        """Takes a snapshot of the committed state of all these banks at one moment. Raises UnknownBank, SnapshotExists, InvalidRequest."""
         return await self._to_the_end(self._create_snapshot(names, name))
 
     async def restore_snapshot(self, snapshot_id: int, writer_id: str) -> Snapshot:
-        """Brings the banks of a snapshot back to it, under new versions. Raises UnknownSnapshot, NotTheWriter."""
+        """Restores the banks of a snapshot to their state in it, under new versions. Raises UnknownSnapshot, NotTheWriter."""
         return await self._to_the_end(self._restore_snapshot(snapshot_id, writer_id))
 
     async def delete_snapshot(self, snapshot_id: int) -> None:
-        """Raises UnknownSnapshot."""
+        """Removes a snapshot. Raises UnknownSnapshot."""
         await self._to_the_end(self._delete_snapshot(snapshot_id))
 
     async def drain(self) -> None:
-        """Returns when nothing is under way."""
+        """Returns when no change is under way."""
         while self._tasks:
             await asyncio.wait(self._tasks)
 
     async def _to_the_end(self, change: Coroutine[Any, Any, Result]) -> Result:
-        """Runs a change in a task of its own: index and catalog must not part when the caller leaves in between."""
-        task = asyncio.create_task(self._alone(change))
+        """Runs a change in a task of its own: a caller who leaves must not stop it between index and catalog."""
+        task = asyncio.create_task(self._exclusively(change))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return await asyncio.shield(task)
 
-    async def _alone(self, change: Coroutine[Any, Any, Result]) -> Result:
+    async def _exclusively(self, change: Coroutine[Any, Any, Result]) -> Result:
         async with self._committer.exclusive():
             return await change
 
@@ -91,7 +102,7 @@ class Changes:
             bank = self._catalog.banks[spec.name]
             if replace(bank.spec, num_experts=spec.num_experts) != spec:
                 raise BankExists(f"bank {spec.name!r} exists with another {_difference(bank.spec, spec)}")
-            await self._settle_what_is_owed()
+            await self._write_owed_manifests()
             return bank
         capacity = self._dram.stats.capacity_bytes
         if spec.layout.record_bytes > capacity:
@@ -111,7 +122,7 @@ class Changes:
                 bank.num_experts = num_experts
             log.info("bank %r grown to %d experts", name, num_experts)
         else:
-            await self._settle_what_is_owed()
+            await self._write_owed_manifests()
         return bank
 
     async def _delete_bank(self, name: str) -> None:
@@ -155,7 +166,7 @@ class Changes:
         taken = {snapshot.name: snapshot for snapshot in self._catalog.snapshots.values()}
         if name in taken:
             if set(taken[name].banks) == {bank.id for bank in banks}:
-                await self._settle_what_is_owed()
+                await self._write_owed_manifests()
                 return taken[name]
             raise SnapshotExists(f"snapshot {name!r} exists, of other banks")
         await self._committer.write_back(banks)
@@ -219,8 +230,8 @@ class Changes:
         return bank
 
     async def _add_to_index(self, work: Callable[[Index], Result]) -> Result:
-        """A transaction that takes room: refused while the reserve is in use, which is for those that cannot be refused."""
-        await self._settle_what_is_owed()
+        """Runs a transaction that needs disk space. Refused while the reserve is in use, which is kept for deletions."""
+        await self._write_owed_manifests()
 
         def add(index: Index) -> Result:
             self._reserve.require()
@@ -229,25 +240,26 @@ class Changes:
         return await self._committer.on_index(add)
 
     async def _remove_from_index(self, work: Callable[[Index], None]) -> None:
-        """A transaction that sets room free, and so works on a full disk."""
+        """Runs a transaction that frees disk space. It may use the reserve, and so works on a full disk."""
         await self._committer.on_index(lambda index: self._reserve.run(lambda: work(index)))
 
     async def _write_manifests(self, *, banks: Iterable[Bank] = (), snapshots: Iterable[Snapshot] = ()) -> None:
-        """Makes the files of what changed equal to the index. Raises TierFull, Internal: then they stay owed."""
+        """Makes the manifests of what changed equal to the index. Raises TierFull, Internal; they stay owed then."""
         for bank in banks:
             self._manifests.owe_bank(bank.uuid)
         for snapshot in snapshots:
             self._manifests.owe_snapshot(snapshot.id)
-        await self._settle_what_is_owed()
+        await self._write_owed_manifests()
 
-    async def _settle_what_is_owed(self) -> None:
+    async def _write_owed_manifests(self) -> None:
+        """Writes the owed manifests, if any, and then releases the slots of deleted records. Raises TierFull, Internal."""
         if self._manifests.is_owing:
-            await self._committer.on_index(lambda index: self._reserve.run(lambda: self._manifests.settle(index)))
+            await self._committer.on_index(lambda index: self._reserve.run(lambda: self._manifests.write_owed(index)))
         released, self._released = self._released, []
         self._let_go(released)
 
     def _release(self, records: Iterable[Record]) -> None:
-        """Lets go of what was deleted; not while a manifest still names it, for a rebuild would find other records in these slots."""
+        """Releases the slots of deleted records, but not while a manifest names them: a rebuild would find other records in these slots."""
         if self._manifests.is_owing:
             self._released += records
         else:
@@ -262,7 +274,7 @@ class Changes:
         return snapshot.banks[bank.id]
 
     def _renewed(self, record: Record) -> Record:
-        """The same bytes under a new version; no push is remembered, so that none is answered as a repeat."""
+        """The same bytes under a new version. Writer and push number are left out, so that no later push counts as a repeat."""
         return Record(version=self._catalog.take_version(), slot=record.slot, checksums=record.checksums)
 
     def _refuse_other_writer(self, bank: Bank, writer_id: str) -> None:

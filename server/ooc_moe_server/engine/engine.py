@@ -1,6 +1,7 @@
-"""The store itself, put together: catalog and index, DRAM and NVMe tiers, promotions, commits, changes. No gRPC.
+"""The store, put together from its parts: catalog, index, DRAM tier, NVMe tier, promotions, committer, changes. It has no gRPC.
 
-    fetch:  catalog -> DRAM, or promotions -> NVMe | seed -> DRAM        push:  pushes -> commits -> NVMe, index, catalog, DRAM
+    fetch:  catalog -> DRAM, or else promotion from NVMe or from the seed -> DRAM
+    push:   writer -> committer -> NVMe, index, catalog, DRAM
 
 All of it lives on one event loop. `Engine.open` reads the data directory; `close` leaves nothing unwritten.
 """
@@ -16,7 +17,7 @@ from pathlib import Path
 from ooc_moe_server.catalog.catalog import Bank
 from ooc_moe_server.dram.arena import Arena
 from ooc_moe_server.dram.tier import DramTier
-from ooc_moe_server.engine.catalog_changes import Changes
+from ooc_moe_server.engine.catalog_changes import CatalogChanges
 from ooc_moe_server.engine.committer import Committer
 from ooc_moe_server.engine.fetch import Fetch
 from ooc_moe_server.engine.promotions import Promotions
@@ -31,19 +32,19 @@ from ooc_moe_wire.v1 import expert_pb2, stats_pb2
 log = logging.getLogger(__name__)
 
 PAGE_EXPERTS_MAX = 1000
-# How long a call waits for pins to go before TierFull.
+# How long a call waits for pins to be released before it gets TierFull.
 PATIENCE_S = 2.0
 
 
 class Engine:
-    """Made by `open`."""
+    """An open store. Call `Engine.open` to make one."""
 
     def __init__(
         self,
         data_dir: Path,
         arena: Arena,
         files: StoreFiles,
-        index_thread: ThreadPoolExecutor,
+        index_executor: ThreadPoolExecutor,
         *,
         dram_policy: str,
         nvme_bytes: int | None,
@@ -55,10 +56,10 @@ class Engine:
         self.dram = DramTier(arena, make_policy(dram_policy))
         self.nvme = NvmeTier(data_dir / "slabs", catalog, on_free=self.dram.discard, quota_bytes=nvme_bytes)
         self.nvme.trim()
-        self.committer = Committer(catalog, index, index_thread, self.dram, self.nvme, self.stats, bank_bytes=bank_bytes)
+        self.committer = Committer(catalog, index, index_executor, self.dram, self.nvme, self.stats, bank_bytes=bank_bytes)
         self.promotions = Promotions(self.dram, self.nvme, self.stats, patience_s=patience_s)
-        self.changes = Changes(catalog, self.committer, self.dram, self.nvme, manifests=files.manifests, reserve=files.reserve)
-        self._index, self._index_thread, self._patience_s = index, index_thread, patience_s
+        self.changes = CatalogChanges(catalog, self.committer, self.dram, self.nvme, manifests=files.manifests, reserve=files.reserve)
+        self._index, self._index_executor, self._patience_s = index, index_executor, patience_s
 
     @staticmethod
     async def open(
@@ -72,20 +73,20 @@ class Engine:
     ) -> Engine:
         """Allocates the arena and reads the index. Raises TierFull (no memory) or CorruptRecord (the index is damaged)."""
         loop = asyncio.get_running_loop()
-        index_thread = ThreadPoolExecutor(1, thread_name_prefix="index")
+        index_executor = ThreadPoolExecutor(1, thread_name_prefix="index")
         arena = await loop.run_in_executor(None, Arena, dram_bytes)
-        files = await loop.run_in_executor(index_thread, open_files, data_dir)
+        files = await loop.run_in_executor(index_executor, open_files, data_dir)
         engine = Engine(
             data_dir,
             arena,
             files,
-            index_thread,
+            index_executor,
             dram_policy=dram_policy,
             nvme_bytes=nvme_bytes,
             bank_bytes=bank_bytes,
             patience_s=patience_s,
         )
-        await loop.run_in_executor(index_thread, files.reserve.take)
+        await loop.run_in_executor(index_executor, files.reserve.fill)
         log.info(
             "opened %d banks, %d snapshots; NVMe I/O is %s",
             len(engine.catalog.banks),
@@ -95,18 +96,22 @@ class Engine:
         return engine
 
     async def close(self) -> None:
-        """Carries pushes and changes under way to their end, writes back what is unsaved, then closes the files."""
+        """Finishes the pushes and changes under way, writes unsaved records back, then closes the files."""
         await self.promotions.drain()
         await self.changes.drain()
         await self.committer.drain()
         await self.nvme.drain()
-        await asyncio.get_running_loop().run_in_executor(self._index_thread, self._index.close)
-        self._index_thread.shutdown()
+        await asyncio.get_running_loop().run_in_executor(self._index_executor, self._index.close)
+        self._index_executor.shutdown()
         self.nvme.close()
         self.arena.close()
 
     def open_writer(self, bank: str, writer_id: str, scopes: Scopes, *, session: Staging | None = None) -> Writer:
-        """Takes the bank's lease for a stream of pushes, staged in `session` or not. Raises UnknownBank, NotTheWriter, InvalidRequest."""
+        """Acquires the bank's lease for a stream of pushes, which may be staged in `session`.
+
+        Raises:
+            UnknownBank, NotTheWriter, InvalidRequest: the writer cannot be opened.
+        """
         return Writer(
             self.catalog.bank(bank),
             writer_id,
@@ -121,7 +126,7 @@ class Engine:
     def fetch(
         self, bank: Bank, experts: Sequence[int], *, known_versions: Sequence[int], demand: bool, section_bytes: int, scopes: Scopes
     ) -> Fetch:
-        """A fetch, checked and ready to run. Raises UnknownExpert, InvalidRequest."""
+        """Checks a fetch and makes it ready to run. Raises UnknownExpert, InvalidRequest."""
         return Fetch(
             bank,
             experts,
@@ -137,7 +142,7 @@ class Engine:
     def prefetch(
         self, bank: Bank, experts: Sequence[int], *, deadline_s: float | None, priority: int = 0, scopes: Scopes
     ) -> list[expert_pb2.PrefetchState.ValueType]:
-        """Queues promotions and says at once what became of each. Raises UnknownExpert."""
+        """Queues promotions, and returns at once the state of each: resident, queued or rejected. Raises UnknownExpert."""
         bank.check(experts)
         scopes.count("prefetch_requested", len(experts))
         deadline = None if deadline_s is None else self.stats.clock() + deadline_s
@@ -157,7 +162,7 @@ class Engine:
         return expert_pb2.PREFETCH_REJECTED
 
     def list_experts(self, bank: Bank, start: int, page_size: int) -> expert_pb2.ListExpertsResponse:
-        """A page of the bank, by id. Raises InvalidRequest for a page of more than 1000."""
+        """Returns a page of the experts of a bank, by id. Raises InvalidRequest for a page of more than 1000."""
         if page_size > PAGE_EXPERTS_MAX:
             raise InvalidRequest(f"page_size: {page_size} is more than {PAGE_EXPERTS_MAX}")
         end = min(start + (page_size or PAGE_EXPERTS_MAX), bank.num_experts)
@@ -179,7 +184,7 @@ class Engine:
         )
 
     def snapshot_stats(self) -> stats_pb2.Stats:
-        """Every counter, as of now; the daemon adds what it alone knows."""
+        """Returns every counter, as of now. The daemon adds what only it knows."""
         banks = [
             stats_pb2.BankStats(
                 bank=bank.name,

@@ -1,7 +1,8 @@
-"""Serving experts: what a FetchExperts call does, without gRPC.
+"""One fetch of several experts. This is a FetchExperts call without gRPC.
 
-Experts come in the order that is fastest: unchanged ones, DRAM residents, then the others as they arrive. A fetch reads a few records ahead
-and holds pins only on those and on what it hands out, so that a call may be larger than the DRAM tier. Knows nothing of how bytes travel.
+Experts come in the fastest order: first the unchanged ones, then DRAM residents, then the others as they arrive from NVMe or from the seed.
+A fetch reads a few records ahead. It pins only those and the records that it hands out, so that a call may fetch more than the DRAM tier
+holds.
 """
 
 from __future__ import annotations
@@ -20,22 +21,23 @@ from ooc_moe_wire.codec import HOLDS_NONE
 from ooc_moe_wire.errors import CorruptRecord, InvalidRequest, TierFull
 from ooc_moe_wire.v1 import expert_pb2
 
-# Records that one call may have pinned or under way beyond those it hands out; more than are read at once, so that no disk waits for it.
+# Records that one call may have pinned or under way beyond those that it hands out. More than are read at once, so that the disk never
+# waits for the call.
 READ_AHEAD = 8
 _LATENCY = {expert_pb2.TIER_DRAM: "fetch_dram", expert_pb2.TIER_NVME: "fetch_nvme", expert_pb2.TIER_SEED: "fetch_seed"}
-# One that was resident: its expert, record and source.
+# The expert, record and source of a resident.
 _Resident = tuple[int, Record, Source]
-# How many records may be handed out now, at least one; it may wait.
+# Returns how many records may be handed out now, at least one. May wait for room first.
 Room = Callable[[], Awaitable[int]]
 
 
 @dataclass(slots=True)
 class Served:
-    """One expert of a fetch. `entry` is pinned; None when unchanged or damaged."""
+    """One expert of a fetch. `entry` is pinned; it is None when the expert is unchanged or damaged."""
 
     expert: int
     version: int
-    tier: expert_pb2.Tier.ValueType  # That held it when it was asked for.
+    tier: expert_pb2.Tier.ValueType  # The tier that held the record when it was asked for.
     began: float = 0.0
     entry: Entry | None = None
     error: CorruptRecord | TierFull | None = None
@@ -43,7 +45,7 @@ class Served:
 
 
 class Fetch:
-    """One call. `experts()` or `batches()` may be run once."""
+    """One call. Run either `experts()` or `batches()`, once."""
 
     def __init__(
         self,
@@ -66,18 +68,18 @@ class Fetch:
         bank.check(experts)
         self._bank, self._demand, self._section_bytes, self._scopes = bank, demand, section_bytes, scopes
         self._dram, self._promotions, self._stats = dram, promotions, stats
-        self._alone: set[int] = set()  # Experts that found no room, and are tried again when this call holds no other pin.
+        self._alone: set[int] = set()  # Experts that found no room. They are tried again when this call holds no other pin.
         self._known = dict(zip(experts, known_versions or [HOLDS_NONE] * len(experts), strict=True))
 
     async def experts(self) -> AsyncGenerator[Served, None]:
-        """Yields each expert once, pinned until the next is asked for; close it to drop what was not taken.
+        """Yields each expert once, pinned until the next is asked for. Close the generator to drop the rest.
 
         Raises:
             TierFull: pins left no room for too long.
         """
         async with contextlib.aclosing(self.batches(_one)) as batches:
             async for batch in batches:
-                for served in batch:  # With a pin it is alone.
+                for served in batch:  # Only unchanged experts, which have no pin, come several at a time.
                     try:
                         yield served
                         self.sent((served,))
@@ -86,7 +88,7 @@ class Fetch:
                             self._dram.unpin(served.entry)
 
     async def batches(self, room: Room) -> AsyncGenerator[list[Served], None]:
-        """As `experts`, but yields as many at once as are ready and `room` allows, and leaves their pins to the caller."""
+        """Like `experts`, but yields as many at once as are ready and `room` allows, and leaves their pins to the caller."""
         self._scopes.count("fetched_experts", len(self._known))
         unchanged, residents, missing = self._sorted()
         if unchanged:
@@ -97,7 +99,7 @@ class Fetch:
         try:
             self._read_ahead(missing, ahead, READ_AHEAD)
             while residents:
-                if batch := self._take(residents, missing, await room()):
+                if batch := self._pin_residents(residents, missing, await room()):
                     yield self._counted(batch)
             while missing or ahead or arrived:
                 self._read_ahead(missing, ahead, (1 if self._alone else READ_AHEAD) - len(arrived))
@@ -113,17 +115,17 @@ class Fetch:
             await self._abandon([*ahead, *arrived])
 
     def sent(self, batch: Sequence[Served], *, leased: bool = False) -> None:
-        """Counts what has reached the caller."""
+        """Counts the bytes and latencies of experts that were sent to the caller."""
         num_bytes = self._section_bytes * sum(served.entry is not None for served in batch)
         self._scopes.count("fetched_bytes", num_bytes)
         if leased:
             self._scopes.count("leased_bytes", num_bytes)
         for served in batch:
             if served.entry:
-                self._stats.took(_LATENCY[served.tier], served.began)
+                self._stats.add_latency(_LATENCY[served.tier], served.began)
 
     def _sorted(self) -> tuple[list[Served], deque[_Resident], deque[int]]:
-        """The experts that are unchanged, resident, and neither. Residents are touched, so that this call's own misses evict them last."""
+        """Sorts the experts into unchanged, resident, and missing. Touches residents, so that this call's misses evict them last."""
         bank = self._bank
         unchanged: list[Served] = []
         residents: deque[_Resident] = deque()
@@ -139,8 +141,8 @@ class Fetch:
                 missing.append(expert)
         return unchanged, residents, missing
 
-    def _take(self, residents: deque[_Resident], missing: deque[int], limit: int) -> list[Served]:
-        """The next residents, pinned. One that was evicted meanwhile is missing: to wait for it here would wait for pins of our own."""
+    def _pin_residents(self, residents: deque[_Resident], missing: deque[int], limit: int) -> list[Served]:
+        """Pins the next residents. One that was evicted meanwhile becomes missing: to wait here could mean to wait for our own pins."""
         bank, began = self._bank, self._stats.clock()
         batch: list[Served] = []
         bank.check(())
@@ -148,7 +150,7 @@ class Fetch:
             expert, record, source = residents.popleft()
             if (present := bank.records.get(expert, UNWRITTEN)) is not record:
                 record, source = present, bank.source(expert, present)
-            entry = self._dram.take(source, demand=self._demand)
+            entry = self._dram.pin_resident(source, demand=self._demand)
             if entry is None:
                 missing.append(expert)
                 continue
@@ -157,10 +159,10 @@ class Fetch:
         return batch
 
     def _with_room(self, batch: list[Served], missing: deque[int]) -> list[Served]:
-        """The batch without what found no room: the pins in the way may be our own, so that is missing once more, and then tried alone.
+        """Removes the experts that found no room from the batch. The pins in the way may be our own, so they are tried again, alone.
 
         Raises:
-            TierFull: it was alone.
+            TierFull: an expert found no room although it was alone.
         """
         for served in batch:
             if isinstance(served.error, TierFull):
@@ -175,13 +177,13 @@ class Fetch:
             ahead.add(asyncio.create_task(self._acquire(missing.popleft())))
 
     async def _acquire(self, expert: int) -> Served:
-        """The expert's present record, pinned, from wherever it is."""
+        """Pins the expert's present record in DRAM, and promotes it first if it is not resident."""
         record = self._bank.record(expert)
         served = Served(expert, record.version, self._tier(expert, record), self._stats.clock())
         try:
-            taken = self._dram.take(self._bank.source(expert, record), demand=self._demand)
-            served.entry = taken or await self._promotions.bring(self._bank, expert, record, urgent=self._demand)
-            served.was_prefetched = taken is not None and taken.wasted is not None
+            resident = self._dram.pin_resident(self._bank.source(expert, record), demand=self._demand)
+            served.entry = resident or await self._promotions.promote(self._bank, expert, record, urgent=self._demand)
+            served.was_prefetched = resident is not None and resident.wasted is not None
             served.entry.wasted = None
         except (CorruptRecord, TierFull) as refusal:
             served.error = refusal
@@ -193,7 +195,7 @@ class Fetch:
         return expert_pb2.TIER_NVME if record.slot else expert_pb2.TIER_SEED
 
     def _counted(self, batch: list[Served]) -> list[Served]:
-        """Counts demands by the tier that held them."""
+        """Counts the demands of a batch by the tier that held the record; returns the batch."""
         if self._demand:
             tiers = [served.tier for served in batch]
             num_nvme, num_seeded = tiers.count(expert_pb2.TIER_NVME), tiers.count(expert_pb2.TIER_SEED)
@@ -206,7 +208,7 @@ class Fetch:
         return batch
 
     async def _abandon(self, tasks: Sequence[asyncio.Task[Served]]) -> None:
-        """Takes back the pins of what nobody will ask for."""
+        """Cancels reads, and unpins the records of those that have arrived."""
         for task in tasks:
             task.cancel()
         for outcome in await asyncio.gather(*tasks, return_exceptions=True):
@@ -215,7 +217,7 @@ class Fetch:
 
 
 def _landed(arrived: deque[asyncio.Task[Served]], limit: int) -> list[Served]:
-    """What the first tasks brought; a failure is raised when it comes first, so that no pin is lost with it."""
+    """Takes the results of the first tasks. Stops before a failed task, and raises its error in the next call, so that no pin is lost."""
     batch: list[Served] = []
     while arrived and len(batch) < limit and not (batch and arrived[0].exception()):
         batch.append(arrived.popleft().result())
@@ -223,4 +225,5 @@ def _landed(arrived: deque[asyncio.Task[Served]], limit: int) -> list[Served]:
 
 
 async def _one() -> int:
+    """A `Room` for one record at a time."""
     return 1

@@ -1,13 +1,14 @@
-"""Bringing records into DRAM, from NVMe or from the seed: demand before speculation, each record once however many wait for it.
+"""Promotions: records are read from NVMe, or made from the seed, into DRAM. A record is read once, however many callers wait for it.
 
-    demand queue ------------\\
-                               -> I/O threads -> DRAM
-    speculation, by priority -/
+    demand queue ------------------\\
+                                     -> I/O threads -> DRAM
+    speculation queue, by priority -/
 
-Demand reads start at once, at most READS_MAX of them: speculation under way takes none of their places. Speculation starts only while no
-demand waits, in the places that demand leaves, and never waits for room. Both queues are bounded.
+- Up to READS_MAX demand reads run at once. Speculative reads under way take none of these places.
+- A speculative read starts only while no demand waits, in a place that demand leaves free. It never waits for room in DRAM.
+- Both queues are bounded.
 
-Event loop only; the bytes move in the I/O threads. Knows nothing of calls and streams.
+Event loop only; the bytes move in the I/O threads.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import asyncio
 import logging
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 
 READS_MAX = 4
 SPECULATIVE_READS_MAX = 2
-# Callers that wait for a record, and prefetches that wait for their turn.
+# Bounds of the queues: callers that wait for a record, and queued prefetches.
 WAITERS_MAX = 8192
 PREFETCH_QUEUE_MAX = 4096
 RETRY_AFTER_MS = 100
@@ -39,32 +40,32 @@ RETRY_AFTER_MS = 100
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Job:
-    """One record to bring. Held for its waiters, for a prefetch, or both."""
+    """The promotion of one record, for its waiters, for a prefetch, or for both."""
 
     source: Source
     bank: Bank
     expert: int
-    checksums: Checksums | None  # Of the index row; None for a seeded value.
+    checksums: Checksums | None  # From the index; None for a seeded value.
     waiters: list[asyncio.Future[Entry]] = field(default_factory=list)
-    urgent: bool = False  # A demand waits, or waited, for it.
-    prefetch: Scopes | None = None  # Who asked for the prefetch.
+    urgent: bool = False  # A demand waits for it, or has waited.
+    prefetch: Scopes | None = None  # The counters of the caller who asked for a prefetch; None: no prefetch.
     priority: int = 0
-    deadline: float = math.inf  # Of the prefetch, by the clock of the stats.
+    deadline: float = math.inf  # The deadline of the prefetch, by the clock of the stats.
 
     @property
     def is_awaited(self) -> bool:
-        """Whether anyone still waits for it."""
+        """Whether a caller still waits for the record."""
         return any(not waiter.done() for waiter in self.waiters)
 
     @property
     def is_outdated(self) -> bool:
-        """Whether the expert has another record by now."""
+        """Whether this record is not the current one of the expert any more."""
         bank = self.bank
         return bank.deleted or self.expert >= bank.num_experts or bank.source(self.expert, bank.record(self.expert)) != self.source
 
 
 class Speculation:
-    """Jobs by priority, the higher first, and among equals the earlier."""
+    """The queue of speculative jobs: higher priorities first, and among equal priorities the earlier job first."""
 
     def __init__(self) -> None:
         self._jobs: dict[int, OrderedDict[Source, Job]] = {}  # By priority; none is empty.
@@ -81,12 +82,12 @@ class Speculation:
         return job.source in self._jobs.get(job.priority, ())
 
     def add(self, job: Job) -> None:
-        """Goes to the end of its priority."""
+        """Appends a job to the queue of its priority."""
         self._jobs.setdefault(job.priority, OrderedDict())[job.source] = job
         self._length += 1
 
     def remove(self, job: Job) -> None:
-        """Leaves from wherever it stands."""
+        """Removes a job, wherever it stands in the queue."""
         equals = self._jobs[job.priority]
         del equals[job.source]
         if not equals:
@@ -94,15 +95,15 @@ class Speculation:
         self._length -= 1
 
     def first(self) -> Job:
-        """The next to be served."""
+        """The job to start next."""
         return next(iter(self._jobs[max(self._jobs)].values()))
 
 
 class Promotions:
-    """The queues and the reads under way."""
+    """The promotion queues, and the reads under way."""
 
     def __init__(self, dram: DramTier, nvme: NvmeTier, stats: Stats, *, patience_s: float) -> None:
-        """`patience_s`: how long a demand waits for pins to go before it is refused with TierFull."""
+        """`patience_s`: how long a demand waits for pins to be released before it gets TierFull."""
         self._dram, self._nvme, self._stats, self._patience_s = dram, nvme, stats, patience_s
         self._jobs: dict[Source, Job] = {}  # Queued and under way.
         self._demand: OrderedDict[Source, Job] = OrderedDict()
@@ -110,20 +111,21 @@ class Promotions:
         self._demand_reads: set[asyncio.Task[None]] = set()  # Under way.
         self._speculative_reads: set[asyncio.Task[None]] = set()
         self._num_waiters = 0
-        self._first_deadline = math.inf  # No prefetch in the queue is too late before it.
-        self.num_demand = 0  # Jobs that a demand waits, or waited, for; queued or under way.
+        self._first_deadline = math.inf  # No queued prefetch has an earlier deadline.
+        self.num_demand = 0  # Urgent jobs, queued or under way.
 
     @property
     def num_prefetch(self) -> int:
-        """Other jobs queued or under way."""
+        """Jobs that are not urgent, queued or under way."""
         return len(self._jobs) - self.num_demand
 
-    async def bring(self, bank: Bank, expert: int, record: Record, *, urgent: bool) -> Entry:
-        """The record's entry, pinned for the caller, once it is there.
+    async def promote(self, bank: Bank, expert: int, record: Record, *, urgent: bool) -> Entry:
+        """Waits until the record is in DRAM; returns its entry, pinned for the caller.
 
         Raises:
-            CorruptRecord: what was read is not what was written.
-            TierFull: pins left no room for too long; or too many wait already. For speculation also: there is no room that it may take.
+            CorruptRecord: the record is damaged or cannot be read.
+            TierFull: pins left no room for too long, or too many callers wait already. Without `urgent` also: there is no room that
+                speculation may use.
         """
         if self._num_waiters >= WAITERS_MAX:
             raise TierFull(f"DRAM tier: {self._num_waiters} reads wait already", retry_after_ms=RETRY_AFTER_MS)
@@ -131,27 +133,27 @@ class Promotions:
         if urgent:
             self._demand_now(job)
         elif job.source not in self._jobs:
-            self._admit(job)
-            self._speculation.add(job)
+            self._queue_speculation(job)
         waiter: asyncio.Future[Entry] = asyncio.get_running_loop().create_future()
         job.waiters.append(waiter)
         self._num_waiters += 1
-        self._pump()
+        self._start_reads()
         try:
             entry = await waiter
         except asyncio.CancelledError:
             if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
-                self._dram.unpin(waiter.result())  # It came in the moment the caller left.
+                self._dram.unpin(waiter.result())  # The record arrived when the caller had just been cancelled.
             raise
         finally:
             self._num_waiters -= 1
-        self._dram.asked(entry, demand=urgent)
+        self._dram.note_request(entry, demand=urgent)
         return entry
 
     def prefetch(self, bank: Bank, expert: int, record: Record, scopes: Scopes, deadline: float | None, priority: int = 0) -> bool:
-        """Queues a promotion; False when the queue is full.
+        """Queues a promotion; returns False when the queue is full.
 
-        True also when it is on its way already: the higher of both priorities and the later of both deadlines count then.
+        A record that is queued or under way already is not queued twice: its job gets the higher of both priorities and the later of both
+        deadlines.
         """
         job = self._job(bank, expert, record)
         deadline = math.inf if deadline is None else deadline
@@ -159,8 +161,7 @@ class Promotions:
             if not self._has_place():
                 return False
             job.prefetch, job.deadline, job.priority = scopes, deadline, priority
-            self._admit(job)
-            self._speculation.add(job)
+            self._queue_speculation(job)
         else:
             job.deadline = deadline if job.prefetch is None else max(job.deadline, deadline)
             job.prefetch = job.prefetch or scopes
@@ -169,21 +170,21 @@ class Promotions:
                 job.priority = priority
                 self._speculation.add(job)
         self._first_deadline = min(self._first_deadline, job.deadline)
-        self._pump()
+        self._start_reads()
         return True
 
     def cancel(self, bank: Bank, experts: Iterable[int]) -> int:
-        """Drops queued promotions that nobody waits for, all of the bank's when `experts` is empty; returns how many."""
+        """Cancels queued promotions that no caller waits for: of these experts, or of the whole bank when `experts` is empty.
+
+        Returns:
+            How many were cancelled.
+        """
         wanted = set(experts)
-        jobs = [job for job in self._speculation if job.bank is bank and (not wanted or job.expert in wanted) and not job.is_awaited]
-        for job in jobs:
-            self._abandon(job)
-        return len(jobs)
+        return self._abandon_all(lambda job: job.bank is bank and (not wanted or job.expert in wanted) and not job.is_awaited)
 
     async def drain(self) -> None:
-        """Drops the queued speculation that nobody waits for, and returns when nothing is under way."""
-        for job in [job for job in self._speculation if not job.is_awaited]:
-            self._abandon(job)
+        """Cancels the queued promotions that no caller waits for, and returns when no read is under way."""
+        self._abandon_all(lambda job: not job.is_awaited)
         while reads := self._demand_reads | self._speculative_reads:
             await asyncio.wait(reads)
 
@@ -191,7 +192,13 @@ class Promotions:
         source = bank.source(expert, record)
         return self._jobs.get(source) or Job(source=source, bank=bank, expert=expert, checksums=record.checksums)
 
+    def _queue_speculation(self, job: Job) -> None:
+        """Puts a new job into the speculation queue."""
+        self._admit(job)
+        self._speculation.add(job)
+
     def _admit(self, job: Job) -> None:
+        """Registers a new job, and holds its slot so that the record stays readable."""
         self._jobs[job.source] = job
         if isinstance(job.source, Slot):
             self._nvme.hold(job.source)
@@ -203,7 +210,7 @@ class Promotions:
             self._nvme.let_go(job.source)
 
     def _demand_now(self, job: Job) -> None:
-        """Puts a new job, or one that waits among the speculation, into the demand queue. One under way goes on, as a demand."""
+        """Makes a job urgent: moves it to the demand queue, unless its read is under way."""
         if job.source not in self._jobs:
             self._admit(job)
             self._demand[job.source] = job
@@ -214,44 +221,50 @@ class Promotions:
         job.urgent = True
 
     def _has_place(self) -> bool:
-        """Whether one more prefetch may wait; those that are too late make place."""
+        """Whether the queue has room for one more prefetch. A full queue first drops the prefetches whose deadline has passed."""
         if len(self._speculation) >= PREFETCH_QUEUE_MAX and self._stats.clock() > self._first_deadline:
-            for job in [job for job in self._speculation if self._is_moot(job)]:
-                self._abandon(job)
+            self._abandon_all(self._is_needless)
             self._first_deadline = min((job.deadline for job in self._speculation), default=math.inf)
         return len(self._speculation) < PREFETCH_QUEUE_MAX
 
+    def _abandon_all(self, condition: Callable[[Job], bool]) -> int:
+        """Drops the jobs of the speculation queue that meet a condition; returns how many."""
+        jobs = [job for job in self._speculation if condition(job)]
+        for job in jobs:
+            self._abandon(job)
+        return len(jobs)
+
     def _abandon(self, job: Job) -> None:
-        """Drops a job that waits among the speculation."""
+        """Drops a job of the speculation queue."""
         self._speculation.remove(job)
         self._forget(job)
         if job.prefetch:
             job.prefetch.count("prefetch_cancelled")
 
-    def _pump(self) -> None:
-        """Starts what may start."""
+    def _start_reads(self) -> None:
+        """Starts every queued job that may start now."""
         while self._demand and len(self._demand_reads) < READS_MAX:
             self._start(self._demand.popitem(last=False)[1], self._demand_reads)
         while self._speculation and self._may_speculate():
             job = self._speculation.first()
-            if self._is_moot(job):
+            if self._is_needless(job):
                 self._abandon(job)
                 continue
             self._speculation.remove(job)
             self._start(job, self._speculative_reads)
 
     def _may_speculate(self) -> bool:
-        num_free = READS_MAX - len(self._demand_reads) - len(self._speculative_reads)  # None while a demand waits.
+        num_free = READS_MAX - len(self._demand_reads) - len(self._speculative_reads)  # 0 while a demand waits.
         return num_free > 0 and len(self._speculative_reads) < SPECULATIVE_READS_MAX
 
-    def _is_moot(self, job: Job) -> bool:
-        """Nobody waits for it, and there is no prefetch to make it for (any more)."""
+    def _is_needless(self, job: Job) -> bool:
+        """Whether no caller waits for the record and no prefetch wants it: none was asked, its deadline passed, or it is outdated."""
         return not job.is_awaited and (job.prefetch is None or self._stats.clock() > job.deadline or job.is_outdated)
 
     def _start(self, job: Job, reads: set[asyncio.Task[None]]) -> None:
         def ended(task: asyncio.Task[None]) -> None:
             reads.discard(task)
-            self._pump()
+            self._start_reads()
 
         task = asyncio.create_task(self._run(job))
         reads.add(task)
@@ -264,13 +277,13 @@ class Promotions:
         except OocMoeError as error:
             self._fail(job, error)
         except Exception as error:
-            log.exception("bank %r, expert %d: not brought to DRAM", job.bank.name, job.expert)
+            log.exception("bank %r, expert %d: the promotion failed", job.bank.name, job.expert)
             self._fail(job, error)
         finally:
             self._forget(job)
 
     async def _fill(self, job: Job) -> Entry:
-        """A staging entry that holds the record."""
+        """Reserves a staging entry and fills it with the record."""
         num_bytes = job.bank.layout.record_bytes
         if job.urgent:
             entry = await self._dram.reserve_soon(num_bytes, self._patience_s if job.is_awaited else 0.0)
@@ -287,6 +300,7 @@ class Promotions:
         return entry
 
     async def _read(self, job: Job, slot: Slot, entry: Entry) -> None:
+        """Reads a record from its slot and verifies it. Raises CorruptRecord."""
         began = self._stats.clock()
         layout, expected = job.bank.layout, job.checksums
         assert expected is not None
@@ -298,9 +312,10 @@ class Promotions:
             log.error("%s in slot %d of slab %d is damaged: %s", what, slot.index, slot.record_bytes, error)
             raise CorruptRecord(str(error) if isinstance(error, CorruptRecord) else f"{what}: cannot be read: {error}") from error
         entry.checksums = expected
-        self._stats.took("nvme_read", began)
+        self._stats.add_latency("nvme_read", began)
 
     def _deliver(self, job: Job, entry: Entry) -> None:
+        """Publishes a filled entry, unless only an outdated prefetch wanted it, and gives each waiter a pin."""
         assert entry.checksums is not None
         waiters = [waiter for waiter in job.waiters if not waiter.done()]
         scopes = None if waiters else job.prefetch
@@ -318,6 +333,7 @@ class Promotions:
         self._dram.unpin(entry)
 
     def _fail(self, job: Job, error: Exception) -> None:
+        """Raises the error in every waiter."""
         for waiter in job.waiters:
             if not waiter.done():
                 waiter.set_exception(error)
@@ -326,7 +342,7 @@ class Promotions:
 
 
 def _materialise(job: Job, entry: Entry) -> Checksums:
-    """Writes the seeded value."""
+    """Writes the seeded value into an entry; returns its checksums."""
     layout = job.bank.layout
     layout.initialize(entry.body, seed=job.bank.spec.seed, expert=job.expert)
     return Checksums.of(layout, entry.body)

@@ -1,7 +1,22 @@
-"""One write of one expert on its way from a trainer to the disk: what the committer carries."""
+"""One push of one expert, and the states it passes through on its way to the disk.
+
+    DURABLE   RECEIVED -> WRITING -> IN_ROUND -> COMMITTED
+              RECEIVED, WRITING, IN_ROUND -> REFUSED
+
+    MEMORY    RECEIVED -> UNSAVED -> WRITING_BACK -> SAVING -> COMMITTED
+              RECEIVED -> REFUSED
+              WRITING_BACK, SAVING -> UNSAVED             a try failed; the next one follows
+              UNSAVED, WRITING_BACK, SAVING -> DROPPED    a newer record replaced it, or the daemon ended
+
+A push with durability DURABLE is acknowledged on COMMITTED. A push with durability MEMORY is acknowledged on UNSAVED: it is visible from
+then on, and a crash loses it until it is COMMITTED. `Push.enter` is the only place where the state changes, and asserts these arrows.
+"""
+
+from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
+from enum import Enum, auto
 
 import numpy as np
 
@@ -11,14 +26,37 @@ from ooc_moe_wire.codec import Checksums, RecordHeader, compare, copy_hashed, ve
 from ooc_moe_wire.errors import LostUpdate, OocMoeError, StaleVersion
 
 
-def future() -> asyncio.Future[OocMoeError | None]:
-    """Of the end of one step."""
-    return asyncio.get_running_loop().create_future()
+class PushState(Enum):
+    """How far a push has come. The module docstring draws the order."""
+
+    RECEIVED = auto()  # All bytes have arrived. They are verified; a slot and a version are taken.
+    WRITING = auto()  # The record is written to its slot.
+    IN_ROUND = auto()  # The record waits for a commit round, or the round is under way.
+    UNSAVED = auto()  # Acknowledged and visible. The push waits for its turn to be written: no step of it is under way.
+    WRITING_BACK = auto()  # As WRITING, after the acknowledgement.
+    SAVING = auto()  # As IN_ROUND, after the acknowledgement.
+    COMMITTED = auto()  # The record is in the index.
+    REFUSED = auto()  # Nothing of the push became visible.
+    DROPPED = auto()  # Acknowledged and never committed: a newer record replaced it first, or the daemon ended and could not write it.
+
+
+_NEXT_STATES = {
+    PushState.RECEIVED: {PushState.WRITING, PushState.UNSAVED, PushState.REFUSED},
+    PushState.WRITING: {PushState.IN_ROUND, PushState.REFUSED},
+    PushState.IN_ROUND: {PushState.COMMITTED, PushState.REFUSED},
+    PushState.UNSAVED: {PushState.WRITING_BACK, PushState.DROPPED},
+    PushState.WRITING_BACK: {PushState.SAVING, PushState.UNSAVED, PushState.DROPPED},
+    PushState.SAVING: {PushState.COMMITTED, PushState.UNSAVED, PushState.DROPPED},
+    PushState.COMMITTED: set(),
+    PushState.REFUSED: set(),
+    PushState.DROPPED: set(),
+}
+_ACKNOWLEDGED_UNSAVED = {PushState.UNSAVED, PushState.WRITING_BACK, PushState.SAVING}
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Push:
-    """One write on its way. `outcome` becomes the version, or the error that refused it."""
+    """One push under way. `outcome` becomes the version, or the error that refused the push."""
 
     bank: Bank
     expert: int
@@ -26,38 +64,50 @@ class Push:
     writer_id: str
     push_number: int
     checksums: Checksums
-    entry: Entry  # Filled by the receiver, or from `staged`; the receiver's pin passes to `submit`.
-    staged: memoryview | None = None
-    in_memory: bool = False  # To be acknowledged before it is on the disk.
-    version: int = 0
-    slot: Slot | None = None  # Taken for it; None again once a record refers to it.
-    epoch: int = 0  # Of the slab when the write began.
-    durable: bool = False
+    entry: Entry  # Filled by the receiver, or from `staged`. `Committer.submit` takes over the receiver's pin.
+    staged: memoryview | None = None  # The sender's memory; None once its bytes are copied into `entry`.
+    in_memory: bool = False  # The sender asked for an acknowledgement before the record is on the disk.
+    state: PushState = PushState.RECEIVED
+    version: int = 0  # 0 until one is taken.
+    slot: Slot | None = None  # The slot that this push holds; None before it is taken, and once a record refers to it.
+    epoch: int = 0  # The slab's epoch when the last write of this record began.
     outcome: asyncio.Future[int | OocMoeError] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-    in_round: asyncio.Future[OocMoeError | None] = field(default_factory=future)  # The round's answer; a new one for each try.
-    tried: asyncio.Future[OocMoeError | None] = field(default_factory=future)  # The end of a try to write it back, likewise.
-    hurry: asyncio.Event = field(default_factory=asyncio.Event)  # Ends the wait before the next try.
-    task: asyncio.Task[None] | None = None  # That carries it.
-    is_waiting: bool = False  # For its turn to be written back: nothing of it is under way.
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """The push as messages name it."""
         return f"bank {self.bank.name!r}, expert {self.expert}, push {self.push_number}"
 
     @property
-    def acknowledged(self) -> bool:
-        """Whether it was acknowledged in memory."""
-        return self.in_memory and self.outcome.done()
+    def is_durable(self) -> bool:
+        """Whether the record is in the index."""
+        return self.state is PushState.COMMITTED
+
+    @property
+    def is_acknowledged_unsaved(self) -> bool:
+        """Whether the push was acknowledged in memory and is not in the index yet."""
+        return self.state in _ACKNOWLEDGED_UNSAVED
+
+    def enter(self, state: PushState) -> None:
+        """Moves to the next state. The outcome becomes the version on UNSAVED or COMMITTED, whichever comes first."""
+        assert state in _NEXT_STATES[self.state], f"{self.name}: {self.state.name} -> {state.name}"
+        self.state = state
+        if state in (PushState.UNSAVED, PushState.COMMITTED) and not self.outcome.done():
+            self._answer(self.version)
+
+    def refuse(self, error: OocMoeError) -> None:
+        """Ends the push with an error."""
+        self.enter(PushState.REFUSED)
+        self._answer(error)
 
     def record(self) -> Record:
-        """What becomes current."""
+        """The record that becomes current when the push is committed."""
         return Record(
             version=self.version, slot=self.slot, checksums=self.checksums, writer_id=self.writer_id, push_number=self.push_number
         )
 
     def header(self) -> RecordHeader:
-        """The header block's content."""
+        """The content of the record's header block."""
         return RecordHeader(
             bank_id=self.bank.uuid,
             expert=self.expert,
@@ -71,7 +121,13 @@ class Push:
         )
 
     def verify(self) -> None:
-        """Brings staged bytes over and checks what lies in the arena, where nobody else can change it; any thread. Raises CorruptRecord."""
+        """Copies staged bytes into the arena, and verifies the checksums there, where the sender cannot change the bytes any more.
+
+        May run on any thread.
+
+        Raises:
+            CorruptRecord: the checksums do not match.
+        """
         layout = self.bank.layout
         if self.staged is None:
             verify(layout, self.entry.body, self.checksums, what=self.name)
@@ -81,9 +137,13 @@ class Push:
             compare(copy_hashed(source, body, layout.parameter_bytes), self.checksums, whole=layout.optimizer_bytes > 0, what=self.name)
 
     def verify_and_pack(self) -> None:
-        """As `verify`, and writes the header block."""
+        """Verifies as `verify` does, and writes the header block."""
         self.verify()
         self.header().pack_into(self.entry.record)
+
+    def _answer(self, outcome: int | OocMoeError) -> None:
+        del self.bank.pushing[self.expert]
+        self.outcome.set_result(outcome)
 
 
 def check_base(bank: Bank, expert: int, base: int) -> None:

@@ -1,88 +1,166 @@
-"""What was acknowledged in memory and is not in the index yet: at most one record per expert, the newest.
+"""Write-behind: a push with durability MEMORY is acknowledged at once, and written to the disk afterwards.
 
-    add -> saved (in the index, by its own round)
-        -> replaced by a newer push of the expert, or dropped because its bank was restored or deleted
+    run:  verify, take a slot and a version -> visible, acknowledged -> try to write and commit -> an ordinary record
+                                                                           ^        |
+                                                                           +--------+  failed: after a delay, or when `flush` asks
 
-Each remembers what the index holds of its expert meanwhile, whose slot must stay as it is: a crash brings that record back. Event loop
-only; knows nothing of how records are written.
+Until the commit the record is pinned in DRAM, and a crash loses it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+import asyncio
+import logging
+from collections.abc import Collection, Iterable
+from contextlib import suppress
+from dataclasses import replace
 
-from ooc_moe_server.catalog.catalog import Bank, Record
+from ooc_moe_server.catalog.catalog import Bank, Unsaved
+from ooc_moe_server.dram.tier import DramTier
+from ooc_moe_server.engine.catalog_lock import CatalogLock
+from ooc_moe_server.engine.commit_rounds import CommitRounds
+from ooc_moe_server.engine.push import Push, PushState, check_base
+from ooc_moe_server.engine.slot_writer import SlotWriter
+from ooc_moe_server.engine.unsaved_records import UnsavedRecord, UnsavedRecords, new_attempt
+from ooc_moe_server.index.index_thread import IndexThread
+from ooc_moe_server.nvme.tier import NvmeTier
+from ooc_moe_wire.errors import OocMoeError
+
+log = logging.getLogger(__name__)
+
+# Records that are written back at the same time. Few, so that durable pushes find a free thread, and so that a newer push often finds the
+# older record not yet written.
+WRITE_BACKS_MAX = 2
+RETRY_S_MIN, RETRY_S_MAX = 0.1, 5.0
 
 
-class Held(Protocol):
-    """What an unsaved record is known by: the push that brought it."""
+class WriteBehind:
+    """Acknowledges pushes in memory and writes them back."""
 
-    bank: Bank
-    expert: int
-    version: int
+    def __init__(
+        self,
+        index: IndexThread,
+        lock: CatalogLock,
+        slots: SlotWriter,
+        rounds: CommitRounds,
+        unsaved: UnsavedRecords,
+        dram: DramTier,
+        nvme: NvmeTier,
+    ) -> None:
+        self._index, self._lock, self._slots, self._rounds, self._unsaved = index, lock, slots, rounds, unsaved
+        self._dram, self._nvme = dram, nvme
+        self._turns = asyncio.Semaphore(WRITE_BACKS_MAX)
+        self._is_ending = False
+
+    async def run(self, push: Push) -> None:
+        """Carries a push from its receipt to its end; the calling task runs for this push only. Raises the error that refuses the push."""
+        unsaved = await self._acknowledge(push)
+        try:
+            await self._write_back(unsaved)
+        finally:
+            if push.state is not PushState.COMMITTED:
+                push.enter(PushState.DROPPED)
+            unsaved.attempt.set_result(None)
+
+    async def flush(self, banks: Collection[Bank] | None = None) -> None:
+        """Returns when these banks (None: all) have no unsaved record. Lends the lock meanwhile: call it first inside `CatalogLock.change`.
+
+        Raises:
+            TierFull, Internal: a record could not be written; it stays in memory.
+        """
+
+        def wanted() -> list[UnsavedRecord]:
+            return [unsaved for unsaved in self._unsaved if banks is None or unsaved.push.bank in banks]
+
+        if not wanted():
+            return
+        async with self._lock.lent_to_rounds():
+            for is_last in (False, True):  # The first try may have been under way already, and failed for a cause that is gone.
+                errors = await _attempts(wanted())
+                if errors and is_last:
+                    raise errors[0]
+
+    async def try_all(self) -> list[OocMoeError]:
+        """Waits for one try to write each unsaved record back; returns the errors."""
+        return await _attempts(list(self._unsaved))
+
+    def end(self) -> None:
+        """Makes every write-back stop after the try that is under way."""
+        self._is_ending = True
+        for unsaved in self._unsaved:
+            unsaved.retry_now.set()
+
+    def drop_replaced(self) -> None:
+        """Drops the unsaved records that a change of their banks replaced."""
+        for unsaved in list(self._unsaved):
+            push = unsaved.push
+            current = push.bank.records.get(push.expert)
+            if not push.bank.deleted and current is not None and current.version == push.version:
+                continue
+            self._unsaved.pop(push.bank, push.expert)
+            if unsaved.indexed.slot:
+                self._nvme.let_go(unsaved.indexed.slot)
+            self._dram.discard(Unsaved(push.version))
+            unsaved.abandon()
+
+    async def _acknowledge(self, push: Push) -> UnsavedRecord:
+        """Makes a push visible before it is written. Takes its slot first, so that a full disk refuses the push now and not later."""
+        await self._nvme.prepare(push.verify)
+        await self._slots.allocate(push)
+        push.version = await self._index.take_version()
+        await self._lock.wait_until_unchanging()
+        check_base(push.bank, push.expert, push.base_version)
+        push.header().pack_into(push.entry.record)
+        bank, expert = push.bank, push.expert
+        task = asyncio.current_task()
+        assert task is not None
+        unsaved = UnsavedRecord(push=push, indexed=self._unsaved.indexed(bank, expert), task=task)
+        older = self._unsaved.newest(bank, expert)
+        replaced = bank.put(expert, replace(push.record(), slot=None, unsaved=True))
+        self._unsaved.add(unsaved)
+        if older:
+            older.abandon()
+        self._dram.publish(push.entry, Unsaved(push.version), push.checksums, bank.id, replaces=bank.source(expert, replaced))
+        push.enter(PushState.UNSAVED)
+        return unsaved
+
+    async def _write_back(self, unsaved: UnsavedRecord) -> None:
+        """Tries again and again until the record is in the index, or replaced by a newer one."""
+        push, delay_s = unsaved.push, RETRY_S_MIN
+        while push in self._unsaved and not self._is_ending:
+            error = await self._try_once(push)
+            if error is None or push not in self._unsaved:
+                return
+            push.enter(PushState.UNSAVED)
+            attempt, unsaved.attempt = unsaved.attempt, new_attempt()
+            attempt.set_result(error)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(delay_s):
+                    await unsaved.retry_now.wait()
+            unsaved.retry_now.clear()
+            delay_s = min(2 * delay_s, RETRY_S_MAX)
+
+    async def _try_once(self, push: Push) -> OocMoeError | None:
+        """Writes a record to its slot and commits it; returns the error if that fails."""
+        try:
+            async with self._turns:
+                push.enter(PushState.WRITING_BACK)
+                if push.slot is None:
+                    await self._slots.allocate(push)
+                await self._slots.write(push)
+            push.enter(PushState.SAVING)
+            await self._rounds.join(push)
+        except Exception as error:
+            return self._index.translated(error, "write-back")
+        return None
 
 
-Push = TypeVar("Push", bound=Held)
-
-
-@dataclass(slots=True, eq=False)
-class _Unsaved(Generic[Push]):
-    push: Push
-    indexed: Record
-
-
-@dataclass(slots=True, eq=False)
-class UnsavedRecords(Generic[Push]):
-    """The pushes, by bank and expert. `num_bytes` counts what they hold in the arena, those replaced and still being written included."""
-
-    capacity_bytes: int
-    num_bytes: int = 0
-    _newest: dict[tuple[Bank, int], _Unsaved[Push]] = field(default_factory=dict)
-
-    def __contains__(self, push: Push) -> bool:
-        """Whether it is still the newest, and unsaved."""
-        held = self._newest.get((push.bank, push.expert))
-        return held is not None and held.push is push
-
-    def __iter__(self) -> Iterator[Push]:
-        """All of them."""
-        return (held.push for held in self._newest.values())
-
-    def reserve(self, num_bytes: int) -> bool:
-        """Counts bytes in, unless that exceeds the capacity."""
-        if self.num_bytes + num_bytes > self.capacity_bytes:
-            return False
-        self.num_bytes += num_bytes
-        return True
-
-    def release(self, num_bytes: int) -> None:
-        """Counts bytes out."""
-        self.num_bytes -= num_bytes
-
-    def indexed(self, bank: Bank, expert: int) -> Record:
-        """What the index holds of an expert. Raises UnknownExpert, UnknownBank."""
-        current = bank.record(expert)
-        held = self._newest.get((bank, expert))
-        return held.indexed if held else current
-
-    def add(self, push: Push, indexed: Record) -> None:
-        """`push` is the newest of its expert from now on."""
-        self._newest[push.bank, push.expert] = _Unsaved(push, indexed)
-
-    def set_indexed(self, push: Push, record: Record) -> Record:
-        """The index took an older push than this one, the newest, and holds `record` now; returns what it held."""
-        held = self._newest[push.bank, push.expert]
-        former, held.indexed = held.indexed, record
-        return former
-
-    def newest(self, bank: Bank, expert: int) -> Push | None:
-        """The unsaved push of an expert."""
-        held = self._newest.get((bank, expert))
-        return held.push if held else None
-
-    def pop(self, bank: Bank, expert: int) -> Record | None:
-        """Forgets the unsaved record of an expert; returns what the index held, None when there was none."""
-        held = self._newest.pop((bank, expert), None)
-        return held.indexed if held else None
+async def _attempts(records: Iterable[UnsavedRecord]) -> list[OocMoeError]:
+    """Waits for the end of one try to write each record back, the one under way or the next; returns the errors."""
+    attempts = []
+    for unsaved in records:
+        unsaved.retry_now.set()
+        attempts.append(unsaved.attempt)
+    if attempts:
+        await asyncio.wait(attempts)
+    return [error for attempt in attempts if (error := attempt.result()) is not None]

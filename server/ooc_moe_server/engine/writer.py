@@ -1,9 +1,9 @@
-"""One writer of one bank: its lease, the records it sends, and their outcomes. What a PushExperts stream does, without gRPC.
+"""One writer of one bank: its lease, the records that it sends, and their outcomes. This is a PushExperts stream without gRPC.
 
-    open -> (begin -> add ... add)* -> settle -> close
+    open -> (begin -> add ... add)* -> wait_outcomes -> close
 
-A record is received straight into the arena, or lies staged in the caller's memory, and is handed to the committer, which carries it on
-even if the writer dies. Knows nothing of how messages travel.
+The bytes of a record are received straight into the arena, or lie staged in the caller's memory. A complete record is handed to the
+committer, which carries it to its end even if the writer disconnects.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from ooc_moe_wire.v1 import expert_pb2
 log = logging.getLogger(__name__)
 
 WRITER_ID_BYTES_MAX = 128
-# Of one stream; a writer that sends more waits.
+# Pushes of one stream without an outcome. A writer that sends more waits.
 PUSHES_IN_FLIGHT_MAX = 64
 
 
 class Staging(Protocol):
-    """What a writer knows of its session on the local plane."""
+    """The part of a local session that a writer uses."""
 
     def staging(self, offset: int, size: int) -> memoryview:
-        """Bytes of the caller's memory. Raises InvalidRequest, LeaseExpired."""
+        """Returns bytes of the caller's staging memory. Raises InvalidRequest, LeaseExpired."""
         ...
 
 
 class Writer:
-    """The open writer of a bank. `closing` is set, with the reason, when it must end: taken over, or the daemon drains."""
+    """The open writer of a bank. `closing` gets the reason when the writer must end: a newer stream takes over, or the daemon drains."""
 
     def __init__(
         self,
@@ -52,8 +52,8 @@ class Writer:
         stats: Stats,
         patience_s: float,
     ) -> None:
-        """Takes the bank's lease. Raises NotTheWriter, InvalidRequest."""
-        if not 1 <= len(writer_id.encode()) <= WRITER_ID_BYTES_MAX or "\0" in writer_id:  # Record headers pad it with zeros.
+        """Acquires the bank's lease. An older stream of the same writer loses it. Raises NotTheWriter, InvalidRequest."""
+        if not 1 <= len(writer_id.encode()) <= WRITER_ID_BYTES_MAX or "\0" in writer_id:  # Record headers pad the id with zeros.
             raise InvalidRequest(f"writer_id: {writer_id!r} is not 1 to {WRITER_ID_BYTES_MAX} bytes without zeros")
         older = bank.writer
         if older is not None and older.writer_id != writer_id:
@@ -67,31 +67,31 @@ class Writer:
         self._incoming: _Incoming | None = None
         self._end_after_incoming: OocMoeError | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._slots = asyncio.Semaphore(PUSHES_IN_FLIGHT_MAX)
+        self._in_flight = asyncio.Semaphore(PUSHES_IN_FLIGHT_MAX)
         if isinstance(older, Writer):
-            older._lose()
+            older._be_taken_over()
         bank.writer = self
         log.info("writer %r opened bank %r%s", writer_id, bank.name, ", taking over from its older stream" if self.took_over else "")
 
     async def begin(self, header: expert_pb2.PushHeader) -> None:
-        """Starts a record; the whole of it when it is staged. A refusal becomes an outcome, and the record's chunks are then skipped.
+        """Begins a record. A staged record is complete with its header. The chunks of a refused record are skipped.
 
         Raises:
-            InvalidRequest: the record before is not complete.
+            InvalidRequest: the previous record is not complete. Any other refusal becomes the outcome of the record.
         """
         if self._incoming:
             raise InvalidRequest(f"expert {header.expert}: a header before the last chunk of expert {self._incoming.header.expert}")
-        await self._slots.acquire()
+        await self._in_flight.acquire()
         incoming = _Incoming(header, self._stats.clock())
         self._incoming = incoming
         try:
             await self._admit(incoming)
         except OocMoeError as error:
-            self._answer(incoming, error)
+            self._send_outcome(incoming, error)
         self._finish_if_complete()
 
     def add(self, chunk: expert_pb2.Chunk) -> None:
-        """Takes the next chunk. Raises InvalidRequest when it is out of order, too long, or belongs to nothing."""
+        """Receives the next chunk. Raises InvalidRequest when it is out of order, too long, or belongs to no record."""
         if self._incoming is None:
             raise InvalidRequest(f"chunk at offset {chunk.offset}: no header came before it")
         if len(chunk.payload) > CHUNK_BYTES_MAX:
@@ -100,7 +100,7 @@ class Writer:
         self._finish_if_complete()
 
     def end(self) -> None:
-        """The writer sends no more. Raises InvalidRequest when a record is not complete."""
+        """Notes that the caller sends no more. Raises InvalidRequest when the last record is not complete."""
         if self._incoming:
             header = self._incoming.header
             raise InvalidRequest(
@@ -108,32 +108,32 @@ class Writer:
                 f"{header.parameter_bytes + header.optimizer_bytes} bytes"
             )
 
-    async def settle(self) -> None:
+    async def wait_outcomes(self) -> None:
         """Returns when every complete record has its outcome."""
         while self._tasks:
             await asyncio.wait(self._tasks)
 
     def close(self) -> None:
-        """Gives the lease back and drops a record half received. Complete ones go on to the disk."""
+        """Releases the lease and drops a record that is received in part. Complete records go on to the disk."""
         self._drop_incoming()
         if self.bank.writer is self:
             self.bank.writer = None
             log.info("writer %r closed bank %r", self.writer_id, self.bank.name)
 
     def ask_to_end(self, reason: OocMoeError) -> None:
-        """Sets `closing`, after the record that is being received."""
+        """Sets `closing`: now, or when the record that is being received is complete."""
         if self._incoming:
             self._end_after_incoming = reason
         elif not self.closing.done():
             self.closing.set_result(reason)
 
-    def _lose(self) -> None:
-        """A newer stream of the same writer takes over: what is half received will come again there."""
+    def _be_taken_over(self) -> None:
+        """Ends this stream because a newer stream of the same writer takes over. That stream will repeat a record received in part."""
         self._drop_incoming()
         self.ask_to_end(NotTheWriter(f"bank {self.bank.name!r}: writer {self.writer_id!r} opened a newer stream"))
 
     async def _admit(self, incoming: _Incoming) -> None:
-        """Readies memory for a record, or arranges the answer that needs none. Raises what refuses it."""
+        """Reserves memory for a record; a repeat gets the outcome of the first push and needs none. Raises the error that refuses it."""
         header, bank = incoming.header, self.bank
         self._check(header)
         record = bank.record(header.expert)
@@ -143,13 +143,13 @@ class Writer:
             self._spawn(self._follow(incoming, under_way))
         elif record.writer_id == self.writer_id and record.push_number == header.push_number:
             self._scopes.count("push_repeats")
-            self._answer(incoming, record.version, durable=not record.unsaved)
+            self._send_outcome(incoming, record.version, durable=not record.unsaved)
         else:
             check_base(bank, header.expert, header.base_version)
             self._committer.check_quota(bank, header.expert)
             staged = self._staged(header)
             entry = await self._dram.reserve_soon(bank.layout.record_bytes, self._patience_s)
-            if self._incoming is not incoming:  # Taken over while it waited.
+            if self._incoming is not incoming:  # A newer stream took over meanwhile.
                 self._dram.unpin(entry)
                 return
             incoming.receive(
@@ -167,7 +167,7 @@ class Writer:
             )
 
     def _staged(self, header: expert_pb2.PushHeader) -> memoryview | None:
-        """The bytes that come in no chunks."""
+        """The staged bytes of a record; None when they come in chunks. Raises InvalidRequest, LeaseExpired."""
         if not header.HasField("staged_at"):
             return None
         if self._session is None:
@@ -197,17 +197,17 @@ class Writer:
             self.ask_to_end(self._end_after_incoming)
 
     async def _follow(self, incoming: _Incoming, push: PushUnderWay) -> None:
-        """Answers with the outcome of a push under way: its own, or the one it repeats."""
+        """Waits for a push under way, and sends its outcome: the push of this record, or the one that it repeats."""
         outcome = await asyncio.shield(push.outcome)
         if incoming.push is not push:
             self._scopes.count("push_repeats")
         elif isinstance(outcome, int):
             self._scopes.count("pushed_experts")
             self._scopes.count("pushed_bytes", self.bank.layout.body_bytes)
-            self._stats.took("push", incoming.began)
-        self._answer(incoming, outcome, durable=push.durable)
+            self._stats.add_latency("push", incoming.began)
+        self._send_outcome(incoming, outcome, durable=push.is_durable)
 
-    def _answer(self, incoming: _Incoming, outcome: int | OocMoeError, *, durable: bool = False) -> None:
+    def _send_outcome(self, incoming: _Incoming, outcome: int | OocMoeError, *, durable: bool = False) -> None:
         header = incoming.header
         message = expert_pb2.PushOutcome(expert=header.expert, push_number=header.push_number)
         if isinstance(outcome, int):
@@ -216,7 +216,7 @@ class Writer:
             message.error.CopyFrom(error_info(outcome))
             self._scopes.count("push_refused")
         self.outcomes.put_nowait(message)
-        self._slots.release()
+        self._in_flight.release()
 
     def _drop_incoming(self) -> None:
         if self._incoming and self._incoming.push:
@@ -230,7 +230,7 @@ class Writer:
 
 
 class _Incoming:
-    """A record being received; without a push its bytes are skipped."""
+    """A record being received. Without a push (refused, or a repeat) its bytes are skipped."""
 
     def __init__(self, header: expert_pb2.PushHeader, began: float) -> None:
         self.header, self.began = header, began
@@ -240,7 +240,7 @@ class _Incoming:
         self._assembler: Assembler | None = None
 
     def receive(self, push: Push) -> None:
-        """Keeps the bytes from now on, in the push's arena entry."""
+        """From now on, stores the bytes in the arena entry of the push."""
         self.push = push
         self._assembler = Assembler(push.entry.body, what=f"expert {push.expert} of bank {push.bank.name!r}")
 
@@ -260,5 +260,5 @@ class _Incoming:
 
 
 def error_info(error: OocMoeError) -> expert_pb2.ErrorInfo:
-    """An error of one expert, for a stream that goes on."""
+    """The message for an error of one expert, in a stream that goes on."""
     return expert_pb2.ErrorInfo(kind=type(error).__name__, message=str(error))

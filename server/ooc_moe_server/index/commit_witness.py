@@ -1,7 +1,10 @@
-"""COMMITTED: how far the index has come, kept synced outside of it, so that an index that lost commits is noticed.
+"""COMMITTED: how far the index has come, synced to a file of its own, so that an index that lost commits is noticed.
 
-Two blocks of 4 KiB, written in turn, each with its own checksum: a write that is cut off spoils the older of the two at worst. The file is
-allocated once and only ever overwritten in place, so that a full disk cannot refuse a write. Knows nothing of what was committed.
+    block 0 (4 KiB): commits 0, 2, 4, ...
+    block 1 (4 KiB): commits 1, 3, 5, ...
+
+Each block carries its own checksum. A write that is cut off damages one block, and the other one still shows the commit before. The file is
+allocated once and then overwritten in place, so that a full disk cannot refuse a write.
 """
 
 from __future__ import annotations
@@ -25,26 +28,26 @@ _CHECK = struct.Struct("<Q")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Committed:
-    """The state of the last commit."""
+class LastCommit:
+    """The state of the index after its last commit."""
 
     sequence: int = 0
-    next_version: int = 1  # No record of this version or a newer one was committed.
+    next_version: int = 1  # All committed records have lower versions.
     next_snapshot_id: int = 1
 
 
-class CommittedFile:
-    """The file, open for writing; made when it is not there. Raises OSError."""
+class CommitWitness:
+    """The file COMMITTED, open for writing; created if it does not exist. Raises OSError."""
 
     def __init__(self, path: Path) -> None:
         if not path.exists():
-            renew(path, Committed())
+            renew(path, LastCommit())
         self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
 
-    def write(self, committed: Committed) -> None:
-        """Returns when it is on the device. Raises OSError; the state written before is then still there."""
-        block = _packed(committed)
-        if os.pwrite(self._fd, block, committed.sequence % _NUM_BLOCKS * BLOCK_BYTES) != BLOCK_BYTES:
+    def write(self, last: LastCommit) -> None:
+        """Returns when the state is on the device. Raises OSError; the state before it is then still readable."""
+        block = _packed(last)
+        if os.pwrite(self._fd, block, last.sequence % _NUM_BLOCKS * BLOCK_BYTES) != BLOCK_BYTES:
             raise OSError(errno.EIO, "COMMITTED: a block was written in part")
         os.fdatasync(self._fd)
 
@@ -53,13 +56,13 @@ class CommittedFile:
         os.close(self._fd)
 
 
-def renew(path: Path, committed: Committed) -> None:
-    """Makes the file anew with both blocks equal, in one step. Raises OSError."""
-    write_durably(path, _packed(committed) * _NUM_BLOCKS)
+def renew(path: Path, last: LastCommit) -> None:
+    """Replaces the file in one step; both blocks hold the same state. Raises OSError."""
+    write_durably(path, _packed(last) * _NUM_BLOCKS)
 
 
-def read(path: Path) -> tuple[Committed | None, int]:
-    """The newest sound block, or None; and how many blocks are damaged (a missing file has two). Raises OSError."""
+def read(path: Path) -> tuple[LastCommit | None, int]:
+    """Returns the newest undamaged state, or None, and the number of damaged blocks (2 when the file is missing). Raises OSError."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -69,14 +72,15 @@ def read(path: Path) -> tuple[Committed | None, int]:
     return max(sound, key=lambda block: block.sequence, default=None), _NUM_BLOCKS - len(sound)
 
 
-def _packed(committed: Committed) -> bytes:
-    fields = _FIELDS.pack(_MAGIC, committed.sequence, committed.next_version, committed.next_snapshot_id)
+def _packed(last: LastCommit) -> bytes:
+    fields = _FIELDS.pack(_MAGIC, last.sequence, last.next_version, last.next_snapshot_id)
     return (fields + _CHECK.pack(xxhash.xxh3_64_intdigest(fields))).ljust(BLOCK_BYTES, b"\0")
 
 
-def _unpacked(block: bytes) -> Committed | None:
+def _unpacked(block: bytes) -> LastCommit | None:
+    """The state of a block, or None when the block is damaged."""
     fields, check = block[: _FIELDS.size], block[_FIELDS.size : _FIELDS.size + _CHECK.size]
     if len(check) < _CHECK.size or _CHECK.unpack(check)[0] != xxhash.xxh3_64_intdigest(fields):
         return None
     magic, sequence, next_version, next_snapshot_id = _FIELDS.unpack(fields)
-    return Committed(sequence=sequence, next_version=next_version, next_snapshot_id=next_snapshot_id) if magic == _MAGIC else None
+    return LastCommit(sequence=sequence, next_version=next_version, next_snapshot_id=next_snapshot_id) if magic == _MAGIC else None

@@ -1,4 +1,4 @@
-"""The index as the event loop sees it: its thread, which versions are saved as used, and the slots of commits that failed."""
+"""The event loop's access to the index: it runs work on the index's thread, issues versions, and keeps the slots of failed commits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from ooc_moe_server.catalog.catalog import Catalog, Slot
-from ooc_moe_server.index.database import VERSION_RESERVE, Index, Write
+from ooc_moe_server.index.database import VERSION_RESERVE, Index
+from ooc_moe_server.index.tables import Write
 from ooc_moe_server.nvme.reserve import is_disk_full
 from ooc_moe_server.nvme.tier import NvmeTier
 from ooc_moe_wire.errors import Internal, OocMoeError, TierFull
@@ -19,51 +20,56 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
-class IndexWriter:
-    """One index and its thread."""
+class IndexThread:
+    """One index, and the executor with the one thread that may use it."""
 
-    def __init__(self, catalog: Catalog, index: Index, thread: ThreadPoolExecutor, nvme: NvmeTier) -> None:
-        self._catalog, self._index, self._thread, self._nvme = catalog, index, thread, nvme
-        self._versions_below = catalog.next_version + VERSION_RESERVE  # The index will begin beyond these after a crash; `load` saved it.
-        # An index commit that failed may still be found after a crash, until a later one went over it.
+    def __init__(self, catalog: Catalog, index: Index, executor: ThreadPoolExecutor, nvme: NvmeTier) -> None:
+        self._catalog, self._index, self._executor, self._nvme = catalog, index, executor, nvme
+        # After a crash the index issues no version below this one again. `Index.load` saved the first such limit.
+        self._versions_below = catalog.next_version + VERSION_RESERVE
+        # The slots of commits that failed. A crash may still bring such a commit back, until a later commit has overwritten it.
         self._quarantine: set[Slot] = set()
-        self._complaint = ""
+        self._last_complaint = ""  # So that an error that repeats is logged once.
 
     async def run(self, work: Callable[[Index], Result]) -> Result:
         """Runs `work` on the index's thread. Raises TierFull (disk full) or Internal."""
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, work, self._index)
+            return await asyncio.get_running_loop().run_in_executor(self._executor, work, self._index)
         except (OSError, sqlite3.Error) as error:
             raise self.translated(error, "index") from error
 
     async def take_version(self) -> int:
-        """A version that no crash brings back: the index has saved that it is used. Raises TierFull, Internal."""
+        """Issues a version that is never issued again, even after a crash. Raises TierFull, Internal."""
         while self._catalog.next_version >= self._versions_below:
             await self._put([])
         return self._catalog.take_version()
 
     async def commit(self, writes: list[Write], slots: Iterable[Slot]) -> None:
-        """Makes records current. When it fails their slots are kept from use until a later commit succeeds. Raises TierFull, Internal."""
+        """Makes records current. After a failure their slots stay in quarantine until a commit succeeds. Raises TierFull, Internal."""
         quarantined = set(self._quarantine)
         try:
             await self._put(writes)
         except Exception:
             self._quarantine.update(slots)
             raise
-        self._complaint = ""
-        self._let_go(quarantined)
+        self._last_complaint = ""
+        self._end_quarantine(quarantined)
 
     async def clear_quarantine(self) -> None:
-        """Commits nothing if slots are in quarantine, so that failing commits cannot use up the disk. Raises TierFull, Internal."""
+        """Makes an empty commit if slots are in quarantine, which frees them: failing commits must not use up the disk.
+
+        Raises:
+            TierFull, Internal: the commit failed.
+        """
         if self._quarantine:
             await self.commit([], [])
 
     def translated(self, error: Exception, what: str) -> OocMoeError:
-        """As `store_error`; the log has what we did not expect, once until a commit succeeds."""
+        """Translates as `store_error`, and logs an unexpected error: once, until a commit succeeds."""
         translated = store_error(error, what=what)
         complaint = f"{type(error).__name__}: {error}"
-        if translated is not error and complaint != self._complaint:
-            self._complaint = complaint
+        if translated is not error and complaint != self._last_complaint:
+            self._last_complaint = complaint
             if isinstance(translated, TierFull):
                 log.warning("%s", translated)
             else:
@@ -71,23 +77,23 @@ class IndexWriter:
         return translated
 
     async def _put(self, writes: list[Write]) -> None:
-        """One index transaction; it also saves which versions are used."""
+        """Runs one index transaction, which also saves which versions are used."""
 
         def put(index: Index) -> int:
-            next_version = self._catalog.next_version  # Read here, so that what is saved never goes back.
+            next_version = self._catalog.next_version  # Read on this thread, so that the saved number never decreases.
             index.put_records(writes, next_version)
             return next_version
 
         self._versions_below = await self.run(put) + VERSION_RESERVE
 
-    def _let_go(self, quarantined: set[Slot]) -> None:
+    def _end_quarantine(self, quarantined: set[Slot]) -> None:
         for slot in self._quarantine & quarantined:
             self._quarantine.discard(slot)
             self._nvme.let_go(slot)
 
 
 def store_error(error: Exception, *, what: str) -> OocMoeError:
-    """What a failure of files or index means to the caller."""
+    """Translates an error of a file or of the index into the error that the caller gets: TierFull when the disk is full, else Internal."""
     if isinstance(error, OocMoeError):
         return error
     if is_disk_full(error):

@@ -1,13 +1,16 @@
-"""Manifests: banks and snapshots as files, from which rebuild.py makes a lost index anew.
+"""Manifests: one JSON file for each bank and snapshot, from which a rebuild makes a lost index anew.
 
     banks/<uuid>.json     a bank: its spec and size, and the records that were current when it last changed or the daemon last started
-    snapshots/<id>.json   a snapshot: the records it refers to, of banks by uuid
+    snapshots/<id>.json   a snapshot: the records that it refers to, with the uuids of their banks
 
-Pushes write none: the header of a newer record tells what replaced one of these. A deleted bank has no file, so that nothing of it comes
-back. The index comes first, and says what a file must hold; files follow before a change is acknowledged, and are made equal to the index
-at every start. Each is one object, {"xxh3": ..., "content": {...}}, with the checksum of the bytes of the content as they stand.
+- A push writes no manifest: the header of the newer record on the disk tells what it replaced.
+- A deleted bank has no manifest, so that a rebuild cannot bring its records back.
+- A change is committed in the index first. Its manifests are written before it is acknowledged. A manifest that could not be written is
+  owed, and written before the next change. Every start makes all manifests equal to the index.
 
-Synchronous. Knows nothing of slabs.
+Each file is one object, {"xxh3": ..., "content": {...}}; the checksum covers the bytes of the content as they stand in the file.
+
+Synchronous.
 """
 
 from __future__ import annotations
@@ -23,11 +26,10 @@ from typing import Any
 import xxhash
 from google.protobuf import json_format
 
-from ooc_moe_server.atomic_files import remove_durably, write_durably
+from ooc_moe_server.atomic_files import remove_durably, sync_directory, write_durably
 from ooc_moe_server.catalog.catalog import Bank, BankState, Catalog, Snapshot
 from ooc_moe_server.catalog.records import record_of, record_row
 from ooc_moe_server.index.database import Index
-from ooc_moe_server.nvme.slab import sync_directory
 from ooc_moe_wire.errors import CorruptRecord, OocMoeError
 from ooc_moe_wire.layout import BankSpec
 from ooc_moe_wire.v1 import bank_pb2
@@ -38,15 +40,15 @@ FORMAT = 1
 _PREFIX, _MIDDLE, _SUFFIX = b'{"xxh3": "', b'", "content": ', b"}\n"
 _XXH3_CHARS = 16
 _CONTENT_AT = len(_PREFIX) + _XXH3_CHARS + len(_MIDDLE)
-# Rows turned into text at a time: one call of the encoder lets no other thread run.
+# Rows that are encoded in one call: the encoder blocks all other threads during a call.
 _ROWS_AT_ONCE = 500
 
 
 class Manifests:
-    """The manifests of a data directory. What changed is owed (`owe_bank`, `owe_snapshot`) until `settle` has written it."""
+    """The manifests of a data directory. A changed bank or snapshot is owed (`owe_bank`, `owe_snapshot`) until `write_owed` succeeds."""
 
     def __init__(self, data_dir: Path, *, base_version: int) -> None:
-        """`base_version`: the first version of this run; what older versions the index does not know were never committed."""
+        """`base_version`: the first version of this run. An older version that the index does not hold was never committed."""
         self._banks, self._snapshots = directories(data_dir)
         self._base_version = base_version
         self._owed_banks: set[bytes] = set()
@@ -54,19 +56,19 @@ class Manifests:
 
     @property
     def is_owing(self) -> bool:
-        """Whether a file differs from the index."""
+        """Whether a manifest may differ from the index."""
         return bool(self._owed_banks or self._owed_snapshots)
 
     def owe_bank(self, uuid: bytes) -> None:
-        """Notes that a bank changed, or is gone."""
+        """Notes that a bank changed or was deleted."""
         self._owed_banks.add(uuid)
 
     def owe_snapshot(self, snapshot_id: int) -> None:
-        """Notes that a snapshot changed, or is gone."""
+        """Notes that a snapshot changed or was deleted."""
         self._owed_snapshots.add(snapshot_id)
 
-    def settle(self, index: Index) -> None:
-        """Makes what is owed equal to the index. Raises OSError; the rest stays owed."""
+    def write_owed(self, index: Index) -> None:
+        """Writes or removes the owed manifests, as the index says. Raises OSError; the rest stays owed."""
         for uuid in list(self._owed_banks):
             bank = index.bank(uuid)
             _write_or_remove(self._bank_path(uuid), self._encode_bank(bank) if bank else None)
@@ -77,12 +79,15 @@ class Manifests:
             self._owed_snapshots.discard(snapshot_id)
 
     def owe_all(self, catalog: Catalog) -> None:
-        """Notes that any file may differ."""
+        """Notes that every manifest may differ from the index."""
         self._owed_banks.update(bank.uuid for bank in catalog.banks.values())
         self._owed_snapshots.update(catalog.snapshots)
 
     def reconcile(self, catalog: Catalog, *, trust_files: bool = True) -> None:
-        """Makes all files equal to the catalog of a sound index; without `trust_files`, snapshots that look equal too. Raises OSError."""
+        """Makes all manifests equal to the catalog of a sound index. Raises OSError.
+
+        A snapshot's file with the right head is left as it is, unless `trust_files` is false.
+        """
         for directory in (self._banks, self._snapshots):
             if not directory.exists():
                 directory.mkdir()
@@ -96,7 +101,7 @@ class Manifests:
                 write_durably(path, encode_snapshot(snapshot, uuids))
         known = {self._bank_path(uuid) for uuid in uuids.values()} | {self._snapshot_path(number) for number in catalog.snapshots}
         for path in {*self._banks.glob("*.json"), *self._snapshots.glob("*.json")} - known:
-            log.warning("%s/%s: the index knows nothing of it: removed", path.parent.name, path.name)
+            log.warning("%s/%s: removed, because the index does not know it", path.parent.name, path.name)
             remove_durably(path)
         self._owed_banks.clear()
         self._owed_snapshots.clear()
@@ -122,12 +127,22 @@ class Manifests:
 
 
 def directories(data_dir: Path) -> tuple[Path, Path]:
-    """Where manifests of banks and of snapshots lie."""
+    """The directories of the banks' manifests and of the snapshots' manifests."""
     return data_dir / "banks", data_dir / "snapshots"
 
 
+def paths(data_dir: Path) -> list[Path]:
+    """All manifests of a data directory, sorted."""
+    return sorted(path for directory in directories(data_dir) for path in directory.glob("*.json"))
+
+
+def read(path: Path) -> Bank | tuple[Snapshot, dict[int, bytes]]:
+    """The bank or the snapshot of a manifest, as `read_bank` or `read_snapshot`. Raises CorruptRecord, OSError."""
+    return read_bank(path) if path.parent.name == "banks" else read_snapshot(path)
+
+
 def read_bank(path: Path) -> Bank:
-    """The bank of a manifest; its id is 0. Raises CorruptRecord, OSError."""
+    """Reads the bank of a manifest; its id is 0. Raises CorruptRecord, OSError."""
     content = _decode(path)
     try:
         bank = Bank(
@@ -150,7 +165,11 @@ def read_bank(path: Path) -> Bank:
 
 
 def read_snapshot(path: Path) -> tuple[Snapshot, dict[int, bytes]]:
-    """The snapshot of a manifest, its banks by their place in the file, and their uuids. Raises CorruptRecord, OSError."""
+    """Reads the snapshot of a manifest. Raises CorruptRecord, OSError.
+
+    Returns:
+        The snapshot, with its banks by their place in the file (0, 1, ...) instead of their ids; and their uuids by place.
+    """
     content = _decode(path)
     try:
         snapshot = Snapshot(
@@ -172,7 +191,7 @@ def read_snapshot(path: Path) -> tuple[Snapshot, dict[int, bytes]]:
 
 
 def encode_snapshot(snapshot: Snapshot, uuids: dict[int, bytes]) -> bytes:
-    """The content of its file; `uuids` of its banks by id."""
+    """Encodes a snapshot as the content of its manifest. `uuids`: those of its banks, by id."""
     rows = (
         (place, *record_row(expert, record))
         for place, state in enumerate(snapshot.banks.values())
@@ -208,7 +227,7 @@ def _texts(rows: Iterable[Sequence[Any]]) -> Iterator[str]:
 
 
 def _content(path: Path) -> bytes:
-    """The bytes that the checksum covers. Raises CorruptRecord, OSError."""
+    """Reads the bytes that the checksum covers. Raises CorruptRecord, OSError."""
     raw = path.read_bytes()
     content, xxh3 = raw[_CONTENT_AT : -len(_SUFFIX)], raw[len(_PREFIX) : len(_PREFIX) + _XXH3_CHARS]
     if f"{xxhash.xxh3_64_intdigest(content):0{_XXH3_CHARS}x}".encode() != xxh3:
@@ -227,7 +246,7 @@ def _decode(path: Path) -> dict[str, Any]:
 
 
 def _begins_with(path: Path, head: dict[str, Any]) -> bool:
-    """Whether a sound file has this head: then it has these records too, for the revision is part of it."""
+    """Whether an undamaged manifest has this head. Then it has the same records too, because the head contains the revision."""
     try:
         return _content(path).startswith(_text(head)[:-1].encode())
     except (CorruptRecord, OSError):

@@ -1,16 +1,16 @@
-"""Opens what a data directory holds beside its slabs: index, COMMITTED, manifests and reserve, each trusting the ones before it.
+"""Opens the files of a data directory other than its slabs: reserve, index with COMMITTED, manifests, in this order.
 
 Synchronous, for the index's thread.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 import sqlite3
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +35,7 @@ class StoreFiles:
 
 
 def open_files(data_dir: Path) -> StoreFiles:
-    """Opens them, or makes them. Raises CorruptRecord (the index cannot be trusted), TierFull, Internal."""
+    """Opens the files, or creates them. Raises CorruptRecord (the index cannot be trusted), TierFull, Internal."""
     reserve = Reserve(data_dir)
     try:
         index = reserve.run(lambda: Index(data_dir / "index.sqlite"))
@@ -45,15 +45,24 @@ def open_files(data_dir: Path) -> StoreFiles:
     manifests = Manifests(data_dir, base_version=catalog.next_version)
     try:
         reserve.run(lambda: manifests.reconcile(catalog))
-    except OSError as error:  # The index is sound, and the manifests of the last start still say most of it.
-        log.error("manifests were not written, to be tried again with the next change: %s", error)
+    except OSError as error:  # The store can start: the index is sound, and the old manifests still serve a rebuild.
+        log.error("manifests were not written; the next change tries again: %s", error)
         manifests.owe_all(catalog)
     return StoreFiles(index=index, catalog=catalog, manifests=manifests, reserve=reserve)
 
 
-@contextmanager
-def copied_index(data_dir: Path) -> Iterator[Path]:
-    """A copy of the index's files to read, for SQLite changes what it opens. CorruptRecord raised inside names the original."""
+def read_copied_index(data_dir: Path) -> Catalog:
+    """Reads and checks the index of a data directory without changing a file there. Raises CorruptRecord, OSError."""
+    with _copied_index(data_dir) as path, contextlib.closing(Index(path)) as index:
+        return index.read()
+
+
+@contextlib.contextmanager
+def _copied_index(data_dir: Path) -> Iterator[Path]:
+    """Copies the files of the index to a temporary directory, because SQLite changes the files that it opens.
+
+    A CorruptRecord that is raised inside names the original directory.
+    """
     with tempfile.TemporaryDirectory(prefix="ooc-moe-") as directory:
         for name in ("index.sqlite", "index.sqlite-wal", "COMMITTED"):
             if (data_dir / name).exists():

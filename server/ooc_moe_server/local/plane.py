@@ -1,9 +1,9 @@
-"""The daemon's end of the local plane (see v1/local.proto): callers on this host read the arena in place, and stage what they push.
+"""The daemon's side of the local plane (see v1/local.proto): callers on this host read the arena in place, and stage what they push.
 
-    connect -> peer checked -> welcome, with descriptors -> fetches, releases, staging memory -> closed: all of it is dropped
+    connect -> check the peer's user -> welcome, with descriptors -> fetches, releases, staging memory -> close
 
-A lease is a pin in the DRAM tier that ends by itself. Lives on the event loop and never blocks it.
-Knows nothing of gRPC, nor what is fetched.
+A lease is a pin in the DRAM tier that expires. When the socket closes, the session's leases and staging memory are dropped. Event loop
+only; no call blocks.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ log = logging.getLogger(__name__)
 
 SESSIONS_MAX = 512
 STAGING_BYTES_MAX = 1 << 30
-# Of the arena, what leases may pin: one session's, and all together. One record is always allowed.
+# The parts of the arena that leases may pin: those of one session, and all together. One record is always allowed.
 SESSION_SHARE, TOTAL_SHARE = 1 / 2, 3 / 4
 _SWEEP_S = 1.0
-_ACCEPT_AGAIN_S = 1.0  # After the process had no descriptor left for a new connection.
-_DESCRIPTORS_MAX = 4  # Taken from one packet, so that those that do not belong can be closed.
-# Serves a session's fetch: sends answers, the last of them with `end`. Never raises.
+_ACCEPT_AGAIN_S = 1.0  # The delay after the process had no descriptor left for a new connection.
+_DESCRIPTORS_MAX = 4  # The most that are received with a packet. More than one is an error; receiving them allows to close them.
+# Serves a fetch of a session: sends LocalAnswer messages, the last one with `end`. Never raises.
 Serve = Callable[["Session", local_pb2.LocalFetch], Awaitable[None]]
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
 
 def peer_uid(connection: socket.socket) -> int:
-    """The user of the process that connected, by the kernel's word."""
+    """The user id of the process that connected, as the kernel reports it."""
     _, uid, _ = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
     return int(uid)
 
 
 class LocalPlane:
-    """The socket and its sessions. `socket_name` is in the abstract namespace, without the leading zero byte."""
+    """The listening socket and the sessions. `socket_name` is in the abstract namespace, without the leading zero byte."""
 
     def __init__(
         self,
@@ -61,12 +61,12 @@ class LocalPlane:
         clock: Callable[[], float] = time.monotonic,
         uid_of: Callable[[socket.socket], int] = peer_uid,
     ) -> None:
-        """Listens, on the running loop, until `close`. `patience_s`: how long a fetch waits for leases to end before TierFull."""
+        """Listens on the running loop until `close`. `patience_s`: how long a fetch waits for leases to end before it gets TierFull."""
         self.socket_name = f"ooc-moe-{secrets.token_hex(16)}"
         self.dram, self.serve, self.clock, self.patience_s = dram, serve, clock, patience_s
         self.session_bytes_max, self.total_bytes_max = int(arena.num_bytes * SESSION_SHARE), int(arena.num_bytes * TOTAL_SHARE)
         self.leased_bytes = 0
-        self.freed = asyncio.Event()  # Set whenever a lease or a session ended.
+        self.freed = asyncio.Event()  # Set whenever a lease or a session ends.
         self._arena_bytes, self._uid_of = arena.num_bytes, uid_of
         self._sessions: dict[int, Session] = {}
         self._loop = asyncio.get_running_loop()
@@ -79,17 +79,17 @@ class LocalPlane:
 
     @property
     def num_sessions(self) -> int:
-        """Sessions that are open; a caller may have several."""
+        """The number of open sessions; a caller may have several."""
         return len(self._sessions)
 
     def session(self, number: int) -> Session:
-        """Raises LeaseExpired."""
+        """Returns an open session. Raises LeaseExpired."""
         if number not in self._sessions:
             raise LeaseExpired(f"local_session: {number:#x} is not, or no longer, a session of this daemon")
         return self._sessions[number]
 
     def expire(self) -> None:
-        """Ends the leases whose time has come."""
+        """Ends the expired leases of all sessions."""
         now = self.clock()
         for session in self._sessions.values():
             session.expire(now)
@@ -117,7 +117,7 @@ class LocalPlane:
             connection, _ = self._listener.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return
-        except OSError as error:  # Out of descriptors: the connection stays in the queue, and would wake us again at once.
+        except OSError as error:  # Out of descriptors. The connection stays in the queue, and would wake the loop again at once.
             log.warning("local plane: cannot accept: %s", error)
             self._loop.remove_reader(self._listener)
             self._loop.call_later(_ACCEPT_AGAIN_S, self._listen)
@@ -130,9 +130,9 @@ class LocalPlane:
             connection.close()
 
     def _welcome(self, connection: socket.socket) -> None:
-        """Makes a connection a session. Raises OocMoeError when it may be none, OSError when it is gone already."""
+        """Turns a connection into a session. Raises OocMoeError when it is refused, OSError when it is closed already."""
         if (uid := self._uid_of(connection)) != os.geteuid():
-            raise InvalidRequest(f"its user is {uid}, ours {os.geteuid()}")
+            raise InvalidRequest(f"its user is {uid}, the daemon's user is {os.geteuid()}")
         if len(self._sessions) >= SESSIONS_MAX:
             raise TierFull(f"{SESSIONS_MAX} sessions are open")
         number = secrets.randbelow((1 << 64) - 1) + 1
@@ -142,13 +142,13 @@ class LocalPlane:
 
     def _receive(self, session: Session) -> None:
         try:
-            open_still = session.receive()
+            is_open = session.receive()
         except BlockingIOError:
             return
         except (OSError, OocMoeError) as error:
             log.warning("local plane: session %#x is closed: %s", session.number, error)
-            open_still = False
-        if not open_still:
+            is_open = False
+        if not is_open:
             self._end(session)
 
     def _end(self, session: Session) -> None:
@@ -160,11 +160,11 @@ class LocalPlane:
 
 class _Lease(NamedTuple):
     entry: Entry
-    expires_at: float | None  # By the plane's clock; None: pinned.
+    expires_at: float | None  # By the plane's clock; None: pinned until it is released.
 
 
 class Session:
-    """One connected caller: its leases and its staging memory. Made by the plane."""
+    """One connected caller, with its leases and its staging memory. The plane makes sessions."""
 
     def __init__(self, plane: LocalPlane, number: int, connection: socket.socket) -> None:
         self.number, self.connection = number, connection
@@ -177,10 +177,11 @@ class Session:
         self._fetching: asyncio.Future[None] | None = None
 
     async def room(self, record_bytes: int) -> int:
-        """How many records of a size may be leased now, at least one; waits for leases to end when that is none.
+        """Returns how many records of a size may be leased now. Waits until that is at least one.
 
         Raises:
-            TierFull: none ended in time. LeaseExpired: the session was closed.
+            TierFull: not enough leases ended in time.
+            LeaseExpired: the session was closed.
         """
         plane = self._plane
         deadline = asyncio.get_running_loop().time() + plane.patience_s
@@ -191,13 +192,13 @@ class Session:
                     await plane.freed.wait()
             except TimeoutError:
                 raise TierFull(
-                    f"leases: {self.leased_bytes} bytes of this session, {plane.leased_bytes} of all; "
-                    f"the most are {plane.session_bytes_max} and {plane.total_bytes_max}"
+                    f"leases: this session holds {self.leased_bytes} of at most {plane.session_bytes_max} bytes, "
+                    f"all sessions {plane.leased_bytes} of at most {plane.total_bytes_max}"
                 ) from None
         return number
 
     def lease(self, entries: Sequence[Entry], *, pinned: bool) -> range:
-        """Makes leases of entries that are pinned, and takes these pins over; returns their ids."""
+        """Turns the caller's pins of entries into leases; returns the ids of the leases."""
         assert not self.closed
         ids = range(self._next_lease, self._next_lease + len(entries))
         expires_at = None if pinned else self._plane.clock() + LEASE_S
@@ -207,11 +208,11 @@ class Session:
         return ids
 
     def expire(self, now: float) -> None:
-        """Ends the leases whose time has come."""
+        """Ends the leases that expire at `now` or before."""
         self._release([each for each, lease in self._leases.items() if lease.expires_at is not None and lease.expires_at <= now])
 
     def staging(self, offset: int, size: int) -> memoryview:
-        """Bytes of the staging memory, for reading; the mapping lasts as long as the view. Raises InvalidRequest, LeaseExpired."""
+        """Returns bytes of the staging memory, for reading. The mapping lasts as long as the view. Raises InvalidRequest, LeaseExpired."""
         if self.closed:
             raise LeaseExpired(f"local_session: {self.number:#x} is closed")
         num_bytes = 0 if self._staging is None else len(self._staging)
@@ -220,33 +221,38 @@ class Session:
         return memoryview(self._staging)[offset : offset + size]
 
     def receive(self) -> bool:
-        """Takes one packet; False when the caller has closed. Raises InvalidRequest, also for a fetch during another, and OSError."""
+        """Receives and handles one packet; returns False when the caller has closed the socket.
+
+        Raises:
+            InvalidRequest: the packet is malformed, or asks for a fetch while another is under way.
+            OSError: the socket failed.
+        """
         packet, descriptors, flags, _ = socket.recv_fds(self.connection, PACKET_BYTES_MAX, _DESCRIPTORS_MAX, socket.MSG_CMSG_CLOEXEC)
         try:
             if not packet:
                 return False
             if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
                 raise InvalidRequest(f"a packet of more than {PACKET_BYTES_MAX} bytes or {_DESCRIPTORS_MAX} descriptors")
-            told = packets.unpack(packet)
-            if len(descriptors) != (1 if isinstance(told, int) else 0):
+            message = packets.unpack(packet)
+            if len(descriptors) != (1 if isinstance(message, int) else 0):
                 raise InvalidRequest(f"{len(descriptors)} descriptors came with a packet of {len(packet)} bytes")
-            if isinstance(told, int):
-                self._staging = _mapped(descriptors[0], told)
+            if isinstance(message, int):
+                self._staging = _mapped(descriptors[0], message)
                 self.connection.send(ACK)
-            elif isinstance(told, tuple):
-                self._release(told)
+            elif isinstance(message, tuple):
+                self._release(message)
             elif self._fetching is None:
-                self._fetching = asyncio.ensure_future(self._plane.serve(self, told))
+                self._fetching = asyncio.ensure_future(self._plane.serve(self, message))
                 self._fetching.add_done_callback(self._fetched)
             else:
-                raise InvalidRequest("a fetch before the end of another")
+                raise InvalidRequest("a fetch was sent before the end of the last one")
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
         return True
 
     async def send(self, answer: local_pb2.LocalAnswer) -> None:
-        """Sends one answer, when the caller has room for it. Raises LeaseExpired when the session was closed."""
+        """Sends one answer; waits while the socket's buffer is full. Raises LeaseExpired when the session was closed."""
         if not self.closed:
             try:
                 await asyncio.get_running_loop().sock_sendall(self.connection, answer.SerializeToString())
@@ -256,7 +262,7 @@ class Session:
             raise LeaseExpired(f"local_session: {self.number:#x} was closed")
 
     def close(self) -> None:
-        """Ends the fetch and the leases, and forgets the staging memory: what copies from it keeps it mapped."""
+        """Cancels the fetch, ends the leases, and drops the staging memory. A copy under way keeps its mapping."""
         self.closed = True
         if self._fetching:
             self._fetching.cancel()
@@ -269,13 +275,14 @@ class Session:
         self._fetching = None
 
     def _room(self, record_bytes: int) -> int:
+        """How many records of a size may be leased now. Raises LeaseExpired."""
         if self.closed:
             raise LeaseExpired(f"local_session: {self.number:#x} was closed")
         of_session = max((self._plane.session_bytes_max - self.leased_bytes) // record_bytes, not self._leases)
         return min(of_session, max((self._plane.total_bytes_max - self._plane.leased_bytes) // record_bytes, not self._plane.leased_bytes))
 
     def _release(self, ids: Collection[int]) -> None:
-        """Ends leases; those that ended before, or never were, are passed over."""
+        """Ends leases; ids that have ended before or never existed are ignored."""
         ended = [lease.entry for each in ids if (lease := self._leases.pop(each, None)) is not None]
         if not ended:
             return
@@ -290,7 +297,7 @@ class Session:
 
 
 def _reopened(descriptor: int) -> int:
-    """The same memory, read-only. Its seals refuse other writers too; this says so one step earlier."""
+    """Opens the same memory read-only. Its seals forbid later writable mappings anyway."""
     try:
         return os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:  # No /proc here.
@@ -298,13 +305,18 @@ def _reopened(descriptor: int) -> int:
 
 
 def _mapped(descriptor: int, num_bytes: int) -> mmap.mmap:
-    """A caller's memory, mapped for reading. Raises InvalidRequest for what could change its size below us: reading it would kill us."""
+    """Maps a caller's staging memory for reading.
+
+    Raises:
+        InvalidRequest: the caller could shrink the memory, or it has huge pages, which can run out. To read a missing page would kill the
+            daemon.
+    """
     if not 1 <= num_bytes <= STAGING_BYTES_MAX:
         raise InvalidRequest(f"staging memory of {num_bytes} bytes; 1 to {STAGING_BYTES_MAX} are allowed")
     try:
         seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
         size, page_bytes = os.fstat(descriptor).st_size, os.fstatvfs(descriptor).f_bsize
-        if seals & _SEALS != _SEALS or size != num_bytes or page_bytes != mmap.PAGESIZE:  # Huge pages can run out while they are read.
+        if seals & _SEALS != _SEALS or size != num_bytes or page_bytes != mmap.PAGESIZE:
             raise InvalidRequest(f"staging memory of {size} bytes (said {num_bytes}), seals {seals:#x}, pages of {page_bytes} bytes")
         return mmap.mmap(descriptor, num_bytes, mmap.MAP_SHARED, mmap.PROT_READ)
     except OSError as error:

@@ -1,7 +1,7 @@
-"""Space kept back, so that a full disk can neither stop the store from starting nor from deleting what fills it.
+"""Disk space kept in reserve, so that a store on a full disk can still start, and can still delete banks and snapshots to make room.
 
-RESERVE is a file that only occupies room. Whoever must go on gives it up, and it is taken again as soon as there is room; pushes never
-touch it. Synchronous; knows nothing of what the room is needed for.
+RESERVE is a file that only occupies space. A step that must not fail empties it when the disk is full. It is filled again as soon as there
+is room. Pushes never use the reserve. Synchronous.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import TypeVar
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
-# The first transactions and a start take less.
+# More than a start and the first transactions need.
 RESERVE_BYTES_MIN = 4 << 20
-# Less room than this is as good as none.
+# The reserve is not filled in smaller steps than this.
 _STEP_BYTES = 64 << 10
 _ROOM_BYTES_TO_START = 1 << 20
 
@@ -29,34 +29,37 @@ class Reserve:
 
     def __init__(self, data_dir: Path) -> None:
         self._path, self._index = data_dir / "RESERVE", data_dir / "index.sqlite"
-        self._is_kept = False  # Not during a start, which needs the room.
+        self._is_kept = False  # False during a start, which may need the space.
         self._is_short = False
 
     @property
     def held_bytes(self) -> int:
-        """What it occupies."""
+        """The bytes that the file occupies."""
         return _size(self._path)
 
     def run(self, work: Callable[[], Result]) -> Result:
-        """Runs `work`, which changes all or nothing; once more without the reserve when the disk is full. Raises what `work` raises."""
+        """Runs `work`; if the disk is full, empties the reserve and runs `work` once more.
+
+        `work` must change all or nothing. Raises what `work` raises.
+        """
         try:
             result = work()
         except (OSError, sqlite3.Error) as error:
-            if not is_disk_full(error) or not self.give_up():
+            if not is_disk_full(error) or not self.empty():
                 raise
             result = work()
         if self._is_kept:
-            self.take()
+            self.fill()
         return result
 
     def require(self) -> None:
-        """For what can be refused: raises OSError (ENOSPC) while the reserve is in use, so that what cannot be refused finds room."""
-        self.take()
+        """Raises OSError (ENOSPC) while the reserve is not full. Called before steps that may be refused, so that others find room."""
+        self.fill()
         if self.held_bytes < RESERVE_BYTES_MIN:
             raise OSError(errno.ENOSPC, "the disk is full, and its reserve is in use")
 
-    def take(self) -> None:
-        """Takes what is missing, as far as there is room; from then on `run` does so too."""
+    def fill(self) -> None:
+        """Fills the reserve as far as there is room. From the first call on, `run` fills it too."""
         self._is_kept = True
         wanted, held = self._wanted_bytes(), self.held_bytes
         if held >= wanted:
@@ -70,27 +73,30 @@ class Reserve:
             log.warning("the disk is full: %d of %d reserved bytes are held", held, wanted)
         self._is_short = held < wanted
 
-    def give_up(self) -> bool:
-        """Frees the room; False when there was none to free."""
+    def empty(self) -> bool:
+        """Frees the space; returns False when the reserve was empty."""
         if not self.held_bytes:
             return False
-        log.warning("the disk is full: giving up the reserve of %d bytes", self.held_bytes)
+        log.warning("the disk is full: emptying the reserve of %d bytes", self.held_bytes)
         os.truncate(self._path, 0)
         return True
 
     def make_room(self) -> None:
-        """Gives it up if the disk is all but full: for a start, whose first steps fail in too many ways to try each twice."""
+        """Empties the reserve if the disk is almost full. For a start, whose first steps fail in too many ways to try each twice."""
         disk = os.statvfs(self._path.parent)
         if disk.f_bavail * disk.f_frsize < _ROOM_BYTES_TO_START:
-            self.give_up()
+            self.empty()
 
     def _wanted_bytes(self) -> int:
-        """Deleting a bank may write every page of the index to its WAL, and snapshots' manifests, which are no longer than the index."""
+        """Twice the size of the index, besides the minimum.
+
+        Deleting a bank may write every page of the index to its WAL, and the manifests of snapshots, which are no longer than the index.
+        """
         return RESERVE_BYTES_MIN + 2 * (_size(self._index) >> 20 << 20)
 
 
 def _grow(fd: int, held: int, wanted: int) -> int:
-    """Allocates as much of a file as there is room for; returns its new size."""
+    """Extends a file of `held` bytes to `wanted` bytes, or as far as there is room; returns its new size."""
     step = wanted - held
     while held < wanted and step >= _STEP_BYTES:
         try:
@@ -99,13 +105,13 @@ def _grow(fd: int, held: int, wanted: int) -> int:
         except OSError as error:
             if not is_disk_full(error):
                 raise
-            os.ftruncate(fd, held)  # Some file systems keep the part that did fit.
+            os.ftruncate(fd, held)  # Some file systems keep the part that fitted.
             step //= 2
     return held
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an error of files or of SQLite says that there is no room."""
+    """Whether an error of a file or of SQLite means that the disk or its quota is full."""
     if isinstance(error, sqlite3.Error):
         return getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -1,8 +1,13 @@
-"""A slab: one file of equal slots, read and written whole, straight to the device where the file system allows it.
+"""A slab: one file of slots of equal size. A slot is read and written whole, with O_DIRECT where the file system allows it.
 
-    bare (no disk behind it) -> extend -> free -> take -> used -> give_back -> free -> punch -> bare
+The states of a slot, and the calls between them:
 
-Positional calls from any thread; the lists of slots belong to the event loop. Knows nothing of what a slot holds or who refers to it.
+    bare --begin_extend, extend, end_extend--> free --allocate--> used
+      ^                                         | ^                 |
+      +------- begin_punch, punch, end_punch ---+ +------free-------+
+
+A bare slot has no disk blocks, or perhaps none; a free slot has them. Reads, writes, `extend`, `punch` and `sync` may run on any thread.
+All other methods belong to the event loop.
 """
 
 from __future__ import annotations
@@ -14,40 +19,42 @@ import heapq
 import logging
 import mmap
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
+from ooc_moe_server.atomic_files import sync_directory
 from ooc_moe_wire.layout import BLOCK_BYTES
 
 log = logging.getLogger(__name__)
 
-# Growing by this much at a time keeps files contiguous and their metadata still.
+# A slab grows by this much at a time, so that its file stays contiguous and its metadata change rarely.
 GROWTH_BYTES = 16 << 20
-# Free slots that keep their disk, for the next writes: at least so much, or so large a part of what is used. Space that was written before
-# takes 8 MiB in 2.0 ms, fresh space in 3.5 ms, so what a trainer pushes again and again should fit; what is free beyond is punched out.
+# Free slots keep disk blocks for the next writes: RESERVE_BYTES, or 1/RESERVE_PART of the used slots if that is more. Writing 8 MiB takes
+# 2.0 ms to blocks that were written before and 3.5 ms to fresh ones, so the reserve should hold what a trainer pushes again and again.
+# The blocks of all other free slots are punched out.
 RESERVE_BYTES = 1 << 30
 RESERVE_PART = 8
 _PUNCH_HOLE_KEEP_SIZE = 0x02 | 0x01  # linux/falloc.h
 
 
 class Slab:
-    """The file of one record size, opened or made. Buffers must be 4 KiB aligned and `record_bytes` long."""
+    """The file of one record size; created if it does not exist. Buffers must be 4 KiB aligned and `record_bytes` long."""
 
     def __init__(self, path: Path, record_bytes: int, *, direct: bool, used: Collection[int] = ()) -> None:
         self.record_bytes = record_bytes
-        self.epoch = 0  # Raised by `doubt`.
+        self.epoch = 0  # Raised by `note_failed_sync`.
         is_new = not path.exists()
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | (os.O_DIRECT if direct else 0), 0o644)
         if is_new:
             sync_directory(path.parent)
-        # A file that lost its end keeps its numbers: what is used stays used, and reading it says what is wrong.
+        # A slot that is used stays used even if the file lost its end; reading it then raises OSError.
         self.num_slots = max(os.fstat(self._fd).st_size // record_bytes, max(used, default=-1) + 1)
         self._condemned: set[int] = set()
-        taken = set(used)
-        # Both are heaps. Whether the free slots of an older run have disk behind them is unknown. Some are kept, as if they had none, since
-        # to allocate again what is allocated costs little; the others are punched out.
-        self._bare = [slot for slot in range(self.num_slots) if slot not in taken]  # Without disk behind them.
-        self._free: list[int] = []  # With disk behind them.
+        is_used = set(used)
+        # Both lists are heaps. Which unused slots of an earlier run have disk blocks is unknown. All count as bare, since to allocate
+        # blocks twice costs little. Those beyond the reserve are punched out.
+        self._bare = [slot for slot in range(self.num_slots) if slot not in is_used]
+        self._free: list[int] = []
         num_kept = self._num_reserved
         self._surplus = self._bare[num_kept:]
         del self._bare[num_kept:]
@@ -55,24 +62,24 @@ class Slab:
 
     @property
     def num_free(self) -> int:
-        """Slots that can be taken without `extend`."""
+        """The number of slots that `allocate` can give out before the slab must grow."""
         return len(self._free)
 
-    def take(self) -> int | None:
-        """The lowest free slot, or None when there must be an `extend` first."""
+    def allocate(self) -> int | None:
+        """Gives out the lowest free slot, or None when the slab must grow first."""
         return heapq.heappop(self._free) if self._free else None
 
-    def give_back(self, slot: int) -> None:
-        """Makes a slot free."""
+    def free(self, slot: int) -> None:
+        """Makes a used slot free."""
         heapq.heappush(self._free, slot)
 
     def condemn(self, slot: int) -> None:
-        """Never gives a taken slot out again in this run; its disk is punched out with the surplus."""
+        """Gives a used slot never out again in this run. Its disk blocks are punched out with the surplus."""
         self._condemned.add(slot)
         self._surplus.append(slot)
 
-    def bare(self) -> range:
-        """Takes neighbouring slots to `extend` next: the lowest bare ones, else new ones at the end of the file."""
+    def begin_extend(self) -> range:
+        """Chooses neighbouring slots for `extend`: the lowest bare ones, else new ones at the end of the file. `end_extend` must follow."""
         count = max(1, GROWTH_BYTES // self.record_bytes)
         if not self._bare:
             self.num_slots += count
@@ -85,7 +92,7 @@ class Slab:
         return range(first, end)
 
     def extend(self, slots: range) -> range:
-        """Allocates the disk of bare slots, or of the first alone where there is no room for all; returns which. Raises OSError."""
+        """Allocates disk blocks for the slots, or for the first alone when not all find room; returns these slots. Raises OSError."""
         for part in (slots, slots[:1]):
             try:
                 os.posix_fallocate(self._fd, part.start * self.record_bytes, len(part) * self.record_bytes)
@@ -96,13 +103,16 @@ class Slab:
                 return part
         raise AssertionError("unreachable")
 
-    def extended(self, slots: range, allocated: range) -> None:
-        """Gives the slots of `bare` back: those allocated are free now, the others bare again."""
+    def end_extend(self, slots: range, allocated: range) -> None:
+        """Makes the allocated slots free, and the others of `begin_extend` bare again."""
         for slot in slots:
             heapq.heappush(self._free if slot in allocated else self._bare, slot)
 
-    def surplus(self) -> list[int]:
-        """Takes the free slots beyond the reserve, the highest, and condemned ones, to `punch` next; none where files cannot be punched."""
+    def begin_punch(self) -> list[int]:
+        """Chooses slots for `punch`: the condemned ones, and the highest free ones beyond the reserve. `end_punch` must follow.
+
+        Returns no slots where the file system cannot punch holes.
+        """
         if not self._can_punch:
             return []
         if len(self._free) > self._num_reserved:
@@ -113,12 +123,12 @@ class Slab:
         return surplus
 
     def punch(self, slots: Sequence[int]) -> None:
-        """Gives the disk behind slots back to the file system. Raises OSError, also where the file system cannot."""
+        """Gives the disk blocks of slots back to the file system. Raises OSError, also where the file system cannot punch holes."""
         for run in _runs(slots):
             _punch(self._fd, run.start * self.record_bytes, len(run) * self.record_bytes)
 
-    def punched(self, slots: Sequence[int], error: OSError | None) -> None:
-        """Gives the slots of `surplus` back as bare ones, also when it failed: to allocate what is allocated does no harm."""
+    def end_punch(self, slots: Sequence[int], error: OSError | None) -> None:
+        """Makes the slots of `begin_punch` bare, also after an error: to allocate blocks twice does no harm."""
         if error:
             self._can_punch = False
             log.warning("slab of %d-byte records: freed space stays in the file: %s", self.record_bytes, error.strerror)
@@ -127,29 +137,26 @@ class Slab:
                 heapq.heappush(self._bare, slot)
 
     def read(self, slot: int, into: memoryview) -> None:
-        """Fills `into`. Raises OSError, also when the file ends early."""
-        done = 0
-        while done < self.record_bytes:
-            count = os.preadv(self._fd, [into[done:]], slot * self.record_bytes + done)
-            if count == 0:
-                raise OSError(errno.EIO, f"slab ends {self.record_bytes - done} bytes before the end of slot {slot}")
-            done += count
+        """Reads a whole slot into `into`. Raises OSError, also when the file ends early."""
+        num_read = transfer(os.preadv, self._fd, into, slot * self.record_bytes)
+        if num_read < self.record_bytes:
+            raise OSError(errno.EIO, f"slab ends {self.record_bytes - num_read} bytes before the end of slot {slot}")
 
     def write(self, slot: int, record: memoryview) -> None:
-        """Writes a whole slot; durable after `sync`. Raises OSError."""
-        done = 0
-        while done < self.record_bytes:
-            count = os.pwritev(self._fd, [record[done:]], slot * self.record_bytes + done)
-            if count == 0:
-                raise OSError(errno.EIO, f"no byte of slot {slot} was written at {done} of {self.record_bytes}")
-            done += count
+        """Writes a whole slot, which is durable after `sync`. Raises OSError."""
+        num_written = transfer(os.pwritev, self._fd, record, slot * self.record_bytes)
+        if num_written < self.record_bytes:
+            raise OSError(errno.EIO, f"no byte of slot {slot} was written at {num_written} of {self.record_bytes}")
 
     def sync(self) -> None:
-        """Returns when all that was written is on the device. Raises OSError; then `doubt` is due."""
+        """Returns when all that was written is on the device. Raises OSError; call `note_failed_sync` then."""
         os.fdatasync(self._fd)
 
-    def doubt(self) -> None:
-        """A sync failed: what was written before now may be lost, and no later sync will tell. Writes compare the epoch they began in."""
+    def note_failed_sync(self) -> None:
+        """A sync failed: what was written before now may be lost, and no later sync will tell.
+
+        Raises the epoch. A write that began in an older epoch and is not durable yet is doubtful.
+        """
         self.epoch += 1
 
     def close(self) -> None:
@@ -162,8 +169,16 @@ class Slab:
         return max(RESERVE_BYTES // self.record_bytes, num_used // RESERVE_PART)
 
 
+def transfer(call: Callable[[int, list[memoryview], int], int], fd: int, buffer: memoryview, offset: int) -> int:
+    """Repeats `os.preadv` or `os.pwritev` until the buffer is done or a call moves no byte; returns the bytes moved. Raises OSError."""
+    done = 0
+    while done < len(buffer) and (count := call(fd, [buffer[done:]], offset + done)):
+        done += count
+    return done
+
+
 def _runs(slots: Sequence[int]) -> list[range]:
-    """Neighbours together."""
+    """Groups slots into ranges of neighbours."""
     runs: list[range] = []
     for slot in sorted(slots):
         if runs and runs[-1].stop == slot:
@@ -186,7 +201,7 @@ def _punch(fd: int, offset: int, size: int) -> None:
 
 
 def supports_direct_io(directory: Path) -> bool:
-    """Whether files below `directory` take O_DIRECT, found out by writing one."""
+    """Whether files below `directory` can be opened with O_DIRECT; writes a file to find out."""
     path = directory / ".direct-io-probe"
     block = mmap.mmap(-1, BLOCK_BYTES)
     try:
@@ -200,12 +215,3 @@ def supports_direct_io(directory: Path) -> bool:
     finally:
         with contextlib.suppress(OSError):
             path.unlink()
-
-
-def sync_directory(path: Path) -> None:
-    """Makes the names in a directory durable."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -1,8 +1,9 @@
-"""The NVMe tier: slabs below one directory, and who refers to which slot.
+"""The NVMe tier: the slabs of a data directory, and a reference count for each slot in use.
 
-Reads and writes run in thread pools; the bookkeeping lives on the event loop. A slot's life: taken -> written -> synced -> referred to by
-records, snapshots and readers -> free when the last lets go, its disk kept for the next write or punched out. Knows nothing of the index:
-commits.py puts the steps in order.
+    allocate -> write -> sync -> referred to by records, snapshots and readers -> free, when the last reference is released
+
+Reads and writes run in thread pools; the bookkeeping lives on the event loop. The caller puts the steps of a commit in order
+(engine/commit_rounds.py).
 """
 
 from __future__ import annotations
@@ -15,23 +16,24 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
+from ooc_moe_server.atomic_files import sync_directory
 from ooc_moe_server.catalog.catalog import Catalog, Slot
-from ooc_moe_server.nvme.slab import Slab, supports_direct_io, sync_directory
+from ooc_moe_server.nvme.slab import Slab, supports_direct_io
 from ooc_moe_wire.errors import TierFull
 from ooc_moe_wire.v1 import stats_pb2
 
 Result = TypeVar("Result")
 NUM_IO_THREADS = 8
-# Of their own, so that no read waits behind a queue of writes.
+# Writes have threads of their own, so that no read waits behind a queue of writes.
 NUM_WRITE_THREADS = 4
 QUOTA_RETRY_MS = 1000
 
 
 class NvmeTier:
-    """All slabs of a data directory. `on_free` is called with every slot that nobody refers to any more."""
+    """All slabs of a data directory. Calls `on_free` with every slot that loses its last reference."""
 
     def __init__(self, directory: Path, catalog: Catalog, *, on_free: Callable[[Slot], None], quota_bytes: int | None = None) -> None:
-        """`quota_bytes`: the most that all slots in use may take; None: what the disk holds."""
+        """`quota_bytes`: the most that all slots in use may occupy; None: as much as the disk holds."""
         directory.mkdir(exist_ok=True)
         sync_directory(directory.parent)
         self.direct = supports_direct_io(directory)
@@ -46,8 +48,8 @@ class NvmeTier:
         self._extending: dict[int, asyncio.Lock] = {}
         self._stats = stats_pb2.TierStats(io_mode="direct" if self.direct else "buffered")
         self._used_bytes = sum(slot.record_bytes for slot in self._references)
-        self._replacing: set[Slot] = set()  # Slots that will set another's bytes free when they are committed.
-        self._replaced_bytes = 0  # What these will set free, and those that wait for their slab to grow.
+        self._replacing: set[Slot] = set()  # Slots whose commit will free another slot of the same size.
+        self._replaced_bytes = 0  # The bytes that will become free so; also for slots that still wait for their slab to grow.
         self._trimming: dict[Slab, asyncio.Task[None]] = {}
         for record_bytes in {slot.record_bytes for slot in self._references} | _record_sizes(directory):
             self._open(record_bytes)
@@ -56,13 +58,13 @@ class NvmeTier:
         """Runs `work` on an I/O thread."""
         return await asyncio.get_running_loop().run_in_executor(self._io, work)
 
-    async def take(self, record_bytes: int, *, replaced: Slot | None = None) -> Slot:
-        """A free slot with disk behind it, held once.
+    async def allocate(self, record_bytes: int, *, replaced: Slot | None = None) -> Slot:
+        """Gives out a free slot that has disk blocks, with one reference.
 
         Args:
-            record_bytes: of its slab, which grows as needed.
-            replaced: the slot that will be let go once this one is committed: the quota counts the two as one, or a full store could not
-                even overwrite what it holds.
+            record_bytes: The record size of the slab, which grows as needed.
+            replaced: The slot that will be released once the new one is committed. The quota counts the two as one; otherwise a full store
+                could not even overwrite the records that it holds.
 
         Raises:
             TierFull: the quota is used up.
@@ -70,10 +72,10 @@ class NvmeTier:
         """
         replaced_bytes = record_bytes if self._is_sole(replaced) else 0
         self._check_quota(record_bytes, replaced_bytes)
-        self._used_bytes += record_bytes  # At once, so that others see both while the slab grows.
+        self._used_bytes += record_bytes  # Both are counted now, so that other calls see them while the slab grows.
         self._replaced_bytes += replaced_bytes
         try:
-            slot = Slot(record_bytes, await self._take(record_bytes))
+            slot = Slot(record_bytes, await self._allocate(record_bytes))
         except BaseException:
             self._used_bytes -= record_bytes
             self._replaced_bytes -= replaced_bytes
@@ -84,45 +86,47 @@ class NvmeTier:
         return slot
 
     def hold(self, slot: Slot) -> None:
-        """Refers to a slot once more."""
+        """Adds a reference to a slot."""
         assert self._references[slot] > 0
         self._references[slot] += 1
 
     def let_go(self, slot: Slot) -> None:
-        """Takes a reference back; with the last one the slot is free to be written anew."""
+        """Releases a reference to a slot. Without references the slot is free, and may be written anew."""
         self._references[slot] -= 1
         if self._references[slot] == 0:
             self._forget(slot)
             slab = self._slabs[slot.record_bytes]
-            slab.give_back(slot.index)
+            slab.free(slot.index)
             self._trim_soon(slab)
 
     def condemn(self, slot: Slot) -> None:
-        """Lets a taken slot go for ever: nobody knows what is in it. Its disk is freed, so that a failing device does not fill up."""
+        """Gives up an allocated slot whose content is unknown. Its disk blocks are freed, so that a failing device does not fill up."""
         self._forget(slot)
         slab = self._slabs[slot.record_bytes]
         slab.condemn(slot.index)
         self._trim_soon(slab)
 
-    def committed(self, slot: Slot) -> None:
-        """What the slot replaces has been let go."""
+    def end_replacing(self, slot: Slot) -> None:
+        """Notes that the slot which this one replaces was released, so that the quota counts no pair any more."""
         if slot in self._replacing:
             self._replacing.remove(slot)
             self._replaced_bytes -= slot.record_bytes
 
-    async def write(self, slot: Slot, record: memoryview, prepare: Callable[[], None]) -> int:
-        """Runs `prepare` and then writes a record into its slot, both on a thread for writes; durable after `sync`.
+    async def write(self, slot: Slot, record: memoryview, prepare: Callable[[], None] | None = None) -> int:
+        """Runs `prepare`, then writes a record to its slot, both on a write thread. The record is durable after `sync`.
 
         Returns:
-            The slab's epoch when it began, for `is_doubtful`.
+            The slab's epoch when the write began, for `is_doubtful`.
 
         Raises:
-            OSError: and what `prepare` raises.
+            OSError: the write failed.
+            Exception: whatever `prepare` raises.
         """
         slab = self._slabs[slot.record_bytes]
 
         def prepare_and_write() -> int:
-            prepare()
+            if prepare:
+                prepare()
             epoch = slab.epoch
             slab.write(slot.index, record)
             return epoch
@@ -133,24 +137,24 @@ class NvmeTier:
         return epoch
 
     async def prepare(self, work: Callable[[], None]) -> None:
-        """Runs `work` on a thread for writes."""
+        """Runs `work` on a write thread."""
         await asyncio.get_running_loop().run_in_executor(self._writers, work)
 
     def is_doubtful(self, slot: Slot, epoch: int) -> bool:
-        """Whether a sync of its slab failed after a write that began in that epoch and before it was durable."""
+        """Whether a sync of the slab failed since a write that began in `epoch`, so that the written bytes may be lost."""
         return self._slabs[slot.record_bytes].epoch != epoch
 
     async def sync(self, slots: Iterable[Slot]) -> dict[int, OSError]:
-        """Makes what was written to the slabs of these slots durable; returns by record size what failed.
+        """Makes everything that was written to the slabs of these slots durable. Returns the errors by record size.
 
-        All that was written to a slab that failed and is not yet durable is in doubt from then on (`is_doubtful`).
+        After an error, every record that was written to that slab and is not durable yet is doubtful (`is_doubtful`).
         """
         sizes = sorted({slot.record_bytes for slot in slots})
         errors = await asyncio.gather(*(self.run(lambda slab=self._slabs[size]: _sync(slab)) for size in sizes))  # type: ignore[misc]
         return {size: error for size, error in zip(sizes, errors, strict=True) if error}
 
     async def read(self, slot: Slot, into: memoryview, check: Callable[[], None]) -> None:
-        """Reads a record and runs `check` over it, on an I/O thread. The caller holds the slot. Raises OSError, and what `check` raises."""
+        """Reads a record and runs `check`, on an I/O thread. The caller must hold the slot. Raises OSError, and what `check` raises."""
         slab = self._slabs[slot.record_bytes]
 
         def read_and_check() -> None:
@@ -162,7 +166,7 @@ class NvmeTier:
         await self.run(read_and_check)
 
     def snapshot_stats(self) -> stats_pb2.TierStats:
-        """The counters, with the present occupancy."""
+        """Returns the counters, with the present occupancy."""
         disk = os.statvfs(self._directory)
         self._stats.capacity_bytes = disk.f_blocks * disk.f_frsize
         self._stats.free_bytes = disk.f_bavail * disk.f_frsize
@@ -175,12 +179,12 @@ class NvmeTier:
         return self._stats
 
     def trim(self) -> None:
-        """Begins to give the disk of free slots beyond the reserve back; goes on by itself as slots become free."""
+        """Starts to punch out free slots beyond the reserve. Later frees start it by themselves."""
         for slab in self._slabs.values():
             self._trim_soon(slab)
 
     async def drain(self) -> None:
-        """Returns when nothing is being trimmed."""
+        """Returns when no slab is being trimmed."""
         while self._trimming:
             await asyncio.wait(self._trimming.values())
 
@@ -200,12 +204,12 @@ class NvmeTier:
 
     def _forget(self, slot: Slot) -> None:
         del self._references[slot]
-        self.committed(slot)  # Or never will be.
+        self.end_replacing(slot)  # It was never committed, or long ago.
         self._used_bytes -= slot.record_bytes
         self._on_free(slot)
 
     def _is_sole(self, slot: Slot | None) -> bool:
-        """Whether only its record refers to it, no snapshot or fork, so that its end frees its bytes."""
+        """Whether a slot has one reference only, and so becomes free when its record releases it: no snapshot or fork shares it."""
         return slot is not None and self._references[slot] == 1
 
     def _check_quota(self, record_bytes: int, replaced_bytes: int) -> None:
@@ -217,45 +221,47 @@ class NvmeTier:
                 retry_after_ms=QUOTA_RETRY_MS,
             )
 
-    async def _take(self, record_bytes: int) -> int:
+    async def _allocate(self, record_bytes: int) -> int:
         slab = self._slabs.get(record_bytes) or self._open(record_bytes)
-        while (index := slab.take()) is None:
+        while (index := slab.allocate()) is None:
             async with self._extending[record_bytes]:
                 if slab.num_free == 0:
                     await self._extend(slab)
         return index
 
     async def _extend(self, slab: Slab) -> None:
-        slots = slab.bare()
+        slots = slab.begin_extend()
         allocated = slots[:0]
         try:
             allocated = await self.run(lambda: slab.extend(slots))
         finally:
-            slab.extended(slots, allocated)
+            slab.end_extend(slots, allocated)
 
     def _trim_soon(self, slab: Slab) -> None:
         if slab not in self._trimming:
             self._trimming[slab] = asyncio.create_task(self._trim(slab))
 
     async def _trim(self, slab: Slab) -> None:
-        """Behind, in few large pieces; slots on their way are neither free nor bare, so nobody can take them meanwhile."""
+        """Punches out the surplus in few large pieces. Slots being punched are neither free nor bare, so none is allocated meanwhile."""
         try:
-            while surplus := slab.surplus():
-                slab.punched(surplus, await self.run(lambda slots=surplus: _punch(slab, slots)))  # type: ignore[misc]
+            while surplus := slab.begin_punch():
+                slab.end_punch(surplus, await self.run(lambda slots=surplus: _punch(slab, slots)))  # type: ignore[misc]
         finally:
             del self._trimming[slab]
 
 
 def _sync(slab: Slab) -> OSError | None:
+    """Syncs a slab; returns the error instead of raising it."""
     try:
         slab.sync()
     except OSError as error:
-        slab.doubt()
+        slab.note_failed_sync()
         return error
     return None
 
 
 def _punch(slab: Slab, slots: Sequence[int]) -> OSError | None:
+    """Punches out slots; returns the error instead of raising it."""
     try:
         slab.punch(slots)
     except OSError as error:
@@ -264,11 +270,11 @@ def _punch(slab: Slab, slots: Sequence[int]) -> OSError | None:
 
 
 def _referred(catalog: Catalog) -> Iterable[Slot]:
+    """Yields the slot of every record of every bank and snapshot, so that shared slots come several times."""
     for bank in catalog.banks.values():
         yield from (record.slot for record in bank.records.values() if record.slot)
     for snapshot in catalog.snapshots.values():
-        for bank_id in snapshot.banks:
-            yield from snapshot.slots(bank_id)
+        yield from snapshot.slots()
 
 
 def _record_sizes(directory: Path) -> set[int]:

@@ -1,15 +1,15 @@
-"""`ooc-moe-server rebuild`: makes the index anew from what lies beside it: manifests, COMMITTED, and the header of every record.
+"""`ooc-moe-server rebuild`: makes the index anew from the manifests, COMMITTED, and the header of every record on the disk.
 
-Manifests say which banks and snapshots exist and what was current when a bank last changed or the daemon last started. A record on the disk
-is newer than that, and was current, when its header
+The manifests tell which banks and snapshots exist, and which records were current when a bank last changed or the daemon last started. A
+newer record on the disk was current too if all of these hold for its header:
 
-    names a bank that has a manifest                                     or a deleted bank would come back
-    has a version from the manifest's `base_version` on                  or what an earlier crash cut off would
-    and below COMMITTED's `next_version`                                 or what the last crash cut off would
-    and replaced the version of the manifest's row, or a newer one       or a push that a restore refused would
+    it names a bank that has a manifest                                  (otherwise the bank was deleted)
+    its version is at least the manifest's `base_version`                (otherwise an earlier crash may have cut the write off)
+    its version is below COMMITTED's `next_version`                      (otherwise the last crash may have cut the write off)
+    it replaced the version of the manifest's row, or a newer one        (otherwise a restore refused the push)
 
-Each expert gets the newest of these whose body is sound. Only a write that was refused for an error of the disk, within the last run, and
-was never repeated, may come back though it was refused.
+Each expert gets the newest of these records whose body is undamaged. One kind of refused write may come back: a write that an error of the
+disk refused in the last run, and that was never repeated.
 """
 
 from __future__ import annotations
@@ -22,15 +22,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ooc_moe_server.atomic_files import move_aside
+from ooc_moe_server.atomic_files import move_aside, sync_directory
 from ooc_moe_server.catalog.catalog import UNWRITTEN, Bank, Catalog, Record, Slot, Snapshot
-from ooc_moe_server.index import commit_witness as committed
-from ooc_moe_server.index import manifests
-from ooc_moe_server.index.commit_witness import Committed
+from ooc_moe_server.index import commit_witness, manifests
+from ooc_moe_server.index.commit_witness import LastCommit
 from ooc_moe_server.index.database import Index
-from ooc_moe_server.index.open_store import copied_index, open_files
+from ooc_moe_server.index.open_store import open_files, read_copied_index
 from ooc_moe_server.nvme.reserve import Reserve
-from ooc_moe_server.nvme.slab import sync_directory
 from ooc_moe_server.repair import scan
 from ooc_moe_server.repair.scan import Slabs, Track, untracked
 from ooc_moe_wire.codec import RecordHeader
@@ -38,21 +36,21 @@ from ooc_moe_wire.errors import CorruptRecord
 
 log = logging.getLogger(__name__)
 
-# How far versions and snapshot ids jump when nobody knows any more which were used.
+# How far versions and snapshot ids jump when COMMITTED does not tell which were used.
 _LEAP = 1 << 32
 _INDEX_FILES = ("", "-wal", "-shm")
 
 
 @dataclass(slots=True)
 class Rebuilt:
-    """What came back, and what did not."""
+    """What a rebuild brought back, and what it could not."""
 
     num_banks: int = 0
-    num_experts: int = 0  # Ever written.
+    num_experts: int = 0  # Experts with a written record.
     num_snapshots: int = 0
-    num_bytes: int = 0  # Of the records that were verified.
-    damage: list[str] = field(default_factory=list)  # Damaged, fallen back or lost; one line each.
-    notes: list[str] = field(default_factory=list)  # What was expected.
+    num_bytes: int = 0  # The bytes of the records that were verified.
+    damage: list[str] = field(default_factory=list)  # One line for each damaged or lost thing.
+    notes: list[str] = field(default_factory=list)  # Other remarks, which are no damage.
 
     @property
     def is_whole(self) -> bool:
@@ -62,9 +60,9 @@ class Rebuilt:
 
 @dataclass(slots=True)
 class _Seen:
-    """What the headers say."""
+    """What the headers on the disk tell."""
 
-    candidates: dict[tuple[bytes, int], list[Record]] = field(default_factory=lambda: defaultdict(list))
+    candidates: dict[tuple[bytes, int], list[Record]] = field(default_factory=lambda: defaultdict(list))  # By bank and expert.
     headers: dict[Slot, RecordHeader] = field(default_factory=dict)
     newest_version: int = 0
 
@@ -72,11 +70,11 @@ class _Seen:
 def rebuild(data_dir: Path, track: Track = untracked) -> Rebuilt:
     """Replaces the index of a data directory that the caller holds; the old one is moved aside. Raises OocMoeError, OSError."""
     result = Rebuilt()
-    last, _ = committed.read(data_dir / "COMMITTED")
+    last, _ = commit_witness.read(data_dir / "COMMITTED")
     if last is None:
         result.notes.append(f"COMMITTED is missing or damaged: versions and snapshot ids leap by {_LEAP}")
     banks, snapshots = _read_manifests(data_dir, result)
-    with scan.opened(data_dir) as slabs:
+    with scan.open_slabs(data_dir) as slabs:
         seen = _scan(slabs, banks, last, result, track)
         _choose(slabs, banks, seen, result, track)
         kept = _bind(snapshots, banks, result)
@@ -85,27 +83,26 @@ def rebuild(data_dir: Path, track: Track = untracked) -> Rebuilt:
     reserve = Reserve(data_dir)
     reserve.run(lambda: _replace_index(data_dir, catalog, sequence))
     next_version = max(catalog.next_version, last.next_version if last else 0)
-    renewed = Committed(sequence=sequence, next_version=next_version, next_snapshot_id=catalog.next_snapshot_id)
-    reserve.run(lambda: committed.renew(data_dir / "COMMITTED", renewed))
-    open_files(data_dir).index.close()  # Checks it, and makes the manifests equal to it.
+    renewed = LastCommit(sequence=sequence, next_version=next_version, next_snapshot_id=catalog.next_snapshot_id)
+    reserve.run(lambda: commit_witness.renew(data_dir / "COMMITTED", renewed))
+    open_files(data_dir).index.close()  # Checks the new index, and makes the manifests equal to it.
     result.num_banks, result.num_snapshots = len(catalog.banks), len(kept)
     result.num_experts = sum(bank.num_written for bank in catalog.banks.values())
     return result
 
 
 def _read_manifests(data_dir: Path, result: Rebuilt) -> tuple[dict[bytes, Bank], list[tuple[Snapshot, dict[int, bytes]]]]:
-    """The banks by uuid, and the snapshots. What is damaged comes from the old index if that is sound, and else is lost."""
-    bank_dir, snapshot_dir = manifests.directories(data_dir)
+    """Reads the banks by uuid, and the snapshots. Takes what is damaged from the old index if that is sound; otherwise it is lost."""
     banks: dict[bytes, Bank] = {}
     snapshots: list[tuple[Snapshot, dict[int, bytes]]] = []
     old: Catalog | None = None
-    for path in sorted([*bank_dir.glob("*.json"), *snapshot_dir.glob("*.json")]):
+    for path in manifests.paths(data_dir):
         try:
-            if path.parent == bank_dir:
-                bank = manifests.read_bank(path)
-                banks[bank.uuid] = bank
+            content = manifests.read(path)
+            if isinstance(content, Bank):
+                banks[content.uuid] = content
             else:
-                snapshots.append(manifests.read_snapshot(path))
+                snapshots.append(content)
         except (CorruptRecord, OSError) as error:
             old = old or _old_catalog(data_dir)
             found = _from_old_index(old, path, banks, snapshots)
@@ -121,6 +118,7 @@ def _read_manifests(data_dir: Path, result: Rebuilt) -> tuple[dict[bytes, Bank],
 
 
 def _namesakes(banks: Iterable[Bank]) -> list[tuple[Bank, Bank]]:
+    """Pairs of banks with the same name, the older one first."""
     newest: dict[str, Bank] = {}
     pairs = []
     for bank in sorted(banks, key=lambda bank: bank.revision):
@@ -131,15 +129,10 @@ def _namesakes(banks: Iterable[Bank]) -> list[tuple[Bank, Bank]]:
 
 
 def _old_catalog(data_dir: Path) -> Catalog:
-    """What the old index holds if it is sound as a whole, else nothing."""
+    """The content of the old index if all of it is sound, otherwise an empty catalog."""
     try:
-        with copied_index(data_dir) as path:
-            index = Index(path)
-            try:
-                return index.read()
-            finally:
-                index.close()
-    except Exception as error:  # It is most likely why we are here.
+        return read_copied_index(data_dir)
+    except Exception as error:  # Expected: a damaged index is the usual reason for a rebuild.
         log.debug("the old index: %s", error)
         return Catalog()
 
@@ -147,7 +140,7 @@ def _old_catalog(data_dir: Path) -> Catalog:
 def _from_old_index(old: Catalog, path: Path, banks: dict[bytes, Bank], snapshots: list[tuple[Snapshot, dict[int, bytes]]]) -> bool:
     for bank in old.banks.values():
         if bank.uuid.hex() == path.stem and path.parent.name == "banks":
-            bank.base_version = old.next_version  # A sound index knows all that was committed.
+            bank.base_version = old.next_version  # A sound index holds every committed record of the bank.
             banks[bank.uuid] = bank
             return True
     for snapshot in old.snapshots.values():
@@ -157,8 +150,8 @@ def _from_old_index(old: Catalog, path: Path, banks: dict[bytes, Bank], snapshot
     return False
 
 
-def _scan(slabs: Slabs, banks: dict[bytes, Bank], last: Committed | None, result: Rebuilt, track: Track) -> _Seen:
-    """Reads every header, and keeps those that may be current."""
+def _scan(slabs: Slabs, banks: dict[bytes, Bank], last: LastCommit | None, result: Rebuilt, track: Track) -> _Seen:
+    """Reads every header, and keeps the records that may be current."""
     seen = _Seen()
     strangers: Counter[bytes] = Counter()
 
@@ -169,9 +162,9 @@ def _scan(slabs: Slabs, banks: dict[bytes, Bank], last: Committed | None, result
             return error
 
     slots = list(slabs.slots())
-    for slot, header in zip(slots, scan.each(read, slots, "headers", track), strict=True):
+    for slot, header in zip(slots, scan.map_tracked(read, slots, "headers", track), strict=True):
         if isinstance(header, CorruptRecord):
-            result.damage.append(f"{header}: if it held a newer record than is known of, that one is lost")
+            result.damage.append(f"{header}: if it held the newest record of an expert, that record is lost")
         elif header is not None:
             seen.headers[slot] = header
             seen.newest_version = max(seen.newest_version, header.version)
@@ -181,24 +174,22 @@ def _scan(slabs: Slabs, banks: dict[bytes, Bank], last: Committed | None, result
             elif _was_current(header, bank, last) and _fits(header, slot, bank, result):
                 seen.candidates[bank.uuid, header.expert].append(_record(header, slot))
     if strangers:
-        result.notes.append(f"{strangers.total()} records of {len(strangers)} banks without a manifest are left out, as deleted ones")
+        result.notes.append(f"{strangers.total()} records of {len(strangers)} deleted banks (without a manifest) are left out")
     return seen
 
 
-def _was_current(header: RecordHeader, bank: Bank, last: Committed | None) -> bool:
+def _was_current(header: RecordHeader, bank: Bank, last: LastCommit | None) -> bool:
+    """Whether a record was current after the manifest was written; see the module docstring."""
     row = bank.records.get(header.expert, UNWRITTEN)
     is_committed = last is None or header.version < last.next_version
     return header.version > row.version and header.base_version >= row.version and header.version >= bank.base_version and is_committed
 
 
 def _fits(header: RecordHeader, slot: Slot, bank: Bank, result: Rebuilt) -> bool:
-    layout = bank.layout
-    if (slot.record_bytes, header.parameter_bytes, header.optimizer_bytes) != (
-        layout.record_bytes,
-        layout.parameter_bytes,
-        layout.optimizer_bytes,
-    ):
-        result.damage.append(f"{scan.name(slot)}: a record of bank {bank.name!r}, expert {header.expert}, with the sizes of another layout")
+    """Whether a record has the sizes of its bank's records. Grows the bank when it has an expert beyond the manifest's number."""
+    if slot.record_bytes != bank.layout.record_bytes or not scan.has_sizes_of(header, bank.layout):
+        what = f"a record of bank {bank.name!r}, expert {header.expert}, with the sizes of another layout"
+        result.damage.append(f"{scan.slot_name(slot)}: {what}")
         return False
     if header.expert >= bank.num_experts:
         result.damage.append(f"bank {bank.name!r} has {bank.num_experts} experts by its manifest, and a record of expert {header.expert}")
@@ -211,7 +202,7 @@ def _record(header: RecordHeader, slot: Slot) -> Record:
 
 
 def _choose(slabs: Slabs, banks: dict[bytes, Bank], seen: _Seen, result: Rebuilt, track: Track) -> None:
-    """Makes the newest sound record of each expert current."""
+    """Makes the newest undamaged record of each expert current."""
     experts = [(bank, expert) for bank in banks.values() for expert in sorted(bank.records)]
     experts += [(banks[uuid], expert) for uuid, expert in seen.candidates if expert not in banks[uuid].records]
 
@@ -222,14 +213,14 @@ def _choose(slabs: Slabs, banks: dict[bytes, Bank], seen: _Seen, result: Rebuilt
             records.append(bank.records[expert])
         return bank, expert, *_newest_sound(slabs, bank, expert, records, seen)
 
-    for bank, expert, record, damage in scan.each(choose, experts, "records", track):
+    for bank, expert, record, damage in scan.map_tracked(choose, experts, "records", track):
         bank.put(expert, record)
         result.damage += damage
         result.num_bytes += record.slot.record_bytes if record.slot else 0
 
 
 def _newest_sound(slabs: Slabs, bank: Bank, expert: int, records: list[Record], seen: _Seen) -> tuple[Record, list[str]]:
-    """The first sound one of `records`, the newest first, or else the newest; and what is to be said of it."""
+    """The first undamaged one of `records`, which come newest first, or the newest if all are damaged; and lines for the report."""
     what = f"bank {bank.name!r}, expert {expert}"
     damage: list[str] = []
     for record in records:
@@ -239,56 +230,56 @@ def _newest_sound(slabs: Slabs, bank: Bank, expert: int, records: list[Record], 
                 damage.append(f"{what}: version {record.version} is current again" + ("" if record.slot else ", its initial value"))
             return record, damage
         damage.append(f"{what}: version {record.version} is damaged, or was never written to its end: {problem}")
-    return records[0], [*damage, f"{what}: lost; fetches say so until it is written anew, or a snapshot restored"]
+    return records[0], [*damage, f"{what}: lost; fetches raise CorruptRecord until it is written anew, or a snapshot is restored"]
 
 
 def _problem(slabs: Slabs, bank: Bank, record: Record, seen: _Seen | None) -> str | None:
+    """Describes what is wrong with a record, or returns None. With `seen`, its header must have the same checksums."""
     if record.slot is None or record.checksums is None:
         return None
     header = seen.headers.get(record.slot) if seen else None
     if header and header.checksums != record.checksums:
-        return f"{scan.name(record.slot)} holds another record"
+        return f"{scan.slot_name(record.slot)} holds another record"
     problem = slabs.check_body(record.slot, bank.layout.parameter_bytes, record.checksums)
-    return problem and f"{scan.name(record.slot)}: {problem}"
+    return problem and f"{scan.slot_name(record.slot)}: {problem}"
 
 
 def _bind(snapshots: Iterable[tuple[Snapshot, dict[int, bytes]]], banks: dict[bytes, Bank], result: Rebuilt) -> list[Snapshot]:
-    """The snapshots with the new ids of their banks, without those that are gone."""
+    """Gives the snapshots the new ids of their banks. Leaves out banks that do not exist any more, and snapshots without any bank."""
     kept = []
     for snapshot, uuids in snapshots:
         states = {banks[uuids[place]].id: state for place, state in snapshot.banks.items() if uuids[place] in banks}
         if len(states) < len(snapshot.banks):
-            result.notes.append(f"snapshot {snapshot.id} {snapshot.name!r}: a bank of it is gone")
+            result.notes.append(f"snapshot {snapshot.id} {snapshot.name!r}: one of its banks does not exist any more")
         if states:
             kept.append(replace(snapshot, banks=states))
     return kept
 
 
 def _check_snapshots(slabs: Slabs, snapshots: list[Snapshot], banks: dict[bytes, Bank], result: Rebuilt, track: Track) -> None:
-    """Verifies what only snapshots refer to. A damaged record stays: a fetch after a restore says so."""
+    """Verifies the records that only snapshots refer to. A damaged record stays; a fetch after a restore raises CorruptRecord."""
     by_id = {bank.id: bank for bank in banks.values()}
     verified = {(record.slot, record.checksums) for bank in banks.values() for record in bank.records.values()}
     parts: list[tuple[Bank, int, Record, Snapshot]] = []
     for snapshot in snapshots:
-        for bank_id, state in snapshot.banks.items():
-            for expert, record in state.records.items():
-                if (record.slot, record.checksums) not in verified:
-                    parts.append((by_id[bank_id], expert, record, snapshot))
+        for bank_id, expert, record in snapshot.records():
+            if (record.slot, record.checksums) not in verified:
+                parts.append((by_id[bank_id], expert, record, snapshot))
 
     def check(part: tuple[Bank, int, Record, Snapshot]) -> str | None:
         bank, _, record, _ = part
         return _problem(slabs, bank, record, None)
 
-    for (bank, expert, record, snapshot), problem in zip(parts, scan.each(check, parts, "snapshots", track), strict=True):
+    for (bank, expert, record, snapshot), problem in zip(parts, scan.map_tracked(check, parts, "snapshots", track), strict=True):
         result.num_bytes += record.slot.record_bytes if record.slot else 0
         if problem:
             result.damage.append(f"snapshot {snapshot.id} {snapshot.name!r}: bank {bank.name!r}, expert {expert} is lost: {problem}")
 
 
-def _catalog(banks: dict[bytes, Bank], snapshots: list[Snapshot], seen: _Seen, last: Committed | None) -> tuple[Catalog, int]:
-    """What the new index holds, and the sequence number it begins with: no number that was ever used comes again."""
+def _catalog(banks: dict[bytes, Bank], snapshots: list[Snapshot], seen: _Seen, last: LastCommit | None) -> tuple[Catalog, int]:
+    """The content of the new index and its first sequence number. Versions, snapshot ids and sequence numbers are never used twice."""
     records = [record for bank in banks.values() for record in bank.records.values()]
-    records += [record for snapshot in snapshots for state in snapshot.banks.values() for record in state.records.values()]
+    records += [record for snapshot in snapshots for _, _, record in snapshot.records()]
     newest = max([seen.newest_version, *(record.version for record in records), *(bank.base_version for bank in banks.values())], default=0)
     newest_snapshot = max((snapshot.id for snapshot in snapshots), default=0)
     revision = max([*(bank.revision for bank in banks.values()), *(snapshot.revision for snapshot in snapshots)], default=0)
@@ -302,9 +293,9 @@ def _catalog(banks: dict[bytes, Bank], snapshots: list[Snapshot], seen: _Seen, l
 
 
 def _replace_index(data_dir: Path, catalog: Catalog, sequence: int) -> None:
-    """Builds the new index beside, moves every file of the old one aside, and puts the new one in its place.
+    """Builds the new index in a directory of its own, moves the files of the old index aside, and moves the new index to its place.
 
-    In between there is no index, and a start refuses to begin anew; the rebuild can then be repeated.
+    A crash between the two moves leaves no index. A start then refuses to create an empty one, and the rebuild can be repeated.
     """
     workshop = data_dir / "index.rebuilding"
     shutil.rmtree(workshop, ignore_errors=True)
@@ -314,7 +305,7 @@ def _replace_index(data_dir: Path, catalog: Catalog, sequence: int) -> None:
         try:
             index.fill(catalog, sequence)
         finally:
-            index.close()  # Folds the WAL in.
+            index.close()  # Folds the WAL into the index file.
         _sync(workshop / "index.sqlite")
         path = data_dir / "index.sqlite"
         if any(path.with_name(path.name + suffix).exists() for suffix in _INDEX_FILES):
@@ -333,7 +324,7 @@ def _move_index_aside(path: Path) -> None:
         old = path.with_name(path.name + suffix)
         if old.exists():
             os.rename(old, path.with_name(f"{path.name}.damaged-{number}{suffix}"))
-    sync_directory(path.parent)  # A WAL left behind would be taken for the new index's.
+    sync_directory(path.parent)  # A WAL that is left behind would be taken for the WAL of the new index.
 
 
 def _sync(path: Path) -> None:

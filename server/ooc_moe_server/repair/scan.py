@@ -1,6 +1,6 @@
-"""Reads slabs without a daemon: header blocks, and whether bodies are what was written. Any thread, in bounded memory.
+"""Reads the slabs of a stopped daemon: header blocks, and bodies to compare them with their checksums.
 
-Knows nothing of banks, nor of who refers to which slot.
+Calls may run on any thread, and use a bounded amount of memory.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from typing import Protocol, TypeVar
 import xxhash
 
 from ooc_moe_server.catalog.catalog import Slot
+from ooc_moe_server.nvme.slab import transfer
 from ooc_moe_wire.codec import Checksums, RecordHeader
 from ooc_moe_wire.errors import CorruptRecord
-from ooc_moe_wire.layout import BLOCK_BYTES
+from ooc_moe_wire.layout import BLOCK_BYTES, Layout
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -29,7 +30,7 @@ _BLANK = bytes(BLOCK_BYTES)
 
 
 class Track(Protocol):
-    """Passes items through, and shows how many of `total` have come."""
+    """Passes items through, and shows how many of `total` have passed."""
 
     def __call__(self, items: Iterable[Item], what: str, total: int) -> Iterable[Item]: ...  # noqa: D102
 
@@ -45,25 +46,25 @@ class Slabs:
             if path.stem.isdigit()
         }
         for fd in self._fds.values():
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # Or each header would bring its neighbours' bodies.
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # Without it, reading a header would read ahead into the body.
 
     def slots(self) -> Iterator[Slot]:
-        """Every slot, used or not, in order of place."""
+        """Yields every slot, used or not, slab by slab and in order."""
         for record_bytes, fd in self._fds.items():
             for index in range(os.fstat(fd).st_size // record_bytes):
                 yield Slot(record_bytes, index)
 
     def header(self, slot: Slot) -> RecordHeader | None:
-        """The header block of a slot; None where nothing was ever written. Raises CorruptRecord: it is damaged, or cannot be read."""
+        """Reads the header block of a slot; None where nothing was ever written. Raises CorruptRecord when it is damaged or unreadable."""
         block = bytearray(BLOCK_BYTES)
         try:
             self._read(slot, 0, memoryview(block))
         except OSError as error:
-            raise CorruptRecord(f"{name(slot)}: {error.strerror}") from error
-        return None if block == _BLANK else RecordHeader.unpack(memoryview(block), what=name(slot))
+            raise CorruptRecord(f"{slot_name(slot)}: {error.strerror}") from error
+        return None if block == _BLANK else RecordHeader.unpack(memoryview(block), what=slot_name(slot))
 
     def check_body(self, slot: Slot, parameter_bytes: int, expected: Checksums) -> str | None:
-        """What is wrong with the sections of a slot, or None."""
+        """Compares the sections of a slot with their checksums. Describes what is wrong, or returns None."""
         optimizer_bytes = slot.record_bytes - BLOCK_BYTES - parameter_bytes
         try:
             if self._xxh3(slot, BLOCK_BYTES, parameter_bytes) != expected.parameters:
@@ -91,17 +92,13 @@ class Slabs:
         fd = self._fds.get(slot.record_bytes)
         if fd is None:
             raise OSError(errno.ENOENT, "the slab is missing")
-        done = 0
-        while done < len(into):
-            count = os.preadv(fd, [into[done:]], slot.index * slot.record_bytes + offset + done)
-            if count == 0:
-                raise OSError(errno.EIO, "the slab ends before it")
-            done += count
+        if transfer(os.preadv, fd, into, slot.index * slot.record_bytes + offset) < len(into):
+            raise OSError(errno.EIO, "the slab ends before it")
 
 
 @contextmanager
-def opened(data_dir: Path) -> Iterator[Slabs]:
-    """The slabs, closed afterwards. Raises OSError."""
+def open_slabs(data_dir: Path) -> Iterator[Slabs]:
+    """Opens the slabs of a data directory, and closes them afterwards. Raises OSError."""
     slabs = Slabs(data_dir)
     try:
         yield slabs
@@ -109,17 +106,22 @@ def opened(data_dir: Path) -> Iterator[Slabs]:
         slabs.close()
 
 
-def each(work: Callable[[Item], Result], items: list[Item], what: str, track: Track) -> Iterator[Result]:
-    """The results of `work` in the order of the items, made by a few threads."""
+def map_tracked(work: Callable[[Item], Result], items: list[Item], what: str, track: Track) -> Iterator[Result]:
+    """Yields the results of `work` in the order of the items; a few threads do the work, and `track` shows the progress."""
     with ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="scan") as pool:
         yield from track(pool.map(work, items), what, len(items))
 
 
 def untracked(items: Iterable[Item], what: str, total: int) -> Iterable[Item]:
-    """Shows nothing."""
+    """A `Track` that shows nothing."""
     return items
 
 
-def name(slot: Slot) -> str:
-    """For messages."""
+def has_sizes_of(header: RecordHeader, layout: Layout) -> bool:
+    """Whether the sections of a record have the sizes of a layout."""
+    return (header.parameter_bytes, header.optimizer_bytes) == (layout.parameter_bytes, layout.optimizer_bytes)
+
+
+def slot_name(slot: Slot) -> str:
+    """A slot as messages name it."""
     return f"slot {slot.index} of slab {slot.record_bytes}"

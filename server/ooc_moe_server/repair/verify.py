@@ -1,7 +1,7 @@
-"""`ooc-moe-server verify`: reads everything that is committed, and says what is not as it was written. Changes nothing.
+"""`ooc-moe-server verify`: reads everything that is committed, and reports what is not as it was written. Changes nothing.
 
-Knows nothing of repairing: `rebuild` makes a damaged index anew, a push or a restored snapshot replaces a damaged record, and a start of
-the daemon makes manifests equal to the index.
+Damage is repaired elsewhere: `rebuild` makes a damaged index anew, a push or a restored snapshot replaces a damaged record, and a start of
+the daemon makes the manifests equal to the index.
 """
 
 from __future__ import annotations
@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ooc_moe_server.catalog.catalog import Bank, Catalog, Record, Slot
-from ooc_moe_server.index import commit_witness as committed
-from ooc_moe_server.index import manifests
-from ooc_moe_server.index.database import Index
-from ooc_moe_server.index.open_store import copied_index
+from ooc_moe_server.index import commit_witness, manifests
+from ooc_moe_server.index.open_store import read_copied_index
 from ooc_moe_server.repair import scan
 from ooc_moe_server.repair.scan import Slabs, Track, untracked
 from ooc_moe_wire.codec import Checksums, RecordHeader
@@ -25,28 +23,28 @@ from ooc_moe_wire.errors import CorruptRecord
 
 @dataclass(slots=True)
 class Verified:
-    """What was read, and what is wrong with it."""
+    """What a verification read, and what it found."""
 
     num_banks: int = 0
     num_snapshots: int = 0
-    num_records: int = 0  # Slots that were read.
+    num_records: int = 0  # The number of slots that were read.
     num_bytes: int = 0
-    findings: list[str] = field(default_factory=list)  # One line each.
-    notes: list[str] = field(default_factory=list)  # What is not as it will be after the next start, and no damage.
+    findings: list[str] = field(default_factory=list)  # One line for each damage.
+    notes: list[str] = field(default_factory=list)  # Differences that are no damage: the next start removes them.
 
     @property
     def is_clean(self) -> bool:
-        """Whether nothing was found."""
+        """Whether there is no finding."""
         return not self.findings
 
     def to_json(self) -> dict[str, Any]:
-        """For programs."""
+        """The result as an object for JSON."""
         return {"clean": self.is_clean, **asdict(self)}
 
 
 @dataclass(frozen=True, slots=True)
 class _Reference:
-    """One record that refers to a slot."""
+    """One record that refers to a slot, of a bank or of a snapshot."""
 
     what: str
     bank: Bank
@@ -58,57 +56,55 @@ def verify(data_dir: Path, track: Track = untracked) -> Verified:
     result = Verified()
     catalog = _check_index(data_dir, result)
     if catalog is None:
-        result.notes.append("which records are committed is not known without an index: none was read")
+        result.notes.append("no record was read: without an index it is not known which records are committed")
         return result
     result.num_banks, result.num_snapshots = len(catalog.banks), len(catalog.snapshots)
     _check_manifests(data_dir, catalog, result)
-    with scan.opened(data_dir) as slabs:
+    with scan.open_slabs(data_dir) as slabs:
         _check_records(slabs, catalog, result, track)
     return result
 
 
 def _check_index(data_dir: Path, result: Verified) -> Catalog | None:
+    """Reads the index; returns None when it is damaged."""
     if not (data_dir / "index.sqlite").exists() and not (data_dir / "COMMITTED").exists() and not list(data_dir.glob("slabs/*.slab")):
         result.notes.append("nothing was ever committed here")
         return Catalog()
-    last, num_damaged = committed.read(data_dir / "COMMITTED")
+    last, num_damaged = commit_witness.read(data_dir / "COMMITTED")
     if last and num_damaged:
         result.findings.append("COMMITTED: one of its two blocks is damaged; the next commits write both anew")
     try:
         if not (data_dir / "index.sqlite").exists():
             raise CorruptRecord(f"index: index.sqlite is missing; `ooc-moe-server rebuild {data_dir}` makes it anew from the records")
-        with copied_index(data_dir) as path:
-            index = Index(path)
-            try:
-                return index.read()
-            finally:
-                index.close()
+        return read_copied_index(data_dir)
     except CorruptRecord as error:
         result.findings.append(str(error))
         return None
 
 
 def _check_manifests(data_dir: Path, catalog: Catalog, result: Verified) -> None:
-    """Damaged ones are findings. One that differs is not: the daemon may have ended between its commit and its manifest."""
+    """Reports a damaged manifest as a finding. One that differs is a note: the daemon may have ended between a commit and its manifest."""
     bank_dir, snapshot_dir = manifests.directories(data_dir)
     revisions = {bank_dir / f"{bank.uuid.hex()}.json": bank.revision for bank in catalog.banks.values()}
     revisions |= {snapshot_dir / f"{snapshot.id}.json": snapshot.revision for snapshot in catalog.snapshots.values()}
-    found = {*bank_dir.glob("*.json"), *snapshot_dir.glob("*.json")}
-    for path in sorted(found | revisions.keys()):
+    found = manifests.paths(data_dir)
+    for path in sorted({*found, *revisions}):
         name = f"manifest {path.parent.name}/{path.name}"
         if path not in found:
             result.notes.append(f"{name} is missing; the next start writes it")
             continue
         try:
-            revision = manifests.read_bank(path).revision if path.parent == bank_dir else manifests.read_snapshot(path)[0].revision
+            content = manifests.read(path)
         except (CorruptRecord, OSError) as error:
             result.findings.append(f"{error}; the next start writes it anew from the index")
             continue
+        revision = content.revision if isinstance(content, Bank) else content[0].revision
         if revision != revisions.get(path):
-            result.notes.append(f"{name} is not as the index says; the next start makes it so")
+            result.notes.append(f"{name} differs from the index; the next start makes it equal")
 
 
 def _check_records(slabs: Slabs, catalog: Catalog, result: Verified, track: Track) -> None:
+    """Reads every slot that a record refers to."""
     references: dict[Slot, list[_Reference]] = defaultdict(list)
     for reference in _references(catalog):
         if reference.record.slot:
@@ -117,7 +113,7 @@ def _check_records(slabs: Slabs, catalog: Catalog, result: Verified, track: Trac
     def check(item: tuple[Slot, list[_Reference]]) -> list[str]:
         return _findings(slabs, *item)
 
-    for (slot, _), findings in zip(references.items(), scan.each(check, list(references.items()), "records", track), strict=True):
+    for (slot, _), findings in zip(references.items(), scan.map_tracked(check, list(references.items()), "records", track), strict=True):
         result.findings += findings
         result.num_records += 1
         result.num_bytes += slot.record_bytes
@@ -129,14 +125,13 @@ def _references(catalog: Catalog) -> Iterator[_Reference]:
         for expert, record in bank.records.items():
             yield _Reference(f"bank {bank.name!r}, expert {expert}, version {record.version}", bank, record)
     for snapshot in catalog.snapshots.values():
-        for bank_id, state in snapshot.banks.items():
-            for expert, record in state.records.items():
-                what = f"snapshot {snapshot.id} {snapshot.name!r}, bank {by_id[bank_id].name!r}, expert {expert}, version {record.version}"
-                yield _Reference(what, by_id[bank_id], record)
+        for bank_id, expert, record in snapshot.records():
+            what = f"snapshot {snapshot.id} {snapshot.name!r}, bank {by_id[bank_id].name!r}, expert {expert}, version {record.version}"
+            yield _Reference(what, by_id[bank_id], record)
 
 
 def _findings(slabs: Slabs, slot: Slot, references: list[_Reference]) -> list[str]:
-    """What is wrong with a slot, for each that refers to it. The body is read once, however many do."""
+    """Describes what is wrong with a slot, once for each record that refers to it. Records with the same checksums share one read."""
     try:
         header = slabs.header(slot)
     except CorruptRecord:
@@ -154,18 +149,21 @@ def _findings(slabs: Slabs, slot: Slot, references: list[_Reference]) -> list[st
         if problem is None and header is None:
             problem = "the header block is damaged: the daemon serves the record, but a rebuild could miss it"
         if problem:
-            findings.append(f"{reference.what}: {scan.name(slot)}: {problem}")
+            findings.append(f"{reference.what}: {scan.slot_name(slot)}: {problem}")
     return findings
 
 
 def _contradiction(header: RecordHeader | None, slot: Slot, reference: _Reference) -> str | None:
-    """Where the header and the index differ. A header older than the index row is a fork's or a restore's, which share bytes."""
+    """Describes how the header contradicts the index, or returns None.
+
+    A header with an older version than the index row is no contradiction: forks and restores give new versions to the same bytes.
+    """
     layout, record = reference.bank.layout, reference.record
     if slot.record_bytes != layout.record_bytes:
         return f"the bank's records have {layout.record_bytes} bytes"
     if header is None:
         return None
-    if (header.parameter_bytes, header.optimizer_bytes) != (layout.parameter_bytes, layout.optimizer_bytes):
+    if not scan.has_sizes_of(header, layout):
         return "its header has the sizes of another layout"
     if header.checksums != record.checksums or header.version > record.version:
         return f"it holds another record, of version {header.version}"

@@ -1,9 +1,10 @@
-"""The one place where calls meet the daemon's state: refused while it starts or drains, counted and bounded, errors translated.
+"""The guard around every call: refuses calls while the daemon starts or drains, limits their number, and translates errors.
 
-Calls that come through the local plane's socket are counted here too (`counted`).
+An `OocMoeError` becomes its gRPC status, with its name in the trailing metadata. Any other exception is a bug of the daemon: it becomes
+INTERNAL, and is logged once with its traceback. Calls to health and reflection pass untouched. Fetches through the local plane's socket are
+counted here too (`counted`).
 
-An `OocMoeError` becomes its status with its name in the trailing metadata; anything else is a fault of ours: INTERNAL, logged once with its
-traceback. Health and reflection pass untouched. Streams are coroutines that write to the context, so that a caller who hangs up ends them.
+Streaming methods are coroutines that write to the context, so that they end when the caller hangs up.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ from ooc_moe_wire.errors import STATUS, Internal, InvalidRequest, OocMoeError, T
 
 log = logging.getLogger(__name__)
 
-# Under way at once; more are asked to come again.
+# Calls under way at once. Further calls get TierFull, and may be retried.
 CALLS_MAX = 1024
 ERROR_CHARS_MAX = 500
 _PREFIX = "/ooc_moe_wire.v1."
-# Requests that are parsed by hand.
+# Requests that are parsed by hand, because it is faster.
 _DECODERS: dict[str, Callable[[bytes], Any]] = {f"{_PREFIX}ExpertService/PushExperts": decode_push_request}
 
 
 class Guard(grpc.aio.ServerInterceptor):
-    """Wraps every call of our services. `refusal` is why calls are refused now, or None."""
+    """Wraps every call of our services. `refusal` is the reason why calls are refused now, or None."""
 
     def __init__(self) -> None:
         self.refusal: str | None = "the daemon is starting"
@@ -48,7 +49,7 @@ class Guard(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
         details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        """Puts the guard around the method's behaviour."""
+        """Wraps the behaviour of a method of our services."""
         handler = await continuation(details)
         if handler is None or not details.method.startswith(_PREFIX):
             return handler
@@ -73,7 +74,7 @@ class Guard(grpc.aio.ServerInterceptor):
             except grpc.aio.AbortError:
                 raise
             except Exception as error:
-                if context.done():  # The caller hung up; writing to it failed.
+                if context.done():  # The caller hung up, so that a write to it failed.
                     raise asyncio.CancelledError from error
                 log.exception("%s failed", method)
                 await _abort(context, Internal(f"{type(error).__name__}: {error}"))
@@ -82,7 +83,7 @@ class Guard(grpc.aio.ServerInterceptor):
 
     @asynccontextmanager
     async def counted(self) -> AsyncIterator[None]:
-        """Counts a call while it is under way. Raises Unavailable, TierFull."""
+        """Counts a call while it is under way. Raises Unavailable (`refusal`), TierFull (too many calls)."""
         if self.refusal is not None:
             raise Unavailable(self.refusal)
         if self.num_open >= CALLS_MAX:
@@ -102,24 +103,24 @@ async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: OocMoeError
 
 
 def shown(error: OocMoeError) -> str:
-    """Its message, cut: gRPC drops the name of an error when the metadata grow beyond 8 KiB, and it may quote a long name."""
+    """The message of an error, cut to a length: gRPC drops an error's name when the metadata grow beyond 8 KiB."""
     text = str(error)
     return text if len(text) <= ERROR_CHARS_MAX else f"{text[:ERROR_CHARS_MAX]} ..."
 
 
 class NotAMessage:
-    """What stands for bytes that are no message of the method. Looking into it says so."""
+    """Stands in for a request that cannot be decoded."""
 
     def __init__(self, error: Exception) -> None:
         self.error = InvalidRequest(f"the request cannot be decoded: {error}")
 
     def WhichOneof(self, _name: str) -> str:
-        """Raises InvalidRequest: what a stream does first with a message."""
+        """Raises InvalidRequest. A stream calls this first on every message."""
         raise self.error
 
 
 def _or_not_a_message(decode: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
-    """gRPC itself would answer UNKNOWN or INTERNAL to what cannot be decoded, and log a traceback."""
+    """Decodes a request, or makes a NotAMessage. Without it, gRPC answers UNKNOWN or INTERNAL, and logs a traceback."""
     assert decode is not None
 
     def decoded(data: bytes) -> Any:
@@ -132,6 +133,6 @@ def _or_not_a_message(decode: Callable[[bytes], Any] | None) -> Callable[[bytes]
 
 
 def _unless_encoded(serialize: Callable[[Any], bytes] | None) -> Callable[[Any], bytes]:
-    """Lets messages through that are bytes already (`encoded_chunks`)."""
+    """Serializes messages, and passes those on that are bytes already (`encoded_chunks`)."""
     assert serialize is not None
     return lambda message: message if isinstance(message, bytes) else serialize(message)

@@ -1,4 +1,4 @@
-"""Fetches that come through the local plane's socket: counted, served and translated as guard.py and services.py do for gRPC."""
+"""Fetches that come through the local plane's socket. The call guard counts them, and errors are translated, as for calls through gRPC."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from ooc_moe_server.engine.engine import Engine
 from ooc_moe_server.local.plane import Session
-from ooc_moe_server.rpc import replies as answers
+from ooc_moe_server.rpc import replies
 from ooc_moe_server.rpc.interceptor import Guard, shown
 from ooc_moe_server.rpc.services import checked_trainer, fetch_of
 from ooc_moe_wire.errors import Internal, OocMoeError, TierFull
@@ -18,18 +18,18 @@ log = logging.getLogger(__name__)
 
 
 class LocalFetches:
-    """Serves them, as `local.Serve`."""
+    """Serves the fetches of local sessions; `serve` is a `local.plane.Serve`."""
 
     def __init__(self, engine: Callable[[], Engine], guard: Guard) -> None:
         self._engine, self._guard = engine, guard
 
-    async def serve(self, session: Session, asked: local_pb2.LocalFetch) -> None:
-        """Answers with leases and an end, which says what went wrong. A session that closes ends it."""
+    async def serve(self, session: Session, fetch_request: local_pb2.LocalFetch) -> None:
+        """Sends leases, and an end that carries the error if there is one. Stops when the session closes."""
         end = local_pb2.LocalEnd()
         try:
             async with self._guard.counted():
-                bank, fetch = fetch_of(self._engine(), asked.request, checked_trainer(asked.trainer))
-                await answers.lease(fetch, bank.layout, session, arena=self._engine().arena, pinned=asked.pin)
+                bank, fetch = fetch_of(self._engine(), fetch_request.request, checked_trainer(fetch_request.trainer))
+                await replies.send_leases(fetch, bank.layout, session, arena=self._engine().arena, pinned=fetch_request.pin)
         except OocMoeError as error:
             end = _end_with(error)
         except Exception as error:

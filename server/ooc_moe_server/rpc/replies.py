@@ -1,7 +1,4 @@
-"""What a fetch becomes on the wire: headers and chunks that carry the bytes, or leases that say where they lie.
-
-Knows nothing of gRPC beyond a coroutine that sends one message.
-"""
+"""The replies to a fetch: headers and chunks that carry the bytes, or leases that tell where the bytes lie in shared memory."""
 
 from __future__ import annotations
 
@@ -12,38 +9,38 @@ from ooc_moe_server.dram.arena import Arena
 from ooc_moe_server.engine.fetch import Fetch, Served
 from ooc_moe_server.engine.writer import error_info
 from ooc_moe_server.local.plane import Session
-from ooc_moe_server.rpc.pacing import Turns
+from ooc_moe_server.rpc.pacing import MessagePacer
 from ooc_moe_wire.codec import CHUNK_BYTES, CHUNK_BYTES_MAX, encoded_chunks
 from ooc_moe_wire.layout import BLOCK_BYTES, Layout
 from ooc_moe_wire.v1 import expert_pb2, local_pb2
 
-# A message, or one that is serialized already.
+# Sends one message, which may be serialized already.
 Send = Callable[[expert_pb2.FetchExpertsResponse | bytes], Awaitable[None]]
-# Leases of one message: the first ones are few, so that the caller copies while the next are made.
+# The leases of one message. The first messages carry few, so that the caller copies while the next leases are made.
 FIRST_LEASES_BYTES = 1 << 20
 LEASES_BYTES_MAX = 64 << 20
 LEASES_MAX = 256
 _GROWTH = 4
 
 
-async def stream(fetch: Fetch, layout: Layout, send: Send, *, whole: bool, turns: Turns) -> None:
-    """Sends each expert: its header, then its chunks. `whole`: with the optimizer section."""
+async def send_experts(fetch: Fetch, layout: Layout, send: Send, *, whole: bool, pacer: MessagePacer) -> None:
+    """Sends each expert: its header, then its chunks. With `whole`, the optimizer section too."""
     async with contextlib.aclosing(fetch.experts()) as experts:
-        with turns.stream():
+        with pacer.counted_stream():
             async for served in experts:
                 await send(expert_pb2.FetchExpertsResponse(header=_header(served, layout, whole=whole)))
                 if served.entry:
                     body = served.entry.body if whole else served.entry.body[: layout.parameter_bytes]
-                    # A stream that is alone has the larger chunks, which cost both sides an eighth less; several halve what others wait.
-                    chunk_bytes = CHUNK_BYTES_MAX if turns.num_streams == 1 else CHUNK_BYTES
+                    # Larger chunks cost both sides an eighth less. With several streams, smaller ones halve the time that others wait.
+                    chunk_bytes = CHUNK_BYTES_MAX if pacer.num_streams == 1 else CHUNK_BYTES
                     encoded = encoded_chunks(body, field=expert_pb2.FetchExpertsResponse.CHUNK_FIELD_NUMBER, chunk_bytes=chunk_bytes)
                     for _ in range(0, len(body), chunk_bytes):
-                        await turns.take()
+                        await pacer.wait_turn()
                         await send(next(encoded))
 
 
-async def lease(fetch: Fetch, layout: Layout, session: Session, *, arena: Arena, pinned: bool) -> None:
-    """Sends leases of the session for all that has bytes, in batches, rows without a lease for what is unchanged, and headers with errors.
+async def send_leases(fetch: Fetch, layout: Layout, session: Session, *, arena: Arena, pinned: bool) -> None:
+    """Sends leases of the session in batches; for unchanged experts, rows without a lease; for errors, headers.
 
     Raises:
         TierFull, LeaseExpired: see `Session.room`.
@@ -64,7 +61,7 @@ async def lease(fetch: Fetch, layout: Layout, session: Session, *, arena: Arena,
 
 
 class _Ramp:
-    """Lets batches grow from the first ones to the largest, within the session's room."""
+    """Sizes of batches: they grow from the first one to the largest, within the room of the session."""
 
     def __init__(self, session: Session, record_bytes: int) -> None:
         self._session, self._record_bytes = session, record_bytes
@@ -72,7 +69,7 @@ class _Ramp:
         self._next = max(1, min(self._most, FIRST_LEASES_BYTES // record_bytes))
 
     async def room(self) -> int:
-        """As `fetches.Room`."""
+        """The size of the next batch, as `engine.fetch.Room` defines it."""
         number = min(self._next, await self._session.room(self._record_bytes))
         self._next = min(self._next * _GROWTH, self._most)
         return number
@@ -95,7 +92,7 @@ def _leases(ids: range, leased: Sequence[Served], arena: Arena) -> local_pb2.Lea
 
 
 def _unchanged(unchanged: Sequence[Served]) -> local_pb2.Leases:
-    """Rows without a lease: hundreds of messages would take longer than copying the records."""
+    """Rows without a lease, all in one message: hundreds of messages would take longer than copying the records."""
     zeros = [0] * len(unchanged)
     return local_pb2.Leases(
         ids=zeros,

@@ -1,6 +1,7 @@
-"""The five services as gRPC sees them: messages in, engine calls, messages out. Errors are raised as they are; guard.py translates them.
+"""The five gRPC services. Each method turns a message into a call of the engine, and the result into a message.
 
-Streams write to the context (see guard.py), which mypy's stubs of a servicer do not foresee: hence the overrides.
+Methods raise OocMoeError; interceptor.py translates it. Streaming methods write to the context (see interceptor.py). mypy's stubs of a
+servicer do not foresee that: hence the overrides.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from ooc_moe_server.engine.engine import Engine
 from ooc_moe_server.engine.fetch import Fetch
 from ooc_moe_server.engine.writer import Writer
 from ooc_moe_server.local.plane import LocalPlane, Session
-from ooc_moe_server.rpc import replies as answers
-from ooc_moe_server.rpc.pacing import Turns
+from ooc_moe_server.rpc import replies
+from ooc_moe_server.rpc.pacing import MessagePacer
 from ooc_moe_server.stats import Scopes
 from ooc_moe_wire.codec import TRAINER_BYTES_MAX, TRAINER_KEY, ChunkView
 from ooc_moe_wire.errors import InvalidRequest, LeaseExpired, Unavailable
@@ -48,19 +49,19 @@ class BankService(bank_pb2_grpc.BankServiceServicer):
         self._engine = engine
 
     async def CreateBank(self, request: bank_pb2.CreateBankRequest, context: Context) -> bank_pb2.Bank:
-        """Makes a bank."""
+        """Creates a bank."""
         return (await self._engine().changes.create_bank(BankSpec.from_proto(request.spec))).to_proto()
 
     async def GrowBank(self, request: bank_pb2.GrowBankRequest, context: Context) -> bank_pb2.Bank:
-        """Adds experts."""
+        """Adds experts to a bank."""
         return (await self._engine().changes.grow_bank(request.bank, request.num_experts)).to_proto()
 
     async def GetBank(self, request: bank_pb2.GetBankRequest, context: Context) -> bank_pb2.Bank:
-        """Shows a bank."""
+        """Returns a bank."""
         return self._engine().catalog.bank(request.bank).to_proto()
 
     async def ListBanks(self, request: bank_pb2.ListBanksRequest, context: Context) -> bank_pb2.ListBanksResponse:
-        """Shows all banks, by name."""
+        """Returns all banks, sorted by name."""
         return bank_pb2.ListBanksResponse(banks=[bank.to_proto() for _, bank in sorted(self._engine().catalog.banks.items())])
 
     async def DeleteBank(self, request: bank_pb2.DeleteBankRequest, context: Context) -> bank_pb2.DeleteBankResponse:
@@ -69,26 +70,26 @@ class BankService(bank_pb2_grpc.BankServiceServicer):
         return bank_pb2.DeleteBankResponse()
 
     async def ForkBank(self, request: bank_pb2.ForkBankRequest, context: Context) -> bank_pb2.Bank:
-        """Makes a bank from another."""
+        """Creates a bank from another bank."""
         return (await self._engine().changes.fork_bank(request.source, request.name, request.snapshot_id)).to_proto()
 
 
 class ExpertService(expert_pb2_grpc.ExpertServiceServicer):
-    """See expert.proto. `writers` holds the open push streams, for the daemon to end when it drains."""
+    """See expert.proto. `writers` holds the open push streams; the daemon ends them when it drains."""
 
     def __init__(self, engine: Callable[[], Engine], plane: Callable[[], LocalPlane | None]) -> None:
         self._engine, self._plane = engine, plane
-        self._turns = Turns()
+        self._pacer = MessagePacer()
         self.writers: set[Writer] = set()
 
     async def FetchExperts(self, request: expert_pb2.FetchExpertsRequest, context: Context) -> None:  # type: ignore[override]
-        """Streams records."""
+        """Streams the records of experts."""
         bank, fetch = fetch_of(self._engine(), request, trainer_of(context))
         whole = request.sections == expert_pb2.SECTIONS_ALL
-        await answers.stream(fetch, bank.layout, context.write, whole=whole, turns=self._turns)
+        await replies.send_experts(fetch, bank.layout, context.write, whole=whole, pacer=self._pacer)
 
     async def PushExperts(self, requests: object, context: Context) -> None:  # type: ignore[override]
-        """Receives records and answers each with its outcome."""
+        """Receives records, and sends the outcome of each."""
         first = await context.read()
         if first is grpc.aio.EOF or isinstance(first, ChunkView) or first.WhichOneof("message") != "open":
             raise InvalidRequest("push stream: it must begin with PushOpen")
@@ -97,30 +98,30 @@ class ExpertService(expert_pb2_grpc.ExpertServiceServicer):
         self.writers.add(writer)
         try:
             await context.write(expert_pb2.PushExpertsResponse(opened=expert_pb2.PushOpened(took_over=writer.took_over)))
-            await _serve(writer, context)
+            await _serve_writer(writer, context)
         finally:
             self.writers.discard(writer)
             writer.close()
 
     async def PrefetchExperts(self, request: expert_pb2.PrefetchExpertsRequest, context: Context) -> expert_pb2.PrefetchExpertsResponse:
-        """Queues promotions."""
+        """Queues experts for promotion to DRAM."""
         engine, bank, scopes = self._bank(request.bank, context)
         deadline_s = request.deadline_ms / 1000 if request.deadline_ms else None
         states = engine.prefetch(bank, request.experts, deadline_s=deadline_s, priority=request.priority, scopes=scopes)
         return expert_pb2.PrefetchExpertsResponse(states=states)
 
     async def CancelPrefetch(self, request: expert_pb2.CancelPrefetchRequest, context: Context) -> expert_pb2.CancelPrefetchResponse:
-        """Drops queued promotions."""
+        """Cancels queued promotions."""
         engine, bank, _ = self._bank(request.bank, context)
         return expert_pb2.CancelPrefetchResponse(num_cancelled=engine.promotions.cancel(bank, set(request.experts)))
 
     async def ListExperts(self, request: expert_pb2.ListExpertsRequest, context: Context) -> expert_pb2.ListExpertsResponse:
-        """Shows a page of a bank."""
+        """Returns a page of the experts of a bank."""
         engine, bank, _ = self._bank(request.bank, context)
         return engine.list_experts(bank, request.start, request.page_size)
 
     def _session(self, number: int) -> Session | None:
-        """The local session of a call; None when it names none. Raises LeaseExpired."""
+        """The local session that a push stream names; None for 0. Raises LeaseExpired."""
         if number == 0:
             return None
         plane = self._plane()
@@ -147,14 +148,14 @@ class SnapshotService(snapshot_pb2_grpc.SnapshotServiceServicer):
         return engine.catalog.snapshot_to_proto(await engine.changes.create_snapshot(request.banks, request.name))
 
     async def ListSnapshots(self, request: snapshot_pb2.ListSnapshotsRequest, context: Context) -> snapshot_pb2.ListSnapshotsResponse:
-        """Shows snapshots, newest first."""
+        """Returns snapshots, newest first."""
         catalog = self._engine().catalog
         newest_first = sorted(catalog.snapshots.values(), key=lambda snapshot: -snapshot.id)
         shown = [catalog.snapshot_to_proto(snapshot) for snapshot in newest_first]
         return snapshot_pb2.ListSnapshotsResponse(snapshots=[each for each in shown if not request.bank or request.bank in each.banks])
 
     async def RestoreSnapshot(self, request: snapshot_pb2.RestoreSnapshotRequest, context: Context) -> snapshot_pb2.Snapshot:
-        """Brings banks back."""
+        """Restores banks to a snapshot."""
         engine = self._engine()
         return engine.catalog.snapshot_to_proto(await engine.changes.restore_snapshot(request.id, request.writer_id))
 
@@ -171,25 +172,25 @@ class LocalService(local_pb2_grpc.LocalServiceServicer):
         self._plane = plane
 
     async def GetLocalPlane(self, request: local_pb2.GetLocalPlaneRequest, context: Context) -> local_pb2.LocalPlane:
-        """Names the socket."""
+        """Returns the name of the socket."""
         plane = self._plane()
         return local_pb2.LocalPlane(socket=plane.socket_name if plane else "")
 
 
 class StatsService(stats_pb2_grpc.StatsServiceServicer):
-    """See stats.proto. `draining` is set when watchers must leave."""
+    """See stats.proto. The daemon sets `draining` to end the WatchStats streams."""
 
     def __init__(self, engine: Callable[[], Engine], complete: Callable[[stats_pb2.Stats], None]) -> None:
-        """`complete` fills in what the engine does not know: version, data directory, streams."""
+        """`complete` adds what the engine does not know: version, data directory, streams."""
         self._engine, self._complete = engine, complete
         self.draining = asyncio.Event()
 
     async def GetStats(self, request: stats_pb2.GetStatsRequest, context: Context) -> stats_pb2.Stats:
-        """Shows every counter."""
+        """Returns every counter."""
         return self._stats()
 
     async def WatchStats(self, request: stats_pb2.WatchStatsRequest, context: Context) -> None:  # type: ignore[override]
-        """Shows every counter again and again."""
+        """Sends every counter again and again."""
         interval_ms = request.interval_ms or WATCH_INTERVAL_MS
         if interval_ms < WATCH_INTERVAL_MS_MIN:
             raise InvalidRequest(f"interval_ms: {interval_ms} is less than {WATCH_INTERVAL_MS_MIN}")
@@ -201,7 +202,7 @@ class StatsService(stats_pb2_grpc.StatsServiceServicer):
         raise Unavailable("the daemon drains")
 
     async def ReportTrainer(self, request: stats_pb2.ReportTrainerRequest, context: Context) -> stats_pb2.ReportTrainerResponse:
-        """Keeps a trainer's counters."""
+        """Stores a trainer's own counters."""
         self._engine().stats.report(trainer_of(context), request)
         return stats_pb2.ReportTrainerResponse()
 
@@ -211,20 +212,39 @@ class StatsService(stats_pb2_grpc.StatsServiceServicer):
         return stats
 
 
+_REGISTRATION: dict[type[Any], tuple[Any, Callable[[Any, grpc.aio.Server], None]]] = {
+    BankService: (bank_pb2, bank_pb2_grpc.add_BankServiceServicer_to_server),
+    ExpertService: (expert_pb2, expert_pb2_grpc.add_ExpertServiceServicer_to_server),
+    SnapshotService: (snapshot_pb2, snapshot_pb2_grpc.add_SnapshotServiceServicer_to_server),
+    StatsService: (stats_pb2, stats_pb2_grpc.add_StatsServiceServicer_to_server),
+    LocalService: (local_pb2, local_pb2_grpc.add_LocalServiceServicer_to_server),
+}
+SERVICE_NAMES: tuple[str, ...] = tuple(
+    module.DESCRIPTOR.services_by_name[service.__name__].full_name for service, (module, _) in _REGISTRATION.items()
+)
+
+
+def add_to_server(server: grpc.aio.Server, *services: BankService | ExpertService | SnapshotService | StatsService | LocalService) -> None:
+    """Registers services with a gRPC server."""
+    for service in services:
+        _, add = _REGISTRATION[type(service)]
+        add(service, server)
+
+
 def trainer_of(context: Context) -> str:
-    """How the caller names itself. Raises InvalidRequest when that is too long."""
+    """The trainer's name in the metadata of a call, or "". Raises InvalidRequest when the name is too long."""
     return checked_trainer(str(dict(context.invocation_metadata() or ()).get(TRAINER_KEY, "")))
 
 
 def checked_trainer(trainer: str) -> str:
-    """The name itself. Raises InvalidRequest when it is too long."""
+    """Returns the name of a trainer. Raises InvalidRequest when it is too long."""
     if len(trainer.encode()) > TRAINER_BYTES_MAX:
         raise InvalidRequest(f"{TRAINER_KEY}: {len(trainer.encode())} bytes are more than {TRAINER_BYTES_MAX}")
     return trainer
 
 
 def fetch_of(engine: Engine, request: expert_pb2.FetchExpertsRequest, trainer: str) -> tuple[Bank, Fetch]:
-    """What a request asks for, checked. Raises UnknownBank, UnknownExpert, InvalidRequest."""
+    """Checks a request and returns its bank and its fetch, ready to run. Raises UnknownBank, UnknownExpert, InvalidRequest."""
     bank = engine.catalog.bank(request.bank)
     whole = request.sections == expert_pb2.SECTIONS_ALL
     fetch = engine.fetch(
@@ -238,19 +258,23 @@ def fetch_of(engine: Engine, request: expert_pb2.FetchExpertsRequest, trainer: s
     return bank, fetch
 
 
-async def _serve(writer: Writer, context: Context) -> None:
-    """Receives and answers until the stream ends, or must: then complete records are still answered. Raises what ended it."""
+async def _serve_writer(writer: Writer, context: Context) -> None:
+    """Receives records and sends outcomes until the stream ends or the writer must close. Complete records still get their outcome then.
+
+    Raises:
+        OocMoeError: the error that ended the stream.
+    """
     receiver = asyncio.create_task(_receive(writer, context))
-    sender = asyncio.create_task(_answer(writer, context))
+    sender = asyncio.create_task(_send_outcomes(writer, context))
     try:
         enders: list[asyncio.Future[Any]] = [receiver, writer.closing]
         await asyncio.wait(enders, return_when=asyncio.FIRST_COMPLETED)
         if not receiver.done():
             receiver.cancel()
-        await writer.settle()
-        answered = asyncio.create_task(writer.outcomes.join())
-        await asyncio.wait([answered, sender], return_when=asyncio.FIRST_COMPLETED)
-        answered.cancel()
+        await writer.wait_outcomes()
+        all_sent = asyncio.create_task(writer.outcomes.join())
+        await asyncio.wait([all_sent, sender], return_when=asyncio.FIRST_COMPLETED)
+        all_sent.cancel()
         if receiver.done() and not receiver.cancelled():
             receiver.result()
         if writer.closing.done():
@@ -261,6 +285,7 @@ async def _serve(writer: Writer, context: Context) -> None:
 
 
 async def _receive(writer: Writer, context: Context) -> None:
+    """Passes the messages of a push stream to its writer, until the caller sends no more."""
     while (message := await context.read()) is not grpc.aio.EOF:
         match "view" if isinstance(message, ChunkView) else message.WhichOneof("message"):
             case "view":
@@ -274,7 +299,8 @@ async def _receive(writer: Writer, context: Context) -> None:
     writer.end()
 
 
-async def _answer(writer: Writer, context: Context) -> None:
+async def _send_outcomes(writer: Writer, context: Context) -> None:
+    """Sends outcomes as they come, until it is cancelled."""
     while True:
         outcome = await writer.outcomes.get()
         await context.write(expert_pb2.PushExpertsResponse(outcome=outcome))

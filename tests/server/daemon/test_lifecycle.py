@@ -1,4 +1,4 @@
-"""A daemon's life as others see it: starting, ready, draining, stopped, refused."""
+"""The life of a daemon, seen from outside: starting, ready, draining, stopped, refused."""
 
 import asyncio
 import json
@@ -13,8 +13,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from ooc_moe_server.daemon import cli
-from ooc_moe_server.daemon import lifecycle as app
+from ooc_moe_server.daemon import cli, lifecycle
 from ooc_moe_server.daemon.config import ServerConfig
 from ooc_moe_server.engine.engine import Engine
 from ooc_moe_wire.errors import NotTheWriter, Unavailable
@@ -25,7 +24,7 @@ SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.Health
 
 @pytest.fixture
 def refused(monkeypatch, capsys):
-    """Runs the command in this process; returns the one line it leaves when it cannot start."""
+    """Runs the command in this process; returns the one line that it prints when it cannot start."""
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["ooc-moe-server", *arguments])
@@ -73,7 +72,7 @@ def test_before_it_is_ready_health_says_not_serving_and_calls_are_refused(tmp_pa
 
         monkeypatch.setattr(Engine, "open", slow_open)
         config = ServerConfig(data_dir=tmp_path, dram_bytes=4096, listen=("127.0.0.1:0",))
-        running = asyncio.create_task(app.Daemon(config).run())
+        running = asyncio.create_task(lifecycle.Daemon(config).run())
         while not (tmp_path / "daemon.json").exists():
             await asyncio.sleep(0)
         (address,) = json.loads((tmp_path / "daemon.json").read_text())["addresses"]
@@ -228,5 +227,5 @@ def test_the_probe_of_a_port_does_not_keep_it(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    app._check_port(f"127.0.0.1:{port}")
-    app._check_port(f"127.0.0.1:{port}")
+    lifecycle._check_port(f"127.0.0.1:{port}")
+    lifecycle._check_port(f"127.0.0.1:{port}")

@@ -1,4 +1,4 @@
-"""The DRAM tier by itself: four places of one block each, unless a test says otherwise."""
+"""The DRAM tier alone: an arena of four blocks, unless a test says otherwise."""
 
 import asyncio
 import contextlib
@@ -27,7 +27,7 @@ def dram():
 
 
 def put(dram, expert, blocks=1, **options):
-    """A resident, unpinned."""
+    """Makes a resident without a pin."""
     entry = dram.reserve(blocks * BLOCK)
     dram.publish(entry, Seed(1, expert), NO_SUMS, 1, **options)
     dram.unpin(entry)
@@ -35,16 +35,16 @@ def put(dram, expert, blocks=1, **options):
 
 
 def prefetch(dram, expert, blocks=1, wasted=lambda: None):
-    """A resident that a prefetch brought."""
+    """Makes a resident that a prefetch brought."""
     entry = dram.reserve(blocks * BLOCK, speculative=True)
     dram.publish(entry, Seed(1, expert), NO_SUMS, 1, wasted=wasted)
     dram.unpin(entry)
 
 
 def demand(dram, *experts):
-    """Each is asked for and let go."""
+    """Demands each of these experts and unpins it."""
     for expert in experts:
-        dram.unpin(dram.take(Seed(1, expert)))
+        dram.unpin(dram.pin_resident(Seed(1, expert)))
 
 
 def residents(dram, experts=range(20)):
@@ -63,7 +63,7 @@ def test_the_least_recently_used_leaves_first_one_for_one(dram):
 def test_a_pinned_record_is_never_evicted(dram):
     for expert in range(4):
         put(dram, expert)
-    pinned = dram.take(Seed(1, 0))
+    pinned = dram.pin_resident(Seed(1, 0))
     put(dram, 4)
     assert residents(dram) == [0, 2, 3, 4]
     dram.unpin(pinned)
@@ -75,7 +75,7 @@ def test_a_pinned_record_is_never_evicted(dram):
 def test_when_everything_is_pinned_the_tier_is_full_and_says_so(dram):
     for expert in range(4):
         put(dram, expert)
-        dram.take(Seed(1, expert))
+        dram.pin_resident(Seed(1, expert))
     with pytest.raises(TierFull, match="16384 of 16384 bytes are pinned"):
         dram.reserve(BLOCK)
 
@@ -90,7 +90,7 @@ def test_a_larger_record_evicts_about_the_bytes_it_needs(dram):
 
 def test_a_discarded_record_keeps_its_bytes_until_its_last_pin_goes(dram):
     put(dram, 0, blocks=4)
-    entry = dram.take(Seed(1, 0))
+    entry = dram.pin_resident(Seed(1, 0))
     entry.body[:4] = b"kept"
     dram.discard(Seed(1, 0))
     assert not dram.holds(Seed(1, 0))
@@ -148,7 +148,7 @@ def test_when_only_pinned_and_lately_demanded_records_are_left_speculation_is_re
     for expert in range(4):
         put(dram, expert)
     demand(dram, 0, 1)
-    pinned = [dram.take(Seed(1, expert), demand=False) for expert in (2, 3)]
+    pinned = [dram.pin_resident(Seed(1, expert), demand=False) for expert in (2, 3)]
     assert dram.speculative_bytes == 0
     with pytest.raises(TierFull, match="8192 of 16384 bytes are pinned, 8192 others were demanded lately"):
         dram.reserve(BLOCK, speculative=True)
@@ -189,7 +189,7 @@ def test_asking_for_a_record_for_a_prefetch_protects_nothing(dram):
     for expert in range(4):
         put(dram, expert)
     for expert in range(4):
-        dram.unpin(dram.take(Seed(1, expert), demand=False))
+        dram.unpin(dram.pin_resident(Seed(1, expert), demand=False))
     assert dram.speculative_bytes == 4 * BLOCK
 
 
@@ -215,7 +215,7 @@ def test_a_newer_version_takes_the_place_of_the_older_one(dram):
     assert residents(dram) == [1, 2, 10]
     assert dram.records_by_bank[1] == 3
     assert dram.speculative_bytes == 3 * BLOCK  # It is protected as the older one was.
-    put(dram, 11, replaces=Seed(1, 0))  # The older one is not resident: an ordinary newcomer.
+    put(dram, 11, replaces=Seed(1, 0))  # The older one is not resident, so the new one is an ordinary newcomer.
     assert residents(dram) == [1, 2, 10, 11]
     put(dram, 12)
     assert residents(dram) == [2, 10, 11, 12]
@@ -227,7 +227,7 @@ def test_with_s3_fifo_a_record_that_is_pushed_again_and_again_keeps_its_standing
     for expert in range(4):
         put(dram, expert)
     for version in range(3):
-        entry = dram.take(Seed(1, 0) if version == 0 else Slot(BLOCK, version))
+        entry = dram.pin_resident(Seed(1, 0) if version == 0 else Slot(BLOCK, version))
         dram.unpin(entry)
         entry = dram.reserve(BLOCK)
         dram.publish(entry, Slot(BLOCK, version + 1), NO_SUMS, 1, replaces=Seed(1, 0) if version == 0 else Slot(BLOCK, version))
@@ -238,14 +238,14 @@ def test_with_s3_fifo_a_record_that_is_pushed_again_and_again_keeps_its_standing
 
 
 def test_touching_and_then_taking_is_one_use():
-    """A fetch touches all of its records and then takes them; S3-FIFO counts uses."""
+    """A fetch first touches and then pins each of its records; S3-FIFO counts uses."""
     dram = DramTier(Arena(4 * BLOCK), make_policy("s3fifo"))
     for expert in range(4):
         put(dram, expert)
     dram.touch(Seed(1, 0))
-    demand(dram, 0)  # Used once: leaves in its turn.
+    demand(dram, 0)  # It was used once: it is evicted in its turn.
     dram.touch(Seed(1, 1))
-    demand(dram, 1, 1)  # Used twice: goes on to the main queue.
+    demand(dram, 1, 1)  # It was used twice: it moves to the main queue.
     put(dram, 4)
     put(dram, 5)
     assert residents(dram) == [1, 3, 4, 5]
@@ -254,11 +254,11 @@ def test_touching_and_then_taking_is_one_use():
 def test_an_unsaved_record_keeps_its_bytes_and_its_place_when_it_gets_its_slot(dram):
     for expert in range(4):
         put(dram, expert)
-    pinned = dram.take(Seed(1, 0))
+    pinned = dram.pin_resident(Seed(1, 0))
     dram.rename(Seed(1, 0), Slot(BLOCK, 7))
     assert not dram.holds(Seed(1, 0))
     dram.unpin(pinned)
-    assert dram.take(Slot(BLOCK, 7)) is pinned
+    assert dram.pin_resident(Slot(BLOCK, 7)) is pinned
     dram.unpin(pinned)
     dram.rename(Seed(1, 0), Slot(BLOCK, 8))  # Not resident: nothing to do.
     assert not dram.holds(Slot(BLOCK, 8))
@@ -290,14 +290,14 @@ def test_speculation_takes_no_room_that_a_demand_waits_for(dram):
     st.sampled_from(["lru", "s3fifo"]),
 )
 def test_any_record_that_the_arena_could_hold_finds_room_once_nothing_is_pinned(records, blocks, policy):
-    """However much the records of many sizes have cut it up."""
+    """This holds however much records of many sizes have fragmented the arena."""
     dram = DramTier(Arena(16 * BLOCK), make_policy(policy))
     pinned = []
     for expert, size, keep in records:
         if not dram.holds(Seed(1, expert)):
             with contextlib.suppress(TierFull):
                 put(dram, expert, blocks=size)
-        if keep and (entry := dram.take(Seed(1, expert))):
+        if keep and (entry := dram.pin_resident(Seed(1, expert))):
             pinned.append(entry)
     for entry in pinned:
         dram.unpin(entry)
@@ -336,7 +336,7 @@ def test_speculation_never_evicts_what_is_pinned_or_among_the_last_demanded_half
             while sum(sizes[number] for number in demanded) > 4:
                 demanded.pop(0)
         elif step == "pin" and expert in before:
-            pinned.append((expert, dram.take(Seed(1, expert), demand=False)))
+            pinned.append((expert, dram.pin_resident(Seed(1, expert), demand=False)))
         elif step == "unpin" and pinned:
             dram.unpin(pinned.pop(expert % len(pinned))[1])
         elif step == "discard":
@@ -363,7 +363,7 @@ def test_random_use_keeps_the_accounts_and_never_overlaps_records(steps):
             entry.record[:] = bytes([expert]) * (blocks * BLOCK)
             dram.publish(entry, source, NO_SUMS, 1)
             dram.unpin(entry)
-        elif step == "take" and (entry := dram.take(source)):
+        elif step == "take" and (entry := dram.pin_resident(source)):
             pinned.append((expert, entry))
         elif step == "unpin" and pinned:
             dram.unpin(pinned.pop(expert % len(pinned))[1])

@@ -1,4 +1,4 @@
-"""What survives: kill -9, restarts, damaged files, failed syncs, a DRAM tier that is far too small."""
+"""What survives kill -9, restarts, damaged files, failed syncs, and a DRAM tier that is far too small."""
 
 import asyncio
 import errno
@@ -17,7 +17,7 @@ from tests.server.engine_store import LAYOUT, RECORD, SEEDED, body_of, opened, u
 
 @pytest.fixture
 def writer(daemon, connect):
-    """A client of the test's own daemon, with a bank "b"."""
+    """A client of a daemon of its own, with a bank "b"."""
     client = connect(daemon.target)
     client.create("b")
     return client
@@ -84,7 +84,8 @@ def test_banks_snapshots_and_slots_in_use_come_back_after_a_crash(daemon, writer
     assert client.create("b") == bank
     assert client.stats().nvme.used_bytes == used
     assert list(client.call(client.snapshots.ListSnapshots, snapshot_pb2.ListSnapshotsRequest()).snapshots) == [snapshot]
-    client.put("b", {expert: client.random_body(10 + expert) for expert in range(3, 8)}, push_number=3)  # Takes free slots only.
+    # The push allocates free slots only.
+    client.put("b", {expert: client.random_body(10 + expert) for expert in range(3, 8)}, push_number=3)
     assert (client.body("b", 1), client.body("b", 2)) == (client.random_body(2), client.random_body(3))
     client.call(client.snapshots.RestoreSnapshot, snapshot_pb2.RestoreSnapshotRequest(id=snapshot.id))
     assert client.body("b", 1) == client.random_body(1)
@@ -156,7 +157,7 @@ def test_a_bank_many_times_the_dram_tier_is_served_whole(start_daemon, connect):
 
 
 class Syncs:
-    """fdatasync of slabs: fails as often as told, for one record size or for all; other files are left alone."""
+    """Makes fdatasync of slabs fail a number of times, for one record size or for all. Other files sync as usual."""
 
     def __init__(self, monkeypatch) -> None:
         self.num_failures, self.record_bytes, self.num_calls = 0, 0, 0
@@ -189,7 +190,7 @@ def test_what_a_failed_sync_was_for_is_written_anew_to_other_slots_that_alone_ar
             for tries in (1, 2):
                 syncs.num_failures = tries
                 assert (await store.push_one(0, tries)).durable
-                assert slots(store, 0) == {1 if tries == 1 else 4}  # 0, 2, 3: what they hold, nobody knows.
+                assert slots(store, 0) == {1 if tries == 1 else 4}  # 0, 2, 3: their content is unknown.
             await store.push({expert: body_of(expert) for expert in range(1, 12)})
             assert slots(store, *range(12)).isdisjoint({0, 2, 3})
             stats = store.stats
@@ -218,7 +219,7 @@ def test_when_syncs_go_on_failing_the_push_is_refused_and_the_store_recovers_wit
 
 
 def test_a_failed_sync_casts_doubt_on_writes_that_only_wait_for_the_next_one(tmp_path, monkeypatch):
-    """Two pushes: one whose sync fails, and one written before that and synced, successfully, after."""
+    """Of two pushes, the sync of one fails. The other was written before that, and its own sync succeeds afterwards."""
     in_sync, go_on = threading.Event(), threading.Event()
     real, num_calls = os.fdatasync, 0
 
@@ -256,7 +257,7 @@ def test_a_slab_whose_sync_fails_holds_up_no_other(tmp_path, syncs):
             async with store.engine.committer.exclusive():  # So that both are in one round.
                 pushing = asyncio.create_task(store.push_one(0, 1))
                 refused = asyncio.create_task(push_to_other(store, other_layout))
-                await until(lambda: len(store.engine.committer._waiting) == 2)
+                await until(lambda: len(store.waiting) == 2)
             assert (await pushing).durable
             assert (await refused).error.kind == "Internal"
 
@@ -269,7 +270,7 @@ def test_a_slab_whose_sync_fails_holds_up_no_other(tmp_path, syncs):
         )
         for chunk in chunks(memoryview(body)):
             writer.add(chunk)
-        await writer.settle()
+        await writer.wait_outcomes()
         writer.close()
         return writer.outcomes.get_nowait()
 

@@ -20,7 +20,7 @@ RESIDENT, QUEUED, REJECTED = expert_pb2.PREFETCH_RESIDENT, expert_pb2.PREFETCH_Q
 
 
 class Gate:
-    """Holds NVMe reads back; `order` is the slots in order of reading."""
+    """Holds NVMe reads back; `order` lists the slots in the order of the reads."""
 
     def __init__(self, monkeypatch) -> None:
         self.order: list[int] = []
@@ -36,7 +36,7 @@ class Gate:
 
 
 async def written(store: Store, num_experts: int) -> None:
-    """Experts in NVMe and not in DRAM; expert e lies in slot e."""
+    """Writes experts to NVMe and drops them from DRAM; expert e lies in slot e."""
     for expert in range(num_experts):
         await store.push({expert: body_of(expert)})
         assert store.bank.record(expert).slot.index == expert
@@ -63,7 +63,7 @@ def test_demand_reads_go_before_prefetches_and_a_prefetch_that_is_demanded_moves
             assert store.prefetch(0, 1, 2, 3, 4) == [QUEUED] * 5
             await until(lambda: len(gate.order) == promotions.SPECULATIVE_READS_MAX)  # The others wait: speculation has half the reads.
             demands = [asyncio.create_task(store.bodies(expert)) for expert in (6, 7, 4)]
-            await until(lambda: len(gate.order) == promotions.SPECULATIVE_READS_MAX + 3)  # At once, beside the speculation.
+            await until(lambda: len(gate.order) == promotions.SPECULATIVE_READS_MAX + 3)  # Demands start at once, next to the speculation.
             assert store.engine.snapshot_stats().queues.demand_reads == 3
             gate.open.set()
             assert [await demand for demand in demands] == [{expert: body_of(expert)} for expert in (6, 7, 4)]
@@ -237,7 +237,7 @@ def test_a_bank_deleted_in_the_middle_of_a_fetch_and_a_push_ends_both_without_ha
                 deleting = asyncio.create_task(store.engine.changes.delete_bank("b"))
                 await asyncio.sleep(0)
                 pushing = asyncio.create_task(store.push({8: body_of(8)}))
-                await until(lambda: store.engine.committer._waiting)
+                await until(lambda: store.waiting)
             with pytest.raises(NotTheWriter):
                 await deleting
             assert (await pushing)[8].version > 0
@@ -263,7 +263,7 @@ def test_a_restore_that_comes_before_a_push_makes_it_stale(tmp_path):
                 await asyncio.sleep(0)
                 await asyncio.sleep(0)
                 pushing = asyncio.create_task(store.push({0: body_of(1), 1: body_of(2)}))  # Expert 1 was never written.
-                await until(lambda: len(store.engine.committer._waiting) == 2)
+                await until(lambda: len(store.waiting) == 2)
             await restoring
             assert {outcome.error.kind for outcome in (await pushing).values()} == {"StaleVersion"}
             assert await store.bodies(0, 1) == {0: bytes(LAYOUT.body_bytes), 1: bytes(LAYOUT.body_bytes)}
@@ -278,7 +278,7 @@ def test_pushes_that_wait_share_one_commit(tmp_path):
         async with opened(tmp_path) as store:
             async with store.engine.committer.exclusive():  # A round cannot begin.
                 pushing = asyncio.create_task(store.push({expert: body_of(expert) for expert in range(6)}))
-                await until(lambda: len(store.engine.committer._waiting) >= 5)
+                await until(lambda: len(store.waiting) >= 5)
             await pushing
             assert store.engine.stats.latency()["commit"].count <= 2
 
@@ -327,7 +327,8 @@ def test_the_slot_of_a_failed_index_commit_waits_for_a_good_one_before_it_is_reu
                 broken.setattr(Index, "put_records", failing(full))
                 for expert in (0, 1, 1):
                     assert (await store.push({expert: body_of(9)}))[expert].error.kind == "TierFull"
-                assert store.engine.snapshot_stats().nvme.used_bytes == RECORD  # It may stand in a commit that a crash would bring back.
+                # A crash could bring back the commit that refers to this slot.
+                assert store.engine.snapshot_stats().nvme.used_bytes == RECORD
             await store.push({2: body_of(2)})
             assert store.engine.snapshot_stats().nvme.used_bytes == RECORD
             assert store.bank.record(2).slot.index == 0

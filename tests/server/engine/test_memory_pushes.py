@@ -1,4 +1,4 @@
-"""Pushes acknowledged in memory: visible at once, written behind, and what a crash may and may not take."""
+"""Pushes acknowledged in memory: they are visible at once and written later. What a crash may lose, and what it may not."""
 
 import asyncio
 import errno
@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from ooc_moe_server.engine import committer as commits
+from ooc_moe_server.engine import write_behind
 from ooc_moe_server.index.database import VERSION_RESERVE, Index
 from ooc_moe_server.nvme.slab import Slab
 from ooc_moe_wire.codec import chunks
@@ -19,7 +19,7 @@ from tests.server.engine_store import LAYOUT, RECORD, SEEDED, body_of, failing, 
 
 
 class Disk:
-    """Writes to slabs: held back until `open` is set, and failing while `error` is."""
+    """Writes to slabs: they wait until `open` is set, and fail while `error` is set."""
 
     def __init__(self, monkeypatch) -> None:
         self.open, self.error = threading.Event(), None
@@ -42,7 +42,7 @@ def disk(monkeypatch):
 
 
 def crashed(store_dir, copy_dir):
-    """What a kill -9 of this moment leaves."""
+    """A copy of the directory, as a kill -9 now would leave it."""
     return shutil.copytree(store_dir, copy_dir, ignore=shutil.ignore_patterns("LOCK"))
 
 
@@ -66,7 +66,7 @@ def test_a_memory_push_is_acknowledged_and_visible_before_anything_is_written(tm
             stats = store.stats
             assert (stats.nvme.writes, stats.nvme.used_bytes, stats.dram.pinned_bytes) == (1, RECORD, 0)
             assert await store.bodies(0) == {0: body_of(1)}
-            assert store.stats.nvme.reads == 0  # It stayed in DRAM, under another name.
+            assert store.stats.nvme.reads == 0  # The record stayed in DRAM, under the source of its slot.
             store.drop_from_dram(0)
             assert await store.bodies(0) == {0: body_of(1)}
 
@@ -111,7 +111,8 @@ def test_versions_acknowledged_in_memory_never_come_again_after_a_crash_however_
         async with opened(tmp_path / "a", records=64) as store:
             newest = 0
             for number in range(40):
-                store.engine.catalog.next_version += VERSION_RESERVE // 16 - 1  # As many pushes as that, and nothing durable in between.
+                # Stands for as many pushes, without a durable one in between.
+                store.engine.catalog.next_version += VERSION_RESERVE // 16 - 1
                 outcome = await store.push_one(number % 8, number, in_memory=True)
                 assert outcome.version > newest
                 newest = outcome.version
@@ -141,11 +142,11 @@ def test_no_version_is_acknowledged_that_could_not_be_saved(tmp_path, disk, monk
 def test_no_version_in_a_header_comes_again_after_a_crash_even_where_a_change_of_many_experts_failed_before(tmp_path):
     async def scenario():
         async with opened(tmp_path / "a") as store:
-            store.engine.catalog.next_version += 3 * VERSION_RESERVE  # As a restore takes them, whose commit then fails.
+            store.engine.catalog.next_version += 3 * VERSION_RESERVE  # Stands for a restore whose commit fails after it took versions.
             async with store.engine.committer.exclusive():  # No round can begin.
                 pushing = asyncio.create_task(store.push_one(0, 1))
-                await until(lambda: store.engine.committer._waiting)
-                version = store.engine.committer._waiting[0].version
+                await until(lambda: store.waiting)
+                version = store.waiting[0].version
                 copy = crashed(tmp_path / "a", tmp_path / "b")
             await pushing
         async with opened(copy) as store:
@@ -188,7 +189,7 @@ def test_damaged_bytes_are_refused_and_never_seen(tmp_path):
             await store.begin(writer, 0, body_of(1), in_memory=True)
             for chunk in chunks(memoryview(body_of(2))):
                 writer.add(chunk)
-            await writer.settle()
+            await writer.wait_outcomes()
             writer.close()
             assert writer.outcomes.get_nowait().error.kind == "CorruptRecord"
             assert await store.bodies(0) == {0: SEEDED}
@@ -227,7 +228,7 @@ def test_a_newer_memory_push_during_the_older_ones_commit_ends_with_the_newer(tm
         async with opened(tmp_path, records=32) as store:
             monkeypatch.setattr(Index, "put_records", put_records)
             await store.push_one(0, 1, in_memory=True)
-            await until(lambda: store.engine._index_thread._work_queue.empty() and store.engine.committer._lock.locked())
+            await until(lambda: store.engine._index_executor._work_queue.empty() and store.engine.committer._lock._lock.locked())
             newer = await store.push_one(0, 2, in_memory=True)
             gate.set()
             await saved(store)
@@ -262,8 +263,8 @@ def test_a_durable_push_over_an_unsaved_one_makes_that_one_moot(tmp_path, disk):
 def test_both_in_one_round_end_with_the_durable_one(tmp_path):
     async def scenario():
         async with opened(tmp_path) as store:
-            waiting = store.engine.committer._waiting
-            async with store.engine.committer._lock:  # No round can begin.
+            waiting = store.waiting
+            async with store.engine.committer._lock.round():  # No round can begin.
                 older = await store.push_one(0, 1, in_memory=True)
                 await until(lambda: len(waiting) == 1)
                 pushing = asyncio.create_task(store.push_one(0, 2, base_version=older.version))
@@ -279,7 +280,7 @@ def test_both_in_one_round_end_with_the_durable_one(tmp_path):
 
 def test_beyond_their_share_of_the_arena_memory_pushes_become_durable_ones(tmp_path, disk):
     async def scenario():
-        async with opened(tmp_path, records=16, patience_s=30) as store:  # A quarter: four.
+        async with opened(tmp_path, records=16, patience_s=30) as store:  # A quarter of the arena holds four.
             outcomes = await store.push({expert: body_of(expert) for expert in range(4)}, in_memory=True)
             assert not any(outcome.durable for outcome in outcomes.values())
             pushing = asyncio.create_task(store.push_one(4, 4, in_memory=True))
@@ -295,8 +296,8 @@ def test_beyond_their_share_of_the_arena_memory_pushes_become_durable_ones(tmp_p
 
 @pytest.mark.parametrize("cause", ["write", "sync", "index"])
 def test_a_failed_write_back_keeps_the_record_and_is_tried_again_until_it_is_saved(tmp_path, monkeypatch, caplog, cause):
-    monkeypatch.setattr(commits, "RETRY_S_MIN", 0.001)
-    monkeypatch.setattr(commits, "RETRY_S_MAX", 0.001)
+    monkeypatch.setattr(write_behind, "RETRY_S_MIN", 0.001)
+    monkeypatch.setattr(write_behind, "RETRY_S_MAX", 0.001)
     target, name = {"write": (Slab, "write"), "sync": (Slab, "sync"), "index": (Index, "put_records")}[cause]
     tries = 0
 
@@ -330,8 +331,9 @@ def test_a_snapshot_and_a_fork_contain_what_was_acknowledged_in_memory(tmp_path,
         async with opened(tmp_path / "a") as store:
             await store.push_one(0, 1, in_memory=True)
             taking = asyncio.create_task(store.engine.changes.create_snapshot(["b"], "s"))
-            await until(lambda: not store.engine.committer._calm.is_set())
-            later = asyncio.create_task(store.push_one(1, 2, in_memory=True))  # Waits: it would change what is being taken.
+            await until(lambda: store.engine.committer._lock.is_changing)
+            # This push waits, since it would change the state of the snapshot.
+            later = asyncio.create_task(store.push_one(1, 2, in_memory=True))
             disk.open.set()
             snapshot = await taking
             await later

@@ -1,4 +1,4 @@
-"""Promotions by themselves: a disk whose reads end when the test says so, and a clock that the test turns."""
+"""Promotions without an engine. Reads of the disk end when the test says so, and the test sets the clock."""
 
 import asyncio
 from collections import Counter
@@ -28,7 +28,7 @@ class Disk:
     def __init__(self) -> None:
         self.num_corrupt = 0
         self.held: Counter[Slot] = Counter()
-        self.order: list[int] = []  # Experts, in order of reading.
+        self.order: list[int] = []  # Experts in the order of the reads.
         self.under_way: dict[int, asyncio.Future[None]] = {}
 
     def hold(self, slot):
@@ -46,7 +46,7 @@ class Disk:
             del self.under_way[slot.index]
 
     async def finish(self, *experts: int, error: Exception | None = None) -> None:
-        """Ends reads under way, all of them when none is named, and lets what waited for them go on."""
+        """Ends the named reads under way, or all of them, and lets the waiting tasks go on."""
         for expert in experts or tuple(self.under_way):
             gate = self.under_way[expert]
             if error is None:
@@ -56,19 +56,19 @@ class Disk:
         await settled()
 
     async def finish_all(self) -> None:
-        """Until no read begins any more."""
+        """Ends reads until no new one begins."""
         while self.under_way:
             await self.finish()
 
 
 async def settled() -> None:
-    """Everything that can go on without the disk has."""
+    """Returns when every task that does not wait for the disk has gone on."""
     for _ in range(12):
         await asyncio.sleep(0)
 
 
 def make_bank(bank_id: int = 1, name: str = "b") -> Bank:
-    """Expert e lies in slot e."""
+    """A bank whose expert e lies in slot e."""
     spec = BankSpec(name=name, num_experts=NUM_EXPERTS, layout=LAYOUT)
     bank = Bank(id=bank_id, uuid=bytes(16), spec=spec, num_experts=NUM_EXPERTS, created_unix_ms=0, forked_from="")
     for expert in range(NUM_EXPERTS):
@@ -81,7 +81,7 @@ def record_in(slot: int, version: int = 1) -> Record:
 
 
 class Rig:
-    """The promotions of a DRAM tier of so many records."""
+    """Promotions into a DRAM tier that holds a number of records."""
 
     def __init__(self, records: int = NUM_EXPERTS) -> None:
         self.now = 100.0
@@ -98,13 +98,13 @@ class Rig:
 
     def demand(self, *experts: int, urgent: bool = True) -> list[asyncio.Task]:
         bank = self.bank
-        return [asyncio.create_task(self.promotions.bring(bank, each, bank.record(each), urgent=urgent)) for each in experts]
+        return [asyncio.create_task(self.promotions.promote(bank, each, bank.record(each), urgent=urgent)) for each in experts]
 
     def holds(self, expert: int) -> bool:
         return self.dram.holds(Slot(RECORD, expert))
 
     async def busy_with_demand(self) -> list[asyncio.Task]:
-        """All places are taken by demands for experts 30 to 33."""
+        """Demands for experts 30 to 33 take all places."""
         tasks = self.demand(*range(30, 30 + READS_MAX))
         await settled()
         return tasks
@@ -185,7 +185,7 @@ def test_a_prefetch_that_is_demanded_becomes_a_demand(under_way):
         await rig.disk.finish_all()
         rig.dram.unpin(await task)
         assert rig.disk.order.count(0) == 1
-        assert (rig.stats.total.prefetch_promoted, rig.stats.total.prefetch_wasted) == (0, 0)  # It came too late to be of use.
+        assert (rig.stats.total.prefetch_promoted, rig.stats.total.prefetch_wasted) == (0, 0)  # The record arrived too late to be useful.
 
     asyncio.run(scenario())
 
@@ -248,7 +248,7 @@ def test_a_prefetch_is_dropped_after_its_deadline_and_the_later_of_two_counts():
         await settled()
         rig.now += 20.0
         await rig.disk.finish_all()
-        assert sorted(rig.disk.order[READS_MAX:]) == [1, 2, 3]  # Somebody waits for 3.
+        assert sorted(rig.disk.order[READS_MAX:]) == [1, 2, 3]  # A caller waits for 3.
         assert rig.stats.total.prefetch_cancelled == 1
         rig.dram.unpin(await task)
 

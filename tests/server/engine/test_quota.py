@@ -1,4 +1,4 @@
-"""The most that a store and a bank may hold, and what becomes of the disk of what is gone."""
+"""Quotas of a store and of a bank, and the disk space of deleted records."""
 
 import asyncio
 
@@ -21,7 +21,8 @@ def test_a_full_store_refuses_new_records_and_says_the_way_out(tmp_path):
             refused = await store.push_one(3, 3)
             assert refused.error.kind == "TierFull"
             assert all(word in refused.error.message for word in ("nvme_bytes", str(3 * RECORD), "--nvme-bytes", "delete"))
-            assert (await store.push_one(3, 3, in_memory=True)).error.kind == "TierFull"  # Not acknowledged and then never written.
+            # If it were acknowledged, it could never be written.
+            assert (await store.push_one(3, 3, in_memory=True)).error.kind == "TierFull"
             assert store.stats.dram.pinned_bytes == 0
 
     asyncio.run(scenario())
@@ -32,7 +33,7 @@ def test_the_refusal_says_when_to_try_again(tmp_path):
         async with opened(tmp_path, nvme_bytes=RECORD) as store:
             await store.push_one(0, 0)
             with pytest.raises(TierFull) as caught:
-                await store.engine.nvme.take(RECORD)
+                await store.engine.nvme.allocate(RECORD)
             assert caught.value.retry_after_ms > 0
 
     asyncio.run(scenario())
@@ -109,7 +110,8 @@ def test_a_deleted_banks_disk_goes_back_to_the_file_system(tmp_path, monkeypatch
             await store.engine.changes.delete_bank(deleted.name)
             await store.engine.nvme.drain()
             assert path.stat().st_blocks * 512 == 3 * RECORD < before * 512
-            await store.push({expert: body_of(20 + expert) for expert in range(4)})  # Into slots that lost their disk, too.
+            # Some of these slots had their disk blocks punched out.
+            await store.push({expert: body_of(20 + expert) for expert in range(4)})
             store.drop_from_dram(*range(4))
             assert await store.bodies(*range(4)) == {expert: body_of(20 + expert) for expert in range(4)}
 

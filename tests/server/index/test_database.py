@@ -9,8 +9,9 @@ from random import Random
 import pytest
 
 from ooc_moe_server.catalog.catalog import Bank, BankState, Record, Slot, Snapshot
-from ooc_moe_server.index import commit_witness as committed
-from ooc_moe_server.index.database import VERSION_RESERVE, Index, Write
+from ooc_moe_server.index import commit_witness
+from ooc_moe_server.index.database import VERSION_RESERVE, Index
+from ooc_moe_server.index.tables import Write
 from ooc_moe_wire.codec import Checksums
 from ooc_moe_wire.errors import CorruptRecord
 from ooc_moe_wire.layout import BankSpec, Layout, TensorSpec
@@ -112,7 +113,7 @@ def filled(tmp_path):
 
 
 def content(catalog):
-    """What a catalog says, in values that compare."""
+    """The content of a catalog as comparable values."""
     banks = {bank.name: (bank.id, bank.uuid, bank.spec, bank.num_experts, bank.records) for bank in catalog.banks.values()}
     snapshots = {
         snapshot.id: (snapshot.name, {bank_id: (state.num_experts, state.records) for bank_id, state in snapshot.banks.items()})
@@ -279,7 +280,7 @@ def test_one_damaged_block_of_committed_is_a_warning_and_is_written_anew(filled,
     assert "one block of COMMITTED is damaged" in caplog.text
     index.load()
     index.put_records([], 60)
-    assert committed.read(filled / "COMMITTED") == (index.committed, 0)
+    assert commit_witness.read(filled / "COMMITTED") == (index.last_commit, 0)
     index.close()
 
 
@@ -313,16 +314,16 @@ def test_a_commit_stands_without_its_witness_and_the_next_one_waits_for_it(fille
         index.put_records([Write(bank_id=1, expert=3, record=replace(WRITTEN, version=100))], 101)  # It is durable: no error.
         with pytest.raises(OSError, match="broken"):
             index.put_records([Write(bank_id=1, expert=4, record=replace(WRITTEN, version=102))], 103)
-    assert committed.read(filled / "COMMITTED")[0].sequence == 5
+    assert commit_witness.read(filled / "COMMITTED")[0].sequence == 5
     index.put_records([Write(bank_id=1, expert=5, record=replace(WRITTEN, version=104))], 105)
-    assert committed.read(filled / "COMMITTED")[0] == index.committed
+    assert commit_witness.read(filled / "COMMITTED")[0] == index.last_commit
     index.close()
     records = read(filled).banks["b"].records
     assert (records[3].version, records[4].version, records[5].version) == (100, 5, 104)
 
 
 def test_a_full_disk_does_not_keep_committed_from_being_written(filled):
-    """It never grows: both blocks were there from the start."""
+    """The file never grows: both blocks exist from the start."""
     index = Index(filled / "index.sqlite")
     stat = (filled / "COMMITTED").stat()
     for version in range(50, 60):

@@ -1,4 +1,4 @@
-"""The local plane: leases, expiry and staging on a plane of our own; then peers, deaths and maps of a real daemon."""
+"""The local plane. First on a plane inside the test: leases, expiry, staging. Then with a real daemon: peers, deaths, mappings."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 
 from ooc_moe_server.engine.engine import Engine
-from ooc_moe_server.local import plane as local
-from ooc_moe_server.local.plane import LocalPlane
-from ooc_moe_server.rpc import replies as answers
+from ooc_moe_server.local import plane
+from ooc_moe_server.local.plane import STAGING_BYTES_MAX, LocalPlane
+from ooc_moe_server.rpc import replies
 from ooc_moe_server.rpc.interceptor import Guard
 from ooc_moe_server.rpc.local_fetches import LocalFetches
 from ooc_moe_wire.codec import HOLDS_NONE, Checksums
@@ -35,7 +35,7 @@ SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
 
 class Caller:
-    """The other end of the socket: what a client knows."""
+    """The client's end of the socket."""
 
     def __init__(self, socket_name: str) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -58,7 +58,7 @@ class Caller:
         return self.arena[lease.offset : lease.offset + size]
 
     def is_whole(self, lease: Lease) -> bool:
-        """The generation is the one that was told."""
+        """Whether the generation is still the one that the lease named."""
         assert lease.generation % 2 == 0
         return int(self.generations[lease.offset // BLOCK_BYTES - 1]) == lease.generation
 
@@ -73,7 +73,7 @@ class Caller:
         self.socket.send(pack_fetch(fetch))
 
     def answers(self) -> list[local_pb2.LocalAnswer]:
-        """Of the fetch that was asked for, the end included."""
+        """Receives the answers to the fetch, up to and including the end."""
         received = []
         while not received or not received[-1].HasField("end"):
             if not (packet := self.socket.recv(PACKET_BYTES_MAX)):
@@ -103,7 +103,7 @@ class Caller:
 
 
 class Lease:
-    """One row of Leases."""
+    """One row of a Leases message."""
 
     def __init__(self, leases: local_pb2.Leases, row: int) -> None:
         self.id, self.expert, self.version = leases.ids[row], leases.experts[row], leases.versions[row]
@@ -137,7 +137,7 @@ class Store:
         return self.callers[-1]
 
     async def fetch(self, caller: Caller, *experts: int, **options) -> list[local_pb2.LocalAnswer]:
-        """Its answers. Raises what ended it."""
+        """Returns the answers to a fetch. Raises the error that ended it."""
         *answers, last = await asyncio.to_thread(caller.fetch, "b", *experts, **options)
         if last.end.HasField("error"):
             raise error_named(last.end.error.kind, last.end.error.message)
@@ -147,7 +147,7 @@ class Store:
         return [lease for answer in await self.fetch(caller, *experts, pin=pin) for lease in rows(answer)]
 
     async def bring(self, *experts: int) -> None:
-        """Makes them resident."""
+        """Makes experts resident."""
         scopes = self.engine.stats.scopes("t")
         fetch = self.engine.fetch(self.bank, experts, known_versions=(), demand=True, section_bytes=0, scopes=scopes)
         async for _ in fetch.experts():
@@ -185,7 +185,7 @@ async def opened(directory, *, records: int = 64):
 
 
 async def until(condition) -> None:
-    """Lets everything else run until it holds."""
+    """Lets other tasks run until the condition holds."""
     for _ in range(10_000):
         if condition():
             return
@@ -245,13 +245,13 @@ def test_an_expired_lease_is_seen_by_its_generation_once_the_place_is_used_again
         store.now += 0.2
         store.plane.expire()
         assert store.pinned_bytes == 0
-        assert caller.is_whole(lease)  # Nobody has used it yet.
+        assert caller.is_whole(lease)  # No fetch has used the expert yet.
         store.evict(5)
         (other,) = await store.lease(caller, 6)
         assert other.offset == lease.offset
         assert not caller.is_whole(lease)
         assert caller.is_whole(other)
-        caller.release(lease.id, 12345, other.id)  # Ended, never given, ours.
+        caller.release(lease.id, 12345, other.id)  # A lease that has ended, one that was never given, and ours.
         await until(lambda: store.pinned_bytes == 0)
         assert not store.plane.session(caller.session).closed
 
@@ -286,7 +286,7 @@ def test_a_closed_session_leaves_no_pin_and_is_unknown(tmp_path):
 
 
 def test_leases_come_in_growing_batches_within_the_sessions_room(tmp_path, monkeypatch):
-    monkeypatch.setattr(answers, "FIRST_LEASES_BYTES", RECORD)
+    monkeypatch.setattr(replies, "FIRST_LEASES_BYTES", RECORD)
 
     async def scenario(store):
         caller = await store.connect()
@@ -385,14 +385,14 @@ def test_a_session_that_closes_ends_the_fetch_that_waits_for_its_leases(tmp_path
 
 def test_a_damaged_expert_comes_as_a_header_and_the_others_as_leases(tmp_path, monkeypatch):
     async def scenario(store):
-        caller, bring = await store.connect(), store.engine.promotions.bring
+        caller, promote = await store.connect(), store.engine.promotions.promote
 
         async def damaged(bank, expert, record, **options):
             if expert == 2:
                 raise CorruptRecord("flipped")
-            return await bring(bank, expert, record, **options)
+            return await promote(bank, expert, record, **options)
 
-        monkeypatch.setattr(store.engine.promotions, "bring", damaged)
+        monkeypatch.setattr(store.engine.promotions, "promote", damaged)
         messages = await store.fetch(caller, 1, 2, 3)
         headers = [message.header for message in messages if message.HasField("header")]
         assert [(header.expert, header.error.kind) for header in headers] == [(2, "CorruptRecord")]
@@ -433,7 +433,7 @@ def test_what_ends_a_fetch_is_said_and_the_session_lives_on(tmp_path, monkeypatc
         with pytest.raises(Unavailable, match="draining"):
             await store.fetch(caller, 1)
         store.guard.refusal = None
-        monkeypatch.setattr(answers, "lease", None)  # A fault of ours.
+        monkeypatch.setattr(replies, "send_leases", None)  # A bug of the daemon.
         (last,) = await asyncio.to_thread(caller.fetch, "b", 1)
         assert last.end.error.kind == "Internal"
         monkeypatch.undo()
@@ -536,7 +536,7 @@ def test_staged_bytes_are_seen_within_their_bounds_and_outlive_what_replaces_the
         {"said": 4096},
         {"said": 16384},
         {"said": 0},
-        {"said": local.STAGING_BYTES_MAX + 1},
+        {"said": STAGING_BYTES_MAX + 1},
         {"descriptors": 0},
         {"descriptors": 2},
         {"descriptors": 20},
@@ -582,7 +582,7 @@ def test_another_user_is_refused_without_a_welcome(tmp_path, caplog):
 
 
 def test_sessions_are_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(local, "SESSIONS_MAX", 2)
+    monkeypatch.setattr(plane, "SESSIONS_MAX", 2)
 
     async def scenario(store):
         first, second = await store.connect(), await store.connect()
@@ -677,9 +677,9 @@ def test_the_arena_and_the_generations_cannot_be_written_or_resized_by_a_caller(
         assert fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & F_SEAL_FUTURE_WRITE
         with pytest.raises(PermissionError):
             mmap.mmap(descriptor, size, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-        with pytest.raises(OSError, match="Bad file descriptor"):  # Not open for writing.
+        with pytest.raises(OSError, match="Bad file descriptor"):  # The descriptor is not open for writing.
             os.pwrite(descriptor, b"x", 0)
-        again = os.open(f"/proc/self/fd/{descriptor}", os.O_RDWR)  # The same user may open it anew: the seals stay.
+        again = os.open(f"/proc/self/fd/{descriptor}", os.O_RDWR)  # The same user may open the memory anew, but the seals stay.
         with pytest.raises(PermissionError):
             mmap.mmap(again, size, prot=mmap.PROT_READ | mmap.PROT_WRITE)
         for change in (lambda again=again: os.pwrite(again, b"x", 0), lambda again=again, size=size: os.ftruncate(again, size - 4096)):
@@ -721,7 +721,7 @@ def test_a_caller_that_is_killed_leaves_no_pin_behind(shared_daemon, client, ban
 def test_a_process_of_another_user_gets_neither_a_welcome_nor_descriptors(shared_daemon, client):
     name = plane_of(shared_daemon.target)
     child = os.fork()
-    if child == 0:  # No interpreter of its own: the other user may not be able to read this one's files.
+    if child == 0:  # Forks instead of starting an interpreter, whose files the other user may not be able to read.
         os.setuid(65534)
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         connection.settimeout(30)
@@ -734,7 +734,7 @@ def test_a_process_of_another_user_gets_neither_a_welcome_nor_descriptors(shared
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     assert client.stats().queues.local_sessions == 0
     deadline = time.monotonic() + 30
-    while not any("its user is 65534" in line for line in shared_daemon.log):  # The log comes through a pipe of its own.
+    while not any("its user is 65534" in line for line in shared_daemon.log):  # The log arrives through another pipe, perhaps later.
         assert time.monotonic() < deadline
 
 

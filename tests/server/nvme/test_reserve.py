@@ -1,4 +1,4 @@
-"""A full disk, played by what fails until the reserve is given up: it stops pushes, and not deletions or a start."""
+"""A full disk, simulated by writes that fail until the reserve is emptied: it stops pushes, but no deletion and no start."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 
 from ooc_moe_server.atomic_files import write_durably
 from ooc_moe_server.index.database import Index
+from ooc_moe_server.index.tables import Tables
 from ooc_moe_server.nvme import reserve
 from ooc_moe_server.nvme.reserve import RESERVE_BYTES_MIN, Reserve
 from ooc_moe_wire.errors import TierFull
@@ -21,14 +22,14 @@ FULL = OSError(errno.ENOSPC, "no room")
 
 
 class FullDisk:
-    """While `is_full`, neither index nor manifests can be written as long as RESERVE holds its room, nor can that be taken again."""
+    """While `is_full`: writes to index and manifests fail as long as RESERVE occupies space, and RESERVE cannot be filled again."""
 
     def __init__(self, directory, monkeypatch) -> None:
         self.is_full = False
         self.reserve = Reserve(directory)
-        monkeypatch.setattr(Index, "_insert", self._unless_full(Index._insert))
-        monkeypatch.setattr(Index, "_remove", self._unless_full(Index._remove))
-        monkeypatch.setattr(Index, "_check_committed", self._unless_full(Index._check_committed))
+        monkeypatch.setattr(Tables, "insert", self._unless_full(Tables.insert))
+        monkeypatch.setattr(Tables, "remove", self._unless_full(Tables.remove))
+        monkeypatch.setattr(Index, "_check_against_witness", self._unless_full(Index._check_against_witness))
         monkeypatch.setattr("ooc_moe_server.index.manifests.write_durably", self._unless_full(write_durably))
         grow = reserve._grow
         monkeypatch.setattr(reserve, "_grow", lambda fd, held, wanted: held if self.is_full else grow(fd, held, wanted))
@@ -101,7 +102,7 @@ def test_on_a_full_disk_banks_and_snapshots_can_be_deleted_and_a_daemon_can_star
 
 def test_work_is_tried_once_more_without_the_reserve_which_is_then_taken_again(tmp_path):
     kept = Reserve(tmp_path)
-    kept.take()
+    kept.fill()
     assert kept.held_bytes == RESERVE_BYTES_MIN
     sqlite_full = sqlite3.OperationalError("full")
     sqlite_full.sqlite_errorcode = sqlite3.SQLITE_FULL
@@ -121,7 +122,7 @@ def test_work_is_tried_once_more_without_the_reserve_which_is_then_taken_again(t
 
 def test_other_errors_leave_the_reserve_alone(tmp_path):
     kept = Reserve(tmp_path)
-    kept.take()
+    kept.fill()
 
     def broken():
         raise OSError(errno.EIO, "broken")
@@ -137,7 +138,7 @@ def test_a_disk_that_is_full_from_the_start_is_a_warning(tmp_path, monkeypatch, 
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     kept = Reserve(tmp_path)
-    kept.take()
+    kept.fill()
     assert kept.held_bytes == 0
     assert "the disk is full: 0 of" in caplog.text
     with pytest.raises(OSError, match="reserve"):

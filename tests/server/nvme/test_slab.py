@@ -25,8 +25,8 @@ def direct(request, tmp_path):
 
 
 def grow(slab: Slab) -> range:
-    slots = slab.bare()
-    slab.extended(slots, slab.extend(slots))
+    slots = slab.begin_extend()
+    slab.end_extend(slots, slab.extend(slots))
     return slots
 
 
@@ -37,9 +37,9 @@ def grown(path, direct, used=()):
 
 
 def trim(slab: Slab) -> list[int]:
-    surplus = slab.surplus()
+    surplus = slab.begin_punch()
     slab.punch(surplus)
-    slab.punched(surplus, None)
+    slab.end_punch(surplus, None)
     return surplus
 
 
@@ -49,7 +49,7 @@ def disk_bytes(path) -> int:
 
 def test_what_was_written_to_a_slot_is_read_from_it_after_a_reopen(tmp_path, direct):
     slab = grown(tmp_path / "a.slab", direct)
-    slots = [slab.take() for _ in range(3)]
+    slots = [slab.allocate() for _ in range(3)]
     for slot, letter in zip(slots, (b"a", b"b", b"c"), strict=True):
         slab.write(slot, record(letter))
     slab.sync()
@@ -64,20 +64,20 @@ def test_slots_in_use_are_not_given_out_after_a_reopen_and_free_ones_only_once_t
     count = slab.num_slots
     slab.close()
     again = Slab(tmp_path / "a.slab", SIZE, direct=False, used=[0, 2])
-    assert again.take() is None
+    assert again.allocate() is None
     assert [grow(again), grow(again)] == [range(1, 2), range(3, count)]
-    assert [again.take() for _ in range(count - 2)] == [1, *range(3, count)]
-    assert again.take() is None
+    assert [again.allocate() for _ in range(count - 2)] == [1, *range(3, count)]
+    assert again.allocate() is None
     assert grow(again).start == count
 
 
 def test_the_lowest_free_slot_is_taken_first(tmp_path):
     slab = grown(tmp_path / "a.slab", False)
     for _ in range(4):
-        slab.take()
-    slab.give_back(2)
-    slab.give_back(1)
-    assert [slab.take(), slab.take()] == [1, 2]
+        slab.allocate()
+    slab.free(2)
+    slab.free(1)
+    assert [slab.allocate(), slab.allocate()] == [1, 2]
 
 
 def test_reading_past_the_end_of_a_cut_file_is_an_error_and_its_slots_stay_used(tmp_path):
@@ -114,20 +114,20 @@ def test_free_slots_beyond_the_reserve_lose_their_disk_and_get_it_again_before_t
     path = tmp_path / "a.slab"
     slab = grown(path, False)
     count = slab.num_slots
-    taken = [slab.take() for _ in range(count)]
+    taken = [slab.allocate() for _ in range(count)]
     for slot in taken:
         slab.write(slot, record(b"x"))
     slab.sync()
     before = disk_bytes(path)
     for slot in taken[2:]:
-        slab.give_back(slot)
+        slab.free(slot)
     assert trim(slab) == taken[6:]  # Two are in use, four are kept.
     assert disk_bytes(path) == 6 * SIZE < before
     assert path.stat().st_size == count * SIZE  # The numbers of the slots stay.
-    assert [slab.take() for _ in range(5)] == [*taken[2:6], None]
+    assert [slab.allocate() for _ in range(5)] == [*taken[2:6], None]
     assert grow(slab).start == 6
     assert disk_bytes(path) > 6 * SIZE
-    assert slab.take() == 6
+    assert slab.allocate() == 6
     slab.read(0, into := record(b"-"))
     assert bytes(into) == b"x" * SIZE
 
@@ -136,8 +136,8 @@ def test_a_slot_being_punched_cannot_be_taken(tmp_path, monkeypatch):
     monkeypatch.setattr(slab_module, "RESERVE_BYTES", 0)
     slab = grown(tmp_path / "a.slab", False)
     count = slab.num_slots
-    assert len(slab.surplus()) == count
-    assert slab.take() is None
+    assert len(slab.begin_punch()) == count
+    assert slab.allocate() is None
     assert grow(slab).start == count
 
 
@@ -153,11 +153,11 @@ def test_the_disk_of_a_former_runs_free_slots_is_given_back_but_for_the_reserve(
 def test_where_files_cannot_be_punched_freed_slots_are_used_again_all_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(slab_module, "RESERVE_BYTES", 0)
     slab = grown(tmp_path / "a.slab", False)
-    count, surplus = slab.num_slots, slab.surplus()
-    slab.punched(surplus, OSError(errno.EOPNOTSUPP, "not supported"))
-    assert slab.surplus() == []
+    count, surplus = slab.num_slots, slab.begin_punch()
+    slab.end_punch(surplus, OSError(errno.EOPNOTSUPP, "not supported"))
+    assert slab.begin_punch() == []
     grow(slab)
-    assert slab.take() == 0
+    assert slab.allocate() == 0
     assert slab.num_slots == count
 
 
@@ -166,7 +166,7 @@ def test_a_condemned_slot_is_never_given_out_again_but_its_disk_is(tmp_path):
     slab = grown(path, False)
     count = slab.num_slots
     for _ in range(count):
-        slab.take()
+        slab.allocate()
     slab.condemn(0)
     assert trim(slab) == [0]
     assert disk_bytes(path) == (count - 1) * SIZE
@@ -184,6 +184,6 @@ def test_when_the_disk_has_no_room_for_many_slots_one_is_asked_for_and_the_other
 
     monkeypatch.setattr(os, "posix_fallocate", room_for_one)
     grow(slab)
-    assert [slab.take(), slab.take()] == [0, None]
+    assert [slab.allocate(), slab.allocate()] == [0, None]
     grow(slab)
-    assert slab.take() == 1
+    assert slab.allocate() == 1

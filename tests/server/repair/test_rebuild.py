@@ -1,4 +1,4 @@
-"""`ooc-moe-server rebuild`: an index made anew from records and manifests is the one that was lost."""
+"""`ooc-moe-server rebuild`: the index that it makes from records and manifests equals the lost one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from ooc_moe_server.daemon import cli, data_dir
-from ooc_moe_server.index import commit_witness as committed
+from ooc_moe_server.index import commit_witness
 from ooc_moe_server.index.database import VERSION_RESERVE, Index
 from ooc_moe_server.repair.rebuild import rebuild
 from ooc_moe_wire.codec import Checksums, RecordHeader
@@ -21,7 +21,7 @@ from tests.server.engine_store import LAYOUT, RECORD, SEEDED, Store, body_of, fl
 
 
 def run(directory, scenario):
-    """Runs a scenario against an engine on the directory, which a daemon could have opened, and closes it."""
+    """Opens an engine on the directory, as a daemon would, runs a scenario against it, and closes it."""
 
     async def with_engine():
         async with opened(directory) as store:
@@ -37,7 +37,7 @@ def lose_index(directory):
 
 
 def committed_state(directory):
-    """All that the index says, with banks by uuid, in values that compare."""
+    """The whole content of the index as comparable values, with banks by uuid."""
     index = Index(directory / "index.sqlite")
     catalog = index.read()
     index.close()
@@ -61,7 +61,7 @@ def slab(directory):
 
 
 def call(monkeypatch, capsys, *arguments):
-    """Runs the command in this process; returns the exit code and what it printed."""
+    """Runs the command in this process; returns the exit code and the output."""
     monkeypatch.setattr(sys, "argv", ["ooc-moe-server", *map(str, arguments)])
     with pytest.raises(SystemExit) as caught:
         cli.main()
@@ -70,7 +70,7 @@ def call(monkeypatch, capsys, *arguments):
 
 
 def other(store, name):
-    """A store of another bank of the same engine."""
+    """A Store for another bank of the same engine."""
     return Store(store.engine, store.engine.catalog.banks[name])
 
 
@@ -159,7 +159,7 @@ def test_what_was_deleted_or_restored_away_stays_so(tmp_path):
         await store.engine.changes.create_bank(BankSpec(name="c", num_experts=4, layout=LAYOUT))
 
     run(tmp_path, scenario)
-    assert slab(tmp_path).read_bytes().count(body_of(2)) == 1  # It is still there to be found.
+    assert slab(tmp_path).read_bytes().count(body_of(2)) == 1  # The record is still on the disk.
     lose_index(tmp_path)
     assert rebuild(tmp_path).is_whole
 
@@ -172,7 +172,7 @@ def test_what_was_deleted_or_restored_away_stays_so(tmp_path):
 
 
 async def restored_once(store):
-    """Expert 1 has a row of the restore; expert 2 none."""
+    """A store after a restore: expert 1 has a row from it, expert 2 has none."""
     snapshot = await store.engine.changes.create_snapshot(["b"], "s")
     await store.push_one(1, 1)
     await store.engine.changes.restore_snapshot(snapshot.id, "")
@@ -186,7 +186,7 @@ async def restored_once(store):
         (1, lambda header, row: replace(header, base_version=row - 1), False),  # Refused by the restore: it began before.
         (2, lambda header, row: replace(header, base_version=0), True),
         (2, lambda header, row: replace(header, base_version=0, version=row - 1), False),  # Never committed before the restore.
-        (1, lambda header, row: replace(header, bank_id=b"d" * 16), False),  # Of a deleted bank.
+        (1, lambda header, row: replace(header, bank_id=b"d" * 16), False),  # A record of a deleted bank.
         (1, lambda header, row: replace(header, version=row + 1000), False),  # Beyond the last commit: cut off by the crash.
     ],
 )
@@ -194,8 +194,8 @@ def test_a_record_is_current_again_only_if_it_can_have_been_committed(tmp_path, 
     uuid, row = run(tmp_path, restored_once)
     body = bytearray(RECORD)
     body[4096:] = body_of(5)
-    last, _ = committed.read(tmp_path / "COMMITTED")
-    committed.renew(tmp_path / "COMMITTED", replace(last, next_version=row + 2))
+    last, _ = commit_witness.read(tmp_path / "COMMITTED")
+    commit_witness.renew(tmp_path / "COMMITTED", replace(last, next_version=row + 2))
     header = RecordHeader(
         bank_id=uuid,
         expert=expert,
@@ -304,7 +304,7 @@ def test_a_rebuild_that_was_cut_off_can_be_repeated(tmp_path, monkeypatch, step)
         patched.setattr(os, "replace", cut_off)
         with pytest.raises(OSError, match="cut off"):
             rebuild(tmp_path)
-    with pytest.raises(CorruptRecord, match="rebuild"):  # Neither a store of nothing nor one of half.
+    with pytest.raises(CorruptRecord, match="rebuild"):  # The start must create neither an empty store nor half of one.
         Index(tmp_path / "index.sqlite")
     assert rebuild(tmp_path).is_whole
     assert committed_state(tmp_path) == before

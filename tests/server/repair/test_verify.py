@@ -1,4 +1,4 @@
-"""`ooc-moe-server verify`: finds what is damaged, and nothing else; changes nothing."""
+"""`ooc-moe-server verify` finds what is damaged, and nothing else. It changes nothing."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def tree(path):
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Runs the command in this process; returns its exit code, and what it printed."""
+    """Runs the command in this process; returns its exit code and its output."""
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["ooc-moe-server", *map(str, arguments)])
@@ -74,7 +74,7 @@ def test_a_sound_store_is_clean_and_stays_as_it_is(filled):
 
 
 def test_a_store_that_was_killed_is_clean_and_an_empty_one_too(filled, tmp_path):
-    """With a WAL, and a manifest that a crash kept from being written."""
+    """The killed store has a WAL, and lacks a manifest that the crash prevented."""
     next((filled.path / "snapshots").iterdir()).unlink()
     with closing(sqlite3.connect(filled.path / "index.sqlite", isolation_level=None)) as db:
         db.execute("BEGIN IMMEDIATE")

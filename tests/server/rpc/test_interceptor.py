@@ -1,4 +1,4 @@
-"""A fault of ours, told apart from an error of the caller's."""
+"""The guard around calls: a bug of the daemon becomes INTERNAL, and the number of calls is limited."""
 
 import asyncio
 import logging
@@ -6,7 +6,7 @@ import logging
 import grpc
 import pytest
 
-from ooc_moe_server.rpc import interceptor as guards
+from ooc_moe_server.rpc import interceptor
 from ooc_moe_server.rpc.interceptor import Guard
 from ooc_moe_server.rpc.services import BankService
 from ooc_moe_wire.errors import ERROR_KEY, RETRY_AFTER_KEY
@@ -40,7 +40,7 @@ def test_a_fault_of_ours_is_internal_and_logged_once_with_its_traceback(caplog):
 
 
 class SlowBanks(bank_pb2_grpc.BankServiceServicer):
-    """Answers when it may."""
+    """A BankService that answers when the test allows it."""
 
     def __init__(self) -> None:
         self.may_answer = asyncio.Event()
@@ -51,7 +51,7 @@ class SlowBanks(bank_pb2_grpc.BankServiceServicer):
 
 
 def test_calls_beyond_the_most_are_asked_to_come_again(monkeypatch):
-    monkeypatch.setattr(guards, "CALLS_MAX", 3)
+    monkeypatch.setattr(interceptor, "CALLS_MAX", 3)
 
     async def scenario():
         guard, banks = Guard(), SlowBanks()

@@ -214,7 +214,7 @@ def test_staged_bodies_are_taken_from_the_callers_memory_without_chunks(tmp_path
                 offset = expert * LAYOUT.body_bytes
                 session.memory[offset : offset + LAYOUT.body_bytes] = body_of(expert)
                 await store.begin(writer, expert, body_of(expert), staged_at=offset, in_memory=in_memory)
-            await writer.settle()
+            await writer.wait_outcomes()
             writer.close()
             assert all(writer.outcomes.get_nowait().version for _ in range(4))
             assert await store.bodies(0, 1, 2, 3) == {expert: body_of(expert) for expert in range(4)}
@@ -223,19 +223,19 @@ def test_staged_bodies_are_taken_from_the_callers_memory_without_chunks(tmp_path
 
 
 def test_a_caller_that_changes_staged_bytes_is_refused_or_not_heard(tmp_path, monkeypatch):
-    """What is checked is the arena's copy, and that is what is kept."""
+    """The copy in the arena is what is verified, and what is kept."""
 
     async def scenario():
         async with opened(tmp_path) as store:
             session = Session(2 * LAYOUT.body_bytes)
             session.memory[:] = body_of(1) + body_of(2)
             writer = store.writer(session)
-            await store.begin(writer, 0, body_of(1), staged_at=LAYOUT.body_bytes)  # Other bytes than the checksum's.
-            await writer.settle()
+            await store.begin(writer, 0, body_of(1), staged_at=LAYOUT.body_bytes)  # Bytes that do not match the checksum.
+            await writer.wait_outcomes()
             assert writer.outcomes.get_nowait().error.kind == CorruptRecord.__name__
             monkeypatch.setattr(writes, "verify", changing(session))
             await store.begin(writer, 0, body_of(1), staged_at=0)
-            await writer.settle()
+            await writer.wait_outcomes()
             assert writer.outcomes.get_nowait().version
             writer.close()
             assert await store.bodies(0) == {0: body_of(1)}
@@ -263,7 +263,7 @@ def test_a_staged_push_without_a_session_or_beyond_its_memory_is_refused_as_an_o
                 await store.begin(writer, 1, body_of(1))  # The stream goes on.
                 for chunk in chunks(memoryview(body_of(1))):
                     writer.add(chunk)
-                await writer.settle()
+                await writer.wait_outcomes()
                 writer.close()
                 refused, kept = sorted((writer.outcomes.get_nowait() for _ in range(2)), key=lambda outcome: outcome.expert)
                 assert (refused.error.kind, kept.error.kind) == (InvalidRequest.__name__, "")
@@ -284,7 +284,7 @@ def test_the_repeat_of_a_staged_push_and_a_stale_one_wait_for_no_chunks(tmp_path
                 await store.begin(writer, 0, body_of(1), staged_at=0, push_number=1, base_version=0)
             await store.begin(writer, 0, body_of(1), staged_at=0, push_number=2, base_version=0)
             writer.end()
-            await writer.settle()
+            await writer.wait_outcomes()
             writer.close()
             outcomes = [writer.outcomes.get_nowait() for _ in range(3)]
             assert sorted(outcome.error.kind for outcome in outcomes) == ["", "", StaleVersion.__name__]

@@ -74,7 +74,7 @@ def test_slots_are_freed_when_neither_bank_nor_snapshot_refers_to_them(client, b
     assert client.stats().nvme.used_bytes == before + record_bytes  # The replaced record is gone.
     snapshot = client.snapshot([bank])
     client.put(bank, {1: client.random_body(3)}, push_number=3)
-    assert client.stats().nvme.used_bytes == before + 2 * record_bytes  # The snapshot keeps the one it took.
+    assert client.stats().nvme.used_bytes == before + 2 * record_bytes  # The snapshot keeps its record.
     delete(client, snapshot.id)
     assert client.stats().nvme.used_bytes == before + record_bytes
 

@@ -1,0 +1,63 @@
+"""The lock under which index and catalog change: one commit round, or one change of banks and snapshots, at a time.
+
+A change that must see every record in the index lends the lock to the rounds while it waits for write-backs:
+
+    change:  acquire -> lend ........................... -> work -> release
+    rounds:                    round, round, round
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+
+class CatalogLock:
+    """Lets one commit round or one change run at a time, and delays acknowledgements in memory until no change runs."""
+
+    def __init__(self) -> None:
+        self._lock = asyncio.Lock()  # Held by a round, or by a change that has not lent it.
+        self._is_lent = False
+        self._returned = asyncio.Condition(self._lock)
+        self._no_change = asyncio.Event()  # No change is under way.
+        self._no_change.set()
+
+    @property
+    def is_changing(self) -> bool:
+        """Whether a change of banks or snapshots is under way."""
+        return not self._no_change.is_set()
+
+    @asynccontextmanager
+    async def round(self) -> AsyncIterator[None]:
+        """Holds the lock for one commit round."""
+        async with self._lock:
+            yield
+
+    @asynccontextmanager
+    async def change(self) -> AsyncIterator[None]:
+        """Holds the lock for one change of banks or snapshots."""
+        async with self._lock:
+            await self._returned.wait_for(lambda: not self._is_lent)
+            self._no_change.clear()
+            try:
+                yield
+            finally:
+                self._no_change.set()
+
+    @asynccontextmanager
+    async def lent_to_rounds(self) -> AsyncIterator[None]:
+        """For a caller inside `change`: rounds may run inside this context, but no other change begins."""
+        self._is_lent = True
+        self._lock.release()
+        try:
+            yield
+        finally:
+            await self._lock.acquire()
+            self._is_lent = False
+            self._returned.notify_all()
+
+    async def wait_until_unchanging(self) -> None:
+        """Returns when no change is under way, so that a record may become visible outside of a round."""
+        while self.is_changing:
+            await self._no_change.wait()

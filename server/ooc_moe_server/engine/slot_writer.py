@@ -1,0 +1,55 @@
+"""The slot of a push: allocated, written, condemned after a failed write, and handed over to the record that is committed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ooc_moe_server.catalog.catalog import Record, Slot
+from ooc_moe_server.engine.push import Push
+from ooc_moe_server.engine.unsaved_records import UnsavedRecords
+from ooc_moe_server.index.index_thread import IndexThread
+from ooc_moe_server.nvme.reserve import is_disk_full
+from ooc_moe_server.nvme.tier import NvmeTier
+
+
+class SlotWriter:
+    """Allocates, writes and gives up the slots of pushes, and keeps `Push.slot` and `Push.epoch` up to date."""
+
+    def __init__(self, index: IndexThread, nvme: NvmeTier, unsaved: UnsavedRecords) -> None:
+        self._index, self._nvme, self._unsaved = index, nvme, unsaved
+
+    async def allocate(self, push: Push) -> None:
+        """Allocates a slot for a push. Raises TierFull, Internal, OSError."""
+        await self._index.clear_quarantine()
+        replaced = self._unsaved.indexed(push.bank, push.expert).slot
+        push.slot = await self._nvme.allocate(push.bank.layout.record_bytes, replaced=replaced)
+
+    async def write(self, push: Push, prepare: Callable[[], None] | None = None) -> None:
+        """Runs `prepare` and writes the record to the slot of the push.
+
+        Raises:
+            OSError: the write failed; unless the disk is full, the slot is condemned.
+            Exception: whatever `prepare` raises.
+        """
+        assert push.slot is not None
+        try:
+            push.epoch = await self._nvme.write(push.slot, push.entry.record, prepare)
+        except OSError as error:
+            if not is_disk_full(error):
+                self.condemn(push)
+            raise
+
+    def condemn(self, push: Push) -> None:
+        """Gives up the slot of a push, because its content is unknown."""
+        assert push.slot is not None
+        slot, push.slot = push.slot, None
+        self._nvme.condemn(slot)
+
+    def hand_over(self, push: Push, replaced: Record) -> Slot:
+        """Hands the slot over to the committed record and releases the slot of the record that it replaced in the index."""
+        assert push.slot is not None
+        slot, push.slot = push.slot, None
+        if replaced.slot:
+            self._nvme.let_go(replaced.slot)
+        self._nvme.end_replacing(slot)
+        return slot
