@@ -53,6 +53,7 @@ class NumberedPush(Protocol):
 
 Record = TypeVar("Record", bound=StoredRecord)
 Item = TypeVar("Item")
+Key = TypeVar("Key", bound=Hashable)
 
 
 # Finding
@@ -199,7 +200,7 @@ def snapshot_counts(parts: Iterable[tuple[int, Iterable[StoredRecord]]]) -> tupl
     return len(written), sum(written)
 
 
-def snapshot_part(parts: Mapping[Hashable, Item], bank: Hashable, *, snapshot_id: int, bank_name: str) -> Item:
+def snapshot_part(parts: Mapping[Key, Item], bank: Key, *, snapshot_id: int, bank_name: str) -> Item:
     """A bank's part of a snapshot, to fork it. Raises UnknownSnapshot when the snapshot is not of that bank."""
     if bank not in parts:
         raise UnknownSnapshot(f"snapshot {snapshot_id} is not of bank {bank_name!r}")
