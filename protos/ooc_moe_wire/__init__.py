@@ -1,4 +1,5 @@
-"""The contract between the storage daemon and its trainers: messages, records, checksums, initial values, errors. No torch.
+"""The contract between the storage daemon and its trainers: messages, records, checksums, initial values, errors, and shared rules.
 
-Read `v1/expert.proto` first: its comments are the specification.
+Both sides import it, and it imports neither torch nor either of them. Read `v1/expert.proto` first: the comments of the .proto files are
+the specification.
 """
