@@ -52,7 +52,7 @@ class _Bank:
     forked_from: str = ""
 
     def check(self, experts: Sequence[int]) -> None:
-        """Raises UnknownExpert."""
+        """Raises UnknownExpert for an id outside the bank."""
         rules.check_experts(self.spec.name, experts, self.spec.num_experts)
 
     def record(self, expert: int) -> _Record:
@@ -150,21 +150,18 @@ class _State:
     stats: stats_pb2.Stats = field(default_factory=stats_pb2.Stats)
 
     def bank(self, name: str) -> _Bank:
-        """Raises UnknownBank."""
+        """The bank of that name. Raises UnknownBank."""
         return rules.find_bank(self.banks, name)
 
     def put_anew(self, bank: _Bank, expert: int, body: bytes | None) -> int:
-        """Makes bytes (None: the seeded value) current under the store's next version, and returns that."""
+        """Makes a body (None: the seeded value) current under the store's next version, and returns that version."""
         self.newest_version += 1
         bank.put(expert, _Record(self.newest_version, body))
         return self.newest_version
 
 
 class InMemoryStore:
-    """One handle, which is one writer, on a store in this process. See `ExpertStore` for the methods.
-
-    The class is long because the interface is: 22 methods, most of them a rule between two look-ups.
-    """
+    """One handle, which is one writer, on a store in this process. See `ExpertStore` for the methods."""
 
     def __init__(self, *, trainer: str = "") -> None:
         self._state = _State()

@@ -27,7 +27,7 @@ class Sections(Enum):
         return layout.body_bytes if self is Sections.ALL else layout.parameter_bytes
 
     def includes(self, other: Sections) -> bool:
-        """Whether somebody who has these sections has all of `other`."""
+        """Whether these sections include all of `other`."""
         return self is Sections.ALL or other is Sections.PARAMETERS
 
 
@@ -71,7 +71,7 @@ class PrefetchState(Enum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bank:
-    """The present state of a bank. `spec.num_experts` is the present number of experts; `num_written` of them differ from their seed."""
+    """The present state of a bank. `spec.num_experts` is the present number of experts; `num_written` of them are not their seeded value."""
 
     spec: BankSpec
     num_written: int
@@ -172,11 +172,12 @@ class ExpertStore(Protocol):
             into: returns the writable memory for an expert, `sections.num_bytes(layout)` long. It is called again for the same expert
                 after a broken connection. The content of that memory is undefined until the expert is yielded.
             sections: which part of each expert to fetch.
-            priority: whether somebody waits for the experts.
+            priority: DEMAND when the caller needs the experts now, PREFETCH when it will need them later.
             known_versions: for each expert the version that the caller has, or None. If that is current, no bytes are moved.
 
         Raises:
-            UnknownBank, UnknownExpert, TierFull: before anything is yielded.
+            UnknownBank, UnknownExpert.
+            TierFull: the daemon has no room to bring an expert to DRAM.
             CorruptRecord: the bytes of an expert do not match their checksum. Raised after the sound experts were yielded.
             LostUpdate: an expert has an older version than this store's last push of it was acknowledged with. Raised likewise.
         """

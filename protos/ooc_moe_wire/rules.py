@@ -32,7 +32,7 @@ SNAPSHOT_NAME_BYTES_MAX = 128
 
 
 class StoredRecord(Protocol):
-    """What the rules need to know of one expert's present state."""
+    """The present state of one expert, as far as the rules need it."""
 
     @property
     def is_written(self) -> bool:
@@ -40,7 +40,7 @@ class StoredRecord(Protocol):
 
 
 class NumberedPush(Protocol):
-    """What identifies a push: who sent it, and its number among all pushes of that writer, from 1 on."""
+    """The identity of a push: the writer that sent it, and its number among all pushes of that writer, from 1 on."""
 
     @property
     def writer_id(self) -> str:
@@ -84,7 +84,7 @@ def check_experts(bank: str, experts: Iterable[int], num_experts: int) -> None:
 
 
 def check_same_bank(present: BankSpec, asked: BankSpec) -> None:
-    """Lets a bank be created again when it exists with an equal spec. Its number of experts may differ: it may have grown.
+    """Checks that the bank that a caller creates is equal to the one that exists. The number of experts may differ by growth.
 
     Raises:
         BankExists: the layout or the seed is another one; the message says which.
@@ -106,7 +106,7 @@ def grown(spec: BankSpec, num_experts: int) -> BankSpec:
 
 
 def check_writer(bank: str, holder: str, writer_id: str = "") -> None:
-    """Lets a bank be written or changed by the writer that has it open, or by anyone while it is closed.
+    """Checks that a caller may write or change a bank: no other writer has it open.
 
     Args:
         bank: the bank's name, for the message.
@@ -124,7 +124,7 @@ def check_writer(bank: str, holder: str, writer_id: str = "") -> None:
 
 
 def check_base_version(bank: str, expert: int, *, base_version: int, current: int) -> None:
-    """Lets an update be written when it started from the current version.
+    """Checks that an update started from the current version.
 
     Raises:
         StaleVersion: there is a newer version.
@@ -138,7 +138,7 @@ def check_base_version(bank: str, expert: int, *, base_version: int, current: in
 
 
 def is_repeat(earlier: NumberedPush, writer_id: str, push_number: int) -> bool:
-    """Whether a push is `earlier` once more: the writer sent it again, under its old number, because no acknowledgement came.
+    """Whether a push repeats `earlier`: its writer sent it again, under its old number, because no acknowledgement came.
 
     The writer then gets the outcome of `earlier`, and nothing is written. Only a store behind a network sees repeats.
     """
@@ -146,7 +146,7 @@ def is_repeat(earlier: NumberedPush, writer_id: str, push_number: int) -> bool:
 
 
 def listed_checksums(checksums: Checksums | None) -> Checksums:
-    """What a listing shows. An expert whose bytes are the seeded value has no checksums (None), and zeros are shown."""
+    """The checksums that a listing shows. An expert with its seeded value has none (None), and is listed with zeros."""
     return checksums or Checksums(0, 0)
 
 
@@ -167,10 +167,10 @@ def check_snapshot_name(name: str) -> None:
 
 
 def check_same_snapshot(name: str, present: Collection[Hashable], asked: Collection[Hashable]) -> None:
-    """Lets a snapshot be created again under its name when it is of the same banks; the older one is then the answer.
+    """Checks that a snapshot that is taken under an existing name is of the same banks. The existing one is then returned.
 
     Args:
-        name: of both.
+        name: the name of both.
         present: the banks of the snapshot that exists, by id or by name.
         asked: the banks that the call names, in the same form.
 
@@ -191,7 +191,7 @@ def snapshot_id_and_name(name: str, next_id: int, taken_names: Container[str]) -
 
 
 def snapshot_counts(parts: Iterable[tuple[int, Iterable[StoredRecord]]]) -> tuple[int, int]:
-    """What a snapshot refers to: the number of written experts, and the bytes of their records.
+    """Counts the written experts that a snapshot refers to, and the bytes of their records.
 
     Args:
         parts: for each bank that the snapshot still has, the bytes of one record, and the bank's records at that time.
@@ -221,6 +221,6 @@ def restored_records(present: Iterable[int], snapshot: Mapping[int, Record], unw
 def forked_records(source: Mapping[int, Record]) -> dict[int, Record]:
     """The records that a fork begins with, in order of experts; the store gives each a new version.
 
-    Only written ones: the fork has its source's seed, and so makes the seeded values by itself, as version 0.
+    Only written records are taken over. The fork has its source's seed, and so the same seeded values, as version 0.
     """
     return {expert: record for expert, record in sorted(source.items()) if record.is_written}

@@ -41,7 +41,10 @@ PREFETCH_EXPERTS_MAX = 64
 class ExpertCache:
     """A fixed number of slots in which the experts of one bank are read and changed. Changes are pushed back to the store.
 
-    One training thread uses it; `stats` and `fetches` may be called from any. An error of background work (a refused push, say) is raised
+    One training thread uses it; `stats` and `fetches` may be called from any. The class is long because it is the face of its room: most
+    methods check their arguments, take the lock, and call the part that does the work.
+
+    An error of background work (a refused push, say) is raised
     once, by the next call; what could not be pushed is kept.
 
     Args:

@@ -37,7 +37,7 @@ class CudaSlots:
         self._landing: dict[int, Tensor] = {}  # by slot
 
     def landing(self, slot: int, num_bytes: int) -> memoryview:
-        """A pinned staging buffer; the same one again when a broken stream was started anew."""
+        """A pinned staging buffer. When a broken fetch is started anew, the slot keeps its buffer."""
         with self._lock:
             if slot not in self._landing:
                 self._landing[slot] = self._free_staging()
@@ -99,7 +99,7 @@ class CudaSlots:
         return copied
 
     def host_buffer(self) -> Tensor:
-        """Pinned memory."""
+        """A new buffer in pinned memory."""
         return torch.empty(self._rows.shape[1], dtype=torch.uint8, pin_memory=True)
 
     def close(self) -> None:

@@ -162,7 +162,7 @@ class Demand:
             self._counters.stall_s += time.perf_counter() - started
 
     def _is_coming(self, expert: int) -> bool:
-        """Whether waiting is enough: the expert is loading, or it is being copied out before it may be updated."""
+        """Whether to wait for the expert instead of fetching it: it is loading, or it is being copied out before it may be updated."""
         resident = self._table.residents.get(expert)
         return resident is not None and (resident.state is LoadState.LOADING or resident.copying)
 
@@ -188,7 +188,7 @@ class Demand:
                 self._finish(claimed, num_sent, pieces, pinned)
 
     def _is_worth_sending(self, claimed: Sequence[Resident]) -> bool:
-        """Whether to have these fetched while the next victim is saved."""
+        """Whether these claimed experts are worth a fetch of their own, while the next victim is saved."""
         num_bytes = sum(resident.num_bytes for resident in claimed)
         return num_bytes >= PIECE_BYTES and not self._table.num_free and self._write_back.next_victim_is_dirty
 

@@ -42,7 +42,7 @@ class Schedule:
 
     @property
     def experts(self) -> Iterable[int]:
-        """All experts that it names, in uses to come and in uses that are over."""
+        """All experts that the schedule names, in uses to come and in uses that are over."""
         return self._uses_of.keys()
 
     @property
@@ -72,7 +72,10 @@ class Schedule:
         return None if number is None else number * _STRIDE + expert
 
     def end_of_near_future(self, num_experts: int) -> int:
-        """The `next_use` that ends the near future: the next use, and those after it as long as up to `num_experts` experts are used."""
+        """The end of the near future: an expert whose `next_use` is below this number is needed soon.
+
+        The near future is the next use, and the uses after it for as long as they need at most `num_experts` different experts.
+        """
         used: set[int] = set()
         for number in range(self._at, len(self._uses)):
             used.update(self._uses[number].experts)
@@ -86,7 +89,7 @@ class Schedule:
         return None if number is None else self._uses[number].sections
 
     def updated_within(self, expert: int, num_experts: int) -> bool:
-        """Whether the expert is updated before more than `num_experts` experts are used, so that so many slots keep it until then."""
+        """Whether a cache of `num_experts` slots keeps the expert until it is updated: no more different experts are used before."""
         if expert not in self._uses_of:
             return False
         used = {expert}

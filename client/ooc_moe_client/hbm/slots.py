@@ -31,16 +31,16 @@ class ExpertSlots(Protocol):
         """Writable host memory of `num_bytes`, whose content becomes the slot's when `landed` is called."""
 
     def landed(self, slot: int, num_bytes: int) -> None:
-        """The landing memory is filled: brings its content to the slot."""
+        """Brings the content of the landing memory, which is filled now, to the slot."""
 
     def abandon(self, slot: int) -> None:
         """Gives the landing memory back unused."""
 
     def acquire(self, slots: Sequence[int], *, writing: bool) -> None:
-        """The compute stream is about to read (or write) the slots."""
+        """To be called before the compute stream reads the slots, or, with `writing`, writes them."""
 
     def release(self, slots: Sequence[int]) -> None:
-        """All work of the compute stream on the slots has been queued."""
+        """To be called when all work of the compute stream on the slots has been queued."""
 
     def copy_out(self, slot: int, buffer: Tensor) -> CopyOut:
         """Starts copying the slot to a host `buffer` (body_bytes,) uint8. `synchronize` of the result waits for the end of the copy."""
@@ -68,7 +68,7 @@ class HostSlots:
         self.views = strided_views(layout, self._rows)
 
     def landing(self, slot: int, num_bytes: int) -> memoryview:
-        """The slot itself."""
+        """Returns the memory of the slot itself."""
         return self._bytes[slot, :num_bytes].data
 
     def landed(self, slot: int, num_bytes: int) -> None:
@@ -84,12 +84,12 @@ class HostSlots:
         """Nothing to do."""
 
     def copy_out(self, slot: int, buffer: Tensor) -> CopyOut:
-        """Copies at once."""
+        """Makes the copy at once."""
         buffer.copy_(self._rows[slot])
         return _DONE
 
     def host_buffer(self) -> Tensor:
-        """Pageable memory."""
+        """A new buffer in pageable memory."""
         return torch.empty(self._rows.shape[1], dtype=torch.uint8)
 
     def close(self) -> None:
@@ -98,7 +98,7 @@ class HostSlots:
 
 class _Done:
     def synchronize(self) -> None:
-        """The copy was done at once."""
+        """Nothing to do: the copy was made at once."""
 
 
 _DONE = _Done()

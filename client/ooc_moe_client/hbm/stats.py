@@ -1,6 +1,6 @@
 """What a cache counts: the running `Counters`, and `CacheStats`, a copy of them at one moment, which reports and metrics read.
 
-Two kinds of fetches come before anybody asks. Prefetches (`prefetch_*`) are guesses and may be wrong. What the schedule names is known to
+Two kinds of fetches are made before an expert is asked for. Prefetches (`prefetch_*`) are guesses and may be wrong. What the schedule names is known to
 be needed, so its fetches are counted apart, in `ahead`.
 
 Tests hold these equations for both kinds, in experts and in bytes:
@@ -33,7 +33,7 @@ class Counters:
         prefetch_issued: experts accepted into the prefetch queue. This and the following have a twin in bytes, `..._bytes`.
         prefetch_useful: experts that were ready when they were first asked for.
         prefetch_late: experts that were asked for while they were queued or loading.
-        prefetch_wasted: experts that were evicted or dropped before anybody asked for them.
+        prefetch_wasted: experts that were evicted or dropped before they were asked for.
         prefetch_cancelled: experts that left the queue without a fetch, or could not be fetched.
         prefetch_refused: experts that the admission found not worth a fetch (see admission.py). They were not issued; where admission only
             observes, they were issued all the same.

@@ -46,7 +46,7 @@ class Resident:
     updating: int = 0  # open `updating` blocks: the slot is not copied out meanwhile
     copying: bool = False  # the slot is being copied out: the expert is neither updated nor evicted meanwhile
     generation: int = 0  # grows with every update; a push clears `dirty` only if it has not grown since
-    prefetched: bool = False  # fetched before anybody asked, and not asked for yet
+    prefetched: bool = False  # fetched before it was asked for, and not asked for yet
     scheduled: bool = False  # fetched because the schedule names it
     demanded_at: int = NEVER  # the table's clock when it was last asked for
     prefetch_call: int = 0  # the number of the last prefetch call that named it

@@ -150,7 +150,7 @@ class WriteBack:
         self.request(dirty[:num_next])
 
     def _is_leaving(self, resident: Resident) -> bool:
-        """Its last change is on its way."""
+        """Whether the resident's newest change is in a pending write."""
         write = self._pending.get(resident.expert)
         return write is not None and write.generation == resident.generation
 

@@ -3,9 +3,9 @@
 Each record has a generation, which the daemon makes odd before it overwrites the record. A copy is whole if the generation was that of the
 lease before the copy and after it:
 
-    generation == lease's?  ->  copy  ->  generation == lease's?      two times yes: nobody wrote in between
+    generation == lease's?  ->  copy  ->  generation == lease's?      yes both times: the copy is whole
 
-The mapping outlives the daemon and the session: nothing is unmapped while somebody reads.
+The mapping outlives the daemon and the session: nothing is unmapped while it is read.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Messages of the wire as values of the store interface. Fields of equal names are equal."""
+"""Reads values of the store interface from messages of the wire. Fields of the same name have the same meaning."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from ooc_moe_wire.v1 import bank_pb2, expert_pb2, snapshot_pb2
 
 
 def bank_from(message: bank_pb2.Bank) -> Bank:
-    """A bank."""
+    """Reads a bank."""
     return Bank(**_fields(message, Bank) | {"spec": BankSpec.from_proto(message.spec)})
 
 
 def expert_from(message: expert_pb2.ExpertInfo) -> ExpertInfo:
-    """One row of a listing."""
+    """Reads one row of a listing."""
     return ExpertInfo(**_fields(message, ExpertInfo) | {"tiers": tuple(map(Tier, message.tiers))})
 
 
 def snapshot_from(message: snapshot_pb2.Snapshot) -> Snapshot:
-    """A snapshot."""
+    """Reads a snapshot."""
     return Snapshot(**_fields(message, Snapshot) | {"banks": tuple(message.banks)})
 
 

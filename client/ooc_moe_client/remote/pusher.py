@@ -34,7 +34,7 @@ class _Unanswered:
 
 
 class Pusher:
-    """One writer, with the writer id that the daemon knows it by, on any number of banks. Thread-safe."""
+    """One writer on any number of banks. The daemon knows it by `writer_id`. Thread-safe."""
 
     def __init__(self, connection: Connection, planes: PlaneChoice, read_floor: ReadFloor) -> None:
         self.writer_id = uuid.uuid4().hex
@@ -90,7 +90,7 @@ class Pusher:
             raise full
 
     def _base_version(self, bank: str, push: Push) -> int:
-        """The version to push from: the caller's, or the one that a push without an answer made of it."""
+        """The version to push from: the caller's, or, when a push without an answer was written after all, the version that it made."""
         lost = self._unanswered.get((bank, push.expert))
         if lost is None or lost.base_version != push.base_version:
             return push.base_version

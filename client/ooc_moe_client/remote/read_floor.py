@@ -1,6 +1,6 @@
 """`ReadFloor`: the oldest version of each expert that a store may still be shown.
 
-A store whose push was acknowledged with version 7 must never again be given version 6: the update would be lost without anybody noticing.
+A store whose push was acknowledged with version 7 must never again be given version 6: the update would be lost unnoticed.
 """
 
 from __future__ import annotations
