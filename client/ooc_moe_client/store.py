@@ -71,7 +71,7 @@ class PrefetchState(Enum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bank:
-    """The present state of a bank. `spec.num_experts` is the present number of experts; `num_written` of them are not their seeded value."""
+    """The present state of a bank: it has `spec.num_experts` experts, of which `num_written` are not at their seeded value."""
 
     spec: BankSpec
     num_written: int

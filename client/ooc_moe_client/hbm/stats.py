@@ -1,7 +1,7 @@
 """What a cache counts: the running `Counters`, and `CacheStats`, a copy of them at one moment, which reports and metrics read.
 
-Two kinds of fetches are made before an expert is asked for. Prefetches (`prefetch_*`) are guesses and may be wrong. What the schedule names is known to
-be needed, so its fetches are counted apart, in `ahead`.
+Two kinds of fetches are made before an expert is asked for. Prefetches (`prefetch_*`) are guesses and may be wrong. Experts that the
+schedule names are known to be needed, so their fetches are counted apart, in `ahead`.
 
 Tests hold these equations for both kinds, in experts and in bytes:
 
