@@ -1,9 +1,11 @@
 """The packets of the local plane's socket. v1/local.proto is their specification, and says how shared memory is read safely.
 
-daemon -> caller   Welcome, with the descriptors of the arena and of the generation table     on connecting
-caller -> daemon   stage(num_bytes), with the descriptor of a staging memfd                   answered by ACK
-caller -> daemon   fetch(LocalFetch)                                                          answered by LocalAnswers
-caller -> daemon   release(lease ids)                                                         not answered
+    daemon -> caller   Welcome, with the descriptors of the arena and of the generation table     on connecting
+    caller -> daemon   stage(num_bytes), with the descriptor of a staging memfd                   answered by ACK
+    caller -> daemon   fetch(LocalFetch)                                                          answered by LocalAnswers
+    caller -> daemon   release(lease ids)                                                         not answered
+
+The socket is of type SOCK_SEQPACKET: each send is one packet.
 """
 
 from __future__ import annotations

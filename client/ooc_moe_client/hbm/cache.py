@@ -251,7 +251,7 @@ class ExpertCache:
                 raise InvalidRequest(f"bank {self.bank!r}: forget while evicted experts are not written; flush first")
             for resident in list(self._table.residents.values()):
                 self._table.remove(resident)
-            self._shared.acknowledged.clear()
+            self._shared.own_versions.clear()
             self._shared.version_at_open = newest
 
     def stats(self) -> CacheStats:

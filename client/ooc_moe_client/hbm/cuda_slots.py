@@ -1,7 +1,9 @@
 """`CudaSlots`: slots on a GPU, with pinned staging memory, one copy stream, and events that order copies without stopping the host.
 
-fetch:    landing memory --copy stream, after the slot's last use--> slot --event--> compute stream
-copy out: slot --copy stream, after the slot's last use--> pinned buffer --event--> host, and the next writer of the slot
+    fetch:    landing memory --copy stream, after the slot's last use--> slot --event--> compute stream
+    copy out: slot --copy stream, after the slot's last use--> pinned buffer --event--> host, and the next writer of the slot
+
+The host waits only when all staging buffers are in use, and before a buffer that was copied out is pushed.
 """
 
 from __future__ import annotations

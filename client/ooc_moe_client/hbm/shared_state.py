@@ -40,7 +40,7 @@ class SharedState:
         self.fetches: Counter[int] = Counter()  # by expert
         self.table = SlotTable(spec.layout, capacity, self.counters)
         self.admission = Admission(admission)
-        self.acknowledged: dict[int, int] = {}  # by expert: the newest version that this cache's pushes made
+        self.own_versions: dict[int, int] = {}  # by expert: the newest version that this cache's pushes made
         self.version_at_open = self.newest_version()  # a newer version that this cache did not make is another writer's
         self.demanding = False  # the training thread is claiming slots: prefetches claim none
         self.fetching = False  # the training thread waits for a fetch, not for room: no push begins
@@ -108,12 +108,12 @@ class SharedState:
         An older version than this cache pushed raises LostUpdate, a version that another writer made raises StaleVersion. When the latter
         came by prefetch it is only discarded: a snapshot may have been restored just now (see `ExpertCache.forget`).
         """
-        newest = self.acknowledged.get(fetched.expert, 0)
+        newest = self.own_versions.get(fetched.expert, 0)
         if fetched.version < newest:
             raise LostUpdate(
                 f"bank {self.bank!r}, expert {fetched.expert}: the store gave version {fetched.version}, but had acknowledged {newest}"
             )
-        if self.acknowledged and fetched.version > (newest or self.version_at_open):
+        if self.own_versions and fetched.version > (newest or self.version_at_open):
             if priority is Priority.DEMAND:
                 raise StaleVersion(f"bank {self.bank!r}, expert {fetched.expert}: another writer made version {fetched.version}")
             return False

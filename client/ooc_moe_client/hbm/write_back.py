@@ -277,7 +277,7 @@ class WriteBack:
                 write.error = outcome
                 return
         else:
-            self._shared.acknowledged[write.expert] = outcome
+            self._shared.own_versions[write.expert] = outcome
             self._shared.counters.write_backs += 1
             self._shared.counters.bytes_out += self._shared.layout.body_bytes
             if resident is not None:
