@@ -130,9 +130,9 @@ class CacheAgainstDict(RuleBasedStateMachine):
             stats = self.cache.stats()
             assert stats.dirty == sum(resident.dirty for resident in residents)
             assert stats.resident + self.cache._table.num_free == stats.capacity
-        for foretold in (False, True):
-            counted = stats.ahead if foretold else {name.removeprefix("prefetch_"): count for name, count in stats.to_dict().items()}
-            sizes = [size for source, size in unused + queued if source is foretold]
+        for scheduled in (False, True):
+            counted = stats.ahead if scheduled else {name.removeprefix("prefetch_"): count for name, count in stats.to_dict().items()}
+            sizes = [size for source, size in unused + queued if source is scheduled]
             for unit, open_ones in (("", len(sizes)), ("_bytes", sum(sizes))):
                 ended = sum(counted.get(end + unit, 0) for end in ("useful", "late", "wasted", "cancelled"))
                 assert counted.get(f"issued{unit}", 0) == ended + open_ones

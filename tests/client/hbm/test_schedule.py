@@ -123,7 +123,7 @@ def test_a_schedule_that_was_skipped_or_ended_holds_nobody_back(gated: GatedStor
         assert gated.fetches == []
 
 
-def test_what_is_foretold_is_fetched_in_its_order_before_anybody_asks(gated: GatedStore, bank: str):
+def test_what_the_schedule_names_is_fetched_in_its_order_before_it_is_asked_for(gated: GatedStore, bank: str):
     with ExpertCache(gated, bank, capacity_experts=2) as cache:
         cache.schedule(sweep(3, 1, 4, 5))
         wait_for_fetches(gated, cache, [[3, 1]])
@@ -204,7 +204,7 @@ def test_what_was_updated_while_room_was_made_ahead_is_not_fetched_again(gated: 
 
 
 @pytest.mark.parametrize(
-    "ask", [lambda cache: cache.schedule([Use((1,))]), lambda cache: cache.prefetch([1])], ids=["foretold", "speculation"]
+    "ask", [lambda cache: cache.schedule([Use((1,))]), lambda cache: cache.prefetch([1])], ids=["schedule", "speculation"]
 )
 def test_what_was_evicted_while_room_was_made_for_it_comes_back_from_its_buffer(
     gated: GatedStore, bank: str, ask: Callable[[ExpertCache], None]
