@@ -1,7 +1,11 @@
-"""`InMemoryStore`: the store interface answered from dicts, for tests and for runs too small to deserve a daemon.
+"""`InMemoryStore`: a store of experts in this process, for tests, quick starts, and runs too small to need a daemon.
 
-Outcomes and errors are the daemon's: seeded experts, versions that are never reused, one writer per bank, snapshots, forks. Deliberately
-knows nothing of tiers, durability or time: what was touched once is "in DRAM".
+    store = InMemoryStore()
+    store.create_bank(BankSpec(name="ffn", num_experts=8, layout=layout))
+    other = store.connect()                       # a second writer on the same banks
+
+Outcomes and errors are the daemon's, because both follow `ooc_moe_wire.rules`. Tiers, durability and time are not modelled: an expert that
+was touched once counts as being in DRAM, and a write is as durable as the process.
 """
 
 from __future__ import annotations
@@ -14,60 +18,90 @@ from dataclasses import dataclass, field, replace
 
 from ooc_moe_client.store import Bank, Durability, ExpertInfo, Fetched, PrefetchState, Priority, Push, Sections, Snapshot, Tier
 from ooc_moe_client.validation import check_distinct, check_known_versions, check_memory, checked_bodies
+from ooc_moe_wire import rules
 from ooc_moe_wire.codec import Checksums
-from ooc_moe_wire.errors import (
-    BankExists,
-    InvalidRequest,
-    LostUpdate,
-    NotTheWriter,
-    OocMoeError,
-    SnapshotExists,
-    StaleVersion,
-    UnknownBank,
-    UnknownExpert,
-    UnknownSnapshot,
-)
+from ooc_moe_wire.errors import OocMoeError
 from ooc_moe_wire.layout import BankSpec
 from ooc_moe_wire.v1 import stats_pb2
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Record:
+    """One expert's present state. `body` is None for the seeded value."""
+
     version: int
-    body: bytes
+    body: bytes | None
+
+    @property
+    def is_written(self) -> bool:
+        """See `rules.StoredRecord`."""
+        return self.body is not None
 
 
-@dataclass(slots=True)
+_UNWRITTEN = _Record(0, None)
+
+
+@dataclass(slots=True, eq=False)
 class _Bank:
     spec: BankSpec
     records: dict[int, _Record] = field(default_factory=dict)
-    touched: set[int] = field(default_factory=set)
+    seeds_in_dram: set[int] = field(default_factory=set)  # unwritten experts that were touched
+    newest_version: int = 0
     writer_id: str = ""
     created_unix_ms: int = field(default_factory=lambda: time.time_ns() // 1_000_000)
     forked_from: str = ""
 
-    def read(self, expert: int) -> _Record:
-        """The present record; the seeded one (version 0) when it was never written."""
-        return self.records.get(expert) or _Record(0, self.seeded(expert))
+    def check(self, experts: Sequence[int]) -> None:
+        """Raises UnknownExpert for an id outside the bank."""
+        rules.check_experts(self.spec.name, experts, self.spec.num_experts)
 
-    def seeded(self, expert: int) -> bytes:
-        """The body it begins with."""
-        body = bytearray(self.spec.layout.body_bytes)
-        self.spec.layout.initialize(body, seed=self.spec.seed, expert=expert)
-        return bytes(body)
+    def record(self, expert: int) -> _Record:
+        """The expert's present record."""
+        return self.records.get(expert, _UNWRITTEN)
 
-    def served_from(self, expert: int) -> Tier:
-        """DRAM, or SEED the first time an unwritten expert is touched."""
-        tier = Tier.DRAM if expert in self.touched or expert in self.records else Tier.SEED
-        self.touched.add(expert)
+    def body(self, expert: int) -> bytes:
+        """The expert's present bytes; the seeded value is made anew at each call."""
+        written = self.record(expert).body
+        if written is not None:
+            return written
+        seeded = bytearray(self.spec.layout.body_bytes)
+        self.spec.layout.initialize(seeded, seed=self.spec.seed, expert=expert)
+        return bytes(seeded)
+
+    def put(self, expert: int, record: _Record) -> None:
+        """Makes a record current."""
+        self.records[expert] = record
+        self.newest_version = max(self.newest_version, record.version)
+
+    def is_in_dram(self, expert: int) -> bool:
+        """Whether the expert was written or touched."""
+        return self.record(expert).is_written or expert in self.seeds_in_dram
+
+    def touch(self, expert: int) -> Tier:
+        """Reads the expert: DRAM, or SEED the first time an unwritten expert is touched."""
+        tier = Tier.DRAM if self.is_in_dram(expert) else Tier.SEED
+        self.seeds_in_dram.add(expert)
         return tier
 
-    def answer(self) -> Bank:
-        """The bank as the interface shows it."""
+    def info(self, expert: int) -> ExpertInfo:
+        """The expert's row of a listing."""
+        record, layout = self.record(expert), self.spec.layout
+        sums = rules.listed_checksums(None if record.body is None else Checksums.of(layout, memoryview(record.body)))
+        return ExpertInfo(
+            expert=expert,
+            version=record.version,
+            tiers=(Tier.DRAM if self.is_in_dram(expert) else Tier.SEED,),
+            record_bytes=layout.record_bytes,
+            parameter_xxh3=sums.parameters,
+            optimizer_xxh3=sums.optimizer,
+        )
+
+    def to_public(self) -> Bank:
+        """The bank as the store interface shows it."""
         return Bank(
             spec=self.spec,
-            num_written=len(self.records),
-            newest_version=max((record.version for record in self.records.values()), default=0),
+            num_written=sum(record.is_written for record in self.records.values()),
+            newest_version=self.newest_version,
             writer_id=self.writer_id,
             record_bytes=self.spec.layout.record_bytes,
             created_unix_ms=self.created_unix_ms,
@@ -75,52 +109,59 @@ class _Bank:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _SnapshotPart:
+    """One bank's part of a snapshot."""
+
+    records: dict[int, _Record]
+    num_experts: int
+    record_bytes: int
+
+
 @dataclass(slots=True)
 class _Snapshot:
-    answer: Snapshot
-    records: dict[str, dict[int, _Record]]
-    num_experts: dict[str, int]
+    id: int
+    name: str
+    parts: dict[str, _SnapshotPart]  # by bank
+    created_unix_ms: int = field(default_factory=lambda: time.time_ns() // 1_000_000)
+
+    def to_public(self) -> Snapshot:
+        """The snapshot as the store interface shows it."""
+        num_experts, num_bytes = rules.snapshot_counts((part.record_bytes, part.records.values()) for part in self.parts.values())
+        return Snapshot(
+            id=self.id,
+            name=self.name,
+            banks=tuple(self.parts),
+            created_unix_ms=self.created_unix_ms,
+            num_experts=num_experts,
+            bytes=num_bytes,
+        )
 
 
 @dataclass(slots=True)
 class _State:
-    """What all handles of one store share."""
+    """What all handles of one store share. `lock` guards it."""
 
     lock: threading.RLock = field(default_factory=threading.RLock)
     banks: dict[str, _Bank] = field(default_factory=dict)
     snapshots: dict[int, _Snapshot] = field(default_factory=dict)
     newest_version: int = 0
-    newest_snapshot: int = 0
+    next_snapshot_id: int = 1
     stats: stats_pb2.Stats = field(default_factory=stats_pb2.Stats)
 
-    def next_version(self) -> int:
-        """The next store-wide sequence number."""
-        self.newest_version += 1
-        return self.newest_version
-
     def bank(self, name: str) -> _Bank:
-        """Raises UnknownBank."""
-        if name not in self.banks:
-            raise UnknownBank(f"no bank is named {name!r}")
-        return self.banks[name]
+        """The bank of that name. Raises UnknownBank."""
+        return rules.find_bank(self.banks, name)
 
-    def bank_of(self, name: str, experts: Sequence[int]) -> _Bank:
-        """The bank, if all ids are in it. Raises UnknownBank, UnknownExpert."""
-        bank = self.bank(name)
-        for expert in experts:
-            if not 0 <= expert < bank.spec.num_experts:
-                raise UnknownExpert(f"bank {name!r}: expert {expert} is not below {bank.spec.num_experts}")
-        return bank
-
-    def snapshot(self, snapshot_id: int) -> _Snapshot:
-        """Raises UnknownSnapshot."""
-        if snapshot_id not in self.snapshots:
-            raise UnknownSnapshot(f"no snapshot has the id {snapshot_id}")
-        return self.snapshots[snapshot_id]
+    def put_anew(self, bank: _Bank, expert: int, body: bytes | None) -> int:
+        """Makes a body (None: the seeded value) current under the store's next version, and returns that version."""
+        self.newest_version += 1
+        bank.put(expert, _Record(self.newest_version, body))
+        return self.newest_version
 
 
 class InMemoryStore:
-    """One handle (one writer) on a store in this process; `connect` makes further ones on the same experts."""
+    """One handle, which is one writer, on a store in this process. See `ExpertStore` for the methods."""
 
     def __init__(self, *, trainer: str = "") -> None:
         self._state = _State()
@@ -138,59 +179,52 @@ class InMemoryStore:
     def create_bank(self, spec: BankSpec) -> Bank:
         """See ExpertStore."""
         with self._state.lock:
-            known = self._state.banks.get(spec.name)
-            if known is None:
-                known = self._state.banks[spec.name] = _Bank(spec)
-            if replace(spec, num_experts=known.spec.num_experts) != known.spec:
-                raise BankExists(f"bank {spec.name!r} exists with another layout or seed")
-            return known.answer()
+            bank = self._state.banks.setdefault(spec.name, _Bank(spec))
+            rules.check_same_bank(bank.spec, spec)
+            return bank.to_public()
 
     def grow_bank(self, name: str, num_experts: int) -> Bank:
         """See ExpertStore."""
         with self._state.lock:
             bank = self._state.bank(name)
-            bank.spec = replace(bank.spec, num_experts=max(num_experts, bank.spec.num_experts))
-            return bank.answer()
+            bank.spec = rules.grown(bank.spec, num_experts)
+            return bank.to_public()
 
     def get_bank(self, name: str) -> Bank:
         """See ExpertStore."""
         with self._state.lock:
-            return self._state.bank(name).answer()
+            return self._state.bank(name).to_public()
 
     def list_banks(self) -> list[Bank]:
         """See ExpertStore."""
         with self._state.lock:
-            return [bank.answer() for _, bank in sorted(self._state.banks.items())]
+            return [bank.to_public() for _, bank in sorted(self._state.banks.items())]
 
     def delete_bank(self, name: str) -> None:
         """See ExpertStore."""
         with self._state.lock:
-            bank = self._state.bank(name)
-            if bank.writer_id:
-                raise NotTheWriter(f"bank {name!r} is open for writing by {bank.writer_id!r}")
+            rules.check_writer(name, self._state.bank(name).writer_id)
             del self._state.banks[name]
             for snapshot in list(self._state.snapshots.values()):
-                snapshot.records.pop(name, None)
-                snapshot.answer = replace(snapshot.answer, banks=tuple(snapshot.records))
-                if not snapshot.records:
-                    del self._state.snapshots[snapshot.answer.id]
+                snapshot.parts.pop(name, None)
+                if not snapshot.parts:
+                    del self._state.snapshots[snapshot.id]
 
     def fork_bank(self, source: str, name: str, *, snapshot_id: int | None = None) -> Bank:
         """See ExpertStore."""
         with self._state.lock:
             origin = self._state.bank(source)
+            rules.check_new_name(name, self._state.banks)
             records, num_experts = origin.records, origin.spec.num_experts
             if snapshot_id is not None:
-                snapshot = self._state.snapshot(snapshot_id)
-                if source not in snapshot.records:
-                    raise UnknownSnapshot(f"snapshot {snapshot_id} does not hold bank {source!r}")
-                records, num_experts = snapshot.records[source], snapshot.num_experts[source]
-            if name in self._state.banks:
-                raise BankExists(f"bank {name!r} exists")
-            forked = {expert: _Record(self._state.next_version(), record.body) for expert, record in sorted(records.items())}
-            spec = replace(origin.spec, name=name, num_experts=num_experts)
-            bank = self._state.banks[name] = _Bank(spec, forked, forked_from=source)
-            return bank.answer()
+                snapshot = rules.find_snapshot(self._state.snapshots, snapshot_id)
+                part = rules.snapshot_part(snapshot.parts, source, snapshot_id=snapshot_id, bank_name=source)
+                records, num_experts = part.records, part.num_experts
+            fork = _Bank(replace(origin.spec, name=name, num_experts=num_experts), forked_from=source)
+            for expert, record in rules.forked_records(records).items():
+                self._state.put_anew(fork, expert, record.body)
+            self._state.banks[name] = fork
+            return fork.to_public()
 
     # Experts
 
@@ -208,34 +242,33 @@ class InMemoryStore:
         check_distinct(bank, experts)
         check_known_versions(bank, experts, known_versions)
         with self._state.lock:
-            self._state.bank_of(bank, experts)
+            self._state.bank(bank).check(experts)
         for index, expert in enumerate(experts):
             known = known_versions[index] if known_versions else None
-            record, tier, num_bytes = self._read(bank, expert, sections, priority)
-            unchanged = known == record.version
+            version, body, tier = self._read(bank, expert, sections, priority)
+            unchanged = known == version
             if not unchanged:
                 memory = into(expert)
-                check_memory(bank, expert, memory, num_bytes)
-                memory[:] = record.body[:num_bytes]
-            yield Fetched(expert=expert, version=record.version, served_from=tier, unchanged=unchanged)
+                check_memory(bank, expert, memory, len(body))
+                memory[:] = body
+            yield Fetched(expert=expert, version=version, served_from=tier, unchanged=unchanged)
 
-    def _read(self, name: str, expert: int, sections: Sections, priority: Priority) -> tuple[_Record, Tier, int]:
+    def _read(self, name: str, expert: int, sections: Sections, priority: Priority) -> tuple[int, bytes, Tier]:
         with self._state.lock:
             bank = self._state.bank(name)
-            layout = bank.spec.layout
-            num_bytes = layout.body_bytes if sections is Sections.ALL else layout.parameter_bytes
-            tier = bank.served_from(expert)
-            access = self._state.stats.total
-            access.fetched_experts += 1
-            access.fetched_bytes += num_bytes
+            body = bank.body(expert)[: sections.num_bytes(bank.spec.layout)]
+            tier = bank.touch(expert)
+            counts = self._state.stats.total
+            counts.fetched_experts += 1
+            counts.fetched_bytes += len(body)
             if priority is Priority.DEMAND:
-                access.hits += tier is Tier.DRAM
-                access.misses += tier is Tier.SEED
-                access.seeded += tier is Tier.SEED
-            return bank.read(expert), tier, num_bytes
+                counts.hits += tier is Tier.DRAM
+                counts.misses += tier is Tier.SEED
+                counts.seeded += tier is Tier.SEED
+            return bank.record(expert).version, body, tier
 
     def push(self, bank: str, pushes: Sequence[Push], *, durability: Durability = Durability.DURABLE) -> list[int | Exception]:
-        """See ExpertStore. What is in memory is as durable as it gets here."""
+        """See ExpertStore. Both durabilities are the same here, and no push is ever repeated: no answer can be lost."""
         with self._state.lock:
             layout = self._state.bank(bank).spec.layout
         bodies = checked_bodies(bank, layout, pushes)
@@ -245,23 +278,21 @@ class InMemoryStore:
 
     def _push_one(self, name: str, push: Push, body: memoryview) -> int | OocMoeError:
         bank = self._state.bank(name)
-        if push.expert >= bank.spec.num_experts:
-            return UnknownExpert(f"bank {name!r}: expert {push.expert} is not below {bank.spec.num_experts}")
-        present = bank.records[push.expert].version if push.expert in bank.records else 0
-        if push.base_version != present:
-            refusal = StaleVersion if push.base_version < present else LostUpdate
-            return refusal(f"bank {name!r}, expert {push.expert}: based on version {push.base_version}, the present one is {present}")
-        record = bank.records[push.expert] = _Record(self._state.next_version(), bytes(body))
+        try:
+            bank.check([push.expert])
+            rules.check_base_version(name, push.expert, base_version=push.base_version, current=bank.record(push.expert).version)
+        except OocMoeError as refusal:
+            return refusal
+        bank.seeds_in_dram.discard(push.expert)
         self._state.stats.total.pushed_experts += 1
         self._state.stats.total.pushed_bytes += len(body)
-        return record.version
+        return self._state.put_anew(bank, push.expert, bytes(body))
 
     def open_for_writing(self, bank: str) -> None:
         """See ExpertStore."""
         with self._state.lock:
             opened = self._state.bank(bank)
-            if opened.writer_id not in ("", self._writer_id):
-                raise NotTheWriter(f"bank {bank!r} is open for writing by {opened.writer_id!r}")
+            rules.check_writer(bank, opened.writer_id, self._writer_id)
             opened.writer_id = self._writer_id
 
     def release(self, bank: str) -> None:
@@ -274,73 +305,64 @@ class InMemoryStore:
     def prefetch(self, bank: str, experts: Sequence[int]) -> list[PrefetchState]:
         """See ExpertStore. Promotes at once: a second call answers RESIDENT."""
         with self._state.lock:
-            promoted = self._state.bank_of(bank, experts)
-            tiers = [promoted.served_from(expert) for expert in experts]
-            return [PrefetchState.RESIDENT if tier is Tier.DRAM else PrefetchState.QUEUED for tier in tiers]
+            promoted = self._state.bank(bank)
+            promoted.check(experts)
+            return [PrefetchState.RESIDENT if promoted.touch(expert) is Tier.DRAM else PrefetchState.QUEUED for expert in experts]
 
     def cancel_prefetch(self, bank: str, experts: Sequence[int] = ()) -> int:
         """See ExpertStore. Nothing is ever queued here."""
         with self._state.lock:
-            self._state.bank_of(bank, experts)
+            self._state.bank(bank).check(experts)
             return 0
 
     def list_experts(self, bank: str) -> Iterator[ExpertInfo]:
         """See ExpertStore."""
         with self._state.lock:
             listed = self._state.bank(bank)
-            return iter([_info(listed, expert) for expert in range(listed.spec.num_experts)])
+            return iter([listed.info(expert) for expert in range(listed.spec.num_experts)])
 
     # Snapshots
 
     def create_snapshot(self, banks: Sequence[str], *, name: str = "") -> Snapshot:
         """See ExpertStore."""
         with self._state.lock:
-            if not banks or len(set(banks)) < len(banks):
-                raise InvalidRequest(f"banks: {list(banks)} is not a list of one or more different banks")
-            taken = {bank: dict(self._state.bank(bank).records) for bank in banks}
-            for known in self._state.snapshots.values():
-                if name and known.answer.name == name:
-                    if set(known.records) == set(taken):
-                        return known.answer
-                    raise SnapshotExists(f"snapshot {name!r} exists, of banks {', '.join(known.answer.banks)}")
-            self._state.newest_snapshot += 1
-            answer = Snapshot(
-                id=self._state.newest_snapshot,
-                name=name or f"snapshot-{self._state.newest_snapshot}",
-                banks=tuple(banks),
-                created_unix_ms=time.time_ns() // 1_000_000,
-                num_experts=sum(map(len, taken.values())),
-                bytes=sum(len(records) * self._state.bank(bank).spec.layout.record_bytes for bank, records in taken.items()),
-            )
-            self._state.snapshots[answer.id] = _Snapshot(answer, taken, {bank: self._state.bank(bank).spec.num_experts for bank in taken})
-            return answer
+            rules.check_snapshot_banks(banks)
+            rules.check_snapshot_name(name)
+            members = [self._state.bank(bank) for bank in banks]
+            known = {snapshot.name: snapshot for snapshot in self._state.snapshots.values()}
+            if name in known:
+                rules.check_same_snapshot(name, known[name].parts, banks)
+                return known[name].to_public()
+            snapshot_id, name = rules.snapshot_id_and_name(name, self._state.next_snapshot_id, known)
+            parts = {
+                bank.spec.name: _SnapshotPart(dict(bank.records), bank.spec.num_experts, bank.spec.layout.record_bytes) for bank in members
+            }
+            snapshot = self._state.snapshots[snapshot_id] = _Snapshot(snapshot_id, name, parts)
+            self._state.next_snapshot_id = snapshot_id + 1
+            return snapshot.to_public()
 
     def list_snapshots(self, bank: str = "") -> list[Snapshot]:
         """See ExpertStore."""
         with self._state.lock:
-            answers = [snapshot.answer for snapshot in self._state.snapshots.values() if not bank or bank in snapshot.records]
-            return sorted(answers, key=lambda answer: -answer.id)
+            newest_first = sorted(self._state.snapshots.items(), reverse=True)
+            return [snapshot.to_public() for _, snapshot in newest_first if not bank or bank in snapshot.parts]
 
     def restore_snapshot(self, snapshot_id: int) -> Snapshot:
         """See ExpertStore."""
         with self._state.lock:
-            snapshot = self._state.snapshot(snapshot_id)
-            for name in snapshot.records:
-                writer_id = self._state.bank(name).writer_id
-                if writer_id not in ("", self._writer_id):
-                    raise NotTheWriter(f"bank {name!r} is open for writing by {writer_id!r}")
-            for name, records in snapshot.records.items():
+            snapshot = rules.find_snapshot(self._state.snapshots, snapshot_id)
+            for name in snapshot.parts:
+                rules.check_writer(name, self._state.bank(name).writer_id, self._writer_id)
+            for name, part in snapshot.parts.items():
                 bank = self._state.bank(name)
-                bodies = {expert: bank.seeded(expert) for expert in bank.records} | {
-                    expert: record.body for expert, record in records.items()
-                }
-                bank.records = {expert: _Record(self._state.next_version(), body) for expert, body in sorted(bodies.items())}
-            return snapshot.answer
+                for expert, record in rules.restored_records(bank.records, part.records, _UNWRITTEN).items():
+                    self._state.put_anew(bank, expert, record.body)
+            return snapshot.to_public()
 
     def delete_snapshot(self, snapshot_id: int) -> None:
         """See ExpertStore."""
         with self._state.lock:
-            self._state.snapshot(snapshot_id)
+            rules.find_snapshot(self._state.snapshots, snapshot_id)
             del self._state.snapshots[snapshot_id]
 
     # Statistics
@@ -371,16 +393,3 @@ class InMemoryStore:
         with self._state.lock:
             for name in self._state.banks:
                 self.release(name)
-
-
-def _info(bank: _Bank, expert: int) -> ExpertInfo:
-    written = bank.records.get(expert)
-    checksums = Checksums.of(bank.spec.layout, memoryview(written.body)) if written else Checksums(0, 0)
-    return ExpertInfo(
-        expert=expert,
-        version=written.version if written else 0,
-        tiers=(Tier.DRAM,) if written or expert in bank.touched else (Tier.SEED,),
-        record_bytes=bank.spec.layout.record_bytes,
-        parameter_xxh3=checksums.parameters,
-        optimizer_xxh3=checksums.optimizer,
-    )

@@ -1,7 +1,4 @@
-"""What is checked before anything reaches a store: ids of a call, bodies of a push.
-
-Both stores call these, so that a mistake is the same error with either. Knows nothing of where the bytes go.
-"""
+"""Checks of a call's arguments, before anything is sent or stored. Every store makes them, so that a mistake gives the same error."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from ooc_moe_wire.layout import Layout
 
 
 def check_distinct(bank: str, experts: Sequence[int]) -> None:
-    """Raises InvalidRequest for an empty list, a negative id, or a repeated one."""
+    """Raises InvalidRequest when the list is empty, or an id is negative or repeated."""
     if not experts:
         raise InvalidRequest(f"bank {bank!r}: experts is empty")
     seen: set[int] = set()
@@ -28,7 +25,7 @@ def check_distinct(bank: str, experts: Sequence[int]) -> None:
 
 
 def check_known_versions(bank: str, experts: Sequence[int], known_versions: Sequence[int | None] | None) -> None:
-    """Raises InvalidRequest when there is not one known version per expert."""
+    """Raises InvalidRequest when the two lists have different lengths."""
     if known_versions is not None and len(known_versions) != len(experts):
         raise InvalidRequest(f"bank {bank!r}: {len(known_versions)} known_versions for {len(experts)} experts")
 
@@ -37,7 +34,8 @@ def checked_bodies(bank: str, layout: Layout, pushes: Sequence[Push]) -> list[me
     """The bodies of a push as flat bytes, in order.
 
     Raises:
-        InvalidRequest: no push, a repeated expert, a body of the wrong length, or NaN or infinity in a tensor, which it names.
+        InvalidRequest: there is no push, an expert is repeated, a body has the wrong length, or a tensor, which the message names, holds
+            NaN or infinity.
     """
     check_distinct(bank, [push.expert for push in pushes])
     bodies = [np.frombuffer(push.body, dtype=np.uint8).data for push in pushes]
@@ -51,6 +49,6 @@ def checked_bodies(bank: str, layout: Layout, pushes: Sequence[Push]) -> list[me
 
 
 def check_memory(bank: str, expert: int, memory: memoryview, num_bytes: int) -> None:
-    """Raises InvalidRequest when the memory given for a fetched expert has another size than what arrives."""
+    """Raises InvalidRequest when the memory for a fetched expert is not `num_bytes` long."""
     if len(memory) != num_bytes:
         raise InvalidRequest(f"bank {bank!r}, expert {expert}: {len(memory)} bytes of memory for {num_bytes} bytes")

@@ -1,4 +1,4 @@
-"""The C library's allocator, told to keep large buffers: messages of a megabyte would else pay page faults again and again."""
+"""A setting of the C library's allocator: keep freed large buffers, because a new buffer of a megabyte costs many page faults."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import logging
 log = logging.getLogger(__name__)
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-_MMAP_THRESHOLD_BYTES = 32 << 20  # The most that glibc allows.
+_MMAP_THRESHOLD_BYTES = 32 << 20  # The largest value that glibc allows.
 _TRIM_THRESHOLD_BYTES = 256 << 20
 
 
 def keep_large_buffers() -> None:
-    """Tells the C library to reuse freed buffers of megabytes instead of returning their pages at once. For the whole process."""
+    """Tells the C library to reuse freed buffers of megabytes, instead of returning their pages at once. Affects the whole process."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):

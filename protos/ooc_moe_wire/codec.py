@@ -1,7 +1,7 @@
-"""Records as bytes: the header block, the checksum of a section, and chunks.
+"""Records as bytes: the header block of a record on disk, the checksums of its sections, and the chunks in which a body travels.
 
-A header block makes a record self-describing on disk; `Checksums` travel beside the bytes; chunks cut a body for the wire. Knows nothing of
-files or calls.
+on disk      | header block | parameter section | optimizer section |
+on the wire  ExpertHeader or PushHeader with the checksums, then chunks: | body, 1 MiB | body, 1 MiB | ...
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from ooc_moe_wire.errors import CorruptRecord, InvalidRequest
 from ooc_moe_wire.layout import BLOCK_BYTES, Layout
 from ooc_moe_wire.v1 import expert_pb2
 
-CHUNK_BYTES = 1 << 20  # 1-2 MiB messages are the fastest for Python gRPC.
+CHUNK_BYTES = 1 << 20  # Messages of 1 to 2 MiB are the fastest for Python gRPC.
 CHUNK_BYTES_MAX = 2 << 20
-# A piece is hashed while its copy is in the processor's cache: of 64 KiB to 2 MiB the fastest, 8 % faster than one piece of 8 MiB.
+# Bytes are copied and hashed in pieces, so that a copy is still in the processor's cache when it is hashed. Of sizes from 64 KiB to 2 MiB
+# this one was the fastest: 8 % faster than one piece of 8 MiB.
 PIECE_BYTES = 256 << 10
 MESSAGE_BYTES_MAX = 4 << 20
-HOLDS_NONE = (1 << 64) - 1  # In `known_versions`: no version is held.
+HOLDS_NONE = (1 << 64) - 1  # In `known_versions`: the caller has no version of this expert.
 
 # The metadata key under which a caller names itself.
 TRAINER_KEY = "ooc-moe-trainer"
@@ -40,20 +41,20 @@ _CHECK = struct.Struct("<Q")
 
 @dataclass(frozen=True, slots=True)
 class Checksums:
-    """xxh3_64 of each section, padding included; the optimizer's is 0 where there is none."""
+    """The xxh3_64 hash (seed 0) of each section, padding included. `optimizer` is 0 when there is no optimizer section."""
 
     parameters: int
     optimizer: int
 
     @staticmethod
     def of(layout: Layout, body: memoryview) -> Checksums:
-        """Reads `body` once. A body of `parameter_bytes` only has an optimizer checksum of 0."""
+        """The checksums of a body. A body of `parameter_bytes` has no optimizer section."""
         head, tail = body[: layout.parameter_bytes], body[layout.parameter_bytes :]
         return Checksums(xxhash.xxh3_64_intdigest(head), xxhash.xxh3_64_intdigest(tail) if len(tail) else 0)
 
 
 def copy_hashed(source: NDArray[np.uint8], into: NDArray[np.uint8], parameter_bytes: int) -> Checksums:
-    """Copies a body (both sections, or the parameters only) and hashes the copy on the way."""
+    """Copies a body (both sections, or the parameters alone), and returns the checksums of the copy."""
     parameters = _copy_section(source[:parameter_bytes], into[:parameter_bytes])
     has_optimizer = len(source) > parameter_bytes
     return Checksums(parameters, _copy_section(source[parameter_bytes:], into[parameter_bytes:]) if has_optimizer else 0)
@@ -72,7 +73,7 @@ def _copy_section(source: NDArray[np.uint8], into: NDArray[np.uint8]) -> int:
 
 
 def verify(layout: Layout, body: memoryview, expected: Checksums, *, what: str) -> None:
-    """Compares the sections of `body` (both, or parameters only) with their checksums.
+    """Compares a body (both sections, or the parameters alone) with its checksums.
 
     Raises:
         CorruptRecord: they differ; the message starts with `what` and names the section.
@@ -81,7 +82,7 @@ def verify(layout: Layout, body: memoryview, expected: Checksums, *, what: str) 
 
 
 def compare(actual: Checksums, expected: Checksums, *, whole: bool, what: str) -> None:
-    """As `verify`, for checksums that were made on the way; `whole`: of both sections."""
+    """As `verify`, for checksums that are known already. `whole`: compare both sections, not the parameters alone."""
     if actual.parameters != expected.parameters:
         raise CorruptRecord(f"{what}: the parameter section's checksum is {actual.parameters:#x}, expected {expected.parameters:#x}")
     if whole and actual.optimizer != expected.optimizer:
@@ -90,7 +91,10 @@ def compare(actual: Checksums, expected: Checksums, *, whole: bool, what: str) -
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordHeader:
-    """What a record says of itself: whose it is (at its origin: forks and restores share it), and its checksums."""
+    """The content of a header block: which expert the record was pushed for, by which push, and its checksums.
+
+    Forks and restores share records, so the header names the origin: the bank and version that the record was first written for.
+    """
 
     bank_id: bytes  # 16 bytes
     expert: int
@@ -98,12 +102,12 @@ class RecordHeader:
     parameter_bytes: int
     optimizer_bytes: int
     checksums: Checksums
-    writer_id: str = ""  # Who pushed it: at most 128 bytes.
+    writer_id: str = ""  # The writer that pushed it; at most 128 bytes.
     push_number: int = 0
-    base_version: int = 0  # What the push started from: tells a scan whether a restore came in between.
+    base_version: int = 0  # The version that the push started from; it tells a scan whether a restore came in between.
 
     def pack_into(self, block: memoryview) -> None:
-        """Writes the header block (4 KiB, zero padded, checksummed) into `block`."""
+        """Writes the header block into `block`: 4 KiB with a checksum of their own, padded with zeros."""
         fields = _HEADER.pack(
             MAGIC,
             FORMAT,
@@ -126,7 +130,7 @@ class RecordHeader:
         """Reads a header block.
 
         Raises:
-            CorruptRecord: it is not one, or is damaged; the message starts with `what`.
+            CorruptRecord: it is no header block, or it is damaged. The message starts with `what`.
         """
         fields = bytes(block[: _HEADER.size])
         magic, version_of_format, bank_id, expert, version, *rest = _HEADER.unpack(fields)
@@ -150,21 +154,21 @@ class RecordHeader:
 
 
 def chunks(body: memoryview) -> Iterator[expert_pb2.Chunk]:
-    """Cuts a body into messages. Each holds a copy of its bytes (protobuf owns what it sends)."""
+    """Cuts a body into Chunk messages. Each has a copy of its bytes, because protobuf owns what it sends."""
     for offset in range(0, len(body), CHUNK_BYTES):
         yield expert_pb2.Chunk(offset=offset, payload=bytes(body[offset : offset + CHUNK_BYTES]))
 
 
 def encoded_chunks(body: memoryview, *, field: int, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
-    """As `chunks`, but serialized inside a message that carries them as field number `field`, with one copy instead of three.
+    """Cuts a body into serialized messages, each with one chunk as its field number `field`. One copy is made instead of protobuf's three.
 
-    A fresh megabyte costs more in page faults than in copying: on a 2-core virtual machine a daemon spent 6 ms of CPU on each chunk made
-    by protobuf, and 0.6 ms on one of these in memory that its allocator kept.
+    Fresh memory costs more in page faults than in copying. On a virtual machine with 2 cores, a daemon spent 6 ms of CPU on each chunk of
+    1 MiB that protobuf made, and 0.6 ms on one of these, in memory that its allocator had kept.
 
     Args:
         body: the bytes.
         field: `FetchExpertsResponse.CHUNK_FIELD_NUMBER` or `PushExpertsRequest.CHUNK_FIELD_NUMBER`.
-        chunk_bytes: of each chunk but the last; at most CHUNK_BYTES_MAX.
+        chunk_bytes: the bytes of each chunk but the last; at most CHUNK_BYTES_MAX.
     """
     for offset in range(0, len(body), chunk_bytes):
         payload = body[offset : offset + chunk_bytes]
@@ -173,14 +177,14 @@ def encoded_chunks(body: memoryview, *, field: int, chunk_bytes: int = CHUNK_BYT
 
 
 class ChunkView(NamedTuple):
-    """A Chunk as it lies in the message that carried it: the payload is a view, not a copy."""
+    """A Chunk whose payload is a view of the message that carried it, not a copy."""
 
     offset: int
     payload: memoryview
 
 
 def decode_fetch_response(data: bytes) -> expert_pb2.FetchExpertsResponse | ChunkView:
-    """Parses a FetchExpertsResponse; a chunk in the form that serializers write comes as a view. Raises DecodeError, as protobuf does."""
+    """Parses a FetchExpertsResponse. A message with a chunk, in the form that serializers write, becomes a view. Raises DecodeError."""
     return _decode_chunk(data, _FETCH_CHUNK_TAG) or expert_pb2.FetchExpertsResponse.FromString(data)
 
 
@@ -196,7 +200,7 @@ _PAYLOAD_TAG = expert_pb2.Chunk.PAYLOAD_FIELD_NUMBER << 3 | 2
 
 
 def _decode_chunk(data: bytes, tag: int) -> ChunkView | None:
-    """The chunk that is all of the message, its offset (if any) before its payload; None for every other form, which protobuf parses."""
+    """The chunk of a message that has nothing else, with the offset (if any) before the payload. None: any other form, for protobuf."""
     try:
         if data[0] != tag:
             return None
@@ -214,11 +218,11 @@ def _decode_chunk(data: bytes, tag: int) -> ChunkView | None:
     return ChunkView(offset, memoryview(data)[at:]) if at + length == len(data) else None
 
 
-_VARINT_BYTES_MAX = 4  # Of those that are read by hand: longer ones are no chunk's, or overflow by rules of protobuf's own.
+_VARINT_BYTES_MAX = 4  # Longer numbers do not occur in a chunk, or overflow by protobuf's own rules: they are left to protobuf.
 
 
 def _read_varint(data: bytes, at: int) -> tuple[int, int]:
-    """The number that begins at `at`, and where it ends. Raises IndexError when it ends too late."""
+    """Reads the number at position `at`; returns it and the position after it. Raises IndexError when it is too long."""
     number = 0
     for position in range(_VARINT_BYTES_MAX):
         byte = data[at + position]
@@ -229,7 +233,7 @@ def _read_varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 def _varint(number: int) -> bytes:
-    """Seven bits a byte, the lowest first (protobuf's encoding of lengths, tags and unsigned numbers)."""
+    """Protobuf's encoding of lengths, tags and unsigned numbers: seven bits in each byte, the lowest first."""
     encoded = bytearray()
     while number > 0x7F:
         encoded.append(number & 0x7F | 0x80)
@@ -239,10 +243,7 @@ def _varint(number: int) -> bytes:
 
 
 class Assembler:
-    """Puts chunks back together, straight into the receiver's memory.
-
-    `add` must see the chunks of one body in order and without gaps; `complete` says when all have come.
-    """
+    """Puts the chunks of one body together, straight in the receiver's memory. They must come in order and without gaps."""
 
     def __init__(self, body: memoryview, *, what: str) -> None:
         self.body = body
@@ -251,16 +252,16 @@ class Assembler:
 
     @property
     def complete(self) -> bool:
-        """All bytes are there."""
+        """Whether all bytes have come."""
         return self._received == len(self.body)
 
     def add(self, chunk: expert_pb2.Chunk | ChunkView) -> None:
-        """Takes the next chunk.
+        """Adds the next chunk.
 
         Raises:
-            InvalidRequest: it is empty, out of order, or runs past the end.
+            InvalidRequest: the chunk is empty, out of order, or longer than the rest of the body.
         """
-        offset, payload = chunk.offset, chunk.payload  # Once: a message's payload is copied by each look at it.
+        offset, payload = chunk.offset, chunk.payload  # Read once: a message copies its payload at each access.
         end = offset + len(payload)
         if offset != self._received or not payload or end > len(self.body):
             raise InvalidRequest(
@@ -271,7 +272,7 @@ class Assembler:
 
 
 class HashingAssembler(Assembler):
-    """Hashes each chunk as it lands, while it is in the processor's cache."""
+    """An assembler that hashes each chunk when it has been copied, while it is in the processor's cache."""
 
     def __init__(self, body: memoryview, *, parameter_bytes: int, what: str) -> None:
         super().__init__(body, what=what)
@@ -287,6 +288,6 @@ class HashingAssembler(Assembler):
 
     @property
     def checksums(self) -> Checksums:
-        """Of what came, as `Checksums.of`."""
+        """The checksums of the bytes that have come, as `Checksums.of` computes them."""
         has_optimizer = len(self.body) > self._parameter_bytes
         return Checksums(self._parameters.intdigest(), self._optimizer.intdigest() if has_optimizer else 0)

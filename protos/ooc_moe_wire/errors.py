@@ -10,7 +10,7 @@
         BankExists        the name belongs to a bank with another spec                   use it, or another name
         SnapshotExists    the name belongs to a snapshot of other banks
       StaleVersion        the update started from a version that is no longer current    re-read, redo the update
-      LostUpdate          an acknowledged version is gone from the store               restore a snapshot
+      LostUpdate          an acknowledged version is gone from the store                 restore a snapshot
       LeaseExpired        the daemon does not know the local session (any more)          open another, fetch again
       NotTheWriter        another writer has the bank open                               wait, or stop it
       TierFull            no room: everything pinned, or the disk is full                back off, unpin, add space
@@ -19,7 +19,8 @@
       DeadlineExceeded    the daemon did not answer in time                              retry, or allow more time
       Internal            a fault of ours; the daemon's log has the traceback            report it
 
-Knows nothing of who raises them. A class added without a row in `STATUS` fails `tests/wire/test_errors.py`.
+The middle column says when the error occurs, the right one what the caller should do. A class without a row in `STATUS` fails
+`tests/wire/test_errors.py`.
 """
 
 from __future__ import annotations
@@ -31,15 +32,15 @@ RETRY_AFTER_KEY = "ooc-moe-retry-after-ms"
 
 
 class OocMoeError(Exception):
-    """Any error this project raises on purpose; its message names the field and the value."""
+    """Any error that this project raises on purpose. Its message names the field and the value."""
 
 
 class InvalidRequest(OocMoeError):
-    """The call itself is wrong, and will be wrong again: a shape, dtype, size, layout or name."""
+    """The call itself is wrong, and a repeat would be wrong too: a shape, dtype, size, layout or name."""
 
 
 class NotFound(OocMoeError):
-    """The thing named does not exist."""
+    """What the call names does not exist."""
 
 
 class UnknownBank(NotFound):
@@ -55,7 +56,7 @@ class UnknownSnapshot(NotFound):
 
 
 class AlreadyExists(OocMoeError):
-    """The name is taken by something else."""
+    """The name belongs to something else."""
 
 
 class BankExists(AlreadyExists):
@@ -71,11 +72,11 @@ class StaleVersion(OocMoeError):
 
 
 class LostUpdate(OocMoeError):
-    """The store gave an older version than it had acknowledged; a client that went on would train on old values."""
+    """The store has an older version than it had acknowledged. A client that ignored this would train on old values."""
 
 
 class LeaseExpired(OocMoeError):
-    """The local session, and every lease with it, is gone: the daemon restarted, or closed it."""
+    """The local session is gone with all its leases: the daemon restarted, or closed it."""
 
 
 class NotTheWriter(OocMoeError):
@@ -91,7 +92,7 @@ class TierFull(OocMoeError):
 
 
 class CorruptRecord(OocMoeError):
-    """A checksum does not match: the bytes are not those that were written."""
+    """A checksum does not match: these are not the bytes that were written."""
 
 
 class Unavailable(OocMoeError):
@@ -127,12 +128,12 @@ STATUS: dict[type[OocMoeError], grpc.StatusCode] = {
 }
 
 _BY_NAME = {kind.__name__: kind for kind in STATUS}
-# What a status means when no name came with it: gRPC itself made it.
+# What a status means when no error name came with it, because gRPC itself made it.
 _BY_STATUS: dict[grpc.StatusCode, type[OocMoeError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
     grpc.StatusCode.NOT_FOUND: NotFound,
     grpc.StatusCode.ALREADY_EXISTS: AlreadyExists,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: InvalidRequest,  # A message beyond its size limit; waiting would not help.
+    grpc.StatusCode.RESOURCE_EXHAUSTED: InvalidRequest,  # A message is larger than allowed; waiting would not help.
     grpc.StatusCode.DATA_LOSS: CorruptRecord,
     grpc.StatusCode.UNAVAILABLE: Unavailable,
     grpc.StatusCode.CANCELLED: Unavailable,
@@ -141,14 +142,14 @@ _BY_STATUS: dict[grpc.StatusCode, type[OocMoeError]] = {
 
 
 def error_named(kind: str, message: str) -> OocMoeError:
-    """Makes the error of that class name; an unknown name (a newer daemon's) becomes Internal and keeps it in the message."""
+    """Makes an error by its class name. An unknown name (of a newer daemon) becomes Internal, with the name in its message."""
     if kind in _BY_NAME:
         return _BY_NAME[kind](message)
     return Internal(f"{kind}: {message}")
 
 
 def trailing_metadata(error: OocMoeError) -> tuple[tuple[str, str], ...]:
-    """The metadata that tells the caller which error it was."""
+    """The metadata that carries the name of an error to the caller, and when to retry TierFull."""
     pairs: tuple[tuple[str, str], ...] = ((ERROR_KEY, type(error).__name__),)
     if isinstance(error, TierFull):
         pairs += ((RETRY_AFTER_KEY, str(error.retry_after_ms)),)
@@ -156,7 +157,7 @@ def trailing_metadata(error: OocMoeError) -> tuple[tuple[str, str], ...]:
 
 
 def from_rpc_error(error: grpc.RpcError) -> OocMoeError:
-    """Translates a failed call: by the name in its trailing metadata, else by its status."""
+    """Translates a failed call, by the error name in its trailing metadata, or else by its status."""
     if not isinstance(error, grpc.Call):
         return Internal(str(error))
     status, message = error.code(), error.details() or ""

@@ -1,8 +1,8 @@
-"""Initial values of experts: a named algorithm on raw Philox words, the same on every machine and for ever.
+"""Initial values of experts, which are the same on every machine and in every version of this package.
 
-Nothing here uses numpy's distributions, whose streams may change between versions: the words are Philox 4x64-10's own
-(Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), and what is made of them is exact in float32. Golden values stand in
-`tests/wire/test_initializers.py`; a new algorithm gets a new name, an old one never changes.
+They are computed from raw words of Philox 4x64-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") with exact float32
+arithmetic. numpy's own distributions are not used, because their streams may change between versions of numpy. Golden values are in
+`tests/wire/test_initializers.py`. An algorithm never changes; a new one gets a new name.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from ooc_moe_wire.errors import InvalidRequest
 
 @dataclass(frozen=True, slots=True)
 class Initializer:
-    """How a tensor begins: `zeros_v1`, `constant_v1` (every element is `value`) or `uniform_v1` (uniform on [-value, value)).
+    """How a tensor is initialised: `zeros_v1`, `constant_v1` (each element is `value`) or `uniform_v1` (uniform on [-value, value)).
 
-    `value` is rounded to float32 at once, because that is what the wire carries: both sides hold equal initializers.
+    `value` is rounded to float32 at once. The wire carries float32, so both sides have equal initializers.
     """
 
     algorithm: str = "zeros_v1"
@@ -36,10 +36,10 @@ class Initializer:
 
 
 def initialize(out: NDArray[np.generic], initializer: Initializer, *, seed: int, expert: int, tensor: int) -> None:
-    """Fills `out` with its initial values, which depend on nothing but the arguments.
+    """Fills a tensor with its initial values, which depend on the arguments only.
 
     Args:
-        out: C-contiguous array, written in place. `uniform_v1` needs float32.
+        out: the tensor, a C-contiguous array that is written in place. `uniform_v1` needs float32.
         initializer: the algorithm and its value.
         seed: the bank's seed, 64 bits.
         expert: the expert's id in its bank.
@@ -52,8 +52,8 @@ def initialize(out: NDArray[np.generic], initializer: Initializer, *, seed: int,
 
 
 def _uniform(count: int, bound: np.float32, *, seed: int, expert: int, tensor: int) -> NDArray[np.float32]:
-    """`count` floats on [-bound, bound): each the top 24 bits of a 32-bit word, scaled exactly, then one rounded product."""
-    key = np.array([seed, expert], dtype=np.uint64)  # A plain list would pass through float64, and seeds beyond 2^53 would collide.
+    """`count` floats on [-bound, bound). Each is made of the top 24 bits of a 32-bit word: an exact number on [-1, 1), times `bound`."""
+    key = np.array([seed, expert], dtype=np.uint64)  # A plain list would be converted through float64, where seeds beyond 2^53 collide.
     words = np.random.Philox(key=key, counter=[0, 0, 0, tensor]).random_raw((count + 1) // 2)
     halves = words.astype("<u8").view("<u4")[:count]
     unit = (halves >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-23) - np.float32(1.0)

@@ -1,10 +1,10 @@
-"""What an expert looks like: tensors, the sections they are stored in, and the offsets of a record.
+"""The layout of an expert: its tensors, the sections that they are stored in, and their offsets.
 
     record = | header block, 4 KiB | parameter section, n x 4 KiB | optimizer section, m x 4 KiB |
     body   =                       | parameter section            | optimizer section            |
 
-A record lies in the daemon's files and arena; its body lies in a trainer's HBM slot and travels in chunks. Tensors start at multiples of
-64 bytes inside their section; the padding is zero, and covered by the section's checksum. Knows nothing of where records are kept.
+The daemon keeps records in its files and its arena. A trainer keeps bodies in HBM slots, and bodies travel in chunks. Inside a section,
+tensors start at multiples of 64 bytes. Padding is zero, and the section's checksum covers it.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from ooc_moe_wire.v1 import bank_pb2
 BLOCK_BYTES = 4096
 TENSOR_ALIGN_BYTES = 64
 RECORD_BYTES_MAX = 1 << 31
-DIMENSIONS_MAX = 32  # Of an array of numpy 1.
+DIMENSIONS_MAX = 32  # The limit of numpy 1.
 
-# bfloat16 has no numpy dtype: its raw words stand in.
+# numpy has no bfloat16: such tensors are arrays of raw 16-bit words.
 _NUMPY_DTYPE = {
     "float32": "<f4",
     "float16": "<f2",
@@ -38,17 +38,17 @@ _NUMPY_DTYPE = {
 }
 _FLOAT_DTYPES = ("float32", "float16", "bfloat16")
 _FLOAT16_MAX = 65504.0
-_PIECE = 64 << 10  # Numbers that are looked at together.
+_PIECE = 64 << 10  # How many numbers are tested at once for being finite.
 _TENSOR_NAME = re.compile(r"[A-Za-z0-9_.]{1,64}")
 _BANK_NAME = re.compile(r"[A-Za-z0-9_\-./]{1,128}")
 
-# Any contiguous bytes: bytes, bytearray, memoryview, a uint8 array.
+# Any contiguous bytes.
 Buffer = bytes | bytearray | memoryview | NDArray[np.uint8]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorSpec:
-    """One tensor of an expert: its name, shape, dtype name and how it begins."""
+    """One tensor of an expert: its name, shape, dtype and initial value."""
 
     name: str
     shape: tuple[int, ...]
@@ -81,13 +81,13 @@ class TensorSpec:
 
     @property
     def is_float(self) -> bool:
-        """Whether NaN and infinity can occur in it."""
+        """Whether the dtype has NaN and infinity."""
         return self.dtype in _FLOAT_DTYPES
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """The tensors of an expert and where they lie. Equal layouts mean interchangeable records."""
+    """The tensors of an expert, and where they are in its record. Experts with equal layouts have records of the same form."""
 
     parameters: tuple[TensorSpec, ...]
     optimizer: tuple[TensorSpec, ...] = ()
@@ -103,7 +103,7 @@ class Layout:
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:
-        """All tensors in order of storage."""
+        """All tensors, in the order in which they are stored."""
         return self.parameters + self.optimizer
 
     @cached_property
@@ -113,7 +113,7 @@ class Layout:
 
     @cached_property
     def optimizer_bytes(self) -> int:
-        """Bytes of the optimizer section, a multiple of 4 KiB; zero when it has no tensors."""
+        """Bytes of the optimizer section, a multiple of 4 KiB; 0 without optimizer tensors."""
         return _section_bytes(self.optimizer)
 
     @property
@@ -134,7 +134,7 @@ class Layout:
         return starts
 
     def arrays(self, body: Buffer) -> dict[str, NDArray[np.generic]]:
-        """Views of a body's tensors, by name; no copies. A body of `parameter_bytes` has only the parameters' views.
+        """Views of a body's tensors by name, without copies. For a body of `parameter_bytes` these are the parameters.
 
         Raises:
             InvalidRequest: `body` is neither `body_bytes` nor `parameter_bytes` long.
@@ -150,14 +150,14 @@ class Layout:
         }
 
     def initialize(self, body: memoryview | bytearray | NDArray[np.uint8], *, seed: int, expert: int) -> None:
-        """Writes the initial value of an expert into `body` (`body_bytes` long, writable)."""
+        """Writes the initial values of an expert into `body`, which is `body_bytes` long."""
         np.frombuffer(body, dtype=np.uint8)[:] = 0
         arrays = self.arrays(body)
         for index, tensor in enumerate(self.tensors):
             initialize(arrays[tensor.name], tensor.initializer, seed=seed, expert=expert, tensor=index)
 
     def nonfinite_tensor(self, body: Buffer) -> str | None:
-        """The name of the first float tensor that holds a NaN or an infinity, or None."""
+        """The name of the first tensor that holds NaN or infinity; None when there is none."""
         arrays = self.arrays(body)
         for tensor in self.tensors:
             if tensor.is_float and tensor.name in arrays and not _all_finite(arrays[tensor.name], tensor.dtype):
@@ -183,7 +183,7 @@ class BankSpec:
             raise InvalidRequest(f"seed: {self.seed} is not an unsigned 64-bit number")
 
     def to_proto(self) -> bank_pb2.BankSpec:
-        """The message of this spec."""
+        """This spec as a message."""
         return bank_pb2.BankSpec(
             name=self.name,
             num_experts=self.num_experts,
@@ -194,7 +194,7 @@ class BankSpec:
 
     @staticmethod
     def from_proto(message: bank_pb2.BankSpec) -> BankSpec:
-        """The spec of a message. Raises InvalidRequest for whatever is not well formed."""
+        """Reads a spec from a message. Raises InvalidRequest when the message breaks a rule of `BankSpec`, `Layout` or `TensorSpec`."""
         layout = Layout(
             parameters=tuple(_tensor_from_proto(tensor) for tensor in message.parameters),
             optimizer=tuple(_tensor_from_proto(tensor) for tensor in message.optimizer),
@@ -218,7 +218,7 @@ def _round_up(size: int, multiple: int) -> int:
 
 
 def _holds(dtype: str, value: float) -> bool:
-    """Whether a constant can be written in `dtype`; bfloat16, whose raw words numpy takes for integers, begins with zeros only."""
+    """Whether a tensor of `dtype` can be filled with a constant. bfloat16 cannot, because numpy has no such dtype."""
     if dtype in _FLOAT_DTYPES:
         return dtype == "float32" or (dtype == "float16" and abs(value) <= _FLOAT16_MAX)
     limits = np.iinfo(_NUMPY_DTYPE[dtype])
@@ -226,10 +226,10 @@ def _holds(dtype: str, value: float) -> bool:
 
 
 def _all_finite(array: NDArray[np.generic], dtype: str) -> bool:
-    if dtype == "bfloat16":  # An exponent of all ones is NaN or infinity.
+    if dtype == "bfloat16":  # NaN and infinity are the numbers whose exponent bits are all ones.
         words = array.view(np.uint16)
         return not bool(((words & 0x7F80) == 0x7F80).any())
-    # By pieces whose answers stay in the processor's cache.
+    # In pieces, so that the results stay in the processor's cache.
     flat = array.reshape(-1)
     return all(bool(np.isfinite(flat[start : start + _PIECE]).all()) for start in range(0, flat.size, _PIECE))
 

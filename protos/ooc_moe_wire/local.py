@@ -1,11 +1,11 @@
-"""The packets of the local plane's socket (see v1/local.proto), and the rule that makes reading shared memory safe.
+"""The packets of the local plane's socket. v1/local.proto is their specification, and says how shared memory is read safely.
 
     daemon -> caller   Welcome, with the descriptors of the arena and of the generation table     on connecting
     caller -> daemon   stage(num_bytes), with the descriptor of a staging memfd                   answered by ACK
     caller -> daemon   fetch(LocalFetch)                                                          answered by LocalAnswers
     caller -> daemon   release(lease ids)                                                         not answered
 
-Knows nothing of sockets or memory.
+The socket is of type SOCK_SEQPACKET: each send is one packet.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from ooc_moe_wire.v1 import local_pb2
 PROTOCOL = 2
 ACK = b"\x06"
 PACKET_BYTES_MAX = 64 << 10
-RELEASES_MAX = 4096  # Ids in one packet.
-FETCHED_MAX = 2048  # Experts of one fetch; with their known versions they fit into a packet.
-LEASE_S = 10.0  # How long a lease lasts that is not pinned.
-# fcntl.F_SEAL_FUTURE_WRITE, which Python 3.11 does not name: no new writable mapping, and no write(); mappings made before stay.
+RELEASES_MAX = 4096  # Lease ids in one packet.
+FETCHED_MAX = 2048  # Experts in one fetch; with their known versions they fit into a packet.
+LEASE_S = 10.0  # How long a lease without a pin lasts.
+# fcntl.F_SEAL_FUTURE_WRITE, which Python 3.11 does not name. It forbids new writable mappings and write(); earlier mappings stay writable.
 F_SEAL_FUTURE_WRITE = 0x10
 
 _MAGIC = b"OOCLOCAL"
@@ -36,18 +36,18 @@ _SIZE = struct.Struct("<Q")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Welcome:
-    """The daemon's first packet."""
+    """The daemon's first packet on a new connection."""
 
     session: int  # For FetchExpertsRequest and PushOpen; never zero.
     arena_bytes: int
 
     def pack(self) -> bytes:
-        """Its packet."""
+        """The welcome as a packet."""
         return _WELCOME.pack(_MAGIC, PROTOCOL, self.session, self.arena_bytes)
 
     @staticmethod
     def unpack(packet: bytes) -> Welcome:
-        """Reads a packet. Raises InvalidRequest when it is none, or of another protocol."""
+        """Reads a welcome. Raises InvalidRequest when the packet is no welcome, or has another protocol version."""
         if len(packet) != _WELCOME.size or packet[:8] != _MAGIC:
             raise InvalidRequest(f"local plane: a first packet of {len(packet)} bytes is no welcome")
         _, protocol, session, arena_bytes = _WELCOME.unpack(packet)
@@ -57,12 +57,12 @@ class Welcome:
 
 
 def pack_release(leases: Sequence[int]) -> bytes:
-    """The packet that gives leases back; at most RELEASES_MAX of them."""
+    """The packet that gives up to RELEASES_MAX leases back."""
     return _RELEASE + struct.pack(f"<{len(leases)}Q", *leases)
 
 
 def pack_stage(num_bytes: int) -> bytes:
-    """The packet that goes with a staging memfd of so many bytes."""
+    """The packet that is sent together with a staging memfd of so many bytes."""
     return _STAGE + _SIZE.pack(num_bytes)
 
 
@@ -72,10 +72,10 @@ def pack_fetch(fetch: local_pb2.LocalFetch) -> bytes:
 
 
 def unpack(packet: bytes) -> tuple[int, ...] | int | local_pb2.LocalFetch:
-    """A caller's packet: the leases it releases (a tuple), the size of the staging memory it sends (an int), or what it fetches.
+    """Reads a packet of a caller: the lease ids of a release (a tuple), the bytes of staging memory (an int), or a fetch.
 
     Raises:
-        InvalidRequest: it is none of these.
+        InvalidRequest: the packet is none of these.
     """
     kind, rest = packet[:1], packet[1:]
     if kind == _RELEASE and len(rest) % 8 == 0 and len(rest) <= 8 * RELEASES_MAX:

@@ -1,7 +1,11 @@
-"""Which resident leaves first: the eviction policies of the daemon's DRAM tier, the trainer's HBM cache, and simulations.
+"""Eviction policies: which resident is evicted first. The daemon's DRAM tier, the trainer's HBM cache and simulations use them.
 
-A policy orders keys and owns nothing else: pins, dirty bits and room are its caller's. The caller asks `victims()` for an order, which
-changes nothing, takes the first that it may take, and says so with `evict`; what it passed over (a pinned one) stays where it was.
+A policy keeps the order of eviction, and nothing else. Pins, dirty bits and free room are the caller's business:
+
+    for key in policy.victims():      # the order; asking for it changes nothing
+        if not is_pinned(key):        # keys that are passed over keep their place
+            policy.evict(key)
+            break
 """
 
 from __future__ import annotations
@@ -20,64 +24,62 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 class EvictionPolicy(Protocol[Key]):
-    """The order in which residents leave. A key that is not resident is a KeyError."""
+    """An order of eviction over the resident keys. A method that is given a key that is not resident raises KeyError."""
 
     name: ClassVar[str]
 
     def insert(self, key: Key, size: int = 1) -> None:
-        """A key becomes resident; `size` in whatever unit the caller counts its room in."""
+        """Notes that a key became resident. `size` is in the unit in which the caller counts its room."""
 
     def touch(self, key: Key) -> None:
-        """A resident key was used."""
+        """Notes that a resident key was used."""
 
     def rename(self, old: Key, new: Key) -> None:
-        """A resident goes by another key from now on, and keeps its place; no use."""
+        """Gives a resident another key. The resident keeps its place in the order."""
 
     def evict(self, key: Key) -> None:
-        """A key that `victims()` gave left to make room; the policy may remember that it was here."""
+        """Notes that a key of `victims()` was evicted to make room. The policy may remember that it was resident."""
 
     def remove(self, key: Key) -> None:
-        """A key left for any other reason, without a trace."""
+        """Notes that a key left for another reason. The policy forgets it."""
 
     def victims(self) -> Iterator[Key]:
-        """Residents, the next to leave first. The caller changes nothing while it iterates."""
+        """The resident keys, the next victim first. The policy must not be changed while this is iterated."""
 
 
 class LRU(Generic[Key]):
-    """The least recently used leaves first."""
+    """Evicts the least recently used key first."""
 
     name: ClassVar[str] = "lru"
 
     def __init__(self) -> None:
-        self._order: OrderedDict[int, Key] = OrderedDict()  # By the time of the last use; under tickets, which outlast a renaming.
+        self._order: OrderedDict[int, Key] = OrderedDict()  # In order of the last use. Keys are found by tickets, which survive `rename`.
         self._tickets: dict[Key, int] = {}
         self._next_ticket = 0
 
     def insert(self, key: Key, size: int = 1) -> None:
-        """Enters as the most recently used."""
+        """Adds the key as the most recently used one."""
         ticket = self._tickets[key] = self._next_ticket
         self._order[ticket] = key
         self._next_ticket += 1
 
     def touch(self, key: Key) -> None:
-        """Becomes the most recently used."""
+        """Makes the key the most recently used one."""
         self._order.move_to_end(self._tickets[key])
 
     def rename(self, old: Key, new: Key) -> None:
-        """Keeps the time of its last use."""
+        """Replaces the key; its last use stays as it was."""
         ticket = self._tickets[new] = self._tickets.pop(old)
         self._order[ticket] = new
-
-    def evict(self, key: Key) -> None:
-        """Forgets the key."""
-        self.remove(key)
 
     def remove(self, key: Key) -> None:
         """Forgets the key."""
         del self._order[self._tickets.pop(key)]
 
+    evict = remove
+
     def victims(self) -> Iterator[Key]:
-        """From the least to the most recently used."""
+        """The keys from the least to the most recently used one."""
         return iter(self._order.values())
 
 
@@ -89,11 +91,11 @@ class _Resident(Generic[Key]):
     size: int
     queue: _Fifo[Key]
     ticket: int = 0
-    uses: int = 0  # Since it entered its queue, at most USES_MAX.
+    uses: int = 0  # Uses since it entered its queue, at most USES_MAX.
 
 
 class _Fifo(Generic[Key]):
-    """A queue that can also be left from its middle."""
+    """A queue from whose middle keys may leave, too."""
 
     def __init__(self) -> None:
         self.size = 0
@@ -101,27 +103,33 @@ class _Fifo(Generic[Key]):
         self._next_ticket = 0
 
     def enter(self, resident: _Resident[Key], uses: int) -> None:
-        """Goes to the end, with so many uses."""
+        """Appends a resident, and sets its number of uses."""
         resident.queue, resident.ticket, resident.uses = self, self._next_ticket, uses
         self._next_ticket += 1
         self.waiting[resident.ticket] = resident
         self.size += resident.size
 
     def leave(self, resident: _Resident[Key]) -> None:
-        """Goes, from wherever it stands."""
+        """Removes a resident from any place."""
         del self.waiting[resident.ticket]
         self.size -= resident.size
 
 
 class S3FIFO(Generic[Key]):
-    """Small and main queue, and the keys of those that left the small one (Yang et al., SOSP 2023, algorithm 1).
+    """S3-FIFO: a small and a main queue, and the keys of recent victims of the small one (Yang et al., SOSP 2023, algorithm 1).
 
-    A newcomer passes through the small queue, a tenth of the room: used twice on the way, it goes on to the main queue; if not, it leaves
-    early, and only its key is kept for a while (a ghost); coming back in that time, it enters the main queue at once. The main queue gives
-    another round for each use, up to three. So a scan, used once, flows through a tenth of the room and leaves the rest alone.
+        new key -> small queue (a tenth of the room) --used twice--> main queue --used--> another round in the main queue, at most 3
+                              |                                          |
+                              v not used twice                           v not used
+                            evicted; the key is kept for a while       evicted
+                            as a ghost: if it comes back, it
+                            enters the main queue at once
 
-    As the paper, but: the shares are of what is resident now (the policy is not told its caller's room, and is asked for victims only when
-    that is full); and each eviction is of exactly one key, where the paper's may take one more from a full main queue.
+    A scan uses each key once, so it passes through a tenth of the room and leaves the rest alone.
+
+    This differs from the paper in two points. The shares are of the residents' total size, because the policy does not know its caller's
+    room, and is asked for victims only when that is full. And each eviction takes exactly one key, where the paper's may take a second one
+    from a full main queue.
     """
 
     name: ClassVar[str] = "s3fifo"
@@ -131,29 +139,29 @@ class S3FIFO(Generic[Key]):
         self._residents: dict[Key, _Resident[Key]] = {}
         self._small: _Fifo[Key] = _Fifo()
         self._main: _Fifo[Key] = _Fifo()
-        self._ghosts: OrderedDict[Key, int] = OrderedDict()  # Sizes, the oldest first.
+        self._ghosts: OrderedDict[Key, int] = OrderedDict()  # Their sizes, the oldest ghost first.
         self._ghosts_size = 0
 
     def insert(self, key: Key, size: int = 1) -> None:
-        """Enters the small queue, or the main one if it left the small one not long ago."""
+        """Adds the key to the small queue; to the main queue if the key is a ghost."""
         queue = self._main if self._drop_ghost(key) else self._small
         resident = self._residents[key] = _Resident(key, size, queue)
         queue.enter(resident, 0)
 
     def touch(self, key: Key) -> None:
-        """Counts a use; moves nothing."""
+        """Counts a use. The key keeps its place."""
         resident = self._residents[key]
         if resident.uses < self.USES_MAX:
             resident.uses += 1
 
     def rename(self, old: Key, new: Key) -> None:
-        """Keeps its place and its uses."""
+        """Replaces the key; its place and its uses stay as they were."""
         resident = self._residents[new] = self._residents.pop(old)
         resident.key = new
         self._drop_ghost(new)
 
     def evict(self, key: Key) -> None:
-        """Leaves; those that `victims()` moved on the way to it move now, and those that it gave before it stay where they are."""
+        """Removes the key. Keys that would move to or in the main queue before its turn move now; earlier victims keep their places."""
         room = self._small.size + self._main.size
         victim = self._residents[key]
         for resident in self._moved_before(victim):
@@ -169,16 +177,16 @@ class S3FIFO(Generic[Key]):
             self._drop_ghost(next(iter(self._ghosts)))
 
     def remove(self, key: Key) -> None:
-        """Leaves its queue."""
+        """Forgets the key."""
         resident = self._residents.pop(key)
         resident.queue.leave(resident)
 
     def victims(self) -> Iterator[Key]:
-        """In the order in which evictions without a use between them would take the residents."""
+        """The order in which repeated evictions would take the residents, if none were used in between."""
         return (resident.key for resident, leaves in self._walk() if leaves)
 
     def _moved_before(self, victim: _Resident[Key]) -> list[_Resident[Key]]:
-        """Who moves, and how often, until the walk comes to the victim."""
+        """The residents that move before it is the victim's turn, once for each move."""
         moved = []
         for resident, leaves in self._walk():
             if leaves and resident is victim:
@@ -188,10 +196,10 @@ class S3FIFO(Generic[Key]):
         return moved
 
     def _walk(self) -> Iterator[tuple[_Resident[Key], bool]]:
-        """Plays evictions without changing anything: who comes up next, and whether it leaves or moves to the end of the main queue."""
+        """Simulates evictions: yields the next resident to decide on, and whether it leaves or moves to the end of the main queue."""
         small_size, main_size = self._small.size, self._main.size
         small, main = iter(self._small.waiting.values()), iter(self._main.waiting.values())
-        moved: deque[tuple[_Resident[Key], int]] = deque()  # Behind all of `main`; with their uses.
+        moved: deque[tuple[_Resident[Key], int]] = deque()  # They stand behind all of `main`; each with its uses.
         while small_size or main_size:
             if small_size and 10 * small_size >= small_size + main_size:
                 resident = next(small)
@@ -211,14 +219,14 @@ class S3FIFO(Generic[Key]):
             yield resident, leaves
 
     def _drop_ghost(self, key: Key) -> bool:
-        """Forgets a ghost; False when the key is none."""
+        """Forgets a ghost. False when the key is no ghost."""
         size = self._ghosts.pop(key, 0)
         self._ghosts_size -= size
         return size > 0
 
 
 class Random(Generic[Key]):
-    """Anyone leaves, all with the same chance: what a policy must beat to have learned anything from the past."""
+    """Evicts a random key. A policy that is no better has learned nothing from the past."""
 
     name: ClassVar[str] = "random"
 
@@ -228,32 +236,30 @@ class Random(Generic[Key]):
         self._places: dict[Key, int] = {}
 
     def insert(self, key: Key, size: int = 1) -> None:
-        """Enters."""
+        """Adds the key."""
         self._places[key] = len(self._keys)
         self._keys.append(key)
 
     def touch(self, key: Key) -> None:
-        """Changes nothing."""
+        """Does nothing."""
         self._places[key]
 
     def rename(self, old: Key, new: Key) -> None:
-        """Goes by another key."""
+        """Replaces the key."""
         place = self._places[new] = self._places.pop(old)
         self._keys[place] = new
 
-    def evict(self, key: Key) -> None:
-        """Forgets the key."""
-        self.remove(key)
-
     def remove(self, key: Key) -> None:
-        """Forgets the key; the last one takes its place."""
+        """Forgets the key; the last key of the list takes its place."""
         place, last = self._places.pop(key), self._keys.pop()
         if place < len(self._keys):
             self._keys[place] = last
             self._places[last] = place
 
+    evict = remove
+
     def victims(self) -> Iterator[Key]:
-        """In a random order, another each time."""
+        """The keys in a random order, which is another one each time."""
         drawn: set[int] = set()
         while len(drawn) < len(self._keys):
             place = int(self._random.random() * len(self._keys))
@@ -263,48 +269,47 @@ class Random(Generic[Key]):
 
 
 class NextUse(Generic[Key]):
-    """The one whose next use is furthest leaves first; those of which none is known before all others, the least recently used first.
+    """Evicts the key with the furthest next use first. Keys whose next use is unknown go before all others, least recently used first.
 
     Args:
-        next_use: when a key will be used next, as a number that no other key answers; None where nobody knows. Asked at insert and touch.
+        next_use: returns when a key will be used next, as a number that no other key gets; None when that is unknown. It is called by
+            `insert` and `touch`.
     """
 
     name: ClassVar[str] = "next-use"
 
     def __init__(self, next_use: Callable[[Key], int | None]) -> None:
-        self._foretold = next_use
+        self._find_next_use = next_use
         self._clock = 0
         self._next_use: dict[Key, int] = {}  # Of the residents.
         self._by_next_use: dict[int, Key] = {}
-        self._furthest: list[int] = []  # A heap of negated next uses, some of them outdated.
+        self._furthest: list[int] = []  # A heap of negated next uses, some of which are out of date.
 
     def insert(self, key: Key, size: int = 1) -> None:
-        """Enters with its next use."""
+        """Adds the key with its next use."""
         self._clock += 1
-        foretold = self._foretold(key)
-        self._place(key, _UNKNOWN - self._clock if foretold is None else foretold)
+        next_use = self._find_next_use(key)
+        self._place(key, _UNKNOWN - self._clock if next_use is None else next_use)
 
     def touch(self, key: Key) -> None:
-        """Its next use is now a later one."""
+        """Looks up the key's next use anew."""
         self.remove(key)
         self.insert(key)
 
     def rename(self, old: Key, new: Key) -> None:
-        """Keeps its next use."""
+        """Replaces the key; its next use stays as it was."""
         next_use = self._next_use[old]
         self.remove(old)
         self._place(new, next_use)
-
-    def evict(self, key: Key) -> None:
-        """Forgets the key."""
-        self.remove(key)
 
     def remove(self, key: Key) -> None:
         """Forgets the key."""
         del self._by_next_use[self._next_use.pop(key)]
 
+    evict = remove
+
     def victims(self) -> Iterator[Key]:
-        """From the furthest to the nearest next use. The first costs little, all of them a sort."""
+        """The keys from the furthest to the nearest next use. The first is cheap to find; the others cost a sort."""
         while self._furthest and -self._furthest[0] not in self._by_next_use:
             heappop(self._furthest)
         if not self._furthest:
@@ -322,31 +327,32 @@ class NextUse(Generic[Key]):
             heapify(self._furthest)
 
 
-_UNKNOWN = 1 << 62  # Later than any next use that is known.
+_UNKNOWN = 1 << 62  # Further than any known next use.
 
 
 class Belady(NextUse[Key]):
-    """The optimum for records of one size (Belady 1966), to measure the others against: `NextUse` that knows everything.
+    """The optimal policy for keys of one size (Belady 1966), against which others are measured: `NextUse` with a known future.
 
-    It must be told the future: `trace` is every access in order, and each insert or touch is the next of them.
+    Args:
+        trace: all accesses in order. Each call of `insert` or `touch` must be the next access of the trace.
     """
 
     name: ClassVar[str] = "belady"
 
     def __init__(self, trace: Sequence[Key]) -> None:
-        super().__init__(self._following)
+        super().__init__(self._next_use_in_trace)
         self._trace = trace
         self._next_uses = _next_uses(trace)
         self._num_accesses = 0
 
-    def _following(self, key: Key) -> int:
-        assert self._trace[self._num_accesses] == key, "not the access that the trace foretold"
+    def _next_use_in_trace(self, key: Key) -> int:
+        assert self._trace[self._num_accesses] == key, "this is not the next access of the trace"
         self._num_accesses += 1
         return self._next_uses[self._num_accesses - 1]
 
 
 def _next_uses(trace: Sequence[Key]) -> array[int]:
-    """For each access the position of the same key's next one; beyond the end, each another, where there is none."""
+    """For each access the position of the key's next access. Without one, a position beyond the end, which no other access gets."""
     following: dict[Key, int] = {}
     next_uses = array("q", bytes(8 * len(trace)))
     for position in range(len(trace) - 1, -1, -1):
@@ -359,7 +365,7 @@ _POLICIES: dict[str, Callable[[], EvictionPolicy[Any]]] = {LRU.name: LRU, S3FIFO
 
 
 def make_policy(name: str) -> EvictionPolicy[Any]:
-    """An online policy by its name: "lru", "s3fifo" or "random". Raises InvalidRequest."""
+    """Makes an online policy by its name: "lru", "s3fifo" or "random". Raises InvalidRequest for another name."""
     if name not in _POLICIES:
         raise InvalidRequest(f"policy: {name!r} is not one of {', '.join(_POLICIES)}")
     return _POLICIES[name]()

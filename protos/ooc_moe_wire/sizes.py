@@ -1,4 +1,4 @@
-"""Sizes as people write them: "1GiB", "512 MiB", "4096"."""
+"""Parses sizes as people write them: "1GiB", "512 MiB", "4096"."""
 
 import re
 from decimal import Decimal
@@ -10,10 +10,10 @@ for _power, _letter in enumerate("kmgt", start=1):
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size: a number and one of B, KiB, MiB, GiB, TiB, kB, MB, GB, TB (any case).
+    """The bytes of a size: a number, and B, KiB, MiB, GiB, TiB, kB, MB, GB, TB (in any case) or nothing.
 
     Raises:
-        ValueError: naming the text.
+        ValueError: the text is no size; the message quotes it.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if match is None or match[2].lower() not in _UNITS:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ooc_moe_client.store import Durability, PrefetchState, Push, Sections, Tier
+from ooc_moe_client.store import Durability, ExpertStore, PrefetchState, Push, Sections, Tier
 from ooc_moe_wire.codec import Checksums
 from ooc_moe_wire.errors import (
     BankExists,
@@ -438,6 +438,160 @@ def test_a_deleted_bank_leaves_its_snapshots_which_go_with_their_last_bank(conne
     assert [snapshot.banks for snapshot in store.list_snapshots() if snapshot.id == taken.id] == [(names[1],)]
     store.delete_bank(names[1])
     assert all(snapshot.id != taken.id for snapshot in store.list_snapshots())
+
+
+def checksums(store: ExpertStore, bank: str) -> dict[int, tuple[int, int]]:
+    """The two checksums of each expert, as a listing shows them."""
+    return {info.expert: (info.parameter_xxh3, info.optimizer_xxh3) for info in store.list_experts(bank)}
+
+
+def test_an_expert_that_was_restored_to_its_seed_is_not_written(connect: Connect, bank: str):
+    store = connect()
+    store.create_bank(spec(bank))
+    first = write(store, bank, {0: 1.0})
+    taken = store.create_snapshot([bank])
+    second = write(store, bank, {0: 2.0, 1: 2.0}, first)
+    assert store.get_bank(bank).num_written == 2
+    store.restore_snapshot(taken.id)
+    restored = store.get_bank(bank)
+    assert restored.num_written == 1
+    assert restored.newest_version == max(info.version for info in store.list_experts(bank)) > second[1]
+
+
+def test_the_checksums_of_a_restored_seed_are_those_of_an_unwritten_expert(connect: Connect, bank: str):
+    store = connect()
+    store.create_bank(spec(bank))
+    taken = store.create_snapshot([bank])
+    write(store, bank, {0: 1.0})
+    written = Checksums.of(LAYOUT, memoryview(body(1.0)))
+    assert checksums(store, bank)[0] == (written.parameters, written.optimizer)
+    store.restore_snapshot(taken.id)
+    assert checksums(store, bank) == dict.fromkeys(range(NUM_EXPERTS), (0, 0))
+
+
+def test_a_restored_seed_is_made_anew(connect: Connect, bank: str):
+    store = connect()
+    store.create_bank(spec(bank))
+    read(store, bank, [0])
+    taken = store.create_snapshot([bank])
+    write(store, bank, {0: 1.0})
+    store.restore_snapshot(taken.id)
+    assert next(store.list_experts(bank)).tiers == (Tier.SEED,)
+    memory = bytearray(LAYOUT.body_bytes)
+    tiers = [item.served_from for _ in range(2) for item in store.fetch(bank, [0], into=lambda _: memoryview(memory))]
+    assert tiers == [Tier.SEED, Tier.DRAM]
+
+
+def test_neither_a_snapshot_nor_a_fork_counts_a_restored_seed(connect: Connect, bank: str):
+    store = connect()
+    store.create_bank(spec(bank))
+    empty = store.create_snapshot([bank])
+    write(store, bank, {0: 1.0})
+    restored = store.restore_snapshot(empty.id)
+    assert (restored.num_experts, restored.bytes) == (0, 0)
+    write(store, bank, {1: 1.0})
+    taken = store.create_snapshot([bank])
+    assert (taken.num_experts, taken.bytes) == (1, LAYOUT.record_bytes)
+    fork = store.fork_bank(bank, f"{bank}-fork")
+    assert fork.num_written == 1
+    versions = {info.expert: info.version for info in store.list_experts(fork.spec.name)}
+    assert versions == dict.fromkeys(range(NUM_EXPERTS), 0) | {1: fork.newest_version}
+
+
+def test_a_restored_bank_keeps_the_size_it_has_grown_to(connect: Connect, bank: str):
+    store = connect()
+    store.create_bank(spec(bank))
+    taken = store.create_snapshot([bank])
+    store.grow_bank(bank, NUM_EXPERTS + 2)
+    write(store, bank, {NUM_EXPERTS + 1: 1.0})
+    store.restore_snapshot(taken.id)
+    restored = store.get_bank(bank)
+    assert (restored.spec.num_experts, restored.num_written) == (NUM_EXPERTS + 2, 0)
+    assert read(store, bank, [NUM_EXPERTS + 1])[NUM_EXPERTS + 1][0] == restored.newest_version
+
+
+def test_a_snapshot_that_lost_a_bank_counts_the_experts_of_the_others(connect: Connect, bank: str):
+    store, names = connect(), [bank, f"{bank}-other"]
+    for number, name in enumerate(names, start=1):
+        store.create_bank(spec(name))
+        write(store, name, dict.fromkeys(range(number), 1.0))
+    taken = store.create_snapshot(names)
+    assert (taken.num_experts, taken.bytes) == (3, 3 * LAYOUT.record_bytes)
+    store.release(names[0])
+    store.delete_bank(names[0])
+    (left,) = (snapshot for snapshot in store.list_snapshots() if snapshot.id == taken.id)
+    assert (left.banks, left.num_experts, left.bytes) == ((names[1],), 2, 2 * LAYOUT.record_bytes)
+    assert store.restore_snapshot(taken.id) == left
+
+
+def test_a_snapshot_name_has_at_most_128_bytes(connect: Connect, bank: str):
+    store = connect()
+    store.create_bank(spec(bank))
+    longest = bank.ljust(126, "x") + "é"
+    assert store.create_snapshot([bank], name=longest).name == longest
+    with pytest.raises(InvalidRequest, match="129 bytes are more than 128"):
+        store.create_snapshot([bank], name="x" + longest)
+    assert len(store.list_snapshots(bank)) == 1
+
+
+def test_a_snapshot_without_a_name_is_named_by_its_id_unless_the_name_is_taken(connect: Connect, bank: str):
+    store = connect()
+    store.create_bank(spec(bank))
+    first = store.create_snapshot([bank])
+    assert first.name == f"snapshot-{first.id}"
+    chosen = store.create_snapshot([bank], name=f"snapshot-{first.id + 2}")
+    third = store.create_snapshot([bank])
+    assert (chosen.id, third.id, third.name) == (first.id + 1, first.id + 3, f"snapshot-{first.id + 3}")
+
+
+@pytest.mark.parametrize("name", ["", "two words", "x" * 129])
+def test_a_name_that_no_bank_may_have_is_refused_for_a_fork(connect: Connect, bank: str, name: str):
+    store = connect()
+    store.create_bank(spec(bank))
+    with pytest.raises(InvalidRequest, match="bank name"):
+        store.fork_bank(bank, name)
+
+
+def test_a_fork_of_another_banks_snapshot_is_refused_and_uses_up_no_version(connect: Connect, bank: str):
+    store, other = connect(), f"{bank}-other"
+    for name in (bank, other):
+        store.create_bank(spec(name))
+    versions = write(store, bank, {0: 1.0})
+    taken = store.create_snapshot([other])
+    with pytest.raises(UnknownSnapshot, match=f"snapshot {taken.id}"):
+        store.fork_bank(bank, f"{bank}-fork", snapshot_id=taken.id)
+    with pytest.raises(BankExists, match=other):
+        store.fork_bank(bank, other, snapshot_id=taken.id)
+    assert write(store, bank, {0: 2.0}, versions) == {0: versions[0] + 1}
+
+
+def test_growth_beyond_any_bank_is_refused(connect: Connect, bank: str):
+    store = connect()
+    store.create_bank(spec(bank))
+    with pytest.raises(InvalidRequest, match="num_experts"):
+        store.grow_bank(bank, 1 << 40)
+    assert store.grow_bank(bank, 0).spec.num_experts == NUM_EXPERTS
+
+
+def test_one_error_has_one_wording(connect: Connect, bank: str):
+    store, other = connect(), connect()
+    store.create_bank(spec(bank))
+    versions = write(store, bank, {0: 1.0})
+    missing = 1 << 50
+    for call, error, message in (
+        (lambda: store.create_bank(spec(bank, seed=8)), BankExists, f"bank '{bank}' exists with another seed: 7, not 8"),
+        (lambda: read(store, bank, [NUM_EXPERTS]), UnknownExpert, f"expert {NUM_EXPERTS}: bank '{bank}' has experts 0 to 5"),
+        (lambda: store.get_bank(f"{bank}-none"), UnknownBank, f"bank '{bank}-none' does not exist"),
+        (lambda: store.restore_snapshot(missing), UnknownSnapshot, f"snapshot {missing} does not exist"),
+        (lambda: other.delete_bank(bank), NotTheWriter, f"bank '{bank}': writer '{store.get_bank(bank).writer_id}' has it open"),
+        (lambda: other.open_for_writing(bank), NotTheWriter, f"bank '{bank}': writer '{store.get_bank(bank).writer_id}' has it open"),
+    ):
+        with pytest.raises(error) as raised:
+            call()
+        assert str(raised.value) == message
+    outcomes = write(store, bank, {0: 1.0, 1: 1.0}, {1: versions[0]})
+    assert str(outcomes[0]) == f"expert 0 of bank '{bank}': base_version 0 is not the current version {versions[0]}"
+    assert str(outcomes[1]).startswith(f"expert 1 of bank '{bank}': base_version {versions[0]} is not the current version 0")
 
 
 # Statistics

@@ -122,7 +122,7 @@ def stored() -> Callable[[ExpertCache], dict[int, str]]:
 
     def read(cache: ExpertCache) -> dict[int, str]:
         cache.flush()
-        store = cache._core.store
+        store = cache._shared.store
         bodies = {expert: bytearray(cache.layout.body_bytes) for expert in range(cache.num_experts)}
         for _ in store.fetch(cache.bank, list(bodies), into=lambda expert: memoryview(bodies[expert]), sections=Sections.ALL):
             pass

@@ -2,11 +2,11 @@
 
     with cache.reading([3, 7]) as slots:              # pinned; misses are fetched in one call
         w1_SDH = cache.views["w1"]                     # expert 3 is w1_SDH[slots[0]]
-    with cache.updating([3, 7]) as slots: ...          # the optimizer writes; dirty afterwards
-    cache.flush()                                      # everything is durable
+    with cache.updating([3, 7]) as slots: ...          # the optimizer writes; the experts are dirty afterwards
+    cache.flush()                                      # returns when every change is durable
 
-This file is what the trainer calls. demand.py pins for it; behind its back work write_back.py and prefetch.py; table.py knows who may be
-evicted, slab.py where the bytes lie. Deliberately knows nothing of layers, routing or optimizers.
+This file is what the trainer calls. demand.py pins experts for it; write_back.py and prefetch.py work in the background. table.py decides
+what is evicted, and slots.py holds the bytes. The cache deliberately knows nothing of layers, routing or optimizers: they use `views`.
 """
 
 from __future__ import annotations
@@ -14,22 +14,20 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ooc_moe_client.hbm.admission import AdmissionMode
-from ooc_moe_client.hbm.cuda_slots import CudaSlab
+from ooc_moe_client.hbm.cuda_slots import CudaSlots
 from ooc_moe_client.hbm.demand import Demand, Pinned
 from ooc_moe_client.hbm.prefetch import Prefetcher
 from ooc_moe_client.hbm.schedule import Schedule, Use
-from ooc_moe_client.hbm.shared_state import Core
-from ooc_moe_client.hbm.slots import HostSlab, Slab
-from ooc_moe_client.hbm.stats import CacheStats
-from ooc_moe_client.hbm.table import State
+from ooc_moe_client.hbm.shared_state import SharedState
+from ooc_moe_client.hbm.slots import ExpertSlots, HostSlots
+from ooc_moe_client.hbm.stats import CacheStats, copied_counts
+from ooc_moe_client.hbm.table import LoadState
 from ooc_moe_client.hbm.write_back import WriteBack
 from ooc_moe_client.store import ExpertStore, Sections
 from ooc_moe_wire.errors import InvalidRequest
@@ -41,10 +39,13 @@ PREFETCH_EXPERTS_MAX = 64
 
 
 class ExpertCache:
-    """A fixed number of slots for the experts of one bank, read, changed and pushed back here.
+    """A fixed number of slots in which the experts of one bank are read and changed. Changes are pushed back to the store.
 
-    One training thread uses it; `stats` may be called from any. Errors of background work (a refused push, say) are raised, once, by the
-    next call; what could not be pushed is kept.
+    One training thread uses it; `stats` and `fetches` may be called from any. The class is long because it is the face of its room: most
+    methods check their arguments, take the lock, and call the part that does the work.
+
+    An error of background work (a refused push, say) is raised
+    once, by the next call; what could not be pushed is kept.
 
     Args:
         store: where the experts live.
@@ -52,8 +53,9 @@ class ExpertCache:
         capacity_experts: the number of slots.
         device: "cpu", "cuda" or "cuda:N".
         prefetch_experts_max: the most experts that wait in the prefetch queue.
-        admission: whether prefetches are judged (see admission.py).
-        on_access: told the ids of each counted reading, in order and under the cache's lock: it must be quick, and not call the cache.
+        admission: whether prefetches that are not worth their fetch are refused (see admission.py).
+        on_access: called with the ids of each counted reading, in order. It runs under the cache's lock: it must be quick, and must not
+            call the cache.
 
     Raises:
         InvalidRequest: capacity_experts is below 1.
@@ -80,92 +82,97 @@ class ExpertCache:
         self.layout: Layout = spec.layout
         self.capacity_experts = capacity_experts
         self.device = torch.device(device)
-        self._slab = _slab_on(self.device, spec.layout, capacity_experts)
-        self._core = Core(store, spec, self._slab, capacity_experts, admission)
+        on_gpu = self.device.type == "cuda"
+        self._slots: ExpertSlots = (
+            CudaSlots(spec.layout, capacity_experts, self.device) if on_gpu else HostSlots(spec.layout, capacity_experts)
+        )
+        self._shared = SharedState(store, spec, self._slots, capacity_experts, admission)
         self._wave_experts = capacity_experts
-        self._table = self._core.table
-        self._counters = self._core.counters
-        self._write_back = WriteBack(self._core)
-        self._prefetcher = Prefetcher(self._core, self._write_back, experts_max=prefetch_experts_max)
-        self._demand = Demand(self._core, self._write_back, self._prefetcher, on_access=on_access)
+        self._table = self._shared.table
+        self._counters = self._shared.counters
+        self._write_back = WriteBack(self._shared)
+        self._prefetcher = Prefetcher(self._shared, self._write_back, experts_max=prefetch_experts_max)
+        self._demand = Demand(self._shared, self._write_back, self._prefetcher, on_access=on_access)
 
     @property
     def views(self) -> dict[str, Tensor]:
-        """By tensor name (parameters and optimizer): a strided view (slots, *shape) of the slab. Only pinned slots may be touched."""
-        return self._slab.views
+        """For each tensor name (parameters and optimizer) a strided view (slots, *shape) of all slots. Touch only slots that are pinned."""
+        return self._slots.views
 
     @property
     def num_experts(self) -> int:
-        """Experts in the bank."""
-        return self._core.num_experts
+        """The number of experts in the bank."""
+        return self._shared.num_experts
 
     def grow(self, num_experts: int) -> None:
         """Raises the bank's number of experts to at least `num_experts`."""
-        self._core.num_experts = self._core.store.grow_bank(self.bank, num_experts).spec.num_experts
+        self._shared.num_experts = self._shared.store.grow_bank(self.bank, num_experts).spec.num_experts
 
     # The working set
 
     def reading(self, experts: Sequence[int], *, sections: Sections = Sections.ALL, counted: bool = True) -> Pinned:
-        """Pins experts for reading; gives their slots, in the same order. Misses are fetched in one call.
+        """Pins experts for reading, in a `with` block that binds their slots, in the same order. Misses are fetched in one call.
 
-        What was read together before, and is still here, costs one look at the table.
+        Experts that were read together before, and are all still here, are found by one look-up.
 
         Args:
             experts: distinct ids, at most `capacity_experts` (see `waves`).
-            sections: PARAMETERS fetches only these, unless the schedule updates the expert while it is still here; a later reading of ALL
-                fetches the expert anew.
-            counted: False for a second look at what was already counted (backward, optimizer): not in accesses, hits or misses.
+            sections: PARAMETERS fetches only the parameters, unless the schedule says that the expert will be updated while it is still
+                here. A later reading of ALL fetches the expert anew.
+            counted: whether the reading counts in accesses, hits and misses. False for experts that were counted already for the same
+                step (backward, optimizer).
 
         Raises:
-            InvalidRequest: an expert is repeated, or they are more than the slots.
+            InvalidRequest: an expert is repeated, or there are more experts than slots.
             UnknownExpert: an id outside the bank, before anything is fetched.
             TierFull: too many slots are pinned.
-            And what the store raises, or raised behind (CorruptRecord, Unavailable, StaleVersion, LostUpdate, NotTheWriter).
+            CorruptRecord, Unavailable, StaleVersion, LostUpdate, NotTheWriter: as the store raised them, now or in the background.
         """
         return Pinned(self._demand, experts, sections, counted=counted)
 
     def updating(self, experts: Sequence[int]) -> Pinned:
-        """Pins experts for writing, both sections; they are dirty afterwards, also after an exception. Raises as `reading`."""
+        """Pins experts for reading and writing, both sections. They are dirty afterwards, also after an exception. Raises as `reading`."""
         return Pinned(self._demand, experts, Sections.ALL, counted=False, updating=True)
 
     def waves(self, experts: Sequence[int]) -> Iterator[list[int]]:
-        """Cuts a list into pieces that fit the slots, in ascending order of ids, so that sums over them never depend on residency.
+        """Cuts a list of experts into waves that fit the slots.
 
-        While a schedule is followed that the slots have no room for, pieces fit half of them: the next one comes while one is computed.
+        Waves are in ascending order of ids, so that sums over them never depend on which experts are resident. Under a schedule that names
+        more experts than there are slots, a wave fits half of the slots: the next wave is fetched while one is computed.
         """
         ordered = sorted(experts)
         for start in range(0, len(ordered), self._wave_experts):
             yield ordered[start : start + self._wave_experts]
 
     def schedule(self, uses: Iterable[Use], *, ahead: bool = True) -> None:
-        """Tells which experts will be read (PARAMETERS) and updated (ALL) from now on, in order; replaces what was told before.
+        """Announces which experts will be read (PARAMETERS) and updated (ALL) from now on, in order. Replaces the earlier schedule.
 
-        It is advice: whoever has the furthest next use leaves first, and with `ahead` what is needed next is fetched before anybody asks.
-        What is read or updated otherwise, or never, costs time but is right.
+        Eviction then takes the expert with the furthest next use. With `ahead`, experts are fetched before they are asked for. The schedule
+        is advice: a reading that deviates from it takes longer, and is still right.
 
         Raises:
             UnknownExpert: an id outside the bank.
         """
         uses = list(uses)
         experts = {expert for use in uses for expert in use.experts}
-        self._core.check_ids(sorted(experts))
+        self._shared.check_ids(sorted(experts))
         self._wave_experts = self.capacity_experts if len(experts) <= self.capacity_experts else max(1, self.capacity_experts // 2)
         schedule = Schedule(Use(tuple(wave), use.sections) for use in uses for wave in self.waves(use.experts))
-        with self._core.changed:
-            self._core.raise_error()
+        with self._shared.changed:
+            self._shared.raise_error()
             if not (uses or self._table.schedule.num_left):
                 return
-            self._table.follow(schedule)
+            self._table.follow_schedule(schedule)
             self._prefetcher.follow_schedule(ahead=ahead)
 
     def new_working_set(self) -> None:
-        """Says that what was read until now is no longer needed: prefetches may take its slots once it is clean (see `write_back`)."""
-        with self._core.changed:
-            self._core.raise_error()
+        """Begins a new working set: experts that were read until now may be evicted for prefetches, dirty ones once they are written."""
+        with self._shared.changed:
+            self._shared.raise_error()
             self._table.new_working_set()
-            self._core.changed.notify_all()
+            self._shared.changed.notify_all()
 
-    # Behind
+    # In the background
 
     def prefetch(
         self,
@@ -175,66 +182,66 @@ class ExpertCache:
         within_s: float | None = None,
         probabilities: Mapping[int, float] | None = None,
     ) -> None:
-        """Asks for experts that will be needed, the most urgent first; returns at once.
+        """Queues experts that will probably be needed, the most urgent first; returns at once.
 
-        The daemon promotes them to DRAM; then they are fetched into slots that are free or hold something clean and outside the working set
-        (see `new_working_set`). What is resident or queued already is not asked for twice.
+        The daemon promotes them to DRAM; then they are fetched into free slots, and into slots of experts outside the working set (see
+        `new_working_set`). Experts that are resident or queued already are skipped.
 
         Args:
             experts: ids.
             sections: what to fetch of them.
-            within_s: when they will be needed, for the admission; None: nobody knows.
-            probabilities: how likely each is to be needed, for the admission; None: certain.
+            within_s: the time until they are needed, for the admission. None: unknown.
+            probabilities: how likely each expert is to be needed, for the admission. None: certain.
 
         Raises:
             UnknownExpert: an id outside the bank.
         """
-        self._core.check_ids(experts)
-        with self._core.changed:
-            self._core.raise_error()
+        self._shared.check_ids(experts)
+        with self._shared.changed:
+            self._shared.raise_error()
             self._prefetcher.enqueue(experts, sections, within_s=within_s, probabilities=probabilities)
 
     def cancel_prefetch(self) -> None:
-        """Forgets what is still queued, here and in the daemon."""
-        with self._core.changed:
-            self._core.raise_error()
+        """Drops all queued prefetches, here and in the daemon."""
+        with self._shared.changed:
+            self._shared.raise_error()
             self._prefetcher.cancel()
 
     def write_back(self, experts: Sequence[int] | None = None) -> None:
-        """Asks for the dirty ones of `experts` (of all) to be pushed behind; returns at once."""
-        with self._core.changed:
-            self._core.raise_error()
+        """Asks for those of `experts` (None: of all) that are dirty to be pushed in the background; returns at once."""
+        with self._shared.changed:
+            self._shared.raise_error()
             self._write_back.retry()
             self._write_back.request(list(self._table.residents) if experts is None else experts)
 
     def flush(self) -> None:
-        """Returns when nothing is dirty and everything is durable.
+        """Pushes all changes, and returns when they are durable.
 
-        Raises what went wrong on the way; nothing is lost then, and the next flush tries again.
+        Raises what went wrong. Nothing is lost then, and the next flush tries again.
         """
-        with self._core.changed:
-            self._core.raise_error()
+        with self._shared.changed:
+            self._shared.raise_error()
             if any(resident.updating for resident in self._table.residents.values()):
                 raise InvalidRequest(f"bank {self.bank!r}: flush inside an updating block")
             self._write_back.retry()
             while self._table.num_dirty or not self._write_back.idle:
                 self._write_back.request(list(self._table.residents))
-                self._core.changed.wait()
-                self._core.raise_error()
+                self._shared.changed.wait()
+                self._shared.raise_error()
 
     def forget(self) -> None:
-        """Drops every resident and the schedule, after the bank changed underneath (a snapshot was restored).
+        """Drops every resident and the schedule. To be called after the bank changed in the store (a snapshot was restored).
 
         Raises:
             InvalidRequest: an expert is pinned, or has changes that the store does not have.
         """
-        newest = self._core.newest_version()
+        newest = self._shared.newest_version()
         self.schedule(())
-        with self._core.changed:
-            self._core.raise_error()
+        with self._shared.changed:
+            self._shared.raise_error()
             self._prefetcher.cancel()
-            while any(resident.state is State.LOADING for resident in self._table.residents.values()):
-                self._core.changed.wait()
+            while any(resident.state is LoadState.LOADING for resident in self._table.residents.values()):
+                self._shared.changed.wait()
             for resident in self._table.residents.values():
                 if resident.pins or resident.dirty:
                     raise InvalidRequest(
@@ -244,62 +251,56 @@ class ExpertCache:
                 raise InvalidRequest(f"bank {self.bank!r}: forget while evicted experts are not written; flush first")
             for resident in list(self._table.residents.values()):
                 self._table.remove(resident)
-            self._core.acknowledged.clear()
-            self._core.version_at_open = newest
+            self._shared.own_versions.clear()
+            self._shared.version_at_open = newest
 
     def stats(self) -> CacheStats:
-        """The cache at this moment. From any thread."""
-        with self._core.changed:
-            counts: dict[str, Any] = {item.name: getattr(self._counters, item.name) for item in fields(self._counters)}
-            counts |= {"fetched_from": dict(self._counters.fetched_from), "ahead": dict(self._counters.ahead)}
+        """The gauges and counters of this moment. May be called from any thread."""
+        with self._shared.changed:
             return CacheStats(
                 bank=self.bank,
                 capacity=self.capacity_experts,
                 resident=len(self._table.residents),
                 dirty=self._table.num_dirty,
                 expert_bytes=self.layout.body_bytes,
-                **counts,
+                **copied_counts(self._counters),
             )
 
     def fetches(self) -> Counter[int]:
-        """How often each expert came from the store, on demand or ahead, since the cache's start. From any thread."""
-        with self._core.changed:
-            return self._core.fetches.copy()
+        """How often each expert was fetched since the cache's start, for any reason. May be called from any thread."""
+        with self._shared.changed:
+            return self._shared.fetches.copy()
 
     def close(self) -> None:
-        """Flushes, and ends the threads, also when the flush fails. The store stays open.
+        """Flushes, and ends the threads even when the flush fails. The store stays open.
 
-        Raises what went wrong in the flush, or else behind before it, when everything else is durable.
+        Raises the error of the flush. When the flush succeeds, raises an error of background work that was not raised yet.
         """
-        if self._core.closed:
+        if self._shared.closed:
             return
-        with self._core.changed:
-            earlier = self._core.take_error()
+        with self._shared.changed:
+            earlier = self._shared.pop_error()
         try:
             self.flush()
             if earlier is not None:
                 raise earlier
         finally:
-            with self._core.changed:
-                self._core.closed = True
-                self._core.changed.notify_all()
+            with self._shared.changed:
+                self._shared.closed = True
+                self._shared.changed.notify_all()
             self._demand.join()
             self._prefetcher.join()
             self._write_back.join()
-            self._slab.close()
+            self._slots.close()
 
     def __enter__(self) -> ExpertCache:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        """Closes. What goes wrong in that does not hide what went wrong before."""
+        """Closes the cache. An error of that does not hide an exception that left the block."""
         try:
             self.close()
         except Exception as later:
             if error is None:
                 raise
             log.info("bank %s: closing after an error, another one: %s", self.bank, later)
-
-
-def _slab_on(device: torch.device, layout: Layout, num_slots: int) -> Slab:
-    return CudaSlab(layout, num_slots, device) if device.type == "cuda" else HostSlab(layout, num_slots)

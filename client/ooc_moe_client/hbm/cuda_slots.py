@@ -1,9 +1,9 @@
-"""The slab on a GPU: pinned staging, one copy stream, and events that order copies against compute without stopping the host.
+"""`CudaSlots`: slots on a GPU, with pinned staging memory, one copy stream, and events that order copies without stopping the host.
 
     fetch:    landing memory --copy stream, after the slot's last use--> slot --event--> compute stream
-    copy out: slot --copy stream, after the slot's last use--> pinned buffer --event--> host; the next writer waits for it
+    copy out: slot --copy stream, after the slot's last use--> pinned buffer --event--> host, and the next writer of the slot
 
-Knows nothing of experts, like `slab.py`, whose protocol it implements.
+The host waits only when all staging buffers are in use, and before a buffer that was copied out is pushed.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from ooc_moe_wire.layout import Layout
 STAGING_BUFFERS = 4
 
 
-class CudaSlab:
-    """Slots in a GPU's memory."""
+class CudaSlots:
+    """Slots in the memory of a GPU. See `ExpertSlots` for the methods."""
 
     def __init__(self, layout: Layout, num_slots: int, device: torch.device) -> None:
         self._device = device
@@ -34,18 +34,18 @@ class CudaSlab:
         self._copied_in: dict[int, torch.cuda.Event] = {}
         self._copied_out: dict[int, torch.cuda.Event] = {}
         self._lock = threading.Lock()  # guards the staging buffers
-        self._staging: list[tuple[Tensor, torch.cuda.Event | None]] = []  # returned ones, and the copy that still reads them
+        self._staging: list[tuple[Tensor, torch.cuda.Event | None]] = []  # unused buffers, and the copy that still reads each
         self._num_staging = 0
         self._landing: dict[int, Tensor] = {}  # by slot
 
     def landing(self, slot: int, num_bytes: int) -> memoryview:
-        """Pinned staging; the same again when the slot already has some (a broken stream started anew)."""
+        """A pinned staging buffer. When a broken fetch is started anew, the slot keeps its buffer."""
         with self._lock:
             if slot not in self._landing:
-                self._landing[slot] = self._take_staging()
+                self._landing[slot] = self._free_staging()
             return self._landing[slot].numpy()[:num_bytes].data
 
-    def _take_staging(self) -> Tensor:
+    def _free_staging(self) -> Tensor:
         for index, (buffer, copied) in enumerate(self._staging):
             if copied is None or copied.query():  # type: ignore[no-untyped-call]
                 del self._staging[index]
@@ -59,7 +59,7 @@ class CudaSlab:
         return buffer
 
     def landed(self, slot: int, num_bytes: int) -> None:
-        """Starts the copy to the slot, after the slot's last use."""
+        """Starts the copy to the slot. It runs after the slot's last use."""
         with self._lock:
             buffer = self._landing.pop(slot)
             with torch.cuda.stream(self._copies):
@@ -77,7 +77,7 @@ class CudaSlab:
                 self._staging.append((buffer, None))
 
     def acquire(self, slots: Sequence[int], *, writing: bool) -> None:
-        """The compute stream waits for what was copied in; before writing also for what is being copied out."""
+        """Makes the compute stream wait for copies into the slots, and before writing also for copies out of them."""
         compute = torch.cuda.current_stream(self._device)
         for slot in slots:
             if slot in self._copied_in:
@@ -91,7 +91,7 @@ class CudaSlab:
         self._used.update((slot, used) for slot in slots)
 
     def copy_out(self, slot: int, buffer: Tensor) -> CopyOut:
-        """Starts the copy to pinned memory, after the slot's last use."""
+        """Starts the copy to pinned memory. It runs after the slot's last use."""
         with torch.cuda.stream(self._copies):
             if slot in self._used:
                 self._copies.wait_event(self._used[slot])
@@ -101,9 +101,9 @@ class CudaSlab:
         return copied
 
     def host_buffer(self) -> Tensor:
-        """Pinned memory."""
+        """A new buffer in pinned memory."""
         return torch.empty(self._rows.shape[1], dtype=torch.uint8, pin_memory=True)
 
     def close(self) -> None:
-        """The allocator does not know that the copy stream uses the slab."""
+        """Waits for the copy stream: torch's allocator does not know that it uses the slots."""
         self._copies.synchronize()

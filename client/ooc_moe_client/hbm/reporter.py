@@ -1,6 +1,6 @@
-"""`Reporter`: tells the daemon every two seconds how full the trainer's caches are, so that `ooc-moe stats` shows all three tiers.
+"""`Reporter`: sends the counters of a trainer's caches to the daemon every two seconds, so that `ooc-moe stats` shows all three tiers.
 
-Never disturbs training: a daemon that is away is skipped, and an error is logged once. Knows nothing of what the caches are used for.
+It never disturbs training: while the daemon is away nothing is sent, and any other error is only logged.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class Reporter:
-    """A thread that reports caches until it is closed. Set `activity` to say what the trainer does, for example "training krull"."""
+    """A thread that reports caches until it is closed. Set `activity` to what the trainer does now, for example "training krull"."""
 
     def __init__(self, store: ExpertStore, caches: Sequence[ExpertCache], *, activity: str = "", interval_s: float = 2.0) -> None:
         self.activity = activity
@@ -41,7 +41,7 @@ class Reporter:
                 return
 
     def close(self) -> None:
-        """Ends the thread. The last report expires by itself."""
+        """Ends the thread. The daemon forgets the last report after some seconds."""
         self._closed.set()
         self._thread.join()
 

@@ -1,7 +1,10 @@
-"""`Schedule`: the uses of experts that are still to come, told in advance, and how far one has got.
+"""`Schedule`: which experts will be used, in which order, and how far the trainer has got.
 
-It is advice: a use that shares an expert with the next one is taken for it; one that nobody foretold leaves the schedule where it is, one
-that comes out of turn moves it on. Knows nothing of slots or fetches.
+    uses       (0, 1)  (2, 3)  (0, 1)  (4,)
+                       ^ the next use
+
+The schedule is advice, and the trainer may deviate from it. A use that stands further on moves the schedule there. A use that shares an
+expert with the next one counts as that one. Any other use leaves the schedule where it is.
 """
 
 from __future__ import annotations
@@ -13,25 +16,25 @@ from dataclasses import dataclass
 
 from ooc_moe_client.store import Sections
 
-_STRIDE = 1 << 32  # Between the numbers of two uses; experts of one use are told apart by their ids, which are below.
+_STRIDE = 1 << 32  # Between the numbers of two uses. The experts of one use are told apart by their ids, which are smaller.
 
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """Experts that are needed at the same moment. ALL: they are updated, too."""
+    """Experts that are needed at the same time. `sections` ALL means that they are also updated."""
 
     experts: tuple[int, ...]
     sections: Sections = Sections.ALL
 
 
 class Schedule:
-    """The order of uses, and the next of them. Not thread-safe."""
+    """The uses in order, and which of them is next. Not thread-safe."""
 
     def __init__(self, uses: Iterable[Use] = ()) -> None:
         self._uses = list(uses)
-        self._at = 0  # the next use
-        self._uses_of: defaultdict[int, list[int]] = defaultdict(list)  # by expert, ascending
-        self._same: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)  # by what is used, ascending
+        self._at = 0  # the number of the next use
+        self._uses_of: defaultdict[int, list[int]] = defaultdict(list)  # by expert: the numbers of its uses, ascending
+        self._same: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)  # by experts: the numbers of their uses, ascending
         for number, use in enumerate(self._uses):
             self._same[use.experts].append(number)
             for expert in use.experts:
@@ -39,16 +42,19 @@ class Schedule:
 
     @property
     def experts(self) -> Iterable[int]:
-        """All that it names, those that are over included."""
+        """All experts that the schedule names, in uses to come and in uses that are over."""
         return self._uses_of.keys()
 
     @property
     def num_left(self) -> int:
-        """Uses still to come."""
+        """The number of uses still to come."""
         return len(self._uses) - self._at
 
     def advance(self, experts: Sequence[int]) -> bool:
-        """These are used now, in one call. False where others' next uses are not as they were: some were skipped, or it is the end."""
+        """Moves on: these experts are used now, in one call.
+
+        Returns False when the next uses of other experts have changed too: some uses were skipped, or the schedule has ended.
+        """
         if not self.num_left:
             return True
         number = _first(self._same.get(tuple(experts), ()), self._at)
@@ -61,12 +67,15 @@ class Schedule:
         return in_turn and self.num_left > 0
 
     def next_use(self, expert: int) -> int | None:
-        """When the expert is used next: a number that grows with time, and is no other expert's. None where no use is known."""
+        """When the expert is used next, as a number that grows with time and that no other expert has. None when no use is known."""
         number = self._next(expert)
         return None if number is None else number * _STRIDE + expert
 
-    def soon(self, num_experts: int) -> int:
-        """Where the next uses, one at least, of up to `num_experts` different experts end: what is in them has a lower `next_use`."""
+    def end_of_near_future(self, num_experts: int) -> int:
+        """The end of the near future: an expert whose `next_use` is below this number is needed soon.
+
+        The near future is the next use, and the uses after it for as long as they need at most `num_experts` different experts.
+        """
         used: set[int] = set()
         for number in range(self._at, len(self._uses)):
             used.update(self._uses[number].experts)
@@ -75,12 +84,12 @@ class Schedule:
         return len(self._uses) * _STRIDE
 
     def next_sections(self, expert: int) -> Sections | None:
-        """What its next use needs."""
+        """Which sections the expert's next use needs; None when no use is known."""
         number = self._next(expert)
         return None if number is None else self._uses[number].sections
 
     def updated_within(self, expert: int, num_experts: int) -> bool:
-        """Whether it is updated before more than `num_experts` different experts are used: so many slots keep it until then."""
+        """Whether a cache of `num_experts` slots keeps the expert until it is updated: no more different experts are used before."""
         if expert not in self._uses_of:
             return False
         used = {expert}
@@ -98,6 +107,6 @@ class Schedule:
 
 
 def _first(numbers: Sequence[int], least: int) -> int | None:
-    """The first of ascending numbers that is not below `least`."""
+    """The first of these ascending numbers that is not below `least`."""
     index = bisect_left(numbers, least)
     return numbers[index] if index < len(numbers) else None

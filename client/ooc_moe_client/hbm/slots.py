@@ -1,8 +1,13 @@
-"""The slab: one uint8 tensor of slots on the device, its strided views, and the copies in and out of it.
+"""`ExpertSlots`: the memory of a cache, one uint8 tensor of slots on the device, and the copies in and out of it.
 
-A slot holds an expert's body (parameter section, optimizer section), 4 KiB aligned. On the CPU a fetch writes straight into the slot. On
-CUDA it lands in pinned staging and is copied on a stream of its own; events, not the host, order the copies against the compute stream.
-Knows nothing of experts, versions or who is in which slot: the caller guarantees that a slot is not given away while it is pinned.
+A slot holds an expert's body (parameter section, optimizer section) and is 4 KiB aligned:
+
+    slot 0 | w1 | b1 | padding | moments | padding |       views["w1"][0] is this part of slot 0
+    slot 1 | w1 | b1 | padding | moments | padding |
+
+On the CPU (`HostSlots`) a fetch writes straight into the slot. On CUDA (`CudaSlots`, cuda_slots.py) it writes into pinned staging memory,
+which is copied to the slot on a stream of its own; events, not the host, order the copies against the compute stream. Which expert is in
+which slot is known to the caller alone, who guarantees that a slot is not reused while it is pinned.
 """
 
 from __future__ import annotations
@@ -17,45 +22,45 @@ from torch import Tensor
 from ooc_moe_wire.layout import BLOCK_BYTES, Layout, TensorSpec
 
 
-class Slab(Protocol):
-    """Slots of `body_bytes` on a device."""
+class ExpertSlots(Protocol):
+    """Slots of `body_bytes` each. `views` has, for each tensor name, a strided view (num_slots, *shape) of all slots."""
 
     views: dict[str, Tensor]
 
     def landing(self, slot: int, num_bytes: int) -> memoryview:
-        """Writable host memory whose first `num_bytes` become the slot's once `landed` is called."""
+        """Writable host memory of `num_bytes`, whose content becomes the slot's when `landed` is called."""
 
     def landed(self, slot: int, num_bytes: int) -> None:
-        """The landing memory is filled: bring it to the slot."""
+        """Brings the content of the landing memory, which is filled now, to the slot."""
 
     def abandon(self, slot: int) -> None:
-        """Nothing will land: gives the landing memory back."""
+        """Gives the landing memory back unused."""
 
     def acquire(self, slots: Sequence[int], *, writing: bool) -> None:
-        """The compute stream is about to read (or write) the slots."""
+        """To be called before the compute stream reads the slots, or, with `writing`, writes them."""
 
     def release(self, slots: Sequence[int]) -> None:
-        """The compute stream was given its last work on the slots."""
+        """To be called when all work of the compute stream on the slots has been queued."""
 
     def copy_out(self, slot: int, buffer: Tensor) -> CopyOut:
-        """Starts copying the slot to a host `buffer` (body_bytes,) uint8; the copy is done when the returned ticket says so."""
+        """Starts copying the slot to a host `buffer` (body_bytes,) uint8. `synchronize` of the result waits for the end of the copy."""
 
     def host_buffer(self) -> Tensor:
         """A new host buffer (body_bytes,) uint8 for `copy_out`."""
 
     def close(self) -> None:
-        """Waits for the copies under way, so that the memory may be freed."""
+        """Waits for copies in flight, so that the memory may be freed."""
 
 
 class CopyOut(Protocol):
-    """A copy to the host under way."""
+    """A copy to the host in flight."""
 
     def synchronize(self) -> None:
         """Returns when the copy is done."""
 
 
-class HostSlab:
-    """Slots in host memory: landing memory is the slot, and there is nothing to order."""
+class HostSlots:
+    """Slots in host memory. The landing memory is the slot itself, and there are no streams to order."""
 
     def __init__(self, layout: Layout, num_slots: int) -> None:
         self._rows = allocate(num_slots, layout.body_bytes, torch.device("cpu"))
@@ -63,7 +68,7 @@ class HostSlab:
         self.views = strided_views(layout, self._rows)
 
     def landing(self, slot: int, num_bytes: int) -> memoryview:
-        """The slot itself."""
+        """Returns the memory of the slot itself."""
         return self._bytes[slot, :num_bytes].data
 
     def landed(self, slot: int, num_bytes: int) -> None:
@@ -79,12 +84,12 @@ class HostSlab:
         """Nothing to do."""
 
     def copy_out(self, slot: int, buffer: Tensor) -> CopyOut:
-        """Copies at once."""
+        """Makes the copy at once."""
         buffer.copy_(self._rows[slot])
-        return _Done()
+        return _DONE
 
     def host_buffer(self) -> Tensor:
-        """Pageable memory."""
+        """A new buffer in pageable memory."""
         return torch.empty(self._rows.shape[1], dtype=torch.uint8)
 
     def close(self) -> None:
@@ -93,11 +98,14 @@ class HostSlab:
 
 class _Done:
     def synchronize(self) -> None:
-        """Done already."""
+        """Nothing to do: the copy was made at once."""
+
+
+_DONE = _Done()
 
 
 def allocate(num_slots: int, slot_bytes: int, device: torch.device) -> Tensor:
-    """Zeroed (num_slots, slot_bytes) uint8 whose first byte is 4 KiB aligned."""
+    """A zeroed tensor (num_slots, slot_bytes) uint8 whose first byte is 4 KiB aligned."""
     flat = torch.zeros(num_slots * slot_bytes + BLOCK_BYTES, dtype=torch.uint8, device=device)
     start = -flat.data_ptr() % BLOCK_BYTES
     return flat[start : start + num_slots * slot_bytes].view(num_slots, slot_bytes)

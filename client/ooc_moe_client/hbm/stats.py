@@ -1,14 +1,18 @@
-"""What a cache counts, and the snapshot of it that reports and metrics read.
+"""What a cache counts: the running `Counters`, and `CacheStats`, a copy of them at one moment, which reports and metrics read.
 
-Speculation (`prefetch_*`) may be wrong; what the schedule has fetched ahead (`ahead`) hardly ever is, so the two are counted apart.
+Two kinds of fetches are made before an expert is asked for. Prefetches (`prefetch_*`) are guesses and may be wrong. Experts that the
+schedule names are known to be needed, so their fetches are counted apart, in `ahead`.
 
-Invariants that tests hold, in experts and in bytes, for each of the two: accesses = hits + misses; every prefetch issued ends as exactly
-one of useful, late, wasted or cancelled, or is still queued, loading, or resident and unused. What is refused was never issued.
+Tests hold these equations for both kinds, in experts and in bytes:
+
+    accesses = hits + misses
+    issued   = useful + late + wasted + cancelled + those still queued, loading, or resident and not asked for yet
+
+A refused prefetch was never issued.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -17,9 +21,32 @@ from ooc_moe_wire.v1 import stats_pb2
 PrefetchCount = Literal["issued", "useful", "late", "wasted", "cancelled", "refused"]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Counters:
-    """The running counts of one cache; changed under its lock."""
+    """Counts of one cache since its start, in experts unless a name says otherwise. The cache changes them under its lock.
+
+    Attributes:
+        accesses: experts asked for by counted readings.
+        hits: of the accesses, those whose expert was ready in its slot.
+        misses: all other accesses. One whose expert a prefetch was just loading is a miss, and counts in `prefetch_late` too.
+        refetches: experts fetched again for a reading that is not counted (backward, optimizer).
+        prefetch_issued: experts accepted into the prefetch queue. This and the following have a twin in bytes, `..._bytes`.
+        prefetch_useful: experts that were ready when they were first asked for.
+        prefetch_late: experts that were asked for while they were queued or loading.
+        prefetch_wasted: experts that were evicted or dropped before they were asked for.
+        prefetch_cancelled: experts that left the queue without a fetch, or could not be fetched.
+        prefetch_refused: experts that the admission found not worth a fetch (see admission.py). They were not issued; where admission only
+            observes, they were issued all the same.
+        evictions: experts that left their slot to make room.
+        write_backs: changed experts that were pushed and acknowledged.
+        bytes_in: bytes fetched, on demand and before it.
+        bytes_out: bytes pushed and acknowledged.
+        stall_s: time that the training thread waited for experts.
+        fetched_from: experts fetched, by the daemon's tier that held them: "dram", "nvme" or "seed". "write-back": experts that came back
+            from the buffers of the write-back, because the daemon did not have their newest bytes yet (not in `bytes_in`).
+        ahead: what the schedule had fetched before it was asked for: "issued", "useful", "late", "wasted", "cancelled", each also
+            as "..._bytes".
+    """
 
     accesses: int = 0
     hits: int = 0
@@ -46,42 +73,36 @@ class Counters:
     ahead: dict[str, int] = field(default_factory=dict)
 
     def count_fetched(self, source: str) -> None:
-        """One expert came from there."""
+        """Counts one expert that came from this source (see `fetched_from`)."""
         self.fetched_from[source] = self.fetched_from.get(source, 0) + 1
 
-    def count_prefetch(self, what: PrefetchCount, num_bytes: int, *, foretold: bool = False) -> None:
-        """One expert of so many bytes was issued or refused, or came to its end; `foretold`: by the schedule."""
+    def count_prefetch(self, what: PrefetchCount, num_bytes: int, *, scheduled: bool = False) -> None:
+        """Counts one expert of so many bytes that was issued or refused, or met its end. `scheduled`: the schedule had it fetched."""
         for name, count in ((what, 1), (f"{what}_bytes", num_bytes)):
-            if foretold:
+            if scheduled:
                 self.ahead[name] = self.ahead.get(name, 0) + count
             else:
                 setattr(self, f"prefetch_{name}", getattr(self, f"prefetch_{name}") + count)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CacheStats:
-    """A cache at one moment, in experts unless a name says otherwise. The first group are gauges; the rest count from the cache's start.
+_COUNTS = tuple(item.name for item in fields(Counters))
+# The gauges that the protobuf message calls otherwise. All other fields of the message are named as here.
+_GAUGE_OF_FIELD = {"capacity_experts": "capacity", "resident_experts": "resident", "dirty_experts": "dirty"}
+
+
+@dataclass(slots=True, kw_only=True)
+class CacheStats(Counters):
+    """A cache at one moment: its gauges, and a copy of its counters that does not change any more.
+
+    Stats add up (`a + b`, the caches of two layers, say), and their difference (`later - earlier`) is what was counted in between, with
+    the gauges of `later`.
 
     Attributes:
-        bank: the bank's name; of a sum, the names joined with "+".
-        expert_bytes: bytes of one slot (both sections).
-        accesses: experts asked for by counted readings.
-        hits: of the accesses, those that were ready in their slot.
-        misses: the others; those that a prefetch was just bringing are among them, and in `prefetch_late`.
-        refetches: fetched again for a reading that was not counted (backward, optimizer).
-        prefetch_issued: accepted into the prefetch queue. Beside it and the following, the same in bytes.
-        prefetch_useful: ready when first asked for.
-        prefetch_late: asked for while still queued or loading.
-        prefetch_wasted: evicted or forgotten before anybody asked.
-        prefetch_cancelled: left the queue unread, or could not be fetched.
-        prefetch_refused: judged not worth a fetch (see admission.py): not issued, or, where admission only observes, issued all the same.
-        bytes_in: fetched, on demand and by prefetch.
-        bytes_out: pushed and acknowledged.
-        stall_s: time the training thread waited for experts.
-        fetched_from: experts fetched, by the daemon's tier that held them: "dram", "nvme", "seed"; and "write-back": those that had not
-            reached the daemon yet, and came back from their buffers (not in bytes_in).
-        ahead: what the schedule had fetched before it was asked for: "issued", "useful", "late", "wasted", "cancelled", each also
-            as "..._bytes".
+        bank: the bank's name; in a sum, the names joined with "+".
+        capacity: slots.
+        resident: experts in slots.
+        dirty: of these, those with changes that the store does not have.
+        expert_bytes: bytes of one slot (both sections); in a sum, the larger.
     """
 
     bank: str
@@ -90,49 +111,24 @@ class CacheStats:
     dirty: int
     expert_bytes: int
 
-    accesses: int = 0
-    hits: int = 0
-    misses: int = 0
-    refetches: int = 0
-    prefetch_issued: int = 0
-    prefetch_useful: int = 0
-    prefetch_late: int = 0
-    prefetch_wasted: int = 0
-    prefetch_cancelled: int = 0
-    evictions: int = 0
-    write_backs: int = 0
-    bytes_in: int = 0
-    bytes_out: int = 0
-    stall_s: float = 0.0
-    prefetch_refused: int = 0
-    prefetch_issued_bytes: int = 0
-    prefetch_useful_bytes: int = 0
-    prefetch_late_bytes: int = 0
-    prefetch_wasted_bytes: int = 0
-    prefetch_cancelled_bytes: int = 0
-    prefetch_refused_bytes: int = 0
-    fetched_from: Mapping[str, int] = field(default_factory=dict)
-    ahead: Mapping[str, int] = field(default_factory=dict)
-
     @property
     def hit_rate(self) -> float:
-        """Hits per access; 0 before the first."""
+        """Hits per access; 0 before the first access."""
         return self.hits / self.accesses if self.accesses else 0.0
 
     @property
     def prefetch_recall(self) -> float:
-        """Of the experts that were not resident for another reason when asked for, the share that a prefetch had ready; 0 without any."""
-        asked = self.prefetch_useful + self.misses + self.refetches
-        return self.prefetch_useful / asked if asked else 0.0
+        """The share of needed fetches that a prefetch had done in time: useful / (useful + misses + refetches). 0 when all are 0."""
+        needed = self.prefetch_useful + self.misses + self.refetches
+        return self.prefetch_useful / needed if needed else 0.0
 
     @property
     def prefetch_precision(self) -> float:
-        """Of the prefetches that came to their end with a fetch, the share that was ready when asked for; 0 without any."""
-        ended = self.prefetch_useful + self.prefetch_late + self.prefetch_wasted
-        return self.prefetch_useful / ended if ended else 0.0
+        """The share of fetched prefetches that was ready when asked for: useful / (useful + late + wasted). 0 when all are 0."""
+        fetched = self.prefetch_useful + self.prefetch_late + self.prefetch_wasted
+        return self.prefetch_useful / fetched if fetched else 0.0
 
     def __add__(self, other: CacheStats) -> CacheStats:
-        """The sum over two caches (of two layers, say). `expert_bytes` is the larger."""
         return CacheStats(
             bank=self.bank if self.bank == other.bank else f"{self.bank}+{other.bank}",
             capacity=self.capacity + other.capacity,
@@ -143,50 +139,31 @@ class CacheStats:
         )
 
     def __sub__(self, earlier: CacheStats) -> CacheStats:
-        """What was counted since `earlier`; the gauges are the present ones."""
         return replace(self, **self._combined(earlier, -1))
 
     def _combined(self, other: CacheStats, sign: int) -> dict[str, Any]:
-        counts: dict[str, Any] = {name: getattr(self, name) + sign * getattr(other, name) for name in _NUMBERS}
-        for name in _MAPPINGS:
+        """Every count of this plus `sign` times that of `other`; dicts key by key."""
+        combined: dict[str, Any] = {}
+        for name in _COUNTS:
             mine, others = getattr(self, name), getattr(other, name)
-            counts[name] = {key: mine.get(key, 0) + sign * others.get(key, 0) for key in sorted({*mine, *others})}
-        return counts
+            if isinstance(mine, dict):
+                combined[name] = {key: mine.get(key, 0) + sign * others.get(key, 0) for key in sorted({*mine, *others})}
+            else:
+                combined[name] = mine + sign * others
+        return combined
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return {item.name: getattr(self, item.name) for item in fields(self)} | {name: dict(getattr(self, name)) for name in _MAPPINGS}
+        """Plain values for JSON, the gauges first."""
+        gauges = (item.name for item in fields(self) if item.name not in _COUNTS)
+        return {name: getattr(self, name) for name in gauges} | copied_counts(self)
 
     def to_proto(self) -> stats_pb2.HbmStats:
-        """The message a trainer reports."""
-        return stats_pb2.HbmStats(
-            bank=self.bank,
-            capacity_experts=self.capacity,
-            resident_experts=self.resident,
-            dirty_experts=self.dirty,
-            expert_bytes=self.expert_bytes,
-            hits=self.hits,
-            misses=self.misses,
-            evictions=self.evictions,
-            write_backs=self.write_backs,
-            prefetch_issued=self.prefetch_issued,
-            prefetch_useful=self.prefetch_useful,
-            prefetch_late=self.prefetch_late,
-            prefetch_wasted=self.prefetch_wasted,
-            prefetch_cancelled=self.prefetch_cancelled,
-            bytes_in=self.bytes_in,
-            bytes_out=self.bytes_out,
-            stall_s=self.stall_s,
-            refetches=self.refetches,
-            prefetch_refused=self.prefetch_refused,
-            prefetch_issued_bytes=self.prefetch_issued_bytes,
-            prefetch_useful_bytes=self.prefetch_useful_bytes,
-            prefetch_late_bytes=self.prefetch_late_bytes,
-            prefetch_wasted_bytes=self.prefetch_wasted_bytes,
-            prefetch_cancelled_bytes=self.prefetch_cancelled_bytes,
-            prefetch_refused_bytes=self.prefetch_refused_bytes,
-        )
+        """The message that a trainer reports to the daemon. It has no `accesses`, `fetched_from` and `ahead`."""
+        names = [item.name for item in stats_pb2.HbmStats.DESCRIPTOR.fields]
+        return stats_pb2.HbmStats(**{name: getattr(self, _GAUGE_OF_FIELD.get(name, name)) for name in names})
 
 
-_MAPPINGS = ("fetched_from", "ahead")
-_NUMBERS = [item.name for item in fields(Counters) if item.name not in _MAPPINGS]
+def copied_counts(counters: Counters) -> dict[str, Any]:
+    """All counts by name; dicts are copies."""
+    counts = {name: getattr(counters, name) for name in _COUNTS}
+    return {name: dict(count) if isinstance(count, dict) else count for name, count in counts.items()}

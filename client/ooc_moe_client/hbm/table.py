@@ -1,8 +1,11 @@
-"""Which expert is in which slot, and who may be evicted for whom.
+"""`SlotTable`: which expert is in which slot, and in which order experts are evicted.
 
-The rules of eviction stand here; demand, write-back and prefetch (cache.py, write_back.py, prefetch.py) call it with the lock held. Who has
-the furthest next use leaves first, as far as a schedule tells; of whom it tells nothing, the least recently used, before all others. Knows
-nothing of networks, threads or devices.
+Eviction takes the expert with the furthest next use, as far as a schedule tells. Experts that the schedule does not name are evicted before
+all others, the least recently used first:
+
+    evicted first -> [not in the schedule, least recently used ... most recently used] [next use far ... next use near] -> evicted last
+
+Demand, prefetch and write-back call this table with the cache's lock held.
 """
 
 from __future__ import annotations
@@ -21,8 +24,8 @@ NEVER = -1
 GROUPS_MAX = 256
 
 
-class State(Enum):
-    """Whether a slot's bytes may be read."""
+class LoadState(Enum):
+    """Whether the bytes of a slot may be read."""
 
     LOADING = 0
     READY = 1
@@ -34,50 +37,50 @@ class Resident:
 
     expert: int
     slot: int
-    sections: Sections
-    num_bytes: int  # of these
-    state: State = State.LOADING
+    sections: Sections  # what was fetched of the expert
+    num_bytes: int  # of these sections
+    state: LoadState = LoadState.LOADING
     version: int = 0
     pins: int = 0
-    dirty: bool = False
-    updating: int = 0  # open `updating` blocks: their slot is never copied out
-    copying: bool = False  # being copied out: neither updated nor evicted
+    dirty: bool = False  # it has changes that the store does not have
+    updating: int = 0  # open `updating` blocks: the slot is not copied out meanwhile
+    copying: bool = False  # the slot is being copied out: the expert is neither updated nor evicted meanwhile
     generation: int = 0  # grows with every update; a push clears `dirty` only if it has not grown since
-    prefetched: bool = False  # brought by a prefetch and not asked for yet
-    foretold: bool = False  # a prefetch brought it because the schedule names it
+    prefetched: bool = False  # fetched before it was asked for, and not asked for yet
+    scheduled: bool = False  # fetched because the schedule names it
     demanded_at: int = NEVER  # the table's clock when it was last asked for
-    wanted_by: int = 0  # the number of the last prefetch call that named it
+    prefetch_call: int = 0  # the number of the last prefetch call that named it
 
     def holds(self, sections: Sections) -> bool:
-        """Its bytes may be read, all those of `sections`."""
-        return self.state is State.READY and (self.sections is Sections.ALL or sections is Sections.PARAMETERS)
+        """Whether its bytes may be read, all those of `sections`."""
+        return self.state is LoadState.READY and self.sections.includes(sections)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Group:
-    """Residents that were asked for together. What is asked for again and again is found by one look, as long as nobody of it left."""
+    """Residents that were asked for together. As long as none of them leaves, asking for them again takes a single look-up."""
 
     experts: tuple[int, ...]
     residents: list[Resident]
     slots: list[int]
-    sections: Sections  # that all of them hold
+    sections: Sections  # that every resident of the group holds
 
 
-class Table:
-    """Residents, free slots and their order of leaving. Every method needs the cache's lock."""
+class SlotTable:
+    """Residents, free slots, and the order of eviction. Every method needs the cache's lock."""
 
     def __init__(self, layout: Layout, capacity: int, counters: Counters) -> None:
         self.capacity = capacity
         self.residents: dict[int, Resident] = {}
-        self.num_dirty = 0  # residents with changes that the store does not have
+        self.num_dirty = 0
+        self.num_removed = 0  # residents removed since the start
         self.schedule = Schedule()
         self._layout = layout
         self._counters = counters
         self._free = list(range(capacity - 1, -1, -1))
         self._groups: dict[tuple[int, ...], Group] = {}
-        self._demanded: dict[Group, int] = {}  # groups that are still to be noted in the order, by the time of their demand
+        self._unordered_groups: dict[Group, int] = {}  # groups whose last demand is not in `_order` yet, and the time of that demand
         self._order: NextUse[int] = NextUse(lambda expert: self.schedule.next_use(expert))
-        self.num_removed = 0  # so far
         self._clock = 0  # experts demanded so far
         self._working_set_since = 0
 
@@ -86,23 +89,50 @@ class Table:
         """Slots that hold nothing."""
         return len(self._free)
 
-    def follow(self, schedule: Schedule) -> None:
-        """Goes by another schedule from now on."""
+    # The schedule
+
+    def follow_schedule(self, schedule: Schedule) -> None:
+        """Replaces the schedule."""
         self.schedule = schedule
-        self._reorder()
+        self._reorder_by_schedule()
 
     def advance(self, experts: Sequence[int]) -> None:
-        """Notes that the training thread asks for these, in one call; `demand` follows for each."""
+        """Moves the schedule on: the training thread asks for these experts in one call. `note_demand` follows for each of them."""
         if not self.schedule.advance(experts):
-            self._reorder()
+            self._reorder_by_schedule()
 
-    def group(self, experts: tuple[int, ...], sections: Sections) -> Group | None:
-        """These experts, if they were asked for together before, hold `sections`, and are all still here."""
+    def _reorder_by_schedule(self) -> None:
+        """Looks up the next use of every resident anew."""
+        self._order_groups()
+        for expert in list(self._order.victims()):
+            self._order.touch(expert)
+
+    def sections_to_fetch(self, expert: int, sections: Sections) -> Sections:
+        """What to fetch when `sections` are asked for: the optimizer section too if the expert will stay until the schedule updates it."""
+        return Sections.ALL if self.schedule.updated_within(expert, self.capacity) else sections
+
+    def sections_for_next_use(self, expert: int) -> Sections:
+        """What to fetch for the next use of an expert that the schedule names."""
+        sections = self.schedule.next_sections(expert)
+        assert sections is not None
+        return self.sections_to_fetch(expert, sections)
+
+    def lacks_for_next_use(self, expert: int) -> bool:
+        """Whether the expert, or a section that its next use needs, is neither here nor loading."""
+        resident, needed = self.residents.get(expert), self.schedule.next_sections(expert)
+        if resident is None:
+            return True
+        return needed is not None and resident.state is LoadState.READY and not resident.sections.includes(needed)
+
+    # Demand
+
+    def find_group(self, experts: tuple[int, ...], sections: Sections) -> Group | None:
+        """The group of these experts, if they were asked for together before, hold `sections`, and are all still here."""
         group = self._groups.get(experts)
-        return group if group is not None and (group.sections is Sections.ALL or sections is Sections.PARAMETERS) else None
+        return group if group is not None and group.sections.includes(sections) else None
 
-    def make_group(self, experts: tuple[int, ...], residents: list[Resident]) -> Group:
-        """Remembers ready residents as a group."""
+    def remember_group(self, experts: tuple[int, ...], residents: list[Resident]) -> Group:
+        """Makes a group of ready residents."""
         is_whole = all(resident.sections is Sections.ALL for resident in residents)
         group = Group(experts, residents, [resident.slot for resident in residents], Sections.ALL if is_whole else Sections.PARAMETERS)
         if len(self._groups) == GROUPS_MAX:
@@ -110,84 +140,66 @@ class Table:
         self._groups[experts] = group
         return group
 
-    def demand_group(self, group: Group) -> None:
-        """As `advance` and `demand` of each; the order of eviction learns of it when somebody asks for it."""
+    def note_group_demand(self, group: Group) -> None:
+        """As `advance` and then `note_demand` of each expert, but cheap: the order of eviction is brought up to date when it is needed."""
         self._clock += len(group.experts)
-        self._demanded.pop(group, None)
-        self._demanded[group] = self._clock
+        self._unordered_groups.pop(group, None)
+        self._unordered_groups[group] = self._clock
         self.advance(group.experts)
 
-    def _settle(self) -> None:
-        """Notes the demands of groups, in their order."""
-        for group, clock in self._demanded.items():
+    def _order_groups(self) -> None:
+        """Brings the order of eviction up to date with the demands of groups."""
+        for group, clock in self._unordered_groups.items():
             for resident in group.residents:
                 resident.demanded_at = clock
                 self._order.touch(resident.expert)
-        self._demanded.clear()
+        self._unordered_groups.clear()
 
-    def _reorder(self) -> None:
-        """Asks the schedule anew about everyone."""
-        self._settle()
-        for expert in list(self._order.victims()):
-            self._order.touch(expert)
-
-    def sections_now(self, expert: int, sections: Sections) -> Sections:
-        """What to fetch of an expert that is asked for: the optimizer section too, if it will stay until the schedule updates it."""
-        return Sections.ALL if self.schedule.updated_within(expert, self.capacity) else sections
-
-    def sections_ahead(self, expert: int) -> Sections:
-        """What to fetch for the next use of an expert that the schedule names."""
-        sections = self.schedule.next_sections(expert)
-        assert sections is not None
-        return self.sections_now(expert, sections)
-
-    def lacks(self, expert: int) -> bool:
-        """It is not here, or not all that its next use needs."""
-        resident, sections = self.residents.get(expert), self.schedule.next_sections(expert)
-        return resident is None or (sections is Sections.ALL and resident.sections is not Sections.ALL and resident.state is State.READY)
-
-    def demand(self, resident: Resident) -> None:
-        """Notes that the training thread asked for it."""
-        self._settle()
+    def note_demand(self, resident: Resident) -> None:
+        """Notes that the training thread asked for this expert."""
+        self._order_groups()
         self._clock += 1
         resident.demanded_at = self._clock
         if resident.prefetched:
             resident.prefetched = False
-            fate: PrefetchCount = "useful" if resident.state is State.READY else "late"
-            self._counters.count_prefetch(fate, resident.num_bytes, foretold=resident.foretold)
+            fate: PrefetchCount = "useful" if resident.state is LoadState.READY else "late"
+            self._counters.count_prefetch(fate, resident.num_bytes, scheduled=resident.scheduled)
         self._order.touch(resident.expert)
 
-    def mark(self, resident: Resident, *, dirty: bool) -> None:
-        """Notes whether the store has its last change."""
+    def set_dirty(self, resident: Resident, dirty: bool) -> None:
+        """Notes whether the expert has changes that the store does not have."""
         self.num_dirty += dirty - resident.dirty
         resident.dirty = dirty
 
     def new_working_set(self) -> None:
-        """What was demanded until now may make room for prefetches."""
+        """Begins a new working set: prefetches may evict what was demanded until now."""
         self._working_set_since = self._clock
 
     def in_working_set(self, resident: Resident) -> bool:
-        """Demanded among the last 2 x `capacity` demands, and since `new_working_set`.
+        """Whether the expert was demanded since `new_working_set`, and among the last 2 x `capacity` demands.
 
-        A set that fits the cache is demanded at least that often, also when layers are visited forward and then backward, so speculation
-        never pushes it out; what is left over from before ages out by itself.
+        Training visits layers forward and then backward, so every expert of a set that fits the cache is demanded at least that often:
+        prefetches never evict it. Experts of an earlier working set drop out by themselves.
         """
         return resident.demanded_at > max(self._working_set_since, self._clock - 2 * self.capacity)
 
+    # Slots
+
     def insert(self, expert: int, sections: Sections) -> Resident:
-        """Puts an expert, still loading, into a free slot."""
-        self._settle()
-        resident = self.residents[expert] = Resident(expert, self._free.pop(), sections, num_bytes(self._layout, sections))
+        """Gives a free slot to an expert, whose state is LOADING."""
+        self._order_groups()
+        resident = Resident(expert, self._free.pop(), sections, sections.num_bytes(self._layout))
+        self.residents[expert] = resident
         self._order.insert(expert)
         return resident
 
     def remove(self, resident: Resident) -> None:
-        """Empties its slot. What it held is clean, or in a buffer of the write-back."""
-        assert resident.pins == 0, f"expert {resident.expert} leaves while it is pinned"
-        self._settle()
+        """Frees the slot of an expert that is clean, or whose changes are in a buffer of the write-back."""
+        assert resident.pins == 0, f"expert {resident.expert} is removed while it is pinned"
+        self._order_groups()
         self._groups.clear()
         if resident.prefetched:
-            self._counters.count_prefetch("wasted", resident.num_bytes, foretold=resident.foretold)
+            self._counters.count_prefetch("wasted", resident.num_bytes, scheduled=resident.scheduled)
         self.num_removed += 1
         self.num_dirty -= resident.dirty
         del self.residents[resident.expert]
@@ -195,19 +207,14 @@ class Table:
         self._free.append(resident.slot)
 
     def evict(self, resident: Resident) -> None:
-        """Empties its slot to make room."""
+        """Removes an expert to make room for another."""
         self._counters.evictions += 1
         self.remove(resident)
 
-    def idle(self) -> Iterator[Resident]:
-        """Residents that nobody uses at the moment, the next to leave first."""
-        self._settle()
+    def evictable(self) -> Iterator[Resident]:
+        """Residents that are ready, not pinned and not being copied out, the next victim first."""
+        self._order_groups()
         for expert in self._order.victims():
             resident = self.residents[expert]
-            if resident.state is State.READY and not (resident.pins or resident.copying):
+            if resident.state is LoadState.READY and not (resident.pins or resident.copying):
                 yield resident
-
-
-def num_bytes(layout: Layout, sections: Sections) -> int:
-    """What travels of an expert."""
-    return layout.body_bytes if sections is Sections.ALL else layout.parameter_bytes

@@ -1,7 +1,11 @@
-"""A daemon's DRAM tier, mapped for reading, and the copies from it.
+"""`ArenaView`: a daemon's DRAM tier, mapped for reading, and copies from it.
 
-What is copied is known to be whole only when its generation, looked at before and after, is the lease's: `copy` and `copy_hashed` say so.
-The mappings live on when the daemon dies, or the session is closed under a copy: nothing is unmapped under a reader.
+Each record has a generation, which the daemon makes odd before it overwrites the record. A copy is whole if the generation was that of the
+lease before the copy and after it:
+
+    generation == lease's?  ->  copy  ->  generation == lease's?      yes both times: the copy is whole
+
+The mapping outlives the daemon and the session: nothing is unmapped while it is read.
 """
 
 from __future__ import annotations
@@ -19,21 +23,21 @@ from ooc_moe_wire.errors import InvalidRequest
 from ooc_moe_wire.layout import BLOCK_BYTES
 
 
-class LocalMemory:
-    """The arena, and the generations of what lies in it.
+class ArenaView:
+    """The arena, and the table of its records' generations.
 
     Raises:
-        InvalidRequest: the memory is shorter than the daemon said, or could shrink under a reader.
+        InvalidRequest: the memory is shorter than the daemon said, or could shrink while it is read.
     """
 
     def __init__(self, arena_fd: int, generations_fd: int, arena_bytes: int) -> None:
         self._arena: NDArray[np.uint8] = np.frombuffer(_map(arena_fd, arena_bytes), np.uint8)
         self._generations = memoryview(_map(generations_fd, arena_bytes // BLOCK_BYTES * 8)).cast("Q")
 
-    # Processors other than x86 may reorder the loads of the copy and of the generation; the checksum then catches a torn copy.
+    # Processors other than x86 may reorder the loads of copy and generation. A torn copy is then caught by its checksum.
 
     def copy(self, offset: int, generation: int, into: memoryview) -> bool:
-        """Copies a record's bytes from its body's `offset` on, as many as fit; False when they may have been overwritten meanwhile."""
+        """Fills `into` with bytes of the arena from `offset` on, where a record's body begins. False: the record was overwritten."""
         generations, block = self._generations, offset // BLOCK_BYTES - 1
         if generation % 2 or generations[block] != generation:
             return False
@@ -41,7 +45,7 @@ class LocalMemory:
         return generations[block] == generation
 
     def copy_hashed(self, offset: int, generation: int, into: memoryview, parameter_bytes: int) -> Checksums | None:
-        """As `copy`, with the checksums of the copy; None where it says False."""
+        """As `copy`, but returns the checksums of the copied bytes, or None when the record was overwritten."""
         generations, block = self._generations, offset // BLOCK_BYTES - 1
         if generation % 2 or generations[block] != generation:
             return None
@@ -50,7 +54,10 @@ class LocalMemory:
 
 
 def _map(fd: int, num_bytes: int) -> mmap.mmap:
-    """The daemon's memory, for reading. Raises InvalidRequest when it is too short, or could become so under a reader (SIGBUS)."""
+    """Maps the daemon's memory for reading.
+
+    Raises InvalidRequest when the memory is too short, or could become so: reading beyond its end would kill this process (SIGBUS).
+    """
     seals = 0
     with suppress(OSError):
         seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)

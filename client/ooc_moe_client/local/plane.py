@@ -1,6 +1,6 @@
-"""The local plane of one daemon: its DRAM tier mapped here, sessions for fetches, and the staging of pushes.
+"""`LocalPlane`: the local plane of one daemon. It has the daemon's DRAM tier, mapped here, sessions for fetches, and staging for pushes.
 
-A fetch has a session to itself, so that its leases end with it whatever happens; idle ones are used again. Knows nothing of banks.
+Each fetch has a session of its own, because closing the session surely ends the fetch's leases. Idle sessions are used again.
 """
 
 from __future__ import annotations
@@ -9,23 +9,26 @@ import threading
 import time
 from collections.abc import Sequence
 
-from ooc_moe_client.local.arena_view import LocalMemory
+from ooc_moe_client.local.arena_view import ArenaView
 from ooc_moe_client.local.session import LocalSession
 from ooc_moe_client.local.staging import Staging
 from ooc_moe_wire.errors import OocMoeError
 from ooc_moe_wire.v1 import local_pb2
 
-# The size of the staging memory: for so many records, within these bounds (daemons take no more).
+# The staging memory holds this many records, within these bounds. Daemons accept no more than the upper one.
 STAGED_RECORDS = 4
 STAGING_BYTES_MIN, STAGING_BYTES_MAX = 64 << 20, 1 << 30
 
 
 class LocalPlane:
-    """Thread-safe. After `close`, or when the daemon ended its main session, which pushes use, `is_alive` is False."""
+    """The plane. Thread-safe.
 
-    def __init__(self, name: str, session: LocalSession, memory: LocalMemory) -> None:
-        """As `connect` makes it."""
-        self.memory = memory
+    It ends with its main session, which pushes use: `is_alive` is False after `close`, or when the daemon ended that session.
+    """
+
+    def __init__(self, name: str, session: LocalSession, arena: ArenaView) -> None:
+        """Use `connect`."""
+        self.arena = arena
         self._name = name
         self._session = session
         self._lock = threading.Lock()
@@ -36,32 +39,32 @@ class LocalPlane:
 
     @staticmethod
     def connect(name: str) -> LocalPlane:
-        """Begins a session through the socket of that abstract name. Raises as `LocalSession.connect`."""
+        """Opens the plane through the socket of that abstract name. Raises as `LocalSession.connect`."""
         return LocalPlane(name, *LocalSession.connect(name))
 
     @property
     def session(self) -> int:
-        """For PushOpen."""
+        """The number of the main session, for PushOpen."""
         return self._session.number
 
     @property
     def is_alive(self) -> bool:
-        """The daemon has not ended the session."""
+        """Whether the main session goes on."""
         return self._session.is_alive
 
     # Fetches
 
     def fetch(self, fetch: local_pb2.LocalFetch, *, timeout_s: float) -> LocalCall:
-        """Asks for leases. Raises Unavailable, InvalidRequest."""
-        session = self._take_idle() or LocalSession.connect(self._name)[0]
+        """Begins a fetch. Raises Unavailable, InvalidRequest."""
+        session = self._pop_idle() or LocalSession.connect(self._name)[0]
         try:
-            session.ask(fetch)
+            session.send_fetch(fetch)
         except OocMoeError:
             session.close()
             raise
         return LocalCall(self, session, time.monotonic() + timeout_s)
 
-    def _take_idle(self) -> LocalSession | None:
+    def _pop_idle(self) -> LocalSession | None:
         while True:
             with self._lock:
                 if not self._idle:
@@ -71,8 +74,8 @@ class LocalPlane:
                 return session
             session.close()
 
-    def give_back(self, session: LocalSession) -> None:
-        """The session's fetch has ended, and it holds no lease."""
+    def reuse(self, session: LocalSession) -> None:
+        """Keeps a session whose fetch has ended, and which holds no lease, for the next fetch."""
         with self._lock:
             if not self._closed:
                 self._idle.append(session)
@@ -82,7 +85,7 @@ class LocalPlane:
     # Pushes
 
     def staging_for(self, num_bytes: int) -> Staging | None:
-        """The memory that bodies of so many bytes are pushed from; None when they do not fit, or the daemon wants none."""
+        """The staging memory for bodies of so many bytes. None when they do not fit, or the daemon accepts no staging memory."""
         with self._staging_lock:
             if self._staging is None:
                 wanted = max(STAGING_BYTES_MIN, STAGED_RECORDS * num_bytes)
@@ -96,13 +99,13 @@ class LocalPlane:
         return staging if self._session.stage(staging.fd, num_bytes) else None
 
     def wake(self) -> None:
-        """Lets those that wait for staging memory ask whether they still want it."""
+        """Makes threads that wait for staging memory ask again whether they still want it."""
         with self._staging_lock:
             if self._staging is not None:
                 self._staging.wake()
 
     def close(self) -> None:
-        """Ends the sessions; one that is fetching ends with its fetch. The memory goes when its last reader is done."""
+        """Ends the sessions; one with a fetch in flight ends with that. The arena is unmapped when its last reader is done."""
         self._session.close()
         with self._lock:
             self._closed = True
@@ -113,20 +116,23 @@ class LocalPlane:
 
 
 class LocalCall:
-    """One fetch under way."""
+    """One fetch in flight."""
 
     def __init__(self, plane: LocalPlane, session: LocalSession, deadline: float) -> None:
-        """As `LocalPlane.fetch` makes it."""
+        """Use `LocalPlane.fetch`."""
         self.plane = plane
         self._session: LocalSession | None = session
         self._deadline = deadline
 
     def next(self) -> local_pb2.LocalAnswer | None:
-        """The next answer; None at the end, when all leases must have been released. Raises as `LocalSession.answer`; then cancel."""
+        """The next answer of the daemon; None at the end, when all leases must have been released.
+
+        Raises as `LocalSession.receive`. The caller then calls `cancel`.
+        """
         assert self._session is not None
-        answer = self._session.answer(self._deadline)
+        answer = self._session.receive(self._deadline)
         if answer is None:
-            self.plane.give_back(self._session)
+            self.plane.reuse(self._session)
             self._session = None
         return answer
 
@@ -136,7 +142,7 @@ class LocalCall:
             self._session.release(leases)
 
     def cancel(self) -> None:
-        """Ends the fetch, if it has not ended, and all its leases."""
+        """Ends the fetch with all its leases, if it has not ended."""
         if self._session is not None:
             self._session.close()
             self._session = None

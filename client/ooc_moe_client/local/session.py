@@ -1,6 +1,6 @@
-"""One connection to a daemon's local plane: the socket whose life is the session's. Fetches ask for leases through it.
+"""`LocalSession`: one connection to a daemon's local plane. Fetches ask for leases through its socket.
 
-Knows nothing of calls, banks or versions, nor of what lies in the memory that comes with the welcome.
+The session lives as long as the socket: when either side closes it, or dies, the daemon drops the session's leases.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from collections.abc import Sequence
 
 from google.protobuf.message import DecodeError
 
-from ooc_moe_client.local.arena_view import LocalMemory
+from ooc_moe_client.local.arena_view import ArenaView
 from ooc_moe_wire.errors import DeadlineExceeded, Internal, InvalidRequest, TierFull, Unavailable, error_named
 from ooc_moe_wire.local import ACK, PACKET_BYTES_MAX, RELEASES_MAX, Welcome, pack_fetch, pack_release, pack_stage
 from ooc_moe_wire.v1 import local_pb2
 
-# A daemon whose loop does not get to the socket for so long is as good as gone.
+# A daemon that does not answer on the socket for this long counts as gone.
 PATIENCE_S = 2.0
 
 _PEER = struct.Struct("3i")  # pid, uid, gid
@@ -26,21 +26,21 @@ _TIMEVAL = struct.Struct("@ll")  # seconds, microseconds
 
 
 class LocalSession:
-    """One session. At most one fetch at a time; `release` and `is_alive` may be used from any thread."""
+    """One session, with at most one fetch at a time. `release` and `is_alive` may be called from any thread."""
 
     def __init__(self, connected: socket.socket, number: int) -> None:
-        """As `connect` makes it."""
+        """Use `connect`."""
         self.number = number
         self._socket = connected
         self._broken = False
 
     @staticmethod
-    def connect(name: str) -> tuple[LocalSession, LocalMemory]:
-        """Begins a session through the socket of that abstract name, and maps the daemon's memory.
+    def connect(name: str) -> tuple[LocalSession, ArenaView]:
+        """Opens a session through the socket of that abstract name, and maps the daemon's memory.
 
         Raises:
-            Unavailable: nobody listens there (another host, or a daemon that just ended), or it refuses this user.
-            InvalidRequest: who listens is another user, speaks another protocol, or sends memory that could shrink.
+            Unavailable: nobody listens there (the daemon is on another host, or just ended), or the daemon refuses this user.
+            InvalidRequest: the listener belongs to another user, speaks another protocol, or sends memory that could shrink.
         """
         fds: list[int] = []
         connected = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -54,7 +54,7 @@ class LocalSession:
             welcome = Welcome.unpack(packet)
             if len(fds) != 2:
                 raise InvalidRequest(f"local plane: the welcome came with {len(fds)} descriptors, not 2")
-            return LocalSession(connected, welcome.session), LocalMemory(fds[0], fds[1], welcome.arena_bytes)
+            return LocalSession(connected, welcome.session), ArenaView(fds[0], fds[1], welcome.arena_bytes)
         except OSError as error:
             connected.close()
             raise Unavailable(f"local plane: {error.strerror or error}") from error
@@ -67,7 +67,7 @@ class LocalSession:
 
     @property
     def is_alive(self) -> bool:
-        """The daemon has not ended the session."""
+        """Whether the daemon still holds the session open."""
         if self._broken:
             return False
         try:
@@ -77,20 +77,20 @@ class LocalSession:
         except OSError:
             return False
 
-    def ask(self, fetch: local_pb2.LocalFetch) -> None:
-        """Begins a fetch; `answer` it until the end comes. Raises Unavailable."""
+    def send_fetch(self, fetch: local_pb2.LocalFetch) -> None:
+        """Begins a fetch, whose answers `receive` then returns, until the end. Raises Unavailable."""
         try:
             self._socket.send(pack_fetch(fetch), socket.MSG_NOSIGNAL)
         except OSError as error:
             self._broken = True
             raise Unavailable(f"local plane: {error.strerror or error}") from error
 
-    def answer(self, deadline: float) -> local_pb2.LocalAnswer | None:
-        """Waits for the next answer of the fetch; None at its end. `deadline`: of `time.monotonic()`.
+    def receive(self, deadline: float) -> local_pb2.LocalAnswer | None:
+        """Waits for the next answer to the fetch; None at its end. `deadline` is a time of `time.monotonic()`.
 
         Raises:
-            Unavailable, DeadlineExceeded: the session is over, and all leases with it.
-            What ended the fetch in the daemon: the session lives on.
+            Unavailable, DeadlineExceeded: the session is over, and so are its leases.
+            Any other error: the daemon refused or ended the fetch. The session goes on.
         """
         try:
             _limit(self._socket, deadline - time.monotonic())
@@ -114,7 +114,7 @@ class LocalSession:
         raise refusal
 
     def release(self, leases: Sequence[int]) -> None:
-        """Gives leases back. Never raises: where the daemon is gone, so are the leases."""
+        """Gives leases back. Never raises: when the daemon is gone, the leases are gone too."""
         for start in range(0, len(leases), RELEASES_MAX):
             packet = pack_release(leases[start : start + RELEASES_MAX])
             try:
@@ -123,7 +123,7 @@ class LocalSession:
                 self._broken = True
 
     def stage(self, fd: int, num_bytes: int) -> bool:
-        """Sends staging memory; False when the daemon does not take it, and the session is over."""
+        """Sends staging memory to the daemon. False when the daemon does not accept it; the session is over then."""
         try:
             _limit(self._socket, PATIENCE_S)
             socket.send_fds(self._socket, [pack_stage(num_bytes)], [fd], socket.MSG_NOSIGNAL)
@@ -131,7 +131,7 @@ class LocalSession:
                 return True
         except OSError:
             pass
-        self._broken = True  # It did not answer, or something else: what it thinks of the session is unknown.
+        self._broken = True  # Without the expected answer the daemon's view of the session is unknown.
         return False
 
     def close(self) -> None:
@@ -141,14 +141,14 @@ class LocalSession:
 
 
 def _limit(connected: socket.socket, seconds: float) -> None:
-    """How long it may wait. Not settimeout: it would make every packet wait in poll first, and flags could not forbid it."""
+    """Sets how long sends and receives may wait. `settimeout` would add a poll to each packet, even under MSG_DONTWAIT."""
     limit = _TIMEVAL.pack(*divmod(max(1, round(seconds * 1e6)), 1_000_000))
     for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
         connected.setsockopt(socket.SOL_SOCKET, option, limit)
 
 
 def _check_peer(connected: socket.socket) -> None:
-    """Names of abstract sockets are anyone's to take: bytes are taken from our own user's daemon, or root's, only."""
+    """Raises InvalidRequest unless the listener is this user's process or root's. Any process may use any abstract socket's name."""
     _, uid, _ = _PEER.unpack(connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
     if os.getuid() != 0 and uid not in (0, os.getuid()):
         raise InvalidRequest(f"local plane: the socket belongs to user {uid}, not {os.getuid()}")

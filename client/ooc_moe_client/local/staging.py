@@ -1,7 +1,6 @@
-"""Staging memory: where bodies lie while they are pushed over the local plane.
+"""`Staging`: the memory from which the daemon copies pushed bodies on the local plane.
 
-The daemon copies a body into its own memory before it checks or writes it, and answers when it is done: until then its place is taken.
-Knows nothing of sockets or experts.
+The daemon copies a body into its own memory before it checks and writes it. The body's place is freed when the outcome arrives.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ from numpy.typing import NDArray
 
 
 class Staging:
-    """A memfd of a fixed size, sealed so that it keeps it. `fd` is the daemon's to map; it closes with the last reference."""
+    """A memfd of a fixed, sealed size, divided into places. The daemon maps `fd`, which is closed with the last reference to this."""
 
     def __init__(self, num_bytes: int) -> None:
-        """Raises OSError. Pages come as they are used."""
+        """Makes the memfd. Its pages are allocated when they are first used. Raises OSError."""
         self.num_bytes = num_bytes
         fd = os.memfd_create("ooc-moe-staging", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         self._file = os.fdopen(fd, "r+b", buffering=0)
@@ -29,37 +28,37 @@ class Staging:
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
         self._bytes: NDArray[np.uint8] = np.frombuffer(mmap.mmap(fd, num_bytes), np.uint8)
         self._free = [(0, num_bytes)]  # (start, end), sorted, never adjacent
-        self._taken: dict[int, int] = {}  # start -> end
+        self._allocated: dict[int, int] = {}  # start -> end
         self._changed = threading.Condition()
 
     @property
     def fd(self) -> int:
-        """Of the memory."""
+        """The file descriptor of the memory."""
         return self._file.fileno()
 
-    def take(self, num_bytes: int, *, wanted: Callable[[], bool]) -> int | None:
-        """The start of a free place, waited for while `wanted` (asked again after each `wake`); None when it no longer is.
+    def allocate(self, num_bytes: int, *, wanted: Callable[[], bool]) -> int | None:
+        """Allocates a place, and returns its start. It is the lowest one that fits, because pages there are in use already.
 
-        The lowest place: its pages are there already.
+        Waits for a place as long as `wanted()` is true, which is asked again after each `wake`. None when it is false.
         """
         with self._changed:
             while wanted():
                 for index, (start, end) in enumerate(self._free):
                     if end - start >= num_bytes:
                         self._free[index : index + 1] = [(start + num_bytes, end)] if end - start > num_bytes else []
-                        self._taken[start] = start + num_bytes
+                        self._allocated[start] = start + num_bytes
                         return start
                 self._changed.wait()
         return None
 
-    def place(self, start: int) -> NDArray[np.uint8]:
-        """The bytes of a place that is taken."""
-        return self._bytes[start : self._taken[start]]
+    def bytes_at(self, start: int) -> NDArray[np.uint8]:
+        """The bytes of an allocated place."""
+        return self._bytes[start : self._allocated[start]]
 
-    def give_back(self, start: int) -> None:
-        """Its body is no longer read."""
+    def free(self, start: int) -> None:
+        """Frees a place, whose body is no longer read."""
         with self._changed:
-            insort(self._free, (start, self._taken.pop(start)))
+            insort(self._free, (start, self._allocated.pop(start)))
             merged: list[tuple[int, int]] = []
             for begin, end in self._free:
                 if merged and merged[-1][1] == begin:
@@ -69,6 +68,6 @@ class Staging:
             self._changed.notify_all()
 
     def wake(self) -> None:
-        """Lets those that wait ask whether they still want to."""
+        """Makes waiting `allocate` calls ask again whether they are still wanted."""
         with self._changed:
             self._changed.notify_all()

@@ -1,7 +1,7 @@
-"""The channel to one daemon: its options, the caller's name, deadlines, retries, and the one place where a failed call becomes our error.
+"""`Connection`: the channel to one daemon, with its options, the caller's name, deadlines and retries.
 
-Retried, with jitter: Unavailable for as long as the patience lasts, and TierFull a bounded number of times, when the daemon says. Knows
-nothing of what is called.
+Two errors are retried, with jitter: Unavailable until the patience ends, and TierFull a limited number of times, each after the pause that
+the daemon names. This is the only place where an error of gRPC becomes one of `ooc_moe_wire.errors`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ooc_moe_wire.allocator import keep_large_buffers
 from ooc_moe_wire.codec import MESSAGE_BYTES_MAX, TRAINER_BYTES_MAX, TRAINER_KEY
 from ooc_moe_wire.errors import DeadlineExceeded, InvalidRequest, OocMoeError, TierFull, Unavailable, from_rpc_error
 
-# A daemon that was never seen is more likely mistyped or not started than restarting.
+# The patience with a daemon that never answered: its address is more likely wrong than that it is restarting.
 FIRST_CONTACT_S = 5.0
 TIER_FULL_TRIES_MAX = 10
 
@@ -29,12 +29,12 @@ OPTIONS: list[tuple[str, int]] = [
     ("grpc.http2.max_frame_size", (1 << 24) - 1),
     ("grpc.http2.lookahead_bytes", 64 << 20),
     ("grpc.http2.write_buffer_size", 64 << 20),
-    # A lease lives as long as its connection: stores do not share one.
+    # A writer's lease lives as long as its connection, so two stores must not share one.
     ("grpc.use_local_subchannel_pool", 1),
-    # Experts do not travel through a web proxy that the environment names.
+    # Experts do not travel through a web proxy that the environment may name.
     ("grpc.enable_http_proxy", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 2000),  # Also the time that a connection may take to be made.
+    ("grpc.min_reconnect_backoff_ms", 2000),  # Also the time limit for making a connection.
     ("grpc.max_reconnect_backoff_ms", 500),
 ]
 
@@ -46,10 +46,10 @@ _pause = wait_random_exponential(multiplier=0.05, max=2.0)
 
 
 class Responses(Protocol[Message]):
-    """The answers of a streaming call (gRPC's own class has no public name)."""
+    """The messages of a streaming call. gRPC's own class for this has no public name."""
 
     def __iter__(self) -> Iterator[Message]:
-        """Itself."""
+        """Iterates over the messages to come."""
 
     def __next__(self) -> Message:
         """Waits for the next message."""
@@ -68,16 +68,16 @@ def check_target(target: str) -> None:
 
 
 class Connection:
-    """One gRPC channel and how it is used.
+    """One gRPC channel, and the rules for calls on it.
 
     Args:
         target: "host:port" or "unix:PATH".
         trainer: the name under which the daemon counts this caller.
         timeout_s: the deadline of a call.
-        patience_s: how long a daemon that went away is waited for; `FIRST_CONTACT_S` at most before it ever answered.
+        patience_s: how long a daemon that went away is waited for; at most `FIRST_CONTACT_S` when it never answered.
 
     Raises:
-        InvalidRequest: a target that is no address, a trainer's name that cannot travel in a header, or a time that is not positive.
+        InvalidRequest: the target is no address, the trainer's name cannot travel in a header, or a time is not positive.
     """
 
     def __init__(self, target: str, *, trainer: str, timeout_s: float, patience_s: float) -> None:
@@ -98,51 +98,51 @@ class Connection:
 
     @property
     def patience_s(self) -> float:
-        """How long Unavailable is retried now."""
+        """How long Unavailable is retried at present."""
         return self._patience_s if self._has_answered else min(self._patience_s, FIRST_CONTACT_S)
 
-    def answered(self) -> None:
-        """Notes that the daemon exists."""
+    def note_answer(self) -> None:
+        """Notes that the daemon answered: from now on it is waited for with the whole patience."""
         self._has_answered = True
 
-    def gave_up(self) -> None:
-        """Notes that patience ended: what is called next waits no longer than for a daemon that was never there."""
+    def note_give_up(self) -> None:
+        """Notes that the patience ended: the next call waits no longer than for a daemon that never answered."""
         self._has_answered = False
 
     @contextmanager
-    def errors(self) -> Iterator[None]:
-        """Translates what gRPC raises inside; an absent daemon is named."""
+    def translated_errors(self) -> Iterator[None]:
+        """Translates the errors that gRPC raises inside the block. The error of an absent daemon names its address."""
         try:
             yield
         except grpc.RpcError as error:
             translated = from_rpc_error(error)
             if isinstance(translated, Unavailable | DeadlineExceeded):
-                translated = self.named(translated)
+                translated = self.with_address(translated)
             else:
-                self.answered()
+                self.note_answer()
             raise translated from error
 
-    def named(self, error: Unavailable | DeadlineExceeded) -> OocMoeError:
-        """The error, with the daemon's address."""
+    def with_address(self, error: Unavailable | DeadlineExceeded) -> OocMoeError:
+        """The error, with the daemon's address in its message."""
         return type(error)(f"daemon at {self.target}: {error}")
 
-    def once(self, method: grpc.UnaryUnaryMultiCallable[Request, Response], request: Request) -> Response:
-        """One call, not retried."""
-        with self.errors():
+    def call_once(self, method: grpc.UnaryUnaryMultiCallable[Request, Response], request: Request) -> Response:
+        """Makes a call without retries."""
+        with self.translated_errors():
             response = method(request, timeout=self.timeout_s, metadata=self.metadata)
-        self.answered()
+        self.note_answer()
         return response
 
     def call(self, method: grpc.UnaryUnaryMultiCallable[Request, Response], request: Request) -> Response:
-        """One call that may be repeated."""
-        return self.retry(lambda: self.once(method, request))
+        """Makes a call that may be repeated safely, with retries."""
+        return self.retry(lambda: self.call_once(method, request))
 
     def retry(self, attempt: Callable[[], Result]) -> Result:
-        """Runs `attempt` until it raises neither Unavailable nor TierFull, or patience ends."""
+        """Runs `attempt` until it raises neither Unavailable nor TierFull, or its retries end."""
         return self.retrying(self._gives_up)(attempt)
 
     def retrying(self, gives_up: Callable[[RetryCallState], bool]) -> Retrying:
-        """The retry policy, with a stop of the caller's choice. `close` ends its pauses."""
+        """The retry policy, which ends when `gives_up` says so. `close` ends its pauses early."""
         return Retrying(
             retry=retry_if_exception_type((Unavailable, TierFull)),
             wait=_wait,
@@ -158,16 +158,16 @@ class Connection:
             return state.attempt_number >= TIER_FULL_TRIES_MAX
         if (state.seconds_since_start or 0.0) < self.patience_s:
             return False
-        self.gave_up()
+        self.note_give_up()
         return True
 
     @property
     def closed(self) -> bool:
-        """`close` was called."""
+        """Whether `close` was called."""
         return self._closed.is_set()
 
     def close(self) -> None:
-        """Ends what waits, and the channel."""
+        """Ends all pauses between retries, and closes the channel."""
         self._closed.set()
         self.channel.close()
 

@@ -1,6 +1,11 @@
-"""Messages of the wire as values of the store interface. Knows nothing of calls."""
+"""Reads values of the store interface from messages of the wire. Fields of the same name have the same meaning."""
 
 from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from google.protobuf.message import Message
 
 from ooc_moe_client.store import Bank, ExpertInfo, Snapshot, Tier
 from ooc_moe_wire.layout import BankSpec
@@ -8,37 +13,20 @@ from ooc_moe_wire.v1 import bank_pb2, expert_pb2, snapshot_pb2
 
 
 def bank_from(message: bank_pb2.Bank) -> Bank:
-    """A bank."""
-    return Bank(
-        spec=BankSpec.from_proto(message.spec),
-        num_written=message.num_written,
-        newest_version=message.newest_version,
-        writer_id=message.writer_id,
-        record_bytes=message.record_bytes,
-        created_unix_ms=message.created_unix_ms,
-        forked_from=message.forked_from,
-    )
+    """Reads a bank."""
+    return Bank(**_fields(message, Bank) | {"spec": BankSpec.from_proto(message.spec)})
 
 
 def expert_from(message: expert_pb2.ExpertInfo) -> ExpertInfo:
-    """One row of a listing."""
-    return ExpertInfo(
-        expert=message.expert,
-        version=message.version,
-        tiers=tuple(Tier(tier) for tier in message.tiers),
-        record_bytes=message.record_bytes,
-        parameter_xxh3=message.parameter_xxh3,
-        optimizer_xxh3=message.optimizer_xxh3,
-    )
+    """Reads one row of a listing."""
+    return ExpertInfo(**_fields(message, ExpertInfo) | {"tiers": tuple(map(Tier, message.tiers))})
 
 
 def snapshot_from(message: snapshot_pb2.Snapshot) -> Snapshot:
-    """A snapshot."""
-    return Snapshot(
-        id=message.id,
-        name=message.name,
-        banks=tuple(message.banks),
-        created_unix_ms=message.created_unix_ms,
-        num_experts=message.num_experts,
-        bytes=message.bytes,
-    )
+    """Reads a snapshot."""
+    return Snapshot(**_fields(message, Snapshot) | {"banks": tuple(message.banks)})
+
+
+def _fields(message: Message, kind: type[Bank | ExpertInfo | Snapshot]) -> dict[str, Any]:
+    """The fields of a dataclass, read from the message by their names."""
+    return {item.name: getattr(message, item.name) for item in fields(kind)}

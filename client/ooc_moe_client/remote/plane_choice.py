@@ -1,7 +1,4 @@
-"""Which plane a store uses: opens the local one where it can be had, notices that it broke, opens it again.
-
-Knows nothing of what travels on it.
-"""
+"""`PlaneChoice`: which plane a store uses now. It opens the local plane where that is possible, and again after it broke."""
 
 from __future__ import annotations
 
@@ -20,17 +17,17 @@ from ooc_moe_wire.v1 import local_pb2, local_pb2_grpc
 
 log = logging.getLogger(__name__)
 
-# After a refusal, streams are used for so long before the daemon, which may be another by then, is asked again.
+# After a refusal, streams are used for this long before the daemon, which may be another one by then, is asked again.
 REFUSED_S = 30.0
 
 
-class Planes:
-    """The planes of one connection. Thread-safe.
+class PlaneChoice:
+    """The plane of one connection. Thread-safe.
 
     Args:
         connection: to the daemon.
-        wanted: AUTO: local where possible.
-        clock: seconds.
+        wanted: what the user asked for. AUTO: the local plane where possible.
+        clock: seconds, monotonic.
     """
 
     def __init__(self, connection: Connection, wanted: Plane, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -41,13 +38,13 @@ class Planes:
         self._lock = threading.Lock()
         self._local: LocalPlane | None = None
         self._asks_again_at = 0.0
-        self._refusal = ""  # the last, said once
+        self._refusal = ""  # the last one, which is logged once
 
     def local(self) -> LocalPlane | None:
         """The living local plane; None when streams are to be used.
 
         Raises:
-            InvalidRequest: the local plane is demanded, and impossible.
+            InvalidRequest: the user asked for the local plane, and it is impossible.
             Unavailable: the daemon does not answer.
         """
         if self._wanted is Plane.STREAM:
@@ -60,13 +57,13 @@ class Planes:
             return self._local
 
     def drop(self, plane: LocalPlane) -> None:
-        """The daemon does not know its session any more."""
+        """Closes a plane whose session the daemon no longer knows."""
         with self._lock:
             if self._local is plane:
                 self._drop()
 
     def close(self) -> None:
-        """Ends the session."""
+        """Closes the local plane, if it is open."""
         with self._lock:
             self._drop()
 
@@ -87,11 +84,11 @@ class Planes:
                 log.info("%s; streams are used", refusal)
 
     def _connect(self) -> LocalPlane:
-        """Raises InvalidRequest when it cannot be had, naming the daemon and why."""
+        """Opens the local plane. Raises InvalidRequest, with the daemon's address and the reason, when that is impossible."""
         failed_name, reason = "", ""
         while True:
             name = self._socket_name()
-            if name == failed_name:  # The same daemon as before, alive: it is not on this host, or refuses us.
+            if name == failed_name:  # The daemon is alive and names the same socket: it is on another host, or refuses this user.
                 raise InvalidRequest(f"plane: no local plane with the daemon at {self._connection.target}: {reason}")
             try:
                 return LocalPlane.connect(name)
@@ -102,12 +99,12 @@ class Planes:
 
     def _socket_name(self) -> str:
         try:
-            name = self._connection.once(self._stub.GetLocalPlane, local_pb2.GetLocalPlaneRequest()).socket
+            name = self._connection.call_once(self._stub.GetLocalPlane, local_pb2.GetLocalPlaneRequest()).socket
         except Internal as error:
             call = error.__cause__
             if not isinstance(call, grpc.Call) or call.code() is not grpc.StatusCode.UNIMPLEMENTED:
                 raise
-            name = ""  # A daemon from before there were local planes.
+            name = ""  # The daemon is older than the local plane.
         if not name:
             raise InvalidRequest(f"plane: the daemon at {self._connection.target} has no local plane")
         return name

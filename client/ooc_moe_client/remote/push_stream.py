@@ -1,8 +1,11 @@
-"""`BankWriter`: one bank held open for writing: the lease, and the pushes on their way.
+"""`BankWriter`: holds one bank open for writing, and sends its pushes.
 
-One thread holds the stream: it opens it, reads outcomes, and when the daemon goes away opens it again and resends, under the same
-numbers, what was not acknowledged. gRPC's own thread draws the requests, as fast as flow control allows; bodies are the callers' memory,
-copied to the staging memory of the local plane where there is one. Knows nothing of what is in a body: what it is given was checked.
+    callers' threads       push(): queue items, wait for their outcomes
+    the writer's thread    opens the stream, reads outcomes; when the stream breaks, opens another
+    gRPC's thread          draws requests from `_requests`, as fast as flow control allows
+
+A push that was not acknowledged when a stream broke is sent again on the next one, under its old number, so that the daemon recognises it.
+Bodies stay in the callers' memory. On the local plane they are copied to staging memory, from which the daemon reads them.
 """
 
 from __future__ import annotations
@@ -21,14 +24,14 @@ from tenacity import RetryCallState
 from ooc_moe_client.local.plane import LocalPlane
 from ooc_moe_client.local.staging import Staging
 from ooc_moe_client.remote.connection import Connection
-from ooc_moe_client.remote.plane_choice import Planes
+from ooc_moe_client.remote.plane_choice import PlaneChoice
 from ooc_moe_client.store import Durability
 from ooc_moe_wire.codec import Checksums, copy_hashed, encoded_chunks
 from ooc_moe_wire.errors import LeaseExpired, OocMoeError, Unavailable, error_named
 from ooc_moe_wire.layout import Layout
 from ooc_moe_wire.v1 import expert_pb2
 
-# A message, or one that is serialized already.
+# A message, or the bytes of a serialized one.
 _Request = expert_pb2.PushExpertsRequest | bytes
 
 
@@ -37,21 +40,21 @@ def _serialize(request: _Request) -> bytes:
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class Item:
-    """One push. `outcome` is set when the daemon has answered, or given up on."""
+class PendingPush:
+    """One push of one expert. `outcome` is set when the daemon has answered."""
 
     expert: int
     base_version: int
     body: memoryview
     layout: Layout
     durability: Durability = Durability.DURABLE
-    checksums: Checksums | None = None  # made when it is first sent
+    checksums: Checksums | None = None  # computed when it is first sent
     number: int = 0
     outcome: int | OocMoeError | None = None
-    staged: tuple[Staging, int] | None = None  # where it lies, until the outcome
+    staged: tuple[Staging, int] | None = None  # its place in staging memory, until the outcome
 
     def header(self) -> expert_pb2.PushHeader:
-        """The message that precedes its chunks."""
+        """The message that precedes the chunks."""
         if self.checksums is None:
             self.checksums = Checksums.of(self.layout, self.body)
         return expert_pb2.PushHeader(
@@ -67,28 +70,30 @@ class Item:
         )
 
     def unstage(self) -> None:
-        """Gives the place back."""
+        """Frees its place in staging memory."""
         if self.staged is not None:
             staging, start = self.staged
             self.staged = None
-            staging.give_back(start)
+            staging.free(start)
 
 
 class BankWriter:
-    """Opens the bank at once, in its own thread; `push` and `wait_until_open` tell whether it succeeded.
+    """The writer of one bank. It opens the bank in its own thread; `push` and `wait_until_open` raise what went wrong in that.
+
+    Its three threads share one queue under one lock (`_changed`), which is why they are one class.
 
     Args:
-        connection: the channel.
-        planes: how bodies travel.
+        connection: to the daemon.
+        planes: decides how bodies travel.
         bank: the bank's name.
-        writer_id: the same for all banks of a store, and for all its streams.
-        numbers: push numbers, shared by all banks of a store.
+        writer_id: the store's identity, the same for all its banks and streams.
+        numbers: gives push numbers, shared by all banks of a store.
     """
 
-    def __init__(self, connection: Connection, planes: Planes, bank: str, writer_id: str, numbers: Iterator[int]) -> None:
+    def __init__(self, connection: Connection, planes: PlaneChoice, bank: str, writer_id: str, numbers: Iterator[int]) -> None:
         self._connection = connection
         self._planes = planes
-        # As the generated stub's, but chunks come serialized.
+        # As the generated stub's method, but chunks are serialized already.
         self._push_experts: grpc.StreamStreamMultiCallable[_Request, expert_pb2.PushExpertsResponse] = connection.channel.stream_stream(
             "/ooc_moe_wire.v1.ExpertService/PushExperts",
             request_serializer=_serialize,
@@ -98,46 +103,46 @@ class BankWriter:
         self._writer_id = writer_id
         self._numbers = numbers
         self._changed = threading.Condition()
-        self._items: dict[int, Item] = {}  # by number: not acknowledged
-        self._unsent: deque[Item] = deque()  # of these, what the present stream has not begun to send
-        self._stream = 0  # counts streams; a request generator of an older one ends
+        self._unacknowledged: dict[int, PendingPush] = {}  # by number
+        self._unsent: deque[PendingPush] = deque()  # of these, those that the present stream has not begun to send
+        self._stream = 0  # the number of the present stream; request generators of older ones end
         self._call: grpc.Call | None = None
-        self._plane: LocalPlane | None = None  # of the present stream
+        self._plane: LocalPlane | None = None  # that the present stream uses
         self._is_open = False
         self._releasing = False
-        self._error: OocMoeError | None = None  # why it ended
+        self._error: OocMoeError | None = None  # why the writer ended
         self._progress_at = time.monotonic()
-        self._broken_at: float | None = None  # the first break since something went well
+        self._broken_at: float | None = None  # when the first stream since the last outcome broke
         self._thread = threading.Thread(target=self._run, name=f"push {bank}", daemon=True)
         self._thread.start()
 
     @property
     def ended(self) -> bool:
-        """It gave the bank up; a new writer is needed."""
+        """Whether the writer has given the bank up. A new one is needed then."""
         return self._error is not None or self._releasing
 
     def wait_until_open(self) -> None:
-        """Returns with the lease held. Raises NotTheWriter, UnknownBank, Unavailable."""
+        """Returns when the bank's lease is held. Raises NotTheWriter, UnknownBank, Unavailable."""
         with self._changed:
             while not self._is_open:
                 if self._error is not None:
                     raise self._error
                 self._wait()
 
-    def push(self, items: Sequence[Item]) -> None:
-        """Sends the items and returns when each has its outcome.
+    def push(self, items: Sequence[PendingPush]) -> None:
+        """Sends pushes, and returns when each has its outcome.
 
         Raises:
-            What ended the stream for good; items without an outcome may or may not have been written.
+            The error that ended the writer. Pushes without an outcome may or may not have been written.
         """
         with self._changed:
             for item in items:
-                while self._error is None and any(item.expert == other.expert for other in self._items.values()):
+                while self._error is None and any(item.expert == other.expert for other in self._unacknowledged.values()):
                     self._wait()  # At most one push per expert is in flight.
                 if self._error is not None:
                     break
                 item.number = next(self._numbers)
-                self._items[item.number] = item
+                self._unacknowledged[item.number] = item
                 self._unsent.append(item)
                 self._changed.notify_all()
             self._progress_at = time.monotonic()
@@ -147,7 +152,7 @@ class BankWriter:
                 self._wait()
 
     def release(self) -> None:
-        """Gives the lease back, and returns when the daemon has it."""
+        """Gives the lease back, and returns when the daemon has taken note."""
         with self._changed:
             self._releasing = True
             self._changed.notify_all()
@@ -157,12 +162,12 @@ class BankWriter:
             self._thread.join()
 
     def _wait(self) -> None:
-        """Waits for news; a daemon that is silent for too long is given up and connected to anew."""
+        """Waits for a change. When the daemon is silent for `timeout_s`, ends the stream, so that another is opened."""
         self._changed.wait(self._connection.timeout_s)
         if time.monotonic() - self._progress_at >= self._connection.timeout_s and self._call is not None:
             self._call.cancel()
 
-    # The thread that holds the stream
+    # The writer's thread
 
     def _run(self) -> None:
         try:
@@ -170,11 +175,11 @@ class BankWriter:
             error: OocMoeError = Unavailable(f"bank {self._bank!r}: the writer was released")
         except OocMoeError as raised:
             error = raised
-        except Exception as raised:  # The channel was closed underneath.
+        except Exception as raised:  # The channel was closed meanwhile.
             error = Unavailable(f"bank {self._bank!r}: {raised}")
         with self._changed:
             self._error = error
-            for item in self._items.values():
+            for item in self._unacknowledged.values():
                 item.unstage()
             self._changed.notify_all()
 
@@ -184,16 +189,16 @@ class BankWriter:
             return True
         if time.monotonic() - self._broken_at < self._connection.patience_s:
             return False
-        self._connection.gave_up()
+        self._connection.note_give_up()
         return True
 
     def _hold_stream(self) -> None:
-        """One stream, from its opening until it ends. Returns when it was released; raises Unavailable when it broke."""
+        """Opens one stream, and reads it to its end. Returns when the writer was released; raises Unavailable when the stream broke."""
         with self._changed:
-            self._unsent = deque(self._items.values())
+            self._unsent = deque(self._unacknowledged.values())
         try:
             self._plane = self._planes.local()
-            with self._connection.errors():
+            with self._connection.translated_errors():
                 self._call = call = self._push_experts(self._requests(self._stream, self._plane), metadata=self._connection.metadata)
                 for response in call:
                     self._receive(response)
@@ -219,22 +224,22 @@ class BankWriter:
             self._progress_at = time.monotonic()
             if response.HasField("opened"):
                 self._is_open = True
-                self._connection.answered()
+                self._connection.note_answer()
             else:
                 outcome = response.outcome
                 error = error_named(outcome.error.kind, outcome.error.message) if outcome.HasField("error") else None
-                if isinstance(error, LeaseExpired):  # Of the session: the push is still to be made.
+                if isinstance(error, LeaseExpired):  # The session is gone: the push is to be sent again on another stream.
                     raise error
-                item = self._items.pop(outcome.push_number, None)
+                item = self._unacknowledged.pop(outcome.push_number, None)
                 if item is not None:
                     item.unstage()
                     item.outcome = error or outcome.version
                 self._broken_at = None
-            if not self._items:
+            if not self._unacknowledged:
                 self._broken_at = None
             self._changed.notify_all()
 
-    # gRPC's thread that draws the requests
+    # gRPC's thread
 
     def _requests(self, stream: int, plane: LocalPlane | None) -> Iterator[_Request]:
         session = 0 if plane is None else plane.session
@@ -242,7 +247,7 @@ class BankWriter:
         while (item := self._next_unsent(stream)) is not None:
             is_staged = self._stage(item, stream, plane)
             yield expert_pb2.PushExpertsRequest(header=item.header())
-            if is_staged:  # Asked now, it may have its outcome already, and no place any more.
+            if is_staged:  # `item.staged` may be None again: the outcome may be here.
                 continue
             for chunk in encoded_chunks(item.body, field=expert_pb2.PushExpertsRequest.CHUNK_FIELD_NUMBER):
                 if stream != self._stream:
@@ -250,31 +255,31 @@ class BankWriter:
                 yield chunk
                 self._progress_at = time.monotonic()
 
-    def _stage(self, item: Item, stream: int, plane: LocalPlane | None) -> bool:
-        """Copies the body to the plane's staging memory, where it may lie already; False where there is none, or it is too small."""
+    def _stage(self, item: PendingPush, stream: int, plane: LocalPlane | None) -> bool:
+        """Makes sure that the body is in the plane's staging memory. False when there is no such memory, or it is too small."""
         staging = None if plane is None else plane.staging_for(len(item.body))
         with self._changed:
             if stream == self._stream and item.staged is not None and item.staged[0] is not staging:
-                item.unstage()  # Of an older session.
+                item.unstage()  # It is staged in the memory of an older session.
             if staging is None or item.staged is not None:
                 return staging is not None
-        start = staging.take(len(item.body), wanted=lambda: stream == self._stream and plane is not None and plane.is_alive)
+        start = staging.allocate(len(item.body), wanted=lambda: stream == self._stream and plane is not None and plane.is_alive)
         if start is None:
             return False
-        checksums = copy_hashed(np.frombuffer(item.body, np.uint8), staging.place(start), item.layout.parameter_bytes)
+        checksums = copy_hashed(np.frombuffer(item.body, np.uint8), staging.bytes_at(start), item.layout.parameter_bytes)
         with self._changed:
             self._progress_at = time.monotonic()
             if stream != self._stream:
-                staging.give_back(start)
+                staging.free(start)
                 return False
             item.checksums, item.staged = checksums, (staging, start)
             return True
 
-    def _next_unsent(self, stream: int) -> Item | None:
-        """Waits for something to send; None when the stream is to end."""
+    def _next_unsent(self, stream: int) -> PendingPush | None:
+        """Waits for a push to send; None when the stream is to end."""
         with self._changed:
             while stream == self._stream and not (self._is_open and self._unsent):
-                if self._releasing and not self._items:
+                if self._releasing and not self._unacknowledged:
                     return None
                 self._changed.wait()
             return self._unsent.popleft() if stream == self._stream else None

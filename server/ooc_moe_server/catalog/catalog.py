@@ -13,8 +13,9 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from ooc_moe_wire.codec import Checksums
-from ooc_moe_wire.errors import OocMoeError, UnknownBank, UnknownExpert, UnknownSnapshot
+from ooc_moe_wire.errors import OocMoeError, UnknownBank
 from ooc_moe_wire.layout import BankSpec, Layout
+from ooc_moe_wire.rules import check_experts, find_bank, find_snapshot, snapshot_counts
 from ooc_moe_wire.v1 import bank_pb2, snapshot_pb2, stats_pb2
 
 
@@ -110,6 +111,11 @@ class Bank:
         return self.spec.name
 
     @property
+    def writer_id(self) -> str:
+        """The id of the writer that has it open; empty when none has."""
+        return self.writer.writer_id if self.writer else ""
+
+    @property
     def layout(self) -> Layout:
         """The layout of its experts."""
         return self.spec.layout
@@ -118,9 +124,7 @@ class Bank:
         """Raises UnknownExpert for the first id outside the bank, and UnknownBank once the bank is deleted."""
         if self.deleted:
             raise UnknownBank(f"bank {self.name!r} was deleted")
-        for expert in experts:
-            if expert >= self.num_experts:
-                raise UnknownExpert(f"expert {expert}: bank {self.name!r} has experts 0 to {self.num_experts - 1}")
+        check_experts(self.name, experts, self.num_experts)
 
     def record(self, expert: int) -> Record:
         """The current record of an expert. Raises UnknownExpert, UnknownBank."""
@@ -147,7 +151,7 @@ class Bank:
             spec=replace(self.spec, num_experts=self.num_experts).to_proto(),
             num_written=self.num_written,
             newest_version=self.newest_version,
-            writer_id=self.writer.writer_id if self.writer else "",
+            writer_id=self.writer_id,
             record_bytes=self.layout.record_bytes,
             created_unix_ms=self.created_unix_ms,
             forked_from=self.forked_from,
@@ -194,15 +198,11 @@ class Catalog:
 
     def bank(self, name: str) -> Bank:
         """Returns a bank. Raises UnknownBank."""
-        if name not in self.banks:
-            raise UnknownBank(f"bank {name!r} does not exist")
-        return self.banks[name]
+        return find_bank(self.banks, name)
 
     def snapshot(self, snapshot_id: int) -> Snapshot:
         """Returns a snapshot. Raises UnknownSnapshot."""
-        if snapshot_id not in self.snapshots:
-            raise UnknownSnapshot(f"snapshot {snapshot_id} does not exist")
-        return self.snapshots[snapshot_id]
+        return find_snapshot(self.snapshots, snapshot_id)
 
     def bank_by_id(self, bank_id: int) -> Bank:
         """Returns the bank with an id, which must exist."""
@@ -216,14 +216,15 @@ class Catalog:
 
     def snapshot_to_proto(self, snapshot: Snapshot) -> snapshot_pb2.Snapshot:
         """A snapshot as a message."""
-        slots = snapshot.slots()
+        banks = {self.bank_by_id(bank_id): part for bank_id, part in snapshot.banks.items()}
+        num_experts, num_bytes = snapshot_counts((bank.layout.record_bytes, part.records.values()) for bank, part in banks.items())
         return snapshot_pb2.Snapshot(
             id=snapshot.id,
             name=snapshot.name,
-            banks=[self.bank_by_id(bank_id).name for bank_id in snapshot.banks],
+            banks=[bank.name for bank in banks],
             created_unix_ms=snapshot.created_unix_ms,
-            num_experts=len(slots),
-            bytes=sum(slot.record_bytes for slot in slots),
+            num_experts=num_experts,
+            bytes=num_bytes,
         )
 
 

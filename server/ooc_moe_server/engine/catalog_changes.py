@@ -25,12 +25,24 @@ from ooc_moe_server.index.manifests import Manifests
 from ooc_moe_server.index.tables import Write
 from ooc_moe_server.nvme.reserve import Reserve
 from ooc_moe_server.nvme.tier import NvmeTier
-from ooc_moe_wire.errors import BankExists, InvalidRequest, NotTheWriter, SnapshotExists, UnknownSnapshot
+from ooc_moe_wire.errors import InvalidRequest
 from ooc_moe_wire.layout import BankSpec
+from ooc_moe_wire.rules import (
+    check_new_name,
+    check_same_bank,
+    check_same_snapshot,
+    check_snapshot_banks,
+    check_snapshot_name,
+    check_writer,
+    forked_records,
+    grown,
+    restored_records,
+    snapshot_id_and_name,
+    snapshot_part,
+)
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
-NAME_BYTES_MAX = 128
 
 
 class CatalogChanges:
@@ -100,8 +112,7 @@ class CatalogChanges:
     async def _create_bank(self, spec: BankSpec) -> Bank:
         if spec.name in self._catalog.banks:
             bank = self._catalog.banks[spec.name]
-            if replace(bank.spec, num_experts=spec.num_experts) != spec:
-                raise BankExists(f"bank {spec.name!r} exists with another {_difference(bank.spec, spec)}")
+            check_same_bank(bank.spec, spec)
             await self._write_owed_manifests()
             return bank
         capacity = self._dram.stats.capacity_bytes
@@ -113,8 +124,8 @@ class CatalogChanges:
 
     async def _grow_bank(self, name: str, num_experts: int) -> Bank:
         bank = self._catalog.bank(name)
+        num_experts = grown(replace(bank.spec, num_experts=bank.num_experts), num_experts).num_experts
         if num_experts > bank.num_experts:
-            replace(bank.spec, num_experts=num_experts)  # Checks the number.
             await self._add_to_index(lambda index: index.grow_bank(bank.id, num_experts))
             try:
                 await self._write_manifests(banks=[bank])
@@ -127,7 +138,7 @@ class CatalogChanges:
 
     async def _delete_bank(self, name: str) -> None:
         bank = self._catalog.bank(name)
-        self._refuse_other_writer(bank, "")
+        check_writer(name, bank.writer_id)
         snapshots = [snapshot for snapshot in self._catalog.snapshots.values() if bank.id in snapshot.banks]
         await self._remove_from_index(lambda index: index.delete_bank(bank.id))
         try:
@@ -146,35 +157,28 @@ class CatalogChanges:
 
     async def _fork_bank(self, source: str, name: str, snapshot_id: int) -> Bank:
         origin = self._catalog.bank(source)
-        if name in self._catalog.banks:
-            raise BankExists(f"bank {name!r} exists")
+        check_new_name(name, self._catalog.banks)
         await self._committer.write_back([origin])
         state = self._state(origin, snapshot_id)
         bank = _new_bank(replace(origin.spec, name=name, num_experts=state.num_experts))
         bank.forked_from = source
-        for expert, record in sorted(state.records.items()):
-            if record.slot:  # A seeded value needs no row: the fork has the same seed.
-                bank.put(expert, self._renewed(record))
+        for expert, record in forked_records(state.records).items():
+            bank.put(expert, self._renewed(record))
         return await self._add_bank(bank)
 
     async def _create_snapshot(self, names: Sequence[str], name: str) -> Snapshot:
-        if not names or len(set(names)) != len(names):
-            raise InvalidRequest(f"banks: {list(names)} is not a list of one or more different banks")
-        if len(name.encode()) > NAME_BYTES_MAX:
-            raise InvalidRequest(f"name: {len(name.encode())} bytes are more than {NAME_BYTES_MAX}")
+        check_snapshot_banks(names)
+        check_snapshot_name(name)
         banks = [self._catalog.bank(bank) for bank in names]
-        taken = {snapshot.name: snapshot for snapshot in self._catalog.snapshots.values()}
-        if name in taken:
-            if set(taken[name].banks) == {bank.id for bank in banks}:
-                await self._write_owed_manifests()
-                return taken[name]
-            raise SnapshotExists(f"snapshot {name!r} exists, of other banks")
+        known = {snapshot.name: snapshot for snapshot in self._catalog.snapshots.values()}
+        if name in known:
+            check_same_snapshot(name, known[name].banks, [bank.id for bank in banks])
+            await self._write_owed_manifests()
+            return known[name]
         await self._committer.write_back(banks)
-        snapshot_id = self._catalog.next_snapshot_id
-        while not name and f"snapshot-{snapshot_id}" in taken:  # Somebody chose that name.
-            snapshot_id += 1
+        snapshot_id, name = snapshot_id_and_name(name, self._catalog.next_snapshot_id, known)
         states = {bank.id: BankState(num_experts=bank.num_experts, records=dict(bank.records)) for bank in banks}
-        snapshot = Snapshot(id=snapshot_id, name=name or f"snapshot-{snapshot_id}", created_unix_ms=unix_ms(), banks=states)
+        snapshot = Snapshot(id=snapshot_id, name=name, created_unix_ms=unix_ms(), banks=states)
         await self._add_to_index(lambda index: index.create_snapshot(snapshot))
         try:
             await self._write_manifests(snapshots=[snapshot])
@@ -189,12 +193,11 @@ class CatalogChanges:
         snapshot = self._catalog.snapshot(snapshot_id)
         banks = {self._catalog.bank_by_id(bank_id): state for bank_id, state in snapshot.banks.items()}
         for bank in banks:
-            self._refuse_other_writer(bank, writer_id)
+            check_writer(bank.name, bank.writer_id, writer_id)
         restored = [
-            (bank, expert, self._renewed(state.records.get(expert, UNWRITTEN)))
+            (bank, expert, self._renewed(record))
             for bank, state in banks.items()
-            # A new version also for what is being pushed, so that no push from before the restore lands after it.
-            for expert in sorted(bank.records.keys() | state.records.keys() | bank.pushing.keys())
+            for expert, record in restored_records(bank.records.keys() | bank.pushing.keys(), state.records, UNWRITTEN).items()
         ]
         writes = [Write(bank_id=bank.id, expert=expert, record=record) for bank, expert, record in restored]
         # What older versions are on the disk is no candidate of a rebuild any more; versions taken from here on may still be committed.
@@ -268,18 +271,12 @@ class CatalogChanges:
     def _state(self, bank: Bank, snapshot_id: int) -> BankState:
         if not snapshot_id:
             return BankState(num_experts=bank.num_experts, records=bank.records)
-        snapshot = self._catalog.snapshot(snapshot_id)
-        if bank.id not in snapshot.banks:
-            raise UnknownSnapshot(f"snapshot {snapshot_id} {snapshot.name!r} is not of bank {bank.name!r}")
-        return snapshot.banks[bank.id]
+        parts = self._catalog.snapshot(snapshot_id).banks
+        return snapshot_part(parts, bank.id, snapshot_id=snapshot_id, bank_name=bank.name)
 
     def _renewed(self, record: Record) -> Record:
         """The same bytes under a new version. Writer and push number are left out, so that no later push counts as a repeat."""
         return Record(version=self._catalog.take_version(), slot=record.slot, checksums=record.checksums)
-
-    def _refuse_other_writer(self, bank: Bank, writer_id: str) -> None:
-        if bank.writer and bank.writer.writer_id != writer_id:
-            raise NotTheWriter(f"bank {bank.name!r}: writer {bank.writer.writer_id!r} has it open")
 
     def _hold(self, records: Iterable[Record]) -> None:
         for record in records:
@@ -290,10 +287,6 @@ class CatalogChanges:
         for record in records:
             if record.slot:
                 self._nvme.let_go(record.slot)
-
-
-def _difference(present: BankSpec, asked: BankSpec) -> str:
-    return "layout" if present.layout != asked.layout else f"seed: {present.seed}, not {asked.seed}"
 
 
 def _new_bank(spec: BankSpec) -> Bank:

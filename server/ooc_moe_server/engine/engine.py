@@ -27,6 +27,7 @@ from ooc_moe_server.nvme.tier import NvmeTier
 from ooc_moe_server.stats import Scopes, Stats
 from ooc_moe_wire.errors import InvalidRequest
 from ooc_moe_wire.policy import make_policy
+from ooc_moe_wire.rules import listed_checksums
 from ooc_moe_wire.v1 import expert_pb2, stats_pb2
 
 log = logging.getLogger(__name__)
@@ -174,13 +175,14 @@ class Engine:
         record = bank.record(expert)
         in_dram = [expert_pb2.TIER_DRAM] if self.dram.holds(bank.source(expert, record)) else []
         on_disk = [expert_pb2.TIER_NVME] if record.slot else []
+        checksums = listed_checksums(record.checksums)
         return expert_pb2.ExpertInfo(
             expert=expert,
             version=record.version,
             tiers=in_dram + on_disk or [expert_pb2.TIER_SEED],
             record_bytes=bank.layout.record_bytes,
-            parameter_xxh3=record.checksums.parameters if record.checksums else 0,
-            optimizer_xxh3=record.checksums.optimizer if record.checksums else 0,
+            parameter_xxh3=checksums.parameters,
+            optimizer_xxh3=checksums.optimizer,
         )
 
     def snapshot_stats(self) -> stats_pb2.Stats:

@@ -23,7 +23,8 @@ import numpy as np
 from ooc_moe_server.catalog.catalog import Bank, Record, Slot
 from ooc_moe_server.dram.tier import Entry
 from ooc_moe_wire.codec import Checksums, RecordHeader, compare, copy_hashed, verify
-from ooc_moe_wire.errors import LostUpdate, OocMoeError, StaleVersion
+from ooc_moe_wire.errors import OocMoeError
+from ooc_moe_wire.rules import check_base_version
 
 
 class PushState(Enum):
@@ -154,9 +155,4 @@ def check_base(bank: Bank, expert: int, base: int) -> None:
         LostUpdate: there is only an older one: a crash took what was acknowledged in memory.
         UnknownExpert, UnknownBank: there is none.
     """
-    current = bank.record(expert).version
-    what = f"expert {expert} of bank {bank.name!r}: base_version {base} is not the current version {current}"
-    if base > current:
-        raise LostUpdate(f"{what}: the store lost the newer one, which it had not yet written")
-    if base != current:
-        raise StaleVersion(what)
+    check_base_version(bank.name, expert, base_version=base, current=bank.record(expert).version)

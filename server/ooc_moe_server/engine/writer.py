@@ -20,6 +20,7 @@ from ooc_moe_server.engine.push import Push, check_base
 from ooc_moe_server.stats import Scopes, Stats
 from ooc_moe_wire.codec import CHUNK_BYTES_MAX, Assembler, Checksums
 from ooc_moe_wire.errors import InvalidRequest, NotTheWriter, OocMoeError, StaleVersion
+from ooc_moe_wire.rules import check_writer, is_repeat
 from ooc_moe_wire.v1 import expert_pb2
 
 log = logging.getLogger(__name__)
@@ -55,9 +56,8 @@ class Writer:
         """Acquires the bank's lease. An older stream of the same writer loses it. Raises NotTheWriter, InvalidRequest."""
         if not 1 <= len(writer_id.encode()) <= WRITER_ID_BYTES_MAX or "\0" in writer_id:  # Record headers pad the id with zeros.
             raise InvalidRequest(f"writer_id: {writer_id!r} is not 1 to {WRITER_ID_BYTES_MAX} bytes without zeros")
+        check_writer(bank.name, bank.writer_id, writer_id)
         older = bank.writer
-        if older is not None and older.writer_id != writer_id:
-            raise NotTheWriter(f"bank {bank.name!r}: writer {older.writer_id!r} has it open")
         self.bank, self.writer_id = bank, writer_id
         self.took_over = older is not None
         self.closing: asyncio.Future[OocMoeError] = asyncio.get_running_loop().create_future()
@@ -138,10 +138,10 @@ class Writer:
         self._check(header)
         record = bank.record(header.expert)
         if (under_way := bank.pushing.get(header.expert)) is not None:
-            if (under_way.writer_id, under_way.push_number) != (self.writer_id, header.push_number):
+            if not is_repeat(under_way, self.writer_id, header.push_number):
                 raise StaleVersion(f"expert {header.expert} of bank {bank.name!r}: push {under_way.push_number} is still being written")
             self._spawn(self._follow(incoming, under_way))
-        elif record.writer_id == self.writer_id and record.push_number == header.push_number:
+        elif is_repeat(record, self.writer_id, header.push_number):
             self._scopes.count("push_repeats")
             self._send_outcome(incoming, record.version, durable=not record.unsaved)
         else:

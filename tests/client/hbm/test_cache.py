@@ -47,23 +47,23 @@ def visit(cache: ExpertCache, experts: list[int], **options) -> list[int]:
 
 def settle(cache: ExpertCache) -> None:
     """Returns when no prefetch is queued or loading."""
-    with cache._core.changed:
-        assert cache._core.changed.wait_for(
-            lambda: not cache._prefetcher.waiting and all(r.state.name == "READY" for r in cache._table.residents.values()), timeout=30
+    with cache._shared.changed:
+        assert cache._shared.changed.wait_for(
+            lambda: not cache._prefetcher.has_work and all(r.state.name == "READY" for r in cache._table.residents.values()), timeout=30
         )
 
 
 def settle_loading(cache: ExpertCache) -> None:
     """Returns when nothing is loading."""
-    with cache._core.changed:
-        assert cache._core.changed.wait_for(
+    with cache._shared.changed:
+        assert cache._shared.changed.wait_for(
             lambda: all(resident.state.name == "READY" for resident in cache._table.residents.values()), timeout=30
         )
 
 
 def hold_next_copy(cache: ExpertCache) -> tuple[threading.Event, threading.Event]:
     """The next expert that is copied out of its slot waits: (it does, it may go on)."""
-    copy_out, copying, go_on = cache._slab.copy_out, threading.Event(), threading.Event()
+    copy_out, copying, go_on = cache._slots.copy_out, threading.Event(), threading.Event()
 
     def held(slot: int, buffer: torch.Tensor):
         if not copying.is_set():
@@ -71,13 +71,13 @@ def hold_next_copy(cache: ExpertCache) -> tuple[threading.Event, threading.Event
             assert go_on.wait(30)
         return copy_out(slot, buffer)
 
-    cache._slab.copy_out = held  # type: ignore[method-assign]
+    cache._slots.copy_out = held  # type: ignore[method-assign]
     return copying, go_on
 
 
 def residents_after_speculation(cache: ExpertCache) -> list[int]:
     """The residents once the prefetcher has taken what it may: it is made to look for room here, whether its thread did or not."""
-    with cache._core.changed:
+    with cache._shared.changed:
         assert cache._prefetcher._claim() == []
         return sorted(cache._table.residents)
 
@@ -214,7 +214,7 @@ def test_the_order_of_leaving_is_that_of_the_last_uses_of_groups_too(gated: Gate
             visit(cache, experts)
         visit(cache, [4])
         visit(cache, [5])
-        with cache._core.changed:
+        with cache._shared.changed:
             assert sorted(cache._table.residents) == [0, 3, 4, 5]  # 2 was used before 1.
 
 
@@ -382,9 +382,9 @@ def test_pushes_stand_back_while_demand_fetches(gated: GatedStore, bank: str):
         gated.hold("fetch")
         reading = pool.submit(visit, cache, [3])  # Evicts 0, and has 1 written ahead.
         gated.wait_for("fetch", 2)
-        with cache._core.changed:
+        with cache._shared.changed:
             assert cache._write_back.busy
-            assert cache._write_back.waiting
+            assert cache._write_back.has_requests
             assert cache._write_back._try_next() is None
         gated.let("fetch")
         assert reading.result(timeout=30) == [0]
@@ -408,8 +408,8 @@ def test_an_update_during_its_push_stays_dirty_and_is_pushed_from_the_new_versio
         gated.wait_for("push", 1)
         update(cache, [0])
         gated.let("push")
-        with cache._core.changed:
-            assert cache._core.changed.wait_for(lambda: cache._counters.write_backs == 1, timeout=30)
+        with cache._shared.changed:
+            assert cache._shared.changed.wait_for(lambda: cache._counters.write_backs == 1, timeout=30)
         assert cache.stats().dirty == 1
         assert step_of(gated, bank, 0) == 1
         cache.flush()
@@ -471,8 +471,8 @@ def test_a_dirty_victim_has_the_next_ones_written_ahead(gated: GatedStore, bank:
         update(cache, [0, 1, 2, 3])
         visit(cache, [4])
         gated.wait_for("push", 1)
-        with cache._core.changed:
-            assert cache._core.changed.wait_for(lambda: cache._write_back.idle and not cache._write_back.waiting, timeout=30)
+        with cache._shared.changed:
+            assert cache._shared.changed.wait_for(lambda: cache._write_back.idle and not cache._write_back.has_requests, timeout=30)
         assert sorted(itertools.chain(*gated.pushes)) == [0, 1]
 
 
@@ -495,8 +495,8 @@ def test_a_failed_push_of_an_evicted_expert_keeps_its_bytes(gated: GatedStore, b
     gated.push_errors[0] = Unavailable("daemon away")
     update(cache, [0])
     visit(cache, [1])
-    with cache._core.changed:
-        assert cache._core.changed.wait_for(lambda: cache._write_back.failed() is not None, timeout=30)
+    with cache._shared.changed:
+        assert cache._shared.changed.wait_for(lambda: cache._write_back.failed() is not None, timeout=30)
     with pytest.raises(Unavailable):
         visit(cache, [1])
     assert visit(cache, [1]) == [0]
@@ -514,13 +514,13 @@ def test_a_failed_push_of_an_evicted_expert_keeps_its_bytes(gated: GatedStore, b
 
 def fail_once(cache: ExpertCache, name: str) -> None:
     """The next call of that method of the slab raises."""
-    sound = getattr(cache._slab, name)
+    sound = getattr(cache._slots, name)
 
     def failing(*arguments):
-        setattr(cache._slab, name, sound)
+        setattr(cache._slots, name, sound)
         raise RuntimeError(f"{name}: out of memory")
 
-    setattr(cache._slab, name, failing)
+    setattr(cache._slots, name, failing)
 
 
 @pytest.mark.parametrize("name", ["host_buffer", "copy_out"])
@@ -565,8 +565,8 @@ def test_a_background_error_is_raised_by_the_next_call_and_only_by_it(gated: Gat
     gated.push_errors[0] = StaleVersion("somebody else wrote it")
     update(cache, [0])
     cache.write_back()
-    with cache._core.changed:
-        assert cache._core.changed.wait_for(lambda: cache._core._error is not None, timeout=30)
+    with cache._shared.changed:
+        assert cache._shared.changed.wait_for(lambda: cache._shared._error is not None, timeout=30)
     with pytest.raises(StaleVersion, match="somebody else"):
         cache.prefetch([1])
     cache.prefetch([1])
@@ -702,8 +702,8 @@ def test_a_damaged_expert_found_by_a_prefetch_surfaces(gated: GatedStore, bank: 
     with ExpertCache(gated, bank, capacity_experts=6) as cache:
         gated.fetch_errors[1] = CorruptRecord("expert 1 is damaged")
         cache.prefetch([1])
-        with cache._core.changed:
-            assert cache._core.changed.wait_for(lambda: cache._core._error is not None, timeout=30)
+        with cache._shared.changed:
+            assert cache._shared.changed.wait_for(lambda: cache._shared._error is not None, timeout=30)
         with pytest.raises(CorruptRecord, match="expert 1"):
             visit(cache, [0])
         assert visit(cache, [0]) == [0]
@@ -714,8 +714,8 @@ def test_closing_after_a_background_error_raises_it_when_every_update_is_durable
     update(cache, [0])
     gated.fetch_errors[1] = CorruptRecord("expert 1 is damaged")
     cache.prefetch([1])
-    with cache._core.changed:
-        assert cache._core.changed.wait_for(lambda: cache._core._error is not None, timeout=30)
+    with cache._shared.changed:
+        assert cache._shared.changed.wait_for(lambda: cache._shared._error is not None, timeout=30)
     with pytest.raises(CorruptRecord, match="expert 1"):
         cache.close()
     assert step_of(gated, bank, 0) == 1
@@ -759,7 +759,7 @@ def test_speculation_takes_no_pinned_slot_and_saves_a_dirty_expert_before_it_tak
             gated.wait_for("fetch", 3)
             assert gated.fetches[2] == [2]
             settle_loading(cache)
-            with cache._core.changed:
+            with cache._shared.changed:
                 assert sorted(cache._table.residents) == [1, 2]
         cache.cancel_prefetch()
         assert visit(cache, [0]) == [1]  # From its buffer: the store has not got it yet.
@@ -775,8 +775,8 @@ def test_victims_are_saved_while_others_are_fetched(gated: GatedStore, bank: str
         with futures.ThreadPoolExecutor() as pool:
             visiting = pool.submit(visit, cache, [3, 4, 5])
             gated.wait_for("fetch", 2)
-            with cache._core.changed:  # While the first is held, the others' slots are freed.
-                assert cache._core.changed.wait_for(lambda: not {0, 1, 2} & cache._table.residents.keys(), timeout=30)
+            with cache._shared.changed:  # While the first is held, the others' slots are freed.
+                assert cache._shared.changed.wait_for(lambda: not {0, 1, 2} & cache._table.residents.keys(), timeout=30)
             gated.let("fetch")
             assert visiting.result(timeout=30) == [0] * 3
         assert sorted(expert for fetch in gated.fetches[1:] for expert in fetch) == [3, 4, 5]
@@ -810,7 +810,7 @@ def test_a_piece_that_fails_leaves_no_pin_and_loses_no_victim(gated: GatedStore,
         gated.fetch_errors[damaged] = CorruptRecord("flipped")
         with pytest.raises(CorruptRecord):
             visit(cache, [0, 1, 2])
-        with cache._core.changed:
+        with cache._shared.changed:
             assert not any(resident.pins or resident.state.name != "READY" for resident in cache._table.residents.values())
         gated.fetch_errors.clear()
         assert visit(cache, [0, 1, 2]) == [0] * 3

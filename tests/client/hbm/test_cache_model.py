@@ -9,7 +9,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from ooc_moe_client.hbm.admission import AdmissionMode
 from ooc_moe_client.hbm.cache import ExpertCache
 from ooc_moe_client.hbm.schedule import Use
-from ooc_moe_client.hbm.table import num_bytes
 from ooc_moe_client.in_memory import InMemoryStore
 from ooc_moe_client.remote.store import RemoteStore
 from ooc_moe_client.store import ExpertStore, Sections
@@ -124,16 +123,16 @@ class CacheAgainstDict(RuleBasedStateMachine):
 
     @invariant()
     def every_prefetch_ends_as_exactly_one(self) -> None:
-        with self.cache._core.changed:
+        with self.cache._shared.changed:
             residents = self.cache._table.residents.values()
-            unused = [(resident.foretold, resident.num_bytes) for resident in residents if resident.prefetched]
-            queued = [(False, num_bytes(LAYOUT, sections)) for sections in self.cache._prefetcher._queue.values()]
+            unused = [(resident.scheduled, resident.num_bytes) for resident in residents if resident.prefetched]
+            queued = [(False, sections.num_bytes(LAYOUT)) for sections in self.cache._prefetcher._queue.values()]
             stats = self.cache.stats()
             assert stats.dirty == sum(resident.dirty for resident in residents)
             assert stats.resident + self.cache._table.num_free == stats.capacity
-        for foretold in (False, True):
-            counted = stats.ahead if foretold else {name.removeprefix("prefetch_"): count for name, count in stats.to_dict().items()}
-            sizes = [size for source, size in unused + queued if source is foretold]
+        for scheduled in (False, True):
+            counted = stats.ahead if scheduled else {name.removeprefix("prefetch_"): count for name, count in stats.to_dict().items()}
+            sizes = [size for source, size in unused + queued if source is scheduled]
             for unit, open_ones in (("", len(sizes)), ("_bytes", sum(sizes))):
                 ended = sum(counted.get(end + unit, 0) for end in ("useful", "late", "wasted", "cancelled"))
                 assert counted.get(f"issued{unit}", 0) == ended + open_ones

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ooc_moe_client.hbm.cache import ExpertCache
 from ooc_moe_client.hbm.schedule import Schedule, Use
-from ooc_moe_client.hbm.table import State
+from ooc_moe_client.hbm.table import LoadState
 from ooc_moe_client.store import Priority, Sections
 from ooc_moe_wire.errors import CorruptRecord, Internal, OocMoeError, Unavailable, UnknownExpert
 from tests.client.conftest import LAYOUT, GatedStore, step_of
@@ -30,9 +30,9 @@ def sweep(*experts: int) -> list[Use]:
 def wait_for_fetches(store: GatedStore, cache: ExpertCache, fetches: list[list[int]]) -> None:
     """Returns when so many came, and none of them is under way; they must be these."""
     store.wait_for("fetch", len(fetches))
-    with cache._core.changed:
+    with cache._shared.changed:
         residents = cache._table.residents
-        assert cache._core.changed.wait_for(lambda: all(resident.state is State.READY for resident in residents.values()), timeout=30)
+        assert cache._shared.changed.wait_for(lambda: all(resident.state is LoadState.READY for resident in residents.values()), timeout=30)
     assert store.fetches == fetches
 
 
@@ -56,7 +56,7 @@ def test_every_answer_is_that_of_a_walk_through_what_is_left(uses: list[Use], nu
     prefixes = [left[:length] for length in range(1, len(left) + 1)]
     soon = [prefix for prefix in prefixes if len({expert for use in prefix for expert in use.experts}) <= room] or prefixes[:1]
     for expert, distance in distances.items():
-        assert (distance is not None and schedule.next_use(expert) < schedule.soon(room)) == (
+        assert (distance is not None and schedule.next_use(expert) < schedule.end_of_near_future(room)) == (
             distance is not None and distance < len(soon[-1])
         )
 
@@ -123,7 +123,7 @@ def test_a_schedule_that_was_skipped_or_ended_holds_nobody_back(gated: GatedStor
         assert gated.fetches == []
 
 
-def test_what_is_foretold_is_fetched_in_its_order_before_anybody_asks(gated: GatedStore, bank: str):
+def test_what_the_schedule_names_is_fetched_in_its_order_before_it_is_asked_for(gated: GatedStore, bank: str):
     with ExpertCache(gated, bank, capacity_experts=2) as cache:
         cache.schedule(sweep(3, 1, 4, 5))
         wait_for_fetches(gated, cache, [[3, 1]])
@@ -156,7 +156,7 @@ def test_what_a_fetch_ahead_did_not_bring_is_left_to_demand(gated: GatedStore, b
         with pytest.raises(type(error), match=str(error)):
             reading.result(timeout=30)
         assert gated.priorities == [Priority.PREFETCH, Priority.DEMAND]
-        cache._core.take_error()
+        cache._shared.pop_error()
         gated.fetch_errors.clear()
         cache.schedule(sweep(3))
         wait_for_fetches(gated, cache, [[3], [3], [3]])
@@ -167,11 +167,11 @@ def test_a_fetch_ahead_that_fails_is_not_tried_again_where_nobody_asks(gated: Ga
     with ExpertCache(gated, bank, capacity_experts=2) as cache:
         gated.fetch_errors[3] = CorruptRecord("expert 3 is damaged")
         cache.schedule(sweep(3, 1, 3))
-        with cache._core.changed:
-            assert cache._core.changed.wait_for(lambda: cache._core._error is not None, timeout=30)
+        with cache._shared.changed:
+            assert cache._shared.changed.wait_for(lambda: cache._shared._error is not None, timeout=30)
         with pytest.raises(CorruptRecord, match="expert 3"):
             visit(cache, [0])
-        assert cache._prefetcher._claim_foretold() == []
+        assert cache._prefetcher._claim_scheduled() == []
         assert gated.fetches == [[3, 1]]
 
 
@@ -183,8 +183,8 @@ def test_forgetting_ends_the_schedule(gated: GatedStore, bank: str, errors: dict
         gated.wait_for("fetch", 1)
         cache.forget()
         assert cache.stats().resident == 0
-        with cache._core.changed:
-            assert cache._prefetcher._claim_foretold() == []
+        with cache._shared.changed:
+            assert cache._prefetcher._claim_scheduled() == []
         assert list(cache.waves([1, 2])) == [[1, 2]]
 
 
@@ -204,7 +204,7 @@ def test_what_was_updated_while_room_was_made_ahead_is_not_fetched_again(gated: 
 
 
 @pytest.mark.parametrize(
-    "ask", [lambda cache: cache.schedule([Use((1,))]), lambda cache: cache.prefetch([1])], ids=["foretold", "speculation"]
+    "ask", [lambda cache: cache.schedule([Use((1,))]), lambda cache: cache.prefetch([1])], ids=["schedule", "speculation"]
 )
 def test_what_was_evicted_while_room_was_made_for_it_comes_back_from_its_buffer(
     gated: GatedStore, bank: str, ask: Callable[[ExpertCache], None]
@@ -222,8 +222,8 @@ def test_what_was_evicted_while_room_was_made_for_it_comes_back_from_its_buffer(
         ask(cache)
         assert sorted(cache._table.residents) == [0, 5]
         go_on.set()
-        with cache._core.changed:
-            assert cache._core.changed.wait_for(lambda: 0 not in cache._table.residents, timeout=30)
+        with cache._shared.changed:
+            assert cache._shared.changed.wait_for(lambda: 0 not in cache._table.residents, timeout=30)
         seen = visit(cache, [1])  # The store has not got its update yet.
         gated.let("push")
         assert seen == [1]
@@ -235,7 +235,7 @@ def test_nothing_is_fetched_ahead_into_the_slot_of_what_is_needed_sooner(gated: 
     with ExpertCache(gated, bank, capacity_experts=2) as cache:
         visit(cache, [0, 1])
         cache.schedule(sweep(0, 1, 2))
-        assert cache._prefetcher._claim_foretold() == []
+        assert cache._prefetcher._claim_scheduled() == []
         visit(cache, [0])
         wait_for_fetches(gated, cache, [[0, 1], [2]])
         assert sorted(cache._table.residents) == [1, 2]
@@ -248,7 +248,7 @@ def test_who_is_needed_later_leaves_only_for_who_is_needed_soon(gated: GatedStor
         cache.schedule(loop * 2)
         visit(cache, [0])
         visit(cache, [1])
-        assert cache._prefetcher._claim_foretold() == []  # 4 comes after 2 and 3, and half of the slots are two.
+        assert cache._prefetcher._claim_scheduled() == []  # 4 comes after 2 and 3, and half of the slots are two.
         visit(cache, [2])
         wait_for_fetches(gated, cache, [[0, 1, 2, 3], [4]])
         assert {0, 3, 4} < set(cache._table.residents)  # In the place of 2, which is needed last, or of 1 while 2 was still read.

@@ -14,8 +14,8 @@ import pytest
 
 from ooc_moe_client.local.plane import LocalPlane
 from ooc_moe_client.local.staging import Staging
-from ooc_moe_client.remote.fetch_stream import OVERWRITTEN_ROUNDS_MAX
-from ooc_moe_client.remote.plane_choice import REFUSED_S, Planes
+from ooc_moe_client.remote.fetch import OVERWRITTEN_CALLS_MAX
+from ooc_moe_client.remote.plane_choice import REFUSED_S, PlaneChoice
 from ooc_moe_client.remote.store import RemoteStore
 from ooc_moe_client.store import Durability, Plane, Push, Sections
 from ooc_moe_wire.codec import Checksums
@@ -102,6 +102,13 @@ def test_what_moves_no_bytes_comes_between_leases(arena, scripted, connect):
     assert [(item.expert, item.unchanged) for item in fetched] == [(2, True), (1, False)]
 
 
+def test_a_header_that_promises_bytes_is_an_error_of_the_daemon(arena, scripted, connect):
+    header = expert_pb2.ExpertHeader(expert=2, version=9, served_from=expert_pb2.TIER_DRAM)
+    scripted.fetch_scripts = [lambda experts, context: iter([local_pb2.LocalAnswer(header=header)])]
+    with pytest.raises(Internal, match="expert 2: a header without a lease"):
+        list(fetch_into({}, connect(scripted), [2]))
+
+
 @pytest.mark.parametrize("verify", [True, False])
 def test_a_record_overwritten_before_its_copy_comes_again(arena, scripted, connect, verify: bool):
     def overwritten(experts, context):
@@ -129,7 +136,7 @@ def test_records_that_are_overwritten_again_and_again_come_in_chunks(arena, scri
     bodies: dict[int, bytearray] = {}
     list(fetch_into(bodies, connect(scripted), [0, 1]))
     assert bodies == bodies_of([0, 1])
-    assert scripted.sessions == [1001] * OVERWRITTEN_ROUNDS_MAX + [0]
+    assert scripted.sessions == [1001] * OVERWRITTEN_CALLS_MAX + [0]
 
 
 def test_a_copy_torn_by_a_writer_is_never_taken_for_whole():
@@ -151,7 +158,7 @@ def test_a_copy_torn_by_a_writer_is_never_taken_for_whole():
     try:
         for _ in range(400):
             generation = int(record.generations[0])
-            outcomes.append(plane.memory.copy(BLOCK_BYTES, generation, memoryview(memory)))
+            outcomes.append(plane.arena.copy(BLOCK_BYTES, generation, memoryview(memory)))
             if outcomes[-1]:
                 assert np.ptp(np.frombuffer(memory, np.uint8)) == 0
     finally:
@@ -243,7 +250,7 @@ def test_fetches_at_once_have_a_session_each_and_idle_ones_are_used_again(arena,
 
 
 def test_what_is_more_than_a_packet_holds_is_asked_for_in_parts(arena, scripted, connect, monkeypatch):
-    monkeypatch.setattr("ooc_moe_client.remote.fetch_stream.FETCHED_MAX", 3)
+    monkeypatch.setattr("ooc_moe_client.remote.fetch.FETCHED_MAX", 3)
     scripted.fetch_scripts = [lambda experts, context: iter([arena.leases(experts)])]
     bodies: dict[int, bytearray] = {}
     assert len(list(fetch_into(bodies, connect(scripted), list(range(8))))) == 8
@@ -316,7 +323,7 @@ def test_a_store_told_to_stream_never_asks(scripted, connect):
 
 def test_a_refusal_is_asked_about_again_after_a_while(arena, scripted, connect):
     now = 0.0
-    planes = Planes(connect(scripted)._connection, Plane.AUTO, clock=lambda: now)
+    planes = PlaneChoice(connect(scripted)._connection, Plane.AUTO, clock=lambda: now)
     scripted.socket_name = ""
     assert planes.local() is None
     scripted.socket_name = arena.name
@@ -493,8 +500,8 @@ def test_places_in_staging_memory_never_overlap():
     for _ in range(2000):
         if taken and rng.random() < 0.5:
             start = int(rng.choice(list(taken)))
-            assert (staging.place(start) == start % 251).all()
-            staging.give_back(start)
+            assert (staging.bytes_at(start) == start % 251).all()
+            staging.free(start)
             del taken[start]
             continue
         size, tries = int(rng.integers(1, 9)) << 10, iter([True, False])
@@ -502,19 +509,19 @@ def test_places_in_staging_memory_never_overlap():
         for start, length in taken.items():
             gaps[start >> 10 : start + length >> 10] = False
         largest = max(map(len, "".join("x" if free else " " for free in gaps).split()), default=0) << 10
-        found = staging.take(size, wanted=lambda tries=tries: next(tries, False)) if size <= largest else None
+        found = staging.allocate(size, wanted=lambda tries=tries: next(tries, False)) if size <= largest else None
         assert (found is not None) == (size <= largest)
         if found is not None:
             taken[found] = size
-            staging.place(found)[:] = found % 251
+            staging.bytes_at(found)[:] = found % 251
 
 
 def test_a_wait_for_a_place_ends_when_it_is_no_longer_wanted():
     staging, wanted = Staging(4096), threading.Event()
     wanted.set()
-    assert staging.take(4096, wanted=wanted.is_set) == 0
+    assert staging.allocate(4096, wanted=wanted.is_set) == 0
     with futures.ThreadPoolExecutor() as pool:
-        waiting = pool.submit(staging.take, 1, wanted=wanted.is_set)
+        waiting = pool.submit(staging.allocate, 1, wanted=wanted.is_set)
         wanted.clear()
         staging.wake()
         assert waiting.result(timeout=30) is None

@@ -124,9 +124,9 @@ def test_experts_of_other_games_stay_cold_bit_for_bit_and_are_never_fetched(worl
     train(agent, frames(agent, 4, CONTEXT), game="a")
     before = [stored(cache) for cache in agent.caches]
     dense_before = {name: value.clone() for name, value in agent.networks[_module(agent, "a")].state_dict().items()}
-    agent.caches[0]._core.store.fetched.clear()
+    agent.caches[0]._shared.store.fetched.clear()
     train(agent, frames(agent, 4, CONTEXT, seed=1), game="b")
-    fetched = set(agent.caches[0]._core.store.fetched)
+    fetched = set(agent.caches[0]._shared.store.fetched)
     own = agent.pools("b").by_bank(len(agent.caches))
     for bank, cache in enumerate(agent.caches):
         after = stored(cache)
@@ -221,14 +221,14 @@ def test_the_bank_grows_when_a_new_game_finds_no_unowned_experts(world, frames) 
     assert agent.caches[0].num_experts == 16
     agent.add_game("c")
     assert agent.caches[0].num_experts == 24
-    assert agent.caches[0]._core.store.get_bank("test/experts").spec.num_experts == 24
+    assert agent.caches[0]._shared.store.get_bank("test/experts").spec.num_experts == 24
     assert set(agent(frames(agent, 4, CONTEXT), game="c").routing_BTLK.flatten().tolist()) <= set(range(16, 24))
 
 
 def test_a_game_whose_bank_could_not_grow_is_not_known_and_can_be_added_later(world, frames, monkeypatch) -> None:
     agent = world.agent(games=("a", "b"))
     with monkeypatch.context() as patched:
-        patched.setattr(agent.caches[0]._core.store, "grow_bank", lambda *_: (_ for _ in ()).throw(Unavailable("away")))
+        patched.setattr(agent.caches[0]._shared.store, "grow_bank", lambda *_: (_ for _ in ()).throw(Unavailable("away")))
         with pytest.raises(Unavailable):
             agent.add_game("c")
     assert agent.games == ["a", "b"]

@@ -168,7 +168,7 @@ def test_borrowed_experts_are_fetched_without_their_moments_and_are_never_dirty(
     agent = borrower(frames)
     (cache,) = agent.caches
     cache.flush()
-    written = {info.expert: info.version for info in cache._core.store.list_experts(cache.bank)}
+    written = {info.expert: info.version for info in cache._shared.store.list_experts(cache.bank)}
     updated: list[int] = []
     updating = cache.updating
     monkeypatch.setattr(cache, "updating", lambda experts: (updated.extend(experts), updating(experts))[1])
@@ -177,7 +177,7 @@ def test_borrowed_experts_are_fetched_without_their_moments_and_are_never_dirty(
     assert updated
     assert not borrowed & set(updated)
     cache.flush()
-    after = {info.expert: info.version for info in cache._core.store.list_experts(cache.bank)}
+    after = {info.expert: info.version for info in cache._shared.store.list_experts(cache.bank)}
     assert {expert for expert in after if after[expert] != written.get(expert)} == set(updated)
 
 

@@ -55,7 +55,7 @@ def test_an_expert_without_gradients_stays_as_it_was_bit_for_bit(world, stored) 
     adam.step()
     after = stored(cache)
     assert {expert for expert in before if before[expert] != after[expert]} == {2, 7}
-    versions = {info.expert: info.version for info in cache._core.store.list_experts(cache.bank)}
+    versions = {info.expert: info.version for info in cache._shared.store.list_experts(cache.bank)}
     assert {expert for expert, version in versions.items() if version} == {2, 7}, "no other expert was even written"
 
 
