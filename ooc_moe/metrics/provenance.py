@@ -13,7 +13,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-import humanize
+from ooc_moe.display.formats import format_size
 
 PACKAGES = (
     *("ooc-moe", "grpcio", "protobuf", "numpy", "xxhash", "pyarrow", "ray", "lmdb", "rocksdict"),
@@ -66,7 +66,7 @@ def _meminfo(field: str) -> int:
 
 
 def _total_memory() -> str:
-    return f"{humanize.naturalsize(_meminfo('MemTotal'), binary=True, format='%.3g')} of memory"
+    return f"{format_size(_meminfo('MemTotal'))} of memory"
 
 
 def _processor() -> str:

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from ooc_moe.display.formats import format_score
 from ooc_moe.metrics import measures
 from ooc_moe.metrics.run import RunRecord
 from ooc_moe.report.drawing import (
@@ -28,7 +29,6 @@ from ooc_moe.report.drawing import (
     standard_error,
 )
 from ooc_moe.report.summary import verdict
-from ooc_moe.report.text_table import format_score
 
 _COLUMNS_MAX = 4
 # With more games than this, panels would be too small; they share one.

@@ -20,17 +20,14 @@ from typing import Any
 
 import matplotlib as mpl
 from jinja2 import Environment, StrictUndefined
-from rich.box import SIMPLE_HEAD
-from rich.console import RenderableType
-from rich.table import Table
-from rich.text import Text
+from rich.console import Console
 
+from ooc_moe.display.table import Table, html_table, print_table
 from ooc_moe.metrics.run import RunRecord
 from ooc_moe.metrics.single_task import with_single_task
 from ooc_moe.report import summary, tier_tables
 from ooc_moe.report.charts import CHARTS, Chart
 from ooc_moe.report.drawing import STYLE
-from ooc_moe.report.text_table import TextTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +35,7 @@ class _Part:
     """A part of the page: a question, and the tables and charts (by name) that answer it."""
 
     question: str
-    tables: tuple[Callable[[RunRecord], TextTable], ...]
+    tables: tuple[Callable[[RunRecord], Table], ...]
     charts: tuple[str, ...]
 
 
@@ -98,6 +95,7 @@ def write_report(run_dir: Path, single_task: Sequence[Path] = ()) -> Path:
         missing=summary.missing(record),
         facts=summary.facts(record),
         words=_WORDS,
+        html_table=html_table,
         parts=[
             {
                 "question": part.question,
@@ -115,28 +113,19 @@ def write_report(run_dir: Path, single_task: Sequence[Path] = ()) -> Path:
     return path
 
 
-def summary_tables(run_dir: Path) -> list[RenderableType]:
-    """The tables of a run as Rich renderables, for the end of `train`.
+def print_summary(run_dir: Path, console: Console) -> None:
+    """Prints what is missing from a run, and its tables.
 
     Raises:
         InvalidRequest: the directory holds no run, or a damaged one.
     """
     record = RunRecord.read(run_dir)
-    notices = [Text(text, style="yellow") for text in summary.missing(record)]
-    return [*notices, *(rich_table(table) for table in summary.tables(record) if table.rows)]
-
-
-def rich_table(table: TextTable) -> Table:
-    """A table as the terminal shows it."""
-    rich = Table(title=table.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    rich.caption, rich.caption_justify = Text(table.caption) if table.caption else None, "left"
-    for index, column in enumerate(table.columns):
-        rich.add_column(
-            Text(column.replace("after ", "after\n")), justify="right" if index else "left", overflow="fold", no_wrap=index == 0
-        )
-    for row in table.rows:
-        rich.add_row(*(Text(cell) for cell in row))
-    return rich
+    for notice in summary.missing(record):
+        console.print(notice, style="yellow", markup=False, highlight=False)
+    for table in summary.tables(record):
+        if table.rows:
+            print_table(table, console)
+            console.print()
 
 
 def _picture(chart: Chart, record: RunRecord, directory: Path) -> _Picture:

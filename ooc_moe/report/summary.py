@@ -9,20 +9,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from ooc_moe.display.formats import DASH, format_duration, format_part, format_ratio, format_score, format_seconds, format_share, listed
+from ooc_moe.display.table import Table
 from ooc_moe.metrics import measures
 from ooc_moe.metrics.log import Event
 from ooc_moe.metrics.run import RunRecord, Scores
-from ooc_moe.report.text_table import (
-    DASH,
-    TextTable,
-    format_duration,
-    format_part,
-    format_ratio,
-    format_score,
-    format_seconds,
-    format_share,
-    listed,
-)
 from ooc_moe.report.tier_tables import overlap_table, prefetch_table, tier_table
 
 _CONSTANT = "Best constant: of the best of the 18 actions, held for ever."
@@ -33,7 +24,7 @@ _REFERENCE = "Of reference: 0 % is the published score of random play, 100 % a h
 _PHASE_LETTERS_MAX = 40
 
 
-def tables(record: RunRecord) -> list[TextTable]:
+def tables(record: RunRecord) -> list[Table]:
     """All tables of a run, in order of reading."""
     return [
         score_table(record),
@@ -45,7 +36,7 @@ def tables(record: RunRecord) -> list[TextTable]:
     ]
 
 
-def evaluation_tables(record: RunRecord) -> list[TextTable]:
+def evaluation_tables(record: RunRecord) -> list[Table]:
     """Those of a record that is nothing but one evaluation."""
     return [evaluation_table(record), tier_table(record), prefetch_table(record), overlap_table(record), detector_table(record)]
 
@@ -103,7 +94,7 @@ def missing(record: RunRecord) -> list[str]:
     return said
 
 
-def score_table(record: RunRecord) -> TextTable:
+def score_table(record: RunRecord) -> Table:
     """Mean returns by game: random play, after each phase, what was learned and what is left of it."""
     scores, constants = record.scores, best_constants(record)
     names, shown_SG = _shown(record, scores.mean_PG)
@@ -126,7 +117,7 @@ def score_table(record: RunRecord) -> TextTable:
                 *([format_share(reference_G[column])] if has_reference else []),
             ]
         )
-    return TextTable(
+    return Table(
         "Returns",
         _columns(["game", "random"], constants, [*names, "learned", "kept"], has_reference),
         rows,
@@ -137,7 +128,7 @@ def score_table(record: RunRecord) -> TextTable:
     )
 
 
-def evaluation_table(record: RunRecord) -> TextTable:
+def evaluation_table(record: RunRecord) -> Table:
     """Mean returns by game of a single evaluation."""
     events, constants = record.last_evaluations, best_constants(record)
     reference = [of_reference(record, event["evaluated"], event["return_mean"]) for event in events]
@@ -158,7 +149,7 @@ def evaluation_table(record: RunRecord) -> TextTable:
             ]
         )
     cut, played = sum(event["episodes_truncated"] for event in events), sum(len(event["returns"]) for event in events)
-    return TextTable(
+    return Table(
         "Returns",
         _columns(["game", "random"], constants, ["mean return", "above random", "dormant units"], has_reference),
         rows,
@@ -182,7 +173,7 @@ def best_constants(record: RunRecord) -> dict[str, float]:
     return {game: each.best_constant_mean for game, each in found.items() if each is not None}
 
 
-def single_task_table(record: RunRecord) -> TextTable:
+def single_task_table(record: RunRecord) -> Table:
     """The score matrix between random play and a network of its own for each game; empty where no such network is known."""
     scores, constants = record.scores, best_constants(record)
     single_G = _single_task(record)
@@ -197,7 +188,7 @@ def single_task_table(record: RunRecord) -> TextTable:
         ]
         for column, game in enumerate(scores.games)
     ]
-    return TextTable(
+    return Table(
         "Scores as shares of single-task training",
         _columns(["game", "single-task"], constants, names, has_reference=False),
         rows if record.single_task else [],
@@ -221,7 +212,7 @@ def _shown(record: RunRecord, scores_PG: measures.Floats) -> tuple[list[str], me
     return ["after its training", "at the end"], np.stack(own_and_final)
 
 
-def detector_table(record: RunRecord) -> TextTable:
+def detector_table(record: RunRecord) -> Table:
     """How well the games are recognised that nobody named."""
     rows = []
     for index, event in enumerate(record.last_evaluations):
@@ -237,7 +228,7 @@ def detector_table(record: RunRecord) -> TextTable:
                 format_share(shares[2]),
             ]
         )
-    return TextTable(
+    return Table(
         "Detector in the last evaluation",
         ["game", "acted as it", "detector", "nearest mean", "steps to detect", "false switches", "prefetch recall"],
         rows,
@@ -266,7 +257,7 @@ def _unknown(record: RunRecord) -> list[tuple[str, float]]:
     return [(game, share) for game, share in shares if share > 0.5]
 
 
-def measures_table(record: RunRecord) -> TextTable:
+def measures_table(record: RunRecord) -> Table:
     """The measures of continual learning, on the scale of single-task training, or else of this run."""
     scores = record.scores
     trained = scores.trained_P
@@ -297,7 +288,7 @@ def measures_table(record: RunRecord) -> TextTable:
     unknown = [game for game in scores.games if game not in record.single_task]
     shares = (dormant_G, measures.without_last(dormant_G, trained))
     rows.append(["dormant units", *(format_share(measures.mean(values_G)) for values_G in shares)])
-    return TextTable(
+    return Table(
         "Learning and forgetting",
         ["mean over games", "all games", "without the last"],
         rows if len(scores.mean_PG) else [],

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from ooc_moe.display.formats import DASH, format_bytes, format_count, format_ratio, format_seconds, format_share
+from ooc_moe.display.table import Table
 from ooc_moe.metrics import measures
 from ooc_moe.metrics.run import RunRecord
-from ooc_moe.report.text_table import DASH, TextTable, format_bytes, format_count, format_ratio, format_seconds, format_share
 
 
-def tier_table(record: RunRecord) -> TextTable:
+def tier_table(record: RunRecord) -> Table:
     """What each tier holds, serves and moves."""
     accesses, hits = record.total("cache", "accesses"), record.total("cache", "hits")
     fetched = {tier: record.total("cache", "fetched_from", tier) for tier in ("dram", "nvme", "seed")}
@@ -39,7 +40,7 @@ def tier_table(record: RunRecord) -> TextTable:
             ]
         )
     rows.append(["seed", DASH, DASH, format_count(fetched["seed"]), format_ratio(fetched["seed"], fetches), DASH, DASH])
-    return TextTable(
+    return Table(
         "Tiers",
         ["tier", "holds", "capacity", "served", "hit rate", "bytes in", "bytes out"],
         rows,
@@ -50,7 +51,7 @@ def tier_table(record: RunRecord) -> TextTable:
     )
 
 
-def prefetch_table(record: RunRecord) -> TextTable:
+def prefetch_table(record: RunRecord) -> Table:
     """What became of prefetched experts."""
     count, size = _prefetched(record, ""), _prefetched(record, "_bytes")
     ahead, ahead_size = _prefetched(record, "", ahead=True), _prefetched(record, "_bytes", ahead=True)
@@ -67,7 +68,7 @@ def prefetch_table(record: RunRecord) -> TextTable:
     ]
     waited = count["useful"] + record.total("cache", "misses") + record.total("cache", "refetches")
     arrived = count["useful"] + count["late"] + count["wasted"]
-    return TextTable(
+    return Table(
         f"Prefetch into HBM (by {record.config['prefetch']})" if "prefetch" in record.config else "Prefetch into HBM",
         ["", "experts", "bytes", "share", "by the schedule", "bytes"],
         rows,
@@ -90,12 +91,12 @@ def _prefetched(record: RunRecord, unit: str, *, ahead: bool = False) -> dict[st
     return count | {"unused yet": count["issued"] - ended, "refused": total("refused")}
 
 
-def overlap_table(record: RunRecord) -> TextTable:
+def overlap_table(record: RunRecord) -> Table:
     """How much the games share experts, as means over pairs."""
     usages = (record.training_usage(), record.evaluation_usage())
     kinds = (("top-10 experts in common", measures.top_overlap), ("routed mass in common", measures.mass_overlap))
     rows = [[name, *(format_share(measures.mean_off_diagonal(measure(usage))) for usage in usages)] for name, measure in kinds]
-    return TextTable(
+    return Table(
         "Overlap between games",
         ["mean over pairs", "training", "last evaluation"],
         rows,

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ooc_moe.report.drawing import COUNTS, FAINT, PERCENT, STYLE, WIDTH, legend
-from ooc_moe.simulate.runner import Row
+from ooc_moe.simulate.sweep import Row
 from ooc_moe_wire.errors import InvalidRequest
 from ooc_moe_wire.policy import Belady
 

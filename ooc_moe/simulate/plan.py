@@ -14,16 +14,14 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
-import humanize
 import numpy as np
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
 from ooc_moe.config.agent import AgentConfig
 from ooc_moe.config.run import RunConfig
+from ooc_moe.display.formats import format_bytes as size
+from ooc_moe.display.table import Table
 from ooc_moe.metrics.trace import Mark, Trace, TraceInfo
 from ooc_moe.simulate.replay import Setup, replay
 from ooc_moe_wire.errors import InvalidRequest
@@ -217,10 +215,7 @@ def _borrowed(agent: AgentConfig, layer: int, shared: int) -> list[int]:
 
 
 def table(made: Plan, rates: Rates) -> Table:
-    """For a terminal."""
-    shown = Table("", "predicted", "", box=SIMPLE_HEAD)
-    shown.columns[1].justify = "right"
-    size = partial(humanize.naturalsize, binary=True)
+    """The prediction, a quantity each row."""
     rows = [
         (
             "experts",
@@ -228,7 +223,7 @@ def table(made: Plan, rates: Rates) -> Table:
             f"{made.num_games} games of {made.working_set - made.borrowed}, {size(made.expert_bytes)} each with its moments",
         ),
         *([("a game's working set", f"{made.working_set:,}", f"{made.borrowed} of them borrowed, to read")] if made.borrowed else []),
-        ("HBM", size(made.hbm_bytes + made.gradient_bytes + made.dense_bytes), _hbm_parts(made, size) + "; activations come on top"),
+        ("HBM", size(made.hbm_bytes + made.gradient_bytes + made.dense_bytes), _hbm_parts(made) + "; activations come on top"),
         ("DRAM", size(made.dram_bytes), f"{size(made.dram_bytes_for_all)} would hold all"),
         (
             "NVMe",
@@ -251,12 +246,10 @@ def table(made: Plan, rates: Rates) -> Table:
         rows.append(
             ("compute in a game", f"{made.game_compute_s:.3g} s", f"a switch is at most {slowest / made.game_compute_s:.2%} of that")
         )
-    for row in rows:
-        shown.add_row(*row)
-    return shown
+    return Table("", ("", "predicted", ""), rows, alignment="lrl")
 
 
-def _hbm_parts(made: Plan, size: Callable[[int], str]) -> str:
+def _hbm_parts(made: Plan) -> str:
     return f"{made.hbm_experts} experts {size(made.hbm_bytes)}, gradients {size(made.gradient_bytes)}, dense {size(made.dense_bytes)}"
 
 

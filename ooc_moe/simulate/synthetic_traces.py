@@ -17,8 +17,8 @@ from ooc_moe_wire.errors import InvalidRequest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Made:
-    """What a made trace is like."""
+class SyntheticTraceConfig:
+    """The size and shape of a synthetic trace."""
 
     games: int = 57
     experts: int = 10_000
@@ -51,41 +51,41 @@ class Made:
             )
 
 
-def make_trace(made: Made) -> Trace:
+def make_trace(config: SyntheticTraceConfig) -> Trace:
     """Games in rounds of random order, with evaluations between them where these are asked for. Equal arguments, equal trace."""
-    rng = np.random.default_rng(made.seed)
-    pools = _pools(made, rng)
+    rng = np.random.default_rng(config.seed)
+    pools = _pools(config, rng)
     pieces: list[NDArray[np.uint32]] = []
     marks: list[Mark] = []
     position = turn = 0
-    while position < made.accesses:
-        for game in rng.permutation(made.games).tolist():
-            turns = [(game, False, made.switch_every)]
+    while position < config.accesses:
+        for game in rng.permutation(config.games).tolist():
+            turns = [(game, False, config.switch_every)]
             turn += 1
-            if made.eval_every is not None and turn % made.eval_every == 0:
-                turns += [(each, True, max(1, made.switch_every // 10)) for each in range(made.games)]
+            if config.eval_every is not None and turn % config.eval_every == 0:
+                turns += [(each, True, max(1, config.switch_every // 10)) for each in range(config.games)]
             for played, evaluating, length in turns:
-                length = min(length, made.accesses - position)
+                length = min(length, config.accesses - position)
                 if length:
                     marks.append(Mark(position, f"game{played:02d}", evaluating))
-                    pieces.append(_draw(made, pools[played], length, rng))
+                    pieces.append(_draw(config, pools[played], length, rng))
                     position += length
-    info = TraceInfo(source=f"made: {made}", num_banks=1, expert_bytes=made.expert_bytes)
+    info = TraceInfo(source=f"synthetic: {config}", num_banks=1, expert_bytes=config.expert_bytes)
     return Trace(info=info, keys_A=np.concatenate(pieces), marks=tuple(marks))
 
 
-def _pools(made: Made, rng: np.random.Generator) -> list[list[NDArray[np.uint32]]]:
+def _pools(config: SyntheticTraceConfig, rng: np.random.Generator) -> list[list[NDArray[np.uint32]]]:
     """By game and layer: the experts, the most popular first, and no two pools with one in common."""
-    games = np.array_split(rng.permutation(made.experts).astype(np.uint32), made.games)
-    return [np.array_split(game, made.layers) for game in games]
+    games = np.array_split(rng.permutation(config.experts).astype(np.uint32), config.games)
+    return [np.array_split(game, config.layers) for game in games]
 
 
-def _draw(made: Made, pool: list[NDArray[np.uint32]], length: int, rng: np.random.Generator) -> NDArray[np.uint32]:
-    layers_A = np.arange(length) // made.per_call % made.layers
+def _draw(config: SyntheticTraceConfig, pool: list[NDArray[np.uint32]], length: int, rng: np.random.Generator) -> NDArray[np.uint32]:
+    layers_A = np.arange(length) // config.per_call % config.layers
     keys_A = np.empty(length, np.uint32)
     for layer, experts in enumerate(pool):
         mine_A = layers_A == layer
-        weights = np.arange(1, len(experts) + 1, dtype=np.float64) ** -made.zipf
+        weights = np.arange(1, len(experts) + 1, dtype=np.float64) ** -config.zipf
         ranks = np.searchsorted(np.cumsum(weights) / weights.sum(), rng.random(int(mine_A.sum())), side="right")
         keys_A[mine_A] = experts[np.minimum(ranks, len(experts) - 1)]
     return keys_A

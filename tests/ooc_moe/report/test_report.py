@@ -13,14 +13,15 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from ooc_moe.display.formats import format_bytes, format_score
+from ooc_moe.display.table import Table
 from ooc_moe.evaluation.baselines import DIRECTORY, PROTOCOL, baselines
 from ooc_moe.metrics.log import MetricsWriter
 from ooc_moe.metrics.run import RunRecord
 from ooc_moe.metrics.single_task import with_single_task
 from ooc_moe.report import learning_charts, summary, tier_charts, tier_tables
 from ooc_moe.report.charts import CHARTS
-from ooc_moe.report.report import _PARTS, summary_tables, write_report
-from ooc_moe.report.text_table import TextTable, format_bytes, format_score
+from ooc_moe.report.report import _PARTS, print_summary, write_report
 from ooc_moe_wire.errors import InvalidRequest
 from tests.ooc_moe.made_up_run import EXPERT_BYTES, UPDATES_PER_GAME
 
@@ -40,11 +41,11 @@ def text_of(page: Path) -> str:
 
 def printed(run_dir: Path) -> str:
     console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(*summary_tables(run_dir))
+    print_summary(run_dir, console)
     return console.export_text()
 
 
-def rows(table: TextTable) -> dict[str, list[str]]:
+def rows(table: Table) -> dict[str, list[str]]:
     return {name: cells for name, *cells in table.rows}
 
 
@@ -218,7 +219,7 @@ def test_the_best_constant_action_stands_beside_random_play_once_it_was_played_b
         writer.log("evaluation", **where, known=True, returns=[4.0, 4.0], return_mean=4.0, random_mean=0.0, episodes_truncated=1)
     played = baselines("pixel/toward", tmp_path / DIRECTORY, **protocol)
 
-    def table_of(make, **changed) -> TextTable:
+    def table_of(make, **changed) -> Table:
         (tmp_path / "config.json").write_text(json.dumps({"games": ["pixel/toward", "pixel/away"], **protocol, **changed}))
         return make(RunRecord.read(tmp_path))
 

@@ -12,10 +12,8 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-import humanize
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-
+from ooc_moe.display.formats import DASH
+from ooc_moe.display.table import Table, markdown_table
 from ooc_moe.metrics.provenance import facts
 from ooc_moe.metrics.trace import Trace
 from ooc_moe.simulate.replay import Latency, Link, Prefetch, Replayed, Setup, replay
@@ -27,6 +25,7 @@ from ooc_moe_wire.sizes import parse_size
 _TIME = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ns|us|ms|s)\s*")
 _UNIT_S = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
 HEADINGS = ("switch", "HBM", "policy", "train", "/ Belady", "eval", "stall", "of time", "DRAM", "NVMe", "useful", "late", "wasted")
+_ALIGNMENT = "rrl" + "r" * (len(HEADINGS) - 3)
 LEGEND = (
     "switch: accesses between switches of the game, where dealt out anew. HBM: experts (share of those in the trace). train, eval: demand "
     "hit rates. / Belady: train beside the optimum's. stall: time waited, and its share of the whole. DRAM, NVMe: experts loaded from "
@@ -35,7 +34,7 @@ LEGEND = (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Study:
+class Sweep:
     """What to replay a trace with. `hbm` and `dram` are capacities in words."""
 
     hbm: tuple[str, ...] = ("25%", "50%")
@@ -96,7 +95,7 @@ class Row:
 
 def run(
     trace: Trace,
-    study: Study,
+    sweep: Sweep,
     *,
     begin: Callable[[str, int], object] = lambda what, accesses: None,
     advance: Callable[[int], object] = lambda accesses: None,
@@ -108,12 +107,12 @@ def run(
     """
     if not len(trace.keys_A):
         raise InvalidRequest(f"trace: {trace.info.source} recorded no access")
-    if study.expert_bytes is not None:
-        trace = replace(trace, info=replace(trace.info, expert_bytes=study.expert_bytes))
+    if sweep.expert_bytes is not None:
+        trace = replace(trace, info=replace(trace.info, expert_bytes=sweep.expert_bytes))
     num_experts = trace.num_experts
-    setups = list(study.setups(num_experts))
+    setups = list(sweep.setups(num_experts))
     rows: list[Row] = []
-    for every in study.switch_every or (None,):
+    for every in sweep.switch_every or (None,):
         played = trace if every is None else with_turns(trace, every)
         found = []
         for setup in setups:
@@ -135,13 +134,9 @@ def _ratio(row: Row, best: float | None) -> float | None:
 
 
 def table(trace: Trace, rows: Sequence[Row]) -> Table:
-    """For a terminal."""
-    shown = Table(*HEADINGS, box=SIMPLE_HEAD, title=_title(trace), title_justify="left", caption=LEGEND, caption_justify="left")
-    for index, row in enumerate(rows):
-        shown.add_row(*_cells(row), end_section=index + 1 < len(rows) and _group(row) != _group(rows[index + 1]))
-    for column in [*shown.columns[:2], *shown.columns[3:]]:
-        column.justify = "right"
-    return shown
+    """All replays, a row each; a section for each interval and capacity."""
+    sections = [index for index in range(1, len(rows)) if _group(rows[index]) != _group(rows[index - 1])]
+    return Table(_title(trace), HEADINGS, [_cells(row) for row in rows], caption=LEGEND, alignment=_ALIGNMENT, sections=sections)
 
 
 def markdown(trace: Trace, rows: Sequence[Row], *, command: str) -> str:
@@ -150,10 +145,9 @@ def markdown(trace: Trace, rows: Sequence[Row], *, command: str) -> str:
     lines = ["# ooc-moe simulate", "", f"{_title(trace)}. {LEGEND}", ""]
     lines += [f"- {name}: {value}" for name, value in facts(Path(), command=command).items()]
     lines += [f"- replayed: {num_accesses:,} accesses in {wall_s:.0f} s, {num_accesses / wall_s / 1e6:.2f} million a second", ""]
-    headings = (*HEADINGS, "replay took")
-    lines += [f"| {' | '.join(headings)} |", "|---:|---:|---|" + "---:|" * (len(headings) - 3)]
-    lines += [f"| {' | '.join((*_cells(row), f'{row.wall_s:.1f} s'))} |" for row in rows]
-    return "\n".join([*lines, ""])
+    timed = [(*_cells(row), f"{row.wall_s:.1f} s") for row in rows]
+    lines += [markdown_table(Table("", (*HEADINGS, "replay took"), timed, alignment=f"{_ALIGNMENT}r")), ""]
+    return "\n".join(lines)
 
 
 def _title(trace: Trace) -> str:
@@ -172,15 +166,15 @@ def _cells(row: Row) -> tuple[str, ...]:
     stall_s = training.stall_s + evaluation.stall_s
     share = stall_s / (stall_s + training.compute_s + evaluation.compute_s or 1.0)
     ahead = setup.prefetch.source != "none"
-    fates = [f"{getattr(training, name) + getattr(evaluation, name):,}" if ahead else "–" for name in ("useful", "late", "wasted")]
+    fates = [f"{getattr(training, name) + getattr(evaluation, name):,}" if ahead else DASH for name in ("useful", "late", "wasted")]
     return (
-        "–" if row.switch_every is None else f"{row.switch_every:,}",
+        DASH if row.switch_every is None else f"{row.switch_every:,}",
         f"{setup.hbm_experts:,} ({setup.hbm_experts / row.num_experts:.0%})",
         f"{setup.policy} + {setup.prefetch.source}" if ahead else setup.policy,
         _percent(training.hit_rate),
-        f"{row.of_belady:.3f}" if row.of_belady is not None else "–",
+        f"{row.of_belady:.3f}" if row.of_belady is not None else DASH,
         _percent(evaluation.hit_rate),
-        f"{stall_s:,.3g} s" if stall_s < 1000 else f"{humanize.intcomma(round(stall_s))} s",
+        f"{stall_s:,.3g} s" if stall_s < 1000 else f"{round(stall_s):,} s",
         f"{share:.1%}",
         f"{training.from_dram + evaluation.from_dram:,}",
         f"{training.from_nvme + evaluation.from_nvme:,}",
@@ -189,7 +183,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def _percent(rate: float) -> str:
-    return f"{rate:.2%}" if rate == rate else "–"
+    return f"{rate:.2%}" if rate == rate else DASH
 
 
 # Words
