@@ -1,7 +1,9 @@
-"""Traces that no run recorded: games in turns, each with its own pool; and recorded ones with other turns.
+"""Makes traces without a run: synthetic ones, in which games take turns, and recorded ones whose games take turns in another order.
 
-The accesses of a game are independent draws from its pool in the layer whose turn it is, the n-th most popular expert with weight
-n^-exponent. Real training asks for nearly the whole pool in every call of a layer; real acting for a few: `zipf` and `pool` set which.
+In a synthetic trace each game has a pool of its own, split over the layers. An access draws an expert from the part of the pool that
+belongs to the layer whose turn it is, independently of other accesses; the n-th most popular expert has weight n^-zipf. In a real run,
+training asks for nearly the whole pool in each call of a layer, and acting for a few experts: a small `zipf` is like training, a large one
+like acting.
 """
 
 from __future__ import annotations
@@ -21,20 +23,25 @@ class SyntheticTraceConfig:
     """The size and shape of a synthetic trace."""
 
     games: int = 57
+    """Number of games. They take turns, in rounds of random order."""
     experts: int = 10_000
-    """Of all games together; each game has an equal share of its own."""
+    """Experts of all games together, in equal pools."""
     accesses: int = 10_000_000
+    """Length of the trace."""
     switch_every: int = 20_000
-    """Accesses of one game before the next one's turn."""
+    """Accesses of one game before the next game's turn."""
     layers: int = 6
-    """Each has its part of a game's pool; accesses go through them in turn, `per_call` at a time."""
+    """Layers that the agent is thought to have. Each has its part of a game's pool, and they are called in turn."""
     per_call: int = 2
+    """Accesses of one layer before the next layer's turn."""
     zipf: float = 1.0
-    """0: all experts of a pool alike."""
+    """How uneven the use of a pool is: its n-th most popular expert has weight n^-zipf. 0: all experts are used alike."""
     eval_every: int | None = None
-    """Turns of training between two evaluations; None: none. In one every game is played for a tenth of a turn."""
+    """Turns of training between two evaluations, in which every game is played for a tenth of a turn; None: no evaluations."""
     expert_bytes: int = 25 * 10**6
+    """Bytes of one expert."""
     seed: int = 0
+    """Of the random draws."""
 
     def __post_init__(self) -> None:
         for name in ("games", "experts", "accesses", "switch_every", "layers", "per_call", "expert_bytes"):
@@ -52,7 +59,7 @@ class SyntheticTraceConfig:
 
 
 def make_trace(config: SyntheticTraceConfig) -> Trace:
-    """Games in rounds of random order, with evaluations between them where these are asked for. Equal arguments, equal trace."""
+    """Makes a synthetic trace. Equal configurations give equal traces."""
     rng = np.random.default_rng(config.seed)
     pools = _pools(config, rng)
     pieces: list[NDArray[np.uint32]] = []
@@ -75,7 +82,7 @@ def make_trace(config: SyntheticTraceConfig) -> Trace:
 
 
 def _pools(config: SyntheticTraceConfig, rng: np.random.Generator) -> list[list[NDArray[np.uint32]]]:
-    """By game and layer: the experts, the most popular first, and no two pools with one in common."""
+    """The experts of each game in each layer, the most popular first. No expert is in two of them."""
     games = np.array_split(rng.permutation(config.experts).astype(np.uint32), config.games)
     return [np.array_split(game, config.layers) for game in games]
 
@@ -92,9 +99,12 @@ def _draw(config: SyntheticTraceConfig, pool: list[NDArray[np.uint32]], length: 
 
 
 def with_turns(trace: Trace, switch_every: int) -> Trace:
-    """The same training with other turns: each game's accesses in their order, `switch_every` at a time, the games round robin.
+    """Reorders a trace's training so that games take turns of `switch_every` accesses, round robin.
 
-    Evaluation is left out, for it has no place between turns that never were.
+    Each game's own accesses keep their order. Evaluations are left out, because they belong between turns that no longer exist.
+
+        trace:                a1 a2 a3 a4 b1 b2
+        with_turns(trace, 2): a1 a2 b1 b2 a3 a4
 
     Raises:
         InvalidRequest: `switch_every` is below 1.

@@ -185,10 +185,10 @@ def test_every_prefetch_has_one_fate_and_every_load_a_reason(keys, hbm_experts, 
     assert found.training.accesses + found.evaluation.accesses == len(keys)
 
 
-# SyntheticTraceConfig traces
+# Synthetic traces
 
 
-def test_a_made_trace_has_what_was_asked_for():
+def test_a_synthetic_trace_has_what_was_asked_for():
     made = SyntheticTraceConfig(games=5, experts=60, accesses=10_000, switch_every=500, layers=3, per_call=2, eval_every=4)
     trace = make_trace(made)
     assert len(trace.keys_A) == 10_000
@@ -239,6 +239,7 @@ def test_words_are_understood():
     nvme, dram = Link(latency_s=0.25, bytes_per_s=3 * 10**9), Link(latency_s=1.5e-3, bytes_per_s=12 * 2**30)
     assert latency("nvme=250ms+3GB/s, dram=1.5ms+12GiB/s") == Latency(nvme=nvme, dram=dram)
     assert latency("nvme=250ms+3GB/s") == Latency(nvme=nvme)
+    assert latency("nvme=250ms") == Latency(nvme=Link(latency_s=0.25, bytes_per_s=Latency().nvme.bytes_per_s))
     assert (capacity("hbm", "25%", 40), capacity("hbm", "0.1%", 40), capacity("hbm", "16", 40)) == (10, 1, 16)
     assert seconds("compute", "2s") == 2
 
