@@ -150,11 +150,6 @@ def running_mean(values: Floats, window: int = 5) -> Floats:
     return np.asarray(np.where(known, windows, 0).sum(axis=1) / np.where(count > 0, count, np.nan))
 
 
-def standard_error(values: Sequence[float]) -> float:
-    """Of the mean; 0 for fewer than two values."""
-    return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
-
-
 def shaded(shares_RC: Floats, colours_R3: NDArray[np.float64]) -> Floats:
     """(R, C, 3) each row from white to its colour as its share grows; the square root keeps rare use visible."""
     strength = np.sqrt(shares_RC / max(float(shares_RC.max()), 1e-12))

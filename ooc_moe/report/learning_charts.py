@@ -26,7 +26,6 @@ from ooc_moe.report.drawing import (
     legend,
     mark_games,
     running_mean,
-    standard_error,
 )
 from ooc_moe.report.summary import verdict
 
@@ -143,7 +142,9 @@ def _learned_and_kept(ax: Axes, record: RunRecord, game: int) -> None:
     bars = [("random", float(scores.random_G[game]), 0.0, FAINT, 0.7)]
     for name, phase, alpha in (("after its\ntraining", own, 1.0), ("at the\nend", last, 0.55)):
         if alpha == 1.0 or last > own:
-            bars.append((name, float(scores.mean_PG[phase, game]), standard_error(scores.returns.get((phase, game), [])), colour, alpha))
+            bars.append(
+                (name, float(scores.mean_PG[phase, game]), measures.standard_error(scores.returns.get((phase, game), [])), colour, alpha)
+            )
     for x, (_, height, error, fill, alpha) in enumerate(bars):
         ax.bar(x, height, 0.68, color=fill, alpha=alpha)
         if error:

@@ -328,7 +328,7 @@ def test_a_page_shows_the_scale_it_was_given(comparable: Path, tmp_path: Path, m
 def test_runs_that_set_no_scale_are_refused_by_name(comparable: Path, tmp_path: Path) -> None:
     record = RunRecord.read(comparable)
     refused = {
-        "which is none of the games": single_run(tmp_path / "other", "boxing", 1.0),
+        "did not learn": single_run(tmp_path / "other", "boxing", 1.0),
         "has eval_steps 51": single_run(tmp_path / "longer", "krull", 1.0, eval_steps=51),
         "has steps_per_game 10": single_run(tmp_path / "shorter", "krull", 1.0, steps_per_game=10),
         "learned krull, road_runner": single_run(tmp_path / "two", "krull", 1.0, games=["krull", "road_runner"]),
