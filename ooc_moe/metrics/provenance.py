@@ -34,8 +34,8 @@ def facts(data_dir: Path, *, command: str) -> dict[str, str]:
 
 def command_given() -> str:
     """The command line that started this process, with absolute paths cut to their last part."""
-    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
-    return shlex.join(["ooc-moe", *words])
+    arguments = [Path(argument).name if Path(argument).is_absolute() else argument for argument in sys.argv[1:]]
+    return shlex.join(["ooc-moe", *arguments])
 
 
 def commit() -> str:

@@ -122,7 +122,7 @@ def test_the_most_important_numbers_stand_at_the_top(finished_run: Path) -> None
     facts = dict(summary.facts(RunRecord.read(finished_run)))
     assert facts["games clearly learned"] == "3 of 3"
     # krull kept 1200 of 1600, road_runner all; crazy_climber is the last.
-    assert facts["of these, kept at the end"] == "87.5 %"
+    assert facts["of what they learned, kept"] == "87.5 %"
     assert facts["played as the right game"] == "96.0 %"
 
 
@@ -263,7 +263,7 @@ def test_one_evaluation_has_its_returns_and_what_a_run_says_of_its_last(tmp_path
     assert tiers.caption == "Waited for experts: 4.5 s."
     assert rows(prefetches)["late"][0] == "3"
     assert rows(detector)["pixel/away"][0] == "0.0 %"
-    assert detector.caption == "Like no known game: pixel/catch, in 90.0 % of its frames."
+    assert detector.caption == "The detector takes pixel/catch for an unknown game in 90.0 % of its frames."
 
 
 # Single-task runs: krull 3400 (two seeds), road_runner 1650; none of crazy_climber.
@@ -300,7 +300,7 @@ def test_runs_of_single_games_set_the_scale_of_those_games(comparable: Path, tmp
         "crazy_climber": ["–", "–", "–", "–"],
     }
     table = summary.measures_table(record)
-    assert table.caption.startswith("0 %: random play; 100 %: what a network of its own learns")
+    assert table.caption.startswith("0 %: random play; 100 %: an agent that learned only this game")
     assert table.caption.endswith(" Without crazy_climber: no such run.")
     found = rows(table)
     assert found["learning"] == ["70.8 %", "70.8 %"]  # (66.7 + 75) / 2: nobody knows what crazy_climber's is worth.
@@ -366,7 +366,7 @@ def test_a_run_that_only_just_began_names_what_each_picture_needs(tmp_path: Path
     MetricsWriter(tmp_path / "young", tensorboard=False).close()
     text = text_of(write_report(tmp_path / "young"))
     for chart in CHARTS:
-        assert f"Not drawn: it needs {chart.needs}." in text
+        assert f"Not drawn: the run has not logged {chart.needs}." in text
     assert "No update was logged yet." in text
 
 
