@@ -14,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from ooc_moe.display.formats import DASH, format_bytes_short, format_count_short, format_ratio, format_seconds, format_uptime
+from ooc_moe.display.formats import DASH, format_bytes_short, format_count_short, format_seconds, format_share_short, format_uptime
 from ooc_moe_wire.v1 import stats_pb2
 
 
@@ -159,7 +159,7 @@ def _name(name: str) -> Text:
 
 
 def _share(hits: int, misses: int) -> str:
-    return format_ratio(hits, hits + misses).replace(" ", "")
+    return format_share_short(hits / (hits + misses)) if hits + misses else DASH
 
 
 def _flow(total: int, earlier: int | None, seconds: float) -> str:

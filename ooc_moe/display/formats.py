@@ -25,6 +25,11 @@ def format_share(share: float, *, digits: int = 1) -> str:
     return DASH if math.isnan(share) else f"{100 * share:.{digits}f} %"
 
 
+def format_share_short(share: float, *, digits: int = 1) -> str:
+    """A share in percent without the space, for narrow columns: 0.25 is "25.0%"."""
+    return format_share(share, digits=digits).replace(" ", "")
+
+
 def format_ratio(part: float, whole: float) -> str:
     """`part` in percent of `whole`; a dash if `whole` is not above 0."""
     return format_share(part / whole if whole > 0 else math.nan)

@@ -84,7 +84,7 @@ class RunRecord:
 
     @cached_property
     def switches(self) -> list[Event]:
-        """The "switch" events, one at the begin of each game's training."""
+        """The "switch" events, one at the beginning of each game's training."""
         return self._of("switch")
 
     @cached_property
@@ -235,7 +235,7 @@ class RunRecord:
         return self._usage([(event["game"], event.get("usage") or {}) for event in self.updates])
 
     def evaluation_usage(self) -> Floats:
-        """(G, E) the same in the evaluations after the last phase, in which the agent had to recognise the game itself."""
+        """(G, E) tokens of each game that went to each expert in the evaluations after the last phase; columns as in `training_usage`."""
         return self._usage([(event["evaluated"], event.get("usage") or {}) for event in self.last_evaluations])
 
     @property

@@ -31,9 +31,9 @@ def save_chart(path: Path, rows: Sequence[Row]) -> None:
 
 
 def draw(rows: Sequence[Row]) -> Figure:
-    """Draws up to two panels. A panel whose lines would have one point is left out, but for the left one if there would be no other.
+    """Draws hit rates against the capacity (left, at the shortest interval) and against the interval (right, at the smallest capacity).
 
-    Left: hit rates against the capacity, at the shortest interval. Right: against the interval, at the smallest capacity.
+    A sweep over one capacity has no left panel, and a sweep over one interval no right panel; a sweep over one of each has the left one.
     """
     capacities = sorted({row.replayed.setup.hbm_experts for row in rows})
     intervals = sorted({row.switch_every for row in rows if row.switch_every is not None})

@@ -309,7 +309,7 @@ class _Replay:
                 prefetching.waiting = elsewhere
 
     def _claim(self, key: int, prefetching: _Prefetching) -> bool:
-        """Admits a prefetch if a slot is free or holds a key that this game has not asked for. A tier's last slot is left to demand."""
+        """Admits a prefetch if a slot is free or holds a key that this game has not asked for. A tier of one slot leaves it to demand."""
         tier = self._tiers[key]
         if tier.capacity == 1:
             return False

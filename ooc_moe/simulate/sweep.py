@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-from ooc_moe.display.formats import DASH
+from ooc_moe.display.formats import DASH, format_share_short
 from ooc_moe.display.table import Table, markdown_table
 from ooc_moe.metrics.provenance import facts
 from ooc_moe.metrics.trace import Trace
@@ -190,19 +190,15 @@ def _cells(row: Row) -> tuple[str, ...]:
         DASH if row.switch_every is None else f"{row.switch_every:,}",
         f"{setup.hbm_experts:,} ({setup.hbm_experts / row.num_experts:.0%})",
         f"{setup.policy} + {setup.prefetch.source}" if prefetching else setup.policy,
-        _percent(training.hit_rate),
+        format_share_short(training.hit_rate, digits=2),
         f"{row.of_belady:.3f}" if row.of_belady is not None else DASH,
-        _percent(evaluation.hit_rate),
+        format_share_short(evaluation.hit_rate, digits=2),
         f"{stall_s:,.3g} s" if stall_s < 1000 else f"{round(stall_s):,} s",
         f"{share:.1%}",
         f"{training.from_dram + evaluation.from_dram:,}",
         f"{training.from_nvme + evaluation.from_nvme:,}",
         *fates,
     )
-
-
-def _percent(rate: float) -> str:
-    return f"{rate:.2%}" if rate == rate else DASH
 
 
 # Parsing

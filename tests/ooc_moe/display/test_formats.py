@@ -17,6 +17,8 @@ NAN = float("nan")
         (formats.format_score(-1.234), "-1.23"),
         (formats.format_score(5, sign=True), "+5.00"),
         (formats.format_share(0.9999, digits=2), "99.99 %"),
+        (formats.format_share_short(0.25), "25.0%"),
+        (formats.format_share_short(NAN), "–"),
         (formats.format_ratio(1, 4), "25.0 %"),
         (formats.format_ratio(1, 0), "–"),
         (formats.format_part(3, 5000), "3 of 5,000"),
