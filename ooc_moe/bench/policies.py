@@ -17,10 +17,9 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
+from ooc_moe.display.table import Table, markdown_table, print_table
 from ooc_moe.metrics import trace
 from ooc_moe.metrics.provenance import facts
 from ooc_moe.simulate.replay import Setup, replay
@@ -103,26 +102,17 @@ def compare(made: Sequence[Pattern], shares: Sequence[float] = CACHE_SHARES) -> 
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """For a terminal."""
-    shown = Table("trace", "experts", "accesses", "cache", *POLICIES, box=SIMPLE_HEAD)
-    for column in shown.columns[1:]:
-        column.justify = "right"
-    for index, row in enumerate(rows):
-        if index and row.pattern is not rows[index - 1].pattern:
-            shown.add_section()
-        shown.add_row(*_cells(row))
-    return shown
+    """The hit rates; a section for each trace."""
+    sections = [index for index in range(1, len(rows)) if rows[index].pattern is not rows[index - 1].pattern]
+    return Table("", ("trace", "experts", "accesses", "cache", *POLICIES), [_cells(row) for row in rows], sections=sections)
 
 
 def markdown(rows: Sequence[Row], *, command: str) -> str:
     """For a file: what ran on what, the traces, the table."""
-    headings = ("trace", "experts", "accesses", "cache", *POLICIES)
     lines = ["# ooc-moe bench policies", "", "Hit rates; each trace by every policy.", ""]
     lines += [f"- {name}: {value}" for name, value in facts(Path(), command=command).items()]
     lines += [f'- trace "{name}": {what}' for name, what in dict.fromkeys((row.pattern.name, row.pattern.what) for row in rows)]
-    lines += ["", f"| {' | '.join(headings)} |", "|---|" + "---:|" * (len(headings) - 1)]
-    lines += [f"| {' | '.join(_cells(row))} |" for row in rows]
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, "", markdown_table(table(rows)), ""])
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -171,7 +161,7 @@ def run(console: Console, *, seed: int, show: Callable[[str], None]) -> list[Row
     for row in compare(patterns(seed)):
         show(f"{row.pattern.name}, {row.cache_share:.0%}")
         rows.append(row)
-    console.print(table(rows))
+    print_table(table(rows), console)
     return rows
 
 

@@ -11,7 +11,8 @@ import typer
 from rich.console import Console
 
 from ooc_moe.bench import policies
-from ooc_moe.cli.words import size, table_console, whole_numbers, words
+from ooc_moe.cli.words import size, whole_numbers, words
+from ooc_moe.display.table import print_table
 from ooc_moe.metrics.provenance import command_given
 from ooc_moe_wire.errors import InvalidRequest
 
@@ -56,8 +57,8 @@ def store(
     if as_json:
         print(json.dumps(asdict(measured), indent=2))
     else:
-        console = table_console()
-        console.print(table(measured, bench.TITLES))
+        console = Console()
+        print_table(table(measured, bench.TITLES), console)
         for missing in measured.missing:
             console.print(f"missing: {missing}", markup=False, highlight=False)
     if results is not None:
@@ -136,11 +137,10 @@ def cache(
     if as_json:
         print(json.dumps({"layer": [asdict(row) for row in layer_rows], "cache": [asdict(row) for row in cache_rows]}, indent=2))
     else:
-        console = table_console()
         if layer_rows:
-            console.print(layer.table(layer_rows))
+            print_table(layer.table(layer_rows), Console())
         if cache_rows:
-            console.print(cache_results.table(cache_rows))
+            print_table(cache_results.table(cache_rows), Console())
     if results is not None:
         if layer_rows:
             layer.save(layer_rows, layer_bench, results / "layer.md", command=command_given())
@@ -193,8 +193,7 @@ def learning(
     if as_json:
         print(json.dumps({"speed": [asdict(row) for row in speeds], "returns": [asdict(row) for row in reached]}, indent=2))
     else:
-        console = table_console()
         for table in learning_results.tables(speeds, reached):
-            console.print(table)
+            print_table(table, Console())
     if results is not None:
         learning_results.save(speeds, reached, bench.facts(chosen, command=command_given()), results / "learning.md")

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import time
 
-import humanize
 from rich.console import Group, RenderableType
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from ooc_moe.display.formats import DASH, format_bytes_short, format_count_short, format_seconds, format_share_short, format_uptime
 from ooc_moe_wire.v1 import stats_pb2
-
-DASH = "–"
 
 
 def render(stats: stats_pb2.Stats, before: stats_pb2.Stats | None = None) -> RenderableType:
@@ -32,11 +30,11 @@ def render(stats: stats_pb2.Stats, before: stats_pb2.Stats | None = None) -> Ren
 
 def _headline(stats: stats_pb2.Stats) -> Text:
     text = Text.assemble((f"ooc-moe-server {stats.version}", "bold"), no_wrap=True, overflow="ellipsis")
-    text.append(f"  {time.strftime('%H:%M:%S')}  up {humanize.naturaldelta(stats.uptime_s)}")
+    text.append(f"  {time.strftime('%H:%M:%S')}  up {format_uptime(stats.uptime_s)}")
     if stats.draining:
         text.append("  draining", style="bold yellow")
     if stats.dram.dirty_bytes:
-        text.append(f"  {_bytes(stats.dram.dirty_bytes)} not yet on NVMe", style="yellow")
+        text.append(f"  {format_bytes_short(stats.dram.dirty_bytes)} not yet on NVMe", style="yellow")
     if num_corrupt := stats.dram.num_corrupt + stats.nvme.num_corrupt:
         text.append(f"  {num_corrupt:,} corrupt", style="bold red")
     return text.append(f"  {stats.data_dir}", style="dim")
@@ -56,16 +54,16 @@ def _tiers(stats: stats_pb2.Stats, before: stats_pb2.Stats | None) -> Table:
             table.add_row(
                 name,
                 ProgressBar(total=tier.capacity_bytes, completed=tier.used_bytes),
-                _bytes(tier.used_bytes),
-                _bytes(tier.capacity_bytes),
-                _count(tier.num_records),
-                _count(served),
+                format_bytes_short(tier.used_bytes),
+                format_bytes_short(tier.capacity_bytes),
+                format_count_short(tier.num_records),
+                format_count_short(served),
                 share,
-                _count(tier.evictions),
+                format_count_short(tier.evictions),
                 _flow(tier.written_bytes, earlier.written_bytes if earlier else None, seconds),
                 _flow(tier.read_bytes, earlier.read_bytes if earlier else None, seconds),
             )
-    table.add_row("seed", "", "", "", "", _count(total.seeded))
+    table.add_row("seed", "", "", "", "", format_count_short(total.seeded))
     return table
 
 
@@ -88,7 +86,7 @@ def _trainers(stats: stats_pb2.Stats) -> Table:
     table = _table("Trainers", "|doing", "fetched", "DRAM hits", "pushed")
     for trainer in stats.trainers:
         access = trainer.access
-        row = _count(access.fetched_experts), _share(access.hits, access.misses), _count(access.pushed_experts)
+        row = format_count_short(access.fetched_experts), _share(access.hits, access.misses), format_count_short(access.pushed_experts)
         table.add_row(_name(trainer.trainer), _name(trainer.activity), *row)
     return table
 
@@ -102,11 +100,11 @@ def _hbm(stats: stats_pb2.Stats) -> Table:
                 _name(hbm.bank),
                 f"{hbm.resident_experts}/{hbm.capacity_experts}",
                 _share(hbm.hits, hbm.misses),
-                _count(hbm.prefetch_useful),
-                _count(hbm.prefetch_late),
-                _count(hbm.prefetch_wasted),
+                format_count_short(hbm.prefetch_useful),
+                format_count_short(hbm.prefetch_late),
+                format_count_short(hbm.prefetch_wasted),
                 _share(hbm.prefetch_useful, hbm.misses + hbm.refetches),
-                f"{hbm.stall_s:,.1f} s",
+                format_seconds(hbm.stall_s),
             )
     return table
 
@@ -133,12 +131,12 @@ def _banks(stats: stats_pb2.Stats) -> Table:
         access = bank.access
         table.add_row(
             _name(bank.bank),
-            _count(bank.dram_records),
-            _bytes(bank.nvme_bytes),
-            _count(access.fetched_experts),
+            format_count_short(bank.dram_records),
+            format_bytes_short(bank.nvme_bytes),
+            format_count_short(access.fetched_experts),
             _share(access.hits, access.misses),
-            _count(access.pushed_experts),
-            _count(access.push_refused),
+            format_count_short(access.pushed_experts),
+            format_count_short(access.push_refused),
             _name(bank.writer_id[:8]),
         )
     return table
@@ -161,20 +159,12 @@ def _name(name: str) -> Text:
 
 
 def _share(hits: int, misses: int) -> str:
-    return f"{100 * hits / (hits + misses):.1f}%" if hits + misses else DASH
-
-
-def _count(count: int) -> str:
-    return f"{count:,}" if count < 1_000_000 else humanize.metric(count).replace(" ", "")
-
-
-def _bytes(count: int) -> str:
-    return humanize.naturalsize(count, gnu=True)
+    return format_share_short(hits / (hits + misses)) if hits + misses else DASH
 
 
 def _flow(total: int, earlier: int | None, seconds: float) -> str:
     """Bytes since the start; with an earlier figure, bytes per second, and nothing for none: neither for a daemon that restarted."""
     if earlier is None:
-        return _bytes(total)
+        return format_bytes_short(total)
     rate = round((total - earlier) / seconds) if seconds > 0 else 0
-    return _bytes(rate) if rate > 0 else ""
+    return format_bytes_short(rate) if rate > 0 else ""

@@ -40,7 +40,7 @@ app.command()(cli_simulate.plan)
 app.command()(cli_study.study)
 
 # What the commands that train, evaluate, report and measure import; ale-py and the benchmarks' peers speak for themselves where they lack.
-_TRAIN_EXTRA = {"torch", "gymnasium", "matplotlib", "jinja2", "tensorboard"}
+_TRAIN_EXTRA = {"torch", "gymnasium", "matplotlib", "jinja2", "scipy", "tensorboard"}
 _RESUME_FLAGS = {"resume", "checkpoint", "run_dir", "name", "store", "plane", "quiet"}
 _AGENT, _DETECTOR, _PPO = "The agent (what is not given is as in the preset; demo's is shown)", "Recognising the game", "Learning"
 _DEMO = PRESETS["demo"]

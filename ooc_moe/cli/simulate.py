@@ -9,21 +9,22 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ooc_moe.cli.words import size, table_console, whole_numbers, words
+from ooc_moe.cli.words import size, whole_numbers, words
+from ooc_moe.display.progress import passing_bar
+from ooc_moe.display.table import print_table
 from ooc_moe.metrics.provenance import command_given
 from ooc_moe.metrics.trace import read_trace, write_trace
 from ooc_moe.simulate.replay import Prefetch
-from ooc_moe.simulate.runner import Study, latency, markdown, run, seconds, table
-from ooc_moe.simulate.synthetic_traces import Made, make_trace
+from ooc_moe.simulate.sweep import Sweep, latency, markdown, run, seconds, table
+from ooc_moe.simulate.synthetic_traces import SyntheticTraceConfig, make_trace
 from ooc_moe_wire.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from ooc_moe.config.run import RunConfig
 
 _MAKE, _TIME, _AHEAD = "Making a trace", "Time", "Prefetch"
-_MADE = Made()
+_MADE = SyntheticTraceConfig()
 
 
 def simulate(
@@ -100,7 +101,7 @@ def simulate(
     made_turns = turns[0] if turns else _MADE.switch_every
     if (file is None) == (make is None):
         raise InvalidRequest("file: give a trace to replay, or --make FILE to make one")
-    study = Study(
+    sweep = Sweep(
         hbm=words(hbm),
         dram=dram,
         policies=words(policy),
@@ -119,7 +120,7 @@ def simulate(
     trace = read_trace(file) if file is not None else None
     if make is not None:
         trace = make_trace(
-            Made(
+            SyntheticTraceConfig(
                 games=games,
                 experts=experts,
                 accesses=accesses,
@@ -132,19 +133,18 @@ def simulate(
         )
         write_trace(make, trace)
     assert trace is not None
-    with _progress(Console(stderr=True)) as progress:
+    with passing_bar(Console(stderr=True)) as progress:
         bar = progress.add_task("", total=None)
         rows = run(
             trace,
-            study,
+            sweep,
             begin=lambda what, total: progress.reset(bar, description=what, total=total),
             advance=lambda done: progress.advance(bar, done),
         )
     if as_json:
         print(json.dumps([asdict(row) for row in rows], indent=2))
     else:
-        console = table_console()
-        console.print(table(trace, rows))
+        print_table(table(trace, rows), Console())
     if results is not None:
         results.parent.mkdir(parents=True, exist_ok=True)
         results.write_text(markdown(trace, rows, command=command_given()))
@@ -203,8 +203,8 @@ def plan(
     if as_json:
         print(json.dumps(asdict(made) | {"rates": asdict(rates)}, indent=2))
         return
-    console = table_console()
-    console.print(planning.table(made, rates))
+    console = Console()
+    print_table(planning.table(made, rates), console)
     for finding in made.findings or ("worth trying: nothing speaks against it",):
         console.print(f"- {finding}", soft_wrap=True, markup=False, highlight=False)
 
@@ -226,14 +226,3 @@ def _planned(config: str, games: int | None, hbm_experts: int | None) -> RunConf
 
 def _game_names(number: int) -> tuple[str, ...]:
     return tuple(f"game{index}" for index in range(number))
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description:>40}"),
-        BarColumn(bar_width=30),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    )

@@ -10,10 +10,8 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from typing import Annotated
 
-import humanize
 import typer
 from google.protobuf.json_format import MessageToDict
 from rich.box import SIMPLE_HEAD
@@ -22,7 +20,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ooc_moe.cli.dashboard import DASH, render
+from ooc_moe.cli.dashboard import render
+from ooc_moe.display.formats import DASH, format_ago, format_bytes
 from ooc_moe_client.remote.store import RemoteStore
 from ooc_moe_client.store import Bank, Snapshot, Tier
 from ooc_moe_wire.errors import InvalidRequest
@@ -103,10 +102,10 @@ def bank_ls(store: StoreOption = DEFAULT_STORE) -> None:
             bank.spec.name,
             f"{bank.spec.num_experts:,}",
             f"{bank.num_written:,}",
-            _size(bank.num_written * bank.record_bytes),
-            _size(bank.record_bytes),
+            format_bytes(bank.num_written * bank.record_bytes),
+            format_bytes(bank.record_bytes),
             Text(bank.writer_id or DASH),
-            _ago(bank.created_unix_ms),
+            format_ago(bank.created_unix_ms),
         )
     Console().print(table if banks else "no banks")
 
@@ -132,7 +131,7 @@ def bank_show(name: Annotated[str, typer.Argument(help="The bank's name.")], sto
             begins = (
                 f"{tensor.initializer.algorithm} {tensor.initializer.value:g}" if tensor.initializer.value else tensor.initializer.algorithm
             )
-            tensors.add_row(tensor.name, shape, tensor.dtype, _size(tensor.num_bytes), section, begins)
+            tensors.add_row(tensor.name, shape, tensor.dtype, format_bytes(tensor.num_bytes), section, begins)
     console.print(facts, tensors, sep="\n")
 
 
@@ -191,8 +190,8 @@ def snapshot_ls(
             Text(snapshot.name),
             ", ".join(snapshot.banks),
             f"{snapshot.num_experts:,}",
-            _size(snapshot.bytes),
-            _ago(snapshot.created_unix_ms),
+            format_bytes(snapshot.bytes),
+            format_ago(snapshot.created_unix_ms),
         )
     Console().print(table if snapshots else "no snapshots")
 
@@ -269,16 +268,16 @@ def _done(verb: str, snapshot: Snapshot) -> None:
 
 
 def _bank_facts(bank: Bank, tiers: Counter[Tier]) -> list[tuple[str, str]]:
-    layout = bank.spec.layout
+    parameters, optimizer = map(format_bytes, (bank.spec.layout.parameter_bytes, bank.spec.layout.optimizer_bytes))
     facts = [
         ("bank", bank.spec.name),
         ("experts", f"{bank.spec.num_experts:,}, {bank.num_written:,} of them written"),
         ("seed", str(bank.spec.seed)),
-        ("record", f"{_size(bank.record_bytes)}: parameters {_size(layout.parameter_bytes)}, optimizer {_size(layout.optimizer_bytes)}"),
+        ("record", f"{format_bytes(bank.record_bytes)}: parameters {parameters}, optimizer {optimizer}"),
         ("where", ", ".join(f"{tiers[tier]:,} {where}" for tier, where in _WHERE.items() if tiers[tier]) or DASH),
         ("newest version", str(bank.newest_version)),
         ("writer", bank.writer_id or "nobody"),
-        ("created", _ago(bank.created_unix_ms)),
+        ("created", format_ago(bank.created_unix_ms)),
     ]
     return facts + ([("forked from", bank.forked_from)] if bank.forked_from else [])
 
@@ -291,11 +290,3 @@ def _table(first: str, *others: str) -> Table:
             name, justify="right" if name in ("experts", "written", "bytes", "record", "refers to") else "left", overflow="fold"
         )
     return table
-
-
-def _size(count: int) -> str:
-    return humanize.naturalsize(count, binary=True)
-
-
-def _ago(unix_ms: int) -> str:
-    return humanize.naturaltime(datetime.now(UTC) - datetime.fromtimestamp(unix_ms / 1000, UTC))

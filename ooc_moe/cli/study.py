@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import TaskID
 
 from ooc_moe.cli.words import words
+from ooc_moe.display.progress import lasting_bars
+from ooc_moe.display.table import Table, print_table
 from ooc_moe.metrics.provenance import command_given
 from ooc_moe.session.interrupts import INTERRUPTED_EXIT
 from ooc_moe_wire.errors import InvalidRequest
@@ -55,7 +55,9 @@ def study(
 
     console = Console()
     if name is None:
-        console.print(_list_of(list(STUDIES.values())), _table_of_variants(list(VARIANTS.values())), sep="\n")
+        print_table(_list_of(list(STUDIES.values())), console)
+        console.print()
+        print_table(_table_of_variants(list(VARIANTS.values())), console)
         return
     _at_least_one("jobs", jobs)
     chosen = find_study(name)
@@ -66,7 +68,7 @@ def study(
         steps_per_game=_at_least_one("steps_per_game", steps_per_game),
     )
     if dry_run:
-        console.print(_table_of(wanted))
+        print_table(_table_of(wanted), console)
         return
     outcome = None if tables_only else _make(chosen, wanted, jobs, console)
     if outcome is not None and outcome.interrupted:
@@ -86,7 +88,7 @@ def _make(chosen: Study, wanted: list[StudyRun], jobs: int, console: Console) ->
 
         check_device(chosen.recipe.device)
     labels = {run.config.run_dir: run.label for run in wanted}
-    with _progress(console) as progress:
+    with lasting_bars(console) as progress:
         overall = progress.add_task(chosen.name, total=None, note="", visible=False)  # Until no run was refused.
         bars: dict[Path, TaskID] = {}
         sizes = {run.config.run_dir: run.config for run in wanted}
@@ -121,7 +123,6 @@ def _say(outcome: Outcome, console: Console) -> None:
 
 def _write_home(chosen: Study, wanted: list[StudyRun], study_dir: Path, results: Path, console: Console) -> None:
     from ooc_moe.evaluation import baselines
-    from ooc_moe.report.report import rich_table
     from ooc_moe.study import results_page as home
 
     with console.status("") as status:
@@ -132,7 +133,7 @@ def _write_home(chosen: Study, wanted: list[StudyRun], study_dir: Path, results:
         constants = baselines.play_constants(chosen.games, chosen.recipe, study_dir / baselines.DIRECTORY, say)
     found = home.results_of(chosen, wanted, constants)
     for table in found.tables[:2]:
-        console.print(rich_table(table))
+        print_table(table, console)
         console.print()
     for verdict in found.verdicts:
         console.print(f"{verdict.part}: {verdict.word}. {verdict.says}", markup=False, soft_wrap=True)
@@ -143,48 +144,33 @@ def _write_home(chosen: Study, wanted: list[StudyRun], study_dir: Path, results:
 
 
 def _list_of(studies: list[Study]) -> Table:
-    table = Table("study", "asks", "runs", "steps", box=SIMPLE_HEAD)
+    rows = []
     for each in studies:
         configs = [run.config for run in each.runs(Path())]
         steps = sum(len(config.games) * config.updates_per_game * config.steps_per_update for config in configs)
-        table.add_row(each.name, each.asks, str(len(configs)), f"{steps / 1e6:.1f} M")
-    return table
+        rows.append((each.name, each.asks, str(len(configs)), f"{steps / 1e6:.1f} M"))
+    return Table("", ("study", "asks", "runs", "steps"), rows, alignment="llrr")
 
 
 def _table_of_variants(variants: list[Variant]) -> Table:
-    table = Table("variant", "is", box=SIMPLE_HEAD)
-    for each in variants:
-        table.add_row(each.name, each.says)
-    return table
+    return Table("", ("variant", "is"), [(each.name, each.says) for each in variants], alignment="ll")
 
 
 def _table_of(wanted: list[StudyRun]) -> Table:
     from ooc_moe.study.runner import state_of, steps_done, steps_of
 
-    table = Table("variant", "order", "seed", "steps", "of", "state", box=SIMPLE_HEAD)
+    rows = []
     for run in wanted:
         try:
             state = state_of(run.config).value
         except InvalidRequest as error:
             state = str(error).partition(": ")[2]  # The row says where.
         steps = [f"{count:,}" for count in (steps_done(run.config.run_dir), steps_of(run.config))]
-        table.add_row(run.variant, run.order, str(run.config.seed), *steps, state)
-    return table
+        rows.append((run.variant, run.order, str(run.config.seed), *steps, state))
+    return Table("", ("variant", "order", "seed", "steps", "of", "state"), rows, alignment="llrrrl")
 
 
 def _at_least_one(name: str, value: int | None) -> int | None:
     if value is not None and value < 1:
         raise InvalidRequest(f"{name}: {value} is not at least 1")
     return value
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description:>34}"),
-        BarColumn(bar_width=30),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-        TextColumn("{task.fields[note]}"),
-        console=console,
-    )

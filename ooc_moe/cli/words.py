@@ -1,16 +1,9 @@
-"""What the commands share: lists and sizes as words on the command line, and where a table is printed."""
+"""What the commands share: lists and sizes as words on the command line."""
 
 from __future__ import annotations
 
-import sys
-
-from rich.console import Console
-
 from ooc_moe_wire.errors import InvalidRequest
 from ooc_moe_wire.sizes import parse_size
-
-# Wide enough for every table, where the output is no terminal.
-TABLE_WIDTH = 140
 
 
 def words(text: str | None) -> tuple[str, ...]:
@@ -32,8 +25,3 @@ def size(name: str, text: str) -> int:
         return parse_size(text)
     except ValueError as error:
         raise InvalidRequest(f"{name}: {error}") from error
-
-
-def table_console() -> Console:
-    """Standard output."""
-    return Console() if sys.stdout.isatty() else Console(width=TABLE_WIDTH)

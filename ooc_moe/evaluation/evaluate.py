@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 
 from ooc_moe.config.run import Recogniser, RunConfig
 from ooc_moe.config.seeds import evaluation_seed
 from ooc_moe.detection.belief import Belief
+from ooc_moe.display.progress import passing_bar
+from ooc_moe.display.table import print_table
 from ooc_moe.envs import GameEnvs
 from ooc_moe.evaluation import baselines
 from ooc_moe.evaluation.dormant import dormant_share
@@ -29,7 +30,6 @@ from ooc_moe.evaluation.episodes import Choose, Played, play, uniformly_random
 from ooc_moe.evaluation.player import Player
 from ooc_moe.metrics.run import RunRecord
 from ooc_moe.report import summary
-from ooc_moe.report.report import rich_table
 from ooc_moe.session import checkpoint
 from ooc_moe.session.session import Session, check_device, open_session, open_store
 from ooc_moe_client.store import ExpertStore
@@ -154,12 +154,12 @@ def evaluate_run(
         _play_constants([fields["evaluated"] for fields in found], config, console)
     for table in summary.evaluation_tables(_record(config, found, counters)):
         console.print()
-        console.print(rich_table(table))
+        print_table(table, console)
     return found
 
 
 def _play_constants(games: Sequence[str], config: RunConfig, console: Console) -> None:
-    with Progress(console=console, transient=True) as progress:
+    with passing_bar(console) as progress:
         bars = {game: progress.add_task(f"constant actions in {game}", total=None) for game in games}
 
         def show(game: str, done: int, of: int) -> None:

@@ -1,10 +1,10 @@
-"""A run's metrics: one JSON object a line in `metrics.jsonl`, the same numbers as TensorBoard scalars, and their reader.
+"""Writes a run's events to `metrics.jsonl`, one JSON object a line, and their numbers to TensorBoard; and reads the file back.
 
     {"event": "update", "time": unix s, "step": environment steps so far, "update": n, "game": name or null, ...}
 
-The JSONL file is the record (reports and tables read nothing else); TensorBoard is a view of it. Knows nothing of what the events mean.
+Reports and tables read only the JSONL file. TensorBoard is a second view of the same numbers:
 
-Look at the scalars: tensorboard --logdir runs/NAME/tensorboard
+    tensorboard --logdir runs/NAME/tensorboard
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from ooc_moe_wire.errors import InvalidRequest
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-CONFIG_FILE, METRICS_FILE = "config.json", "metrics.jsonl"  # in a run's directory
-# Counts per expert belong to the record; as scalars they would be a curve for each of hundreds of experts.
+CONFIG_FILE, METRICS_FILE = "config.json", "metrics.jsonl"  # In a run's directory.
+# Counts per expert are left out: as scalars they would be a curve for each of hundreds of experts.
 _NOT_SCALARS = ("event", "time", "step", "update", "usage", "fetches")
 
 Event = dict[str, Any]
 
 
 class MetricsWriter:
-    """Appends a run's events to `run_dir/metrics.jsonl` and, with `tensorboard`, to `run_dir/tensorboard`. Used by one thread."""
+    """Appends a run's events to `run_dir/metrics.jsonl` and, with `tensorboard`, to `run_dir/tensorboard`. Only one thread may use it."""
 
     def __init__(self, run_dir: Path, *, tensorboard: bool = True) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -45,14 +45,14 @@ class MetricsWriter:
         self._file = (run_dir / METRICS_FILE).open("ab")
 
     def log(self, event: str, *, step: int, update: int, game: str | None = None, **fields: Any) -> None:
-        """Writes one event; the line is in the file when this returns. NaN and infinity become null, enum keys their lower-case names.
+        """Writes one event; its line is in the file when this returns. NaN and infinity become null; enum keys become lower-case names.
 
         Args:
-            event: its kind, for example "update".
+            event: the kind of event, for example "update".
             step: environment steps of the whole run so far; the x axis of every curve.
             update: PPO updates so far.
             game: the game in training, or None.
-            fields: anything made of dicts, lists, numbers and strings (numpy scalars and arrays too).
+            fields: values made of dicts, lists, numbers and strings; numpy scalars and arrays are allowed, too.
         """
         line: Event = {"event": event, "time": time.time(), "step": step, "update": update, "game": game, **fields}
         line = {key: _plain(value) for key, value in line.items()}
@@ -62,11 +62,11 @@ class MetricsWriter:
             self._log_scalars(line)
 
     def position(self) -> int:
-        """The file's length in bytes, for a checkpoint to remember."""
+        """The file's length in bytes; a checkpoint keeps it for `truncate`."""
         return self._file.tell()
 
     def truncate(self, position: int) -> None:
-        """Takes back every event beyond `position` (a checkpoint's), here and in TensorBoard, and logs that the run was "resumed".
+        """Removes every event after `position` (from a checkpoint), here and in TensorBoard, and logs a "resumed" event.
 
         Call it before the first `log`.
 
@@ -79,9 +79,9 @@ class MetricsWriter:
         self._file.seek(position)
         events = read_metrics(self._run_dir)
         last: Event = events[-1] if events else {"step": -1, "update": 0, "game": None}
-        # TensorBoard drops what an earlier writer logged at this step or later.
+        # TensorBoard hides scalars that an earlier process logged at this step or later.
         self._purge_step = int(last["step"]) + 1
-        # A reader of counters needs to know: those of the process begin again at zero.
+        # Readers need this event, because the new process counts from zero again.
         self.log("resumed", step=max(last["step"], 0), update=last["update"], game=last["game"])
 
     def close(self) -> None:
@@ -103,10 +103,10 @@ class MetricsWriter:
 
 
 def read_metrics(run_dir: Path) -> list[Event]:
-    """The events of a run in order; none when it has not begun. A torn last line (the writer was killed in it) is left out.
+    """The events of a run in order; none if the run has not begun. A torn last line, left by a killed writer, is skipped.
 
     Raises:
-        InvalidRequest: another line is not a JSON object; names it.
+        InvalidRequest: any other line is not a JSON event; the message names the line.
     """
     path = run_dir / METRICS_FILE
     if not path.exists():
@@ -126,14 +126,14 @@ def _parsed(line: bytes, where: str) -> Event:
 
 
 def _end_torn_line(path: Path) -> None:
-    """Cuts a last line without its end, so that the next event starts on a line of its own."""
+    """Removes an unfinished last line, so that the next event starts on a line of its own."""
     content = path.read_bytes() if path.exists() else b""
     if content and not content.endswith(b"\n"):
         os.truncate(path, content.rfind(b"\n") + 1)
 
 
 def _plain(value: Any) -> Any:
-    """`value` in types that JSON has."""
+    """`value` converted to types that JSON has."""
     if isinstance(value, Mapping):
         return {_key(key): _plain(item) for key, item in value.items()}
     if isinstance(value, np.ndarray):
@@ -152,7 +152,7 @@ def _key(key: Any) -> str:
 
 
 def _numbers(prefix: str, value: Any) -> Iterator[tuple[str, float]]:
-    """(tag, number) of every number below `value`, lists left out."""
+    """(tag, number) of every number in nested dicts; lists are skipped."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             if key != "usage":

@@ -1,10 +1,14 @@
 """Measures of continual learning, and of how games share experts: pure functions of numpy arrays.
 
-Shapes: P phases (one per game trained, in order), G games, E experts. A score matrix `scores_PG` holds in [k, i] the score of game i after
-phase k, NaN where it was not evaluated; `trained_P` holds the column of the game each phase trained, so a game may come back.
-What cannot be said (never trained, never evaluated, nothing learned to forget) is NaN, never 0. Knows nothing of runs and files.
+Shapes: P phases (one for each game trained, in order), G games, E experts.
 
-Forgetting is only half of a measure: a method that never learns forgets nothing. Show it beside `learning`.
+- `scores_PG`, written A in formulas: A[k, i] is the score of game i after phase k; NaN if the game was not evaluated then.
+- `trained_P`: the column of the game that each phase trained. A game may be trained in several phases; first(i) and last(i) are game i's
+  first and last phase.
+
+A value that is not defined is NaN, never 0: the game was never trained, never evaluated, or learned nothing that it could forget.
+
+Always show forgetting together with `learning`: a method that never learns forgets nothing.
 """
 
 from __future__ import annotations
@@ -20,15 +24,15 @@ Expert = TypeVar("Expert", bound=Hashable)
 
 
 def normalise(scores: ArrayLike, floor_G: ArrayLike, ceiling_G: ArrayLike) -> Floats:
-    """(score - floor) / (ceiling - floor) by game: 0 is the floor, 1 the ceiling; NaN where the ceiling is not above the floor.
+    """(score - floor) / (ceiling - floor) by game: 0 at the floor, 1 at the ceiling; NaN where the ceiling is not above the floor.
 
-    With floor = random play and ceiling = `best_own` it is the normalised score of this run; with ceiling = a human's score it is the
+    With random play as floor and `best_own` as ceiling, this is the run's own normalised score. With a human's score as ceiling, it is the
     human-normalised score (Mnih et al. 2015, "Human-level control", extended data table 2).
 
     Args:
         scores: (..., G).
-        floor_G: the score that counts as nothing.
-        ceiling_G: the score that counts as all.
+        floor_G: the score that becomes 0.
+        ceiling_G: the score that becomes 1.
     """
     floor, ceiling = np.asarray(floor_G, float), np.asarray(ceiling_G, float)
     span = np.where(ceiling > floor, ceiling - floor, np.nan)
@@ -36,15 +40,15 @@ def normalise(scores: ArrayLike, floor_G: ArrayLike, ceiling_G: ArrayLike) -> Fl
 
 
 def best_own(scores_PG: ArrayLike, trained_P: Sequence[int]) -> Floats:
-    """(G,) the best score of each game from its own first phase on: max over k >= first(i) of A[k, i]."""
+    """(G,) the best score of each game since its first phase: max over k >= first(i) of A[k, i]."""
     scores = np.asarray(scores_PG, float)
     return np.array([_max(scores[first:, game]) if first is not None else np.nan for game, first in _first_phases(scores, trained_P)])
 
 
 def learning(scores_PG: ArrayLike, trained_P: Sequence[int]) -> Floats:
-    """(G,) the score of each game right after it was last trained: A[last(i), i].
+    """(G,) the score of each game right after its last training: A[last(i), i].
 
-    Its mean is LA, the learning accuracy (Riemer et al. 2019).
+    The mean over games is the learning accuracy, LA (Riemer et al. 2019).
     """
     scores = np.asarray(scores_PG, float)
     last = {game: phase for phase, game in enumerate(trained_P) if phase < len(scores)}
@@ -52,15 +56,16 @@ def learning(scores_PG: ArrayLike, trained_P: Sequence[int]) -> Floats:
 
 
 def final(scores_PG: ArrayLike) -> Floats:
-    """(G,) the last score of each game: A[P-1, i]. Its mean is ACC, the average performance (Lopez-Paz & Ranzato 2017, eq. 2)."""
+    """(G,) the last score of each game: A[P-1, i]. The mean over games is ACC (Lopez-Paz & Ranzato 2017, eq. 2)."""
     scores = np.asarray(scores_PG, float)
     return scores[-1].copy() if len(scores) else np.full(scores.shape[1], np.nan)
 
 
 def forgetting(scores_PG: ArrayLike, trained_P: Sequence[int]) -> Floats:
-    """(G,) max over first(i) <= k < P-1 of A[k, i], less A[P-1, i] (Chaudhry et al. 2018, eq. 3); negative when it got better since.
+    """(G,) how far each game's score fell from its best to the end; negative if it rose.
 
-    NaN for games trained in the last phase: nothing came after that could have made the agent forget.
+    This is (max over first(i) <= k < P-1 of A[k, i]) - A[P-1, i] (Chaudhry et al. 2018, eq. 3). NaN for the game of the last phase, because
+    nothing was trained after it.
     """
     scores = np.asarray(scores_PG, float)
     before = np.array([_max(scores[first:-1, game]) if first is not None else np.nan for game, first in _first_phases(scores, trained_P)])
@@ -68,9 +73,9 @@ def forgetting(scores_PG: ArrayLike, trained_P: Sequence[int]) -> Floats:
 
 
 def retention(scores_PG: ArrayLike, trained_P: Sequence[int], floor_G: ArrayLike) -> Floats:
-    """(G,) the share of what was learned that is still there: (A[P-1, i] - floor) / (A[last(i), i] - floor).
+    """(G,) the share of what a game learned that is left at the end: (A[P-1, i] - floor) / (A[last(i), i] - floor).
 
-    NaN for games trained in the last phase, and where learning is not above the floor: of nothing, everything is retained.
+    NaN for the game of the last phase, and for a game whose score after training is not above the floor: it has nothing to retain.
     """
     scores = np.asarray(scores_PG, float)
     kept = normalise(final(scores), floor_G, learning(scores, trained_P))
@@ -78,31 +83,31 @@ def retention(scores_PG: ArrayLike, trained_P: Sequence[int], floor_G: ArrayLike
 
 
 def forward_transfer(scores_PG: ArrayLike, trained_P: Sequence[int], untrained_G: ArrayLike) -> Floats:
-    """(G,) what the earlier games gave to a game before its own: A[first(i)-1, i] - untrained[i] (Lopez-Paz & Ranzato 2017, eq. 4).
+    """(G,) how much training the earlier games raised a game's score before its own training. NaN for the first game.
 
-    NaN for the first game.
+    This is A[first(i)-1, i] - untrained[i] (Lopez-Paz & Ranzato 2017, eq. 4).
     """
     scores, untrained = np.asarray(scores_PG, float), np.asarray(untrained_G, float)
     return np.array([scores[first - 1, game] - untrained[game] if first else np.nan for game, first in _first_phases(scores, trained_P)])
 
 
 def isolated_forgetting(scores_PG: ArrayLike, trained_P: Sequence[int], scale_G: ArrayLike | None = None) -> Floats:
-    """(P, G) what learning another game took from a game that was learned before: (A[k-1, i] - A[k, i]) / scale[i].
+    """(P, G) how much an earlier game's score fell while phase k trained another game: (A[k-1, i] - A[k, i]) / scale[i].
 
-    With the scale of `greatest_score` it is CORA's isolated forgetting (Powers et al. 2022, "CORA", section 4). That scale is the run's
-    own, so a method that learns little may look as if it forgot much; a fixed scale (single-task score - random) compares methods.
+    Negative if the score rose. NaN if game i was not trained before phase k, or is trained in it.
 
-    NaN where game i was not yet trained, or is trained, in phase k. Negative when it got better.
+    With the default scale, `greatest_score`, this is CORA's isolated forgetting (Powers et al. 2022, "CORA", section 4). That scale is the
+    run's own, so a method that learns little may seem to forget much. To compare methods, give a fixed scale: single-task score - random.
     """
     changes_PG, before_PG, own_PG = _changes(scores_PG, trained_P)
     return np.where(before_PG & ~own_PG, -changes_PG, np.nan) / _scale(scores_PG, scale_G)
 
 
 def zero_shot_transfer(scores_PG: ArrayLike, trained_P: Sequence[int], untrained_G: ArrayLike, scale_G: ArrayLike | None = None) -> Floats:
-    """(P, G) what learning another game gave to a game that was not trained yet: (A[k, i] - A[k-1, i]) / scale[i], A[-1] = untrained.
+    """(P, G) how much an untrained game's score rose while phase k trained another game: (A[k, i] - A[k-1, i]) / scale[i].
 
-    CORA's zero-shot forward transfer (Powers et al. 2022, section 4); the scale as in `isolated_forgetting`. NaN from the game's own first
-    phase on.
+    A[-1] stands for `untrained_G`. NaN from game i's first phase on. This is CORA's zero-shot forward transfer (Powers et al. 2022,
+    section 4); the scale is that of `isolated_forgetting`.
     """
     changes_PG, before_PG, own_PG = _changes(scores_PG, trained_P, untrained_G)
     return np.where(before_PG | own_PG, np.nan, changes_PG) / _scale(scores_PG, scale_G)
@@ -111,7 +116,7 @@ def zero_shot_transfer(scores_PG: ArrayLike, trained_P: Sequence[int], untrained
 def greatest_score(scores_PG: ArrayLike) -> Floats:
     """(G,) |max over k of A[k, i]|, CORA's scale |r_i,all,max|; NaN for a game that was never evaluated, or whose best score is 0.
 
-    One deviation: CORA's maximum is over all of training, this one over the ends of phases, where A was measured.
+    CORA takes the maximum over all of training; here it is over the ends of phases, where scores were measured.
     """
     scores = np.asarray(scores_PG, float)
     greatest = np.abs([_max(scores[:, game]) for game in range(scores.shape[1])])
@@ -119,7 +124,7 @@ def greatest_score(scores_PG: ArrayLike) -> Floats:
 
 
 def without_last(values_G: ArrayLike, trained_P: Sequence[int]) -> Floats:
-    """(G,) the same, NaN for the game that was trained last: nothing came after it, so that it flatters every measure of what is left."""
+    """(G,) the values with NaN for the game trained last. Nothing was trained after it, so it would flatter every measure of forgetting."""
     values = np.array(values_G, float)
     if trained_P:
         values[trained_P[-1]] = np.nan
@@ -128,23 +133,25 @@ def without_last(values_G: ArrayLike, trained_P: Sequence[int]) -> Floats:
 
 def clearly_above(returns: Sequence[float], floor: float) -> bool:
     """Whether the mean of `returns` lies more than two standard errors above `floor`; False for fewer than two returns."""
-    if len(returns) < 2:
-        return False
-    values = np.asarray(returns, float)
-    return bool(values.mean() - 2 * values.std(ddof=1) / np.sqrt(len(values)) > floor)
+    return len(returns) > 1 and bool(np.mean(returns) - 2 * standard_error(returns) > floor)
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """The standard error of the mean; 0 for fewer than two values."""
+    return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
 def usage_shares(counts: ArrayLike) -> Floats:
-    """Token counts (..., E) as shares that sum to 1; NaN where nothing was routed."""
+    """(..., E) token counts as shares that sum to 1; NaN where there are no tokens."""
     values = np.asarray(counts, float)
     total = values.sum(axis=-1, keepdims=True)
     return np.asarray(values / np.where(total > 0, total, np.nan))
 
 
 def thinned(counts_NE: ArrayLike, *, seed: int = 0) -> Floats:
-    """(N, E) as many tokens in each row, drawn without replacement, as the smallest row has that is not empty.
+    """(N, E) a sample of each row's tokens, drawn without replacement, as many as the smallest non-empty row has.
 
-    The overlap of two samples of one distribution grows with their size; only rows of one size may be compared.
+    Only rows of equal size can be compared: the overlap of two samples of one distribution grows with their size.
     """
     counts = np.asarray(counts_NE, np.int64)
     totals = counts.sum(axis=1)
@@ -155,7 +162,7 @@ def thinned(counts_NE: ArrayLike, *, seed: int = 0) -> Floats:
 
 
 def mass_overlap(counts_GE: ArrayLike) -> Floats:
-    """(G, G) the routed mass two games have in common: sum over e of min(p_i(e), p_j(e)), 1 less their total variation distance."""
+    """(G, G) the routed mass that two games have in common: sum over e of min(p_i(e), p_j(e)), which is 1 - total variation distance."""
     shares = usage_shares(counts_GE)
     return np.asarray(np.minimum(shares[:, None, :], shares[None, :, :]).sum(axis=-1))
 
@@ -163,7 +170,7 @@ def mass_overlap(counts_GE: ArrayLike) -> Floats:
 def top_overlap(counts_GE: ArrayLike, top: int = 10) -> Floats:
     """(G, G) Jaccard index |T_i & T_j| / |T_i | T_j| of the `top` most used experts of each game; NaN for a game that used none.
 
-    Experts without tokens are not among them; ties go to the lower id.
+    T_i holds only experts with tokens. Of equally used experts, the one with the lower number comes first.
     """
     counts = np.asarray(counts_GE, float)
     sets = [{int(e) for e in np.argsort(-row, kind="stable")[:top] if row[e] > 0} for row in counts]
@@ -171,38 +178,40 @@ def top_overlap(counts_GE: ArrayLike, top: int = 10) -> Floats:
 
 
 def mean_off_diagonal(matrix_GG: ArrayLike) -> float:
-    """The mean over pairs of different games; NaN for fewer than two games."""
+    """The mean over pairs of two different games; NaN for fewer than two games."""
     matrix = np.asarray(matrix_GG, float)
     return mean(matrix[~np.eye(len(matrix), dtype=bool)])
 
 
 def cold_unchanged(before: Mapping[Expert, Any], after: Mapping[Expert, Any], trained: Set[Expert]) -> tuple[int, int]:
-    """(equal, all) cold experts of a phase: those that were trained before it and not in it; equal if so are their checksums.
+    """(number with equal checksums, number of all) of a phase's cold experts.
+
+    A cold expert was trained before the phase, and is not trained in it. It should therefore be the same after the phase.
 
     Args:
-        before: expert -> checksums, of all that were trained when the phase began.
-        after: the same when it ended.
-        trained: what the phase's game was routed to in training, less what it only borrowed.
+        before: expert -> checksums, for all experts trained before the phase began.
+        after: the same when the phase has ended.
+        trained: the experts that the phase's game was routed to in training, without those that it only borrowed.
     """
     cold = before.keys() - trained
     return sum(after.get(expert) == before[expert] for expert in cold), len(cold)
 
 
 def confusion(believed: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> Floats:
-    """(G, C) rows: the game played; columns: the share of its steps in which the detector believed that name. Rows sum to 1, or are NaN."""
+    """(G, C) for each game played, the share of its steps in which the detector believed each name. A row sums to 1, or is NaN."""
     counts = np.array([[float(row.get(name, 0)) for name in columns] for row in believed]).reshape(len(believed), len(columns))
     return usage_shares(counts)
 
 
 def mean(values: ArrayLike) -> float:
-    """The mean of what is not NaN; NaN when nothing is."""
+    """The mean of the values that are not NaN; NaN if all are."""
     known = np.asarray(values, float)
     known = known[~np.isnan(known)]
     return float(known.mean()) if known.size else float("nan")
 
 
 def _first_phases(scores: Floats, trained_P: Sequence[int]) -> list[tuple[int, int | None]]:
-    """(game, its first phase) for every game; None when none of the evaluated phases trained it."""
+    """(game, first phase) for every game; the phase is None if no evaluated phase trained the game."""
     trained = list(trained_P)[: len(scores)]
     return [(game, trained.index(game) if game in trained else None) for game in range(scores.shape[1])]
 
@@ -215,7 +224,7 @@ def _trained_last(scores: Floats, trained_P: Sequence[int]) -> NDArray[np.bool_]
 def _changes(
     scores_PG: ArrayLike, trained_P: Sequence[int], untrained_G: ArrayLike | None = None
 ) -> tuple[Floats, NDArray[np.bool_], NDArray[np.bool_]]:
-    """(P, G) each: change since the phase before; whether the game was trained before phase k; whether it is trained in phase k."""
+    """Three arrays (P, G): score change since the phase before, whether an earlier phase trained the game, whether this phase trains it."""
     scores = np.asarray(scores_PG, float)
     first = np.full((1, scores.shape[1]), np.nan) if untrained_G is None else np.asarray(untrained_G, float)[None]
     own = np.zeros(scores.shape, bool)

@@ -1,4 +1,4 @@
-"""What a benchmark ran on: the machine, the versions, the commit. Names no path of the machine."""
+"""Where a result comes from: command, commit, date, machine and versions. No path of the machine is named, so results can be published."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-import humanize
+from ooc_moe.display.formats import format_size
 
 PACKAGES = (
     *("ooc-moe", "grpcio", "protobuf", "numpy", "xxhash", "pyarrow", "ray", "lmdb", "rocksdict"),
@@ -22,7 +22,7 @@ PACKAGES = (
 
 
 def facts(data_dir: Path, *, command: str) -> dict[str, str]:
-    """What a reader needs to judge or repeat a result."""
+    """Name -> value of what a reader needs to judge or repeat a result. `data_dir` is on the disk that was used."""
     return {
         "command": f"`{command}`",
         "commit": commit(),
@@ -33,27 +33,27 @@ def facts(data_dir: Path, *, command: str) -> dict[str, str]:
 
 
 def command_given() -> str:
-    """The command line of `ooc-moe`, without places of this machine."""
-    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
-    return shlex.join(["ooc-moe", *words])
+    """The command line that started this process, with absolute paths cut to their last part."""
+    arguments = [Path(argument).name if Path(argument).is_absolute() else argument for argument in sys.argv[1:]]
+    return shlex.join(["ooc-moe", *arguments])
 
 
 def commit() -> str:
-    """The commit that this code is at, and whether it was changed since; "unknown" where it is no checkout."""
+    """The commit of this checkout, and whether it has uncommitted changes; "unknown" if the code is not in a checkout."""
     if shutil.which("git") is None:
         return "unknown"
     here = Path(__file__).resolve()
 
-    def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(here.parent), *words], capture_output=True, text=True).stdout.strip()
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(here.parent), *arguments], capture_output=True, text=True).stdout.strip()
 
-    if not git("ls-files", here.name):  # Installed, if anything, beside somebody else's work.
+    if not git("ls-files", here.name):  # The package is installed, perhaps into another project's checkout.
         return "unknown"
     return git("rev-parse", "--short", "HEAD") + (" and changes not committed" if git("status", "--porcelain", "-uno") else "")
 
 
 def available_memory_bytes() -> int:
-    """What the kernel says can be had without swapping."""
+    """Memory that can be allocated without swapping, as the kernel estimates it."""
     return _meminfo("MemAvailable")
 
 
@@ -66,7 +66,7 @@ def _meminfo(field: str) -> int:
 
 
 def _total_memory() -> str:
-    return f"{humanize.naturalsize(_meminfo('MemTotal'), binary=True, format='%.3g')} of memory"
+    return f"{format_size(_meminfo('MemTotal'))} of memory"
 
 
 def _processor() -> str:
@@ -78,7 +78,7 @@ def _processor() -> str:
 
 
 def _disk(data_dir: Path) -> str:
-    """The file system that holds `data_dir`, and its device."""
+    """File system and device of `data_dir`."""
     found = ("", "unknown", "unknown")
     for line in Path("/proc/self/mounts").read_text().splitlines():
         device, mount, kind, *_ = line.split()

@@ -1,6 +1,6 @@
-"""What a network of its own learns of each game, read from runs of single games: the scale of a run on which training alone is 100 %.
+"""Reads single-task scores: what an agent reaches that learns one game alone. Reports show scores as shares of them.
 
-summary.py and report.py show it; a study has the same scale, from runs of its own (study/scores.py).
+A study computes the same scale from its own runs (study/scores.py).
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from ooc_moe.metrics import measures
 from ooc_moe.metrics.run import RunRecord
 from ooc_moe_wire.errors import InvalidRequest
 
-# What a run and its measure must have in common. Seeds may differ: several of a game are averaged.
+# Settings that a run and a single-task run must share to be compared. Seeds may differ: the scores of several seeds are averaged.
 _PROTOCOL = ("steps_per_game", "eval_envs", "eval_episodes", "eval_steps")
 
 
 def with_single_task(record: RunRecord, run_dirs: Sequence[Path]) -> RunRecord:
-    """The same record, which knows the mean return of each game at the end of the runs that learned nothing else.
+    """A copy of `record` with the mean final return of each game that a run in `run_dirs` learned alone.
 
     Raises:
-        InvalidRequest: one of them is no such run: it learned several games, or another one, is not finished, was not evaluated, or was
-            trained or evaluated otherwise than `record`.
+        InvalidRequest: a run learned several games, or a game that `record` lacks; is not finished or not evaluated; or was trained or
+            evaluated with other settings than `record`.
     """
     found: dict[str, list[float]] = {}
     for run_dir in run_dirs:
@@ -37,7 +37,7 @@ def _check(single: RunRecord, record: RunRecord) -> None:
     if len(single.schedule) != 1:
         raise InvalidRequest(f"single_task: {run_dir} learned {games or 'nothing'}, not one game alone")
     if games not in record.games:
-        raise InvalidRequest(f"single_task: {run_dir} learned {games}, which is none of the games of {record.name}")
+        raise InvalidRequest(f"single_task: {run_dir} learned {games}, which {record.name} did not learn")
     for name in _PROTOCOL:
         if single.config.get(name) != record.config.get(name):
             raise InvalidRequest(

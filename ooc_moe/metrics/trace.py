@@ -1,16 +1,20 @@
-"""A trace: which experts a run asked its caches for, in order, and which game was on the screen.
+"""A trace: which experts a run asked its caches for, in order, and which game was played.
 
     ooc-moe train --games krull,boxing --trace krull.trace         # records one
     ooc-moe simulate krull.trace --hbm 8,16                        # replays it
 
-One access is one expert of one layer call, as the cache counts its hits: what acting, forward and evaluation ask for, not the second looks
-of backward and optimizer. It is written as expert x banks + bank, the numbering of the detector, which stays valid when a bank grows;
-with a bank per layer the bank is the layer. Marks between the accesses say which game begins there, and whether it is evaluated.
+An access is one expert in one call of a layer. Acting, forward and evaluation make accesses; backward and the optimizer use the same
+experts again, and are not recorded. (The cache counts its hits in the same way.) An access is written as a key: expert x banks + bank. This
+is the detector's numbering, and it stays valid when a bank grows. If each layer has its own bank, the bank is the layer. Marks between the
+accesses say which game begins there, and whether it is evaluated.
 
-The file is 8 bytes of magic and chunks: a head "<IIQ" (kind, payload bytes, xxh3 of the payload seeded with the kind), then the payload:
-accesses (uint32 each), or JSON (the first chunk says what was recorded, the others are marks). Chunks are appended whole, so a killed
-writer leaves at most one torn chunk at the end, which readers drop with a word and `TraceWriter.truncate` cuts off. Four bytes an access:
-40 MB for ten million. Knows nothing of caches and of replaying.
+The file begins with 8 bytes of magic. Chunks follow, each with a head "<IIQ": kind, payload bytes, xxh3 of the payload seeded with the
+kind.
+
+    | magic, 8 bytes | head | info, JSON | head | accesses, uint32 each | head | mark, JSON | head | accesses | ...
+
+The first chunk describes the run. A chunk is appended as a whole, so a killed writer leaves at most one torn chunk, at the end. Readers
+skip it with a warning, and `TraceWriter.truncate` removes it. Ten million accesses need 40 MB.
 """
 
 from __future__ import annotations
@@ -42,20 +46,20 @@ _INFO, _ACCESSES, _MARK = range(3)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TraceInfo:
-    """What was recorded."""
+    """Describes the recorded run."""
 
     source: str
-    """The run's name, or what made the trace."""
+    """The run's name, or how the trace was made."""
     num_banks: int
     expert_bytes: int
-    """Bytes that one expert fills in HBM."""
+    """Bytes of one expert in HBM."""
     hbm_experts: int | None = None
-    """Capacity of the caches that were recorded, over all banks."""
+    """Capacity of the recorded caches, in experts of all banks together."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """From access number `position` on, this game is played."""
+    """This game is played from access number `position` on."""
 
     position: int
     game: str
@@ -64,7 +68,7 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A stretch of accesses within one game, all of training or all of evaluation."""
+    """A stretch of accesses that belong to one game, and all to training or all to evaluation."""
 
     game: str
     evaluating: bool
@@ -78,8 +82,8 @@ class Trace:
 
     Attributes:
         keys_A: (accesses,) uint32, expert x banks + bank.
-        marks: by position; what stands before the first belongs to no game.
-        torn_bytes: bytes at the end of the file that were dropped, because the writer was stopped in the middle of them.
+        marks: in order of position; accesses before the first mark belong to no game.
+        torn_bytes: bytes at the end of the file that were skipped, because the writer was stopped while it wrote them.
     """
 
     info: TraceInfo
@@ -89,11 +93,11 @@ class Trace:
 
     @property
     def num_experts(self) -> int:
-        """How many different ones were asked for."""
+        """Number of different experts in the trace."""
         return len(np.unique(self.keys_A))
 
     def spans(self) -> list[Span]:
-        """The stretches between marks that change something, in order; empty ones left out."""
+        """The spans in order. Neighbours of one game and kind are joined; empty spans are left out."""
         ends = [*self.marks, Mark(len(self.keys_A), "", False)]
         if ends[0].position:
             ends.insert(0, Mark(0, "", False))
@@ -109,14 +113,14 @@ class Trace:
 
 
 class TraceWriter:
-    """Appends to a trace file; used by one thread.
+    """Appends to a trace file. Only one thread may use it.
 
     Args:
-        path: a new file, or one that is gone on with (see `truncate`).
-        info: what is recorded; written to a new file.
+        path: a new file, or an existing trace to be continued (see `truncate`).
+        info: describes the run; written only to a new file.
 
     Raises:
-        InvalidRequest: the file cannot be made, or holds something else.
+        InvalidRequest: the file cannot be created, or is not a trace.
     """
 
     def __init__(self, path: Path, info: TraceInfo) -> None:
@@ -136,26 +140,26 @@ class TraceWriter:
             self._append(_INFO, _json(asdict(info)))
 
     def access(self, bank: int, experts: Sequence[int]) -> None:
-        """The cache of `bank` was asked for these."""
+        """Records that the cache of `bank` was asked for these experts."""
         num_banks = self._num_banks
         self._buffer.extend([expert * num_banks + bank for expert in experts])
         if len(self._buffer) >= CHUNK_ACCESSES:
             self._write_accesses()
 
     def mark(self, game: str, *, evaluating: bool) -> None:
-        """From here on, this game is played."""
+        """Records that this game is played from here on."""
         self._write_accesses()
         self._append(_MARK, _json({"game": game, "evaluating": evaluating}))
 
     def position(self) -> int:
-        """The file's length in bytes when everything until now is durable, for a checkpoint to remember."""
+        """Makes all accesses so far durable and returns the file's length in bytes; a checkpoint keeps it for `truncate`."""
         self._write_accesses()
         self._file.flush()
         os.fsync(self._file.fileno())
         return self._file.tell()
 
     def truncate(self, position: int) -> None:
-        """Takes back everything beyond `position` (a checkpoint's), whole or torn.
+        """Removes everything after `position` (from a checkpoint), whole chunks and torn ones.
 
         Raises:
             InvalidRequest: the file is shorter.
@@ -167,7 +171,7 @@ class TraceWriter:
         self._file.seek(position)
 
     def close(self) -> None:
-        """Writes what is left."""
+        """Writes the accesses that are still buffered, and closes the file."""
         self._write_accesses()
         self._file.close()
 
@@ -182,16 +186,16 @@ class TraceWriter:
 
 
 def check_new(path: Path) -> None:
-    """Raises InvalidRequest when there is a file already."""
+    """Raises InvalidRequest if the file exists."""
     if path.exists():
         raise InvalidRequest(f"trace: {path} exists; name a new file, or delete it first")
 
 
 def read_trace(path: Path) -> Trace:
-    """Reads a whole trace. A torn end is dropped, and said in the log and in `torn_bytes`.
+    """Reads a whole trace. A torn end is skipped, with a warning in the log; `torn_bytes` says how long it was.
 
     Raises:
-        InvalidRequest: there is no file, it is no trace, of another version, or damaged elsewhere than at its end.
+        InvalidRequest: the file does not exist, is not a trace, has another version, or is damaged before its end.
     """
     try:
         content = memoryview(path.read_bytes())
@@ -214,13 +218,13 @@ def read_trace(path: Path) -> Trace:
     if info is None:
         raise InvalidRequest(f"trace: {path} is torn in its first chunk; nothing was recorded")
     if torn := len(content) - end:
-        log.warning("%s: %d bytes at the end are torn (its writer was stopped in the middle of them) and left out", path, torn)
+        log.warning("%s: %d bytes at the end are skipped, because the writer was stopped while it wrote them", path, torn)
     keys = np.concatenate(pieces) if pieces else np.empty(0, np.uint32)
     return Trace(info=info, keys_A=keys, marks=tuple(marks), torn_bytes=torn)
 
 
 def write_trace(path: Path, trace: Trace) -> None:
-    """Writes a trace that was made, not recorded. Raises InvalidRequest when there is a file already."""
+    """Writes a whole trace to a new file. Raises InvalidRequest if the file exists."""
     check_new(path)
     writer = TraceWriter(path, trace.info)
     for span in trace.spans():
@@ -231,7 +235,7 @@ def write_trace(path: Path, trace: Trace) -> None:
 
 
 def _chunks(content: memoryview, path: Path) -> Iterator[tuple[int, memoryview]]:
-    """Kind and payload of each chunk, until the file ends or the last chunk is torn."""
+    """Kind and payload of each chunk, up to the end of the file or a torn last chunk."""
     start = len(MAGIC)
     while start + _HEAD.size <= len(content):
         kind, length, checksum = _HEAD.unpack_from(content, start)

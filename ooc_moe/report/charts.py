@@ -1,6 +1,6 @@
-"""The report's pictures in order of reading, each with a line on how to read it.
+"""The list of a report's charts in reading order, each with a title and a text on how to read it.
 
-What draws them is in learning_charts.py and tier_charts.py. Knows nothing of HTML and files.
+learning_charts.py and tier_charts.py draw them.
 """
 
 from __future__ import annotations
@@ -17,86 +17,93 @@ from ooc_moe.report.tier_charts import expert_usage, hit_rate, overlap, prefetch
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """One picture: its file name, title, a line on how to read it, what it needs, and what draws it."""
+    """One chart of the report."""
 
     name: str
+    """Name of its PNG file, without the ending."""
     title: str
     reading: str
+    """How to read it."""
     needs: str
+    """What a run must have logged for it."""
     draw: Callable[[RunRecord], Figure | None]
+    """Returns None if the run has not logged what the chart needs."""
 
 
 CHARTS = (
     Chart(
         "score_matrix",
         "Scores after each phase",
-        "Read a column downwards: how one game's mean score changed as other games were learned. Framed: right after its own training; "
-        "above the frame it was not trained yet, below it there was time to forget it. White is random play or worse, dark the best this "
-        "run reached in that game, grey was not played.",
+        "Read a column downwards to see how one game's mean score changed while other games were learned. The framed cell is the score "
+        "right after the game's own training. Above the frame the game was not trained yet; below it the agent had time to forget the "
+        "game. White: random play or worse. Dark: the best that this run reached in that game. Grey: not played.",
         "an evaluation",
         score_matrix,
     ),
     Chart(
         "forgetting",
         "Learning and forgetting",
-        "The step from grey to full colour is what was learned, the drop from there to the pale bar is what was forgotten. Forgetting says "
-        "nothing where nothing was learned. Bars are mean scores, with standard errors; the last game has had no time to be forgotten.",
+        "The rise from the grey bar to the full-coloured one is what was learned; the drop from there to the pale bar is what was "
+        "forgotten. Where nothing was learned, forgetting means nothing. Bars are mean scores with standard errors. The last game has no "
+        "pale bar, because nothing was trained after it.",
         "an evaluation",
         forgetting,
     ),
     Chart(
         "learning_curves",
         "Learning curves",
-        "Raw score while each game was trained: dots are updates, the line is the mean of five.",
+        "The raw score while each game was trained. A dot is an update; the line is the mean of five updates.",
         "an update with rewards",
         learning_curves,
     ),
     Chart(
         "hit_rate",
         "Cache hits",
-        "High between the switches (dashed) means that the experts of the moment fit into HBM; the dip at a switch is the price of a "
-        "new game (mind where the axis begins). Below: the fetches that remain, many at a switch, few within a game.",
+        "A high rate between the switches (dashed) means that the game's experts fit into HBM. The dip at a switch is the cost of loading "
+        "the new game's experts. Note where the axis begins. The lower chart shows the remaining fetches: many at a switch, few within a "
+        "game.",
         "an update with cache counters",
         hit_rate,
     ),
     Chart(
         "tier_bytes",
         "Bytes by tier",
-        "HBM and DRAM fill to their capacity and stay there; NVMe grows with every newly trained expert. Out of HBM: trained experts that "
-        "were written back.",
+        "HBM and DRAM fill up to their capacity and stay full. NVMe grows with each newly trained expert. Bytes out of HBM are trained "
+        "experts that were written back.",
         "an update with cache and daemon counters",
         tier_bytes,
     ),
     Chart(
         "prefetching",
         "Prefetching",
-        "Useful: the expert was in HBM when asked for. Late: it was still on its way. Wasted: evicted before anybody asked. The last "
-        "evaluation's are in the table only.",
+        "Useful: the expert was in HBM when it was asked for. Late: it had not arrived yet. Wasted: it was evicted before it was asked "
+        "for. The prefetches of the last evaluation are only in the table.",
         "prefetched experts (prefetching may have been off)",
         prefetching,
     ),
     Chart(
         "expert_usage",
         "Expert usage",
-        "One row per game; the darker a column, the more of the game's tokens that expert computed. A column that is dark in one row only "
-        "is an expert of that game alone.",
+        "One row for each game. The darker a cell, the more of the game's tokens that expert computed. A column that is dark in one row "
+        "only is an expert that one game uses alone.",
         "an update with routing counts",
         expert_usage,
     ),
     Chart(
         "overlap",
         "Overlap between games",
-        "Off the diagonal: what two games share. Experts in common: of the ten most used of each. Mass: the share of tokens routed alike; "
-        "0 % is complete separation. In an evaluation the first steps of a game are played with the experts of the one before it.",
+        "Cells off the diagonal show what two games share. Experts in common: among the ten experts that each game uses most. Mass: the "
+        "share of tokens that are routed alike; 0 % is complete separation. In an evaluation the first steps of a game are played with the "
+        "experts of the game before it.",
         "the routing counts of two games",
         overlap,
     ),
     Chart(
         "detector",
         "Detector",
-        "Left: the share of steps in which each belief was acted on; a dark diagonal means that games were recognised (the first steps of "
-        "a game are played as the one before it). Right: how well it knew the frames of the moment in training; it falls at a switch, "
-        "because nobody has taught it the new game yet.",
+        "Left: for each game played, the share of steps in which the agent acted on each belief. A dark diagonal means that the games were "
+        "recognised; the first steps of a game are still played as the game before it. Right: the detector's accuracy on the frames of the "
+        "current training. It falls at a switch, because the detector has not learned the new game yet.",
         "an evaluation, or an update with detector figures",
         detector,
     ),

@@ -1,6 +1,6 @@
-"""What all charts draw with: one style, one colour per game and per tier, and a few kinds of axes.
+"""What all charts share: one style, a colour for each game and tier, and a few kinds of axes.
 
-matplotlib through its object-oriented interface, on Agg: nothing is shared between figures or left open. Knows nothing of runs.
+Charts use matplotlib's object-oriented interface on Agg, so that figures share no state and need not be closed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ooc_moe.metrics.measures import Floats
 
 WIDTH = 9.0
-"""Inches of every figure."""
+"""Inches; every figure is as wide."""
 INK, FAINT, ACCENT = "#1F2933", "#9AA5B1", "#E8A33D"
 TIERS = {"hbm": ("HBM", "#B3261E"), "dram": ("DRAM", "#E8A33D"), "nvme": ("NVMe", "#3B6FB6"), "seed": ("seed", "#B8BEC9")}
 FATES = {"useful": "#2E8B57", "late": "#E8A33D", "wasted": "#B3261E"}
@@ -53,20 +53,20 @@ PERCENT = PercentFormatter(1.0)
 
 
 def game_colours(games: Sequence[str]) -> dict[str, str]:
-    """A colour per game, by its place in the run; beyond seven games, hues spread evenly, every other one dark."""
+    """A colour for each game, by its place in the run. With more than seven games, hues are spread evenly and every other one is dark."""
     if len(games) <= len(_GAME_COLOURS):
         return dict(zip(games, _GAME_COLOURS, strict=False))
     return {game: to_hex(tuple(hsv_to_rgb((rank / len(games), 0.75, (0.85, 0.5)[rank % 2])))) for rank, game in enumerate(games)}
 
 
 def mark_games(ax: Axes, spans: Iterable[tuple[str, float, float]], colours: dict[str, str], *, named: bool) -> None:
-    """Shades the steps of each game in its colour, with a line at each switch; `named` writes the games above.
+    """Shades the steps of each game in its colour, and draws a line at each switch.
 
     Args:
-        ax: with environment steps on x.
+        ax: has environment steps on its x axis.
         spans: (game, first step, last step) in order.
-        colours: of the games.
-        named: whether the names are written; left out where they would run into each other.
+        colours: game -> colour.
+        named: writes the games' names above the axes, but for names that would run into each other.
     """
     spans = list(spans)
     width = spans[-1][2] if spans else 0.0
@@ -96,7 +96,7 @@ def mark_games(ax: Axes, spans: Iterable[tuple[str, float, float]], colours: dic
 
 
 def heatmap(ax: Axes, values_RC: Floats, rows: Sequence[str], columns: Sequence[str], texts: Sequence[Sequence[str]] | None = None) -> None:
-    """Shares from 0 (white) to 1 (dark) as a grid with names; what is NaN stays grey. `texts` replaces the percentages in the cells."""
+    """Draws shares from 0 (white) to 1 (dark) as a grid with names; NaN is grey. `texts` replaces the percentages in the cells."""
     colours = np.full((*values_RC.shape, 3), 0.955)
     known = ~np.isnan(values_RC)
     strength = np.clip(values_RC[known], 0, 1)[:, None]
@@ -120,7 +120,7 @@ def heatmap(ax: Axes, values_RC: Floats, rows: Sequence[str], columns: Sequence[
 
 
 def byte_axis(ax: Axes) -> None:
-    """Bytes on y from zero up, at round numbers of the largest binary unit that fits. Call it when all is drawn."""
+    """Labels the y axis with bytes from zero up, in round numbers of the largest binary unit that fits. Call it when all is drawn."""
     ax.set_ylim(0, None)
     top = ax.get_ylim()[1]
     power = int(np.clip(np.log2(max(top, 1)) // 10, 0, len(_UNITS) - 1))
@@ -130,17 +130,17 @@ def byte_axis(ax: Axes) -> None:
 
 
 def legend(ax: Axes) -> None:
-    """A legend beside the axes, on the right."""
+    """Adds a legend to the right of the axes."""
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), handlelength=1.4)
 
 
 def bar_widths(steps_U: Floats) -> Floats:
-    """Widths that make the bars of updates touch the bar before them; place them with align="edge" and a negative width."""
+    """Widths that make the bar of each update touch the bar before it; draw with align="edge" and negative widths."""
     return np.asarray(np.diff(steps_U, prepend=0.0))
 
 
 def running_mean(values: Floats, window: int = 5) -> Floats:
-    """The mean of the `window` values around each place (odd; fewer at the ends), NaN left out."""
+    """The mean of the `window` values around each place, without NaN; fewer values at the ends. `window` must be odd."""
     if not len(values):
         return values
     padded = np.pad(np.asarray(values, float), window // 2, constant_values=np.nan)
@@ -150,12 +150,7 @@ def running_mean(values: Floats, window: int = 5) -> Floats:
     return np.asarray(np.where(known, windows, 0).sum(axis=1) / np.where(count > 0, count, np.nan))
 
 
-def standard_error(values: Sequence[float]) -> float:
-    """Of the mean; 0 for fewer than two values."""
-    return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
-
-
 def shaded(shares_RC: Floats, colours_R3: NDArray[np.float64]) -> Floats:
-    """(R, C, 3) each row from white to its colour as its share grows; the square root keeps rare use visible."""
+    """(R, C, 3) colours: a row goes from white to its own colour as the share grows. The square root keeps small shares visible."""
     strength = np.sqrt(shares_RC / max(float(shares_RC.max()), 1e-12))
     return np.asarray(1 - strength[..., None] * (1 - colours_R3[:, None, :]))

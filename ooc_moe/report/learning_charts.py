@@ -1,6 +1,6 @@
-"""Pictures of learning: curves, scores after each phase, what was forgotten, what the detector believed.
+"""Draws the charts of learning: learning curves, scores after each phase, forgetting, and the detector's beliefs.
 
-Each takes a RunRecord and draws one Figure, or answers None when what it needs was not logged. charts.py says how to read them.
+Each function draws one figure of a run, or returns None if the run has not logged what it needs. charts.py says how to read the charts.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from ooc_moe.display.formats import format_score
 from ooc_moe.metrics import measures
 from ooc_moe.metrics.run import RunRecord
 from ooc_moe.report.drawing import (
@@ -25,24 +26,22 @@ from ooc_moe.report.drawing import (
     legend,
     mark_games,
     running_mean,
-    standard_error,
 )
 from ooc_moe.report.summary import verdict
-from ooc_moe.report.text_table import format_score
 
 _COLUMNS_MAX = 4
-# With more games than this, panels would be too small; they share one.
+# With more games than this, panels would be too small, so all games share one panel.
 _PANELS_MAX = 8
 
 
 def _grid(panels: int) -> tuple[int, int]:
-    """Rows and columns, with as few empty places as may be: five panels stand as three and two."""
+    """(rows, columns) with as few empty places as possible: five panels stand in rows of three and two."""
     rows = -(-panels // _COLUMNS_MAX)
     return rows, max(-(-panels // rows), 2)
 
 
 def learning_curves(record: RunRecord) -> Figure | None:
-    """Points per 1000 steps and finished episodes' returns while each game was trained."""
+    """Points per 1000 steps, and returns of finished episodes, while each game was trained."""
     curves = {
         "points per 1000 steps": 1000 * record.series("reward_per_step"),
         "return of ended episodes": record.series("episode_return_mean"),
@@ -95,7 +94,7 @@ def _many_learning_curves(record: RunRecord, title: str, values: measures.Floats
 
 
 def score_matrix(record: RunRecord) -> Figure | None:
-    """Every game's score after every phase."""
+    """Every game's score after every phase, as a grid."""
     scores = record.scores
     if np.isnan(scores.mean_PG).all():
         return None
@@ -117,7 +116,7 @@ def score_matrix(record: RunRecord) -> Figure | None:
 
 
 def forgetting(record: RunRecord) -> Figure | None:
-    """For each game: random play, the score right after its own training, and the score at the end."""
+    """For each game, bars of random play, of the score right after its own training, and of the score at the end."""
     scores = record.scores
     own_G = measures.learning(scores.mean_PG, scores.trained_P)
     shown = [game for game in range(len(scores.games)) if not np.isnan(own_G[game])]
@@ -143,7 +142,9 @@ def _learned_and_kept(ax: Axes, record: RunRecord, game: int) -> None:
     bars = [("random", float(scores.random_G[game]), 0.0, FAINT, 0.7)]
     for name, phase, alpha in (("after its\ntraining", own, 1.0), ("at the\nend", last, 0.55)):
         if alpha == 1.0 or last > own:
-            bars.append((name, float(scores.mean_PG[phase, game]), standard_error(scores.returns.get((phase, game), [])), colour, alpha))
+            bars.append(
+                (name, float(scores.mean_PG[phase, game]), measures.standard_error(scores.returns.get((phase, game), [])), colour, alpha)
+            )
     for x, (_, height, error, fill, alpha) in enumerate(bars):
         ax.bar(x, height, 0.68, color=fill, alpha=alpha)
         if error:
@@ -158,7 +159,7 @@ def _learned_and_kept(ax: Axes, record: RunRecord, game: int) -> None:
 
 
 def _many_learned_and_kept(record: RunRecord, shown: list[int]) -> Figure:
-    """One row per game between random play (0) and the best of this run (1)."""
+    """One row for each game, on a scale from random play (0) to the best of this run (1)."""
     scores = record.scores
     ceiling_G = measures.best_own(scores.mean_PG, scores.trained_P)
     own_G, end_G = (
@@ -171,14 +172,14 @@ def _many_learned_and_kept(record: RunRecord, shown: list[int]) -> Figure:
     ax.barh(rows, own_G, 0.7, color=FAINT, alpha=0.5, label="after its training")
     ax.plot(end_G, rows, "o", markersize=4, color=INK, label="at the end")
     ax.set_yticks(rows, [scores.games[game] for game in shown], fontsize=7)
-    ax.set_xlabel("0: random play, 1: the best of this run; nothing: never better than random")
+    ax.set_xlabel("0: random play, 1: the best of this run; no bar: never better than random")
     ax.set_ylim(len(shown) - 0.4, -0.6)
     legend(ax)
     return figure
 
 
 def detector(record: RunRecord) -> Figure | None:
-    """What the detector believed while each game was played without its name, and its accuracy while it was taught."""
+    """The detector's beliefs while each game was played without its name, and its accuracy in training."""
     believed = [event for event in record.last_evaluations if event.get("believed")]
     accuracy = record.series("detector", "accuracy")
     if not believed and np.isnan(accuracy).all():
@@ -192,7 +193,7 @@ def detector(record: RunRecord) -> Figure | None:
     else:
         left.set_axis_off()
     right.plot(record.steps_U, accuracy, color=INK)
-    right.set_title("accuracy on the frames it was just taught")
+    right.set_title("accuracy on the frames that it has just learned")
     right.set_ylim(0, 1.03)
     right.yaxis.set_major_formatter(PERCENT)
     right.xaxis.set_major_locator(MaxNLocator(4))

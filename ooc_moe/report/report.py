@@ -1,9 +1,9 @@
-"""A run's report: one HTML file that needs nothing else, its pictures beside it, and the tables that the terminal shows.
+"""Writes a run's report, one self-contained HTML file with its charts as PNG files next to it; and prints the same tables on a terminal.
 
-Everything comes from the run directory (config.json, metrics.jsonl), so a report can be made at any time, also of a run that is going on.
-What to draw is in charts.py, what to count in summary.py; this puts them on a page.
+    ooc-moe report runs/NAME
 
-Run: ooc-moe report runs/NAME
+Everything is read from the run's directory (config.json, metrics.jsonl), so a report can be written at any time, even while the run is in
+progress. charts.py draws and summary.py computes; this module puts both on a page.
 """
 
 from __future__ import annotations
@@ -20,25 +20,22 @@ from typing import Any
 
 import matplotlib as mpl
 from jinja2 import Environment, StrictUndefined
-from rich.box import SIMPLE_HEAD
-from rich.console import RenderableType
-from rich.table import Table
-from rich.text import Text
+from rich.console import Console
 
+from ooc_moe.display.table import Table, html_table, print_table
 from ooc_moe.metrics.run import RunRecord
 from ooc_moe.metrics.single_task import with_single_task
 from ooc_moe.report import summary, tier_tables
 from ooc_moe.report.charts import CHARTS, Chart
 from ooc_moe.report.drawing import STYLE
-from ooc_moe.report.text_table import TextTable
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A part of the page: a question, and the tables and charts (by name) that answer it."""
+    """A part of the page: a question, and the tables and the names of the charts that answer it."""
 
     question: str
-    tables: tuple[Callable[[RunRecord], TextTable], ...]
+    tables: tuple[Callable[[RunRecord], Table], ...]
     charts: tuple[str, ...]
 
 
@@ -48,45 +45,51 @@ _PARTS = (
         (summary.score_table, summary.single_task_table, summary.measures_table),
         ("score_matrix", "forgetting", "learning_curves"),
     ),
-    _Part("Did the experts of the moment fit?", (tier_tables.tier_table,), ("hit_rate", "tier_bytes")),
-    _Part("Did experts come before they were needed?", (tier_tables.prefetch_table,), ("prefetching",)),
+    _Part("Did the experts of a game fit into HBM?", (tier_tables.tier_table,), ("hit_rate", "tier_bytes")),
+    _Part("Were experts in HBM before they were needed?", (tier_tables.prefetch_table,), ("prefetching",)),
     _Part("Did each game use experts of its own?", (tier_tables.overlap_table,), ("expert_usage", "overlap")),
     _Part("Was the game on the screen recognised?", (summary.detector_table,), ("detector",)),
 )
 
-_WORDS = (
-    ("Expert", "a small network, one of many that share the work; for each frame the agent uses a few of them."),
-    ("HBM, DRAM, NVMe", "where experts are kept: the accelerator's memory (of the host, on a CPU run), the daemon's memory, its disk."),
-    ("Seed", "an expert that was never trained is stored nowhere; its first values are computed from a number."),
+_GLOSSARY = (
+    ("Expert", "one of many small networks that share the work; the agent uses a few of them for each frame."),
+    ("HBM, DRAM, NVMe", "where experts are kept: the accelerator's memory (the host's in a run on a CPU), the daemon's memory, its disk."),
+    ("Seed", "the number from which the first values of an expert are computed; an expert that was never trained is stored nowhere."),
     ("Daemon", "the storage process that keeps all experts, and sends and receives them."),
-    ("Environment step", "one action in one copy of a game; an update learns from some hundreds or thousands of them."),
-    ("Phase", "the time in which one game was learned; each game is one phase, unless it comes back."),
+    ("Environment step", "one action in one copy of a game; an update learns from hundreds or thousands of steps."),
+    ("Phase", "the time in which one game was learned; a game that comes back has several phases."),
     ("Detector", "the network that tells from the frames which game is on the screen."),
-    ("Nearest mean", "the detector's simplest rival: the known game whose average frame, seen through random features, is closest."),
+    (
+        "Nearest mean",
+        "a simple method to compare the detector with: it takes the known game whose average frame is closest, in random features.",
+    ),
     ("Score, return", "the points of one episode, which is one play of a game from its start to its end."),
     ("Token", "one frame on its way through the network."),
     ("Pool", "the experts that belong to a game."),
-    ("Cold expert", "one of a game that is not being learned; it should stay as it is. Each is looked at again at each later game's end."),
+    (
+        "Cold expert",
+        "an expert that was trained for an earlier game and is not trained now. It should not change; this is checked after each game.",
+    ),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class _Picture:
-    """A chart as it stands on the page; without `png_base64` it could not be drawn."""
+    """A chart on the page. `png_base64` is "" if the run has not logged what the chart needs."""
 
     chart: Chart
     png_base64: str
 
 
 def write_report(run_dir: Path, single_task: Sequence[Path] = ()) -> Path:
-    """Writes `run_dir/report/index.html` and a PNG per chart beside it; returns the path of the HTML file.
+    """Writes `run_dir/report/index.html` and a PNG for each chart next to it; returns the path of the HTML file.
 
     Args:
-        run_dir: the run.
-        single_task: runs that learned one of its games alone, to measure by.
+        run_dir: the run's directory.
+        single_task: directories of runs that learned one of the run's games alone; scores are shown as shares of theirs.
 
     Raises:
-        InvalidRequest: the directory holds no run, or a damaged one; or one of `single_task` cannot be compared.
+        InvalidRequest: the directory holds no run, or a damaged one; or a run in `single_task` cannot be compared with it.
     """
     record = with_single_task(RunRecord.read(run_dir), single_task)
     directory = run_dir / "report"
@@ -97,7 +100,8 @@ def write_report(run_dir: Path, single_task: Sequence[Path] = ()) -> Path:
         headline=summary.headline(record),
         missing=summary.missing(record),
         facts=summary.facts(record),
-        words=_WORDS,
+        glossary=_GLOSSARY,
+        html_table=html_table,
         parts=[
             {
                 "question": part.question,
@@ -107,7 +111,7 @@ def write_report(run_dir: Path, single_task: Sequence[Path] = ()) -> Path:
             for part in _PARTS
         ],
         settings=list(_flattened(record.config)),
-        begun=_clock(record.events[0]["time"]) if record.events else "",
+        started=_clock(record.events[0]["time"]) if record.events else "",
         written=_clock(time.time()),
     )
     path = directory / "index.html"
@@ -115,32 +119,23 @@ def write_report(run_dir: Path, single_task: Sequence[Path] = ()) -> Path:
     return path
 
 
-def summary_tables(run_dir: Path) -> list[RenderableType]:
-    """The tables of a run as Rich renderables, for the end of `train`.
+def print_summary(run_dir: Path, console: Console) -> None:
+    """Prints a run's tables, and before them what is missing if the run is not finished.
 
     Raises:
         InvalidRequest: the directory holds no run, or a damaged one.
     """
     record = RunRecord.read(run_dir)
-    notices = [Text(text, style="yellow") for text in summary.missing(record)]
-    return [*notices, *(rich_table(table) for table in summary.tables(record) if table.rows)]
-
-
-def rich_table(table: TextTable) -> Table:
-    """A table as the terminal shows it."""
-    rich = Table(title=table.title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    rich.caption, rich.caption_justify = Text(table.caption) if table.caption else None, "left"
-    for index, column in enumerate(table.columns):
-        rich.add_column(
-            Text(column.replace("after ", "after\n")), justify="right" if index else "left", overflow="fold", no_wrap=index == 0
-        )
-    for row in table.rows:
-        rich.add_row(*(Text(cell) for cell in row))
-    return rich
+    for notice in summary.missing(record):
+        console.print(notice, style="yellow", markup=False, highlight=False)
+    for table in summary.tables(record):
+        if table.rows:
+            print_table(table, console)
+            console.print()
 
 
 def _picture(chart: Chart, record: RunRecord, directory: Path) -> _Picture:
-    """Draws a chart into the directory; removes an older picture of what can no longer be drawn."""
+    """Draws a chart into the directory. If it cannot be drawn, removes the file that an older report left."""
     path = directory / f"{chart.name}.png"
     with mpl.rc_context(STYLE):
         figure = chart.draw(record)

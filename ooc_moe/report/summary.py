@@ -1,6 +1,6 @@
-"""A run in numbers: the sentences and tables that the terminal and the HTML report share.
+"""A run in sentences and tables, which the terminal and the HTML report share; tier_tables.py has the tables of the memory tiers.
 
-Made from a RunRecord; tier_tables.py has those of the tiers. A dash stands for what was not logged or cannot be said.
+A dash stands for a value that was not logged or is not defined.
 """
 
 from __future__ import annotations
@@ -9,32 +9,26 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from ooc_moe.display.formats import DASH, format_duration, format_part, format_ratio, format_score, format_seconds, format_share, listed
+from ooc_moe.display.table import Table
 from ooc_moe.metrics import measures
 from ooc_moe.metrics.log import Event
 from ooc_moe.metrics.run import RunRecord, Scores
-from ooc_moe.report.text_table import (
-    DASH,
-    TextTable,
-    format_duration,
-    format_part,
-    format_ratio,
-    format_score,
-    format_seconds,
-    format_share,
-    listed,
-)
 from ooc_moe.report.tier_tables import overlap_table, prefetch_table, tier_table
 
-_CONSTANT = "Best constant: of the best of the 18 actions, held for ever."
-_BY_SINGLE = "0 %: random play; 100 %: what a network of its own learns of the game in as many steps."
-_BY_ITSELF = "0 %: random play; 100 %: the best this run itself reached in that game, so that learning is near 100 % by construction."
-_REFERENCE = "Of reference: 0 % is the published score of random play, 100 % a human's (pixel games: best play); for whole episodes only."
-# If the columns of the phases took more letters than this, a table would not fit a terminal; only the own and the last one are shown.
+_CONSTANT = "Best constant: the same action in every step, the best of the 18."
+_BY_SINGLE = "0 %: random play; 100 %: an agent that learned only this game, in as many steps."
+_BY_ITSELF = "0 %: random play; 100 %: the best this run itself reached in that game, so learning is close to 100 % by construction."
+_REFERENCE = (
+    "Of reference: 0 % is the published score of random play, 100 % a human's (pixel games: the best possible); only where whole episodes "
+    "were played."
+)
+# If the names of the phases have more letters than this, a column for each would not fit a terminal. Two columns are shown instead.
 _PHASE_LETTERS_MAX = 40
 
 
-def tables(record: RunRecord) -> list[TextTable]:
-    """All tables of a run, in order of reading."""
+def tables(record: RunRecord) -> list[Table]:
+    """All tables of a run, in reading order."""
     return [
         score_table(record),
         measures_table(record),
@@ -45,13 +39,13 @@ def tables(record: RunRecord) -> list[TextTable]:
     ]
 
 
-def evaluation_tables(record: RunRecord) -> list[TextTable]:
-    """Those of a record that is nothing but one evaluation."""
+def evaluation_tables(record: RunRecord) -> list[Table]:
+    """All tables of a record that holds a single evaluation and no training."""
     return [evaluation_table(record), tier_table(record), prefetch_table(record), overlap_table(record), detector_table(record)]
 
 
 def headline(record: RunRecord) -> str:
-    """A few sentences: what is being run, or was."""
+    """A few sentences that describe the run."""
     agent = record.config.get("agent", {})
     games = f"learns {listed(record.schedule)}" if record.schedule else "learns games"
     budget = f", {record.config['steps_per_game']:,} steps each" if "steps_per_game" in record.config else ""
@@ -62,13 +56,13 @@ def headline(record: RunRecord) -> str:
         per = " per layer" if agent.get("banks") == "per-layer" else ""
         text += f" It has {agent['num_experts']} experts{per}, kept on NVMe by the storage daemon{room}."
     if record.evaluations:
-        told = "told" if record.config.get("recognise") == "oracle" else "without being told"
-        text += f" After each game it plays all it knows, {told} which is on the screen."
+        told = "It is told" if record.config.get("recognise") == "oracle" else "It is not told"
+        text += f" After each game it plays all games that it knows. {told} which game is on the screen."
     return text
 
 
 def facts(record: RunRecord) -> list[tuple[str, str]]:
-    """(name, value) of what describes the run as a whole."""
+    """(name, value) of the numbers that describe the run as a whole; empty before its first update."""
     if not record.updates:
         return []
     first, last, scores = record.events[0], record.events[-1], record.scores
@@ -78,7 +72,7 @@ def facts(record: RunRecord) -> list[tuple[str, str]]:
     speed = record.series("steps_per_s")
     return [
         ("games clearly learned", f"{len(clear)} of {len(scores.games)}" if len(scores.mean_PG) else DASH),
-        ("of these, kept at the end", format_share(measures.mean(kept_G))),
+        ("of what they learned, kept", format_share(measures.mean(kept_G))),
         ("played as the right game", format_share(measures.mean(recognised))),
         ("HBM hit rate", format_ratio(record.total("cache", "hits"), record.total("cache", "accesses"))),
         ("waited for experts", format_seconds(record.total("cache", "stall_s"))),
@@ -90,23 +84,23 @@ def facts(record: RunRecord) -> list[tuple[str, str]]:
 
 
 def missing(record: RunRecord) -> list[str]:
-    """What a reader should know is not there; empty for a finished run."""
+    """Sentences that say what is missing from an unfinished run; empty for a finished one."""
     if record.done:
         return []
     begun = [event["to"] for event in record.switches]
-    said = [f"The run is not finished: {len(begun)} of {len(record.schedule)} games were begun."]
+    sentences = [f"The run is not finished: {len(begun)} of {len(record.schedule)} games were begun."]
     if not record.updates:
-        said.append("No update was logged yet.")
+        sentences.append("No update was logged yet.")
     unseen = [game for game in record.games if game not in {event["evaluated"] for event in record.evaluations}]
     if unseen:
-        said.append(f"Not evaluated: {listed(unseen)}.")
-    return said
+        sentences.append(f"Not evaluated: {listed(unseen)}.")
+    return sentences
 
 
-def score_table(record: RunRecord) -> TextTable:
-    """Mean returns by game: random play, after each phase, what was learned and what is left of it."""
+def score_table(record: RunRecord) -> Table:
+    """Mean returns by game: of random play and after each phase; then what the game learned, and which share of it is left."""
     scores, constants = record.scores, best_constants(record)
-    names, shown_SG = _shown(record, scores.mean_PG)
+    names, shown_SG = _phase_columns(record, scores.mean_PG)
     own_G = measures.learning(scores.mean_PG, scores.trained_P)
     kept_G = measures.retention(scores.mean_PG, scores.trained_P, scores.random_G)
     reference_G = [of_reference(record, game, own) for game, own in zip(scores.games, own_G, strict=True)]
@@ -126,19 +120,19 @@ def score_table(record: RunRecord) -> TextTable:
                 *([format_share(reference_G[column])] if has_reference else []),
             ]
         )
-    return TextTable(
+    return Table(
         "Returns",
         _columns(["game", "random"], constants, [*names, "learned", "kept"], has_reference),
         rows,
-        "Mean score of a game, as the game counts it, played without telling the agent which game it is. Random: of random actions. "
+        "Mean returns, in the game's own points; evaluations do not name the game to the agent. Random: random actions. "
         f"{_CONSTANT + ' ' if constants else ''}"
-        "Learned: right after the game's own training, above random (?: by less than two standard errors). Kept: the share of that "
-        f"which is left at the end.{' ' + _REFERENCE if has_reference else ''}",
+        "Learned: the return right after the game's own training, minus random; a ? means that the difference is less than two standard "
+        f"errors. Kept: the share of what was learned that is left at the end.{' ' + _REFERENCE if has_reference else ''}",
     )
 
 
-def evaluation_table(record: RunRecord) -> TextTable:
-    """Mean returns by game of a single evaluation."""
+def evaluation_table(record: RunRecord) -> Table:
+    """Mean returns by game in a single evaluation."""
     events, constants = record.last_evaluations, best_constants(record)
     reference = [of_reference(record, event["evaluated"], event["return_mean"]) for event in events]
     has_reference = not np.isnan(reference).all()
@@ -153,17 +147,17 @@ def evaluation_table(record: RunRecord) -> TextTable:
                 *([format_score(constants.get(game, np.nan))] if constants else []),
                 format_score(score),
                 format_score(score - random, sign=True) + ("" if clear else " ?"),
-                format_share(_said(event, "dormant")),
+                format_share(_number(event, "dormant")),
                 *([format_share(share)] if has_reference else []),
             ]
         )
     cut, played = sum(event["episodes_truncated"] for event in events), sum(len(event["returns"]) for event in events)
-    return TextTable(
+    return Table(
         "Returns",
         _columns(["game", "random"], constants, ["mean return", "above random", "dormant units"], has_reference),
         rows,
         "",
-        caption=f"?: by less than two standard errors. {cut} of {played} episodes were cut at the step limit.",
+        caption=f"?: above random play by less than two standard errors. {cut} of {played} episodes were cut at the step limit.",
     )
 
 
@@ -182,11 +176,11 @@ def best_constants(record: RunRecord) -> dict[str, float]:
     return {game: each.best_constant_mean for game, each in found.items() if each is not None}
 
 
-def single_task_table(record: RunRecord) -> TextTable:
-    """The score matrix between random play and a network of its own for each game; empty where no such network is known."""
+def single_task_table(record: RunRecord) -> Table:
+    """The score matrix as shares of single-task training: 0 % is random play; without rows if no single-task score is known."""
     scores, constants = record.scores, best_constants(record)
     single_G = _single_task(record)
-    names, normal_SG = _shown(record, measures.normalise(scores.mean_PG, scores.random_G, single_G))
+    names, normal_SG = _phase_columns(record, measures.normalise(scores.mean_PG, scores.random_G, single_G))
     constant_G = measures.normalise([constants.get(game, np.nan) for game in scores.games], scores.random_G, single_G)
     rows = [
         [
@@ -197,23 +191,23 @@ def single_task_table(record: RunRecord) -> TextTable:
         ]
         for column, game in enumerate(scores.games)
     ]
-    return TextTable(
+    return Table(
         "Scores as shares of single-task training",
         _columns(["game", "single-task"], constants, names, has_reference=False),
         rows if record.single_task else [],
-        "Single-task: the raw mean return of the runs that learned this game alone; a dash where there is none. The other columns: the "
-        f"returns above.{' ' + _CONSTANT if constants else ''}",
+        "Single-task: the mean raw return of the runs that learned this game alone; a dash if there is no such run. The other columns are "
+        f"the returns above, as shares.{' ' + _CONSTANT if constants else ''}",
         caption=_BY_SINGLE,
     )
 
 
 def _single_task(record: RunRecord) -> measures.Floats:
-    """(G,) NaN where no other run tells."""
+    """(G,) single-task scores; NaN for games without a single-task run."""
     return np.array([record.single_task.get(game, np.nan) for game in record.games])
 
 
-def _shown(record: RunRecord, scores_PG: measures.Floats) -> tuple[list[str], measures.Floats]:
-    """Names of the columns (S) that a table shows of the phases, and the scores in them (S, G)."""
+def _phase_columns(record: RunRecord, scores_PG: measures.Floats) -> tuple[list[str], measures.Floats]:
+    """Names of S columns, and the scores (S, G) in them: one for each phase, or two if the phases' names are too long."""
     trained = record.schedule[: len(scores_PG)]
     if sum(3 + len(game) for game in trained) <= _PHASE_LETTERS_MAX:
         return [f"after {game}" for game in trained], scores_PG
@@ -221,12 +215,12 @@ def _shown(record: RunRecord, scores_PG: measures.Floats) -> tuple[list[str], me
     return ["after its training", "at the end"], np.stack(own_and_final)
 
 
-def detector_table(record: RunRecord) -> TextTable:
-    """How well the games are recognised that nobody named."""
+def detector_table(record: RunRecord) -> Table:
+    """How well the agent recognised games that were not named to it."""
     rows = []
     for index, event in enumerate(record.last_evaluations):
-        shares = [_said(event, name) for name in ("detector_accuracy", "nearest_mean_accuracy", "prefetch_recall")]
-        steps, false = (_said(event, name) for name in ("steps_to_detect", "false_switches"))
+        shares = [_number(event, name) for name in ("detector_accuracy", "nearest_mean_accuracy", "prefetch_recall")]
+        steps, false = (_number(event, name) for name in ("steps_to_detect", "false_switches"))
         rows.append(
             [
                 event["evaluated"],
@@ -237,23 +231,24 @@ def detector_table(record: RunRecord) -> TextTable:
                 format_share(shares[2]),
             ]
         )
-    return TextTable(
+    return Table(
         "Detector in the last evaluation",
         ["game", "acted as it", "detector", "nearest mean", "steps to detect", "false switches", "prefetch recall"],
         rows,
-        "Acted as it: share of steps played with the game's own experts and head. Detector, nearest mean: share of frames whose most "
-        "probable game is the right one, whoever acted. Steps to detect: from the game's first frame until its own pool of experts is in "
-        "use, mean over the environments where it ever was; nothing switches to the first game. False switches: away from the right game, "
-        "per 1000 frames. Prefetch recall: of the experts that the game needed, those named before their first use.",
+        "Acted as it: share of steps that the agent played with this game's experts and head. Detector, nearest mean: share of frames for "
+        "which this method finds the right game most probable. Steps to detect: from the game's first frame until its experts are in use; "
+        "mean over environments, without those where this never happened; a dash for the first game, because no switch leads to it. False "
+        "switches: from the right game to another, per 1000 frames. Prefetch recall: of the experts that the game needed, the share named "
+        "before their first use.",
         caption=" ".join(
             [f"Ambiguous: {one} and {other}, confusion {confusion:.2f}." for one, other, confusion in ambiguous(record)]
-            + [f"Like no known game: {game}, in {format_share(share)} of its frames." for game, share in _unknown(record)]
+            + [f"The detector takes {game} for an unknown game in {format_share(share)} of its frames." for game, share in _unknown(record)]
         ),
     )
 
 
 def ambiguous(record: RunRecord) -> list[tuple[str, str, float]]:
-    """Pairs of games that the last evaluation could not tell apart, with their confusion (1: nothing tells them apart)."""
+    """(game, other game, confusion) of games that the detector mixed up in the last evaluation; 1: it cannot tell them apart."""
     from ooc_moe.detection.tally import ambiguous_pairs
 
     probabilities = {event["evaluated"]: event["probabilities"] for event in record.last_evaluations if event.get("probabilities")}
@@ -261,13 +256,13 @@ def ambiguous(record: RunRecord) -> list[tuple[str, str, float]]:
 
 
 def _unknown(record: RunRecord) -> list[tuple[str, float]]:
-    """Games that looked like no known one in most frames of the last evaluation, and in what share."""
-    shares = [(event["evaluated"], _said(event, "unknown")) for event in record.last_evaluations]
+    """(game, share of frames) of the games that the detector took for unknown in most frames of the last evaluation."""
+    shares = [(event["evaluated"], _number(event, "unknown")) for event in record.last_evaluations]
     return [(game, share) for game, share in shares if share > 0.5]
 
 
-def measures_table(record: RunRecord) -> TextTable:
-    """The measures of continual learning, on the scale of single-task training, or else of this run."""
+def measures_table(record: RunRecord) -> Table:
+    """The measures of continual learning, as shares of single-task training if it is known, else of this run's own best."""
     scores = record.scores
     trained = scores.trained_P
     ceiling_G = _single_task(record) if record.single_task else measures.best_own(scores.mean_PG, trained)
@@ -292,34 +287,34 @@ def measures_table(record: RunRecord) -> TextTable:
     known = forgotten_G[~np.isnan(forgotten_G)]
     worst = format_share(float(known.max())) if len(known) else DASH
     rows.insert(4, ["worst forgetting", worst, worst])
-    dormant = {event["evaluated"]: _said(event, "dormant") for event in record.last_evaluations}
+    dormant = {event["evaluated"]: _number(event, "dormant") for event in record.last_evaluations}
     dormant_G = np.array([dormant.get(game, float("nan")) for game in scores.games])
     unknown = [game for game in scores.games if game not in record.single_task]
     shares = (dormant_G, measures.without_last(dormant_G, trained))
     rows.append(["dormant units", *(format_share(measures.mean(values_G)) for values_G in shares)])
-    return TextTable(
+    return Table(
         "Learning and forgetting",
         ["mean over games", "all games", "without the last"],
         rows if len(scores.mean_PG) else [],
-        "Average: the score at the end. Learning: right after the game's own training. Retention: the share of what was learned that is "
-        "left at the end. Forgetting: from the best score on the way to the last. Isolated forgetting: lost while one later game was "
-        "learned; zero-shot transfer: gained while one earlier game was; both as CORA has them (Powers et al. 2022), in shares of the "
-        "run's highest raw return in the game, from 0 and not from random play. Forward transfer: the score just before "
-        "the game's own training; both transfers need --eval-unseen. Dormant units: hidden units of the experts that hardly respond to "
-        "the game any more. Without the last: of the game trained last nothing can be forgotten."
-        + ("" if record.single_task else " ooc-moe report --single-task RUN measures by runs that learned one game alone."),
+        "Average: the score at the end. Learning: the score right after the game's own training. Retention: the share of what was learned "
+        "that is left at the end. Forgetting: the fall from the game's best score to its last. Isolated forgetting: the fall while one "
+        "later game was learned. Zero-shot transfer: the rise while one earlier game was learned. These two are CORA's (Powers et al. "
+        "2022): shares of the run's highest raw return in the game, counted from 0 and not from random play. Forward transfer: the score "
+        "just before the game's own training. Both transfers need --eval-unseen. Dormant units: hidden units of the game's experts that "
+        "hardly respond to it any more. Without the last: the mean without the game trained last, which cannot be forgotten yet."
+        + ("" if record.single_task else " To measure by runs that learned one game alone, use ooc-moe report --single-task RUN."),
         caption=f"{_BY_SINGLE}{f' Without {listed(unknown)}: no such run.' if unknown else ''}" if record.single_task else _BY_ITSELF,
     )
 
 
 def learned_clearly(scores: Scores, game: int) -> bool:
-    """Whether the returns right after a game's own training lie two standard errors above random play."""
+    """Whether the mean return right after a game's own training lies more than two standard errors above random play."""
     phases = [phase for phase, trained in enumerate(scores.trained_P) if trained == game]
     return bool(phases) and measures.clearly_above(scores.returns.get((phases[-1], game), []), float(scores.random_G[game]))
 
 
 def verdict(scores: Scores, game: int) -> str:
-    """What became of a game, in a few words."""
+    """What became of a game, in a few words: "learned +1,600, kept 75.0 %"."""
     if not learned_clearly(scores, game):
         return "not clearly learned"
     gain = measures.learning(scores.mean_PG, scores.trained_P)[game] - scores.random_G[game]
@@ -328,7 +323,7 @@ def verdict(scores: Scores, game: int) -> str:
 
 
 def of_reference(record: RunRecord, game: str, score: float) -> float:
-    """The human-normalised score; NaN unless the evaluation played whole episodes and the references are known."""
+    """The human-normalised score; NaN if an episode was cut, or if no reference score is known for the game."""
     from ooc_moe.envs import REFERENCE_SCORES
 
     cut = [event.get("episodes_truncated") for event in record.evaluations if event["evaluated"] == game]
@@ -339,11 +334,11 @@ def of_reference(record: RunRecord, game: str, score: float) -> float:
 
 
 def _recognised(event: Event) -> float:
-    """The share of an evaluation's steps that were played as the right game; NaN where that was not logged."""
+    """The share of an evaluation's steps that were played as the right game; NaN if this was not logged."""
     return float(event["believed"].get(event["evaluated"], 0.0)) if event.get("believed") else float("nan")
 
 
-def _said(event: Event, name: str) -> float:
-    """A number of an event; NaN where it was not logged or nothing could be said."""
+def _number(event: Event, name: str) -> float:
+    """The number `name` of an event; NaN if it is missing or null."""
     value = event.get(name)
     return float("nan") if value is None else float(value)

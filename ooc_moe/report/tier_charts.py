@@ -1,6 +1,6 @@
-"""Pictures of the tiers: hits, bytes, prefetching, and which experts the games use and share.
+"""Draws the charts of the memory tiers: hits, bytes, prefetching, and which experts the games use and share.
 
-Each takes a RunRecord and draws one Figure, or answers None when what it needs was not logged. charts.py says how to read them.
+Each function draws one figure of a run, or returns None if the run has not logged what it needs. charts.py says how to read the charts.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def hit_rate(record: RunRecord) -> Figure | None:
     rate = hits / np.where(accesses > 0, accesses, np.nan)
     top.plot(record.steps_U, rate, "o-", markersize=3, color=TIERS["hbm"][1])
     top.set_title("share of expert accesses that HBM served")
-    # A cache that nearly always hits is shown from just below its worst update, or its dips would not be seen.
+    # For a cache that nearly always hits, the axis begins just below the worst update; otherwise its dips would not be visible.
     worst = float(np.nanmin(rate))
     span = 1 - (0 if worst < 0.7 else np.floor(20 * (worst - 0.01)) / 20)
     top.set_ylim(1 - span, 1 + 0.04 * span)
@@ -52,7 +52,7 @@ def hit_rate(record: RunRecord) -> Figure | None:
 
 
 def tier_bytes(record: RunRecord) -> Figure | None:
-    """What each tier holds against its capacity, and the bytes that moved between them."""
+    """The bytes that each tier holds, with its capacity, and the bytes that moved between tiers."""
     held = {
         "hbm": record.series("cache", "resident") * record.series("cache", "expert_bytes"),
         "dram": record.series("store", "dram", "used_bytes"),
@@ -62,7 +62,9 @@ def tier_bytes(record: RunRecord) -> Figure | None:
         return None
     figure = Figure(figsize=(WIDTH, 5.2))
     top, bottom = figure.subplots(2, 1, sharex=True)
-    for width, (tier, values) in zip((2, 3.6, 1.6), held.items(), strict=True):  # NVMe, drawn last, leaves an equal DRAM visible.
+    for width, (tier, values) in zip(
+        (2, 3.6, 1.6), held.items(), strict=True
+    ):  # NVMe is drawn last and thin, so that an equal line of DRAM stays visible.
         name, colour = TIERS[tier]
         top.plot(record.steps_U, values, color=colour, label=name, linewidth=width)
     for tier, capacity in (
@@ -96,7 +98,7 @@ def tier_bytes(record: RunRecord) -> Figure | None:
 
 
 def prefetching(record: RunRecord) -> Figure | None:
-    """What became of the experts that were prefetched, update by update."""
+    """What became of the prefetched experts, update by update."""
     if not np.nansum(record.increments("cache", "prefetch_issued", evaluations=True)):
         return None
     figure = Figure(figsize=(WIDTH, 2.7))
@@ -108,7 +110,7 @@ def prefetching(record: RunRecord) -> Figure | None:
 
 
 def expert_usage(record: RunRecord) -> Figure | None:
-    """Which experts each game's tokens went to in training."""
+    """The experts that computed each game's tokens in training."""
     counts_GE = record.training_usage()
     if not counts_GE.sum():
         return None
@@ -129,7 +131,7 @@ def expert_usage(record: RunRecord) -> Figure | None:
 
 
 def overlap(record: RunRecord) -> Figure | None:
-    """How much two games share experts, in training and as the agent itself routed in the last evaluation."""
+    """How much two games share experts, in training and in the last evaluation."""
     usages = [("training", record.training_usage()), ("last evaluation", record.evaluation_usage())]
     usages = [(name, counts) for name, counts in usages if counts.sum()]
     if not usages or len(record.games) < 2:
@@ -148,7 +150,7 @@ def overlap(record: RunRecord) -> Figure | None:
 
 
 def _stacked(ax: Axes, record: RunRecord, counts: dict[tuple[str, str], measures.Floats], title: str) -> None:
-    """Bars of each update, stacked: (name, colour) -> count."""
+    """Draws a stacked bar for each update; `counts` maps (name, colour) to the count in each update."""
     below = np.zeros(len(record.steps_U))
     for (name, colour), values in counts.items():
         ax.bar(record.steps_U, np.nan_to_num(values), -bar_widths(record.steps_U), bottom=below, color=colour, label=name, align="edge")
@@ -161,7 +163,7 @@ def _stacked(ax: Axes, record: RunRecord, counts: dict[tuple[str, str], measures
 
 
 def _over_steps(axes: tuple[Axes, ...], record: RunRecord) -> None:
-    """Marks the games on panels that share their steps; names them on the first, labels the last."""
+    """Marks the games on panels that share their x axis. Their names are on the first panel, the axis label is on the last."""
     for ax in axes:
         mark_games(ax, record.spans, game_colours(record.games), named=ax is axes[0])
     axes[-1].set_xlabel("environment steps")

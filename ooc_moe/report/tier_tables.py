@@ -1,15 +1,16 @@
-"""Where a run's experts were, what moved them, and who used them, as tables for the terminal and the report."""
+"""Tables of the memory tiers: what each tier held and moved, what became of prefetched experts, and how much games share experts."""
 
 from __future__ import annotations
 
 import numpy as np
 
+from ooc_moe.display.formats import DASH, format_bytes, format_count, format_ratio, format_seconds, format_share
+from ooc_moe.display.table import Table
 from ooc_moe.metrics import measures
 from ooc_moe.metrics.run import RunRecord
-from ooc_moe.report.text_table import DASH, TextTable, format_bytes, format_count, format_ratio, format_seconds, format_share
 
 
-def tier_table(record: RunRecord) -> TextTable:
+def tier_table(record: RunRecord) -> Table:
     """What each tier holds, serves and moves."""
     accesses, hits = record.total("cache", "accesses"), record.total("cache", "hits")
     fetched = {tier: record.total("cache", "fetched_from", tier) for tier in ("dram", "nvme", "seed")}
@@ -39,63 +40,66 @@ def tier_table(record: RunRecord) -> TextTable:
             ]
         )
     rows.append(["seed", DASH, DASH, format_count(fetched["seed"]), format_ratio(fetched["seed"], fetches), DASH, DASH])
-    return TextTable(
+    return Table(
         "Tiers",
         ["tier", "holds", "capacity", "served", "hit rate", "bytes in", "bytes out"],
         rows,
-        "Training and evaluation together. HBM serves an access to an expert (its hit rate: of all accesses), or fetches or prefetches it "
-        "from where the daemon finds it (the other rates: of these fetches): DRAM, NVMe, or the seed of an expert that was never trained. "
-        "DRAM and NVMe bytes are the daemon's, of all its trainers.",
+        "Training and evaluation together. HBM serves an access to an expert if it holds the expert; its hit rate is the share of all "
+        "accesses. Otherwise the expert is fetched or prefetched from DRAM, from NVMe, or from its seed if it was never trained; their "
+        "rates are shares of these fetches. The bytes of DRAM and NVMe are the daemon's, for all its trainers.",
         caption=f"Waited for experts: {format_seconds(record.total('cache', 'stall_s'))}.",
     )
 
 
-def prefetch_table(record: RunRecord) -> TextTable:
+def prefetch_table(record: RunRecord) -> Table:
     """What became of prefetched experts."""
     count, size = _prefetched(record, ""), _prefetched(record, "_bytes")
-    ahead, ahead_size = _prefetched(record, "", ahead=True), _prefetched(record, "_bytes", ahead=True)
+    scheduled, scheduled_size = _prefetched(record, "", scheduled=True), _prefetched(record, "_bytes", scheduled=True)
     rows = [
         [
             what,
             format_count(count[what]),
             format_bytes(size[what]),
             DASH if what == "refused" else format_ratio(size[what], size["issued"]),
-            format_count(ahead[what]),
-            format_bytes(ahead_size[what]),
+            format_count(scheduled[what]),
+            format_bytes(scheduled_size[what]),
         ]
         for what in count
     ]
     waited = count["useful"] + record.total("cache", "misses") + record.total("cache", "refetches")
     arrived = count["useful"] + count["late"] + count["wasted"]
-    return TextTable(
+    return Table(
         f"Prefetch into HBM (by {record.config['prefetch']})" if "prefetch" in record.config else "Prefetch into HBM",
         ["", "experts", "bytes", "share", "by the schedule", "bytes"],
         rows,
-        "Useful: there when it was asked for. Late: asked for while still on its way. Wasted: evicted before anybody asked. Refused: not "
-        "worth a fetch by measured bandwidth and room; fetched all the same where admission only observes. By the schedule: ahead of an "
-        "update's or the next acting step's needs, where HBM has no room for all of them; not in the shares below. "
+        "Useful: in HBM when it was asked for. Late: asked for before it arrived. Wasted: evicted before it was asked for. Refused: not "
+        "worth a fetch, by the measured bandwidth and the free room; fetched nevertheless where admission only observes. By the schedule: "
+        "fetched ahead of an update or of the next acting step, because HBM has no room for all their experts; not part of these ratios: "
         f"Precision (useful, of useful, late and wasted): {format_ratio(count['useful'], arrived)}. "
-        f"In time (useful, of these and of all that had to be waited for): {format_ratio(count['useful'], waited)}.",
+        f"In time (useful, of useful and of all that had to be waited for): {format_ratio(count['useful'], waited)}.",
     )
 
 
-def _prefetched(record: RunRecord, unit: str, *, ahead: bool = False) -> dict[str, float]:
-    """Experts ("") or "_bytes" that were prefetched, by what became of them; `ahead`: by the schedule."""
+def _prefetched(record: RunRecord, unit: str, *, scheduled: bool = False) -> dict[str, float]:
+    """Prefetched experts by what became of them, in experts (unit "") or in bytes (unit "_bytes").
+
+    `scheduled` counts the fetches that the schedule made, instead of those that a prefetch source made.
+    """
 
     def total(what: str) -> float:
-        return record.total("cache", "ahead", what + unit) if ahead else record.total("cache", f"prefetch_{what}{unit}")
+        return record.total("cache", "ahead", what + unit) if scheduled else record.total("cache", f"prefetch_{what}{unit}")
 
     count = {what: total(what) for what in ("issued", "useful", "late", "wasted", "cancelled")}
     ended = sum(count.values()) - count["issued"]
     return count | {"unused yet": count["issued"] - ended, "refused": total("refused")}
 
 
-def overlap_table(record: RunRecord) -> TextTable:
+def overlap_table(record: RunRecord) -> Table:
     """How much the games share experts, as means over pairs."""
     usages = (record.training_usage(), record.evaluation_usage())
     kinds = (("top-10 experts in common", measures.top_overlap), ("routed mass in common", measures.mass_overlap))
     rows = [[name, *(format_share(measures.mean_off_diagonal(measure(usage))) for usage in usages)] for name, measure in kinds]
-    return TextTable(
+    return Table(
         "Overlap between games",
         ["mean over pairs", "training", "last evaluation"],
         rows,

@@ -22,10 +22,12 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, TaskID
 
 from ooc_moe import envs
 from ooc_moe.config.run import RunConfig, Turn
+from ooc_moe.display.formats import format_share
+from ooc_moe.display.progress import lasting_bars
 from ooc_moe.evaluation.evaluate import Evaluator
 from ooc_moe.learning.learner import Learner
 from ooc_moe.learning.protection import make_protection
@@ -33,7 +35,7 @@ from ooc_moe.learning.rollout import Collector, Rollout
 from ooc_moe.metrics.log import CONFIG_FILE, MetricsWriter
 from ooc_moe.metrics.provenance import commit
 from ooc_moe.metrics.trace import TraceWriter, check_new
-from ooc_moe.report.report import summary_tables, write_report
+from ooc_moe.report.report import print_summary, write_report
 from ooc_moe.run.branch import go_back
 from ooc_moe.session import checkpoint
 from ooc_moe.session.interrupts import interruptible
@@ -138,9 +140,7 @@ def _run(config: RunConfig, store: ExpertStore, console: Console, saved: checkpo
                 error.add_note(trainer.how_to_go_on())
             raise
     report = write_report(config.run_dir)
-    for table in summary_tables(config.run_dir):
-        console.print(table)
-        console.print()
+    print_summary(config.run_dir, console)
     console.print(f"report: {report}", soft_wrap=True)
 
 
@@ -170,7 +170,7 @@ class Trainer:
         if self.at == checkpoint.Progress():
             self.save()  # So that a run can be resumed from its first moment on.
         turns = self.config.turns
-        with interruptible() as interrupted, _progress(self.console) as progress:
+        with interruptible() as interrupted, lasting_bars(self.console) as progress:
             for turn in turns[self.at.turn :]:
                 self._learn(turn, progress, interrupted)
                 if turn.evaluated:
@@ -423,15 +423,4 @@ class Trainer:
         cache = self.session.cache_stats()
         episodes = rollout.episode_returns
         score = f"return {sum(episodes) / len(episodes):.0f}" if episodes else f"{1000 * rollout.reward_per_step:.0f} points per 1000 steps"
-        progress.update(bar, completed=done, note=f"{score}, HBM hits {cache.hit_rate:.1%}")
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description:>13}"),
-        BarColumn(bar_width=12),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=console,
-    )
+        progress.update(bar, completed=done, note=f"{score}, HBM hits {format_share(cache.hit_rate)}")

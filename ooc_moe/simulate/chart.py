@@ -1,4 +1,4 @@
-"""The picture of a study: hit rate over the share of experts that HBM holds, and over how often the game switches."""
+"""The chart of a sweep: hit rate against the share of experts that HBM holds, and against the interval between switches of the game."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ooc_moe.report.drawing import COUNTS, FAINT, PERCENT, STYLE, WIDTH, legend
-from ooc_moe.simulate.runner import Row
+from ooc_moe.simulate.sweep import Row
 from ooc_moe_wire.errors import InvalidRequest
 from ooc_moe_wire.policy import Belady
 
@@ -20,7 +20,7 @@ _NAMES = {"lru": "LRU", "s3fifo": "S3-FIFO", "random": "random", "belady": "Bela
 
 
 def save_chart(path: Path, rows: Sequence[Row]) -> None:
-    """Draws and writes it; the format is the file name's. Raises InvalidRequest for a format that matplotlib does not know."""
+    """Draws the chart and writes it, in the format that the file name ends in. Raises InvalidRequest if matplotlib does not know it."""
     with rc_context(STYLE):
         figure = draw(rows)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,7 +31,10 @@ def save_chart(path: Path, rows: Sequence[Row]) -> None:
 
 
 def draw(rows: Sequence[Row]) -> Figure:
-    """Left: over the cache ratio, shortest interval; right: over the interval, smallest cache. Panels of one point are left out."""
+    """Draws hit rates against the capacity (left, at the shortest interval) and against the interval (right, at the smallest capacity).
+
+    A sweep over one capacity has no left panel, and a sweep over one interval no right panel; a sweep over one of each has the left one.
+    """
     capacities = sorted({row.replayed.setup.hbm_experts for row in rows})
     intervals = sorted({row.switch_every for row in rows if row.switch_every is not None})
     panels: list[Callable[[Axes], None]] = []
@@ -67,7 +70,7 @@ def _over_interval(ax: Axes, rows: Sequence[Row]) -> None:
 
 
 def _lines(ax: Axes, rows: Sequence[Row], at: Callable[[Row], float]) -> None:
-    """One line for each policy and source."""
+    """Draws a line for each policy and prefetch source; `at` gives a row's place on the x axis."""
     series: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for row in rows:
         setup = row.replayed.setup

@@ -1,10 +1,14 @@
-"""What a run will ask of its tiers, before it runs: bytes per tier, bytes per switch, stalls beside compute; and whether it is worth it.
+"""Predicts a run before it starts: bytes in each tier, bytes that a switch moves, and stalls; and says whether the run is worth it.
 
-    ooc-moe plan --config full --gpu-bytes 80GB --dram-bytes 64GB --nvme 1TB --steps-per-s 2000
+    ooc-moe plan --config full --gpu-bytes 80GB --dram-bytes 64GB --nvme-bytes 1TB --steps-per-s 2000
 
-Bytes are arithmetic on the configuration. Loads within an update are counted by replaying its order of experts (acting by LRU, which the
-future is hidden from; learning by Belady, for replayed routing tells the cache its next uses). Not predicted: activations, the caching
-allocator's slack, and how much of a load hides behind the compute: stalls are given as if none did, and if all that can did.
+Bytes are arithmetic on the configuration. The loads of an update are counted by replaying the order in which it asks for experts:
+
+- Acting is replayed with LRU, because the cache cannot know what a player will need next.
+- Learning is replayed with Belady's optimum, because the routing is recorded, so the cache knows its next uses.
+
+Two things are not predicted: the memory of activations and of the allocator, and how much of a load overlaps with compute. Stalls are
+therefore given as a range, from "all loads overlap as far as they can" to "no load overlaps".
 """
 
 from __future__ import annotations
@@ -14,71 +18,77 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
-import humanize
 import numpy as np
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
 from ooc_moe.config.agent import AgentConfig
 from ooc_moe.config.run import RunConfig
+from ooc_moe.display.formats import format_bytes
+from ooc_moe.display.table import Table
 from ooc_moe.metrics.trace import Mark, Trace, TraceInfo
 from ooc_moe.simulate.replay import Setup, replay
 from ooc_moe_wire.errors import InvalidRequest
 from ooc_moe_wire.layout import BankSpec
 
 PROBE_BYTES = 256 << 20
+"""The most bytes that `measure` reads in one call."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rates:
-    """Seconds that one expert takes between HBM and where it is; `seed` is its first touch, when the daemon makes its initial value."""
+    """Seconds to move one expert between HBM and another place."""
 
     dram: float
+    """From the daemon's DRAM."""
     nvme: float
+    """From the daemon's NVMe."""
     seed: float
+    """The first read of an expert that was never written: the daemon computes its initial value."""
     push: float
+    """From HBM back to the daemon."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """The prediction. Bytes and experts are of the whole run at its end, when every game was learned once."""
+    """The prediction. Bytes and experts are those at the end of the run, when every game was learned once."""
 
     num_games: int
     num_experts: int
-    """Owned by games; whole banks with token routing."""
+    """Experts that games own; with token routing, all experts of the banks."""
     working_set: int
-    """Experts of one game: its own and those it borrows."""
+    """Experts that one game uses: its own and the ones it borrows."""
     borrowed: int
-    """Of these, older games' experts that it only reads, at the most."""
+    """How many experts of the working set belong to older games, at most. A game reads them and does not change them."""
     expert_bytes: int
+    """Bytes of one expert in HBM: parameters and optimizer moments."""
     hbm_experts: int
     hbm_bytes: int
-    """The slab."""
+    """Bytes of the slots in HBM."""
     gradient_bytes: int
     dense_bytes: int
-    """Parameters of all games; gradients and moments of the one in training."""
+    """Bytes of the dense part on the GPU: parameters for all games; gradients and moments for the game in training."""
     dram_bytes: int
     dram_bytes_for_all: int
+    """DRAM that would hold every expert."""
     nvme_bytes: int
     nvme_spare_bytes: int
-    """Versions that the last checkpoint still holds while new ones are written (copy on write)."""
+    """Bytes of older versions on NVMe: the last checkpoint keeps them while the run writes new ones (copy on write)."""
     switch_bytes_in: int
     switch_bytes_out: int
     switch_s: dict[str, float]
-    """Loading a working set, by the tier that it comes from, with nothing hidden."""
+    """Seconds to load a working set if no load overlaps with compute, by the tier that holds it."""
     loads_per_update: int
+    """Experts that an update loads although HBM held them before: 0 if HBM holds the working set."""
     update_compute_s: float | None
     update_load_s: float
     game_compute_s: float | None
     findings: tuple[str, ...]
-    """What will not work, or is not worth it; empty when neither."""
+    """Why the run will not work, or is not worth it; empty if nothing speaks against it."""
 
     @property
     def update_stall_s(self) -> tuple[float, float]:
-        """The least and the most: with all loads behind the compute that can be, and with none."""
+        """(least, most) seconds that an update waits: if loads overlap with compute as far as they can, and if none does."""
         return max(0.0, self.update_load_s - (self.update_compute_s or 0.0)), self.update_load_s
 
 
@@ -95,40 +105,46 @@ def plan(
 
     Args:
         config: the run.
-        rates: what moving an expert takes.
-        gpu_bytes: of the trainer's device; None: not judged.
-        dram_bytes: of the daemon; None: as configured.
-        nvme_bytes: of the daemon's disk; None: not judged.
-        steps_per_s: environment steps a second, acting and learning together, with every expert resident.
+        rates: seconds to move one expert.
+        gpu_bytes: memory of the trainer's device; None: the plan does not judge whether it is enough.
+        dram_bytes: memory of the daemon's DRAM tier; None: as the configuration has it.
+        nvme_bytes: size of the daemon's disk; None: the plan does not judge whether it is enough.
+        steps_per_s: environment steps a second, acting and learning together, with every expert in HBM; None: no compute times.
 
     Raises:
         InvalidRequest: a size or a speed is not above 0.
     """
-    for name, value in (("gpu_bytes", gpu_bytes), ("dram_bytes", dram_bytes), ("nvme", nvme_bytes), ("steps_per_s", steps_per_s)):
+    for name, value in (("gpu_bytes", gpu_bytes), ("dram_bytes", dram_bytes), ("nvme_bytes", nvme_bytes), ("steps_per_s", steps_per_s)):
         if value is not None and value <= 0:
             raise InvalidRequest(f"{name}: {value} is not above 0")
-    agent, games = config.agent, list(dict.fromkeys(config.games))
+    predicted = _predicted(config, rates, config.agent.dram_bytes if dram_bytes is None else dram_bytes, steps_per_s)
+    findings = (_hbm_finding(predicted, gpu_bytes), _nvme_finding(predicted, nvme_bytes), _loads_finding(predicted))
+    return replace(predicted, findings=tuple(finding for finding in findings if finding is not None))
+
+
+def _predicted(config: RunConfig, rates: Rates, dram_bytes: int, steps_per_s: float | None) -> Plan:
+    """The plan without findings."""
+    agent, num_games = config.agent, len(set(config.games))
     layout = agent.expert_layout()
     capacity = agent.hbm_experts // agent.num_banks * agent.num_banks
     owned = agent.pools_per_game * agent.pool_size if agent.routing == "pool" else agent.num_experts * agent.num_banks
-    shared = min(agent.shared_experts, (len(games) - 1) * agent.pool_size)
+    shared = min(agent.shared_experts, (num_games - 1) * agent.pool_size)
     borrowed = agent.pools_per_game * shared
-    working_set = owned + borrowed
-    num_experts = len(games) * owned if agent.routing == "pool" else owned
+    num_experts = num_games * owned if agent.routing == "pool" else owned
     bytes_in = owned * layout.body_bytes + borrowed * layout.parameter_bytes
-    dram_bytes = agent.dram_bytes if dram_bytes is None else dram_bytes
     loads = _loads_per_update(config, capacity, shared)
+    fits_dram = dram_bytes >= (owned + borrowed) * layout.record_bytes
     compute_s = None if steps_per_s is None else config.steps_per_update / steps_per_s
-    made = Plan(
-        num_games=len(games),
+    return Plan(
+        num_games=num_games,
         num_experts=num_experts,
-        working_set=working_set,
+        working_set=owned + borrowed,
         borrowed=borrowed,
         expert_bytes=layout.body_bytes,
         hbm_experts=capacity,
         hbm_bytes=capacity * layout.body_bytes,
         gradient_bytes=owned * layout.parameter_bytes,
-        dense_bytes=_dense_bytes(agent, len(games)),
+        dense_bytes=_dense_bytes(agent, num_games),
         dram_bytes=dram_bytes,
         dram_bytes_for_all=num_experts * layout.record_bytes,
         nvme_bytes=num_experts * layout.record_bytes,
@@ -138,50 +154,58 @@ def plan(
         switch_s={tier: bytes_in / layout.body_bytes * getattr(rates, tier) for tier in ("dram", "nvme", "seed")},
         loads_per_update=loads,
         update_compute_s=compute_s,
-        update_load_s=loads * (rates.dram if dram_bytes >= working_set * layout.record_bytes else rates.nvme),
+        update_load_s=loads * (rates.dram if fits_dram else rates.nvme),
         game_compute_s=None if compute_s is None else compute_s * config.updates_per_game,
         findings=(),
     )
-    return _judged(made, gpu_bytes, nvme_bytes)
 
 
-def _judged(made: Plan, gpu_bytes: int | None, nvme_bytes: int | None) -> Plan:
-    findings = []
-    beside = made.gradient_bytes + made.dense_bytes
-    if gpu_bytes is not None:
-        room = (gpu_bytes - beside) // made.expert_bytes
-        if room < 1:
-            findings.append(f"will not work: gradients and dense parameters alone need {beside:,} bytes of the GPU's {gpu_bytes:,}")
-        elif made.num_experts <= room:
-            findings.append(
-                f"not worth it: all {made.num_experts} experts fit into HBM; keep them there with --hbm-experts {made.num_experts}"
-            )
-        elif made.hbm_experts > room:
-            findings.append(f"will not work: HBM has room for {room} experts beside gradients and dense parameters, not {made.hbm_experts}")
-        elif made.hbm_experts < made.working_set <= room:
-            findings.append(f"HBM is too small for a game, but the GPU is not: give --hbm-experts {room}")
-    elif made.num_experts <= made.hbm_experts:
-        findings.append(f"not worth it: all {made.num_experts} experts fit into the HBM configured ({made.hbm_experts})")
-    if nvme_bytes is not None and made.nvme_bytes + made.nvme_spare_bytes > nvme_bytes:
-        findings.append(f"will not work: NVMe needs {made.nvme_bytes + made.nvme_spare_bytes:,} bytes, there are {nvme_bytes:,}")
-    if made.loads_per_update:
-        cost = "" if made.update_compute_s is None else f", {made.update_stall_s[0]:.3g} to {made.update_stall_s[1]:.3g} s of stall beside "
-        cost += "" if made.update_compute_s is None else f"{made.update_compute_s:.3g} s of compute"
-        findings.append(
-            f"slow: a game's {made.working_set} experts do not fit into HBM's {made.hbm_experts}; "
-            f"each update loads {made.loads_per_update} again{cost}"
-        )
-    return replace(made, findings=tuple(findings))
+def _hbm_finding(plan: Plan, gpu_bytes: int | None) -> str | None:
+    if gpu_bytes is None:
+        if plan.num_experts <= plan.hbm_experts:
+            return f"not worth it: all {plan.num_experts} experts fit into the HBM configured ({plan.hbm_experts})"
+        return None
+    other_bytes = plan.gradient_bytes + plan.dense_bytes
+    room = (gpu_bytes - other_bytes) // plan.expert_bytes
+    if room < 1:
+        return f"will not work: gradients and dense parameters alone need {other_bytes:,} bytes of the GPU's {gpu_bytes:,}"
+    if plan.num_experts <= room:
+        return f"not worth it: all {plan.num_experts} experts fit into HBM; keep them there with --hbm-experts {plan.num_experts}"
+    if plan.hbm_experts > room:
+        return f"will not work: HBM has room for {room} experts beside gradients and dense parameters, not {plan.hbm_experts}"
+    if plan.hbm_experts < plan.working_set <= room:
+        return f"HBM is configured too small for a game, although the GPU has room: give --hbm-experts {room}"
+    return None
+
+
+def _nvme_finding(plan: Plan, nvme_bytes: int | None) -> str | None:
+    needed = plan.nvme_bytes + plan.nvme_spare_bytes
+    if nvme_bytes is None or needed <= nvme_bytes:
+        return None
+    return f"will not work: the run needs {needed:,} bytes of NVMe, and there are {nvme_bytes:,}"
+
+
+def _loads_finding(plan: Plan) -> str | None:
+    if not plan.loads_per_update:
+        return None
+    text = (
+        f"slow: a game's {plan.working_set} experts do not fit into HBM's {plan.hbm_experts}; "
+        f"each update loads {plan.loads_per_update} experts again"
+    )
+    if plan.update_compute_s is None:
+        return text
+    least, most = plan.update_stall_s
+    return f"{text}, and stalls for {least:.3g} to {most:.3g} s beside {plan.update_compute_s:.3g} s of compute"
 
 
 def _dense_bytes(agent: AgentConfig, num_games: int) -> int:
-    """float32 parameters of all games; a gradient and two moments for those of one game and the stem."""
+    """float32 parameters of all games; a gradient and two moments for the parameters of one game and of the stem."""
     everything, one = (replace(agent, num_games=count).estimate_params().dense for count in (num_games, 1))
     return 4 * everything + 12 * one
 
 
 def _loads_per_update(config: RunConfig, capacity: int, shared: int) -> int:
-    """Loads of an update in the middle of a game whose pools borrow `shared`: what comes again though it was there before."""
+    """Repeated loads of one update, in the middle of a game whose pools borrow `shared` experts; an expert's first load is not counted."""
     agent, ppo = config.agent, config.ppo
     own = [_pool(agent, layer) for layer in range(agent.num_layers)]
     layers = [pool + _borrowed(agent, layer, shared) for layer, pool in enumerate(own)]
@@ -191,10 +215,10 @@ def _loads_per_update(config: RunConfig, capacity: int, shared: int) -> int:
     segments = ppo.num_envs * ppo.rollout_steps // agent.context
     num_minibatches = ppo.epochs * -(-segments // ppo.minibatch_segments)
     num_acts = ppo.rollout_steps + ppo.rollout_steps // agent.context  # One more for the value at each segment's end.
-    asked = {"lru": forward * num_acts, "belady": (forward + backward + updates) * num_minibatches}
+    keys_by_policy = {"lru": forward * num_acts, "belady": (forward + backward + updates) * num_minibatches}
     info = TraceInfo(source="plan", num_banks=agent.num_banks, expert_bytes=1)
     misses = 0
-    for policy, keys in asked.items():
+    for policy, keys in keys_by_policy.items():
         trace = Trace(info=info, keys_A=np.array(keys, dtype=np.uint32), marks=(Mark(0, "", False),))
         counts = replay(trace, Setup(hbm_experts=capacity, policy=policy)).training
         misses += counts.accesses - counts.hits - len(set(forward))
@@ -202,7 +226,7 @@ def _loads_per_update(config: RunConfig, capacity: int, shared: int) -> int:
 
 
 def _pool(agent: AgentConfig, layer: int) -> list[int]:
-    """The first game's experts in a layer, numbered as in a trace; all of its tokens together ask for nearly every one of them."""
+    """The keys (as in a trace) of the first game's experts in a layer. An update's tokens together use nearly all of them."""
     bank = layer % agent.num_banks
     if agent.routing == "token":
         return [expert * agent.num_banks + bank for expert in range(agent.num_experts)]
@@ -211,63 +235,68 @@ def _pool(agent: AgentConfig, layer: int) -> list[int]:
 
 
 def _borrowed(agent: AgentConfig, layer: int, shared: int) -> list[int]:
-    """Experts that other games own in that layer; which ones makes no difference to how often they come."""
+    """Keys of `shared` experts that other games own in a layer. Any such experts would do: each is used equally often."""
     first = agent.pools_per_game * agent.pool_size + layer % agent.pools_per_game * shared
     return [(first + expert) * agent.num_banks + layer % agent.num_banks for expert in range(shared)]
 
 
-def table(made: Plan, rates: Rates) -> Table:
-    """For a terminal."""
-    shown = Table("", "predicted", "", box=SIMPLE_HEAD)
-    shown.columns[1].justify = "right"
-    size = partial(humanize.naturalsize, binary=True)
+def table(plan: Plan, rates: Rates) -> Table:
+    """The prediction as a table: a quantity, its value and a remark in each row."""
+    return Table("", ("", "predicted", ""), [*_size_rows(plan), *_switch_rows(plan, rates), *_update_rows(plan)], alignment="lrl")
+
+
+def _size_rows(plan: Plan) -> list[tuple[str, str, str]]:
+    own = plan.working_set - plan.borrowed
+    hbm_parts = (
+        f"{plan.hbm_experts} experts {format_bytes(plan.hbm_bytes)}, gradients {format_bytes(plan.gradient_bytes)}, "
+        f"dense {format_bytes(plan.dense_bytes)}; activations come on top"
+    )
+    spare = format_bytes(plan.nvme_spare_bytes)
     rows = [
-        (
-            "experts",
-            f"{made.num_experts:,}",
-            f"{made.num_games} games of {made.working_set - made.borrowed}, {size(made.expert_bytes)} each with its moments",
-        ),
-        *([("a game's working set", f"{made.working_set:,}", f"{made.borrowed} of them borrowed, to read")] if made.borrowed else []),
-        ("HBM", size(made.hbm_bytes + made.gradient_bytes + made.dense_bytes), _hbm_parts(made, size) + "; activations come on top"),
-        ("DRAM", size(made.dram_bytes), f"{size(made.dram_bytes_for_all)} would hold all"),
-        (
-            "NVMe",
-            size(made.nvme_bytes + made.nvme_spare_bytes),
-            f"of it {size(made.nvme_spare_bytes)} for versions that a checkpoint keeps",
-        ),
-        ("a switch moves", size(made.switch_bytes_in), f"in, and {size(made.switch_bytes_out)} out"),
-        *(
-            (f"a switch takes, from {tier}", f"{taken:.3g} s", f"{getattr(rates, tier) * 1e3:.3g} ms an expert; nothing hidden")
-            for tier, taken in made.switch_s.items()
-        ),
-        ("loads in an update", f"{made.loads_per_update:,}", "after the first; 0 when HBM holds a game"),
+        ("experts", f"{plan.num_experts:,}", f"{plan.num_games} games of {own}, {format_bytes(plan.expert_bytes)} each with its moments"),
+        ("HBM", format_bytes(plan.hbm_bytes + plan.gradient_bytes + plan.dense_bytes), hbm_parts),
+        ("DRAM", format_bytes(plan.dram_bytes), f"{format_bytes(plan.dram_bytes_for_all)} would hold all experts"),
+        ("NVMe", format_bytes(plan.nvme_bytes + plan.nvme_spare_bytes), f"{spare} of it for older versions that a checkpoint keeps"),
     ]
-    least, most = made.update_stall_s
-    rows.append(("stall in an update", f"{least:.3g} to {most:.3g} s", "all hidden that can be, and none"))
-    if made.update_compute_s is not None and made.game_compute_s is not None:
-        share = most / (most + made.update_compute_s)
-        rows.append(("compute in an update", f"{made.update_compute_s:.3g} s", f"stalled at most {share:.1%} of the time"))
-        slowest = max(made.switch_s.values())
-        rows.append(
-            ("compute in a game", f"{made.game_compute_s:.3g} s", f"a switch is at most {slowest / made.game_compute_s:.2%} of that")
-        )
-    for row in rows:
-        shown.add_row(*row)
-    return shown
+    if plan.borrowed:
+        rows.insert(1, ("a game's working set", f"{plan.working_set:,}", f"{plan.borrowed} of them borrowed, to read only"))
+    return rows
 
 
-def _hbm_parts(made: Plan, size: Callable[[int], str]) -> str:
-    return f"{made.hbm_experts} experts {size(made.hbm_bytes)}, gradients {size(made.gradient_bytes)}, dense {size(made.dense_bytes)}"
+def _switch_rows(plan: Plan, rates: Rates) -> list[tuple[str, str, str]]:
+    rows = [("a switch moves", format_bytes(plan.switch_bytes_in), f"in, and {format_bytes(plan.switch_bytes_out)} out")]
+    for tier, seconds in plan.switch_s.items():
+        rows.append((f"a switch takes, from {tier}", f"{seconds:.3g} s", f"{getattr(rates, tier) * 1e3:.3g} ms an expert; no overlap"))
+    return rows
+
+
+def _update_rows(plan: Plan) -> list[tuple[str, str, str]]:
+    least, most = plan.update_stall_s
+    rows = [
+        ("repeated loads in an update", f"{plan.loads_per_update:,}", "0 if HBM holds a game's experts"),
+        ("stall in an update", f"{least:.3g} to {most:.3g} s", "with as much overlap as possible, and with none"),
+    ]
+    if plan.update_compute_s is not None and plan.game_compute_s is not None:
+        stalled = most / (most + plan.update_compute_s)
+        switching = max(plan.switch_s.values()) / plan.game_compute_s
+        rows.append(("compute in an update", f"{plan.update_compute_s:.3g} s", f"stalled at most {stalled:.1%} of the time"))
+        rows.append(("compute in a game", f"{plan.game_compute_s:.3g} s", f"a switch takes at most {switching:.2%} of that"))
+    return rows
 
 
 # Measuring
 
 
 def measure(agent: AgentConfig, data_dir: Path, *, device: str = "cpu") -> Rates:
-    """Seconds an expert takes, a pool in each call, through a daemon of its own below `data_dir`: some seconds, and 2 GiB of disk at most.
+    """Measures the rates through a daemon that is started for it; takes some seconds and at most 2 GiB of disk.
+
+    Args:
+        agent: gives the experts' layout, and how many are moved in one call.
+        data_dir: the daemon's data is kept here meanwhile, so it must be on the disk to be measured.
+        device: the cache's device.
 
     Raises:
-        InvalidRequest: the experts are too large to be probed so.
+        InvalidRequest: one expert is larger than the probe reads in a call.
     """
     from ooc_moe.session.daemon import embedded_daemon
     from ooc_moe_client.hbm.cache import ExpertCache
@@ -280,15 +309,15 @@ def measure(agent: AgentConfig, data_dir: Path, *, device: str = "cpu") -> Rates
     waves = [list(range(start, start + batch)) for start in range(0, 8 * batch, batch)]
     with (
         tempfile.TemporaryDirectory(dir=data_dir, prefix="ooc-moe-probe-") as directory,
-        # DRAM holds half: reading all in turn finds none there, reading the last few again finds all.
+        # DRAM holds half of the probe. Reading the whole probe in a cycle always misses DRAM; reading the last two waves again always hits.
         embedded_daemon(Path(directory) / "store", dram_bytes=4 * batch * layout.record_bytes) as target,
         closing(RemoteStore(target)) as store,
     ):
         store.create_bank(BankSpec(name="probe", num_experts=8 * batch, layout=layout, seed=0))
         with ExpertCache(store, "probe", capacity_experts=batch, device=device) as cache:
 
-            def read(times: int, asked: list[list[int]]) -> None:
-                for wave in asked * times:
+            def read(times: int, chosen: list[list[int]]) -> None:
+                for wave in chosen * times:
                     with cache.reading(wave):
                         pass
 

@@ -3,15 +3,22 @@
     replayed = replay(trace, Setup(hbm_experts=16, policy="lru", prefetch=Prefetch(source="perfect")))
     replayed.training.hit_rate, replayed.training.stall_s
 
-The model. Every access computes for `compute_s`; one that HBM does not hold waits first until its expert is loaded, alone: from DRAM, or
-from NVMe through DRAM, where all experts lie in the beginning. HBM and DRAM take in every miss and evict by their policies. As in the
-trainer, each bank has an equal share of HBM and all share the DRAM. At a switch of the game a prefetch source may name experts, which are
-then loaded one after another behind the compute; demand goes first and delays them. They never push out what this game has asked for, nor
-each other. One that is asked for before it is there is late, and a miss.
+The model:
 
-Left out: write-back (assumed to keep up behind the compute), the second looks of backward and optimizer, several misses in one call to the
-store, and the trainer's schedule: what an update or a step of acting announces is evicted by its next use and fetched ahead. Where a game
-does not fit into HBM, a trainer therefore hits far more often than LRU does here (simulate.md has both). Knows nothing of files and tables.
+- Every access computes for `compute_s`. If HBM does not hold the expert, the access first waits until the expert is loaded, alone: from
+  DRAM, or from NVMe through DRAM. In the beginning all experts are on NVMe.
+- HBM and DRAM admit every miss, and evict by their policies. As in the trainer, each bank has an equal share of HBM, and all banks share
+  DRAM.
+- When the game switches, a prefetch source may name experts. They are loaded one after another, in parallel with compute. A load on demand
+  goes first and delays them. A prefetch evicts neither an expert that this game has asked for nor another prefetch.
+- An access to an expert whose prefetch has not ended counts as a miss, and the prefetch as late.
+
+Not modelled:
+
+- Write-back, which is assumed to overlap with compute.
+- The second accesses of backward and optimizer, and several misses in one call to the store.
+- The trainer's schedule. A trainer announces the experts of an update or an acting step; the cache then evicts by next use, and fetches
+  ahead. Where a game does not fit into HBM, a trainer therefore hits far more often than LRU does here (simulate.md has both).
 """
 
 from __future__ import annotations
@@ -28,45 +35,52 @@ from ooc_moe_wire.policy import Belady, EvictionPolicy, make_policy
 
 SOURCES = ("none", "perfect", "detector", "random")
 PIECE_ACCESSES = 1 << 18
-"""Accesses between two signs of progress."""
+"""Accesses between two calls of `progress`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Link:
-    """What a load costs: `latency_s` once, and its bytes at `bytes_per_s`."""
+    """The cost of a load: a fixed latency, and time for its bytes."""
 
     latency_s: float
     bytes_per_s: float
 
     def seconds(self, num_bytes: int) -> float:
-        """To load so many bytes."""
+        """Seconds to load `num_bytes`."""
         return self.latency_s + num_bytes / self.bytes_per_s
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Latency:
-    """The time that things take. Defaults: PCIe 4 from pinned memory, one NVMe disk."""
+    """The times of loads and of compute. Defaults: PCIe 4 from pinned memory, and one NVMe disk."""
 
     dram: Link = Link(latency_s=20e-6, bytes_per_s=12e9)
+    """From DRAM to HBM."""
     nvme: Link = Link(latency_s=80e-6, bytes_per_s=3e9)
-    """To DRAM; an expert from NVMe pays both."""
+    """From NVMe to DRAM. An expert from NVMe takes both links."""
     compute_s: float = 100e-6
-    """Of one access."""
+    """Compute of one access."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prefetch:
-    """Who names the experts of the game that was switched to, and when.
+    """What names experts to prefetch when the game switches.
 
-    "perfect" names them at the switch; "detector" `delay` accesses later, and with a chance of 1 - `accuracy` those of another game;
-    "random" at the switch those of any game. A game's experts are those that the trace has it use, the most used first.
+    A game's experts are those that it uses anywhere in the trace, the most used first. The sources:
+
+    - "none": no prefetching.
+    - "perfect" names the new game's experts at the switch.
+    - "detector" names them `delay` accesses after the switch; with probability 1 - `accuracy` it names another game's experts instead.
+    - "random" names the experts of a random game at the switch.
     """
 
     source: str = "none"
     delay: int = 100
+    """Accesses until the detector notices a switch."""
     accuracy: float = 0.95
+    """Probability that the detector names the right game."""
     experts_max: int | None = None
-    """The most experts named; None: as many as HBM holds."""
+    """The most experts named at a switch; None: as many as HBM holds."""
 
     def __post_init__(self) -> None:
         if self.source not in SOURCES:
@@ -79,37 +93,44 @@ class Prefetch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setup:
-    """What to replay with."""
+    """The tiers, policies and times of one replay."""
 
     hbm_experts: int
+    """Capacity of HBM, in experts."""
     policy: str = "lru"
-    """Of HBM; beside the online ones "belady", the optimum for one that is told the future but may not prefetch."""
+    """Eviction policy of HBM. "belady" is the optimum of a cache that knows the future and does not prefetch."""
     dram_experts: int | None = None
-    """None: room for all."""
+    """Capacity of DRAM, in experts; None: room for all."""
     dram_policy: str = "lru"
+    """Eviction policy of DRAM."""
     latency: Latency = Latency()
     prefetch: Prefetch = Prefetch()
     seed: int = 0
+    """Of the prefetch source's random choices."""
 
 
 @dataclass(slots=True)
 class Counts:
-    """What happened in training, or in evaluation."""
+    """Counters of all training, or of all evaluation."""
 
     accesses: int = 0
     hits: int = 0
     from_dram: int = 0
+    """Loads from DRAM, on demand and by prefetch."""
     from_nvme: int = 0
-    """Loads, on demand and by prefetch."""
+    """Loads from NVMe, on demand and by prefetch."""
     compute_s: float = 0.0
     stall_s: float = 0.0
     prefetched: int = 0
+    """Experts that a source named and HBM did not hold. Each of them is useful, late, wasted or cancelled."""
     useful: int = 0
+    """Prefetched experts that were in HBM when the game asked for them."""
     late: int = 0
+    """Prefetched experts that the game asked for before they were loaded."""
     wasted: int = 0
-    """Loaded, but not asked for before the next switch, or evicted before that."""
+    """Prefetched experts that were loaded, but not asked for before they were evicted or the game switched."""
     cancelled: int = 0
-    """Not loaded, for want of a slot that this game did not need, or of time before the next switch."""
+    """Prefetched experts that were not loaded: there was no slot that this game did not need, or no time before the next switch."""
 
     @property
     def hit_rate(self) -> float:
@@ -119,7 +140,7 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class Replayed:
-    """What a replay found."""
+    """The result of a replay."""
 
     setup: Setup
     training: Counts = field(default_factory=Counts)
@@ -127,10 +148,15 @@ class Replayed:
 
 
 def replay(trace: Trace, setup: Setup, *, progress: Callable[[int], object] = lambda accesses: None) -> Replayed:
-    """Plays the whole trace. `progress` is told how many accesses were done since it was last told.
+    """Replays the whole trace.
+
+    Args:
+        trace: the accesses.
+        setup: tiers, policies and times.
+        progress: called now and then with the number of accesses done since the last call.
 
     Raises:
-        InvalidRequest: no such policy; fewer slots than banks; prefetching with Belady.
+        InvalidRequest: no such policy; fewer HBM slots than banks; prefetching together with Belady.
     """
     run = _Replay(trace, setup)
     game = ""
@@ -142,13 +168,13 @@ def replay(trace: Trace, setup: Setup, *, progress: Callable[[int], object] = la
 
 
 class _Tier:
-    """Slots that a policy fills and empties."""
+    """A number of slots, and the policy that chooses what to evict from them."""
 
     def __init__(self, policy: EvictionPolicy[int], capacity: int) -> None:
         self.policy, self.capacity, self.used = policy, capacity, 0
 
     def admit(self, key: int, keep: Collection[int] = ()) -> int | None:
-        """Takes in a key; the one that left for it, if any. The caller sees to it that not all slots hold what is to be kept."""
+        """Admits a key and returns the key that was evicted for it, if any. The slots must not all hold keys in `keep`."""
         victim = None
         if self.used == self.capacity:
             victims = self.policy.victims()
@@ -160,19 +186,19 @@ class _Tier:
         return victim
 
 
-class _Ahead:
-    """Prefetches under way: one loads, until `ready_at`; the others wait, without a slot."""
+class _Prefetching:
+    """The prefetches after one switch. One is loading, until `ready_at`; the others wait, and have no slot yet."""
 
     def __init__(self, named: Sequence[int], asked: set[int]) -> None:
         self.waiting = dict.fromkeys(named, True)
         self.loading: int | None = None
         self.ready_at = 0.0
-        self.unused: set[int] = set()  # Loading or loaded.
-        self.asked = asked  # Since the switch.
+        self.unused: set[int] = set()  # Keys that are loading or loaded, and that the game has not asked for.
+        self.asked = asked  # Keys that the game has asked for since the switch.
 
     @property
     def idle(self) -> bool:
-        """Nothing is left to come, or to be used."""
+        """Whether every prefetch has ended and was used."""
         return not (self.waiting or self.unused)
 
 
@@ -200,17 +226,17 @@ class _Replay:
         self._pools = _pools(trace) if setup.prefetch.source != "none" else {}
 
     def play(self, span: Span, switched: bool, progress: Callable[[int], object]) -> None:
-        """One span: after a switch perhaps with a prefetch, the rest as demand comes."""
+        """Plays one span. After a switch, its first part may run with prefetches; the rest is on demand only."""
         self._counts = counts = self.replayed.evaluation if span.evaluating else self.replayed.training
         counts.accesses += span.stop - span.start
         counts.compute_s += (span.stop - span.start) * self._setup.latency.compute_s
         prefetch, done = self._setup.prefetch, span.start
         if switched and prefetch.source != "none":
-            fires = min(span.stop, span.start + (prefetch.delay if prefetch.source == "detector" else 0))
-            before = self._trace.keys_A[span.start : fires].tolist()
+            begin = min(span.stop, span.start + (prefetch.delay if prefetch.source == "detector" else 0))
+            before = self._trace.keys_A[span.start : begin].tolist()
             self._on_demand(before)
-            rest = self._trace.keys_A[fires : span.stop]
-            done = fires + self._with_prefetch(rest.tolist(), self._named(span.game), set(before)) if len(rest) else fires
+            rest = self._trace.keys_A[begin : span.stop]
+            done = begin + self._with_prefetch(rest.tolist(), self._named(span.game), set(before)) if len(rest) else begin
             progress(done - span.start)
         for start in range(done, span.stop, PIECE_ACCESSES):
             keys = self._trace.keys_A[start : min(start + PIECE_ACCESSES, span.stop)].tolist()
@@ -218,7 +244,7 @@ class _Replay:
             progress(len(keys))
 
     def _on_demand(self, keys: Sequence[int]) -> None:
-        """The hot loop: a hit costs a touch, a miss a load and perhaps an eviction."""
+        """Plays accesses without prefetches. This is the hot loop: a hit costs one touch, a miss a load and perhaps an eviction."""
         touches, tiers = self._touches, self._tiers
         misses, stall_s = 0, 0.0
         for key in keys:
@@ -232,62 +258,62 @@ class _Replay:
         self._counts.stall_s += stall_s
 
     def _with_prefetch(self, keys: Sequence[int], named: Sequence[int], asked: set[int]) -> int:
-        """Goes on until every prefetched expert was used, or to the end; the number of accesses done."""
+        """Plays accesses until every prefetched expert was used, or to the end. Returns the number of accesses done."""
         counts, now = self._counts, 0.0
-        ahead = _Ahead(self._limited(named), asked)
-        counts.prefetched += len(ahead.waiting)
+        prefetching = _Prefetching(self._limited(named), asked)
+        counts.prefetched += len(prefetching.waiting)
         for done, key in enumerate(keys):
-            self._advance(ahead, now)
-            if ahead.idle:
+            self._advance(prefetching, now)
+            if prefetching.idle:
                 return done
             wait_s = 0.0
-            if key == ahead.loading:
+            if key == prefetching.loading:
                 counts.late += 1
-                wait_s = ahead.ready_at - now
+                wait_s = prefetching.ready_at - now
                 self._touches[key](key)
-                ahead.loading = None
+                prefetching.loading = None
             elif self._is_resident(key):
                 counts.hits += 1
-                counts.useful += key in ahead.unused
+                counts.useful += key in prefetching.unused
             else:
-                counts.late += ahead.waiting.pop(key, False)
+                counts.late += prefetching.waiting.pop(key, False)
                 wait_s = self._load_s(key)
-                victim = self._tiers[key].admit(key, keep=() if ahead.loading is None else (ahead.loading,))
-                counts.wasted += victim in ahead.unused
-                ahead.unused.discard(victim)
-                ahead.ready_at += wait_s
-            ahead.unused.discard(key)
+                victim = self._tiers[key].admit(key, keep=() if prefetching.loading is None else (prefetching.loading,))
+                counts.wasted += victim in prefetching.unused
+                prefetching.unused.discard(victim)
+                prefetching.ready_at += wait_s
+            prefetching.unused.discard(key)
             asked.add(key)
             counts.stall_s += wait_s
             now += wait_s + self._setup.latency.compute_s
-        counts.wasted += len(ahead.unused)
-        counts.cancelled += len(ahead.waiting)
+        counts.wasted += len(prefetching.unused)
+        counts.cancelled += len(prefetching.waiting)
         return len(keys)
 
-    def _advance(self, ahead: _Ahead, now: float) -> None:
-        """Lets what waits be loaded, one after another, until `now`."""
-        while ahead.loading is None or ahead.ready_at <= now:
-            ahead.loading = None
-            if not ahead.waiting:
+    def _advance(self, prefetching: _Prefetching, now: float) -> None:
+        """Loads waiting prefetches, one after another, until the time `now`."""
+        while prefetching.loading is None or prefetching.ready_at <= now:
+            prefetching.loading = None
+            if not prefetching.waiting:
                 return
-            key = next(iter(ahead.waiting))
-            if self._claim(key, ahead):
-                del ahead.waiting[key]
-                ahead.loading = key
-                ahead.unused.add(key)
-                ahead.ready_at += self._load_s(key)
+            key = next(iter(prefetching.waiting))
+            if self._claim(key, prefetching):
+                del prefetching.waiting[key]
+                prefetching.loading = key
+                prefetching.unused.add(key)
+                prefetching.ready_at += self._load_s(key)
             else:
                 tier = self._tiers[key]
-                elsewhere = {other: True for other in ahead.waiting if self._tiers[other] is not tier}
-                self._counts.cancelled += len(ahead.waiting) - len(elsewhere)
-                ahead.waiting = elsewhere
+                elsewhere = {other: True for other in prefetching.waiting if self._tiers[other] is not tier}
+                self._counts.cancelled += len(prefetching.waiting) - len(elsewhere)
+                prefetching.waiting = elsewhere
 
-    def _claim(self, key: int, ahead: _Ahead) -> bool:
-        """A slot for a prefetch, if one is free or holds what this game has not asked for; one is left to demand."""
+    def _claim(self, key: int, prefetching: _Prefetching) -> bool:
+        """Admits a prefetch if a slot is free or holds a key that this game has not asked for. A tier of one slot leaves it to demand."""
         tier = self._tiers[key]
         if tier.capacity == 1:
             return False
-        keep = ahead.asked | ahead.unused
+        keep = prefetching.asked | prefetching.unused
         if tier.used == tier.capacity and keep.issuperset(tier.policy.victims()):
             return False
         tier.admit(key, keep=keep)
@@ -305,7 +331,7 @@ class _Replay:
         return True
 
     def _named(self, game: str) -> list[int]:
-        """What the source says when it sees `game`."""
+        """The experts that the prefetch source names when the game switches to `game`."""
         source, others = self._setup.prefetch.source, [name for name in self._pools if name != game]
         if source == "random":
             return self._pools[list(self._pools)[int(self._rng.integers(len(self._pools)))]]
@@ -314,7 +340,7 @@ class _Replay:
         return self._pools[game]
 
     def _load_s(self, key: int) -> float:
-        """Loads an expert from where it is, and counts it; the seconds that it takes."""
+        """Loads an expert from its tier, counts the load, and returns the seconds that it takes."""
         try:
             self._dram.policy.touch(key)
         except KeyError:
@@ -333,7 +359,7 @@ def _policy(setup: Setup, trace: Trace, bank: int) -> EvictionPolicy[Any]:
 
 
 def _pools(trace: Trace) -> dict[str, list[int]]:
-    """The experts of each game, the most used first."""
+    """The experts that each game uses, the most used first."""
     used: dict[str, np.ndarray[Any, Any]] = {}
     num_keys = int(trace.keys_A.max(initial=0)) + 1
     for span in trace.spans():

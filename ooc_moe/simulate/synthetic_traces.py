@@ -1,7 +1,9 @@
-"""Traces that no run recorded: games in turns, each with its own pool; and recorded ones with other turns.
+"""Makes traces without a run: synthetic ones, in which games take turns, and recorded ones whose games take turns in another order.
 
-The accesses of a game are independent draws from its pool in the layer whose turn it is, the n-th most popular expert with weight
-n^-exponent. Real training asks for nearly the whole pool in every call of a layer; real acting for a few: `zipf` and `pool` set which.
+In a synthetic trace each game has a pool of its own, split over the layers. An access draws an expert from the part of the pool that
+belongs to the layer whose turn it is, independently of other accesses; the n-th most popular expert has weight n^-zipf. In a real run,
+training asks for nearly the whole pool in each call of a layer, and acting for a few experts: a small `zipf` is like training, a large one
+like acting.
 """
 
 from __future__ import annotations
@@ -17,24 +19,29 @@ from ooc_moe_wire.errors import InvalidRequest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Made:
-    """What a made trace is like."""
+class SyntheticTraceConfig:
+    """The size and shape of a synthetic trace."""
 
     games: int = 57
+    """Number of games. They take turns, in rounds of random order."""
     experts: int = 10_000
-    """Of all games together; each game has an equal share of its own."""
+    """Experts of all games together, in equal pools."""
     accesses: int = 10_000_000
+    """Length of the trace."""
     switch_every: int = 20_000
-    """Accesses of one game before the next one's turn."""
+    """Accesses of one game before the next game's turn."""
     layers: int = 6
-    """Each has its part of a game's pool; accesses go through them in turn, `per_call` at a time."""
+    """Layers that the agent is thought to have. Each has its part of a game's pool, and they are called in turn."""
     per_call: int = 2
+    """Accesses of one layer before the next layer's turn."""
     zipf: float = 1.0
-    """0: all experts of a pool alike."""
+    """How uneven the use of a pool is: its n-th most popular expert has weight n^-zipf. 0: all experts are used alike."""
     eval_every: int | None = None
-    """Turns of training between two evaluations; None: none. In one every game is played for a tenth of a turn."""
+    """Turns of training between two evaluations, in which every game is played for a tenth of a turn; None: no evaluations."""
     expert_bytes: int = 25 * 10**6
+    """Bytes of one expert."""
     seed: int = 0
+    """Of the random draws."""
 
     def __post_init__(self) -> None:
         for name in ("games", "experts", "accesses", "switch_every", "layers", "per_call", "expert_bytes"):
@@ -51,50 +58,53 @@ class Made:
             )
 
 
-def make_trace(made: Made) -> Trace:
-    """Games in rounds of random order, with evaluations between them where these are asked for. Equal arguments, equal trace."""
-    rng = np.random.default_rng(made.seed)
-    pools = _pools(made, rng)
+def make_trace(config: SyntheticTraceConfig) -> Trace:
+    """Makes a synthetic trace. Equal configurations give equal traces."""
+    rng = np.random.default_rng(config.seed)
+    pools = _pools(config, rng)
     pieces: list[NDArray[np.uint32]] = []
     marks: list[Mark] = []
     position = turn = 0
-    while position < made.accesses:
-        for game in rng.permutation(made.games).tolist():
-            turns = [(game, False, made.switch_every)]
+    while position < config.accesses:
+        for game in rng.permutation(config.games).tolist():
+            turns = [(game, False, config.switch_every)]
             turn += 1
-            if made.eval_every is not None and turn % made.eval_every == 0:
-                turns += [(each, True, max(1, made.switch_every // 10)) for each in range(made.games)]
+            if config.eval_every is not None and turn % config.eval_every == 0:
+                turns += [(each, True, max(1, config.switch_every // 10)) for each in range(config.games)]
             for played, evaluating, length in turns:
-                length = min(length, made.accesses - position)
+                length = min(length, config.accesses - position)
                 if length:
                     marks.append(Mark(position, f"game{played:02d}", evaluating))
-                    pieces.append(_draw(made, pools[played], length, rng))
+                    pieces.append(_draw(config, pools[played], length, rng))
                     position += length
-    info = TraceInfo(source=f"made: {made}", num_banks=1, expert_bytes=made.expert_bytes)
+    info = TraceInfo(source=f"synthetic: {config}", num_banks=1, expert_bytes=config.expert_bytes)
     return Trace(info=info, keys_A=np.concatenate(pieces), marks=tuple(marks))
 
 
-def _pools(made: Made, rng: np.random.Generator) -> list[list[NDArray[np.uint32]]]:
-    """By game and layer: the experts, the most popular first, and no two pools with one in common."""
-    games = np.array_split(rng.permutation(made.experts).astype(np.uint32), made.games)
-    return [np.array_split(game, made.layers) for game in games]
+def _pools(config: SyntheticTraceConfig, rng: np.random.Generator) -> list[list[NDArray[np.uint32]]]:
+    """The experts of each game in each layer, the most popular first. No expert is in two of them."""
+    games = np.array_split(rng.permutation(config.experts).astype(np.uint32), config.games)
+    return [np.array_split(game, config.layers) for game in games]
 
 
-def _draw(made: Made, pool: list[NDArray[np.uint32]], length: int, rng: np.random.Generator) -> NDArray[np.uint32]:
-    layers_A = np.arange(length) // made.per_call % made.layers
+def _draw(config: SyntheticTraceConfig, pool: list[NDArray[np.uint32]], length: int, rng: np.random.Generator) -> NDArray[np.uint32]:
+    layers_A = np.arange(length) // config.per_call % config.layers
     keys_A = np.empty(length, np.uint32)
     for layer, experts in enumerate(pool):
         mine_A = layers_A == layer
-        weights = np.arange(1, len(experts) + 1, dtype=np.float64) ** -made.zipf
+        weights = np.arange(1, len(experts) + 1, dtype=np.float64) ** -config.zipf
         ranks = np.searchsorted(np.cumsum(weights) / weights.sum(), rng.random(int(mine_A.sum())), side="right")
         keys_A[mine_A] = experts[np.minimum(ranks, len(experts) - 1)]
     return keys_A
 
 
 def with_turns(trace: Trace, switch_every: int) -> Trace:
-    """The same training with other turns: each game's accesses in their order, `switch_every` at a time, the games round robin.
+    """Reorders a trace's training so that games take turns of `switch_every` accesses, round robin.
 
-    Evaluation is left out, for it has no place between turns that never were.
+    Each game's own accesses keep their order. Evaluations are left out, because they belong between turns that no longer exist.
+
+        trace:                a1 a2 a3 a4 b1 b2
+        with_turns(trace, 2): a1 a2 b1 b2 a3 a4
 
     Raises:
         InvalidRequest: `switch_every` is below 1.

@@ -16,11 +16,11 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 
+from ooc_moe.display.table import Table, markdown_table
 from ooc_moe.metrics import measures
 from ooc_moe.metrics.provenance import facts
 from ooc_moe.metrics.run import RunRecord
 from ooc_moe.report.drawing import STYLE
-from ooc_moe.report.text_table import TextTable
 from ooc_moe.study import verdicts
 from ooc_moe.study.caching import CachingPoint, caching_points
 from ooc_moe.study.costs import Costs, costs_by_variant
@@ -47,7 +47,7 @@ class Results:
 
     found: StudyScores
     costs: Mapping[str, Costs]
-    tables: list[TextTable]
+    tables: list[Table]
     verdicts: list[Verdict]
     separated: list[Separation]
     points: list[CachingPoint]
@@ -136,17 +136,12 @@ def _markdown(results: Results, described: dict[str, str], pictures: Sequence[st
     lines += ["## Variants", "", *(f"- {name}: {study.variants[name].says}" for name in study.seeds), ""]
     lines += ["\n\n".join(pictures), ""] if pictures else []
     for table in results.tables:
-        lines += [f"## {table.title}", "", *_markdown_table(table), "", table.note, ""]
+        lines += [f"## {table.title}", "", markdown_table(table), "", table.note, ""]
     if found.missing:
         lines += ["## Missing", "", *(f"- {run.label}: {why}" for run, why in found.missing.items()), ""]
     configured, label = _configured(found)
     lines += [f"## The configuration of {label}", "", "```json", configured, "```", ""]
     return "\n".join(lines)
-
-
-def _markdown_table(table: TextTable) -> list[str]:
-    rule = "|---|" + "---:|" * (len(table.columns) - 1)
-    return [f"| {' | '.join(table.columns)} |", rule, *(f"| {' | '.join(row)} |" for row in table.rows)]
 
 
 def _sentence(text: str) -> str:

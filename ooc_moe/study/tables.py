@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from ooc_moe.display.formats import DASH, format_bytes, format_count, format_part, format_score, format_share
+from ooc_moe.display.table import Table
 from ooc_moe.metrics import measures, statistics
 from ooc_moe.report.summary import ambiguous, of_reference
-from ooc_moe.report.text_table import DASH, TextTable, format_bytes, format_count, format_part, format_score, format_share
 from ooc_moe.study.caching import CachingPoint, Way
 from ooc_moe.study.costs import Costs
 from ooc_moe.study.scores import MEASURES, RAW_MEASURES, Cell, StudyScores, strata
@@ -24,7 +25,7 @@ _INTERVALS = (
 
 def tables(
     found: StudyScores, costs: Mapping[str, Costs], separated: Sequence[Separation] = (), points: Sequence[CachingPoint] = ()
-) -> list[TextTable]:
+) -> list[Table]:
     """All tables of a study, those without a row left out."""
     made = [
         main_table(found),
@@ -44,7 +45,7 @@ def tables(
     return [table for table in made if table.rows]
 
 
-def main_table(found: StudyScores) -> TextTable:
+def main_table(found: StudyScores) -> Table:
     """One row per variant: what was learned, what is left of it."""
     random, constant = _baselines(found)
     rows = [["random", "–", DASH, random, DASH, DASH, DASH], ["best constant action", "–", DASH, constant, DASH, DASH, DASH]]
@@ -52,7 +53,7 @@ def main_table(found: StudyScores) -> TextTable:
         cells = [spread(found.cells(name, measure)) for measure in _MAIN]
         rows.append([name, str(len(found.of(name))), *cells, spread(found.worst(name))])
     counted = bool(found.counted)
-    return TextTable(
+    return Table(
         "Learning and forgetting",
         ["variant", "runs", *_MAIN, "worst forgetting"],
         rows if counted and found.variants else [],
@@ -62,10 +63,10 @@ def main_table(found: StudyScores) -> TextTable:
     )
 
 
-def robust_table(found: StudyScores) -> TextTable:
+def robust_table(found: StudyScores) -> Table:
     """The same as interquartile means."""
     rows = [[name, *(spread(found.cells(name, each), statistics.iqm) for each in _MAIN)] for name in found.variants]
-    return TextTable(
+    return Table(
         "Interquartile means",
         ["variant", *_MAIN],
         rows if found.counted else [],
@@ -74,7 +75,7 @@ def robust_table(found: StudyScores) -> TextTable:
     )
 
 
-def order_table(found: StudyScores, order: str) -> TextTable:
+def order_table(found: StudyScores, order: str) -> Table:
     """Learning and retention in one order of the games."""
     rows = []
     for name in found.variants:
@@ -82,15 +83,15 @@ def order_table(found: StudyScores, order: str) -> TextTable:
         if any(cells.values()):
             rows.append([name, *(spread(cells[each]) for each in _MAIN)])
     games = ", ".join(found.study.orders[order])
-    return TextTable(f"Order {order}", ["variant", *_MAIN], rows, f"{games}. As above.")
+    return Table(f"Order {order}", ["variant", *_MAIN], rows, f"{games}. As above.")
 
 
-def other_table(found: StudyScores) -> TextTable:
+def other_table(found: StudyScores) -> Table:
     """Every other measure."""
     names = [name for name in (*MEASURES, *RAW_MEASURES) if name not in _MAIN]
     rows = [[variant, *(spread(found.cells(variant, name)) for name in names)] for variant in found.variants]
     says = {name: says for name, (says, _) in (MEASURES | RAW_MEASURES).items() if name in names and says}
-    return TextTable(
+    return Table(
         "Other measures",
         ["variant", *names],
         rows if found.counted else [],
@@ -100,7 +101,7 @@ def other_table(found: StudyScores) -> TextTable:
     )
 
 
-def human_table(found: StudyScores) -> TextTable:
+def human_table(found: StudyScores) -> Table:
     """Scores beside people's, and how much of the experts still responds."""
     rows = []
     for name in found.variants:
@@ -115,7 +116,7 @@ def human_table(found: StudyScores) -> TextTable:
         values = [measures.mean(each) for each in (learned, kept, dormant)]
         if not np.isnan(values).all():
             rows.append([name, *(format_share(value) for value in values)])
-    return TextTable(
+    return Table(
         "Beside a human, and dormant units",
         ["variant", "learning", "average", "dormant units"],
         rows,
@@ -125,13 +126,13 @@ def human_table(found: StudyScores) -> TextTable:
     )
 
 
-def memory_table(costs: Mapping[str, Costs]) -> TextTable:
+def memory_table(costs: Mapping[str, Costs]) -> Table:
     """What each variant holds."""
     rows = []
     for name, cost in costs.items():
         kept = f"{format_bytes(cost.protection_bytes)} + {format_bytes(cost.exemplar_bytes)}"
         rows.append([name, *map(format_count, (cost.parameters, cost.dense_parameters)), format_bytes(cost.hbm_bytes), kept])
-    return TextTable(
+    return Table(
         "Costs in memory",
         ["variant", "parameters", "outside experts", "HBM cache", "kept for protection"],
         rows,
@@ -142,7 +143,7 @@ def memory_table(costs: Mapping[str, Costs]) -> TextTable:
     )
 
 
-def work_table(found: StudyScores, costs: Mapping[str, Costs]) -> TextTable:
+def work_table(found: StudyScores, costs: Mapping[str, Costs]) -> Table:
     """What each variant moves, and how long it takes."""
     rows = []
     for name, cost in costs.items():
@@ -159,7 +160,7 @@ def work_table(found: StudyScores, costs: Mapping[str, Costs]) -> TextTable:
                 f"{cost.stall_s:.1f} s",
             ]
         )
-    return TextTable(
+    return Table(
         "Costs in bytes moved and time",
         [
             *("variant", "bytes moved", "experts fetched", "of them cold", "cold tokens", "cold and equal"),
@@ -174,7 +175,7 @@ def work_table(found: StudyScores, costs: Mapping[str, Costs]) -> TextTable:
     )
 
 
-def recognition_table(found: StudyScores) -> TextTable:
+def recognition_table(found: StudyScores) -> Table:
     """How well games were recognised in the evaluations after the last game."""
     fields = ("detector_accuracy", "nearest_mean_accuracy", "false_switches", "prefetch_recall")
     fates = ("prefetch_useful", "prefetch_late")
@@ -210,7 +211,7 @@ def recognition_table(found: StudyScores) -> TextTable:
         f" **Ambiguous: {one} and {other}**, confusion {measures.mean(values):.2f} in {len(values)} runs (1: nothing tells them apart)."
         for (one, other), values in confused.items()
     )
-    return TextTable(
+    return Table(
         "Recognising games",
         ["variant", "detector", "worst game", "nearest mean", "steps to detect", "never", "false switches", "prefetch recall", "late"],
         rows,
@@ -223,13 +224,13 @@ def recognition_table(found: StudyScores) -> TextTable:
     )
 
 
-def separation_table(separated: Sequence[Separation]) -> TextTable:
+def separation_table(separated: Sequence[Separation]) -> Table:
     """Overlap of expert usage with plain token routing."""
     rows = [
         [each.run.variant, each.run.order, str(each.run.config.seed), *_apart(each.within, each.between), f"{each.p:.2g}"]
         for each in separated
     ]
-    return TextTable(
+    return Table(
         "Separation with plain token routing",
         ["variant", "order", "seed", "same game", "two games", "gap", "p"],
         rows,
@@ -240,11 +241,11 @@ def separation_table(separated: Sequence[Separation]) -> TextTable:
     )
 
 
-def pair_table(separated: Sequence[Separation]) -> TextTable:
+def pair_table(separated: Sequence[Separation]) -> Table:
     """The same for every two games."""
     variants = dict.fromkeys(each.run.variant for each in separated)
     gaps = {variant: pair_gaps([each for each in separated if each.run.variant == variant]) for variant in variants}
-    return TextTable(
+    return Table(
         "Separation of every two games",
         ["variant", "games", "same game", "two games", "gap"],
         [[variant, ", ".join(pair), *_apart(*values)] for variant, pairs in gaps.items() for pair, values in pairs.items()],
@@ -256,7 +257,7 @@ def _apart(within: float, between: float) -> list[str]:
     return [f"{value:.3f}" for value in (within, between, within - between)]
 
 
-def caching_table(points: Sequence[CachingPoint]) -> TextTable:
+def caching_table(points: Sequence[CachingPoint]) -> Table:
     """Hits and stalls by switch interval and HBM capacity."""
     rows = [
         [
@@ -270,7 +271,7 @@ def caching_table(points: Sequence[CachingPoint]) -> TextTable:
         ]
         for point in sorted(points, key=lambda point: (list(Way).index(point.way), -point.hbm_experts, -(point.switch_every or 10**9)))
     ]
-    return TextTable(
+    return Table(
         "Hits and stalls",
         ["by", "HBM", "turns", "accesses", "hit rate", "Belady", "stall"],
         rows,
@@ -280,7 +281,7 @@ def caching_table(points: Sequence[CachingPoint]) -> TextTable:
     )
 
 
-def game_table(found: StudyScores) -> TextTable:
+def game_table(found: StudyScores) -> Table:
     """What each game's scores are measured by."""
     rows = [
         [
@@ -290,7 +291,7 @@ def game_table(found: StudyScores) -> TextTable:
         ]
         for facts in found.facts.values()
     ]
-    return TextTable(
+    return Table(
         "Games, raw returns",
         ["game", "random", "best constant", "single-task", "human or best", "in ratios"],
         rows if any(record.evaluations for record in found.records.values()) else [],
@@ -299,7 +300,7 @@ def game_table(found: StudyScores) -> TextTable:
     )
 
 
-def point_table(found: StudyScores) -> TextTable:
+def point_table(found: StudyScores) -> Table:
     """Every run: its mean over the games that count."""
     rows = []
     for run, record in found.records.items():
@@ -313,7 +314,7 @@ def point_table(found: StudyScores) -> TextTable:
             f"{game} {format_score(score)}" for game, score in zip(record.games, measures.final(record.scores.mean_PG), strict=True)
         )
         rows.append([run.variant, run.order, str(run.config.seed), *(_two(value) for value in cells), raw])
-    return TextTable("All runs", ["variant", "order", "seed", *_MAIN, "raw returns at the end"], rows, "Means over the games that count.")
+    return Table("All runs", ["variant", "order", "seed", *_MAIN, "raw returns at the end"], rows, "Means over the games that count.")
 
 
 def spread(cells: Sequence[Cell], statistic: Callable[[Any], Any] = statistics.mean) -> str:

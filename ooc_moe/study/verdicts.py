@@ -25,9 +25,9 @@ from itertools import product
 
 import numpy as np
 
+from ooc_moe.display.formats import format_share
 from ooc_moe.metrics import measures, statistics
 from ooc_moe.metrics.run import RunRecord
-from ooc_moe.report.text_table import format_share
 from ooc_moe.study.caching import CachingPoint, Way
 from ooc_moe.study.definitions import StudyRun
 from ooc_moe.study.scores import StudyScores, strata

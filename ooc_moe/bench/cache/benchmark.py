@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from ooc_moe.bench.cache.bandwidth import BANDWIDTH_PATHS, bandwidth
 from ooc_moe.bench.cache.results import Row
@@ -23,6 +22,7 @@ from ooc_moe.bench.cache.training import OVERSUBSCRIBED_PATHS, STEADY_PATHS, ove
 from ooc_moe.bench.device import device_of
 from ooc_moe.bench.store import peers_disk
 from ooc_moe.config.agent import PRESETS
+from ooc_moe.display.progress import passing_bar
 from ooc_moe.metrics import provenance as machine
 from ooc_moe_wire.errors import InvalidRequest
 
@@ -78,9 +78,8 @@ def run(bench: CacheBench, console: Console) -> list[Row]:
     threads = torch.get_num_threads()
     torch.set_num_threads(bench.threads)
     rows: list[Row] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     try:
-        with Progress(*columns, console=console, transient=True) as progress:
+        with passing_bar(console) as progress:
             total = len(bench.sizes) * (bench.rounds + 1) * sum(PARTS[part][1] for part in bench.parts)
             task = progress.add_task("", total=total)
             for part in bench.parts:

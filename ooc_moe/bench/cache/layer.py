@@ -14,16 +14,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from ooc_moe.bench.device import device_of
 from ooc_moe.bench.harness import Path, Spread, WrongBytes, timed_rounds, warm_up
 from ooc_moe.config.agent import PRESETS, AgentConfig
+from ooc_moe.display.table import Table, markdown_table
 from ooc_moe.metrics import provenance as machine
 from ooc_moe.moe.layer import TieredExperts, TieredMoE
 from ooc_moe.moe.router import Router
@@ -234,11 +232,8 @@ HEADINGS = (
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """For a terminal."""
-    shown = Table(*map(escape, HEADINGS), box=SIMPLE_HEAD)
-    for row in rows:
-        shown.add_row(*map(escape, _cells(row)))
-    return shown
+    """The results."""
+    return Table("", HEADINGS, [_cells(row) for row in rows], alignment="ll" + "r" * (len(HEADINGS) - 3) + "l")
 
 
 def save(rows: Sequence[Row], bench: LayerBench, path: FilePath, *, command: str) -> None:
@@ -256,8 +251,7 @@ def save(rows: Sequence[Row], bench: LayerBench, path: FilePath, *, command: str
         "",
     ]
     lines += [f"- {name}: {value}" for name, value in facts.items()]
-    lines += ["", f"| {' | '.join(HEADINGS)} |", "|---|---|" + "---:|" * (len(HEADINGS) - 3) + "---|"]
-    lines += [f"| {' | '.join(_cells(row))} |" for row in rows]
+    lines += ["", markdown_table(table(rows))]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join([*lines, "", notes.rstrip(), ""]))
 

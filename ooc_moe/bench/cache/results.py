@@ -9,11 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
-from rich.markup import escape
-from rich.table import Table
-
 from ooc_moe.bench.harness import Spread
+from ooc_moe.display.table import Table, markdown_table
 
 NOTES = "## What bounds each"
 _HEADINGS = ("part", "size", "path", "measured [quartiles]", "ratio", "must", "aim", "reached")
@@ -50,13 +47,9 @@ class Row:
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """For a terminal."""
-    shown = Table(*map(escape, _HEADINGS), box=SIMPLE_HEAD)
-    for index, row in enumerate(rows):
-        if index and (rows[index - 1].part, rows[index - 1].size) != (row.part, row.size):
-            shown.add_section()
-        shown.add_row(*map(escape, _cells(row, "\n")))
-    return shown
+    """The results; a section for each part and size."""
+    sections = [i for i in range(1, len(rows)) if (rows[i - 1].part, rows[i - 1].size) != (rows[i].part, rows[i].size)]
+    return Table("", _HEADINGS, [_cells(row) for row in rows], alignment="l" * len(_HEADINGS), sections=sections)
 
 
 def save(rows: Sequence[Row], facts: Mapping[str, str], path: Path) -> None:
@@ -67,15 +60,14 @@ def save(rows: Sequence[Row], facts: Mapping[str, str], path: Path) -> None:
         notes = found + below if found else notes
     lines = ["# ooc-moe bench cache: training with experts in the cache", ""]
     lines += [f"- {name}: {value}" for name, value in facts.items()]
-    lines += ["", f"| {' | '.join(_HEADINGS)} |", "|" + "---|" * len(_HEADINGS)]
-    lines += [f"| {' | '.join(_cells(row, '<br>'))} |" for row in rows]
+    lines += ["", markdown_table(table(rows))]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join([*lines, "", notes.rstrip(), ""]))
 
 
-def _cells(row: Row, newline: str) -> tuple[str, ...]:
+def _cells(row: Row) -> tuple[str, ...]:
     def column(texts: Sequence[str]) -> str:
-        return newline.join(texts) if any(texts) else ""
+        return "\n".join(texts) if any(texts) else ""
 
     ratios = row.ratios
     sign = {True: "<= ", False: ">= "}

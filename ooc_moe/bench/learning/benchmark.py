@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from ooc_moe import envs
 from ooc_moe.agent.agent import Agent
@@ -25,6 +24,7 @@ from ooc_moe.bench.harness import Path, Spread, WrongBytes, timed_rounds, warm_u
 from ooc_moe.bench.learning.results import Returns, Speed
 from ooc_moe.config.agent import PRESETS, AgentConfig
 from ooc_moe.config.run import PPOConfig, RunConfig
+from ooc_moe.display.progress import passing_bar
 from ooc_moe.envs import ATARI_GAMES
 from ooc_moe.learning.learner import Learner
 from ooc_moe.learning.protection import Unprotected
@@ -149,8 +149,7 @@ def run(bench: LearningBench, console: Console) -> tuple[list[Speed], list[Retur
         InvalidRequest: Stable-Baselines3 is not installed.
         WrongBytes: the two networks are not the same.
     """
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with _threads(bench.threads), Progress(*columns, console=console, transient=True) as progress:
+    with _threads(bench.threads), passing_bar(console) as progress:
         samples = PATHS * bench.rounds * len(bench.games)
         task = progress.add_task("speed", total=samples + 2 * bench.seeds * len(bench.returns_games))
         speeds = [speed for game in bench.games for speed in _speeds(bench, game, lambda: progress.advance(task))]

@@ -10,11 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
-from rich.markup import escape
-from rich.table import Table
-
 from ooc_moe.bench.harness import Spread
+from ooc_moe.display.table import Table, markdown_table
 from ooc_moe.metrics import statistics
 
 RATIO_MUST, RATIO_AIM = 2.0, 3.0
@@ -71,14 +68,8 @@ class Returns:
 
 
 def tables(speeds: Sequence[Speed], returns: Sequence[Returns]) -> list[Table]:
-    """For a terminal."""
-    shown = []
-    for headings, rows in _sections(speeds, returns):
-        table = Table(*map(escape, headings), box=SIMPLE_HEAD)
-        for row in rows:
-            table.add_row(*map(escape, row))
-        shown.append(table)
-    return shown
+    """The speeds and the returns, each if it was measured."""
+    return [Table("", headings, rows, alignment="l" * len(headings)) for headings, rows in _sections(speeds, returns)]
 
 
 def save(speeds: Sequence[Speed], returns: Sequence[Returns], facts: Mapping[str, str], path: Path) -> None:
@@ -89,9 +80,8 @@ def save(speeds: Sequence[Speed], returns: Sequence[Returns], facts: Mapping[str
         notes = found + below if found else notes
     lines = ["# ooc-moe bench learning: our dense PPO beside Stable-Baselines3's", ""]
     lines += [f"- {name}: {value}" for name, value in facts.items()]
-    for headings, rows in _sections(speeds, returns):
-        lines += ["", f"| {' | '.join(headings)} |", "|" + "---|" * len(headings)]
-        lines += [f"| {' | '.join(row)} |" for row in rows]
+    for table in tables(speeds, returns):
+        lines += ["", markdown_table(table)]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join([*lines, "", notes.rstrip(), ""]))
 

@@ -20,14 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path as FilePath
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from ooc_moe.bench.harness import Path, measure, warm_up
 from ooc_moe.bench.store import bare_grpc as bare
 from ooc_moe.bench.store import ours, peers_disk, peers_memory
 from ooc_moe.bench.store.child import child
 from ooc_moe.bench.store.records import SAMPLE_BYTES, Records, check_record_bytes, count_of, made
-from ooc_moe.bench.store.results import Latency, Results, Row, StatsRow, size_text, with_ratios
+from ooc_moe.bench.store.results import Latency, Results, Row, StatsRow, with_ratios
+from ooc_moe.display.formats import format_size
+from ooc_moe.display.progress import passing_bar
 from ooc_moe.metrics import provenance as machine
 from ooc_moe_wire.errors import InvalidRequest
 
@@ -131,7 +132,7 @@ def run(bench: StoreBench, console: Console, *, command: str = "ooc-moe bench st
     order = random.Random(0)
     rows: list[Row] = []
     stats: StatsRow | None = None
-    with _scratch(bench.data_dir) as directory, _progress(console) as progress:
+    with _scratch(bench.data_dir) as directory, passing_bar(console) as progress:
         peers_disk.check_direct_io(directory)
         ahead = {
             (group, size): (bench.num_rounds + 1) * len(wanted[group]) * size * count * _WEIGHT[group]
@@ -142,7 +143,7 @@ def run(bench: StoreBench, console: Console, *, command: str = "ooc-moe bench st
         for size, count in sets.items():
             with made(size, count) as records:
                 for group in _WEIGHT:
-                    progress.update(task, description=f"{group} {size_text(size)}")
+                    progress.update(task, description=f"{group} {format_size(size)}")
                     step = size * count * _WEIGHT[group]
                     rows += _measure_group(
                         bench,
@@ -199,7 +200,7 @@ def _enter(
                 paths = stack.enter_context(peer(records, place))
             except Exception as error:  # A peer's own; the others are measured all the same.
                 log.warning("%s did not start", names[0], exc_info=error)
-                missing[group, names[0]] = f"{names[0]} with {size_text(records.record_bytes)} records: {str(error).splitlines()[0]}"
+                missing[group, names[0]] = f"{names[0]} with {format_size(records.record_bytes)} records: {str(error).splitlines()[0]}"
                 continue
             yield from paths
 
@@ -288,9 +289,9 @@ def _check_room(bench: StoreBench, largest_set: int) -> None:
         (f"disk at {bench.data_dir}", DISK_SETS * largest_set + HEADROOM_BYTES, shutil.disk_usage(bench.data_dir).free),
     ):
         if free < needed:
-            sets = size_text(largest_set)
+            sets = format_size(largest_set)
             raise InvalidRequest(
-                f"{what}: {size_text(needed)} are needed for sets of {sets}, {size_text(free)} are free; smaller --sizes need less"
+                f"{what}: {format_size(needed)} are needed for sets of {sets}, {format_size(free)} are free; smaller --sizes need less"
             )
 
 
@@ -302,11 +303,6 @@ def _scratch(parent: FilePath) -> Iterator[FilePath]:
         yield FilePath(directory)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
-
-
-def _progress(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True)
 
 
 def _name(group: str, path: str) -> str:

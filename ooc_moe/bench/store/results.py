@@ -10,12 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import humanize
-from rich.box import SIMPLE_HEAD
-from rich.markup import escape
-from rich.table import Table
-
 from ooc_moe.bench.harness import Spread
+from ooc_moe.display.formats import format_size
+from ooc_moe.display.table import Table, markdown_table
 
 KIB, MIB = 1 << 10, 1 << 20
 NOTES = "## What bounds each path"
@@ -151,14 +148,14 @@ def with_ratios(group: str, record_bytes: int, samples: Mapping[str, Sequence[fl
     return rows
 
 
-def table(results: Results, titles: Mapping[str, str]) -> Table:
-    """For a terminal; `titles` says what each group measures."""
-    shown = Table(*map(escape, _HEADINGS), box=SIMPLE_HEAD)
-    for title, lines in _cells(results, titles, "\n"):
-        shown.add_section()
-        for index, cells in enumerate(lines):
-            shown.add_row("" if index else title, *map(escape, cells))
-    return shown
+def table(results: Results, titles: Mapping[str, str], *, mark: str = "") -> Table:
+    """The results by group. `titles` says what each group measures; `mark` is put around a group's title, for example ** in Markdown."""
+    rows: list[tuple[str, ...]] = []
+    sections = []
+    for title, group in _cells(results, titles):
+        sections.append(len(rows))
+        rows += [("" if index else f"{mark}{title}{mark}", *cells) for index, cells in enumerate(group)]
+    return Table("", _HEADINGS, rows, alignment="l" * len(_HEADINGS), sections=sections)
 
 
 def markdown(results: Results, titles: Mapping[str, str], *, notes: str) -> str:
@@ -166,10 +163,7 @@ def markdown(results: Results, titles: Mapping[str, str], *, notes: str) -> str:
     lines = ["# ooc-moe bench store", ""]
     lines += [f"- {name}: {value}" for name, value in results.facts.items()]
     lines += [f"- missing: {missing}" for missing in results.missing]
-    lines += ["", f"| {' | '.join(_HEADINGS)} |", "|" + "---|" * len(_HEADINGS)]
-    for title, rows in _cells(results, titles, "<br>"):
-        lines += [f"| {' | '.join(('' if index else f'**{title}**', *cells))} |" for index, cells in enumerate(rows)]
-    return "\n".join([*lines, "", notes.rstrip(), ""])
+    return "\n".join([*lines, "", markdown_table(table(results, titles, mark="**")), "", notes.rstrip(), ""])
 
 
 def save(results: Results, titles: Mapping[str, str], path: Path) -> None:
@@ -182,11 +176,11 @@ def save(results: Results, titles: Mapping[str, str], path: Path) -> None:
     path.write_text(markdown(results, titles, notes=notes))
 
 
-def _cells(results: Results, titles: Mapping[str, str], newline: str) -> list[tuple[str, list[tuple[str, ...]]]]:
+def _cells(results: Results, titles: Mapping[str, str]) -> list[tuple[str, list[tuple[str, ...]]]]:
     """The table by group: a title, and its rows of cells."""
     groups = []
     for group, title in titles.items():
-        rows = [_row_cells(row, newline) for row in results.rows if row.group == group]
+        rows = [_row_cells(row) for row in results.rows if row.group == group]
         if group == "stats" and results.stats:
             rows.append(_stats_cells(results.stats))
         if rows:
@@ -194,14 +188,14 @@ def _cells(results: Results, titles: Mapping[str, str], newline: str) -> list[tu
     return groups
 
 
-def _row_cells(row: Row, newline: str) -> tuple[str, ...]:
+def _row_cells(row: Row) -> tuple[str, ...]:
     def column(text: Callable[[Ratio], str]) -> str:
-        return newline.join(text(ratio) for ratio in row.ratios)
+        return "\n".join(text(ratio) for ratio in row.ratios)
 
     spread = row.spread
     return (
         row.path,
-        size_text(row.record_bytes),
+        format_size(row.record_bytes),
         f"{spread.median:.2f} [{spread.q1:.2f}, {spread.q3:.2f}]",
         column(lambda ratio: f"{ratio.value:.2f} x {ratio.peer}"),
         column(lambda ratio: _number(ratio.must)),
@@ -214,7 +208,7 @@ def _stats_cells(stats: StatsRow) -> tuple[str, ...]:
     must, aim = STATS_P99_MS
     return (
         "GetStats",
-        size_text(stats.record_bytes),
+        format_size(stats.record_bytes),
         f"{stats.served:.2f} by {stats.streams} streams",
         f"p99 {stats.latency.p99_ms:.1f} ms (p50 {stats.latency.p50_ms:.1f}); an idle server's {stats.echo.p99_ms:.1f} ms",
         f"{must:.0f} ms",
@@ -225,8 +219,3 @@ def _stats_cells(stats: StatsRow) -> tuple[str, ...]:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:g}"
-
-
-def size_text(num_bytes: int) -> str:
-    """A size as people say it: 256 KiB, 8 MiB."""
-    return humanize.naturalsize(num_bytes, binary=True, format="%.3g")

@@ -77,7 +77,7 @@ def test_a_torn_end_is_said_in_the_log(tmp_path, caplog):
     (tmp_path / "a.trace").write_bytes(content[:-3])
     with caplog.at_level(logging.WARNING):
         torn = read_trace(tmp_path / "a.trace").torn_bytes
-    assert f"{torn} bytes at the end are torn" in caplog.text
+    assert f"{torn} bytes at the end are skipped" in caplog.text
     assert torn == 16 + 8 - 3
 
 

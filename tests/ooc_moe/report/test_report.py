@@ -13,14 +13,15 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from ooc_moe.display.formats import format_bytes, format_score
+from ooc_moe.display.table import Table
 from ooc_moe.evaluation.baselines import DIRECTORY, PROTOCOL, baselines
 from ooc_moe.metrics.log import MetricsWriter
 from ooc_moe.metrics.run import RunRecord
 from ooc_moe.metrics.single_task import with_single_task
 from ooc_moe.report import learning_charts, summary, tier_charts, tier_tables
 from ooc_moe.report.charts import CHARTS
-from ooc_moe.report.report import _PARTS, summary_tables, write_report
-from ooc_moe.report.text_table import TextTable, format_bytes, format_score
+from ooc_moe.report.report import _PARTS, print_summary, write_report
 from ooc_moe_wire.errors import InvalidRequest
 from tests.ooc_moe.made_up_run import EXPERT_BYTES, UPDATES_PER_GAME
 
@@ -40,11 +41,11 @@ def text_of(page: Path) -> str:
 
 def printed(run_dir: Path) -> str:
     console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(*summary_tables(run_dir))
+    print_summary(run_dir, console)
     return console.export_text()
 
 
-def rows(table: TextTable) -> dict[str, list[str]]:
+def rows(table: Table) -> dict[str, list[str]]:
     return {name: cells for name, *cells in table.rows}
 
 
@@ -121,7 +122,7 @@ def test_the_most_important_numbers_stand_at_the_top(finished_run: Path) -> None
     facts = dict(summary.facts(RunRecord.read(finished_run)))
     assert facts["games clearly learned"] == "3 of 3"
     # krull kept 1200 of 1600, road_runner all; crazy_climber is the last.
-    assert facts["of these, kept at the end"] == "87.5 %"
+    assert facts["of what they learned, kept"] == "87.5 %"
     assert facts["played as the right game"] == "96.0 %"
 
 
@@ -218,7 +219,7 @@ def test_the_best_constant_action_stands_beside_random_play_once_it_was_played_b
         writer.log("evaluation", **where, known=True, returns=[4.0, 4.0], return_mean=4.0, random_mean=0.0, episodes_truncated=1)
     played = baselines("pixel/toward", tmp_path / DIRECTORY, **protocol)
 
-    def table_of(make, **changed) -> TextTable:
+    def table_of(make, **changed) -> Table:
         (tmp_path / "config.json").write_text(json.dumps({"games": ["pixel/toward", "pixel/away"], **protocol, **changed}))
         return make(RunRecord.read(tmp_path))
 
@@ -262,7 +263,7 @@ def test_one_evaluation_has_its_returns_and_what_a_run_says_of_its_last(tmp_path
     assert tiers.caption == "Waited for experts: 4.5 s."
     assert rows(prefetches)["late"][0] == "3"
     assert rows(detector)["pixel/away"][0] == "0.0 %"
-    assert detector.caption == "Like no known game: pixel/catch, in 90.0 % of its frames."
+    assert detector.caption == "The detector takes pixel/catch for an unknown game in 90.0 % of its frames."
 
 
 # Single-task runs: krull 3400 (two seeds), road_runner 1650; none of crazy_climber.
@@ -299,7 +300,7 @@ def test_runs_of_single_games_set_the_scale_of_those_games(comparable: Path, tmp
         "crazy_climber": ["–", "–", "–", "–"],
     }
     table = summary.measures_table(record)
-    assert table.caption.startswith("0 %: random play; 100 %: what a network of its own learns")
+    assert table.caption.startswith("0 %: random play; 100 %: an agent that learned only this game")
     assert table.caption.endswith(" Without crazy_climber: no such run.")
     found = rows(table)
     assert found["learning"] == ["70.8 %", "70.8 %"]  # (66.7 + 75) / 2: nobody knows what crazy_climber's is worth.
@@ -327,7 +328,7 @@ def test_a_page_shows_the_scale_it_was_given(comparable: Path, tmp_path: Path, m
 def test_runs_that_set_no_scale_are_refused_by_name(comparable: Path, tmp_path: Path) -> None:
     record = RunRecord.read(comparable)
     refused = {
-        "which is none of the games": single_run(tmp_path / "other", "boxing", 1.0),
+        "did not learn": single_run(tmp_path / "other", "boxing", 1.0),
         "has eval_steps 51": single_run(tmp_path / "longer", "krull", 1.0, eval_steps=51),
         "has steps_per_game 10": single_run(tmp_path / "shorter", "krull", 1.0, steps_per_game=10),
         "learned krull, road_runner": single_run(tmp_path / "two", "krull", 1.0, games=["krull", "road_runner"]),
@@ -365,7 +366,7 @@ def test_a_run_that_only_just_began_names_what_each_picture_needs(tmp_path: Path
     MetricsWriter(tmp_path / "young", tensorboard=False).close()
     text = text_of(write_report(tmp_path / "young"))
     for chart in CHARTS:
-        assert f"Not drawn: it needs {chart.needs}." in text
+        assert f"Not drawn: the run has not logged {chart.needs}." in text
     assert "No update was logged yet." in text
 
 

@@ -35,7 +35,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory, shared_daemon: DaemonPro
         patch.chdir(directory)
         patch.setenv("OOC_MOE_STORE", shared_daemon.target)
         patch.setattr("ooc_moe.run.train.write_report", lambda run_dir: run_dir)
-        patch.setattr("ooc_moe.run.train.summary_tables", lambda run_dir: [])
+        patch.setattr("ooc_moe.run.train.print_summary", lambda run_dir, console: None)
         games = "pixel/catch,pixel/avoid,pixel/toward"
         _run("train", "--name", "first", "--games", games, "--store", shared_daemon.target, *FLAGS)
         yield directory

@@ -46,7 +46,7 @@ def run_of(run_dir: Path, target: str, **changes: Any) -> RunConfig:
 @pytest.fixture(autouse=True)
 def without_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ooc_moe.run.train.write_report", lambda run_dir: run_dir)
-    monkeypatch.setattr("ooc_moe.run.train.summary_tables", lambda run_dir: [])
+    monkeypatch.setattr("ooc_moe.run.train.print_summary", lambda run_dir, console: None)
 
 
 @dataclasses.dataclass(frozen=True)

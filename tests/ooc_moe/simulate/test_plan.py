@@ -93,11 +93,15 @@ def test_stalls_lie_between_all_hidden_and_none():
         ({"gpu_bytes": 10**9}, {}, "not worth it: all 24 experts fit into HBM; keep them there with --hbm-experts 24"),
         ({"gpu_bytes": 10**5}, {}, "will not work: gradients and dense parameters alone need"),
         ({"gpu_bytes": 340_000}, {}, "will not work: HBM has room for 5 experts beside gradients and dense parameters, not 8"),
-        ({"gpu_bytes": 450_000}, {"hbm_experts": 4}, "HBM is too small for a game, but the GPU is not: give --hbm-experts 10"),
-        ({"nvme_bytes": 10**5}, {}, "will not work: NVMe needs"),
+        (
+            {"gpu_bytes": 450_000},
+            {"hbm_experts": 4},
+            "HBM is configured too small for a game, although the GPU has room: give --hbm-experts 10",
+        ),
+        ({"nvme_bytes": 10**5}, {}, "will not work: the run needs"),
         ({}, {"hbm_experts": 24}, "not worth it: all 24 experts fit into the HBM configured (24)"),
         ({}, {"hbm_experts": 6}, "slow: a game's 8 experts do not fit into HBM's 6"),
-        ({"steps_per_s": 16.0}, {"hbm_experts": 6}, "of stall beside 2 s of compute"),
+        ({"steps_per_s": 16.0}, {"hbm_experts": 6}, " s beside 2 s of compute"),
     ],
 )
 def test_it_says_plainly_what_will_not_work_and_what_is_not_worth_it(options, agent, finding):
@@ -105,7 +109,7 @@ def test_it_says_plainly_what_will_not_work_and_what_is_not_worth_it(options, ag
     assert not findings if finding is None else any(finding in said for said in findings), findings
 
 
-@pytest.mark.parametrize("name", ["gpu_bytes", "dram_bytes", "steps_per_s"])
+@pytest.mark.parametrize("name", ["gpu_bytes", "dram_bytes", "nvme_bytes", "steps_per_s"])
 def test_sizes_of_nothing_are_refused_by_name(name):
     with pytest.raises(InvalidRequest, match=f"{name}: 0 is not above 0"):
         plan(config(), RATES, **{name: 0})

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from ooc_moe.cli import main as cli
 from ooc_moe.metrics.trace import Mark, Trace, TraceInfo, read_trace, write_trace
 from ooc_moe.simulate.replay import Latency, Link, Prefetch, Setup, replay
-from ooc_moe.simulate.runner import Study, capacity, latency, run, seconds
-from ooc_moe.simulate.synthetic_traces import Made, make_trace, with_turns
+from ooc_moe.simulate.sweep import Sweep, capacity, latency, run, seconds
+from ooc_moe.simulate.synthetic_traces import SyntheticTraceConfig, make_trace, with_turns
 from ooc_moe_client.hbm.cache import ExpertCache
 from ooc_moe_client.in_memory import InMemoryStore
 from ooc_moe_wire.layout import BankSpec, Layout, TensorSpec
@@ -133,7 +133,9 @@ def test_what_a_perfect_detector_names_loads_behind_the_compute_one_after_anothe
 
 
 def switching(num_turns=40, turn=400, seed=0):
-    return make_trace(Made(games=6, experts=120, accesses=num_turns * turn, switch_every=turn, layers=2, expert_bytes=8, seed=seed))
+    return make_trace(
+        SyntheticTraceConfig(games=6, experts=120, accesses=num_turns * turn, switch_every=turn, layers=2, expert_bytes=8, seed=seed)
+    )
 
 
 FAST = Latency(dram=Link(latency_s=2e-3, bytes_per_s=1e9), nvme=Link(latency_s=5e-3, bytes_per_s=1e9), compute_s=1e-3)
@@ -183,11 +185,11 @@ def test_every_prefetch_has_one_fate_and_every_load_a_reason(keys, hbm_experts, 
     assert found.training.accesses + found.evaluation.accesses == len(keys)
 
 
-# Made traces
+# Synthetic traces
 
 
-def test_a_made_trace_has_what_was_asked_for():
-    made = Made(games=5, experts=60, accesses=10_000, switch_every=500, layers=3, per_call=2, eval_every=4)
+def test_a_synthetic_trace_has_what_was_asked_for():
+    made = SyntheticTraceConfig(games=5, experts=60, accesses=10_000, switch_every=500, layers=3, per_call=2, eval_every=4)
     trace = make_trace(made)
     assert len(trace.keys_A) == 10_000
     assert trace.num_experts == 60
@@ -208,7 +210,7 @@ def test_a_made_trace_has_what_was_asked_for():
 def test_zipf_zero_asks_for_all_alike_and_more_for_few():
     shares = []
     for zipf in (0, 2):
-        counts = np.bincount(make_trace(Made(games=1, experts=10, accesses=5000, layers=1, zipf=zipf)).keys_A)
+        counts = np.bincount(make_trace(SyntheticTraceConfig(games=1, experts=10, accesses=5000, layers=1, zipf=zipf)).keys_A)
         shares.append(counts.max() / 5000)
     assert shares[0] < 0.13
     assert 0.55 < shares[1] < 0.75
@@ -223,7 +225,7 @@ def test_other_turns_keep_each_games_order_and_leave_evaluation_out():
 
 def test_switching_less_often_misses_less():
     trace = switching()
-    rows = run(trace, Study(hbm=("25%",), policies=("lru", "belady"), switch_every=(50, 200, 800)))
+    rows = run(trace, Sweep(hbm=("25%",), policies=("lru", "belady"), switch_every=(50, 200, 800)))
     rates = [row.replayed.training.hit_rate for row in rows if row.replayed.setup.policy == "lru"]
     assert rates == sorted(rates)
     assert rates[2] > rates[0] + 0.05
@@ -237,6 +239,7 @@ def test_words_are_understood():
     nvme, dram = Link(latency_s=0.25, bytes_per_s=3 * 10**9), Link(latency_s=1.5e-3, bytes_per_s=12 * 2**30)
     assert latency("nvme=250ms+3GB/s, dram=1.5ms+12GiB/s") == Latency(nvme=nvme, dram=dram)
     assert latency("nvme=250ms+3GB/s") == Latency(nvme=nvme)
+    assert latency("nvme=250ms") == Latency(nvme=Link(latency_s=0.25, bytes_per_s=Latency().nvme.bytes_per_s))
     assert (capacity("hbm", "25%", 40), capacity("hbm", "0.1%", 40), capacity("hbm", "16", 40)) == (10, 1, 16)
     assert seconds("compute", "2s") == 2
 
@@ -300,5 +303,5 @@ def test_the_command_replays_saves_and_draws(tmp_path, capsys, monkeypatch):
 
 
 def test_replaying_needs_no_torch():
-    code = "import sys; from ooc_moe.cli import main as cli; import ooc_moe.simulate.runner; sys.exit('torch' in sys.modules)"
+    code = "import sys; from ooc_moe.cli import main as cli; import ooc_moe.simulate.sweep; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

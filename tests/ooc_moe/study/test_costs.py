@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from ooc_moe.display.formats import DASH
 from ooc_moe.metrics.log import CONFIG_FILE, MetricsWriter
 from ooc_moe.metrics.run import RunRecord
 from ooc_moe.report import summary
-from ooc_moe.report.text_table import DASH
 from ooc_moe.session import checkpoint
 from ooc_moe.study.costs import cold_fetched, cold_share, costs_by_variant, costs_of
 from ooc_moe.study.scores import StudyScores

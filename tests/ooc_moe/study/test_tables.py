@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ooc_moe.display.formats import DASH
 from ooc_moe.envs import REFERENCE_SCORES
 from ooc_moe.metrics.log import read_metrics
-from ooc_moe.report.text_table import DASH
 from ooc_moe.study.tables import tables
 from tests.ooc_moe.study.made_up_studies import GAMES, SINGLE, change_evaluations, made_up, points, scores_of, small_study
 

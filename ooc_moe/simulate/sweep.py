@@ -1,6 +1,6 @@
-"""Many replays of one trace, side by side: every HBM capacity and switch interval, by every policy and prefetch source; and their table.
+"""Replays one trace many times: with each HBM capacity, switch interval, policy and prefetch source; and tabulates the results.
 
-The words of the command line are understood here: capacities ("16", "25%"), times ("80us"), links ("80us+3GB/s").
+Values that a person writes are parsed here, too: capacities ("16", "25%"), times ("80us") and latencies ("nvme=80us+3GB/s").
 """
 
 from __future__ import annotations
@@ -12,10 +12,8 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-import humanize
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-
+from ooc_moe.display.formats import DASH, format_share_short
+from ooc_moe.display.table import Table, markdown_table
 from ooc_moe.metrics.provenance import facts
 from ooc_moe.metrics.trace import Trace
 from ooc_moe.simulate.replay import Latency, Link, Prefetch, Replayed, Setup, replay
@@ -27,28 +25,37 @@ from ooc_moe_wire.sizes import parse_size
 _TIME = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ns|us|ms|s)\s*")
 _UNIT_S = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
 HEADINGS = ("switch", "HBM", "policy", "train", "/ Belady", "eval", "stall", "of time", "DRAM", "NVMe", "useful", "late", "wasted")
+_ALIGNMENT = "rrl" + "r" * (len(HEADINGS) - 3)
 LEGEND = (
-    "switch: accesses between switches of the game, where dealt out anew. HBM: experts (share of those in the trace). train, eval: demand "
-    "hit rates. / Belady: train beside the optimum's. stall: time waited, and its share of the whole. DRAM, NVMe: experts loaded from "
-    "there. useful, late, wasted: prefetched experts."
+    "switch: accesses of a game before the next game's turn, if the trace was reordered. HBM: capacity in experts, and its share of the "
+    "trace's experts. train, eval: hit rates on demand. / Belady: the train hit rate divided by that of Belady's optimum. stall: time "
+    "spent waiting for loads. of time: its share of stall and compute together. DRAM, NVMe: experts loaded from there. useful, late, "
+    "wasted: what became of prefetched experts."
 )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Study:
-    """What to replay a trace with. `hbm` and `dram` are capacities in words."""
+class Sweep:
+    """The replays to make of one trace: each combination of capacity, interval and policy."""
 
     hbm: tuple[str, ...] = ("25%", "50%")
+    """HBM capacities: numbers of experts, or shares of the trace's experts such as 25%."""
     dram: str | None = None
+    """Capacity of DRAM, written the same way; None: room for all experts."""
     policies: tuple[str, ...] = ("lru", "s3fifo", "random", "belady")
+    """Eviction policies of HBM."""
     dram_policy: str = "lru"
+    """Eviction policy of DRAM."""
     prefetches: tuple[Prefetch, ...] = ()
-    """Tried with the first policy that is not Belady."""
+    """Prefetch sources; each is tried with the first policy other than Belady."""
     switch_every: tuple[int, ...] = ()
-    """Turns in accesses; none: the trace as it is."""
+    """Accesses of a game before the next game's turn: the trace is reordered for each. Empty: the trace is replayed as it is."""
     latency: Latency = Latency()
+    """What loads and compute cost."""
     expert_bytes: int | None = None
+    """Bytes of an expert; None: as the trace says."""
     seed: int = 0
+    """Of the random choices of policies and prefetch sources."""
 
     def __post_init__(self) -> None:
         if not self.policies:
@@ -57,21 +64,21 @@ class Study:
             if policy != Belady.name:
                 _check_policy("policy", policy)
         _check_policy("dram_policy", self.dram_policy)
-        for name, words in (("hbm", self.hbm), ("dram", (self.dram,) if self.dram is not None else ())):
-            for word in words:
-                capacity(name, word, 1)
+        for name, texts in (("hbm", self.hbm), ("dram", (self.dram,) if self.dram is not None else ())):
+            for text in texts:
+                capacity(name, text, 1)
         for every in self.switch_every:
             if every < 1:
                 raise InvalidRequest(f"switch_every: {every} accesses are less than one")
 
     def setups(self, num_experts: int) -> Iterator[Setup]:
-        """Every replay of a trace with so many experts."""
+        """All replays of a trace that has `num_experts` experts."""
         online = [policy for policy in self.policies if policy != Belady.name]
-        ahead = self.prefetches if online else ()
+        prefetches = self.prefetches if online else ()
         dram = None if self.dram is None else capacity("dram", self.dram, num_experts)
-        for word in self.hbm:
+        for text in self.hbm:
             common = Setup(
-                hbm_experts=capacity("hbm", word, num_experts),
+                hbm_experts=capacity("hbm", text, num_experts),
                 dram_experts=dram,
                 dram_policy=self.dram_policy,
                 latency=self.latency,
@@ -79,41 +86,51 @@ class Study:
             )
             for policy in self.policies:
                 yield replace(common, policy=policy)
-            for prefetch in ahead:
+            for prefetch in prefetches:
                 yield replace(common, policy=online[0], prefetch=prefetch)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One replay. `switch_every` is None for the trace as it was recorded; `of_belady` None where Belady was not asked for."""
+    """The result of one replay."""
 
     switch_every: int | None
+    """None: the trace was not reordered."""
     num_experts: int
+    """Different experts in the trace."""
     replayed: Replayed
     wall_s: float
+    """Seconds that the replay itself took."""
     of_belady: float | None = None
+    """The training hit rate divided by Belady's at the same capacity; None if Belady was not replayed."""
 
 
 def run(
     trace: Trace,
-    study: Study,
+    sweep: Sweep,
     *,
-    begin: Callable[[str, int], object] = lambda what, accesses: None,
+    begin: Callable[[str, int], object] = lambda description, accesses: None,
     advance: Callable[[int], object] = lambda accesses: None,
 ) -> list[Row]:
-    """All replays of a study, in order. `begin` is told of each one, `advance` of the accesses done.
+    """Makes all replays of a sweep, in order.
+
+    Args:
+        trace: the trace to replay.
+        sweep: the replays to make.
+        begin: called before each replay with its description and its number of accesses.
+        advance: called during a replay with the number of accesses done since the last call.
 
     Raises:
         InvalidRequest: an impossible capacity, policy or interval; an empty trace.
     """
     if not len(trace.keys_A):
         raise InvalidRequest(f"trace: {trace.info.source} recorded no access")
-    if study.expert_bytes is not None:
-        trace = replace(trace, info=replace(trace.info, expert_bytes=study.expert_bytes))
+    if sweep.expert_bytes is not None:
+        trace = replace(trace, info=replace(trace.info, expert_bytes=sweep.expert_bytes))
     num_experts = trace.num_experts
-    setups = list(study.setups(num_experts))
+    setups = list(sweep.setups(num_experts))
     rows: list[Row] = []
-    for every in study.switch_every or (None,):
+    for every in sweep.switch_every or (None,):
         played = trace if every is None else with_turns(trace, every)
         found = []
         for setup in setups:
@@ -121,11 +138,12 @@ def run(
             began = time.perf_counter()
             replayed = replay(played, setup, progress=advance)
             found.append(Row(switch_every=every, num_experts=num_experts, replayed=replayed, wall_s=time.perf_counter() - began))
-        rows += _beside_belady(found)
+        rows += _with_belady(found)
     return rows
 
 
-def _beside_belady(rows: Sequence[Row]) -> list[Row]:
+def _with_belady(rows: Sequence[Row]) -> list[Row]:
+    """The rows of one switch interval, with `of_belady` filled in."""
     best = {row.replayed.setup.hbm_experts: row.replayed.training.hit_rate for row in rows if row.replayed.setup.policy == Belady.name}
     return [replace(row, of_belady=_ratio(row, best.get(row.replayed.setup.hbm_experts))) for row in rows]
 
@@ -135,25 +153,20 @@ def _ratio(row: Row, best: float | None) -> float | None:
 
 
 def table(trace: Trace, rows: Sequence[Row]) -> Table:
-    """For a terminal."""
-    shown = Table(*HEADINGS, box=SIMPLE_HEAD, title=_title(trace), title_justify="left", caption=LEGEND, caption_justify="left")
-    for index, row in enumerate(rows):
-        shown.add_row(*_cells(row), end_section=index + 1 < len(rows) and _group(row) != _group(rows[index + 1]))
-    for column in [*shown.columns[:2], *shown.columns[3:]]:
-        column.justify = "right"
-    return shown
+    """All replays, a row each; a section for each interval and capacity."""
+    sections = [index for index in range(1, len(rows)) if _group(rows[index]) != _group(rows[index - 1])]
+    return Table(_title(trace), HEADINGS, [_cells(row) for row in rows], caption=LEGEND, alignment=_ALIGNMENT, sections=sections)
 
 
 def markdown(trace: Trace, rows: Sequence[Row], *, command: str) -> str:
-    """For a file: what ran on what, the table, and how long it took."""
+    """The result page: the command and the machine, the time taken, and the table."""
     num_accesses, wall_s = len(trace.keys_A) * len(rows), sum(row.wall_s for row in rows)
     lines = ["# ooc-moe simulate", "", f"{_title(trace)}. {LEGEND}", ""]
     lines += [f"- {name}: {value}" for name, value in facts(Path(), command=command).items()]
     lines += [f"- replayed: {num_accesses:,} accesses in {wall_s:.0f} s, {num_accesses / wall_s / 1e6:.2f} million a second", ""]
-    headings = (*HEADINGS, "replay took")
-    lines += [f"| {' | '.join(headings)} |", "|---:|---:|---|" + "---:|" * (len(headings) - 3)]
-    lines += [f"| {' | '.join((*_cells(row), f'{row.wall_s:.1f} s'))} |" for row in rows]
-    return "\n".join([*lines, ""])
+    timed = [(*_cells(row), f"{row.wall_s:.1f} s") for row in rows]
+    lines += [markdown_table(Table("", (*HEADINGS, "replay took"), timed, alignment=f"{_ALIGNMENT}r")), ""]
+    return "\n".join(lines)
 
 
 def _title(trace: Trace) -> str:
@@ -171,16 +184,16 @@ def _cells(row: Row) -> tuple[str, ...]:
     setup, training, evaluation = row.replayed.setup, row.replayed.training, row.replayed.evaluation
     stall_s = training.stall_s + evaluation.stall_s
     share = stall_s / (stall_s + training.compute_s + evaluation.compute_s or 1.0)
-    ahead = setup.prefetch.source != "none"
-    fates = [f"{getattr(training, name) + getattr(evaluation, name):,}" if ahead else "–" for name in ("useful", "late", "wasted")]
+    prefetching = setup.prefetch.source != "none"
+    fates = [f"{getattr(training, name) + getattr(evaluation, name):,}" if prefetching else DASH for name in ("useful", "late", "wasted")]
     return (
-        "–" if row.switch_every is None else f"{row.switch_every:,}",
+        DASH if row.switch_every is None else f"{row.switch_every:,}",
         f"{setup.hbm_experts:,} ({setup.hbm_experts / row.num_experts:.0%})",
-        f"{setup.policy} + {setup.prefetch.source}" if ahead else setup.policy,
-        _percent(training.hit_rate),
-        f"{row.of_belady:.3f}" if row.of_belady is not None else "–",
-        _percent(evaluation.hit_rate),
-        f"{stall_s:,.3g} s" if stall_s < 1000 else f"{humanize.intcomma(round(stall_s))} s",
+        f"{setup.policy} + {setup.prefetch.source}" if prefetching else setup.policy,
+        format_share_short(training.hit_rate, digits=2),
+        f"{row.of_belady:.3f}" if row.of_belady is not None else DASH,
+        format_share_short(evaluation.hit_rate, digits=2),
+        f"{stall_s:,.3g} s" if stall_s < 1000 else f"{round(stall_s):,} s",
         f"{share:.1%}",
         f"{training.from_dram + evaluation.from_dram:,}",
         f"{training.from_nvme + evaluation.from_nvme:,}",
@@ -188,15 +201,11 @@ def _cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def _percent(rate: float) -> str:
-    return f"{rate:.2%}" if rate == rate else "–"
-
-
-# Words
+# Parsing
 
 
 def capacity(name: str, text: str, num_experts: int) -> int:
-    """Experts: a number, or a share such as 25% of `num_experts` (at least one). Raises InvalidRequest."""
+    """Reads a capacity in experts: a number, or a share such as 25% of `num_experts` (at least one expert). Raises InvalidRequest."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%?)\s*", text)
     if match is None or (not match[2] and "." in match[1]) or float(match[1]) == 0:
         raise InvalidRequest(f"{name}: {text!r} is not a number of experts; write for example 16 or 25%")
@@ -204,7 +213,7 @@ def capacity(name: str, text: str, num_experts: int) -> int:
 
 
 def seconds(name: str, text: str) -> float:
-    """A time such as 80us. Raises InvalidRequest."""
+    """Reads a time such as 80us, in seconds. Raises InvalidRequest."""
     match = _TIME.fullmatch(text)
     if match is None:
         raise InvalidRequest(f"{name}: {text!r} is not a time; write for example 80us, 1.5ms or 2s")
@@ -212,16 +221,19 @@ def seconds(name: str, text: str) -> float:
 
 
 def latency(text: str) -> Latency:
-    """By tier, "nvme=80us+3GB/s,dram=20us+12GB/s"; the default for one that is not named. Raises InvalidRequest."""
-    links: dict[str, Link] = {}
+    """Reads latencies by tier, "nvme=80us+3GB/s,dram=20us". What is not given is as in the default. Raises InvalidRequest."""
+    default = Latency()
+    links = {"dram": default.dram, "nvme": default.nvme}
     for word in text.split(","):
         tier, _, cost = word.partition("=")
-        wait, _, rate = cost.partition("+")
-        if tier.strip() not in ("dram", "nvme") or not rate.strip().endswith("/s"):
-            raise InvalidRequest(f"latency: {word!r} is not tier=latency+bandwidth; write for example nvme=80us+3GB/s,dram=20us+12GB/s")
-        links[tier.strip()] = Link(latency_s=seconds("latency", wait), bytes_per_s=_bandwidth(rate.strip()))
-    default = Latency()
-    return Latency(dram=links.get("dram", default.dram), nvme=links.get("nvme", default.nvme))
+        wait, plus, rate = cost.partition("+")
+        if tier.strip() not in links or (plus and not rate.strip().endswith("/s")):
+            raise InvalidRequest(
+                f"latency: {word!r} is not tier=latency or tier=latency+bandwidth; write for example nvme=80us+3GB/s,dram=20us"
+            )
+        usual = links[tier.strip()].bytes_per_s
+        links[tier.strip()] = Link(latency_s=seconds("latency", wait), bytes_per_s=_bandwidth(rate.strip()) if plus else usual)
+    return Latency(dram=links["dram"], nvme=links["nvme"])
 
 
 def _bandwidth(text: str) -> int:
@@ -230,7 +242,7 @@ def _bandwidth(text: str) -> int:
     except ValueError as error:
         raise InvalidRequest(f"latency: {text!r} is not a bandwidth; write for example 3GB/s") from error
     if not found:
-        raise InvalidRequest(f"latency: {text!r} would never end")
+        raise InvalidRequest(f"latency: {text!r} moves no bytes, so a load would never end")
     return found
 
 
@@ -238,5 +250,5 @@ def _check_policy(name: str, policy: str) -> None:
     try:
         make_policy(policy)
     except InvalidRequest as error:
-        said = str(error).removeprefix("policy: ")
-        raise InvalidRequest(f"{name}: {said}{', belady' if name == 'policy' else ''}") from error
+        reason = str(error).removeprefix("policy: ")
+        raise InvalidRequest(f"{name}: {reason}{', belady' if name == 'policy' else ''}") from error

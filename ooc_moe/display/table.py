@@ -1,0 +1,106 @@
+"""One table, drawn for a terminal, a pipe, a web page or a Markdown page.
+
+    table = Table("Banks", ["bank", "experts"], [["first/experts", "1,024"]])
+    print_table(table, Console())      # a terminal: Rich; a pipe: one row a line, nothing cut
+    markdown_table(table)              # "| bank | experts |", "|---|---:|", ...
+    html_table(table)                  # "<table>...</table>", escaped
+
+All cells are plain text. A renderer escapes what would be markup in its own format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from html import escape
+
+from rich import table as rich_tables
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.text import Text
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table of text. Title and caption are shown wherever the table is; the note only on pages, for a terminal has no room for it.
+
+    Raises:
+        ValueError: `alignment` has another length than `columns`, or another letter than l and r.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    """A line break in a cell starts a second line of the same cell."""
+    note: str = ""
+    """How to read the table, in full sentences."""
+    caption: str = ""
+    """What a reader must know before believing the table; "" if nothing."""
+    alignment: str = ""
+    """A letter for each column, l (left) or r (right). By default the first column is left, because it names the row, and the others are
+    right, because they are numbers."""
+    sections: Collection[int] = ()
+    """The indices of rows that begin a new section; a terminal draws a line above each."""
+
+    def __post_init__(self) -> None:
+        if not self.alignment:
+            object.__setattr__(self, "alignment", "l" + "r" * (len(self.columns) - 1))
+        if len(self.alignment) != len(self.columns) or not set(self.alignment) <= set("lr"):
+            raise ValueError(f"alignment: {self.alignment!r} does not fit {len(self.columns)} columns")
+
+
+def print_table(table: Table, console: Console) -> None:
+    """Prints the table on a terminal; elsewhere as `plain_table`, so that no line is wrapped and no name is cut."""
+    if console.is_terminal:
+        console.print(rich_table(table))
+    else:
+        console.print(plain_table(table), soft_wrap=True, markup=False, highlight=False, emoji=False)
+
+
+def rich_table(table: Table) -> rich_tables.Table:
+    """The table as Rich draws it on a terminal. On a narrow terminal only the first column keeps its words whole."""
+    drawn = rich_tables.Table(title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    drawn.title = Text(table.title) if table.title else None
+    drawn.caption, drawn.caption_justify = Text(table.caption) if table.caption else None, "left"
+    for index, (column, side) in enumerate(zip(table.columns, table.alignment, strict=True)):
+        drawn.add_column(Text(column), justify="right" if side == "r" else "left", overflow="fold", no_wrap=index == 0)
+    for index, row in enumerate(table.rows):
+        if index in table.sections:
+            drawn.add_section()
+        drawn.add_row(*map(Text, row))
+    return drawn
+
+
+def plain_table(table: Table) -> str:
+    """The table for a pipe: title, headings, one row a line, caption. Columns are padded with spaces, and at least two part them."""
+    lines = [[cell.replace("\n", "; ") for cell in row] for row in (table.columns, *table.rows)]
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    padded = (
+        "  ".join(
+            cell.rjust(width) if side == "r" else cell.ljust(width) for cell, width, side in zip(row, widths, table.alignment, strict=True)
+        )
+        for row in lines
+    )
+    return "\n".join(
+        [*([table.title] if table.title else []), *(line.rstrip() for line in padded), *([table.caption] if table.caption else [])]
+    )
+
+
+def markdown_table(table: Table) -> str:
+    """The headings and rows in Markdown. Title, note and caption are left to the page, which puts them where it wants them."""
+    lines = [[cell.replace("|", "\\|").replace("\n", "<br>") for cell in row] for row in (table.columns, *table.rows)]
+    rule = "".join({"l": "---|", "r": "---:|"}[side] for side in table.alignment)
+    headings, *rows = (f"| {' | '.join(row)} |" for row in lines)
+    return "\n".join([headings, f"|{rule}", *rows])
+
+
+def html_table(table: Table) -> str:
+    """The headings and rows as an HTML `<table>`. Left-aligned columns have the class "left"; the page's style sheet aligns them."""
+
+    def row(tag: str, cells: Sequence[str]) -> str:
+        sides = (' class="left"' if side == "l" else "" for side in table.alignment)
+        texts = (escape(cell).replace("\n", "<br>") for cell in cells)
+        return f"<tr>{''.join(f'<{tag}{side}>{text}</{tag}>' for side, text in zip(sides, texts, strict=True))}</tr>"
+
+    body = "\n".join(row("td", cells) for cells in table.rows)
+    return f"<table>\n<thead>{row('th', table.columns)}</thead>\n<tbody>\n{body}\n</tbody>\n</table>"
