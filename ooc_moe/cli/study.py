@@ -17,8 +17,8 @@ from ooc_moe.session.interrupts import INTERRUPTED_EXIT
 from ooc_moe_wire.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from ooc_moe.study.definitions import Study, StudyRun
     from ooc_moe.study.runner import Outcome, Status
+    from ooc_moe.study.studies import Study, StudyRun
     from ooc_moe.study.variants import Variant
 
 
@@ -50,7 +50,7 @@ def study(
     $ ooc-moe study synthetic --jobs 2           # the rest
     $ ooc-moe study synthetic --tables-only
     """
-    from ooc_moe.study.definitions import STUDIES, find_study
+    from ooc_moe.study.studies import STUDIES, find_study
     from ooc_moe.study.variants import VARIANTS
 
     console = Console()
@@ -122,7 +122,7 @@ def _say(outcome: Outcome, console: Console) -> None:
 def _write_home(chosen: Study, wanted: list[StudyRun], study_dir: Path, results: Path, console: Console) -> None:
     from ooc_moe.evaluation import baselines
     from ooc_moe.report.report import rich_table
-    from ooc_moe.study import results_page as home
+    from ooc_moe.study import results as home
 
     with console.status("") as status:
 

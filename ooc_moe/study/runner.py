@@ -25,7 +25,7 @@ from ooc_moe.session import checkpoint
 from ooc_moe.session.interrupts import INTERRUPTED_EXIT, interruptible
 from ooc_moe_wire.errors import InvalidRequest
 
-CHILD = ("-m", "ooc_moe.study.run_one")
+CHILD = ("-m", "ooc_moe.study.run_process")
 LOG_FILE = "output.log"
 POLL_S = 0.5
 _TAIL_BYTES = 1 << 16

@@ -15,7 +15,7 @@ import torch
 from ooc_moe.bench.cache.results import Ratio, Row
 from ooc_moe.bench.cache.trainer import Setting
 from ooc_moe.bench.harness import Path, Spread, WrongBytes, measure, warm_up
-from ooc_moe.bench.store import ours, peers_disk, peers_memory
+from ooc_moe.bench.store import daemon_paths, peers_disk, peers_memory
 from ooc_moe.bench.store.records import Records, made
 from ooc_moe_client.hbm.cache import ExpertCache
 from ooc_moe_client.store import Plane
@@ -53,21 +53,22 @@ def _rows(setting: Setting, tier: str, samples: Mapping[str, list[float]], *, pe
 
 def _from_dram(setting: Setting, records: Records, on_run: Callable[[], None]) -> dict[str, list[float]]:
     with ExitStack() as stack:
-        daemon = stack.enter_context(ours.daemon(records, setting.directory, arena_records=records.count + ours.SPARE_RECORDS))
-        ours.fill(daemon, records)
+        arena_records = records.count + daemon_paths.SPARE_RECORDS
+        daemon = stack.enter_context(daemon_paths.daemon(records, setting.directory, arena_records=arena_records))
+        daemon_paths.fill(daemon, records)
         paths = [stack.enter_context(_fetches(name, setting, daemon, records, tier="dram")) for name in _PLANES]
         paths.append(_copy(setting, records) if setting.device.type == "cuda" else stack.enter_context(_memcpy(records)))
         return _measured(setting, records, paths, on_run, calls=DRAM_CALLS[setting.size])
 
 
 def _from_nvme(setting: Setting, records: Records, on_run: Callable[[], None]) -> dict[str, list[float]]:
-    arena_records = records.count // 4 + ours.SPARE_RECORDS // 2
+    arena_records = records.count // 4 + daemon_paths.SPARE_RECORDS // 2
     with ExitStack() as stack:
         place = setting.directory / "nvme"
         place.mkdir()
-        daemon = stack.enter_context(ours.daemon(records, place, arena_records=arena_records))
-        ours.fill(daemon, records)
-        flush = stack.enter_context(ours.flusher(daemon, records))
+        daemon = stack.enter_context(daemon_paths.daemon(records, place, arena_records=arena_records))
+        daemon_paths.fill(daemon, records)
+        flush = stack.enter_context(daemon_paths.flusher(daemon, records))
         paths = [stack.enter_context(_fetches(name, setting, daemon, records, tier="nvme", prepare=flush)) for name in ("local", "stream")]
         paths += stack.enter_context(peers_disk.raw_reads(records, place))
         return _measured(setting, records, paths, on_run, calls=1)
@@ -75,13 +76,13 @@ def _from_nvme(setting: Setting, records: Records, on_run: Callable[[], None]) -
 
 @contextmanager
 def _fetches(
-    name: str, setting: Setting, daemon: ours.Daemon, records: Records, *, tier: str, prepare: Callable[[], None] = lambda: None
+    name: str, setting: Setting, daemon: daemon_paths.Daemon, records: Records, *, tier: str, prepare: Callable[[], None] = lambda: None
 ) -> Iterator[Path]:
     """One reading of all records by an empty cache."""
     plane, verify = _PLANES[name]
     with (
         daemon.store(plane, verify=verify) as store,
-        ExpertCache(store, ours.BANK, capacity_experts=records.count, device=setting.device) as cache,
+        ExpertCache(store, daemon_paths.BANK, capacity_experts=records.count, device=setting.device) as cache,
     ):
 
         def empty() -> None:

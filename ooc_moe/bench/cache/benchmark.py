@@ -20,8 +20,8 @@ from ooc_moe.bench.cache.results import Row
 from ooc_moe.bench.cache.switch import SWITCH_PATHS, switch
 from ooc_moe.bench.cache.trainer import Setting
 from ooc_moe.bench.cache.training import OVERSUBSCRIBED_PATHS, STEADY_PATHS, oversubscribed, steady
-from ooc_moe.bench.device import device_of
 from ooc_moe.bench.store import peers_disk
+from ooc_moe.bench.torch_setup import device_of
 from ooc_moe.config.agent import PRESETS
 from ooc_moe.metrics import provenance as machine
 from ooc_moe_wire.errors import InvalidRequest

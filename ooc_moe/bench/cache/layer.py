@@ -21,8 +21,8 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from ooc_moe.bench.device import device_of
 from ooc_moe.bench.harness import Path, Spread, WrongBytes, timed_rounds, warm_up
+from ooc_moe.bench.torch_setup import device_of
 from ooc_moe.config.agent import PRESETS, AgentConfig
 from ooc_moe.metrics import provenance as machine
 from ooc_moe.moe.layer import TieredExperts, TieredMoE

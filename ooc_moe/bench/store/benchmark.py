@@ -22,10 +22,10 @@ from pathlib import Path as FilePath
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from ooc_moe.bench.child_process import child
 from ooc_moe.bench.harness import Path, measure, warm_up
-from ooc_moe.bench.store import bare_grpc as bare
-from ooc_moe.bench.store import ours, peers_disk, peers_memory
-from ooc_moe.bench.store.child import child
+from ooc_moe.bench.store import daemon_paths, peers_disk, peers_memory
+from ooc_moe.bench.store import plain_grpc as bare
 from ooc_moe.bench.store.records import SAMPLE_BYTES, Records, check_record_bytes, count_of, made
 from ooc_moe.bench.store.results import Latency, Results, Row, StatsRow, size_text, with_ratios
 from ooc_moe.metrics import provenance as machine
@@ -206,10 +206,10 @@ def _enter(
 
 def _enter_ours(group: str, wanted: Sequence[str], records: Records, directory: FilePath, stack: ExitStack) -> Iterator[Path]:
     # Few enough in memory for NVMe to be read, enough for the reads under way.
-    arena_records = records.count // 4 + ours.SPARE_RECORDS // 2 if group == "nvme" else records.count + ours.SPARE_RECORDS
-    daemon = stack.enter_context(ours.daemon(records, directory, arena_records=arena_records))
-    ours.fill(daemon, records)
-    planes = {"fetch": ours.resident_fetches, "push": ours.durable_pushes, "nvme": ours.nvme_fetches}
+    arena_records = records.count // 4 + daemon_paths.SPARE_RECORDS // 2 if group == "nvme" else records.count + daemon_paths.SPARE_RECORDS
+    daemon = stack.enter_context(daemon_paths.daemon(records, directory, arena_records=arena_records))
+    daemon_paths.fill(daemon, records)
+    planes = {"fetch": daemon_paths.resident_fetches, "push": daemon_paths.durable_pushes, "nvme": daemon_paths.nvme_fetches}
     yield from stack.enter_context(planes[group](daemon, records, wanted))
 
 
@@ -249,13 +249,13 @@ def _measure_stats(bench: StoreBench, directory: FilePath) -> StatsRow:
     with ExitStack() as stack:
         records = stack.enter_context(made(size, count_of(size, quick=bench.quick)))
         scratch = stack.enter_context(_scratch(directory))
-        daemon = stack.enter_context(ours.daemon(records, scratch, arena_records=records.count + ours.SPARE_RECORDS))
-        ours.fill(daemon, records)
+        daemon = stack.enter_context(daemon_paths.daemon(records, scratch, arena_records=records.count + daemon_paths.SPARE_RECORDS))
+        daemon_paths.fill(daemon, records)
         port = stack.enter_context(child("bare", str(records.fd), str(records.record_bytes), pass_fds=(records.fd,)))
         echo = stack.enter_context(bare.connected(port)).echo
-        stack.enter_context(ours.streams(daemon))
+        stack.enter_context(daemon_paths.streams(daemon))
         for _ in range(bench.num_rounds):
-            taken, echoed, rate = ours.stats_latencies(daemon, echo, seconds=seconds)
+            taken, echoed, rate = daemon_paths.stats_latencies(daemon, echo, seconds=seconds)
             latencies += taken
             echoes += echoed
             served.append(rate)
@@ -264,7 +264,7 @@ def _measure_stats(bench: StoreBench, directory: FilePath) -> StatsRow:
         calls=len(latencies),
         latency=Latency.of(latencies),
         echo=Latency.of(echoes),
-        streams=ours.STREAMS,
+        streams=daemon_paths.STREAMS,
         served=statistics.median(served),
     )
 

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from ooc_moe.bench.child_process import child
 from ooc_moe.bench.harness import Path, WrongBytes
-from ooc_moe.bench.store import bare_grpc as bare
-from ooc_moe.bench.store.child import child
+from ooc_moe.bench.store import plain_grpc as bare
 from ooc_moe.bench.store.records import Records
 
 
@@ -68,7 +68,7 @@ def flight(records: Records) -> Iterator[list[Path]]:
     """DoGet as a user has it, `read_all`: the table is Flight's own memory, not the caller's. DoPut stores nothing durably."""
     import pyarrow.flight
 
-    from ooc_moe.bench.store.flight import bodies, table
+    from ooc_moe.bench.store.flight_server import bodies, table
 
     arguments = [str(records.fd), str(records.num_bytes), str(records.record_bytes)]
     received: list[Any] = []

@@ -15,8 +15,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from ooc_moe.bench.child_process import child
 from ooc_moe.bench.harness import WrongBytes
-from ooc_moe.bench.store.child import child
 from ooc_moe_wire.errors import InvalidRequest
 from ooc_moe_wire.layout import BLOCK_BYTES, Layout, TensorSpec
 

@@ -15,7 +15,7 @@ from ooc_moe.bench.cache.results import NOTES, Ratio, Row, save
 from ooc_moe.bench.cache.trainer import LAYERS, Setting, Trainer, check_equal
 from ooc_moe.bench.cache.training import steps_per_game
 from ooc_moe.bench.harness import Spread, WrongBytes
-from ooc_moe.bench.store import ours
+from ooc_moe.bench.store import daemon_paths
 from ooc_moe.config.agent import AgentConfig
 from ooc_moe.config.run import RunConfig
 from ooc_moe.moe.layer import TieredExperts
@@ -75,15 +75,15 @@ def test_a_quick_run_through_a_daemon_measures_the_fetches_of_each_tier(tmp_path
 
 
 def test_a_fetch_of_other_bytes_or_from_another_tier_is_not_timed(setting, monkeypatch):
-    right = ours.fill
+    right = daemon_paths.fill
 
     def shifted(daemon, records):
         right(daemon, SimpleNamespace(ids=records.ids, body=lambda index: records.body((index + 1) % records.count)))
 
-    monkeypatch.setattr(ours, "fill", shifted)
+    monkeypatch.setattr(daemon_paths, "fill", shifted)
     with pytest.raises(WrongBytes, match="local: record 0 of 8 did not arrive as it was sent"):
         cache_bandwidth.bandwidth(setting, lambda: None)
-    monkeypatch.setattr(ours, "fill", lambda daemon, records: None)
+    monkeypatch.setattr(daemon_paths, "fill", lambda daemon, records: None)
     other = replace(setting, directory=setting.directory / "other")
     other.directory.mkdir()
     with pytest.raises(WrongBytes, match=r"local: the experts were found in \{.seed.: 8\}, not all in dram"):

@@ -11,11 +11,11 @@ from ooc_moe.config.run import PPOConfig, RunConfig
 from ooc_moe.metrics import statistics
 from ooc_moe.metrics.log import CONFIG_FILE, MetricsWriter, read_metrics
 from ooc_moe.session import checkpoint
-from ooc_moe.study import results_page as home
+from ooc_moe.study import results as home
 from ooc_moe.study.caching import CachingPoint, Way
-from ooc_moe.study.definitions import Study, StudyRun, find_study
 from ooc_moe.study.runner import steps_of
 from ooc_moe.study.scores import StudyScores, strata
+from ooc_moe.study.studies import Study, StudyRun, find_study
 
 SYNTHETIC = find_study("synthetic")
 GAMES = ("pixel/catch", "pixel/avoid", "pixel/toward")

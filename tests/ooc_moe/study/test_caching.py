@@ -9,8 +9,8 @@ from ooc_moe.metrics.log import CONFIG_FILE, MetricsWriter
 from ooc_moe.metrics.run import RunRecord
 from ooc_moe.metrics.trace import TraceWriter
 from ooc_moe.study.caching import Way, caching_points
-from ooc_moe.study.definitions import StudyRun
 from ooc_moe.study.scores import StudyScores
+from ooc_moe.study.studies import StudyRun
 from tests.ooc_moe.study.made_up_studies import TINY, small_study
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ooc_moe.study.definitions import STUDIES, find_study
+from ooc_moe.study.studies import STUDIES, find_study
 from ooc_moe.study.variants import VARIANTS
 from ooc_moe_wire.errors import InvalidRequest
 from tests.ooc_moe.study.made_up_studies import SYNTHETIC

@@ -1,6 +1,6 @@
 """The process of one run: begins it, or goes on from its last checkpoint. Its configuration comes as JSON on stdin.
 
-Run by runner.py: python -m ooc_moe.study.run_one RUN_DIR
+Run by runner.py: python -m ooc_moe.study.run_process RUN_DIR
 """
 
 from __future__ import annotations

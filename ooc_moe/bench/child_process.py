@@ -3,7 +3,7 @@
 `child(role, ...)` starts one, waits for the line in which it says that it is ready, and ends it. Each holds the records by the file
 descriptor that it inherits, so none makes a copy.
 
-Run by the benchmark itself: python -m ooc_moe.bench.store.child ROLE ARGUMENTS
+Run by the benchmark itself: python -m ooc_moe.bench.child_process ROLE ARGUMENTS
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def child(role: str, *arguments: str, pass_fds: Sequence[int] = ()) -> Iterator[
     Raises:
         Unavailable: it ended before it was ready.
     """
-    command = [sys.executable, "-m", "ooc_moe.bench.store.child", role, *arguments]
+    command = [sys.executable, "-m", "ooc_moe.bench.child_process", role, *arguments]
     # A session of its own: Ctrl-C reaches the benchmark alone, which then ends its children in order.
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, pass_fds=pass_fds, start_new_session=True)
     try:
@@ -76,21 +76,21 @@ def _tcp(fd: str, num_bytes: str) -> None:
 
 def _flight(fd: str, num_bytes: str, record_bytes: str) -> None:
     """Serves the records as a table, one batch each; keeps the digests of what it is sent."""
-    from ooc_moe.bench.store.flight import serve
+    from ooc_moe.bench.store.flight_server import serve
 
     serve(mmap.mmap(int(fd), int(num_bytes), prot=mmap.PROT_READ), int(record_bytes), _ready)
 
 
 def _bare(fd: str, num_bytes: str) -> None:
     """Serves the records, and echoes, by bare gRPC."""
-    from ooc_moe.bench.store.bare_grpc import serve
+    from ooc_moe.bench.store.plain_grpc import serve
 
     serve(memoryview(mmap.mmap(int(fd), int(num_bytes), prot=mmap.PROT_READ)), _ready)
 
 
 def _stream(target: str, bank: str) -> None:
     """Fetches a whole bank over the stream, again and again."""
-    from ooc_moe.bench.store.ours import stream_for_ever
+    from ooc_moe.bench.store.daemon_paths import stream_for_ever
 
     stream_for_ever(target, bank, _ready)
 

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path as FilePath
 
+from ooc_moe.bench.child_process import child
 from ooc_moe.bench.harness import Path, WrongBytes
-from ooc_moe.bench.store.child import child
 from ooc_moe.bench.store.records import Records
 from ooc_moe.session.daemon import embedded_daemon
 from ooc_moe_client.remote.store import RemoteStore

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ooc_moe.metrics.log import METRICS_FILE
-from ooc_moe.study import results_page as home
+from ooc_moe.study import results as home
 from tests.ooc_moe.study.made_up_studies import CONSTANT, GAMES, SYNTHETIC, begun, made_up, small_study
 
 
