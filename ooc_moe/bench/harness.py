@@ -25,7 +25,7 @@ def _nothing() -> None:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Path:
+class TimedPath:
     """One way to move a set of records.
 
     `run` moves the set once; it may return the seconds that count, where the clock of the caller would measure something else too.
@@ -60,7 +60,7 @@ class Spread:
         return f"{self.median:.4g} [{self.q1:.4g}, {self.q3:.4g}]"
 
 
-def warm_up(paths: Sequence[Path], *, blank: Callable[[], None]) -> None:
+def warm_up(paths: Sequence[TimedPath], *, blank: Callable[[], None]) -> None:
     """Runs each path once over a destination made blank, and checks it. Raises WrongBytes, naming the path."""
     for path in paths:
         blank()
@@ -73,7 +73,7 @@ def warm_up(paths: Sequence[Path], *, blank: Callable[[], None]) -> None:
 
 
 def measure(
-    paths: Sequence[Path], *, num_bytes: int, calls: int, rounds: int, order: random.Random, on_run: Callable[[], None]
+    paths: Sequence[TimedPath], *, num_bytes: int, calls: int, rounds: int, order: random.Random, on_run: Callable[[], None]
 ) -> dict[str, list[float]]:
     """GB/s of every path, one sample a round.
 
@@ -90,7 +90,7 @@ def measure(
 
 
 def timed_rounds(
-    paths: Sequence[Path], *, calls: int, rounds: int, order: random.Random, on_run: Callable[[], None]
+    paths: Sequence[TimedPath], *, calls: int, rounds: int, order: random.Random, on_run: Callable[[], None]
 ) -> dict[str, list[float]]:
     """Seconds of one run of every path, one sample a round, each the mean of `calls` runs. As `measure` otherwise."""
     samples: dict[str, list[float]] = {path.name: [] for path in paths}
@@ -102,7 +102,7 @@ def timed_rounds(
     return samples
 
 
-def _timed(path: Path) -> float:
+def _timed(path: TimedPath) -> float:
     path.prepare()
     gc.disable()
     try:

@@ -14,7 +14,7 @@ import torch
 
 from ooc_moe.bench.cache.results import Ratio, Row
 from ooc_moe.bench.cache.trainer import Setting
-from ooc_moe.bench.harness import Path, Spread, WrongBytes, measure, warm_up
+from ooc_moe.bench.harness import Spread, TimedPath, WrongBytes, measure, warm_up
 from ooc_moe.bench.store import daemon_paths, peers_disk, peers_memory
 from ooc_moe.bench.store.records import Records, made
 from ooc_moe_client.hbm.cache import ExpertCache
@@ -77,7 +77,7 @@ def _from_nvme(setting: Setting, records: Records, on_run: Callable[[], None]) -
 @contextmanager
 def _fetches(
     name: str, setting: Setting, daemon: daemon_paths.Daemon, records: Records, *, tier: str, prepare: Callable[[], None] = lambda: None
-) -> Iterator[Path]:
+) -> Iterator[TimedPath]:
     """One reading of all records by an empty cache."""
     plane, verify = _PLANES[name]
     with (
@@ -103,16 +103,16 @@ def _fetches(
                     body = torch.cat([cache.views[tensor.name][slot].flatten() for tensor in cache.layout.tensors])
                     records.check_body(index, body.cpu().numpy().tobytes())
 
-        yield Path(name=name, run=run, check=check, prepare=empty)
+        yield TimedPath(name=name, run=run, check=check, prepare=empty)
 
 
 @contextmanager
-def _memcpy(records: Records) -> Iterator[Path]:
+def _memcpy(records: Records) -> Iterator[TimedPath]:
     with peers_memory.memcpy(records) as (path,):
-        yield Path(name="copy", run=path.run, check=path.check)
+        yield TimedPath(name="copy", run=path.run, check=path.check)
 
 
-def _copy(setting: Setting, records: Records) -> Path:
+def _copy(setting: Setting, records: Records) -> TimedPath:
     """Pinned host memory to the GPU, one call for each record."""
     pinned = torch.from_numpy(records.source.copy()).view(records.count, -1).pin_memory()
     there = torch.empty_like(pinned, device=setting.device)
@@ -126,10 +126,12 @@ def _copy(setting: Setting, records: Records) -> Path:
         for index in records.ids:
             records.check_body(index, there[index].cpu().numpy().tobytes())
 
-    return Path(name="copy", run=run, check=check)
+    return TimedPath(name="copy", run=run, check=check)
 
 
-def _measured(setting: Setting, records: Records, paths: list[Path], on_run: Callable[[], None], *, calls: int) -> dict[str, list[float]]:
+def _measured(
+    setting: Setting, records: Records, paths: list[TimedPath], on_run: Callable[[], None], *, calls: int
+) -> dict[str, list[float]]:
     """GB/s of each path, one sample a round, after its bytes were seen to arrive."""
     for path in paths:
         warm_up([path], blank=records.blank)

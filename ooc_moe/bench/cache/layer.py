@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path as FilePath
+from pathlib import Path
 
 import torch
 from rich.box import SIMPLE_HEAD
@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from ooc_moe.bench.harness import Path, Spread, WrongBytes, timed_rounds, warm_up
+from ooc_moe.bench.harness import Spread, TimedPath, WrongBytes, timed_rounds, warm_up
 from ooc_moe.bench.torch_setup import device_of
 from ooc_moe.config.agent import PRESETS, AgentConfig
 from ooc_moe.metrics import provenance as machine
@@ -165,7 +165,7 @@ def _layers(config: AgentConfig, pools: Sequence[int], device: torch.device) -> 
             cache.close()
 
 
-def _dense_path(config: AgentConfig, x_ND: Tensor, grad_ND: Tensor) -> Path:
+def _dense_path(config: AgentConfig, x_ND: Tensor, grad_ND: Tensor) -> TimedPath:
     width = config.top_k * config.hidden
     ffn = nn.Sequential(nn.LayerNorm(config.dim), nn.Linear(config.dim, width), nn.GELU(), nn.Linear(width, config.dim)).to(x_ND.device)
 
@@ -173,10 +173,10 @@ def _dense_path(config: AgentConfig, x_ND: Tensor, grad_ND: Tensor) -> Path:
         ffn.zero_grad()
         _forward_backward(lambda x: x + ffn(x), x_ND, grad_ND)
 
-    return Path(name="dense", run=step, check=lambda: None)
+    return TimedPath(name="dense", run=step, check=lambda: None)
 
 
-def _moe_path(name: str, layer: TieredMoE, experts: TieredExperts, x_ND: Tensor, grad_ND: Tensor) -> Path:
+def _moe_path(name: str, layer: TieredMoE, experts: TieredExperts, x_ND: Tensor, grad_ND: Tensor) -> TimedPath:
     def step() -> None:
         layer.zero_grad()
         experts.gradients.zero()
@@ -204,7 +204,7 @@ def _moe_path(name: str, layer: TieredMoE, experts: TieredExperts, x_ND: Tensor,
             x = x + gate_N * torch.addmm(views["b2"][expert], hidden, views["w2"][expert])
         return x
 
-    return Path(name=name, run=step, check=check)
+    return TimedPath(name=name, run=step, check=check)
 
 
 def _forward_backward(function: Callable[[Tensor], Tensor], x_ND: Tensor, grad_ND: Tensor) -> tuple[Tensor, Tensor]:
@@ -241,9 +241,9 @@ def table(rows: Sequence[Row]) -> Table:
     return shown
 
 
-def save(rows: Sequence[Row], bench: LayerBench, path: FilePath, *, command: str) -> None:
+def save(rows: Sequence[Row], bench: LayerBench, path: Path, *, command: str) -> None:
     """Writes the file: what ran on what, the table, and the notes of an older one."""
-    facts = machine.facts(FilePath(), command=command)
+    facts = machine.facts(Path(), command=command)
     facts |= {"torch": torch.__version__, "device": _device_text(bench), "rounds": f"{bench.rounds}, interleaved"}
     notes = f"{NOTES}\n\n(to be written: the profile)"
     if path.exists():

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 from ooc_moe.bench.cache.results import Ratio, Row
 from ooc_moe.bench.cache.trainer import Setting, Trainer, experts_of, opened
-from ooc_moe.bench.harness import Path, Spread, WrongBytes, timed_rounds, warm_up
+from ooc_moe.bench.harness import Spread, TimedPath, WrongBytes, timed_rounds, warm_up
 from ooc_moe.moe.layer import TieredExperts
 from ooc_moe_client.hbm.cache import ExpertCache
 
@@ -87,8 +87,8 @@ def _until_warm(setting: Setting, cache: ExpertCache, on_run: Callable[[], None]
             raise WrongBytes(f"{missed} of {len(new)} experts of the new game are not resident")
 
     ways = {"demand": demanded, "prefetch": prefetched, "prefetch, and demand at once": prefetched_and_demanded}
-    paths = [Path(name="fetch", run=fetch, check=check, prepare=from_clean)]
-    paths += [Path(name=name, run=run, check=check, prepare=lambda: _dirty(cache, old)) for name, run in ways.items()]
+    paths = [TimedPath(name="fetch", run=fetch, check=check, prepare=from_clean)]
+    paths += [TimedPath(name=name, run=run, check=check, prepare=lambda: _dirty(cache, old)) for name, run in ways.items()]
     warm_up(paths, blank=on_run)
     samples = timed_rounds(paths, calls=1, rounds=setting.rounds, order=random.Random(0), on_run=on_run)
     ms = {name: Spread.of([1e3 * value for value in values]) for name, values in samples.items()}
@@ -130,7 +130,7 @@ def _steps_after(setting: Setting, cache: ExpertCache, on_run: Callable[[], None
         with cache.updating(old):
             pass
 
-    def path(name: str, prefetch_at: int | None) -> Path:
+    def path(name: str, prefetch_at: int | None) -> TimedPath:
         def run() -> None:
             counted = cache.stats()
             if name != "everything resident":
@@ -145,7 +145,7 @@ def _steps_after(setting: Setting, cache: ExpertCache, on_run: Callable[[], None
             stalls[name].append((cache.stats() - counted).stall_s)
 
         prepare = all_resident if name == "everything resident" else not_resident
-        return Path(name=name, run=run, check=lambda: None, prepare=prepare)
+        return TimedPath(name=name, run=run, check=lambda: None, prepare=prepare)
 
     paths = [path("everything resident", None), *(path(name, at) for name, at in ways.items())]
     warm_up(paths, blank=on_run)

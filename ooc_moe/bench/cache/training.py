@@ -12,7 +12,7 @@ from functools import partial
 
 from ooc_moe.bench.cache.results import Ratio, Row
 from ooc_moe.bench.cache.trainer import PPO, Setting, Trainer, check_equal, opened
-from ooc_moe.bench.harness import Path, Spread, timed_rounds, warm_up
+from ooc_moe.bench.harness import Spread, TimedPath, timed_rounds, warm_up
 from ooc_moe.config.agent import PRESETS
 from ooc_moe.moe.layer import TieredExperts
 from ooc_moe_client.hbm.cache import ExpertCache
@@ -53,7 +53,7 @@ def steady(setting: Setting, on_run: Callable[[], None]) -> list[Row]:
         names = ("everything resident", "working set resident", "written back every update")
         works = (_update, _update, _update_written_back)
         paths = [
-            Path(name=name, run=partial(work, trainer), check=partial(check_equal, trainers))
+            TimedPath(name=name, run=partial(work, trainer), check=partial(check_equal, trainers))
             for name, work, trainer in zip(names, works, trainers, strict=True)
         ]
         samples = _measured(setting, paths, trainers, on_run)
@@ -141,7 +141,7 @@ def _oversubscribed_path(
     caches: Sequence[ExpertCache],
     moved: list[tuple[int, int]],
     check: Callable[[], None],
-) -> Path:
+) -> TimedPath:
     """The steps of an update but its first, which brings the cache to the state that it then returns to."""
 
     def prepare() -> None:
@@ -156,10 +156,10 @@ def _oversubscribed_path(
         during = trainer.cache.stats() - before
         moved.append((during.bytes_in, during.bytes_out))
 
-    return Path(name=name, run=run, check=check, prepare=prepare)
+    return TimedPath(name=name, run=run, check=check, prepare=prepare)
 
 
-def _fetch_path(probe: ExpertCache, caches: Sequence[ExpertCache]) -> Path:
+def _fetch_path(probe: ExpertCache, caches: Sequence[ExpertCache]) -> TimedPath:
     experts = range(probe.capacity_experts)
 
     def prepare() -> None:
@@ -170,16 +170,16 @@ def _fetch_path(probe: ExpertCache, caches: Sequence[ExpertCache]) -> Path:
         with probe.reading(experts):
             pass
 
-    return Path(name="fetch", run=run, check=lambda: None, prepare=prepare)
+    return TimedPath(name="fetch", run=run, check=lambda: None, prepare=prepare)
 
 
-def _push_path(probe: ExpertCache, caches: Sequence[ExpertCache]) -> Path:
+def _push_path(probe: ExpertCache, caches: Sequence[ExpertCache]) -> TimedPath:
     def prepare() -> None:
         _flush(caches)
         with probe.updating(range(probe.capacity_experts)):
             pass
 
-    return Path(name="push", run=probe.flush, check=lambda: None, prepare=prepare)
+    return TimedPath(name="push", run=probe.flush, check=lambda: None, prepare=prepare)
 
 
 def _flush(caches: Sequence[ExpertCache]) -> None:
@@ -188,7 +188,9 @@ def _flush(caches: Sequence[ExpertCache]) -> None:
         cache.flush()
 
 
-def _measured(setting: Setting, paths: Sequence[Path], trainers: Sequence[Trainer], on_run: Callable[[], None]) -> dict[str, list[float]]:
+def _measured(
+    setting: Setting, paths: Sequence[TimedPath], trainers: Sequence[Trainer], on_run: Callable[[], None]
+) -> dict[str, list[float]]:
     """Seconds of a run of each path, one sample a round, after the losses of all were seen to be equal."""
     warm_up(paths, blank=on_run)
     samples = timed_rounds(paths, calls=calls(setting), rounds=setting.rounds, order=random.Random(0), on_run=on_run)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from ooc_moe import envs
 from ooc_moe.agent.agent import Agent
-from ooc_moe.bench.harness import Path, Spread, WrongBytes, timed_rounds, warm_up
+from ooc_moe.bench.harness import Spread, TimedPath, WrongBytes, timed_rounds, warm_up
 from ooc_moe.bench.learning.results import Returns, Speed
 from ooc_moe.config.agent import PRESETS, AgentConfig
 from ooc_moe.config.run import PPOConfig, RunConfig
@@ -73,7 +73,7 @@ class LearningBench:
         pixel = game not in ATARI_GAMES
         agent, ppo = (PIXEL_AGENT, PIXEL_PPO) if pixel else (ATARI_AGENT, ATARI_PPO)
         return RunConfig(
-            run_dir=FilePath("bench"),
+            run_dir=Path("bench"),
             games=(game,),
             agent=agent,
             ppo=ppo,
@@ -190,13 +190,13 @@ def _speeds(bench: LearningBench, game: str, on_run: Callable[[], None]) -> list
     return [Speed(game=game, peer_envs=name, ours=rates["our PPO"], peer=rates[name]) for name in peers]
 
 
-def _path(name: str, update: Callable[[], Any]) -> Path:
+def _path(name: str, update: Callable[[], Any]) -> TimedPath:
     """What is checked is the network, beforehand (`check_same_network`)."""
 
     def run() -> None:
         update()
 
-    return Path(name=name, run=run, check=lambda: None)
+    return TimedPath(name=name, run=run, check=lambda: None)
 
 
 def check_same_network(agent: Agent, model: Any) -> None:
@@ -275,7 +275,7 @@ def _peer() -> Any:
 
 def facts(bench: LearningBench, *, command: str) -> dict[str, str]:
     """What a reader needs to judge or repeat the results."""
-    return machine.facts(FilePath(), command=command) | {
+    return machine.facts(Path(), command=command) | {
         "torch": f"{torch.__version__}, cpu, threads: {bench.threads} for either learner, {bench.env_threads} to emulate Atari where "
         "environments are ours",
         "network": "our stem, then one block of attention, with a context of one frame, and a dense FFN; SB3's begins as a copy of ours",

@@ -17,13 +17,13 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path as FilePath
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from ooc_moe.bench.child_process import child
-from ooc_moe.bench.harness import Path, measure, warm_up
+from ooc_moe.bench.harness import TimedPath, measure, warm_up
 from ooc_moe.bench.store import daemon_paths, peers_disk, peers_memory
 from ooc_moe.bench.store import plain_grpc as bare
 from ooc_moe.bench.store.records import SAMPLE_BYTES, Records, check_record_bytes, count_of, made
@@ -74,7 +74,7 @@ HEADROOM_BYTES = 1 << 30
 # How long a run takes, about, relative to a fetch of the same bytes: for the remaining time only.
 _WEIGHT = {"fetch": 1, "push": 10, "nvme": 6}
 
-Peer = Callable[[Records, FilePath], AbstractContextManager[list[Path]]]
+Peer = Callable[[Records, Path], AbstractContextManager[list[TimedPath]]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +85,7 @@ class StoreBench:
         InvalidRequest: for a size, a number of rounds or a path that cannot be.
     """
 
-    data_dir: FilePath  # On the disk to measure; a directory is made in it, and removed.
+    data_dir: Path  # On the disk to measure; a directory is made in it, and removed.
     sizes: tuple[int, ...] = SIZES
     rounds: int | None = None
     paths: tuple[str, ...] = ()
@@ -167,7 +167,7 @@ def _measure_group(
     group: str,
     wanted: Sequence[str],
     records: Records,
-    directory: FilePath,
+    directory: Path,
     order: random.Random,
     missing: dict[tuple[str, str], str],
     on_run: Callable[[], None],
@@ -186,8 +186,8 @@ def _measure_group(
 
 
 def _enter(
-    group: str, wanted: Sequence[str], records: Records, directory: FilePath, stack: ExitStack, missing: dict[tuple[str, str], str]
-) -> Iterator[Path]:
+    group: str, wanted: Sequence[str], records: Records, directory: Path, stack: ExitStack, missing: dict[tuple[str, str], str]
+) -> Iterator[TimedPath]:
     """Starts what a group needs; `stack` ends it. The daemon comes first: a fork is best made by a process with few threads."""
     if OURS & set(wanted):
         yield from _enter_ours(group, wanted, records, directory, stack)
@@ -204,7 +204,7 @@ def _enter(
             yield from paths
 
 
-def _enter_ours(group: str, wanted: Sequence[str], records: Records, directory: FilePath, stack: ExitStack) -> Iterator[Path]:
+def _enter_ours(group: str, wanted: Sequence[str], records: Records, directory: Path, stack: ExitStack) -> Iterator[TimedPath]:
     # Few enough in memory for NVMe to be read, enough for the reads under way.
     arena_records = records.count // 4 + daemon_paths.SPARE_RECORDS // 2 if group == "nvme" else records.count + daemon_paths.SPARE_RECORDS
     daemon = stack.enter_context(daemon_paths.daemon(records, directory, arena_records=arena_records))
@@ -213,7 +213,7 @@ def _enter_ours(group: str, wanted: Sequence[str], records: Records, directory: 
     yield from stack.enter_context(planes[group](daemon, records, wanted))
 
 
-def _in_memory(peer: Callable[[Records], AbstractContextManager[list[Path]]]) -> Peer:
+def _in_memory(peer: Callable[[Records], AbstractContextManager[list[TimedPath]]]) -> Peer:
     return lambda records, directory: peer(records)
 
 
@@ -240,7 +240,7 @@ _PEERS: dict[str, tuple[tuple[tuple[str, ...], Peer], ...]] = {
 }
 
 
-def _measure_stats(bench: StoreBench, directory: FilePath) -> StatsRow:
+def _measure_stats(bench: StoreBench, directory: Path) -> StatsRow:
     size = STATS_RECORD_BYTES if STATS_RECORD_BYTES in bench.sizes else max(bench.sizes)
     seconds = QUICK_STATS_ROUND_S if bench.quick else STATS_ROUND_S
     latencies: list[float] = []
@@ -295,11 +295,11 @@ def _check_room(bench: StoreBench, largest_set: int) -> None:
 
 
 @contextmanager
-def _scratch(parent: FilePath) -> Iterator[FilePath]:
+def _scratch(parent: Path) -> Iterator[Path]:
     """A new directory, removed with all in it."""
     directory = tempfile.mkdtemp(prefix="bench-", dir=parent)
     try:
-        yield FilePath(directory)
+        yield Path(directory)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 

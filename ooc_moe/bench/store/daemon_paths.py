@@ -12,10 +12,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path as FilePath
+from pathlib import Path
 
 from ooc_moe.bench.child_process import child
-from ooc_moe.bench.harness import Path, WrongBytes
+from ooc_moe.bench.harness import TimedPath, WrongBytes
 from ooc_moe.bench.store.records import Records
 from ooc_moe.session.daemon import embedded_daemon
 from ooc_moe_client.remote.store import RemoteStore
@@ -47,7 +47,7 @@ class Daemon:
 
 
 @contextmanager
-def daemon(records: Records, directory: FilePath, *, arena_records: int) -> Iterator[Daemon]:
+def daemon(records: Records, directory: Path, *, arena_records: int) -> Iterator[Daemon]:
     """A daemon with room for so many records in DRAM, and an empty bank for them."""
     socket_dir = tempfile.mkdtemp(prefix="ooc-moe-")  # Socket paths are limited to 107 bytes.
     unix = f"unix:{socket_dir}/daemon.sock"
@@ -89,7 +89,7 @@ class Pusher:
         self._versions = [info.version for info in self._store.list_experts(BANK)]
 
 
-def fetch_path(name: str, store: RemoteStore, records: Records, tier: Tier, *, prepare: Callable[[], None] = lambda: None) -> Path:
+def fetch_path(name: str, store: RemoteStore, records: Records, tier: Tier, *, prepare: Callable[[], None] = lambda: None) -> TimedPath:
     """A fetch of all records in one call, each found in `tier`."""
 
     def run() -> None:
@@ -97,11 +97,11 @@ def fetch_path(name: str, store: RemoteStore, records: Records, tier: Tier, *, p
         if found != {tier: records.count}:
             raise WrongBytes(f"{name}: the experts were found in {dict(found)}, not all in {tier.name}")
 
-    return Path(name=name, run=run, check=records.check, prepare=prepare)
+    return TimedPath(name=name, run=run, check=records.check, prepare=prepare)
 
 
 @contextmanager
-def resident_fetches(daemon: Daemon, records: Records, wanted: Sequence[str]) -> Iterator[list[Path]]:
+def resident_fetches(daemon: Daemon, records: Records, wanted: Sequence[str]) -> Iterator[list[TimedPath]]:
     """Fetches of what is in DRAM, on every plane, with the checksums of the receiver on and off."""
     kinds = {
         "local": lambda: daemon.store(Plane.LOCAL, verify=False),
@@ -115,7 +115,7 @@ def resident_fetches(daemon: Daemon, records: Records, wanted: Sequence[str]) ->
 
 
 @contextmanager
-def durable_pushes(daemon: Daemon, records: Records, wanted: Sequence[str]) -> Iterator[list[Path]]:
+def durable_pushes(daemon: Daemon, records: Records, wanted: Sequence[str]) -> Iterator[list[TimedPath]]:
     """Durable pushes on both planes. A bank has one writer at a time: each takes the lease before its run."""
     planes = {"local": Plane.LOCAL, "stream": Plane.STREAM}
     with ExitStack() as stack:
@@ -123,7 +123,7 @@ def durable_pushes(daemon: Daemon, records: Records, wanted: Sequence[str]) -> I
         yield [_push_path(name, stores, records) for name in stores]
 
 
-def _push_path(name: str, stores: dict[str, RemoteStore], records: Records) -> Path:
+def _push_path(name: str, stores: dict[str, RemoteStore], records: Records) -> TimedPath:
     store = stores[name]
     pusher = Pusher(store, records)
 
@@ -139,11 +139,11 @@ def _push_path(name: str, stores: dict[str, RemoteStore], records: Records) -> P
             pass
         records.check()
 
-    return Path(name=name, run=pusher.push, check=check, prepare=prepare)
+    return TimedPath(name=name, run=pusher.push, check=check, prepare=prepare)
 
 
 @contextmanager
-def nvme_fetches(daemon: Daemon, records: Records, wanted: Sequence[str]) -> Iterator[list[Path]]:
+def nvme_fetches(daemon: Daemon, records: Records, wanted: Sequence[str]) -> Iterator[list[TimedPath]]:
     """Fetches of what lies on NVMe only."""
     planes = {"local": Plane.LOCAL, "stream": Plane.STREAM}
     with ExitStack() as stack:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-import pathlib
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
-from ooc_moe.bench.harness import Path, WrongBytes
+from ooc_moe.bench.harness import TimedPath, WrongBytes
 from ooc_moe.bench.store.records import Records
 from ooc_moe_wire.errors import InvalidRequest, Unavailable
 
@@ -23,7 +23,7 @@ from ooc_moe_wire.errors import InvalidRequest, Unavailable
 READ_THREADS = 4
 
 
-def check_direct_io(directory: pathlib.Path) -> None:
+def check_direct_io(directory: Path) -> None:
     """Raises InvalidRequest when files below `directory` take no O_DIRECT: nothing measured there would mean a disk."""
     path = directory / "direct"
     try:
@@ -36,7 +36,7 @@ def check_direct_io(directory: pathlib.Path) -> None:
 
 
 @contextmanager
-def raw_writes(records: Records, directory: pathlib.Path) -> Iterator[list[Path]]:
+def raw_writes(records: Records, directory: Path) -> Iterator[list[TimedPath]]:
     """One thread: O_DIRECT write of a record, fdatasync, the next."""
     with _direct_file(records, directory) as fd:
 
@@ -49,11 +49,11 @@ def raw_writes(records: Records, directory: pathlib.Path) -> Iterator[list[Path]
             _read_all(fd, records)
             records.check()
 
-        yield [Path(name="raw", run=run, check=check)]
+        yield [TimedPath(name="raw", run=run, check=check)]
 
 
 @contextmanager
-def raw_reads(records: Records, directory: pathlib.Path) -> Iterator[list[Path]]:
+def raw_reads(records: Records, directory: Path) -> Iterator[list[TimedPath]]:
     """O_DIRECT reads of whole records into the caller's memory, by READ_THREADS threads."""
     with _direct_file(records, directory) as fd, ThreadPoolExecutor(READ_THREADS) as threads:
 
@@ -63,11 +63,11 @@ def raw_reads(records: Records, directory: pathlib.Path) -> Iterator[list[Path]]
         def run() -> None:
             list(threads.map(read, records.ids))
 
-        yield [Path(name="raw", run=run, check=records.check)]
+        yield [TimedPath(name="raw", run=run, check=records.check)]
 
 
 @contextmanager
-def buffered_reads(records: Records, directory: pathlib.Path) -> Iterator[list[Path]]:
+def buffered_reads(records: Records, directory: Path) -> Iterator[list[TimedPath]]:
     """One thread that reads an ordinary file, dropped from the page cache before."""
     path = directory / "buffered"
     path.write_bytes(records.source.data)
@@ -78,13 +78,13 @@ def buffered_reads(records: Records, directory: pathlib.Path) -> Iterator[list[P
             for index in records.ids:
                 _read(fd, records.into(index), index * records.record_bytes)
 
-        yield [Path(name="buffered file", run=run, check=records.check, prepare=lambda: _drop_from_cache(path))]
+        yield [TimedPath(name="buffered file", run=run, check=records.check, prepare=lambda: _drop_from_cache(path))]
     finally:
         os.close(fd)
 
 
 @contextmanager
-def fio_writes(records: Records, directory: pathlib.Path) -> Iterator[list[Path]]:
+def fio_writes(records: Records, directory: Path) -> Iterator[list[TimedPath]]:
     """As `raw_writes`, by fio, in fio's own time."""
     with _direct_file(records, directory) as fd:
         job = ["--rw=write", f"--size={records.num_bytes}", "--fdatasync=1", "--overwrite=1"]
@@ -92,7 +92,7 @@ def fio_writes(records: Records, directory: pathlib.Path) -> Iterator[list[Path]
 
 
 @contextmanager
-def fio_reads(records: Records, directory: pathlib.Path) -> Iterator[list[Path]]:
+def fio_reads(records: Records, directory: Path) -> Iterator[list[TimedPath]]:
     """As `raw_reads`, by fio, in fio's own time."""
     with _direct_file(records, directory) as fd:
         part = records.num_bytes // READ_THREADS
@@ -100,7 +100,7 @@ def fio_reads(records: Records, directory: pathlib.Path) -> Iterator[list[Path]]
         yield [_fio_path(records, directory, fd, job, "read")]
 
 
-def _fio_path(records: Records, directory: pathlib.Path, fd: int, job: list[str], kind: str) -> Path:
+def _fio_path(records: Records, directory: Path, fd: int, job: list[str], kind: str) -> TimedPath:
     command = [
         "fio",
         "--name=bench",
@@ -125,11 +125,11 @@ def _fio_path(records: Records, directory: pathlib.Path, fd: int, job: list[str]
         if moved["bytes"] != records.num_bytes:
             raise WrongBytes(f"fio moved {moved['bytes']} of {records.num_bytes} bytes")
 
-    return Path(name="fio", run=run, check=check)
+    return TimedPath(name="fio", run=run, check=check)
 
 
 @contextmanager
-def lmdb_writes(records: Records, directory: pathlib.Path) -> Iterator[list[Path]]:
+def lmdb_writes(records: Records, directory: Path) -> Iterator[list[TimedPath]]:
     """A transaction for each record, its commit synced (LMDB's default)."""
     with _lmdb(records, directory) as environment:
 
@@ -138,11 +138,11 @@ def lmdb_writes(records: Records, directory: pathlib.Path) -> Iterator[list[Path
                 for index in records.ids:
                     records.check_body(index, transaction.get(_key(index)))
 
-        yield [Path(name="lmdb", run=lambda: _lmdb_put(environment, records), check=check)]
+        yield [TimedPath(name="lmdb", run=lambda: _lmdb_put(environment, records), check=check)]
 
 
 @contextmanager
-def lmdb_reads(records: Records, directory: pathlib.Path) -> Iterator[list[Path]]:
+def lmdb_reads(records: Records, directory: Path) -> Iterator[list[TimedPath]]:
     """One thread that copies each record out of the map, dropped from the page cache before."""
     with _lmdb(records, directory) as environment:
         _lmdb_put(environment, records)
@@ -161,13 +161,13 @@ def lmdb_reads(records: Records, directory: pathlib.Path) -> Iterator[list[Path]
             for index in records.ids:
                 records.into(index)[:] = transaction.get(_key(index))
 
-    yield [Path(name="lmdb", run=run, check=records.check, prepare=prepare)]
+    yield [TimedPath(name="lmdb", run=run, check=records.check, prepare=prepare)]
     while opened:
         opened.pop().close()
 
 
 @contextmanager
-def _lmdb(records: Records, directory: pathlib.Path) -> Iterator[Any]:
+def _lmdb(records: Records, directory: Path) -> Iterator[Any]:
     import lmdb
 
     with lmdb.open(str(directory / "lmdb"), map_size=4 * records.num_bytes + (64 << 20)) as environment:
@@ -181,7 +181,7 @@ def _lmdb_put(environment: Any, records: Records) -> None:
 
 
 @contextmanager
-def rocksdb_writes(records: Records, directory: pathlib.Path) -> Iterator[list[Path]]:
+def rocksdb_writes(records: Records, directory: Path) -> Iterator[list[TimedPath]]:
     """A put with `sync` for each record; no compression, which random bytes only delay."""
     import rocksdict
 
@@ -201,7 +201,7 @@ def rocksdb_writes(records: Records, directory: pathlib.Path) -> Iterator[list[P
             for index in records.ids:
                 records.check_body(index, database.get(_key(index)) or b"")
 
-        yield [Path(name="rocksdb", run=run, check=check)]
+        yield [TimedPath(name="rocksdb", run=run, check=check)]
     finally:
         database.close()
 
@@ -211,7 +211,7 @@ def _key(index: int) -> bytes:
 
 
 @contextmanager
-def _direct_file(records: Records, directory: pathlib.Path) -> Iterator[int]:
+def _direct_file(records: Records, directory: Path) -> Iterator[int]:
     """A file of all records, written once, open for O_DIRECT."""
     fd = os.open(directory / "records", os.O_RDWR | os.O_CREAT | os.O_DIRECT, 0o600)
     try:
@@ -244,7 +244,7 @@ def _read_all(fd: int, records: Records) -> None:
         _read(fd, records.into(index), index * records.record_bytes)
 
 
-def _drop_from_cache(path: pathlib.Path) -> None:
+def _drop_from_cache(path: Path) -> None:
     """Makes the next read of a file come from the disk; what was never synced would stay."""
     fd = os.open(path, os.O_RDONLY)
     try:

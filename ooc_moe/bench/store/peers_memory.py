@@ -18,24 +18,24 @@ import numpy as np
 import xxhash
 
 from ooc_moe.bench.child_process import child
-from ooc_moe.bench.harness import Path, WrongBytes
+from ooc_moe.bench.harness import TimedPath, WrongBytes
 from ooc_moe.bench.store import plain_grpc as bare
 from ooc_moe.bench.store.records import Records
 
 
 @contextmanager
-def memcpy(records: Records) -> Iterator[list[Path]]:
+def memcpy(records: Records) -> Iterator[list[TimedPath]]:
     """One copy per record from shared memory that another process made, by one thread."""
 
     def run() -> None:
         for index in records.ids:
             records.into(index)[:] = records.body(index)
 
-    yield [Path(name="memcpy", run=run, check=records.check)]
+    yield [TimedPath(name="memcpy", run=run, check=records.check)]
 
 
 @contextmanager
-def tcp(records: Records) -> Iterator[list[Path]]:
+def tcp(records: Records) -> Iterator[list[TimedPath]]:
     """One connection over loopback; another process sends from shared memory, received into the caller's."""
     sender = child("tcp", str(records.fd), str(records.num_bytes), pass_fds=(records.fd,))
     with sender as port, socket.create_connection(("127.0.0.1", int(port))) as connection:
@@ -44,7 +44,7 @@ def tcp(records: Records) -> Iterator[list[Path]]:
             connection.sendall(b"!")
             _receive(connection, records.destination.data)
 
-        yield [Path(name="tcp", run=run, check=records.check)]
+        yield [TimedPath(name="tcp", run=run, check=records.check)]
 
 
 def _receive(connection: socket.socket, into: memoryview) -> None:
@@ -57,14 +57,14 @@ def _receive(connection: socket.socket, into: memoryview) -> None:
 
 
 @contextmanager
-def grpc(records: Records) -> Iterator[list[Path]]:
+def grpc(records: Records) -> Iterator[list[TimedPath]]:
     """Bare gRPC for Python (bare.py): one stream of messages as large as ours, each copied into the caller's memory."""
     with child("bare", str(records.fd), str(records.num_bytes), pass_fds=(records.fd,)) as port, bare.connected(port) as client:
-        yield [Path(name="grpc", run=lambda: client.stream_into(records.destination.data), check=records.check)]
+        yield [TimedPath(name="grpc", run=lambda: client.stream_into(records.destination.data), check=records.check)]
 
 
 @contextmanager
-def flight(records: Records) -> Iterator[list[Path]]:
+def flight(records: Records) -> Iterator[list[TimedPath]]:
     """DoGet as a user has it, `read_all`: the table is Flight's own memory, not the caller's. DoPut stores nothing durably."""
     import pyarrow.flight
 
@@ -94,8 +94,8 @@ def flight(records: Records) -> Iterator[list[Path]]:
                 raise WrongBytes("the server did not take what was put")
 
         yield [
-            Path(name="flight", run=get, check=check_get, prepare=received.clear),
-            Path(name="flight put", run=put, check=check_put),
+            TimedPath(name="flight", run=get, check=check_get, prepare=received.clear),
+            TimedPath(name="flight put", run=put, check=check_put),
         ]
 
 
@@ -106,7 +106,7 @@ def _all_of(records: Records, bodies: list[memoryview]) -> list[memoryview]:
 
 
 @contextmanager
-def ray(records: Records) -> Iterator[list[Path]]:
+def ray(records: Records) -> Iterator[list[TimedPath]]:
     """The object store: `ray.get` of all records, each then copied into the caller's memory; and `ray.put` of each."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["RAY_raylet_start_wait_time_s"] = "120"  # noqa: SIM112  Ray spells it so; for a busy machine.
@@ -132,7 +132,7 @@ def ray(records: Records) -> Iterator[list[Path]]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _ray_paths(ray_: Any, records: Records) -> list[Path]:
+def _ray_paths(ray_: Any, records: Records) -> list[TimedPath]:
     def arrays() -> list[Any]:
         return [np.frombuffer(records.body(index), np.uint8) for index in records.ids]
 
@@ -150,4 +150,4 @@ def _ray_paths(ray_: Any, records: Records) -> list[Path]:
         for index, array in enumerate(ray_.get(newly)):
             records.check_body(index, array.data)
 
-    return [Path(name="ray", run=get, check=records.check), Path(name="ray put", run=put, check=check_put, prepare=newly.clear)]
+    return [TimedPath(name="ray", run=get, check=records.check), TimedPath(name="ray put", run=put, check=check_put, prepare=newly.clear)]

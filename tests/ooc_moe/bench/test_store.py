@@ -15,7 +15,7 @@ from collections.abc import Callable
 import psutil
 import pytest
 
-from ooc_moe.bench.harness import Path, Spread, WrongBytes, measure, warm_up
+from ooc_moe.bench.harness import Spread, TimedPath, WrongBytes, measure, warm_up
 from ooc_moe.bench.store import benchmark as bench_store
 from ooc_moe.bench.store.benchmark import TITLES, StoreBench
 from ooc_moe.bench.store.records import Records, made
@@ -74,17 +74,17 @@ def copies(records: Records, moved: range) -> Callable[[], None]:
 
 
 def test_a_path_that_does_not_move_every_record_is_not_measured(records):
-    warm_up([Path(name="whole", run=copies(records, range(4)), check=records.check)], blank=records.blank)
+    warm_up([TimedPath(name="whole", run=copies(records, range(4)), check=records.check)], blank=records.blank)
     for moved in (range(0), range(3)):
         # The path before it leaves the right bytes behind: they must not count for this one.
         copies(records, range(4))()
         with pytest.raises(WrongBytes, match="lazy: record"):
-            warm_up([Path(name="lazy", run=copies(records, moved), check=records.check)], blank=records.blank)
+            warm_up([TimedPath(name="lazy", run=copies(records, moved), check=records.check)], blank=records.blank)
 
 
 def test_every_round_runs_every_path_once_in_an_order_of_its_own():
     ran: list[str] = []
-    paths = [Path(name=name, run=lambda name=name: ran.append(name), check=lambda: None) for name in "abcd"]  # type: ignore[misc]
+    paths = [TimedPath(name=name, run=lambda name=name: ran.append(name), check=lambda: None) for name in "abcd"]  # type: ignore[misc]
     samples = measure(paths, num_bytes=1, calls=1, rounds=8, order=random.Random(0), on_run=lambda: None)
     rounds = [tuple(ran[start : start + 4]) for start in range(0, 32, 4)]
     assert all(sorted(each) == list("abcd") for each in rounds)
@@ -94,7 +94,7 @@ def test_every_round_runs_every_path_once_in_an_order_of_its_own():
 
 def test_a_path_with_a_clock_of_its_own_is_measured_by_it():
     prepared: list[int] = []
-    path = Path(name="own", run=lambda: 0.5, check=lambda: None, prepare=lambda: prepared.append(1))
+    path = TimedPath(name="own", run=lambda: 0.5, check=lambda: None, prepare=lambda: prepared.append(1))
     samples = measure([path], num_bytes=10**9, calls=3, rounds=2, order=random.Random(0), on_run=lambda: None)
     assert samples == {"own": [2.0, 2.0]}
     assert len(prepared) == 6
