@@ -16,7 +16,7 @@ from ooc_moe.bench.cache.results import Ratio, Row
 from ooc_moe.bench.cache.trainer import Setting
 from ooc_moe.bench.harness import Spread, TimedPath, WrongBytes, measure, warm_up
 from ooc_moe.bench.store import daemon_paths, peers_disk, peers_memory
-from ooc_moe.bench.store.records import Records, made
+from ooc_moe.bench.store.records import Records, filled_records
 from ooc_moe_client.hbm.cache import ExpertCache
 from ooc_moe_client.store import Plane
 
@@ -30,7 +30,7 @@ _PLANES = {"local": (Plane.LOCAL, True), "local unverified": (Plane.LOCAL, False
 
 def bandwidth(setting: Setting, on_run: Callable[[], None]) -> list[Row]:
     """From DRAM, then from NVMe."""
-    with made(setting.config.expert_layout().body_bytes, COUNT) as records:
+    with filled_records(setting.config.expert_layout().body_bytes, COUNT) as records:
         return _rows(setting, "DRAM", _from_dram(setting, records, on_run), peer="copy", aims={"local": COPY_AIM}) + _rows(
             setting, "NVMe", _from_nvme(setting, records, on_run), peer="raw", aims={}
         )
@@ -53,30 +53,34 @@ def _rows(setting: Setting, tier: str, samples: Mapping[str, list[float]], *, pe
 
 def _from_dram(setting: Setting, records: Records, on_run: Callable[[], None]) -> dict[str, list[float]]:
     with ExitStack() as stack:
-        arena_records = records.count + daemon_paths.SPARE_RECORDS
-        daemon = stack.enter_context(daemon_paths.daemon(records, setting.directory, arena_records=arena_records))
-        daemon_paths.fill(daemon, records)
+        daemon = stack.enter_context(daemon_paths.running_daemon(records, setting.directory, all_in_dram=True))
+        daemon_paths.push_records(daemon, records)
         paths = [stack.enter_context(_fetches(name, setting, daemon, records, tier="dram")) for name in _PLANES]
         paths.append(_copy(setting, records) if setting.device.type == "cuda" else stack.enter_context(_memcpy(records)))
         return _measured(setting, records, paths, on_run, calls=DRAM_CALLS[setting.size])
 
 
 def _from_nvme(setting: Setting, records: Records, on_run: Callable[[], None]) -> dict[str, list[float]]:
-    arena_records = records.count // 4 + daemon_paths.SPARE_RECORDS // 2
     with ExitStack() as stack:
         place = setting.directory / "nvme"
         place.mkdir()
-        daemon = stack.enter_context(daemon_paths.daemon(records, place, arena_records=arena_records))
-        daemon_paths.fill(daemon, records)
-        flush = stack.enter_context(daemon_paths.flusher(daemon, records))
-        paths = [stack.enter_context(_fetches(name, setting, daemon, records, tier="nvme", prepare=flush)) for name in ("local", "stream")]
+        daemon = stack.enter_context(daemon_paths.running_daemon(records, place, all_in_dram=False))
+        daemon_paths.push_records(daemon, records)
+        evict = stack.enter_context(daemon_paths.dram_evictor(daemon, records))
+        paths = [stack.enter_context(_fetches(name, setting, daemon, records, tier="nvme", prepare=evict)) for name in ("local", "stream")]
         paths += stack.enter_context(peers_disk.raw_reads(records, place))
         return _measured(setting, records, paths, on_run, calls=1)
 
 
 @contextmanager
 def _fetches(
-    name: str, setting: Setting, daemon: daemon_paths.Daemon, records: Records, *, tier: str, prepare: Callable[[], None] = lambda: None
+    name: str,
+    setting: Setting,
+    daemon: daemon_paths.BenchDaemon,
+    records: Records,
+    *,
+    tier: str,
+    prepare: Callable[[], None] = lambda: None,
 ) -> Iterator[TimedPath]:
     """One reading of all records by an empty cache."""
     plane, verify = _PLANES[name]

@@ -22,12 +22,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from ooc_moe.bench.child_process import child
 from ooc_moe.bench.harness import TimedPath, measure, warm_up
 from ooc_moe.bench.store import daemon_paths, peers_disk, peers_memory
-from ooc_moe.bench.store import plain_grpc as bare
-from ooc_moe.bench.store.records import SAMPLE_BYTES, Records, check_record_bytes, count_of, made
+from ooc_moe.bench.store.plain_grpc import plain_client
+from ooc_moe.bench.store.records import SAMPLE_BYTES, Records, check_record_bytes, count_of, filled_records
 from ooc_moe.bench.store.results import Latency, Results, Row, StatsRow, size_text, with_ratios
+from ooc_moe.bench.store.stats_load import STREAMS, stats_latencies, streaming_clients
 from ooc_moe.metrics import provenance as machine
 from ooc_moe_wire.errors import InvalidRequest
 
@@ -140,7 +140,7 @@ def run(bench: StoreBench, console: Console, *, command: str = "ooc-moe bench st
         }
         task = progress.add_task("", total=sum(ahead.values()))
         for size, count in sets.items():
-            with made(size, count) as records:
+            with filled_records(size, count) as records:
                 for group in _WEIGHT:
                     progress.update(task, description=f"{group} {size_text(size)}")
                     step = size * count * _WEIGHT[group]
@@ -205,10 +205,8 @@ def _enter(
 
 
 def _enter_ours(group: str, wanted: Sequence[str], records: Records, directory: Path, stack: ExitStack) -> Iterator[TimedPath]:
-    # Few enough in memory for NVMe to be read, enough for the reads under way.
-    arena_records = records.count // 4 + daemon_paths.SPARE_RECORDS // 2 if group == "nvme" else records.count + daemon_paths.SPARE_RECORDS
-    daemon = stack.enter_context(daemon_paths.daemon(records, directory, arena_records=arena_records))
-    daemon_paths.fill(daemon, records)
+    daemon = stack.enter_context(daemon_paths.running_daemon(records, directory, all_in_dram=group != "nvme"))
+    daemon_paths.push_records(daemon, records)
     planes = {"fetch": daemon_paths.resident_fetches, "push": daemon_paths.durable_pushes, "nvme": daemon_paths.nvme_fetches}
     yield from stack.enter_context(planes[group](daemon, records, wanted))
 
@@ -247,15 +245,14 @@ def _measure_stats(bench: StoreBench, directory: Path) -> StatsRow:
     echoes: list[float] = []
     served: list[float] = []
     with ExitStack() as stack:
-        records = stack.enter_context(made(size, count_of(size, quick=bench.quick)))
+        records = stack.enter_context(filled_records(size, count_of(size, quick=bench.quick)))
         scratch = stack.enter_context(_scratch(directory))
-        daemon = stack.enter_context(daemon_paths.daemon(records, scratch, arena_records=records.count + daemon_paths.SPARE_RECORDS))
-        daemon_paths.fill(daemon, records)
-        port = stack.enter_context(child("bare", str(records.fd), str(records.record_bytes), pass_fds=(records.fd,)))
-        echo = stack.enter_context(bare.connected(port)).echo
-        stack.enter_context(daemon_paths.streams(daemon))
+        daemon = stack.enter_context(daemon_paths.running_daemon(records, scratch, all_in_dram=True))
+        daemon_paths.push_records(daemon, records)
+        echo = stack.enter_context(plain_client(records.fd, records.record_bytes)).echo
+        stack.enter_context(streaming_clients(daemon))
         for _ in range(bench.num_rounds):
-            taken, echoed, rate = daemon_paths.stats_latencies(daemon, echo, seconds=seconds)
+            taken, echoed, rate = stats_latencies(daemon, echo, seconds=seconds)
             latencies += taken
             echoes += echoed
             served.append(rate)
@@ -264,7 +261,7 @@ def _measure_stats(bench: StoreBench, directory: Path) -> StatsRow:
         calls=len(latencies),
         latency=Latency.of(latencies),
         echo=Latency.of(echoes),
-        streams=daemon_paths.STREAMS,
+        streams=STREAMS,
         served=statistics.median(served),
     )
 

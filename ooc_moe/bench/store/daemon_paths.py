@@ -1,6 +1,7 @@
 """Our own paths: a real daemon process, and `RemoteStore` on each of its planes.
 
-A fetch says where each expert was found; a path that finds one elsewhere than it is meant to measure fails.
+Each fetch path is meant to read from one tier, DRAM or NVMe. A fetch reports the tier that served each expert, and the path raises
+WrongBytes when a different tier served one.
 """
 
 from __future__ import annotations
@@ -8,13 +9,11 @@ from __future__ import annotations
 import math
 import shutil
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from ooc_moe.bench.child_process import child
 from ooc_moe.bench.harness import TimedPath, WrongBytes
 from ooc_moe.bench.store.records import Records
 from ooc_moe.session.daemon import embedded_daemon
@@ -23,22 +22,19 @@ from ooc_moe_client.store import Plane, Push, Tier
 from ooc_moe_wire.layout import BLOCK_BYTES, BankSpec, Layout
 
 BANK, FILLER = "bench", "bench-filler"
-# In the arena of a daemon beyond the records of a set: what pushes and reads have under way.
+# Room in the daemon's arena beyond the records themselves, for pushes and reads in flight.
 SPARE_RECORDS = 16
-# What is measured with four streams: GetStats at this pace.
-STREAMS = 4
-STATS_INTERVAL_S = 0.01
 
 
-class Daemon:
-    """A daemon with a bank for the records, and its addresses."""
+class BenchDaemon:
+    """A running daemon that has a bank for the records; `tcp` and `unix` are its addresses."""
 
     def __init__(self, tcp: str, unix: str) -> None:
         self.tcp, self.unix = tcp, unix
 
     @contextmanager
     def store(self, plane: Plane, *, verify: bool = True, unix: bool = False) -> Iterator[RemoteStore]:
-        """A store on a plane, closed in the end."""
+        """Yields a store on one plane, and closes it at the end. `unix`: over the Unix socket instead of TCP."""
         store = RemoteStore(self.unix if unix else self.tcp, trainer="bench", plane=plane, verify=verify)
         try:
             yield store
@@ -47,36 +43,43 @@ class Daemon:
 
 
 @contextmanager
-def daemon(records: Records, directory: Path, *, arena_records: int) -> Iterator[Daemon]:
-    """A daemon with room for so many records in DRAM, and an empty bank for them."""
-    socket_dir = tempfile.mkdtemp(prefix="ooc-moe-")  # Socket paths are limited to 107 bytes.
+def running_daemon(records: Records, directory: Path, *, all_in_dram: bool) -> Iterator[BenchDaemon]:
+    """Starts a daemon with an empty bank for the records, and stops it at the end.
+
+    Args:
+        records: the bank has their number and layout.
+        directory: holds the daemon's data.
+        all_in_dram: whether the DRAM tier holds all records. Otherwise it holds a quarter of them, so that most fetches read NVMe.
+    """
+    socket_dir = tempfile.mkdtemp(prefix="ooc-moe-")  # A socket's path is limited to 107 bytes.
     unix = f"unix:{socket_dir}/daemon.sock"
+    arena_records = records.count + SPARE_RECORDS if all_in_dram else records.count // 4 + SPARE_RECORDS // 2
     dram_bytes = arena_records * records.layout.record_bytes
     try:
         with embedded_daemon(directory / "store", dram_bytes=dram_bytes, also_listen=(unix,)) as target:
-            started = Daemon(target, unix)
-            with started.store(Plane.STREAM) as store:
+            daemon = BenchDaemon(target, unix)
+            with daemon.store(Plane.STREAM) as store:
                 store.create_bank(BankSpec(name=BANK, num_experts=records.count, layout=records.layout))
-            yield started
+            yield daemon
     finally:
         shutil.rmtree(socket_dir, ignore_errors=True)
 
 
-def fill(daemon: Daemon, records: Records) -> None:
-    """Pushes the records; they are then in DRAM as well, as far as it goes."""
+def push_records(daemon: BenchDaemon, records: Records) -> None:
+    """Pushes all records durably. The daemon then also keeps in DRAM as many of them as fit."""
     with daemon.store(Plane.STREAM) as store:
         Pusher(store, records).push()
 
 
 class Pusher:
-    """Pushes all records durably in one call, again and again."""
+    """Pushes all records durably in one call; can do so any number of times."""
 
     def __init__(self, store: RemoteStore, records: Records) -> None:
         self._store, self._records = store, records
         self._versions = [info.version for info in store.list_experts(BANK)]
 
     def push(self) -> None:
-        """One call; every record is acknowledged durable on its own."""
+        """Makes one call. The daemon acknowledges each record separately, once that record is durable."""
         records = self._records
         pushes = [Push(expert=index, base_version=self._versions[index], body=records.body(index)) for index in records.ids]
         for index, outcome in enumerate(self._store.push(BANK, pushes)):
@@ -84,13 +87,13 @@ class Pusher:
                 raise outcome
             self._versions[index] = outcome
 
-    def renew(self) -> None:
-        """Learns the versions, where another writer was here meanwhile."""
+    def reload_versions(self) -> None:
+        """Reads the current versions from the daemon. Needed after another writer has pushed."""
         self._versions = [info.version for info in self._store.list_experts(BANK)]
 
 
 def fetch_path(name: str, store: RemoteStore, records: Records, tier: Tier, *, prepare: Callable[[], None] = lambda: None) -> TimedPath:
-    """A fetch of all records in one call, each found in `tier`."""
+    """Makes a path that fetches all records in one call, and raises WrongBytes unless `tier` served every one."""
 
     def run() -> None:
         found = Counter(fetched.served_from for fetched in store.fetch(BANK, records.ids, into=records.into))
@@ -101,8 +104,8 @@ def fetch_path(name: str, store: RemoteStore, records: Records, tier: Tier, *, p
 
 
 @contextmanager
-def resident_fetches(daemon: Daemon, records: Records, wanted: Sequence[str]) -> Iterator[list[TimedPath]]:
-    """Fetches of what is in DRAM, on every plane, with the checksums of the receiver on and off."""
+def resident_fetches(daemon: BenchDaemon, records: Records, wanted: Sequence[str]) -> Iterator[list[TimedPath]]:
+    """Yields the wanted paths that fetch from DRAM: each plane, with and without the receiver's checksums."""
     kinds = {
         "local": lambda: daemon.store(Plane.LOCAL, verify=False),
         "local xxh3": lambda: daemon.store(Plane.LOCAL),
@@ -115,8 +118,8 @@ def resident_fetches(daemon: Daemon, records: Records, wanted: Sequence[str]) ->
 
 
 @contextmanager
-def durable_pushes(daemon: Daemon, records: Records, wanted: Sequence[str]) -> Iterator[list[TimedPath]]:
-    """Durable pushes on both planes. A bank has one writer at a time: each takes the lease before its run."""
+def durable_pushes(daemon: BenchDaemon, records: Records, wanted: Sequence[str]) -> Iterator[list[TimedPath]]:
+    """Yields the wanted paths that push durably, one a plane. A bank has one writer at a time: each path takes the lease before its run."""
     planes = {"local": Plane.LOCAL, "stream": Plane.STREAM}
     with ExitStack() as stack:
         stores = {name: stack.enter_context(daemon.store(planes[name])) for name in planes if name in wanted}
@@ -132,7 +135,7 @@ def _push_path(name: str, stores: dict[str, RemoteStore], records: Records) -> T
             if other is not store:
                 other.release(BANK)
         store.open_for_writing(BANK)
-        pusher.renew()
+        pusher.reload_versions()
 
     def check() -> None:
         for _ in store.fetch(BANK, records.ids, into=records.into):
@@ -143,21 +146,25 @@ def _push_path(name: str, stores: dict[str, RemoteStore], records: Records) -> T
 
 
 @contextmanager
-def nvme_fetches(daemon: Daemon, records: Records, wanted: Sequence[str]) -> Iterator[list[TimedPath]]:
-    """Fetches of what lies on NVMe only."""
+def nvme_fetches(daemon: BenchDaemon, records: Records, wanted: Sequence[str]) -> Iterator[list[TimedPath]]:
+    """Yields the wanted paths that fetch records which are on NVMe only, one a plane."""
     planes = {"local": Plane.LOCAL, "stream": Plane.STREAM}
     with ExitStack() as stack:
-        flush = stack.enter_context(flusher(daemon, records))
+        evict = stack.enter_context(dram_evictor(daemon, records))
         yield [
-            fetch_path(name, stack.enter_context(daemon.store(planes[name])), records, Tier.NVME, prepare=flush)
+            fetch_path(name, stack.enter_context(daemon.store(planes[name])), records, Tier.NVME, prepare=evict)
             for name in planes
             if name in wanted
         ]
 
 
 @contextmanager
-def flusher(daemon: Daemon, records: Records) -> Iterator[Callable[[], None]]:
-    """What leaves the records on NVMe only: it fills the DRAM tier with experts of another bank that were never written."""
+def dram_evictor(daemon: BenchDaemon, records: Records) -> Iterator[Callable[[], None]]:
+    """Yields a function that evicts all records from DRAM, so that they are on NVMe only.
+
+    The function fetches enough experts of another bank to fill the DRAM tier. These experts were never written: the daemon
+    makes them from their seed and does not read the disk.
+    """
     with daemon.store(Plane.STREAM, verify=False) as store:
         capacity_bytes = store.stats().dram.capacity_bytes
         layout = Layout(parameters=records.layout.parameters)
@@ -165,55 +172,8 @@ def flusher(daemon: Daemon, records: Records) -> Iterator[Callable[[], None]]:
         store.create_bank(BankSpec(name=FILLER, num_experts=count, layout=layout))
         scratch = memoryview(bytearray(layout.body_bytes))
 
-        def flush() -> None:
+        def evict() -> None:
             for _ in store.fetch(FILLER, range(count), into=lambda expert: scratch):
                 pass
 
-        yield flush
-
-
-# GetStats under load
-
-
-@contextmanager
-def streams(daemon: Daemon) -> Iterator[None]:
-    """Client processes that fetch all the bank's records over the stream, flat out."""
-    with ExitStack() as stack:
-        for _ in range(STREAMS):
-            stack.enter_context(child("stream", daemon.tcp, BANK))
-        yield
-
-
-def stream_for_ever(target: str, bank: str, ready: Callable[[], None]) -> None:
-    """What each of them does; says so after the first time."""
-    store = RemoteStore(target, trainer="bench-stream", plane=Plane.STREAM)
-    spec = store.get_bank(bank).spec
-    memory = memoryview(bytearray(spec.num_experts * spec.layout.body_bytes))
-
-    def into(expert: int) -> memoryview:
-        return memory[expert * spec.layout.body_bytes : (expert + 1) * spec.layout.body_bytes]
-
-    for _ in store.fetch(bank, range(spec.num_experts), into=into):
-        pass
-    ready()
-    while True:
-        for _ in store.fetch(bank, range(spec.num_experts), into=into):
-            pass
-
-
-def stats_latencies(daemon: Daemon, echo: Callable[[], None], *, seconds: float) -> tuple[list[float], list[float], float]:
-    """The milliseconds of each GetStats and of each echo of an idle server in that time; the GB/s that the daemon served meanwhile."""
-    with daemon.store(Plane.STREAM) as store:
-        before = store.stats()
-        began = time.perf_counter()
-        latencies: list[float] = []
-        echoes: list[float] = []
-        while time.perf_counter() - began < seconds:
-            for call, taken in ((store.stats, latencies), (echo, echoes)):
-                asked = time.perf_counter()
-                call()
-                taken.append((time.perf_counter() - asked) * 1e3)
-                time.sleep(STATS_INTERVAL_S)
-        now = store.stats()
-        served = (now.total.fetched_bytes - before.total.fetched_bytes) / (time.perf_counter() - began) / 1e9
-    return latencies, echoes, served
+        yield evict

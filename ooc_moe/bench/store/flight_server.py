@@ -1,18 +1,23 @@
-"""The Arrow Flight server of the benchmark. Runs in a process of its own (child.py); needs pyarrow."""
+"""The Arrow Flight server that the benchmark compares with. Needs pyarrow.
+
+Run by peers_memory.py: python -m ooc_moe.bench.store.flight_server FD NUM_BYTES RECORD_BYTES
+"""
 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable
 from typing import Any
 
 import pyarrow
 import pyarrow.flight
 import xxhash
 
+from ooc_moe.bench.child_process import report_ready, run_as_child
+from ooc_moe.bench.store.records import map_source
 
-def table(memory: memoryview | mmap.mmap, record_bytes: int) -> Any:
-    """The records as a table with a batch each, without a copy."""
+
+def record_table(memory: memoryview | mmap.mmap, record_bytes: int) -> Any:
+    """Wraps the records in a pyarrow table with one batch a record, without a copy."""
     view = memoryview(memory)
     batches = []
     for start in range(0, len(view), record_bytes):
@@ -22,35 +27,39 @@ def table(memory: memoryview | mmap.mmap, record_bytes: int) -> Any:
     return pyarrow.Table.from_batches(batches)
 
 
-def bodies(received: Any) -> list[memoryview]:
-    """The records of a received table."""
+def record_bodies(received: Any) -> list[memoryview]:
+    """Returns the records of a received table, without a copy."""
     return [memoryview(batch.column(0).buffers()[1])[: batch.num_rows] for batch in received.to_batches()]
 
 
 class Server(pyarrow.flight.FlightServerBase):  # type: ignore[misc]
-    """DoGet answers the table, DoPut takes one, the action "digests" tells what it took."""
+    """DoGet sends the table, DoPut keeps a received table in memory, and the action "digests" returns the checksums of that table."""
 
     def __init__(self, served: Any) -> None:
         super().__init__("grpc://127.0.0.1:0")
         self._served = served
-        self._taken: Any = None
+        self._received: Any = None
 
     def do_get(self, context: Any, ticket: Any) -> Any:
-        """All records."""
+        """Sends all records."""
         return pyarrow.flight.RecordBatchStream(self._served)
 
     def do_put(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
-        """Holds what came in memory, until the next comes."""
-        self._taken = None
-        self._taken = reader.read_all()
+        """Keeps the received table in memory until the next one arrives."""
+        self._received = None
+        self._received = reader.read_all()
 
     def do_action(self, context: Any, action: Any) -> list[bytes]:
-        """The xxh3 of each record that was put."""
-        return [str(xxhash.xxh3_64_intdigest(body)).encode() for body in bodies(self._taken)]
+        """Returns the xxh3 checksum of each record of the last received table."""
+        return [str(xxhash.xxh3_64_intdigest(body)).encode() for body in record_bodies(self._received)]
 
 
-def serve(memory: mmap.mmap, record_bytes: int, ready: Callable[[int], None]) -> None:
-    """Serves until it is ended; says its port when ready."""
-    server = Server(table(memory, record_bytes))
-    ready(server.port)
+def serve(fd: str, num_bytes: str, record_bytes: str) -> None:
+    """Serves the shared memory `fd` until the process is ended; reports its port when it listens."""
+    server = Server(record_table(map_source(fd, num_bytes), int(record_bytes)))
+    report_ready(server.port)
     server.serve()
+
+
+if __name__ == "__main__":
+    run_as_child(serve)

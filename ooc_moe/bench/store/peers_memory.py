@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from ooc_moe.bench.child_process import child
+from ooc_moe.bench.child_process import child_process
 from ooc_moe.bench.harness import TimedPath, WrongBytes
-from ooc_moe.bench.store import plain_grpc as bare
+from ooc_moe.bench.store.plain_grpc import plain_client
 from ooc_moe.bench.store.records import Records
 
 
@@ -37,7 +37,7 @@ def memcpy(records: Records) -> Iterator[list[TimedPath]]:
 @contextmanager
 def tcp(records: Records) -> Iterator[list[TimedPath]]:
     """One connection over loopback; another process sends from shared memory, received into the caller's."""
-    sender = child("tcp", str(records.fd), str(records.num_bytes), pass_fds=(records.fd,))
+    sender = child_process("ooc_moe.bench.store.tcp_sender", records.fd, records.num_bytes, pass_fds=(records.fd,))
     with sender as port, socket.create_connection(("127.0.0.1", int(port))) as connection:
 
         def run() -> None:
@@ -59,7 +59,7 @@ def _receive(connection: socket.socket, into: memoryview) -> None:
 @contextmanager
 def grpc(records: Records) -> Iterator[list[TimedPath]]:
     """Bare gRPC for Python (bare.py): one stream of messages as large as ours, each copied into the caller's memory."""
-    with child("bare", str(records.fd), str(records.num_bytes), pass_fds=(records.fd,)) as port, bare.connected(port) as client:
+    with plain_client(records.fd, records.num_bytes) as client:
         yield [TimedPath(name="grpc", run=lambda: client.stream_into(records.destination.data), check=records.check)]
 
 
@@ -68,19 +68,20 @@ def flight(records: Records) -> Iterator[list[TimedPath]]:
     """DoGet as a user has it, `read_all`: the table is Flight's own memory, not the caller's. DoPut stores nothing durably."""
     import pyarrow.flight
 
-    from ooc_moe.bench.store.flight_server import bodies, table
+    from ooc_moe.bench.store.flight_server import record_bodies, record_table
 
-    arguments = [str(records.fd), str(records.num_bytes), str(records.record_bytes)]
     received: list[Any] = []
-    sent = table(records.source.data, records.record_bytes)
+    sent = record_table(records.source.data, records.record_bytes)
+    arguments = (records.fd, records.num_bytes, records.record_bytes)
+    server = child_process("ooc_moe.bench.store.flight_server", *arguments, pass_fds=(records.fd,))
 
-    with child("flight", *arguments, pass_fds=(records.fd,)) as port, pyarrow.flight.connect(f"grpc://127.0.0.1:{port}") as client:
+    with server as port, pyarrow.flight.connect(f"grpc://127.0.0.1:{port}") as client:
 
         def get() -> None:
             received.append(client.do_get(pyarrow.flight.Ticket(b"")).read_all())
 
         def check_get() -> None:
-            for index, body in enumerate(_all_of(records, bodies(received.pop()))):
+            for index, body in enumerate(_all_of(records, record_bodies(received.pop()))):
                 records.check_body(index, body)
 
         def put() -> None:

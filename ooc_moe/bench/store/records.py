@@ -1,6 +1,9 @@
-"""The records that every path moves: made by another process, in shared memory, and the caller's memory that they are fetched into.
+"""The records that every path moves, and the caller's memory that they are fetched into.
 
-The values are finite float32 that do not compress, as those of a trainer are. Knows nothing of paths.
+A child process fills the records into shared memory, so that no page of them was written by the process that measures. The values are
+finite float32 numbers that do not compress, as a trainer's do not.
+
+The child process is: python -m ooc_moe.bench.store.records FD NUM_BYTES
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from ooc_moe.bench.child_process import child
+from ooc_moe.bench.child_process import child_process, report_ready, run_as_child
 from ooc_moe.bench.harness import WrongBytes
 from ooc_moe_wire.errors import InvalidRequest
 from ooc_moe_wire.layout import BLOCK_BYTES, Layout, TensorSpec
@@ -90,13 +93,33 @@ def count_of(record_bytes: int, *, quick: bool) -> int:
 
 
 @contextmanager
-def made(record_bytes: int, count: int) -> Iterator[Records]:
-    """Records that a child process fills in."""
+def filled_records(record_bytes: int, count: int) -> Iterator[Records]:
+    """Yields `count` records that a child process has filled; their memory is freed at the end."""
     fd = os.memfd_create("ooc-moe-bench", os.MFD_CLOEXEC)
     try:
         os.ftruncate(fd, record_bytes * count)
-        with child("fill", str(fd), str(record_bytes * count), pass_fds=(fd,)):
+        with child_process("ooc_moe.bench.store.records", fd, record_bytes * count, pass_fds=(fd,)):
             pass
         yield Records(fd, record_bytes, count)
     finally:
         os.close(fd)
+
+
+def map_source(fd: str, num_bytes: str) -> mmap.mmap:
+    """Maps the records read-only in a child process that inherited their file descriptor. The arguments are those of its command line."""
+    return mmap.mmap(int(fd), int(num_bytes), prot=mmap.PROT_READ)
+
+
+def _fill(fd: str, num_bytes: str) -> None:
+    """Fills the shared memory `fd` with finite float32 values that do not compress."""
+    memory = np.frombuffer(mmap.mmap(int(fd), int(num_bytes)), np.uint64)
+    generator = np.random.default_rng(0)
+    for start in range(0, len(memory), 1 << 20):
+        part = memory[start : start + (1 << 20)]
+        part[:] = generator.integers(0, 1 << 64, size=len(part), dtype=np.uint64)
+        part &= np.uint64(0xBFFFFFFF_BFFFFFFF)  # Keeps each exponent below its largest value, which means NaN or infinity.
+    report_ready()
+
+
+if __name__ == "__main__":
+    run_as_child(_fill)

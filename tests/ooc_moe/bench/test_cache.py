@@ -75,15 +75,15 @@ def test_a_quick_run_through_a_daemon_measures_the_fetches_of_each_tier(tmp_path
 
 
 def test_a_fetch_of_other_bytes_or_from_another_tier_is_not_timed(setting, monkeypatch):
-    right = daemon_paths.fill
+    right = daemon_paths.push_records
 
     def shifted(daemon, records):
         right(daemon, SimpleNamespace(ids=records.ids, body=lambda index: records.body((index + 1) % records.count)))
 
-    monkeypatch.setattr(daemon_paths, "fill", shifted)
+    monkeypatch.setattr(daemon_paths, "push_records", shifted)
     with pytest.raises(WrongBytes, match="local: record 0 of 8 did not arrive as it was sent"):
         cache_bandwidth.bandwidth(setting, lambda: None)
-    monkeypatch.setattr(daemon_paths, "fill", lambda daemon, records: None)
+    monkeypatch.setattr(daemon_paths, "push_records", lambda daemon, records: None)
     other = replace(setting, directory=setting.directory / "other")
     other.directory.mkdir()
     with pytest.raises(WrongBytes, match=r"local: the experts were found in \{.seed.: 8\}, not all in dram"):

@@ -18,7 +18,7 @@ import pytest
 from ooc_moe.bench.harness import Spread, TimedPath, WrongBytes, measure, warm_up
 from ooc_moe.bench.store import benchmark as bench_store
 from ooc_moe.bench.store.benchmark import TITLES, StoreBench
-from ooc_moe.bench.store.records import Records, made
+from ooc_moe.bench.store.records import Records, filled_records
 from ooc_moe.bench.store.results import NOTES, Latency, Ratio, Results, StatsRow, markdown, save, with_ratios
 from ooc_moe_wire.errors import InvalidRequest
 from tests.ooc_moe.commands import exit_code
@@ -61,7 +61,7 @@ def test_statistics_are_timed_while_four_clients_stream(tmp_path, capsys):
 
 @pytest.fixture
 def records():
-    with made(64 << 10, 4) as four:
+    with filled_records(64 << 10, 4) as four:
         yield four
 
 
@@ -197,8 +197,8 @@ def test_ctrl_c_leaves_no_process_and_no_file(tmp_path):
 
 
 def _stays(child: psutil.Process) -> bool:
-    """Whether it is neither ended already nor the one that fills the disk and ends."""
+    """Whether the child neither has ended nor is the process that fills the records and then ends."""
     try:
-        return "fill" not in child.cmdline()
+        return "ooc_moe.bench.store.records" not in child.cmdline()
     except psutil.Error:
         return False
