@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 from ooc_moe.bench.cache.results import Ratio, Row
-from ooc_moe.bench.cache.trainer import Setting
+from ooc_moe.bench.cache.testbed import Setting
 from ooc_moe.bench.harness import Spread, TimedPath, WrongBytes, measure, warm_up
 from ooc_moe.bench.store import daemon_paths, peers_disk, peers_memory
 from ooc_moe.bench.store.records import Records, filled_records
@@ -138,6 +138,6 @@ def _measured(
 ) -> dict[str, list[float]]:
     """GB/s of each path, one sample a round, after its bytes were seen to arrive."""
     for path in paths:
-        warm_up([path], blank=records.blank)
+        warm_up([path], before_each=records.blank)
         on_run()
     return measure(paths, num_bytes=records.num_bytes, calls=calls, rounds=setting.rounds, order=random.Random(0), on_run=on_run)

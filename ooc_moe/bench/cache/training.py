@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from ooc_moe.bench.cache.results import Ratio, Row
-from ooc_moe.bench.cache.trainer import PPO, Setting, Trainer, check_equal, opened
+from ooc_moe.bench.cache.testbed import Setting, open_testbed
+from ooc_moe.bench.cache.trainer import PPO, Trainer, check_equal
 from ooc_moe.bench.harness import Spread, TimedPath, timed_rounds, warm_up
 from ooc_moe.config.agent import PRESETS
 from ooc_moe.moe.layer import TieredExperts
@@ -44,9 +45,9 @@ def calls(setting: Setting) -> int:
 def steady(setting: Setting, on_run: Callable[[], None]) -> list[Row]:
     """One game's steady state: its experts fill the HBM, the bank is 8 x as large; beside an HBM that holds the bank."""
     bank_experts = setting.config.num_experts
-    with opened(setting, dram_experts=bank_experts + 2 * setting.working_set) as bench:
-        whole = bench.cache("resident", capacity_experts=bank_experts)
-        caches = [whole, *(bench.cache(name, capacity_experts=setting.working_set) for name in ("cached", "written"))]
+    with open_testbed(setting, dram_experts=bank_experts + 2 * setting.working_set) as testbed:
+        whole = testbed.cache("resident", capacity_experts=bank_experts)
+        caches = [whole, *(testbed.cache(name, capacity_experts=setting.working_set) for name in ("cached", "written"))]
         with whole.reading(range(bank_experts)):
             pass
         trainers = [Trainer(setting, TieredExperts(cache)) for cache in caches]
@@ -91,13 +92,13 @@ def oversubscribed(setting: Setting, on_run: Callable[[], None]) -> list[Row]:
         "schedule, prefetch off": {"schedule": True, "ahead": False},
         "no schedule, prefetch off": {"schedule": False},
     }
-    with opened(setting, dram_experts=5 * setting.working_set) as bench:
-        resident = Trainer(setting, TieredExperts(bench.cache("resident", capacity_experts=setting.working_set)))
+    with open_testbed(setting, dram_experts=5 * setting.working_set) as testbed:
+        resident = Trainer(setting, TieredExperts(testbed.cache("resident", capacity_experts=setting.working_set)))
         trainers = {
-            name: Trainer(setting, TieredExperts(bench.cache(f"order{number}", capacity_experts=capacity)))
+            name: Trainer(setting, TieredExperts(testbed.cache(f"order{number}", capacity_experts=capacity)))
             for number, name in enumerate(orders)
         }
-        probe = bench.cache("probe", capacity_experts=capacity)
+        probe = testbed.cache("probe", capacity_experts=capacity)
         caches = [resident.cache, probe, *(trainer.cache for trainer in trainers.values())]
         moved: dict[str, list[tuple[int, int]]] = {name: [] for name in orders}
         check = partial(check_equal, [resident, *trainers.values()])
@@ -192,7 +193,7 @@ def _measured(
     setting: Setting, paths: Sequence[TimedPath], trainers: Sequence[Trainer], on_run: Callable[[], None]
 ) -> dict[str, list[float]]:
     """Seconds of a run of each path, one sample a round, after the losses of all were seen to be equal."""
-    warm_up(paths, blank=on_run)
+    warm_up(paths, before_each=on_run)
     samples = timed_rounds(paths, calls=calls(setting), rounds=setting.rounds, order=random.Random(0), on_run=on_run)
     check_equal(trainers)
     return samples

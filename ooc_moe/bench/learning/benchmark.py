@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import random
 import statistics
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,13 +23,15 @@ from ooc_moe import envs
 from ooc_moe.agent.agent import Agent
 from ooc_moe.bench.harness import Spread, TimedPath, WrongBytes, timed_rounds, warm_up
 from ooc_moe.bench.learning.results import Returns, Speed
+from ooc_moe.bench.option_checks import check_at_least_one
+from ooc_moe.bench.torch_setup import torch_threads
 from ooc_moe.config.agent import PRESETS, AgentConfig
 from ooc_moe.config.run import PPOConfig, RunConfig
 from ooc_moe.envs import ATARI_GAMES
 from ooc_moe.learning.learner import Learner
 from ooc_moe.learning.protection import Unprotected
 from ooc_moe.learning.rollout import Collector, Rollout
-from ooc_moe.metrics import provenance as machine
+from ooc_moe.metrics import provenance
 from ooc_moe_client.hbm.cache import ExpertCache
 from ooc_moe_client.in_memory import InMemoryStore
 from ooc_moe_wire.errors import InvalidRequest
@@ -64,9 +66,7 @@ class LearningBench:
     def __post_init__(self) -> None:
         for game in (*self.games, *self.returns_games):
             envs.check_name(game)
-        for name in ("rounds", "steps", "seeds", "threads", "env_threads"):
-            if getattr(self, name) < 1:
-                raise InvalidRequest(f"{name}: {getattr(self, name)} is not at least 1")
+        check_at_least_one(rounds=self.rounds, steps=self.steps, seeds=self.seeds, threads=self.threads, env_threads=self.env_threads)
 
     def run_config(self, game: str, seed: int = 0) -> RunConfig:
         """The run that both are given: 42 x 42 pixels and four frames for Atari, 10 x 10 and two for pixel games."""
@@ -150,23 +150,13 @@ def run(bench: LearningBench, console: Console) -> tuple[list[Speed], list[Retur
         WrongBytes: the two networks are not the same.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with _threads(bench.threads), Progress(*columns, console=console, transient=True) as progress:
+    with torch_threads(bench.threads), Progress(*columns, console=console, transient=True) as progress:
         samples = PATHS * bench.rounds * len(bench.games)
         task = progress.add_task("speed", total=samples + 2 * bench.seeds * len(bench.returns_games))
         speeds = [speed for game in bench.games for speed in _speeds(bench, game, lambda: progress.advance(task))]
         progress.update(task, description="returns")
         returns = [_returns(bench, game, lambda: progress.advance(task)) for game in bench.returns_games]
     return speeds, returns
-
-
-@contextmanager
-def _threads(threads: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _speeds(bench: LearningBench, game: str, on_run: Callable[[], None]) -> list[Speed]:
@@ -184,7 +174,7 @@ def _speeds(bench: LearningBench, game: str, on_run: Callable[[], None]) -> list
             stack.callback(model.env.close)
             check_same_network(ours.agent, model)
             paths.append(_path(name, partial(model.learn, config.steps_per_update, reset_num_timesteps=False)))
-        warm_up(paths, blank=lambda: None)
+        warm_up(paths, before_each=lambda: None)
         seconds = timed_rounds(paths, calls=1, rounds=bench.rounds, order=random.Random(0), on_run=on_run)
     rates = {name: Spread.of([config.steps_per_update / value for value in values]) for name, values in seconds.items()}
     return [Speed(game=game, peer_envs=name, ours=rates["our PPO"], peer=rates[name]) for name in peers]
@@ -275,7 +265,7 @@ def _peer() -> Any:
 
 def facts(bench: LearningBench, *, command: str) -> dict[str, str]:
     """What a reader needs to judge or repeat the results."""
-    return machine.facts(Path(), command=command) | {
+    return provenance.facts(Path(), command=command) | {
         "torch": f"{torch.__version__}, cpu, threads: {bench.threads} for either learner, {bench.env_threads} to emulate Atari where "
         "environments are ours",
         "network": "our stem, then one block of attention, with a context of one frame, and a dense FFN; SB3's begins as a copy of ours",

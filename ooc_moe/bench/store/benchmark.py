@@ -28,7 +28,7 @@ from ooc_moe.bench.store.plain_grpc import plain_client
 from ooc_moe.bench.store.records import SAMPLE_BYTES, Records, check_record_bytes, count_of, filled_records
 from ooc_moe.bench.store.results import Latency, Results, Row, StatsRow, size_text, with_ratios
 from ooc_moe.bench.store.stats_load import STREAMS, stats_latencies, streaming_clients
-from ooc_moe.metrics import provenance as machine
+from ooc_moe.metrics import provenance
 from ooc_moe_wire.errors import InvalidRequest
 
 log = logging.getLogger(__name__)
@@ -158,7 +158,7 @@ def run(bench: StoreBench, console: Console, *, command: str = "ooc-moe bench st
             progress.update(task, description="stats")
             stats = _measure_stats(bench, directory)
     rows.sort(key=lambda row: (list(PATHS).index(row.group), PATHS[row.group].index(row.path)))
-    facts = machine.facts(bench.data_dir, command=command) | {"rounds": f"{bench.num_rounds}, interleaved"}
+    facts = provenance.facts(bench.data_dir, command=command) | {"rounds": f"{bench.num_rounds}, interleaved"}
     return Results(rows=tuple(rows), stats=stats, missing=tuple(dict.fromkeys(missing.values())), facts=facts, rounds=bench.num_rounds)
 
 
@@ -178,7 +178,7 @@ def _measure_group(
     with _scratch(directory) as scratch, ExitStack() as stack:
         paths = [path for path in _enter(group, wanted, records, scratch, stack, missing) if path.name in wanted]
         for path in paths:
-            warm_up([path], blank=records.blank)
+            warm_up([path], before_each=records.blank)
             on_run()
         calls = max(1, SAMPLE_BYTES // records.num_bytes) if group == "fetch" and not bench.quick else 1
         samples = measure(paths, num_bytes=records.num_bytes, calls=calls, rounds=bench.num_rounds, order=order, on_run=on_run)
@@ -281,7 +281,7 @@ def _missing(wanted: Mapping[str, Sequence[str]]) -> dict[tuple[str, str], str]:
 def _check_room(bench: StoreBench, largest_set: int) -> None:
     """Raises InvalidRequest when memory or disk would run out on the way."""
     for what, needed, free in (
-        ("memory", MEMORY_SETS * largest_set + HEADROOM_BYTES, machine.available_memory_bytes()),
+        ("memory", MEMORY_SETS * largest_set + HEADROOM_BYTES, provenance.available_memory_bytes()),
         (f"disk at {bench.data_dir}", DISK_SETS * largest_set + HEADROOM_BYTES, shutil.disk_usage(bench.data_dir).free),
     ):
         if free < needed:

@@ -12,7 +12,8 @@ import torch
 from ooc_moe.bench.cache import bandwidth as cache_bandwidth
 from ooc_moe.bench.cache.benchmark import CacheBench
 from ooc_moe.bench.cache.results import NOTES, Ratio, Row, save
-from ooc_moe.bench.cache.trainer import LAYERS, Setting, Trainer, check_equal
+from ooc_moe.bench.cache.testbed import LAYERS, Setting
+from ooc_moe.bench.cache.trainer import Trainer, check_equal
 from ooc_moe.bench.cache.training import steps_per_game
 from ooc_moe.bench.harness import Spread, WrongBytes
 from ooc_moe.bench.store import daemon_paths

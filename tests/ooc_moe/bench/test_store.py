@@ -74,12 +74,12 @@ def copies(records: Records, moved: range) -> Callable[[], None]:
 
 
 def test_a_path_that_does_not_move_every_record_is_not_measured(records):
-    warm_up([TimedPath(name="whole", run=copies(records, range(4)), check=records.check)], blank=records.blank)
+    warm_up([TimedPath(name="whole", run=copies(records, range(4)), check=records.check)], before_each=records.blank)
     for moved in (range(0), range(3)):
         # The path before it leaves the right bytes behind: they must not count for this one.
         copies(records, range(4))()
         with pytest.raises(WrongBytes, match="lazy: record"):
-            warm_up([TimedPath(name="lazy", run=copies(records, moved), check=records.check)], blank=records.blank)
+            warm_up([TimedPath(name="lazy", run=copies(records, moved), check=records.check)], before_each=records.blank)
 
 
 def test_every_round_runs_every_path_once_in_an_order_of_its_own():
@@ -129,7 +129,7 @@ def test_a_mistake_is_one_line_that_names_it(tmp_path, capsys, words, said):
 
 
 def test_a_disk_or_a_memory_that_is_too_small_is_refused_before_anything_starts(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_store.machine, "available_memory_bytes", lambda: 1 << 30)
+    monkeypatch.setattr(bench_store.provenance, "available_memory_bytes", lambda: 1 << 30)
     with pytest.raises(InvalidRequest, match=r"memory: 7.75 GiB are needed for sets of 768 MiB, 1 GiB"):
         bench_store.run(StoreBench(data_dir=tmp_path), None)  # type: ignore[arg-type]
     monkeypatch.undo()
