@@ -18,7 +18,7 @@ from ooc_moe_wire.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from ooc_moe.study.runner import Outcome, Status
-    from ooc_moe.study.studies import Study, StudyRun
+    from ooc_moe.study.study import Study, StudyRun
     from ooc_moe.study.variants import Variant
 
 

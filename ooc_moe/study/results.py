@@ -27,7 +27,7 @@ from ooc_moe.study.costs import Costs, costs_by_variant
 from ooc_moe.study.figures import figures
 from ooc_moe.study.runner import State, state_of, steps_done, steps_of
 from ooc_moe.study.scores import MEASURES, RAW_MEASURES, Cell, StudyScores
-from ooc_moe.study.studies import Study, StudyRun
+from ooc_moe.study.study import Study, StudyRun
 from ooc_moe.study.tables import tables
 from ooc_moe.study.verdicts import Separation, Verdict
 from ooc_moe_wire.errors import InvalidRequest

@@ -16,7 +16,7 @@ from ooc_moe.envs import REFERENCE_SCORES
 from ooc_moe.metrics import measures
 from ooc_moe.metrics.measures import Floats
 from ooc_moe.metrics.run import RunRecord
-from ooc_moe.study.studies import Study, StudyRun
+from ooc_moe.study.study import Study, StudyRun
 
 SINGLE = "single"
 LEARNED_MIN = 0.2

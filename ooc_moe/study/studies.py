@@ -1,102 +1,15 @@
-"""The studies: which variants learn which games in which orders, how often, and with what. All that is tuned stands here.
-
-Knows nothing of how runs are made and read.
-"""
+"""The studies that `ooc-moe study` offers. Everything that is tuned for a study is in this file."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 from ooc_moe.config.agent import PRESETS, AgentConfig
 from ooc_moe.config.run import PPOConfig, RunConfig
-from ooc_moe.study.variants import VARIANTS, Variant
+from ooc_moe.study.study import Study
+from ooc_moe.study.variants import Variant
 from ooc_moe_wire.errors import InvalidRequest
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StudyRun:
-    """One run of a study: `config.run_dir` is <studies>/<study>/<variant>/<order>/seed-<n>."""
-
-    variant: str
-    order: str
-    """The name of the order of the games; of a variant that learns each game alone, the game."""
-    config: RunConfig
-
-    @property
-    def label(self) -> str:
-        """For people."""
-        return f"{self.variant}, {self.order}, seed {self.config.seed}"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Study:
-    """A table's worth of runs."""
-
-    name: str
-    asks: str
-    """What it is made to find out."""
-    limits: str
-    """What it cannot show."""
-    recipe: RunConfig
-    """The full recipe; every variant is a change of it."""
-    orders: Mapping[str, tuple[str, ...]]
-    """Sequences of games by name."""
-    seeds: Mapping[str, int]
-    """Variants, the most important first, and how many seeds each has."""
-    variants: Mapping[str, Variant] = field(default_factory=lambda: VARIANTS)
-    verdict_seeds: int = 5
-    """Seeds below which the verdicts on separation and protection are not spoken."""
-    verdict_orders: int = 2
-    """Orders below which that on protection is not."""
-
-    @property
-    def games(self) -> tuple[str, ...]:
-        """All games, in the order of the first sequence."""
-        return tuple(dict.fromkeys(game for games in self.orders.values() for game in games))
-
-    def runs(
-        self,
-        studies_dir: Path,
-        *,
-        variants: Sequence[str] = (),
-        seeds: int | None = None,
-        steps_per_game: int | None = None,
-    ) -> list[StudyRun]:
-        """All runs, in the order of work: seed by seed, so that a study that is not finished already shows something.
-
-        Args:
-            studies_dir: holds a directory for each study.
-            variants: only these.
-            seeds: at most so many of each variant.
-            steps_per_game: instead of the study's own.
-
-        Raises:
-            InvalidRequest: a variant that this study does not have.
-        """
-        for name in variants:
-            if name not in self.seeds:
-                raise InvalidRequest(f"variants: {name!r} is not one of {', '.join(self.seeds)}")
-        wanted = {name: min(count, seeds or count) for name, count in self.seeds.items() if not variants or name in variants}
-        recipe = self.recipe if steps_per_game is None else replace(self.recipe, steps_per_game=steps_per_game)
-        return [
-            run
-            for seed in range(max(wanted.values(), default=0))
-            for name, count in wanted.items()
-            if seed < count
-            for run in self._of_seed(studies_dir / self.name, self.variants[name], recipe, seed)
-        ]
-
-    def _of_seed(self, directory: Path, variant: Variant, recipe: RunConfig, seed: int) -> Iterator[StudyRun]:
-        orders = {game.replace("/", "-"): (game,) for game in self.games} if variant.alone else self.orders
-        for order, games in orders.items():
-            run_dir = directory / variant.name / order / f"seed-{seed}"
-            config = replace(variant.change(recipe), run_dir=run_dir, games=games, seed=seed)
-            if config.trace is not None:
-                config = replace(config, trace=str(run_dir / config.trace))
-            yield StudyRun(variant=variant.name, order=order, config=config)
-
 
 _ALL = (
     *("full", "moe-token", "dense", "single", "dense-clone", "dense-replay", "pools", "joint", "pools-freeze", "dense-total", "dense-ewc"),
@@ -107,13 +20,13 @@ _SYNTHETIC_SEEDS = {name: 5 if name in ("full", "moe-token", "dense", "dense-clo
 _SYNTHETIC_SEEDS |= {"moe-token-out": 1, "full-share": 3}
 _CONFLICTING = ("pixel/catch", "pixel/avoid", "pixel/toward", "pixel/away", "pixel/cross")
 
-# 20 experts: what five games need. HBM holds two games' pools.
+# 20 experts are what five games need. HBM holds the pools of two games.
 _SYNTHETIC_AGENT = AgentConfig(
     num_games=5,
     frame_size=10,
     frame_stack=2,
     stem_channels=(16, 32),
-    # Together they see every pixel: with (3, 3) the last row and column of the grid fall off, and with them the paddle.
+    # With kernels (2, 3) the stem sees every pixel. With (3, 3) it would miss the grid's last row and column, and with them the paddle.
     stem_kernels=(2, 3),
     stem_strides=(1, 2),
     dim=64,
@@ -136,7 +49,8 @@ _SYNTHETIC = RunConfig(
         num_envs=32, rollout_steps=32, epochs=3, minibatch_segments=32, learning_rate=3e-3, gamma=0.95, gae_lambda=0.9, entropy_coef=0.01
     ),
     steps_per_game=51_200,
-    # The usual 0.05 kept 70 % of cross through four games, 0.3 keeps 96 %, and costs no learning that one seed could show.
+    # With the default of 0.05, 70 % of the score in cross was left after four later games; with 0.3, 96 %. Learning did not suffer (one
+    # seed).
     protection_weight=0.3,
     eval_envs=16,
     eval_episodes=4,
@@ -144,7 +58,7 @@ _SYNTHETIC = RunConfig(
     eval_unseen=True,
     env_threads=1,
 )
-# Nine games, and experts for four of them: the bank grows five times.
+# Nine games. The bank begins with experts for four of them and grows five times.
 _LONG = (*_CONFLICTING, "pixel/catch@1", "pixel/away@2", "pixel/cross@3", "pixel/avoid@4")
 
 _ATARI_CPU = RunConfig(
@@ -154,7 +68,7 @@ _ATARI_CPU = RunConfig(
     ppo=PPOConfig(),
     steps_per_game=98_304,
     eval_envs=8,
-    eval_steps=6_000,  # Room for a whole game of CrazyClimber.
+    eval_steps=6_000,  # Enough for a whole game of CrazyClimber.
     eval_unseen=True,
     env_threads=1,
 )
@@ -173,21 +87,21 @@ _ATARI_GPU = replace(
 
 
 def _caching_variants() -> dict[str, Variant]:
-    """The full recipe with HBM for half of a game's, one, two and three games' experts; the games in blocks, and in turns."""
+    """Makes the caching study's variants: HBM for the experts of half a game, one, two and three games; games in blocks and in turns."""
 
-    def change(hbm_experts: int, switch_every: int) -> Variant:
+    def variant_with(hbm_experts: int, switch_every: int) -> Variant:
         name = f"hbm{hbm_experts}-{f'every{switch_every}' if switch_every else 'blocks'}"
 
-        def changed(config: RunConfig) -> RunConfig:
-            # The trace does not depend on the HBM's size; one of them is enough for the simulator.
+        def change(config: RunConfig) -> RunConfig:
+            # The trace does not depend on the size of the HBM, so one run with a trace is enough for the simulator.
             trace = "accesses.trace" if hbm_experts == 8 and not switch_every else None
             return replace(config, agent=replace(config.agent, hbm_experts=hbm_experts), switch_every=switch_every, trace=trace)
 
         turns = f"in turns of {switch_every} updates" if switch_every > 1 else "in turns of one update" if switch_every else "in blocks"
-        return Variant(name, f"full, HBM {hbm_experts} experts, games {turns}", changed)
+        return Variant(name, f"full, HBM {hbm_experts} experts, games {turns}", change)
 
-    made = [change(hbm, every) for hbm in (12, 8, 4, 2) for every in (0, 16, 4, 1)]
-    return {variant.name: variant for variant in made}
+    variants = [variant_with(hbm, every) for hbm in (12, 8, 4, 2) for every in (0, 16, 4, 1)]
+    return {variant.name: variant for variant in variants}
 
 
 _CACHING = _caching_variants()
@@ -197,22 +111,22 @@ STUDIES = {
     for study in (
         Study(
             name="synthetic",
-            asks="Do separation and protection hold for five small games, two pairs of which want opposite things of the same picture?",
+            asks="Do separation and protection hold for five small games? In two pairs of them the same picture demands opposite actions.",
             limits=(
-                "Ten by ten cells and one layer: nothing follows for large networks or real games. The pairs differ by one lit cell, "
-                "which a small detector can learn; games that change their looks within themselves are not here."
+                "Games of ten by ten cells and a network of one layer: nothing follows for large networks or real games. The two games of "
+                "a pair differ by one lit cell, which a small detector can learn. No game here changes its looks while it is played."
             ),
             recipe=_SYNTHETIC,
-            # By learning.md, crossing teaches the stem least of what the others need.
+            # By the measurements in learning.md, cross teaches the stem the least of what the other games need.
             orders={"catch-first": _CONFLICTING, "cross-first": _CONFLICTING[::-1]},
             seeds=_SYNTHETIC_SEEDS,
         ),
         Study(
             name="synthetic-long",
-            asks="Does the recipe hold over nine games, for which the bank has to grow, and what does cloning cost beside it?",
+            asks="Does the recipe hold over nine games, for which the bank must grow, and what does output cloning cost in comparison?",
             limits=(
-                "One order, and the games of one family; what a pool costs in parameters grows with every game, which is the price of "
-                "never forgetting."
+                "One order, and games of one family. Parameters grow with every game, because every game gets a pool of its own; that is "
+                "the price of never forgetting."
             ),
             recipe=replace(_SYNTHETIC, agent=replace(_SYNTHETIC_AGENT, num_games=9, num_experts=16)),
             orders={"nine": _LONG},
@@ -221,8 +135,8 @@ STUDIES = {
         ),
         Study(
             name="synthetic-twins",
-            asks="Is it reported that two games which look alike in every pixel cannot be told apart?",
-            limits="It is no test of the recipe: no method that looks at frames can tell these two apart. It counts for no target.",
+            asks="Do the results report that two games cannot be told apart when they look alike in every pixel?",
+            limits="This is no test of the recipe: no method that looks at frames can tell these two games apart. It counts for no target.",
             recipe=replace(_SYNTHETIC, agent=replace(_SYNTHETIC_AGENT, num_games=2)),
             orders={"twins": ("pixel/blind-toward", "pixel/blind-away")},
             seeds={"full": 3, "single": 1},
@@ -230,22 +144,23 @@ STUDIES = {
         ),
         Study(
             name="atari-cpu",
-            asks="What is left of the claim on real Atari games, within a budget that a CPU can pay?",
+            asks="How much of the claim holds for real Atari games, within what a CPU can compute?",
             limits=(
-                "So few steps separate little: early policies are nearly the same whatever is on the screen, and 42 x 42 pixels hide "
-                "much. One order."
+                "So few steps separate little: early policies hardly depend on what is on the screen, and 42 x 42 pixels hide many "
+                "details. One order."
             ),
             recipe=_ATARI_CPU,
-            # In these, 65k steps reached several times what random play and every constant action get. Left out: RoadRunner (always left:
-            # 2000 points per 1000 steps), and what 65k steps did not teach (Assault, Atlantis, Boxing, Breakout, Jamesbond, UpNDown).
+            # In these games 65k steps reached several times the score of random play and of every constant action. Left out: RoadRunner,
+            # because the constant action "left" already gets 2000 points per 1000 steps; and the games that 65k steps did not teach
+            # (Assault, Atlantis, Boxing, Breakout, Jamesbond, UpNDown).
             orders={"krull-first": ("krull", "crazy_climber", "kung_fu_master")},
             seeds=dict.fromkeys(_RIVALS, 2),
             verdict_seeds=3,
         ),
         Study(
             name="atari-gpu",
-            asks="Does the claim hold for Atari at 84 x 84 and a million steps a game?",
-            limits="A million steps a game are a tenth of what published agents get; scores stand far below theirs.",
+            asks="Does the claim hold for Atari games at 84 x 84 pixels and a million steps a game?",
+            limits="A million steps a game are a tenth of what published agents are trained for; scores are far below theirs.",
             recipe=_ATARI_GPU,
             orders={
                 "krull-first": ("krull", "crazy_climber", "road_runner", "assault"),
@@ -256,10 +171,10 @@ STUDIES = {
         ),
         Study(
             name="caching",
-            asks="What does it cost in hits and stalls when games do not come in blocks?",
+            asks="What does it cost in hits and stalls when games take turns instead of coming in blocks?",
             limits=(
-                "Five small games and experts of 200 KiB: hit rates carry over where pools fit likewise, seconds of stall do not. The "
-                "simulator leaves write-back out. One seed."
+                "Five small games and experts of 200 KiB: hit rates carry over to cases in which the pools fit HBM equally well, seconds "
+                "of stall do not. The simulator leaves write-back out. One seed."
             ),
             recipe=replace(_SYNTHETIC, eval_steps=0, eval_unseen=False),
             orders={"catch-first": _CONFLICTING},
@@ -271,7 +186,7 @@ STUDIES = {
 
 
 def find_study(name: str) -> Study:
-    """The study of that name. Raises InvalidRequest when there is none."""
+    """Returns the study called `name`. Raises InvalidRequest if there is none."""
     if name not in STUDIES:
         raise InvalidRequest(f"study: {name!r} is not one of {', '.join(STUDIES)}")
     return STUDIES[name]

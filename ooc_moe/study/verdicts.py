@@ -30,7 +30,7 @@ from ooc_moe.metrics.run import RunRecord
 from ooc_moe.report.text_table import format_share
 from ooc_moe.study.caching import CachingPoint, Way
 from ooc_moe.study.scores import StudyScores, strata
-from ooc_moe.study.studies import StudyRun
+from ooc_moe.study.study import StudyRun
 
 FULL, MOE, DENSE, UNTRAINED = "full", "moe-token", "dense", "moe-untrained"
 SIGNIFICANCE = 0.05

@@ -15,7 +15,8 @@ from ooc_moe.study import results as home
 from ooc_moe.study.caching import CachingPoint, Way
 from ooc_moe.study.runner import steps_of
 from ooc_moe.study.scores import StudyScores, strata
-from ooc_moe.study.studies import Study, StudyRun, find_study
+from ooc_moe.study.studies import find_study
+from ooc_moe.study.study import Study, StudyRun
 
 SYNTHETIC = find_study("synthetic")
 GAMES = ("pixel/catch", "pixel/avoid", "pixel/toward")

@@ -10,7 +10,7 @@ from ooc_moe.metrics.run import RunRecord
 from ooc_moe.metrics.trace import TraceWriter
 from ooc_moe.study.caching import Way, caching_points
 from ooc_moe.study.scores import StudyScores
-from ooc_moe.study.studies import StudyRun
+from ooc_moe.study.study import StudyRun
 from tests.ooc_moe.study.made_up_studies import TINY, small_study
 
 

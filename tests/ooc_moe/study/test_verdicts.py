@@ -11,7 +11,7 @@ import pytest
 from ooc_moe.metrics.log import read_metrics
 from ooc_moe.study import verdicts
 from ooc_moe.study.caching import CachingPoint
-from ooc_moe.study.studies import StudyRun
+from ooc_moe.study.study import StudyRun
 from ooc_moe.study.tables import pair_table
 from tests.ooc_moe.study.made_up_studies import GAMES, made_up, points, scores_of, small_study
 
