@@ -122,7 +122,8 @@ def _say(outcome: Outcome, console: Console) -> None:
 def _write_home(chosen: Study, wanted: list[StudyRun], study_dir: Path, results: Path, console: Console) -> None:
     from ooc_moe.evaluation import baselines
     from ooc_moe.report.report import rich_table
-    from ooc_moe.study import results as home
+    from ooc_moe.study.result_files import write
+    from ooc_moe.study.results import results_of
 
     with console.status("") as status:
 
@@ -130,7 +131,7 @@ def _write_home(chosen: Study, wanted: list[StudyRun], study_dir: Path, results:
             status.update(f"constant actions in {game}: {done} of {of}")
 
         constants = baselines.play_constants(chosen.games, chosen.recipe, study_dir / baselines.DIRECTORY, say)
-    found = home.results_of(chosen, wanted, constants)
+    found = results_of(chosen, wanted, constants)
     for table in found.tables[:2]:
         console.print(rich_table(table))
         console.print()
@@ -138,7 +139,7 @@ def _write_home(chosen: Study, wanted: list[StudyRun], study_dir: Path, results:
         console.print(f"{verdict.part}: {verdict.word}. {verdict.says}", markup=False, soft_wrap=True)
     if found.found.missing:
         console.print(f"{len(found.found.missing)} of {len(wanted)} runs are missing", style="yellow")
-    for path in home.write(found, results, command=command_given().replace(" --tables-only", "")):  # What would make it anew.
+    for path in write(found, results, command=command_given().replace(" --tables-only", "")):  # What would make it anew.
         console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
 
 

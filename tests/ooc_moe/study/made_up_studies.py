@@ -11,8 +11,8 @@ from ooc_moe.config.run import PPOConfig, RunConfig
 from ooc_moe.metrics import statistics
 from ooc_moe.metrics.log import CONFIG_FILE, MetricsWriter, read_metrics
 from ooc_moe.session import checkpoint
-from ooc_moe.study import results as home
 from ooc_moe.study.caching import CachingPoint, Way
+from ooc_moe.study.results import collect
 from ooc_moe.study.runner import steps_of
 from ooc_moe.study.scores import StudyScores, strata
 from ooc_moe.study.studies import find_study
@@ -111,7 +111,7 @@ def made_up(
 
 
 def scores_of(study: Study, runs: list[StudyRun], constants: Mapping[str, float] = CONSTANT) -> StudyScores:
-    return home.collect(study, runs, constants)
+    return collect(study, runs, constants)
 
 
 def mean(found: StudyScores, variant: str, name: str) -> float:
