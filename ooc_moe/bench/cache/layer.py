@@ -23,6 +23,7 @@ from torch.nn.functional import gelu
 
 from ooc_moe.bench.harness import Spread, TimedPath, WrongBytes, timed_rounds, warm_up
 from ooc_moe.bench.option_checks import check_at_least_one, check_sizes
+from ooc_moe.bench.result_page import kept_notes, met_target
 from ooc_moe.bench.torch_setup import find_device, torch_threads
 from ooc_moe.config.agent import PRESETS, AgentConfig
 from ooc_moe.metrics import provenance
@@ -98,7 +99,7 @@ class Row:
         """The stricter target that the ratio meets ("aim" or "must"), or "no"; "" where no target applies."""
         if not self.judged:
             return ""
-        return "aim" if self.ratio <= RATIO_AIM else "must" if self.ratio <= RATIO_MUST else "no"
+        return met_target(self.ratio, must=RATIO_MUST, aim=RATIO_AIM, at_most=True)
 
 
 def run(bench: LayerBench, console: Console) -> list[Row]:
@@ -237,13 +238,10 @@ def table(rows: Sequence[Row]) -> Table:
 
 
 def save(rows: Sequence[Row], bench: LayerBench, path: Path, *, command: str) -> None:
-    """Writes the file: what ran on what, the table, and the notes of an older one."""
+    """Writes the page: command, machine and versions, the table, and the notes of an existing page."""
     facts = provenance.facts(Path(), command=command)
     facts |= {"torch": torch.__version__, "device": _device_text(bench), "rounds": f"{bench.rounds}, interleaved"}
-    notes = f"{NOTES}\n\n(to be written: the profile)"
-    if path.exists():
-        _, found, below = path.read_text().partition(NOTES)
-        notes = found + below if found else notes
+    notes = kept_notes(path, NOTES, missing="to be written: the profile")
     lines = [
         "# ooc-moe bench cache: the MoE layer",
         "",

@@ -1,7 +1,8 @@
 """Peers that keep records on the disk: plain O_DIRECT, fio, LMDB, RocksDB.
 
-The write paths acknowledge each record on its own, durable, into space that they have written before, as a store in its steady state does.
-The read paths find nothing in the page cache: they read with O_DIRECT, or the file is dropped from it before each run.
+The write paths make each record durable before they write the next one, and write into space that was written before, as a store in its
+steady state does. The read paths find nothing in the page cache: they read with O_DIRECT, or their file is dropped from the page cache
+before each run.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from ooc_moe.bench.harness import TimedPath, WrongBytes
 from ooc_moe.bench.store.records import Records
 from ooc_moe_wire.errors import InvalidRequest, Unavailable
 
-# As many as the daemon reads at a time.
+# As many threads as the daemon reads with.
 READ_THREADS = 4
 
 
 def check_direct_io(directory: Path) -> None:
-    """Raises InvalidRequest when files below `directory` take no O_DIRECT: nothing measured there would mean a disk."""
+    """Raises InvalidRequest if files in `directory` cannot be opened with O_DIRECT. Measurements there would not measure a disk."""
     path = directory / "direct"
     try:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_DIRECT, 0o600))
@@ -37,7 +38,7 @@ def check_direct_io(directory: Path) -> None:
 
 @contextmanager
 def raw_writes(records: Records, directory: Path) -> Iterator[list[TimedPath]]:
-    """One thread: O_DIRECT write of a record, fdatasync, the next."""
+    """One thread writes a record with O_DIRECT, calls fdatasync, and goes on to the next record."""
     with _direct_file(records, directory) as fd:
 
         def run() -> None:
@@ -54,7 +55,7 @@ def raw_writes(records: Records, directory: Path) -> Iterator[list[TimedPath]]:
 
 @contextmanager
 def raw_reads(records: Records, directory: Path) -> Iterator[list[TimedPath]]:
-    """O_DIRECT reads of whole records into the caller's memory, by READ_THREADS threads."""
+    """READ_THREADS threads read whole records with O_DIRECT into the caller's memory."""
     with _direct_file(records, directory) as fd, ThreadPoolExecutor(READ_THREADS) as threads:
 
         def read(index: int) -> None:
@@ -68,7 +69,7 @@ def raw_reads(records: Records, directory: Path) -> Iterator[list[TimedPath]]:
 
 @contextmanager
 def buffered_reads(records: Records, directory: Path) -> Iterator[list[TimedPath]]:
-    """One thread that reads an ordinary file, dropped from the page cache before."""
+    """One thread reads an ordinary file that was dropped from the page cache before the run."""
     path = directory / "buffered"
     path.write_bytes(records.source.data)
     fd = os.open(path, os.O_RDONLY)
@@ -85,7 +86,7 @@ def buffered_reads(records: Records, directory: Path) -> Iterator[list[TimedPath
 
 @contextmanager
 def fio_writes(records: Records, directory: Path) -> Iterator[list[TimedPath]]:
-    """As `raw_writes`, by fio, in fio's own time."""
+    """fio does what `raw_writes` does; the time is the one that fio reports."""
     with _direct_file(records, directory) as fd:
         job = ["--rw=write", f"--size={records.num_bytes}", "--fdatasync=1", "--overwrite=1"]
         yield [_fio_path(records, directory, fd, job, "write")]
@@ -93,7 +94,7 @@ def fio_writes(records: Records, directory: Path) -> Iterator[list[TimedPath]]:
 
 @contextmanager
 def fio_reads(records: Records, directory: Path) -> Iterator[list[TimedPath]]:
-    """As `raw_reads`, by fio, in fio's own time."""
+    """fio does what `raw_reads` does; the time is the one that fio reports."""
     with _direct_file(records, directory) as fd:
         part = records.num_bytes // READ_THREADS
         job = ["--rw=read", f"--size={part}", f"--offset_increment={part}", f"--numjobs={READ_THREADS}", "--thread", "--group_reporting"]
@@ -119,7 +120,7 @@ def _fio_path(records: Records, directory: Path, fd: int, job: list[str], kind: 
             raise Unavailable(f"fio ended with {ran.returncode}: {ran.stderr.strip()}")
         result = json.loads(ran.stdout[ran.stdout.index("{") :])["jobs"][0][kind]
         moved["bytes"] = result["io_bytes"]
-        return float(result["runtime"]) / 1000 or 1e-3  # It counts in whole milliseconds.
+        return float(result["runtime"]) / 1000 or 1e-3  # fio counts in whole milliseconds.
 
     def check() -> None:
         if moved["bytes"] != records.num_bytes:
@@ -130,7 +131,7 @@ def _fio_path(records: Records, directory: Path, fd: int, job: list[str], kind: 
 
 @contextmanager
 def lmdb_writes(records: Records, directory: Path) -> Iterator[list[TimedPath]]:
-    """A transaction for each record, its commit synced (LMDB's default)."""
+    """One transaction for each record; each commit is synced, which is LMDB's default."""
     with _lmdb(records, directory) as environment:
 
         def check() -> None:
@@ -143,7 +144,7 @@ def lmdb_writes(records: Records, directory: Path) -> Iterator[list[TimedPath]]:
 
 @contextmanager
 def lmdb_reads(records: Records, directory: Path) -> Iterator[list[TimedPath]]:
-    """One thread that copies each record out of the map, dropped from the page cache before."""
+    """One thread copies each record out of LMDB's memory map; the file was dropped from the page cache before the run."""
     with _lmdb(records, directory) as environment:
         _lmdb_put(environment, records)
     import lmdb
@@ -182,7 +183,7 @@ def _lmdb_put(environment: Any, records: Records) -> None:
 
 @contextmanager
 def rocksdb_writes(records: Records, directory: Path) -> Iterator[list[TimedPath]]:
-    """A put with `sync` for each record; no compression, which random bytes only delay."""
+    """One put with `sync` for each record. Compression is off, because it cannot shrink random bytes and costs time."""
     import rocksdict
 
     options = rocksdict.Options(raw_mode=True)
@@ -190,7 +191,8 @@ def rocksdb_writes(records: Records, directory: Path) -> Iterator[list[TimedPath
     synced = rocksdict.WriteOptions()
     synced.sync = True
     database = rocksdict.Rdict(str(directory / "rocksdb"), options)
-    bodies = [bytes(records.body(index)) for index in records.ids]  # It takes nothing else; made before the clock runs.
+    # RocksDB takes only bytes. The copies are made here, so that they are not timed.
+    bodies = [bytes(records.body(index)) for index in records.ids]
     try:
 
         def run() -> None:
@@ -212,7 +214,7 @@ def _key(index: int) -> bytes:
 
 @contextmanager
 def _direct_file(records: Records, directory: Path) -> Iterator[int]:
-    """A file of all records, written once, open for O_DIRECT."""
+    """Writes all records to a file and yields its descriptor, open with O_DIRECT."""
     fd = os.open(directory / "records", os.O_RDWR | os.O_CREAT | os.O_DIRECT, 0o600)
     try:
         os.posix_fallocate(fd, 0, records.num_bytes)
@@ -245,7 +247,7 @@ def _read_all(fd: int, records: Records) -> None:
 
 
 def _drop_from_cache(path: Path) -> None:
-    """Makes the next read of a file come from the disk; what was never synced would stay."""
+    """Drops a file from the page cache, so that its next read comes from the disk. Syncs it first, because unwritten pages would stay."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fdatasync(fd)

@@ -25,19 +25,22 @@ from ooc_moe_wire.layout import BLOCK_BYTES, Layout, TensorSpec
 
 FEW, MANY = 32, 256
 SMALL_BYTES = 1 << 20
-# A sample of fetches moves at least this much.
+# One sample of fetches moves at least this many bytes.
 SAMPLE_BYTES = 256 << 20
 
 
 class Records:
-    """`count` records of `record_bytes`: `source` (read-only, shared, filled by another process) and `destination` (touched, aligned)."""
+    """`count` records of `record_bytes` bytes, and memory of the same size to fetch them into.
+
+    `source` is shared memory, read-only, that another process has filled. `destination` is page-aligned, and all its pages are allocated.
+    """
 
     def __init__(self, fd: int, record_bytes: int, count: int) -> None:
         self.fd, self.record_bytes, self.count = fd, record_bytes, count
         self.num_bytes = record_bytes * count
         self.source: NDArray[np.uint8] = np.frombuffer(mmap.mmap(fd, self.num_bytes, prot=mmap.PROT_READ), np.uint8)
         memory = mmap.mmap(-1, self.num_bytes)
-        with contextlib.suppress(OSError):  # As numpy asks for its own large arrays.
+        with contextlib.suppress(OSError):  # numpy does the same for its own large arrays.
             memory.madvise(mmap.MADV_HUGEPAGE)
         self.destination: NDArray[np.uint8] = np.frombuffer(memory, np.uint8)
         self.blank()
@@ -45,12 +48,12 @@ class Records:
 
     @property
     def ids(self) -> range:
-        """The records by number; they are experts 0, 1, ... of a bank."""
+        """The numbers of the records, which are also their expert ids in a bank."""
         return range(self.count)
 
     @property
     def layout(self) -> Layout:
-        """An expert of exactly these bytes: a third of them parameters, the rest two moments, as Adam has them."""
+        """The layout of an expert of exactly `record_bytes`: a third are parameters, the rest Adam's two moments."""
         parameter_bytes = max(BLOCK_BYTES, self.record_bytes // 3 // BLOCK_BYTES * BLOCK_BYTES)
         optimizer_bytes = self.record_bytes - parameter_bytes
         return Layout(
@@ -59,15 +62,15 @@ class Records:
         )
 
     def body(self, index: int) -> memoryview:
-        """A record of the source."""
+        """The bytes of record `index` in the source."""
         return self.source[index * self.record_bytes : (index + 1) * self.record_bytes].data
 
     def into(self, index: int) -> memoryview:
-        """The caller's memory for a record."""
+        """The part of the destination that record `index` is fetched into."""
         return self.destination[index * self.record_bytes : (index + 1) * self.record_bytes].data
 
     def blank(self) -> None:
-        """Overwrites the destination, so that nothing in it can pass for fetched."""
+        """Overwrites the destination, so that old bytes in it cannot pass for fetched ones."""
         self.destination[:] = 0xA5
 
     def check(self) -> None:
@@ -76,19 +79,19 @@ class Records:
             self.check_body(index, self.into(index))
 
     def check_body(self, index: int, body: memoryview | bytes) -> None:
-        """Raises WrongBytes unless `body` is that record."""
+        """Raises WrongBytes unless `body` equals record `index`; compares length and xxh3 checksum."""
         if len(body) != self.record_bytes or xxhash.xxh3_64_intdigest(body) != self._digests[index]:
             raise WrongBytes(f"record {index} of {self.count} did not arrive as it was sent")
 
 
 def check_record_bytes(record_bytes: int) -> None:
-    """Raises InvalidRequest for a size that O_DIRECT could not move."""
+    """Raises InvalidRequest for a record size that O_DIRECT cannot move."""
     if record_bytes < 2 * BLOCK_BYTES or record_bytes % BLOCK_BYTES:
         raise InvalidRequest(f"sizes: {record_bytes} bytes is not a multiple of {BLOCK_BYTES}, at least two of them")
 
 
 def count_of(record_bytes: int, *, quick: bool) -> int:
-    """Records of one call."""
+    """How many records of this size one call moves; a quarter of them if `quick`."""
     return (MANY if record_bytes < SMALL_BYTES else FEW) // (4 if quick else 1)
 
 

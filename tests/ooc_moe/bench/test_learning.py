@@ -47,11 +47,11 @@ def test_a_small_run_measures_both_and_saves_its_tables(small, tmp_path, capsys)
 
 @pytest.fixture
 def both(small):
-    from ooc_moe.bench.learning import peers as peers_learning
+    from ooc_moe.bench.learning import peers
 
     config = LearningBench(steps=64).run_config("pixel/catch", seed=3)
     with ExitStack() as stack:
-        model = peers_learning.make_ppo(config, peers_learning.own_envs(config))
+        model = peers.make_ppo(config, peers.own_envs(config))
         stack.callback(model.env.close)
         yield Ours(config, stack), model, config
 
@@ -88,12 +88,12 @@ def test_both_learn_with_the_same_settings(both):
 
 
 def test_sb3_sees_our_environments_frames_and_clipped_rewards(small):
-    from ooc_moe.bench.learning import peers as peers_learning
+    from ooc_moe.bench.learning import peers
 
     config = LearningBench().run_config("pixel/toward")
     with ExitStack() as stack:
         inner, same = bench.make_envs(config, stack), bench.make_envs(config, stack)
-        shared = peers_learning.SharedEnvs(inner, seed=5)
+        shared = peers.SharedEnvs(inner, seed=5)
         np.testing.assert_array_equal(shared.reset(), same.reset(5))
         for action in (3, 4, 0):
             actions = np.full(SMALL_PPO.num_envs, action)
