@@ -69,7 +69,7 @@ def test_runs_are_made_begun_ones_anew_and_a_failure_does_not_stop_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, real: bool
 ) -> None:
     if not real:
-        monkeypatch.setattr(runner, "CHILD", ("-c", _CHILD))
+        monkeypatch.setattr(runner, "RUN_PROCESS", ("-c", _CHILD))
     good, bad, done = (replace(TINY, run_dir=tmp_path / name, games=("pixel/catch",)) for name in ("good", "bad", "done"))
     bad = replace(bad, games=("pixel/nothing",))
     begun(good, with_checkpoint=False)

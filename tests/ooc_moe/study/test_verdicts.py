@@ -31,7 +31,7 @@ def test_protection_holds_only_with_enough_runs_a_clear_gap_and_learning(tmp_pat
     assert judged("did not learn", good, learned=0.8).holds is False
     few = judged("few seeds", good, seeds=4)
     assert few.holds is None
-    assert "wants 5 seeds in 2 orders" in few.says
+    assert "needs 5 seeds in 2 orders" in few.says
     assert "retention(moe-token) = +0.38 [" in few.says
     assert "retention(moe-token) = +0.38; " in judged("one seed", good, seeds=1).says
 
@@ -54,7 +54,7 @@ def test_protection_wants_its_seeds_in_every_order_of_every_variant(tmp_path: Pa
     verdict = verdicts.protection(scores_of(study, [run for run in runs if (run.variant, run.order) != ("dense", "back")]))
     assert verdict is not None
     assert verdict.holds is None
-    assert "wants 5 seeds in 2 orders; of dense there are 5 in forth." in verdict.says
+    assert "needs 5 seeds in 2 orders; of dense there are 5 in forth." in verdict.says
 
 
 def test_protection_says_nothing_without_single_task_runs_or_a_rival(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_protection_says_nothing_without_single_task_runs_or_a_rival(tmp_path: P
     assert alone is not None
     assert unscaled is not None
     assert (alone.holds, unscaled.holds) == (None, None)
-    assert "nothing to compare yet of moe-token, dense" in alone.says
+    assert "nothing to compare yet for moe-token, dense" in alone.says
     assert "single-task runs are missing" in unscaled.says
 
 
@@ -81,7 +81,7 @@ def test_separation_holds_where_games_use_experts_of_their_own(tmp_path: Path, u
     verdict = verdicts.separation(found, runs)
     assert verdict is not None
     assert verdict.holds is holds
-    assert ("It is not chance, but little" in verdict.says) is (usage == 0.02)
+    assert ("The difference is not chance, but it is small" in verdict.says) is (usage == 0.02)
 
 
 def test_separation_wants_enough_seeds_and_a_small_p_in_every_run(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_separation_wants_enough_seeds_and_a_small_p_in_every_run(tmp_path: Path
     few = verdicts.separation(replace(found, study=small_study(verdict_seeds=3)), [first, *others])
     assert few is not None
     assert few.holds is None
-    assert few.says.endswith("The rule wants 3 seeds.")
+    assert few.says.endswith("The rule needs 3 seeds.")
 
 
 def with_usage(runs: list[StudyRun], usage_of: Callable[[str, np.random.Generator], Sequence[int]]) -> None:
@@ -129,13 +129,16 @@ def test_two_games_that_do_not_separate_are_named_beside_one_that_does(tmp_path:
     verdict = verdicts.separation(found, separated)
     assert verdict is not None
     assert verdict.holds is True
-    assert "Not 0.05 apart: pixel/avoid and pixel/catch (1.00 and 1.00)." in verdict.says
+    assert "Less than 0.05 apart: pixel/avoid and pixel/catch (1.00 and 1.00)." in verdict.says
     rows = pair_table(separated).rows
     assert rows[0] == ["moe-token", "pixel/avoid, pixel/catch", "1.000", "1.000", "0.000"]
     assert [row[2:] for row in rows[1:]] == [["1.000", "0.500", "0.500"]] * 2
 
 
-@pytest.mark.parametrize(("usage", "words"), [(0.1, ": 1.00 and 0.90 (4 runs)."), (0.6, ", which is the pictures' and the per-game ")])
+@pytest.mark.parametrize(
+    ("usage", "words"),
+    [(0.1, ": 1.00 and 0.90 (4 runs)."), (0.6, ". That is at least as far apart, so the separation comes from the pictures")],
+)
 def test_what_an_untrained_network_separates_is_said_beside(tmp_path: Path, usage: float, words: str) -> None:
     study = small_study(verdict_seeds=2)
     runs = made_up(study, tmp_path, {"moe-token": 0.5}, seeds=2, usage=0.5)
