@@ -100,7 +100,7 @@ def measure(
 def timed_rounds(
     paths: Sequence[TimedPath], *, calls: int, rounds: int, order: random.Random, on_run: Callable[[], None]
 ) -> dict[str, list[float]]:
-    """Measures the seconds that one run of every path takes. As `measure`: one sample a round, each the mean of `calls` runs."""
+    """Measures the seconds that one run of every path takes, as means over `calls` runs, one sample a round. Arguments as in `measure`."""
     samples: dict[str, list[float]] = {path.name: [] for path in paths}
     for _ in range(rounds):
         gc.collect()

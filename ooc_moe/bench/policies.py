@@ -115,7 +115,7 @@ def table(rows: Sequence[Row]) -> Table:
 
 
 def markdown(rows: Sequence[Row], *, command: str) -> str:
-    """For a file: what ran on what, the traces, the table."""
+    """Makes the page: command, machine and versions, what each trace is, and the table."""
     headings = ("trace", "experts", "accesses", "cache", *POLICIES)
     lines = ["# ooc-moe bench policies", "", "Hit rates; each trace by every policy.", ""]
     lines += [f"- {name}: {value}" for name, value in facts(Path(), command=command).items()]

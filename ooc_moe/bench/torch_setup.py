@@ -18,7 +18,7 @@ def find_device(name: str) -> torch.device:
     """
     has_gpu = torch.cuda.is_available()
     if name not in ("auto", "cpu", "cuda") or (name == "cuda" and not has_gpu):
-        raise InvalidRequest(f"device: {name!r} is not auto, or a device that is here")
+        raise InvalidRequest(f"device: {name!r} is not one of auto, cpu, cuda" if has_gpu else f"device: {name!r} is not one of auto, cpu")
     return torch.device(("cuda" if has_gpu else "cpu") if name == "auto" else name)
 
 

@@ -46,7 +46,7 @@ def _moe_token_out(config: RunConfig) -> RunConfig:
 
 
 def _moe_token(config: RunConfig) -> RunConfig:
-    """Has HBM for all experts, because nearly every minibatch uses all of them.
+    """Has HBM for all experts, because every minibatch uses nearly all of them.
 
     With HBM for half of them the results would be the same bit for bit, but training would take several times as long.
     """

@@ -1,10 +1,10 @@
 """The verdicts on the three parts of the claim: separation, caching, protection. The code of this file is their rules.
 
-1. Separation holds if two environments that play different games have fewer experts in common than two that play the same game. It is
-   tested in every run with plain token routing, after the last game, by a permutation test over environments; p must be below 0.05 in
-   every run. Environments are compared over equally many tokens, and over all their episodes together, because evaluation does not log
-   usage by episode. Each game has its own norms and embedding, which tell the router which game it is. The verdict therefore also reports
-   how far an untrained network separates games.
+1. Separation holds if the experts that two environments use overlap less when they play different games than when they play the same game.
+   It is tested in every run with plain token routing, after the last game, by a permutation test over environments; p must be below 0.05
+   in every run. Environments are compared over equally many tokens, and over all their episodes together, because evaluation does not
+   log usage by episode. Each game has its own norms and embedding, which tell the router which game it is. The verdict therefore also
+   reports how far an untrained network separates games.
 2. Caching holds if games in blocks hit more often and stall less than the same steps in turns of one update, in every HBM that holds a
    game's pool, both as the trainer measured it and as the simulator replays it. At least three intervals at three such sizes of HBM are
    needed. Smaller HBMs are outside the rule.

@@ -245,7 +245,7 @@ def save(rows: Sequence[Row], bench: LayerBench, path: Path, *, command: str) ->
     lines = [
         "# ooc-moe bench cache: the MoE layer",
         "",
-        "Forward and backward of the tiered layer beside a dense FFN of the same active FLOPs.",
+        "Forward and backward of the tiered layer, compared with a dense FFN of the same active FLOPs.",
         "",
     ]
     lines += [f"- {name}: {value}" for name, value in facts.items()]

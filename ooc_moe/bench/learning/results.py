@@ -83,7 +83,7 @@ def tables(speeds: Sequence[Speed], returns: Sequence[Returns]) -> list[Table]:
 def save(speeds: Sequence[Speed], returns: Sequence[Returns], facts: Mapping[str, str], path: Path) -> None:
     """Writes the page: command, machine and versions, the tables, and the notes of an existing page."""
     notes = kept_notes(path, NOTES, missing="to be written: the profile")
-    lines = ["# ooc-moe bench learning: our dense PPO beside Stable-Baselines3's", ""]
+    lines = ["# ooc-moe bench learning: our dense PPO compared with Stable-Baselines3's", ""]
     lines += [f"- {name}: {value}" for name, value in facts.items()]
     for headings, rows in _sections(speeds, returns):
         lines += ["", f"| {' | '.join(headings)} |", "|" + "---|" * len(headings)]

@@ -98,7 +98,7 @@ class StoreBench:
         for size in self.sizes:
             check_record_bytes(size)
         if not self.sizes or len(set(self.sizes)) != len(self.sizes):
-            raise InvalidRequest("sizes: give at least one, each once")
+            raise InvalidRequest("sizes: name at least one size, and each size once")
         if self.rounds is not None and not 1 <= self.rounds <= 1000:
             raise InvalidRequest(f"rounds: {self.rounds} is not 1 to 1000")
         for path in self.paths:

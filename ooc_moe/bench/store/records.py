@@ -87,7 +87,7 @@ class Records:
 def check_record_bytes(record_bytes: int) -> None:
     """Raises InvalidRequest for a record size that O_DIRECT cannot move."""
     if record_bytes < 2 * BLOCK_BYTES or record_bytes % BLOCK_BYTES:
-        raise InvalidRequest(f"sizes: {record_bytes} bytes is not a multiple of {BLOCK_BYTES}, at least two of them")
+        raise InvalidRequest(f"sizes: {record_bytes} bytes is not a multiple of {BLOCK_BYTES}, or less than {2 * BLOCK_BYTES}")
 
 
 def count_of(record_bytes: int, *, quick: bool) -> int:

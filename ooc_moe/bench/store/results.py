@@ -162,7 +162,7 @@ def table(results: Results, titles: Mapping[str, str]) -> Table:
 
 
 def markdown(results: Results, titles: Mapping[str, str], *, notes: str) -> str:
-    """For a file: what ran, the table, what was missing, and the notes on what bounds each path."""
+    """Makes the page: command, machine and versions, missing peers, the table, and `notes` on what bounds each path."""
     lines = ["# ooc-moe bench store", ""]
     lines += [f"- {name}: {value}" for name, value in results.facts.items()]
     lines += [f"- missing: {missing}" for missing in results.missing]

@@ -1,4 +1,4 @@
-"""The benchmark of training through the cache: what it compares is checked first, and its table says who reached what."""
+"""The benchmark of training through the cache checks what it compares, and its table says which targets were met."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_the_table_is_kept_with_its_notes(tmp_path):
         ({"sizes": ("huge",)}, "sizes: 'huge' is not one of tiny, demo, full"),
         ({"rounds": 0}, "rounds: 0 is not at least 1"),
         ({"threads": 0}, "threads: 0 is not at least 1"),
-        ({"device": "tpu"}, "device: 'tpu' is not auto"),
+        ({"device": "tpu"}, "device: 'tpu' is not one of auto, cpu"),
     ],
 )
 def test_a_mistake_is_named(wrong, said):

@@ -1,4 +1,4 @@
-"""The benchmark of learning: both learners have the same network, and its tables say what was judged."""
+"""The benchmark of learning gives both learners the same network, and its tables say which rows have targets."""
 
 from __future__ import annotations
 

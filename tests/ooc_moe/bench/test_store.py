@@ -1,4 +1,4 @@
-"""The store benchmark: what it shows was moved and checked, what it lacks is named, and nothing of it stays behind."""
+"""The store benchmark checks that bytes were moved, names the peers that it lacks, and leaves no process and no file behind."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ooc_moe_wire.errors import InvalidRequest
 from tests.ooc_moe.commands import exit_code
 
 MIB = 1 << 20
-# Ours and the peers that need nothing installed.
+# Our own paths and the peers that need nothing installed.
 BUILT_IN = (
     "fetch/local,fetch/local-xxh3,fetch/stream,fetch/stream-unix,fetch/memcpy,fetch/tcp,fetch/grpc,"
     "push/local,push/stream,push/raw,nvme/local,nvme/raw"
@@ -76,7 +76,7 @@ def copies(records: Records, moved: range) -> Callable[[], None]:
 def test_a_path_that_does_not_move_every_record_is_not_measured(records):
     warm_up([TimedPath(name="whole", run=copies(records, range(4)), check=records.check)], before_each=records.blank)
     for moved in (range(0), range(3)):
-        # The path before it leaves the right bytes behind: they must not count for this one.
+        # An earlier path has left the right bytes in the destination. They must not count for this path.
         copies(records, range(4))()
         with pytest.raises(WrongBytes, match="lazy: record"):
             warm_up([TimedPath(name="lazy", run=copies(records, moved), check=records.check)], before_each=records.blank)

@@ -1,4 +1,4 @@
-"""What is written of a study, finished or not."""
+"""The files that are written for a study, finished or not."""
 
 import json
 from dataclasses import replace
@@ -9,12 +9,12 @@ import pytest
 from ooc_moe.metrics.log import METRICS_FILE
 from ooc_moe.study.result_files import write
 from ooc_moe.study.results import results_of
-from tests.ooc_moe.study.made_up_studies import CONSTANT, GAMES, SYNTHETIC, begun, made_up, small_study
+from tests.ooc_moe.study.made_up_studies import CONSTANT, GAMES, SYNTHETIC, small_study, write_finished_runs, write_run
 
 
 def test_a_study_that_is_not_finished_is_written_with_what_is_missing(tmp_path: Path) -> None:
     study = small_study()
-    made_up(study, tmp_path / "runs", {"full": 0.98, "moe-token": 0.6, "dense": 0.5}, seeds=3)
+    write_finished_runs(study, tmp_path / "runs", {"full": 0.98, "moe-token": 0.6, "dense": 0.5}, seeds=3)
     results = results_of(study, study.runs(tmp_path / "runs"), CONSTANT)
     page, numbers, *pictures = write(results, tmp_path / "results", command="ooc-moe study small")
     text = page.read_text()
@@ -36,10 +36,10 @@ def test_runs_shorter_than_the_study_are_said_to_be_and_shown_as_they_were_made(
     # The untrained variant is shorter than the recipe by itself.
     seeds = dict.fromkeys(("full", "moe-token", "dense", "moe-untrained", "single"), 1)
     study = small_study(recipe=replace(SYNTHETIC.recipe, steps_per_game=51_200), seeds=seeds)
-    whole = results_of(study, made_up(study, tmp_path / "whole", {"full": 1.0, "moe-untrained": 1.0}, seeds=1), CONSTANT)
+    whole = results_of(study, write_finished_runs(study, tmp_path / "whole", {"full": 1.0, "moe-untrained": 1.0}, seeds=1), CONSTANT)
     assert {run.config.steps_per_game for run in whole.found.of("moe-untrained")} == {10_240}
     short_study = replace(study, recipe=replace(study.recipe, steps_per_game=20_480))
-    results = results_of(study, made_up(short_study, tmp_path / "short", {"full": 1.0}, seeds=1), CONSTANT)
+    results = results_of(study, write_finished_runs(short_study, tmp_path / "short", {"full": 1.0}, seeds=1), CONSTANT)
     assert not any("shorter" in verdict.says for verdict in whole.verdicts)
     assert results.verdicts
     assert all("shorter than the study's own: 20,480 steps in each game, not 51,200." in verdict.says for verdict in results.verdicts)
@@ -50,8 +50,8 @@ def test_runs_shorter_than_the_study_are_said_to_be_and_shown_as_they_were_made(
 
 def test_a_study_that_never_evaluated_has_no_tables_of_scores(tmp_path: Path) -> None:
     study = small_study(orders={"forth": GAMES}, seeds={"full": 1})
-    (run,) = made_up(study, tmp_path / "runs", {"full": 1.0})
-    begun(replace(run.config, run_dir=tmp_path / "bare"), with_checkpoint=True, done=True)
+    (run,) = write_finished_runs(study, tmp_path / "runs", {"full": 1.0})
+    write_run(replace(run.config, run_dir=tmp_path / "bare"), with_checkpoint=True, done=True)
     (run.config.run_dir / METRICS_FILE).write_text((tmp_path / "bare" / METRICS_FILE).read_text())
     titles = [table.title for table in results_of(study, [run], {}).tables]
     assert "Costs in memory" in titles

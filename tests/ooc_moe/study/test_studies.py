@@ -1,4 +1,4 @@
-"""A study's runs are what it says of them."""
+"""A study's runs are those that its definition names."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What the variants change, and what they leave alone."""
+"""What the variants change, and what they leave unchanged."""
 
 from dataclasses import replace
 from pathlib import Path
