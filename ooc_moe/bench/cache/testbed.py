@@ -23,12 +23,13 @@ SPARE_RECORDS = 16
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
-    """Where, with experts of which size, and how often one part of the benchmark measures."""
+    """The settings of one part of the benchmark."""
 
     size: str
     """The preset whose experts are used."""
     device: torch.device
     rounds: int
+    """How many samples each path gets."""
     directory: Path
     """Holds the daemon's data; on the disk to measure."""
 

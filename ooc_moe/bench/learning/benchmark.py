@@ -108,7 +108,7 @@ ATARI_PPO = PPOConfig(num_envs=16, rollout_steps=64, epochs=3, minibatch_segment
 PIXEL_PPO = PPOConfig(num_envs=32, rollout_steps=32, epochs=3, minibatch_segments=256, learning_rate=2e-3, gamma=0.9, entropy_coef=0.005)
 
 
-class Ours:
+class OurPPO:
     """Our PPO in one game. Its experts are in a cache on a store in this process."""
 
     def __init__(self, config: RunConfig, stack: ExitStack) -> None:
@@ -166,9 +166,9 @@ def _speeds(bench: LearningBench, game: str, on_run: Callable[[], None]) -> list
     config = bench.run_config(game)
     peer = _peer()
     with ExitStack() as stack:
-        ours = Ours(config, stack)
+        ours = OurPPO(config, stack)
         peers = {
-            "its own": peer.make_ppo(config, peer.own_envs(config)),
+            "its own": peer.make_ppo(config, peer.sb3_envs(config)),
             "ours": peer.make_ppo(config, peer.SharedEnvs(make_envs(config, stack), config.seed)),
         }
         paths = [_path("our PPO", ours.update)]
@@ -226,7 +226,7 @@ def _returns(bench: LearningBench, game: str, on_run: Callable[[], None]) -> Ret
 def our_return(config: RunConfig) -> float:
     """Trains our PPO. Returns the mean raw return of the games that ended in the last quarter; NaN if none did."""
     with ExitStack() as stack:
-        ours = Ours(config, stack)
+        ours = OurPPO(config, stack)
         updates = config.updates_per_game
         ended = [ours.update(remaining=1 - update / updates).episode_returns for update in range(updates)]
     returns = [value for values in ended[-_last_updates(updates) :] for value in values]
@@ -245,9 +245,9 @@ def peer_return(config: RunConfig) -> float:
         return True
 
     with ExitStack() as stack:
-        model = peer.make_ppo(config, peer.own_envs(config))
+        model = peer.make_ppo(config, peer.sb3_envs(config))
         stack.callback(model.env.close)
-        peer.copy_parameters(Ours(config, stack).agent, model.policy)
+        peer.copy_parameters(OurPPO(config, stack).agent, model.policy)
         model.learn(config.steps_per_game, callback=note)
     return statistics.fmean(returns) if returns else float("nan")
 

@@ -121,7 +121,7 @@ def make_ppo(config: RunConfig, vec_env: VecEnv) -> Any:
     )
 
 
-def own_envs(config: RunConfig) -> VecEnv:
+def sb3_envs(config: RunConfig) -> VecEnv:
     """Makes the game's environments as SB3's users do: they are stepped one after another, each in its own wrappers.
 
     An environment whose game has ended is reset within the same step, so that no step is spent on resets.

@@ -13,7 +13,7 @@ import torch
 
 from ooc_moe.bench.harness import Spread, WrongBytes
 from ooc_moe.bench.learning import benchmark as bench
-from ooc_moe.bench.learning.benchmark import ATARI_AGENT, PIXEL_AGENT, LearningBench, Ours, check_same_network
+from ooc_moe.bench.learning.benchmark import ATARI_AGENT, PIXEL_AGENT, LearningBench, OurPPO, check_same_network
 from ooc_moe.bench.learning.results import NOTES, Returns, Speed, save
 from ooc_moe.config.agent import PRESETS
 from ooc_moe.config.run import PPOConfig
@@ -51,9 +51,9 @@ def both(small):
 
     config = LearningBench(steps=64).run_config("pixel/catch", seed=3)
     with ExitStack() as stack:
-        model = peers.make_ppo(config, peers.own_envs(config))
+        model = peers.make_ppo(config, peers.sb3_envs(config))
         stack.callback(model.env.close)
-        yield Ours(config, stack), model, config
+        yield OurPPO(config, stack), model, config
 
 
 def test_sb3_with_another_network_is_not_measured(both):
