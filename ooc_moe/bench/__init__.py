@@ -1,5 +1,8 @@
-"""Benchmarks: `ooc-moe bench store` measures the daemon against its peers in one run, `ooc-moe bench policies` the DRAM tier's policies.
+"""Benchmarks: what `ooc-moe bench store`, `cache`, `learning` and `policies` measure.
 
-`ooc-moe bench cache` measures the trainer's side, `ooc-moe bench learning` the learner; only these two need torch. Peers come from the
-`bench` extra; one of the store that is not installed is named and left out.
+`store` compares the daemon's data planes with other ways to move or keep bytes, `cache` training through the cache with training that has
+all experts resident, `learning` our PPO with Stable-Baselines3's; `policies` compares eviction policies. The modules here are what these
+share: how paths are timed (harness.py), child processes, and result pages. Only `cache` and `learning` need torch.
+
+Peers come from the `bench` extra. A peer of the store benchmark that is not installed is named in the results and left out.
 """

@@ -1,7 +1,7 @@
-"""The one way in which every path is measured: warmed up and checked once, then interleaved rounds in shuffled order.
+"""How every path is measured: it is warmed up and checked once, then all paths are timed in interleaved rounds, in shuffled order.
 
-A path that is fast because it moves nothing fails its check. A round runs every path once, so that a neighbour's noise meets all of them.
-Knows nothing of what a path is.
+The check catches a path that is fast because it moves nothing. Each round runs every path once, so that noise from other processes on the
+machine affects all paths alike.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ GB = 1e9
 
 
 class WrongBytes(Exception):
-    """A path did not move what it was asked to move: its number would be a lie."""
+    """A path did not move, or did not compute, what it was asked to. Its speed must not be reported."""
 
 
 def _nothing() -> None:
@@ -25,22 +25,21 @@ def _nothing() -> None:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Path:
-    """One way to move a set of records.
-
-    `run` moves the set once; it may return the seconds that count, where the clock of the caller would measure something else too.
-    `prepare` comes before each run and is not measured. `check` raises WrongBytes unless the run before it moved every byte.
-    """
+class TimedPath:
+    """One way to do a piece of work, for example to move a set of records."""
 
     name: str
     run: Callable[[], float | None]
+    """Does the work once. May return the seconds that it took by its own clock; these are then used instead of the harness's."""
     check: Callable[[], None]
+    """Raises WrongBytes unless the run before it did all of the work."""
     prepare: Callable[[], None] = _nothing
+    """Called before each run, and not timed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Spread:
-    """Median and quartiles of the rounds."""
+    """Median and quartiles of the samples, one sample a round."""
 
     median: float
     q1: float
@@ -48,7 +47,7 @@ class Spread:
 
     @staticmethod
     def of(samples: Sequence[float]) -> Spread:
-        """Of at least one sample."""
+        """Computes them from at least one sample."""
         if len(samples) == 1:
             return Spread(median=samples[0], q1=samples[0], q3=samples[0])
         q1, median, q3 = statistics.quantiles(samples, n=4, method="inclusive")
@@ -56,14 +55,23 @@ class Spread:
 
     @property
     def text(self) -> str:
-        """For a table: median [quartiles]."""
+        """A table's cell: median [first quartile, third quartile]."""
         return f"{self.median:.4g} [{self.q1:.4g}, {self.q3:.4g}]"
 
 
-def warm_up(paths: Sequence[Path], *, blank: Callable[[], None]) -> None:
-    """Runs each path once over a destination made blank, and checks it. Raises WrongBytes, naming the path."""
+def warm_up(paths: Sequence[TimedPath], *, before_each: Callable[[], None]) -> None:
+    """Runs and checks each path once.
+
+    Args:
+        paths: what to run.
+        before_each: called before each path. Where the paths share a destination it must overwrite it; otherwise the bytes that an earlier
+            path left there could pass the check.
+
+    Raises:
+        WrongBytes: a check failed; the message names the path.
+    """
     for path in paths:
-        blank()
+        before_each()
         path.prepare()
         path.run()
         try:
@@ -73,16 +81,16 @@ def warm_up(paths: Sequence[Path], *, blank: Callable[[], None]) -> None:
 
 
 def measure(
-    paths: Sequence[Path], *, num_bytes: int, calls: int, rounds: int, order: random.Random, on_run: Callable[[], None]
+    paths: Sequence[TimedPath], *, num_bytes: int, calls: int, rounds: int, order: random.Random, on_run: Callable[[], None]
 ) -> dict[str, list[float]]:
-    """GB/s of every path, one sample a round.
+    """Measures the GB/s (10^9 bytes) of every path, one sample a round.
 
     Args:
         paths: what to measure.
-        num_bytes: what one run of a path moves.
-        calls: runs in one sample, so that a small set is not lost in the clock.
+        num_bytes: how many bytes one run of a path moves.
+        calls: runs in one sample; several where one run is too short to time.
         rounds: samples of each path.
-        order: shuffles each round.
+        order: shuffles the paths of each round.
         on_run: called after every sample.
     """
     seconds = timed_rounds(paths, calls=calls, rounds=rounds, order=order, on_run=on_run)
@@ -90,9 +98,9 @@ def measure(
 
 
 def timed_rounds(
-    paths: Sequence[Path], *, calls: int, rounds: int, order: random.Random, on_run: Callable[[], None]
+    paths: Sequence[TimedPath], *, calls: int, rounds: int, order: random.Random, on_run: Callable[[], None]
 ) -> dict[str, list[float]]:
-    """Seconds of one run of every path, one sample a round, each the mean of `calls` runs. As `measure` otherwise."""
+    """Measures the seconds that one run of every path takes, as means over `calls` runs, one sample a round. Arguments as in `measure`."""
     samples: dict[str, list[float]] = {path.name: [] for path in paths}
     for _ in range(rounds):
         gc.collect()
@@ -102,12 +110,12 @@ def timed_rounds(
     return samples
 
 
-def _timed(path: Path) -> float:
+def _timed(path: TimedPath) -> float:
     path.prepare()
     gc.disable()
     try:
         began = time.perf_counter()
-        own = path.run()
-        return time.perf_counter() - began if own is None else own
+        own_s = path.run()
+        return time.perf_counter() - began if own_s is None else own_s
     finally:
         gc.enable()

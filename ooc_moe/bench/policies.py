@@ -1,10 +1,10 @@
-"""Which eviction policy suits which use: hit rates of LRU, S3-FIFO and the offline optimum on the same traces.
+"""`ooc-moe bench policies`: hit rates of LRU, S3-FIFO and the offline optimum (Belady) on the same traces.
 
     python -m ooc_moe.bench.policies [--seed N] [--results FILE]
 
-The policies are those of the daemon and the trainer's cache (ooc_moe_wire.policy), and the replay is that of ooc-moe simulate, which also
-takes recorded traces, and tiers. Patterns are of expert ids, made from a seed; every miss is brought in. No daemon runs, and nothing is
-timed.
+The policies are those of the daemon and the trainer's cache (ooc_moe_wire.policy). The replay is that of `ooc-moe simulate`, which can also
+replay recorded traces through several tiers. A trace is a sequence of expert ids made from a seed. Every miss is brought into the cache. No
+daemon runs, and nothing is timed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ooc_moe.simulate.replay import Setup, replay
 CACHE_SHARES = (0.05, 0.1, 0.25, 0.5)
 NUM_GAMES = 57
 NUM_LAYERS = 4
-POOL_EXPERTS = 8  # Of one game in one layer.
+POOL_EXPERTS = 8  # Experts that one game uses in one layer.
 TOP_K = 2
 GAME_EXPERTS = NUM_LAYERS * POOL_EXPERTS
 POLICIES = {"LRU": "lru", "S3-FIFO": "s3fifo", "Belady": "belady"}
@@ -35,7 +35,7 @@ POLICIES = {"LRU": "lru", "S3-FIFO": "s3fifo", "Belady": "belady"}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pattern:
-    """The experts that were asked for, in order."""
+    """A trace: the experts that were accessed, in order. `what` describes it in words."""
 
     name: str
     what: str
@@ -43,13 +43,13 @@ class Pattern:
 
     @property
     def num_experts(self) -> int:
-        """How many different ones."""
+        """How many different experts the trace has."""
         return len(set(self.experts))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One trace with a cache of one size; hit rates in the order of POLICIES."""
+    """The hit rates of one trace in a cache of one size, in the order of POLICIES."""
 
     pattern: Pattern
     cache_share: float
@@ -58,14 +58,14 @@ class Row:
 
 
 def hit_rate(policy: str, experts: Sequence[int], cache_experts: int) -> float:
-    """Hits per access of a cache that begins empty and takes in every miss: a replay without tiers below it."""
+    """Replays the trace through a cache that starts empty and brings in every miss. Returns the hits per access."""
     info = trace.TraceInfo(source="made", num_banks=1, expert_bytes=1)
     played = trace.Trace(info=info, keys_A=np.asarray(experts, dtype=np.uint32), marks=())
     return replay(played, Setup(hbm_experts=cache_experts, policy=policy)).training.hit_rate
 
 
 def patterns(seed: int, *, length: int = 60_000, num_games: int = NUM_GAMES) -> list[Pattern]:
-    """All patterns, of about `length` accesses each."""
+    """Makes all traces, each of about `length` accesses."""
     rng = np.random.default_rng(seed)
     num_experts = num_games * GAME_EXPERTS
     return [
@@ -92,9 +92,9 @@ def patterns(seed: int, *, length: int = 60_000, num_games: int = NUM_GAMES) -> 
     ]
 
 
-def compare(made: Sequence[Pattern], shares: Sequence[float] = CACHE_SHARES) -> Iterator[Row]:
-    """A row for each trace and size of cache, as it is done."""
-    for pattern in made:
+def compare(traces: Sequence[Pattern], shares: Sequence[float] = CACHE_SHARES) -> Iterator[Row]:
+    """Yields a row for each trace and cache size, as soon as it is computed. `shares`: cache sizes, as shares of the trace's experts."""
+    for pattern in traces:
         for share in shares:
             cache_experts = max(1, round(share * pattern.num_experts))
             rates = tuple(hit_rate(policy, pattern.experts, cache_experts) for policy in POLICIES.values())
@@ -108,7 +108,7 @@ def table(rows: Sequence[Row]) -> Table:
 
 
 def markdown(rows: Sequence[Row], *, command: str) -> str:
-    """For a file: what ran on what, the traces, the table."""
+    """Makes the page: command, machine and versions, what each trace is, and the table."""
     lines = ["# ooc-moe bench policies", "", "Hit rates; each trace by every policy.", ""]
     lines += [f"- {name}: {value}" for name, value in facts(Path(), command=command).items()]
     lines += [f'- trace "{name}": {what}' for name, what in dict.fromkeys((row.pattern.name, row.pattern.what) for row in rows)]
@@ -132,14 +132,14 @@ def _cut(experts: Iterator[int], length: int) -> list[int]:
 
 
 def _turns(rng: np.random.Generator, num_games: int, *, steps: int) -> Iterator[int]:
-    """Games in rounds of random order."""
+    """Plays all games in turn, in rounds; each round has an order of its own."""
     while True:
         for game in rng.permutation(num_games):
             yield from _turn(rng, int(game), steps)
 
 
 def _turn(rng: np.random.Generator, game: int, steps: int) -> Iterator[int]:
-    """Some steps of one game: layer by layer, each time some of its pool, a few of them more often than the others."""
+    """Plays one game for `steps` steps. A step draws TOP_K experts of the pool in each layer; popular experts are drawn more often."""
     popularity = _zipf(POOL_EXPERTS, 0.8)
     for _ in range(steps):
         for layer in range(NUM_LAYERS):
@@ -156,7 +156,7 @@ def _turns_with_evaluations(rng: np.random.Generator, num_games: int) -> Iterato
 
 
 def run(console: Console, *, seed: int, show: Callable[[str], None]) -> list[Row]:
-    """Compares on all traces, saying on the way which is done, and prints the table."""
+    """Compares the policies on all traces, calls `show` with each trace that is done, and prints the table."""
     rows = []
     for row in compare(patterns(seed)):
         show(f"{row.pattern.name}, {row.cache_share:.0%}")

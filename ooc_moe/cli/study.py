@@ -17,8 +17,8 @@ from ooc_moe.session.interrupts import INTERRUPTED_EXIT
 from ooc_moe_wire.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from ooc_moe.study.definitions import Study, StudyRun
     from ooc_moe.study.runner import Outcome, Status
+    from ooc_moe.study.study import Study, StudyRun
     from ooc_moe.study.variants import Variant
 
 
@@ -50,7 +50,7 @@ def study(
     $ ooc-moe study synthetic --jobs 2           # the rest
     $ ooc-moe study synthetic --tables-only
     """
-    from ooc_moe.study.definitions import STUDIES, find_study
+    from ooc_moe.study.studies import STUDIES, find_study
     from ooc_moe.study.variants import VARIANTS
 
     console = Console()
@@ -123,7 +123,8 @@ def _say(outcome: Outcome, console: Console) -> None:
 
 def _write_home(chosen: Study, wanted: list[StudyRun], study_dir: Path, results: Path, console: Console) -> None:
     from ooc_moe.evaluation import baselines
-    from ooc_moe.study import results_page as home
+    from ooc_moe.study.result_files import write
+    from ooc_moe.study.results import results_of
 
     with console.status("") as status:
 
@@ -131,7 +132,7 @@ def _write_home(chosen: Study, wanted: list[StudyRun], study_dir: Path, results:
             status.update(f"constant actions in {game}: {done} of {of}")
 
         constants = baselines.play_constants(chosen.games, chosen.recipe, study_dir / baselines.DIRECTORY, say)
-    found = home.results_of(chosen, wanted, constants)
+    found = results_of(chosen, wanted, constants)
     for table in found.tables[:2]:
         print_table(table, console)
         console.print()
@@ -139,7 +140,7 @@ def _write_home(chosen: Study, wanted: list[StudyRun], study_dir: Path, results:
         console.print(f"{verdict.part}: {verdict.word}. {verdict.says}", markup=False, soft_wrap=True)
     if found.found.missing:
         console.print(f"{len(found.found.missing)} of {len(wanted)} runs are missing", style="yellow")
-    for path in home.write(found, results, command=command_given().replace(" --tables-only", "")):  # What would make it anew.
+    for path in write(found, results, command=command_given().replace(" --tables-only", "")):  # What would make it anew.
         console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
 
 

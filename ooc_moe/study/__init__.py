@@ -1,7 +1,12 @@
-"""Does the claim hold? A study is a list of runs (variant x order of the games x seed), and what they show together.
+"""`ooc-moe study`: does the claim hold? A study is a list of runs (variant x order of the games x seed) and what they show together.
 
-definitions.py and variants.py say what is run, runner.py runs it; the others read what the runs logged: scores.py, costs.py, verdicts.py,
-tables.py, figures.py. home.py writes the results.
+    variants.py, study.py, studies.py              what is run
+    runner.py, run_process.py                      make the runs
+    scores.py, costs.py, caching.py, verdicts.py   read the finished runs and judge them
+    tables.py, figures.py                          show them
+    results.py, result_files.py                    do all of this for one study, and write its files
+
+Only the command line uses this room: find_study, run_all, results_of and write.
 
 Run: ooc-moe study synthetic
 """

@@ -1,7 +1,12 @@
-"""Hit rate and stall of games in blocks beside the same steps in turns: as the trainer measured them, and as the simulator replays them.
+"""Hit rates and stalls when games come in blocks, compared with the same steps when games take turns; measured and simulated.
 
-The simulator replays the trace of the run in blocks, its accesses dealt out anew in turns, through the product's own LRU and through
-Belady's optimum, without prefetching; the trainer prefetches, so it may beat Belady.
+In blocks, a game is trained to its end before the next one. In turns, the trainer switches games every few updates:
+
+    blocks      AAAAAAAA BBBBBBBB
+    turns of 2  AA BB AA BB AA BB AA BB
+
+The trainer measured both. The simulator takes the trace of the run in blocks, reorders its accesses into turns, and replays it through the
+trainer's own LRU policy and through Belady's optimum. It does not prefetch. The trainer prefetches, so it may beat Belady.
 """
 
 from __future__ import annotations
@@ -19,7 +24,7 @@ from ooc_moe.study.scores import StudyScores
 
 
 class Way(Enum):
-    """How a point was found."""
+    """Where a point's numbers come from."""
 
     TRAINER = "trainer"
     SIMULATOR = "simulator"
@@ -27,22 +32,22 @@ class Way(Enum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CachingPoint:
-    """One HBM capacity and one switch interval."""
+    """The hit rate and the stall for one HBM capacity and one switch interval."""
 
     way: Way
     hbm_experts: int
     bank_experts: int
     switch_every: int | None
-    """Updates in a game before the next one's turn; None: games in blocks."""
+    """Updates of a game before the trainer switches to the next one; None: games in blocks."""
     accesses: int
     hit_rate: float
     belady: float
-    """Belady's hit rate for the same accesses; NaN for the trainer, whose accesses in turns were not recorded."""
+    """The hit rate of Belady's optimum for the same accesses. NaN for the trainer, because its accesses in turns were not recorded."""
     stall_s: float
 
 
 def caching_points(found: StudyScores) -> list[CachingPoint]:
-    """All points of a study that has runs with HBMs of several sizes; none for one that recorded no trace."""
+    """Returns the points of all runs, then those that the simulator computes from the study's trace. Empty if no run recorded a trace."""
     traced = next((record for record in found.records.values() if _trace_of(record) is not None), None)
     if traced is None:
         return []
@@ -56,7 +61,7 @@ def caching_points(found: StudyScores) -> list[CachingPoint]:
 
 def _trace_of(record: RunRecord) -> Path | None:
     trace = record.config.get("trace")
-    # Beside the run, wherever the run is now.
+    # The trace is in the run's directory, wherever that directory is now.
     return None if trace is None else record.run_dir / Path(trace).name
 
 
@@ -77,7 +82,7 @@ def _measured(record: RunRecord) -> CachingPoint:
 
 def _simulated(trace: Trace, config: RunConfig, sizes: list[int], intervals: list[int | None]) -> list[CachingPoint]:
     updates = len(config.games) * config.updates_per_game
-    training = with_turns(trace, len(trace.keys_A))  # Evaluation left out.
+    training = with_turns(trace, len(trace.keys_A))  # Without the accesses of evaluations.
     per_update = max(1, round(len(training.keys_A) / updates))
     points = []
     for every in intervals:

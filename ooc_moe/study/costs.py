@@ -1,6 +1,7 @@
 """What each variant costs: parameters, bytes, fetches, time.
 
-Of a variant that has a network for each game, all networks together; but of HBM what one of them takes, for one is used at a time.
+Where a variant has a network for each game, the costs of all its networks are added up. Only HBM is counted for one network, because one is
+used at a time.
 """
 
 from __future__ import annotations
@@ -25,44 +26,44 @@ _FETCHED_FROM = ("dram", "nvme", "seed")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Costs:
-    """Means over the runs of a variant; NaN where nothing was logged."""
+    """The costs of a variant, as means over its runs. NaN where the runs logged nothing."""
 
     parameters: float
     dense_parameters: float
-    """Of `parameters`, those outside experts."""
+    """The part of `parameters` that is outside experts."""
     hbm_bytes: float
-    """What the cache of experts can hold."""
+    """The capacity of the cache of experts."""
     protection_bytes: float
-    """What protection keeps at the end: frames and what the network said of them, or Fisher matrices and anchors."""
+    """What protection stores at the end: frames and the network's outputs for them, or Fisher matrices and anchors."""
     exemplar_bytes: float
-    """The frames of every game that the detector keeps, whatever the protection."""
+    """The frames of each game that the detector stores; it does so with every protection."""
     moved_bytes: float
-    """In and out of HBM, training and evaluation."""
+    """Bytes moved into and out of HBM, in training and evaluation."""
     fetched: float
-    """Experts brought into HBM while training, on demand or ahead."""
+    """How often an expert was brought into HBM in training, on demand or ahead."""
     cold_share: float
-    """Of the tokens of a game's training, those computed by experts that an earlier game had used; the mean over games after the first.
-    NaN where games take turns, for there none is earlier."""
+    """The share of a game's training tokens that cold experts computed, which are those that an earlier game had used. The mean over all
+    games but the first. NaN where games take turns, because then no game is earlier."""
     cold_fetched: float
-    """Of `fetched`, the experts that an earlier game had used; NaN where fetches were not logged by expert, or games take turns."""
+    """The part of `fetched` that were cold experts. NaN where fetches were not logged by expert, or where games take turns."""
     cold_equal: int
-    """Experts equal bit for bit after a game that did not use them, or only borrowed them, in all runs together."""
+    """Over all runs: how many cold experts a game left equal bit for bit, of those that it did not use or only borrowed."""
     cold: int
-    """Of so many: see measures.cold_unchanged."""
+    """How many cold experts `cold_equal` was counted among; see measures.cold_unchanged."""
     cold_runs: int
-    """Of so many runs: the others logged no checksums."""
+    """How many runs these were; the other runs logged no checksums."""
     train_s: float
     steps_per_s: float
     stall_s: float
 
 
 def costs_by_variant(found: StudyScores) -> dict[str, Costs]:
-    """The costs of each variant that has a finished run."""
+    """Returns the costs of each variant that has a finished run."""
     return {name: costs_of(found, name) for name in found.variants}
 
 
 def costs_of(found: StudyScores, variant: str) -> Costs:
-    """The costs of one variant."""
+    """Returns the costs of one variant."""
     networks = len(found.study.games) if found.study.variants[variant].alone else 1
     records = list(found.of(variant).values())
     rows = [_costs_of_run(record) for record in records]
@@ -88,7 +89,7 @@ def _costs_of_run(record: RunRecord) -> Costs:
     speed = speed[~np.isnan(speed)]
     agent = replace(config.agent, num_games=len(record.games), num_experts=record.num_experts)
     fetched = sum(np.nansum(record.increments("cache", "fetched_from", tier)) for tier in _FETCHED_FROM)
-    protection_bytes, exemplar_bytes = _kept(record.run_dir / checkpoint.DIRECTORY / checkpoint.LATEST)
+    protection_bytes, exemplar_bytes = _stored_bytes(record.run_dir / checkpoint.DIRECTORY / checkpoint.LATEST)
     size = agent.estimate_params()
     return Costs(
         parameters=size.total,
@@ -109,8 +110,8 @@ def _costs_of_run(record: RunRecord) -> Costs:
     )
 
 
-def _kept(path: Path) -> tuple[float, float]:
-    """Bytes that protection and the detector keep, as the dense file of a checkpoint has them; NaN where there is none."""
+def _stored_bytes(path: Path) -> tuple[float, float]:
+    """Returns how many bytes protection and the detector store, read from the dense file of a checkpoint. NaN if there is none."""
     if not path.exists():
         return float("nan"), float("nan")
     state = checkpoint.load(path).state
@@ -118,7 +119,7 @@ def _kept(path: Path) -> tuple[float, float]:
 
 
 def _num_bytes(state: Any) -> int:
-    """Of all tensors in nested dicts, lists and tuples."""
+    """Adds up the bytes of all tensors in nested dicts, lists and tuples."""
     if isinstance(state, Tensor):
         return state.nbytes
     parts = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ()
@@ -126,7 +127,7 @@ def _num_bytes(state: Any) -> int:
 
 
 def cold_share(record: RunRecord) -> float:
-    """The mean over games, the first left out, of the share of a game's tokens that went to experts which an earlier game had used."""
+    """Returns the share of a game's tokens that went to experts which an earlier game had used; the mean over all games but the first."""
     if record.config.get("switch_every"):
         return float("nan")
     usage_GE = record.training_usage()
@@ -138,12 +139,12 @@ def cold_share(record: RunRecord) -> float:
 
 
 def cold_fetched(record: RunRecord) -> float:
-    """How often an expert came into HBM, on demand or ahead, while a game was trained before which another game had used it."""
+    """Counts how often an expert that an earlier game had used was brought into HBM, on demand or ahead, in a later game's training."""
     if record.config.get("switch_every") or not any("fetches" in event for event in record.updates):
         return float("nan")
     return float(record.training_fetches()[_used_earlier(record.training_usage())].sum())
 
 
 def _used_earlier(usage_GE: Floats) -> NDArray[np.bool_]:
-    """(G, E) whether an earlier game used the expert."""
+    """Returns, as (G, E), whether a game before game G used expert E."""
     return np.asarray(np.cumsum(usage_GE, axis=0) - usage_GE > 0)

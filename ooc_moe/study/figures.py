@@ -1,4 +1,4 @@
-"""The pictures of a study. Every run is a point; means stand beside their points, never instead of them."""
+"""The figures of a study. They show every run as a point; a mean is drawn in addition to its points, never instead of them."""
 
 from __future__ import annotations
 
@@ -19,18 +19,21 @@ _DRAWN = {"learning": "right after its training", "average": "at the end of the 
 
 
 def figures(found: StudyScores, points: Sequence[CachingPoint]) -> dict[str, Figure]:
-    """By name, those that have something to show."""
+    """Draws all figures for which there are results. By name: "measures", "games", "hits"."""
     draw: dict[str, Callable[[], Figure | None]] = {
         "measures": lambda: learning_and_retention(found),
         "games": lambda: scores_after_training(found),
         "hits": lambda: misses_and_stalls(points),
     }
-    made = {name: make() for name, make in draw.items()}
-    return {name: figure for name, figure in made.items() if figure is not None}
+    drawn = {name: function() for name, function in draw.items()}
+    return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
 def learning_and_retention(found: StudyScores) -> Figure | None:
-    """Learning, average and retention of each variant: every run, the mean and its 95 % interval; one colour for each order."""
+    """Draws learning, average and retention of each variant: every run, the mean and its 95 % interval. Each order has a colour.
+
+    None if no variant has an average.
+    """
     names = [name for name in found.variants if name != UNTRAINED and strata(found.cells(name, "average"))]
     if not names:
         return None
@@ -42,8 +45,8 @@ def learning_and_retention(found: StudyScores) -> Figure | None:
         ax.axvline(1, color=FAINT, linewidth=1, linestyle="--")
         for row, name in enumerate(names):
             cells = found.cells(name, measure)
-            _runs(ax, cells, row, lambda order: colours.get(order, INK))
-            _mean(ax, cells, row)
+            _draw_runs(ax, cells, row, lambda order: colours.get(order, INK))
+            _draw_mean(ax, cells, row)
         ax.set_title(f"{measure}\n{says}")
         ax.grid(visible=False, axis="y")
     axes[0].set_yticks(range(len(names)), names)
@@ -53,14 +56,14 @@ def learning_and_retention(found: StudyScores) -> Figure | None:
     if any(found.study.variants[name].alone for name in names):
         axes[-1].plot([], [], "o", color=INK, markersize=4, label="one game alone")
     legend(axes[-1])
-    # From random play on: an axis that begins at 0.99 makes much of nothing.
+    # The axis starts at random play or below: one that starts at 0.99 would make tiny differences look large.
     axes[0].set_xlim(min(-0.05, axes[0].get_xlim()[0]), max(1.1, axes[0].get_xlim()[1]))
     figure.supxlabel("0: random play, 1 (dashed): a network of its own for each game", fontsize=10)
     return figure
 
 
-def _runs(ax: Axes, cells: Sequence[Cell], row: int, colour: Callable[[str], str]) -> None:
-    """A point for each run: its mean over games."""
+def _draw_runs(ax: Axes, cells: Sequence[Cell], row: int, colour: Callable[[str], str]) -> None:
+    """Draws a point for each run: its mean over games."""
     runs: dict[tuple[str, int], list[float]] = {}
     for cell in cells:
         runs.setdefault((cell.order, cell.seed), []).append(cell.value)
@@ -69,9 +72,10 @@ def _runs(ax: Axes, cells: Sequence[Cell], row: int, colour: Callable[[str], str
         ax.plot(measures.mean(values), row + place, "o", color=colour(order), markersize=3.5, alpha=0.6)
 
 
-def _mean(ax: Axes, cells: Sequence[Cell], row: int) -> None:
+def _draw_mean(ax: Axes, cells: Sequence[Cell], row: int) -> None:
+    """Draws the mean over runs and games, with its 95 % interval if there are several runs."""
     groups = strata(cells)
-    if sum(map(len, groups)) < 2:  # The mean of one run is its point.
+    if sum(map(len, groups)) < 2:  # The mean of one run is that run's point.
         return
     value = float(statistics.mean(statistics.pooled(groups)))
     ax.plot(value, row, "|", color=INK, markersize=14, markeredgewidth=2)
@@ -81,8 +85,11 @@ def _mean(ax: Axes, cells: Sequence[Cell], row: int) -> None:
 
 
 def scores_after_training(found: StudyScores) -> Figure | None:
-    """Each game's score from the end of its own training on, in the first order: a panel for each variant, thin lines for runs, bold ones
-    for their mean."""
+    """Draws each game's score from the end of its own training on, in the study's first order.
+
+    Each variant has a panel. Thin lines are runs, the bold line is their mean. None if no game counts, or if no run was evaluated after
+    each of its games.
+    """
     order, schedule = next(iter(found.study.orders.items()))
     games = [game for game in dict.fromkeys(schedule) if game in found.counted]
     drawn = ((name, _scores_of(found, name, order)) for name in found.variants if name != UNTRAINED)
@@ -114,7 +121,7 @@ def scores_after_training(found: StudyScores) -> Figure | None:
 
 
 def _scores_of(found: StudyScores, variant: str, order: str) -> measures.Floats | None:
-    """(runs, phases, games) scores; None of a variant that was evaluated at its end only."""
+    """Returns the scores as (runs, phases, games); None if the variant was evaluated only at its end."""
     scores = [
         found.normalised(record)[0] for run, record in found.of(variant).items() if run.order == order and not run.config.switch_every
     ]
@@ -122,9 +129,10 @@ def _scores_of(found: StudyScores, variant: str, order: str) -> measures.Floats 
 
 
 def misses_and_stalls(points: Sequence[CachingPoint]) -> Figure | None:
-    """Misses and stalls against the switch interval, one line for each HBM capacity; trainer and simulator side by side.
+    """Draws misses and stalls against the switch interval, with a line for each HBM capacity; trainer and simulator side by side.
 
-    On logarithmic axes: hit rates of 98.8 and 99.9 % look alike, and one misses ten times as often as the other.
+    The axes are logarithmic. On linear axes hit rates of 98.8 % and 99.9 % look alike, although one misses ten times as often as the other.
+    None if there are no points.
     """
     ways = [way for way in Way if any(point.way is way for point in points)]
     if not ways:
@@ -134,7 +142,8 @@ def misses_and_stalls(points: Sequence[CachingPoint]) -> Figure | None:
     sizes = sorted({point.hbm_experts for point in points}, reverse=True)
     colours = game_colours([str(size) for size in sizes])
     intervals = sorted({point.switch_every for point in points if point.switch_every})
-    places = {every: every for every in intervals} | {None: 4 * max(intervals, default=1)}  # Blocks are longest.
+    # By interval: its place on the x axis. Blocks (None) are the longest interval.
+    places = {every: every for every in intervals} | {None: 4 * max(intervals, default=1)}
     for (top, bottom), way in zip(grid.T, ways, strict=True):
         for rank, size in enumerate(sizes):
             found = {point.switch_every: point for point in points if point.way is way and point.hbm_experts == size}
@@ -142,7 +151,7 @@ def misses_and_stalls(points: Sequence[CachingPoint]) -> Figure | None:
             if not row:
                 continue
             x = [places[point.switch_every] for point in row]
-            # Wider below, so that lines that lie on each other are all seen.
+            # Lines drawn first are wider, so that lines that coincide can all be seen.
             look = {"color": colours[str(size)], "linewidth": 4 * 0.65**rank, "markersize": 8 * 0.75**rank}
             top.plot(x, [1 - p.hit_rate for p in row], "o-", label=f"{size} of {row[0].bank_experts}", **look)
             bottom.plot(x, [p.stall_s for p in row], "o-", **look)

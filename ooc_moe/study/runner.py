@@ -1,7 +1,7 @@
-"""Makes many runs, some at a time, each in a process of its own with a daemon of its own; goes on where an earlier call was stopped.
+"""Makes many runs, several at a time, each in a process of its own with a daemon of its own. Continues where an earlier call was stopped.
 
-A run that is done is left alone, one that was begun goes on from its last checkpoint, one that has none is begun again, its directory
-moved aside. Ctrl-C lets every running process save a checkpoint. Knows nothing of what the runs are for.
+A finished run is left alone. A run with a checkpoint is resumed from it. A run that stopped before its first checkpoint is made anew, and
+its old directory is renamed. On Ctrl-C every running process saves a checkpoint and ends.
 """
 
 from __future__ import annotations
@@ -25,49 +25,54 @@ from ooc_moe.session import checkpoint
 from ooc_moe.session.interrupts import INTERRUPTED_EXIT, interruptible
 from ooc_moe_wire.errors import InvalidRequest
 
-CHILD = ("-m", "ooc_moe.study.run_one")
+RUN_PROCESS = ("-m", "ooc_moe.study.run_process")
 LOG_FILE = "output.log"
 POLL_S = 0.5
 _TAIL_BYTES = 1 << 16
 
 
 class State(Enum):
-    """How far a run came."""
+    """How far a run has come."""
 
     NEW = "new"
     BEGUN = "begun"
-    """It has a checkpoint to go on from."""
+    """It can be resumed from a checkpoint."""
     BROKEN = "broken"
-    """It was begun, and stopped before its first checkpoint."""
+    """It stopped before its first checkpoint."""
     DONE = "done"
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How the work ended: what failed, with the last line that each said, and whether it was interrupted."""
+    """How `run_all` ended."""
 
     failed: dict[Path, str]
+    """By directory of a failed run: its exit code and the last line of its output."""
     interrupted: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """What goes on, for a display."""
+    """The progress of `run_all`, for a display."""
 
     done: int
+    """Finished runs."""
     total: int
+    """All runs."""
     steps_done: int
+    """Environment steps of all runs so far."""
     steps_total: int
     running: dict[Path, int]
-    """Directory -> its environment steps."""
+    """By directory of a running run: its environment steps so far."""
     failed: int
+    """Failed runs."""
 
 
 def state_of(config: RunConfig) -> State:
-    """How far the run in `config.run_dir` came.
+    """Returns how far the run in `config.run_dir` has come.
 
     Raises:
-        InvalidRequest: it has another configuration; names the first field that differs.
+        InvalidRequest: the run there has another configuration; the message names the first field that differs.
     """
     run_dir = config.run_dir
     if not (run_dir / CONFIG_FILE).exists():
@@ -79,25 +84,25 @@ def state_of(config: RunConfig) -> State:
 
 
 def steps_of(config: RunConfig) -> int:
-    """Environment steps of the whole run."""
+    """Returns how many environment steps the whole run has."""
     return len(config.games) * config.updates_per_game * config.steps_per_update
 
 
 def steps_done(run_dir: Path) -> int:
-    """Environment steps that the run has behind it, as its metrics say."""
+    """Returns how many environment steps the run has done so far, according to its metrics."""
     return max((step for _, step in _newest_events(run_dir)), default=0)
 
 
 def run_all(configs: Sequence[RunConfig], *, jobs: int, watch: Callable[[Status], object] = lambda status: None) -> Outcome:
-    """Makes all runs that are not done, in order, `jobs` at a time.
+    """Makes all unfinished runs in their order, `jobs` at a time.
 
     Args:
-        configs: the runs; their directories may hold what an earlier call left.
-        jobs: processes at a time.
-        watch: told the status, twice a second.
+        configs: the runs. Their directories may hold finished and unfinished runs of earlier calls.
+        jobs: how many processes run at a time.
+        watch: called with the status twice a second.
 
     Raises:
-        InvalidRequest: a directory holds a run of another configuration; nothing was begun.
+        InvalidRequest: a directory holds a run of another configuration. No run was started.
     """
     if jobs < 1:
         raise InvalidRequest(f"jobs: {jobs} is not at least 1")
@@ -120,7 +125,7 @@ def run_all(configs: Sequence[RunConfig], *, jobs: int, watch: Callable[[Status]
                 if process.returncode == 0:
                     done, steps_finished = done + 1, steps_finished + steps_of(config)
                 elif not (interrupted() and process.returncode in (INTERRUPTED_EXIT, -signal.SIGTERM)):
-                    failed[run_dir] = _last_words(run_dir, process.returncode)
+                    failed[run_dir] = _failure(run_dir, process.returncode)
             now = {run_dir: steps_done(run_dir) for run_dir in running}
             watch(
                 Status(
@@ -133,7 +138,7 @@ def run_all(configs: Sequence[RunConfig], *, jobs: int, watch: Callable[[Status]
                 )
             )
             if interrupted() and not stopping:
-                stopping = True  # Once: a second signal would keep them from saving.
+                stopping = True  # Only once: a second signal would keep the processes from saving.
                 for _, process in running.values():
                     process.terminate()
             time.sleep(POLL_S)
@@ -141,32 +146,33 @@ def run_all(configs: Sequence[RunConfig], *, jobs: int, watch: Callable[[Status]
 
 
 def _start(config: RunConfig) -> subprocess.Popen[bytes]:
-    """A process of its own session, so that Ctrl-C reaches the runner alone."""
+    """Starts the run's process, in a session of its own, so that Ctrl-C reaches the runner alone."""
     run_dir = config.run_dir
     if state_of(config) is State.BROKEN:
         run_dir.rename(run_dir.with_name(f"{run_dir.name}.broken-{time.strftime('%Y%m%d-%H%M%S')}"))
     run_dir.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, *CHILD, str(run_dir)]
+    command = [sys.executable, *RUN_PROCESS, str(run_dir)]
     environment = os.environ | {"OMP_NUM_THREADS": str(config.threads), "MKL_NUM_THREADS": str(config.threads)}
     with (run_dir / LOG_FILE).open("ab") as output:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
     assert process.stdin is not None
-    with suppress(BrokenPipeError):  # It ended already; its exit code says so.
+    with suppress(BrokenPipeError):  # The process has ended already; its exit code tells why.
         process.stdin.write(config.to_json().encode())
         process.stdin.close()
     return process
 
 
-def _last_words(run_dir: Path, code: int) -> str:
+def _failure(run_dir: Path, code: int) -> str:
+    """The exit code and the last line of a process's output."""
     lines = (run_dir / LOG_FILE).read_text(errors="replace").split("\n")
-    said = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
-    return f"ended with {code}: {said}"
+    last_line = next((line.strip() for line in reversed(lines) if line.strip()), "no output")
+    return f"ended with {code}: {last_line}"
 
 
 def _newest_events(run_dir: Path) -> Iterator[tuple[str, int]]:
-    """(event, step) of the last events in the metrics."""
+    """Yields (event, step) of the last events in the metrics."""
     path = run_dir / METRICS_FILE
     if not path.exists():
         return
@@ -175,18 +181,18 @@ def _newest_events(run_dir: Path) -> Iterator[tuple[str, int]]:
         file.seek(max(0, size - _TAIL_BYTES))
         lines = file.read().split(b"\n")
     for line in lines[:-1]:
-        with suppress(ValueError):  # The first may begin in its middle.
+        with suppress(ValueError):  # The first line may lack its beginning.
             event = json.loads(line)
             yield event["event"], int(event["step"])
 
 
 def _check_same(found: RunConfig, wanted: RunConfig) -> None:
-    # A directory may be named from elsewhere than where the run was made, and with it the trace in it.
+    # The run's directory may have been moved since the run was made, and the trace in it with it: their paths are not compared.
     here, there = (_flat(asdict(config) | {"run_dir": "", "trace": config.trace and Path(config.trace).name}) for config in (found, wanted))
     for name, value in there.items():
         if here.get(name) != value:
             raise InvalidRequest(
-                f"{wanted.run_dir}: it was made with {name} {here.get(name)}, not {value}; move it away, or give another --runs"
+                f"{wanted.run_dir}: the run there was made with {name} {here.get(name)}, not {value}; move it away, or give another --runs"
             )
 
 

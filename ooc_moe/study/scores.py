@@ -1,7 +1,7 @@
-"""The scores of a study's runs on one scale: 0 is random play, 1 what a network of its own learns of the game (the mean of its seeds).
+"""The scores of a study's runs on one scale for all games: 0 is random play, 1 is single-task.
 
-Which games count in ratios is decided here, by the rules of `_left_out`. Knows nothing of variants beyond their names, and of how results
-are printed.
+Single-task is the score of a network that was trained on this game alone, as the mean over its seeds. The rules of `_why_left_out` decide
+which games count in ratios.
 """
 
 from __future__ import annotations
@@ -16,34 +16,35 @@ from ooc_moe.envs import REFERENCE_SCORES
 from ooc_moe.metrics import measures
 from ooc_moe.metrics.measures import Floats
 from ooc_moe.metrics.run import RunRecord
-from ooc_moe.study.definitions import Study, StudyRun
+from ooc_moe.study.study import Study, StudyRun
 
 SINGLE = "single"
 LEARNED_MIN = 0.2
-"""A game that is not learned this far has nothing to forget: below it, it is left out of ratios."""
+"""A game that was learned less than this is left out of ratios, because there is too little that could be forgotten."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GameFacts:
-    """What a game's scores are measured by, raw; NaN where it was not measured."""
+    """The raw returns that a game's scores are compared with. NaN where one was not measured."""
 
     game: str
     random: float
+    """Random play."""
     constant: float
-    """The best constant action's."""
+    """The best constant action."""
     single: float
-    """A network of its own; the mean of its seeds."""
+    """Single-task: a network that learned this game alone, as the mean over its seeds."""
     reference: float
-    """A human's, or best play of a pixel game."""
+    """A human player; for pixel games, best play."""
     cut: bool
-    """Whether evaluation ended games of `single` before they were over: it is then the least that whole games give."""
+    """Whether evaluation stopped some games of `single` before they were over. `single` is then a lower bound."""
     left_out: str
-    """Why the game counts in no ratio; "" if it counts."""
+    """The reason why the game is left out of ratios; "" if it counts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A measure of one run and one game."""
+    """The value of a measure for one run and one game."""
 
     order: str
     seed: int
@@ -52,7 +53,7 @@ class Cell:
 
 
 Measure = Callable[[Floats, tuple[int, ...], Floats], Floats]
-"""(normalised scores (P, G), trained_P, normalised untrained scores (G,)) -> (G,)."""
+"""Computes a measure, (G,), from normalised scores (P, G), the game trained in each phase (P,), and normalised untrained scores (G,)."""
 
 
 def _per_game(values_PG: Floats) -> Floats:
@@ -60,7 +61,7 @@ def _per_game(values_PG: Floats) -> Floats:
 
 
 def retention(scores_PG: Floats, trained_P: Sequence[int]) -> Floats:
-    """(G,) as measures.retention on normalised scores; unsaid where less than `LEARNED_MIN` was learned."""
+    """Computes measures.retention of normalised scores: (G,). NaN for games of which less than `LEARNED_MIN` was learned."""
     kept = measures.retention(scores_PG, trained_P, np.zeros(scores_PG.shape[1]))
     return np.where(measures.learning(scores_PG, trained_P) >= LEARNED_MIN, kept, np.nan)
 
@@ -86,7 +87,7 @@ MEASURES: dict[str, tuple[str, Measure]] = {
     "forward transfer": ("score before its own training - untrained score", lambda s, t, u: measures.forward_transfer(s, t, u)),
     "forward transfer without the last game": ("", lambda s, t, u: measures.without_last(measures.forward_transfer(s, t, u), t)),
 }
-"""By name, in the order of the tables: what it is, and how it is computed from scores that are 0 at random play, 1 at single-task."""
+"""By name, in the order of the tables: what the measure is, and how it is computed from normalised scores."""
 
 RAW_MEASURES: dict[str, tuple[str, Measure]] = {
     "isolated forgetting (CORA)": (
@@ -96,32 +97,32 @@ RAW_MEASURES: dict[str, tuple[str, Measure]] = {
     ),
     "zero-shot transfer (CORA)": ("likewise", lambda s, t, u: _per_game(measures.zero_shot_transfer(s, t, u))),
 }
-"""The same, from raw returns."""
+"""As `MEASURES`, but computed from raw returns."""
 
 
 @dataclass(frozen=True)
 class StudyScores:
-    """Finished runs of a study and what is missing."""
+    """The finished runs of a study, and which runs are missing."""
 
     study: Study
     records: Mapping[StudyRun, RunRecord]
     missing: Mapping[StudyRun, str]
-    """Runs that are not there, and why."""
+    """The unfinished runs, each with the reason."""
     constants: Mapping[str, float]
-    """Mean raw return of each game's best constant action."""
+    """By game: the mean raw return of the best constant action."""
 
     def of(self, variant: str) -> dict[StudyRun, RunRecord]:
-        """The finished runs of a variant."""
+        """Returns the finished runs of a variant."""
         return {run: record for run, record in self.records.items() if run.variant == variant}
 
     @cached_property
     def variants(self) -> list[str]:
-        """Those with a finished run, in the study's order."""
+        """The variants that have a finished run, in the study's order."""
         return [name for name in self.study.seeds if self.of(name)]
 
     @cached_property
     def facts(self) -> dict[str, GameFacts]:
-        """By game."""
+        """By game: the raw returns that its scores are compared with."""
         return {game: self._facts_of(game) for game in self.study.games}
 
     @cached_property
@@ -145,20 +146,20 @@ class StudyScores:
             single=single,
             reference=reference,
             cut=cut,
-            left_out=_left_out(random, constant, single, reference, cut, returns),
+            left_out=_why_left_out(random, constant, single, reference, cut, returns),
         )
 
     def normalised(self, record: RunRecord) -> tuple[Floats, Floats]:
-        """(P, G) scores and (G,) untrained scores of a run, by single-task; NaN for games whose single-task score is not known."""
+        """Returns a run's normalised scores (P, G) and untrained scores (G,). NaN for games without a single-task score."""
         scores = record.scores
         random_G = [self.facts[game].random for game in scores.games]
         single_G = [self.facts[game].single for game in scores.games]
         return measures.normalise(scores.mean_PG, random_G, single_G), measures.normalise(scores.untrained_G, random_G, single_G)
 
     def cells(self, variant: str, name: str) -> list[Cell]:
-        """A measure in every finished run of a variant, for each game that counts.
+        """Computes a measure for every finished run of a variant and each game that counts.
 
-        Games in turns are evaluated at the end only: their average is all that can be said.
+        Runs in which games take turns are evaluated only at their end. They have values only for measures whose name starts with "average".
         """
         found = []
         for run, record in self.of(variant).items():
@@ -178,7 +179,7 @@ class StudyScores:
         return found
 
     def worst(self, variant: str, name: str = "forgetting") -> list[Cell]:
-        """The greatest value over the games in each run, as cells of no game."""
+        """Returns the greatest value over all games for each run, as cells with the game ""."""
         by_run: dict[tuple[str, int], list[float]] = {}
         for cell in self.cells(variant, name):
             if not np.isnan(cell.value):
@@ -187,9 +188,9 @@ class StudyScores:
 
 
 def strata(cells: Sequence[Cell]) -> list[Floats]:
-    """(runs, games) of each order, NaN where nothing is known: what a bootstrap draws alike, see statistics.py.
+    """Groups cells into the strata that a bootstrap draws from (see statistics.py): one (runs, games) array for each order; NaN if unknown.
 
-    A network of its own for each game has that game for its order, so that each game is a stratum.
+    Where a variant has a network for each game, the order is that game, so that each game is a stratum.
     """
     orders: dict[str, dict[int, dict[str, float]]] = {}
     for cell in cells:
@@ -199,8 +200,11 @@ def strata(cells: Sequence[Cell]) -> list[Floats]:
     return [np.array([[run.get(game, np.nan) for game in games] for run in runs.values()]) for runs in orders.values()]
 
 
-def _left_out(random: float, constant: float, single: float, reference: float, cut: bool, returns: Sequence[float]) -> str:
-    """The rule: nothing counts that was not learned, or that needs no looking at the screen."""
+def _why_left_out(random: float, constant: float, single: float, reference: float, cut: bool, returns: Sequence[float]) -> str:
+    """Returns why a game is left out of ratios; "" if it counts.
+
+    A game counts if it was learned, and if a player that does not look at the screen gets clearly less.
+    """
     if np.isnan(single):
         return "no single-task run yet"
     if not single > random:

@@ -1,4 +1,4 @@
-"""A study in tables of text. What is uncertain carries its 95 % interval; a dash stands for what cannot be said."""
+"""The tables of a study. Uncertain values have their 95 % interval; a dash stands for a value that is not known."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from ooc_moe.study.verdicts import Separation, pair_gaps
 
 _MAIN = ("learning", "average", "retention", "forgetting")
 _INTERVALS = (
-    "Mean over games, orders and seeds [95 % interval: bootstrap that draws whole runs, all games of a run together, from the runs of each "
-    "order; a network of its own for each game, from those of each game; what 0 and 1 are is taken for known]."
+    "Mean over games, orders and seeds [95 % interval, by a bootstrap. It draws whole runs, with all their games, from the runs of each "
+    "order; for the variant single, from the runs of each game. It treats the scores that define 0 and 1 as exactly known]."
 )
 
 
 def tables(
     found: StudyScores, costs: Mapping[str, Costs], separated: Sequence[Separation] = (), points: Sequence[CachingPoint] = ()
 ) -> list[Table]:
-    """All tables of a study, those without a row left out."""
-    made = [
+    """Makes all tables of a study. Tables without a row are left out."""
+    all_tables = [
         main_table(found),
         caching_table(points),
         robust_table(found),
@@ -42,7 +42,7 @@ def tables(
         game_table(found),
         point_table(found),
     ]
-    return [table for table in made if table.rows]
+    return [table for table in all_tables if table.rows]
 
 
 def main_table(found: StudyScores) -> Table:
@@ -57,21 +57,21 @@ def main_table(found: StudyScores) -> Table:
         "Learning and forgetting",
         ["variant", "runs", *_MAIN, "worst forgetting"],
         rows if counted and found.variants else [],
-        f"0 is random play, 1 what a network of its own learns of the game. {_INTERVALS} "
+        f"0 is random play, 1 is single-task: a network trained on this game alone. {_INTERVALS} "
         + " ".join(f"{name.capitalize()}: {MEASURES[name][0]}." for name in _MAIN)
-        + " Worst forgetting: of the game that forgot most in each run.",
+        + " Worst forgetting: the forgetting of the game that was forgotten most, in each run.",
     )
 
 
 def robust_table(found: StudyScores) -> Table:
-    """The same as interquartile means."""
+    """One row per variant: the measures of the main table as interquartile means."""
     rows = [[name, *(spread(found.cells(name, each), statistics.iqm) for each in _MAIN)] for name in found.variants]
     return Table(
         "Interquartile means",
         ["variant", *_MAIN],
         rows if found.counted else [],
-        "The mean of the middle half of games, orders and seeds [95 % interval] (Agarwal et al. 2021). It hides a game that is forgotten "
-        "alone; the table above does not.",
+        "The mean of the middle half of the values of all games, orders and seeds [95 % interval] (Agarwal et al. 2021). It hides the case "
+        "that a single game is forgotten; the first table does not.",
     )
 
 
@@ -87,7 +87,7 @@ def order_table(found: StudyScores, order: str) -> Table:
 
 
 def other_table(found: StudyScores) -> Table:
-    """Every other measure."""
+    """One row per variant: the measures that the main table does not have."""
     names = [name for name in (*MEASURES, *RAW_MEASURES) if name not in _MAIN]
     rows = [[variant, *(spread(found.cells(variant, name)) for name in names)] for variant in found.variants]
     says = {name: says for name, (says, _) in (MEASURES | RAW_MEASURES).items() if name in names and says}
@@ -95,14 +95,14 @@ def other_table(found: StudyScores) -> Table:
         "Other measures",
         ["variant", *names],
         rows if found.counted else [],
-        f"{_INTERVALS} {' '.join(f'{name[0].upper()}{name[1:]}: {text}.' for name, text in says.items())} A game that was not trained yet "
-        "is played with the head, pool and embedding of the known game that it is taken for, so that transfer between games that want "
-        "opposite things is negative by construction.",
+        f"{_INTERVALS} {' '.join(f'{name[0].upper()}{name[1:]}: {text}.' for name, text in says.items())} A game that was not "
+        "trained yet is played with the head, pool and embedding of the known game that the detector takes it for. Transfer between games "
+        "that demand opposite actions is therefore negative by construction.",
     )
 
 
 def human_table(found: StudyScores) -> Table:
-    """Scores beside people's, and how much of the experts still responds."""
+    """One row per variant: scores relative to a human's, and the share of dormant hidden units."""
     rows = []
     for name in found.variants:
         learned, kept, dormant = [], [], []
@@ -120,14 +120,14 @@ def human_table(found: StudyScores) -> Table:
         "Beside a human, and dormant units",
         ["variant", "learning", "average", "dormant units"],
         rows,
-        "Means over games and runs. Learning, average: as above, but 0 % is the published score of random play and 100 % a human's (pixel "
-        "games: best play); only of games that evaluation played to the end. Dormant units: hidden units of a game's experts that hardly "
-        "respond to it after the last game (Sokar et al. 2023).",
+        "Means over games and runs. Learning, average: as above, but 0 % is the published score of random play and 100 % that of a human "
+        "(pixel games: of best play); only games that evaluation played to their end are counted. Dormant units: hidden units of a game's "
+        "experts that hardly respond to it after the last game (Sokar et al. 2023).",
     )
 
 
 def memory_table(costs: Mapping[str, Costs]) -> Table:
-    """What each variant holds."""
+    """One row per variant: what it keeps in memory."""
     rows = []
     for name, cost in costs.items():
         kept = f"{format_bytes(cost.protection_bytes)} + {format_bytes(cost.exemplar_bytes)}"
@@ -136,15 +136,15 @@ def memory_table(costs: Mapping[str, Costs]) -> Table:
         "Costs in memory",
         ["variant", "parameters", "outside experts", "HBM cache", "kept for protection"],
         rows,
-        "Means over runs. Single: all networks together, but of HBM what one of them takes, for one is used at a time. Outside experts: "
-        "stem, attention, heads, norms, embeddings and routers of all games, which never leave the GPU. HBM cache: the experts that it can "
-        "hold, parameters and moments. Kept for protection: at the end, by the protection (stored frames with features or outputs; Fisher "
-        "matrices with anchors) + by the detector, which every variant has (stored frames).",
+        "Means over runs. Single: the sum over all networks, except HBM, which is that of one network, because one is used at a time. "
+        "Outside experts: stem, attention, heads, norms, embeddings and routers of all games, which never leave the GPU. HBM cache: its "
+        "capacity, for parameters and moments of experts. Kept for protection: what the protection stores at the end (frames with features "
+        "or outputs; Fisher matrices with anchors) + what the detector stores, which every variant has (frames).",
     )
 
 
 def work_table(found: StudyScores, costs: Mapping[str, Costs]) -> Table:
-    """What each variant moves, and how long it takes."""
+    """One row per variant: the bytes and experts that it moves, and how long it takes."""
     rows = []
     for name, cost in costs.items():
         rows.append(
@@ -167,16 +167,16 @@ def work_table(found: StudyScores, costs: Mapping[str, Costs]) -> Table:
             *("training", "steps/s", "stall"),
         ],
         rows,
-        "Means over runs; single: all networks together. Bytes moved: into and out of HBM. "
-        "Experts fetched: in training, ahead or on demand; of them cold: those that an earlier game had used. Cold tokens: share of a "
-        "later game's training tokens that such experts computed. Cold and equal: experts, trained by earlier games, that a game did not "
-        "use, or only borrowed, and left equal bit for bit, parameters and moments; over all games of the runs that logged checksums. Cold "
-        "ones are not counted where games take turns. Runs shared the machine with each other: compare times with care.",
+        "Means over runs; single: the sum over all networks. Bytes moved: into and out of HBM. Experts fetched: in training, ahead or on "
+        "demand. Of them cold: the part that an earlier game had used. Cold tokens: the share of a later game's training tokens that cold "
+        "experts computed. Cold and equal: of the experts that earlier games trained and that a game did not use or only borrowed, those "
+        "whose parameters and moments stayed equal bit for bit; over all games of the runs that logged checksums. Cold experts are not "
+        "counted where games take turns. Several runs shared the machine, so compare times with care.",
     )
 
 
 def recognition_table(found: StudyScores) -> Table:
-    """How well games were recognised in the evaluations after the last game."""
+    """One row per variant: how well it recognised games in the evaluations after the last game."""
     fields = ("detector_accuracy", "nearest_mean_accuracy", "false_switches", "prefetch_recall")
     fates = ("prefetch_useful", "prefetch_late")
     rows = []
@@ -185,7 +185,7 @@ def recognition_table(found: StudyScores) -> Table:
         events = [event for record in records for event in record.last_evaluations]
         accuracy, nearest, false, recall = ([_number(event.get(field)) for event in events] for field in fields)
         by_game = [[event.get("steps_to_detect_by_env") or [] for event in record.last_evaluations] for record in records]
-        everyone = [step for games in by_game for envs in games for step in envs]
+        all_steps = [step for games in by_game for envs in games for step in envs]
         switched = [step for games in by_game for envs in games[1:] for step in envs if step is not None]
         useful, late = (sum(event.get("cache", {}).get(fate, 0) for event in events) for fate in fates)
         if events:
@@ -197,35 +197,39 @@ def recognition_table(found: StudyScores) -> Table:
                     format_share(float(worst)),
                     format_share(measures.mean(nearest)),
                     format_score(measures.mean(switched)),
-                    format_part(everyone.count(None), len(everyone)),
+                    format_part(all_steps.count(None), len(all_steps)),
                     format_score(measures.mean(false)),
                     format_share(measures.mean(recall)),
                     format_share(late / (useful + late) if useful + late else float("nan")),
                 ]
             )
-    confused: dict[tuple[str, str], list[float]] = {}
-    for record in found.records.values():
-        for one, other, confusion in ambiguous(record):
-            confused.setdefault((min(one, other), max(one, other)), []).append(confusion)
-    said = "".join(
-        f" **Ambiguous: {one} and {other}**, confusion {measures.mean(values):.2f} in {len(values)} runs (1: nothing tells them apart)."
-        for (one, other), values in confused.items()
-    )
     return Table(
         "Recognising games",
         ["variant", "detector", "worst game", "nearest mean", "steps to detect", "never", "false switches", "prefetch recall", "late"],
         rows,
-        "After the last game, on episodes that were not trained on. Detector, nearest mean: share of frames whose most probable game is "
-        "the right one. Steps to detect: after a game took the place of another, until an environment acted as the new one; the first game "
-        "of an evaluation takes nobody's place and is left out. Never: environments that did not act as a game, the first included, in all "
-        "of its time; they are in no mean. "
-        "False switches: per 1000 frames. Prefetch recall: share of the needed experts that were named before "
-        f"their first use. Late: of the prefetched experts that were asked for, those still on their way.{said}",
+        "After the last game, on episodes that were not trained on. Detector, nearest mean: the share of frames whose most probable game "
+        "is the right one. Steps to detect: the steps from a switch to a new game until an environment acted with the new game's pool; the "
+        "first game of an evaluation follows no other and is left out. Never: environments that never acted with the pool of the game that "
+        "they played, the first game included; they are in no mean. False switches: per 1000 frames. Prefetch recall: the share of the "
+        "needed experts that the detector named before their first use. Late: the share of the prefetched and used experts that were still "
+        f"in flight at their first use.{_ambiguous_pairs(found)}",
+    )
+
+
+def _ambiguous_pairs(found: StudyScores) -> str:
+    """A sentence for each pair of games that nothing tells apart in some run."""
+    confused: dict[tuple[str, str], list[float]] = {}
+    for record in found.records.values():
+        for one, other, confusion in ambiguous(record):
+            confused.setdefault((min(one, other), max(one, other)), []).append(confusion)
+    return "".join(
+        f" **Ambiguous: {one} and {other}**, confusion {measures.mean(values):.2f} in {len(values)} runs (1: nothing tells them apart)."
+        for (one, other), values in confused.items()
     )
 
 
 def separation_table(separated: Sequence[Separation]) -> Table:
-    """Overlap of expert usage with plain token routing."""
+    """One row per run with plain token routing: how much of their routed mass environments have in common."""
     rows = [
         [each.run.variant, each.run.order, str(each.run.config.seed), *_apart(each.within, each.between), f"{each.p:.2g}"]
         for each in separated
@@ -234,22 +238,22 @@ def separation_table(separated: Sequence[Separation]) -> Table:
         "Separation with plain token routing",
         ["variant", "order", "seed", "same game", "two games", "gap", "p"],
         rows,
-        "Routed mass that two environments have in common in the last evaluation, each thinned to as many tokens as the smallest has. p: "
-        "of a permutation test over environments; it may be small because environments of one game differ among themselves more than those "
-        "of another, so look at the gap too. Each game has its own norms and embedding in every variant; they tell the router which "
-        "game it is.",
+        "The routed mass that two environments have in common in the last evaluation, as a mean over pairs. Each environment is thinned to "
+        "as many tokens as the one with the fewest has. p: of a permutation test over environments. p can be small just because the "
+        "environments of one game differ more among themselves than those of another, so look at the gap too. In every variant each game "
+        "has its own norms and embedding; they tell the router which game it is.",
     )
 
 
 def pair_table(separated: Sequence[Separation]) -> Table:
-    """The same for every two games."""
+    """One row per variant and pair of games: the separation of these two games."""
     variants = dict.fromkeys(each.run.variant for each in separated)
     gaps = {variant: pair_gaps([each for each in separated if each.run.variant == variant]) for variant in variants}
     return Table(
         "Separation of every two games",
         ["variant", "games", "same game", "two games", "gap"],
         [[variant, ", ".join(pair), *_apart(*values)] for variant, pairs in gaps.items() for pair, values in pairs.items()],
-        "As above, of these two games alone; means over runs. The least apart come first.",
+        "As above, for these two games alone; means over runs. The pairs with the smallest gap come first.",
     )
 
 
@@ -258,7 +262,7 @@ def _apart(within: float, between: float) -> list[str]:
 
 
 def caching_table(points: Sequence[CachingPoint]) -> Table:
-    """Hits and stalls by switch interval and HBM capacity."""
+    """One row per HBM capacity and switch interval, measured and simulated: hits and stalls."""
     rows = [
         [
             point.way.value,
@@ -275,14 +279,15 @@ def caching_table(points: Sequence[CachingPoint]) -> Table:
         "Hits and stalls",
         ["by", "HBM", "turns", "accesses", "hit rate", "Belady", "stall"],
         rows,
-        "Trainer: measured, with prefetching. Simulator: the trace of the run in blocks, dealt out in turns and replayed through LRU and "
-        "Belady's optimum without prefetching, at the latencies that ooc-moe simulate assumes. Accesses: by the layers' forward passes, in "
-        "acting and training; what backward and Adam bring in again, where HBM is smaller than a pool, is fetched but not counted here.",
+        "Trainer: measured, with prefetching. Simulator: the trace of the run in blocks, reordered into turns and replayed through LRU and "
+        "Belady's optimum, without prefetching, with the latencies that `ooc-moe simulate` assumes. Accesses: those of the layers' forward "
+        "passes, in acting and training. Where HBM is smaller than a pool, backward and Adam fetch experts again; these fetches are not "
+        "counted here.",
     )
 
 
 def game_table(found: StudyScores) -> Table:
-    """What each game's scores are measured by."""
+    """One row per game: the raw returns that its scores are compared with."""
     rows = [
         [
             facts.game,
@@ -295,13 +300,13 @@ def game_table(found: StudyScores) -> Table:
         "Games, raw returns",
         ["game", "random", "best constant", "single-task", "human or best", "in ratios"],
         rows if any(record.evaluations for record in found.records.values()) else [],
-        "Means over seeds. A game that does not count is left out of every table of ratios above. Where evaluation cut games off, what was "
-        "seen of them is taken for the least that they give.",
+        "Means over seeds. A game that does not count is left out of every table of ratios above. Where evaluation cut games off, the "
+        "returns up to that point are taken as a lower bound.",
     )
 
 
 def point_table(found: StudyScores) -> Table:
-    """Every run: its mean over the games that count."""
+    """One row per run: its measures, as means over the games that count."""
     rows = []
     for run, record in found.records.items():
         if not record.evaluations:
@@ -318,7 +323,7 @@ def point_table(found: StudyScores) -> Table:
 
 
 def spread(cells: Sequence[Cell], statistic: Callable[[Any], Any] = statistics.mean) -> str:
-    """A statistic of cells with its interval, as text."""
+    """Writes a statistic of the cells' values with its 95 % interval, for example "0.98 [0.95, 1.00]"."""
     groups = strata(cells)
     if not groups:
         return DASH

@@ -1,7 +1,7 @@
-"""What a study compares: each variant is a change of the full recipe's configuration.
+"""The variants that a study compares. Each is a change of the full recipe's configuration.
 
-Heads, norms and position embeddings belong to a game in every variant; the comparison would measure them otherwise. Every variant is
-evaluated without being told the game. Knows nothing of games, seeds and directories.
+In every variant each game has its own heads, norms and position embedding; otherwise the comparison would measure these as well. Every
+variant is evaluated without being told which game it plays.
 """
 
 from __future__ import annotations
@@ -14,13 +14,19 @@ from ooc_moe.config.run import RunConfig
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One row of a table. `change` makes its configuration from the full recipe's."""
+    """One row of a study's tables."""
 
     name: str
     says: str
+    """What the variant is, for people."""
     change: Callable[[RunConfig], RunConfig]
+    """Makes the variant's configuration from the full recipe's."""
     alone: bool = False
     """Whether each game is learned by a network of its own."""
+
+
+def _unprotected(config: RunConfig) -> RunConfig:
+    return replace(config, protection="none", protection_weight=None)
 
 
 def _full(config: RunConfig) -> RunConfig:
@@ -31,29 +37,26 @@ def _full_share(config: RunConfig) -> RunConfig:
     return replace(config, agent=replace(config.agent, shared_experts=2))
 
 
-def _pools(config: RunConfig) -> RunConfig:
-    return replace(config, protection="none", protection_weight=None)
-
-
 def _pools_freeze(config: RunConfig) -> RunConfig:
     return replace(config, protection="freeze", protection_weight=None)
 
 
 def _moe_token_out(config: RunConfig) -> RunConfig:
-    agent = replace(config.agent, routing="token", attention="shared", shared_experts=0)
-    return replace(config, agent=agent, protection="none", protection_weight=None)
+    return _unprotected(replace(config, agent=replace(config.agent, routing="token", attention="shared", shared_experts=0)))
 
 
 def _moe_token(config: RunConfig) -> RunConfig:
-    """With HBM for all experts: every minibatch uses nearly all of them, and half of them in HBM, which changes no bit, takes several times
-    as long."""
+    """Has HBM for all experts, because every minibatch uses nearly all of them.
+
+    With HBM for half of them the results would be the same bit for bit, but training would take several times as long.
+    """
     config = _moe_token_out(config)
     num_experts = config.agent.num_banks * config.agent.num_experts
     return replace(config, agent=replace(config.agent, hbm_experts=num_experts, dram_experts=num_experts))
 
 
 def _dense(config: RunConfig, *, hidden: int | None = None) -> RunConfig:
-    """One expert in each layer, through which every token goes; as wide as the experts of one token are together."""
+    """Has one expert in each layer, which every token goes to. It is as wide as the experts of one token together, or `hidden` wide."""
     agent = config.agent
     agent = replace(
         agent,
@@ -69,7 +72,7 @@ def _dense(config: RunConfig, *, hidden: int | None = None) -> RunConfig:
         hbm_experts=agent.num_layers,
         dram_experts=agent.num_layers,
     )
-    return replace(config, agent=agent, protection="none", protection_weight=None, prefetch="off")
+    return _unprotected(replace(config, agent=agent, prefetch="off"))
 
 
 def _dense_total(config: RunConfig) -> RunConfig:
@@ -84,13 +87,14 @@ def _dense_replay(config: RunConfig) -> RunConfig:
 
 
 def _moe_untrained(config: RunConfig) -> RunConfig:
-    """Ten updates a game in which nothing but the detector learns."""
+    """Runs at most ten updates in each game, with a learning rate so small that nothing but the detector learns."""
     steps = min(config.steps_per_game, 10 * config.steps_per_update)
     return replace(_moe_token(config), ppo=replace(config.ppo, learning_rate=1e-12), steps_per_game=steps)
 
 
-# Of the weights 0.1 (consolidation only), 0.3, 1, 3 and 10 (cloning only), 1 left the best average at the end for either of these two on
-# seed 0 of the synthetic games, crossing first, where the weight of the recipe's own replay was chosen.
+# Cloning and consolidation keep their own default weight, 1. It was compared with others on seed 0 of the synthetic games, crossing first,
+# where the weight of the recipe's replay was chosen as well. Of 0.1 (consolidation only), 0.3, 1, 3 and 10 (cloning only), 1 gave the best
+# average at the end for both.
 def _dense_clone(config: RunConfig) -> RunConfig:
     return replace(_dense(config), protection="clone")
 
@@ -106,20 +110,21 @@ def _joint(config: RunConfig) -> RunConfig:
 VARIANTS = {
     variant.name: variant
     for variant in (
-        Variant("full", "pools, each game's own attention, stem with feature replay", _full),
-        Variant("pools", "full, but the stem unprotected", _pools),
-        Variant("pools-freeze", "full, but the stem frozen after the first game", _pools_freeze),
-        Variant("moe-token", "tokens routed over all experts, shared attention, unprotected; HBM for all experts", _moe_token),
-        Variant("moe-token-out", "moe-token with full's HBM: the same scores bit for bit, at another price", _moe_token_out),
-        Variant("moe-untrained", "moe-token before anything is learned: what its routers do by themselves", _moe_untrained),
-        Variant("dense", "one FFN, as many active parameters, unprotected", _dense),
-        Variant("dense-replay", "dense with full's attention and stem replay: full without pools", _dense_replay),
-        Variant("dense-total", "one FFN, as many parameters as all experts, unprotected", _dense_total),
+        Variant("full", "pools; each game has its own attention; the stem is protected by feature replay", _full),
+        Variant("pools", "full, but the stem is not protected", _unprotected),
+        Variant("pools-freeze", "full, but the stem is frozen after the first game", _pools_freeze),
+        Variant("moe-token", "tokens are routed over all experts; shared attention, no protection; HBM for all experts", _moe_token),
+        Variant("moe-token-out", "moe-token with full's HBM: the same scores bit for bit, with more fetches", _moe_token_out),
+        Variant("moe-untrained", "moe-token without learning: how far its routers separate games by themselves", _moe_untrained),
+        Variant("dense", "one FFN with as many active parameters as full; no protection", _dense),
+        Variant("dense-replay", "dense with full's attention and full's feature replay: full without pools", _dense_replay),
+        Variant("dense-total", "one FFN with as many parameters as all experts together; no protection", _dense_total),
         Variant("dense-clone", "dense with output cloning", _dense_clone),
         Variant("dense-ewc", "dense with elastic weight consolidation", _dense_ewc),
-        Variant("joint", "dense, all games in turns of one update", _joint),
-        Variant("full-share", "full, and each pool borrows up to two older experts, read-only", _full_share),
-        Variant("single", "dense, one network for each game", _dense, alone=True),
+        Variant("joint", "dense; the games take turns of one update", _joint),
+        Variant("full-share", "full, but each pool also borrows up to two older experts, which it reads and never changes", _full_share),
+        Variant("single", "dense, with a network of its own for each game", _dense, alone=True),
     )
 }
-"""By name. Random play and the best constant action need no runs of their own: every evaluation plays the one, baselines.py the other."""
+"""By name. Random play and the best constant action need no runs of their own: every evaluation also plays at random, and
+evaluation/baselines.py plays the constant actions."""

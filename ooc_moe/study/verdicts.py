@@ -1,20 +1,26 @@
-"""The three verdicts. Their rules stand here in code, and were fixed before any run was made, but for this: since commit d7f9c71, made
-after four short caching runs, caching wants the whole grid of intervals and sizes, where before it wanted trainer and simulator, and since
-8564c7a three sizes that hold a game's pool, where before one of the three was smaller; and after a review of finished runs, separation
-compares equally many tokens, the bootstrap draws whole runs, and scores.py judges games that evaluation cut off by the least that they
-gave.
+"""The verdicts on the three parts of the claim: separation, caching, protection. The code of this file is their rules.
 
-1. Separation: in every run with plain token routing (after the last game), the experts that two environments use overlap
-   less when they play two games than when they play one: permutation test over environments, p < 0.05 in every run. Environments are
-   compared by equally many tokens, each by those of all its episodes together, because evaluation does not log usage by episode. Each game
-   has its own norms and embedding, which tell the router which game it is: what an untrained network separates is said beside.
-2. Caching: wherever HBM holds a game's pool, games in blocks hit more often and stall less than the same steps in turns of one update, as
-   the trainer measured it and as the simulator replays it; at least three intervals at three such sizes of HBM. Smaller HBMs are outside.
-3. Protection: the 95 % intervals of retention(full) - retention(plain MoE) and of retention(full) - retention(dense) lie above zero, and
-   learning(full) is at least 0.9 of single-task. Games that scores.py leaves out are not in it.
+1. Separation holds if the experts that two environments use overlap less when they play different games than when they play the same game.
+   It is tested in every run with plain token routing, after the last game, by a permutation test over environments; p must be below 0.05
+   in every run. Environments are compared over equally many tokens, and over all their episodes together, because evaluation does not
+   log usage by episode. Each game has its own norms and embedding, which tell the router which game it is. The verdict therefore also
+   reports how far an untrained network separates games.
+2. Caching holds if games in blocks hit more often and stall less than the same steps in turns of one update, in every HBM that holds a
+   game's pool, both as the trainer measured it and as the simulator replays it. At least three intervals at three such sizes of HBM are
+   needed. Smaller HBMs are outside the rule.
+3. Protection holds if the 95 % intervals of retention(full) - retention(plain MoE) and of retention(full) - retention(dense) lie above
+   zero, and learning(full) is at least 0.9 of single-task. Games that scores.py leaves out do not count.
 
-With fewer runs than a study wants, points and no verdict: separation wants `verdict_seeds` seeds in any orders, protection as many in each
-of `verdict_orders` orders.
+With fewer runs than a study wants there is no verdict, only the figures. Separation needs `verdict_seeds` seeds, in any orders; protection
+needs as many in each of `verdict_orders` orders.
+
+The rules were fixed before any run was made, with these exceptions:
+
+- Since commit d7f9c71, made after four short caching runs, caching needs the whole grid of intervals and sizes. Before, it needed trainer
+  and simulator.
+- Since commit 8564c7a all three sizes of HBM must hold a game's pool. Before, one of the three was smaller.
+- After a review of finished runs, separation compares equally many tokens, the bootstrap draws whole runs, and scores.py judges a game that
+  evaluation cut off by the least that its games gave.
 """
 
 from __future__ import annotations
@@ -29,42 +35,45 @@ from ooc_moe.display.formats import format_share
 from ooc_moe.metrics import measures, statistics
 from ooc_moe.metrics.run import RunRecord
 from ooc_moe.study.caching import CachingPoint, Way
-from ooc_moe.study.definitions import StudyRun
 from ooc_moe.study.scores import StudyScores, strata
+from ooc_moe.study.study import StudyRun
 
 FULL, MOE, DENSE, UNTRAINED = "full", "moe-token", "dense", "moe-untrained"
 SIGNIFICANCE = 0.05
-SMALL_GAP = 0.05  # The verdict says when the gap is smaller, and names the pairs of games with a smaller one; the rule does not ask for it.
+SMALL_GAP = 0.05  # The verdict reports a smaller gap, and names the pairs of games that have one. The rule does not depend on it.
 LEARNING_MIN = 0.9
 POINTS_MIN = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What was found about one part of the claim; `holds` is None where the rule wants more runs than there are."""
+    """Whether one part of the claim holds."""
 
     part: str
     holds: bool | None
+    """None if there are fewer runs than the rule needs."""
     says: str
+    """The figures behind the verdict, in sentences."""
 
     @property
     def word(self) -> str:
-        """For people."""
+        """The verdict in words: "holds", "does not hold" or "no verdict"."""
         return {True: "holds", False: "does not hold", None: "no verdict"}[self.holds]
 
 
 @dataclass(frozen=True, slots=True)
 class Separation:
-    """Overlap of expert usage in one run: routed mass in common, 0 to 1."""
+    """How much of their routed mass pairs of environments have in common in one run, from 0 to 1."""
 
     run: StudyRun
     within: float
-    """Of environments that play one game."""
+    """The mean over pairs of environments that play the same game."""
     between: float
-    """Of environments that play two games."""
+    """The mean over pairs of environments that play different games."""
     p: float
+    """The p-value of the permutation test."""
     pairs: Mapping[tuple[str, str], tuple[float, float]]
-    """(within, between) of every two games alone."""
+    """By pair of games: (within, between) of the environments that play these two games."""
 
     @property
     def gap(self) -> float:
@@ -73,9 +82,9 @@ class Separation:
 
 
 def separations(found: StudyScores) -> list[Separation]:
-    """One for each run with plain token routing, trained or not, that logged usage by environment."""
-    made = [_separation(run, record) for variant in (MOE, UNTRAINED) for run, record in found.of(variant).items()]
-    return [each for each in made if each is not None]
+    """Computes the separation in each run with plain token routing, trained or not, that logged usage by environment."""
+    runs = [_separation(run, record) for variant in (MOE, UNTRAINED) for run, record in found.of(variant).items()]
+    return [each for each in runs if each is not None]
 
 
 def _separation(run: StudyRun, record: RunRecord) -> Separation | None:
@@ -89,38 +98,38 @@ def _separation(run: StudyRun, record: RunRecord) -> Separation | None:
 
 
 def pair_gaps(runs: Sequence[Separation]) -> dict[tuple[str, str], tuple[float, float]]:
-    """(within, between) of every two games, the means over runs; the pairs that are least apart first."""
-    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    """Returns (within, between) for each pair of games, as means over runs. The pairs with the smallest gap come first."""
+    by_pair: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for run in runs:
         for pair, values in run.pairs.items():
-            found.setdefault(pair, []).append(values)
-    means = {pair: (measures.mean([w for w, _ in values]), measures.mean([b for _, b in values])) for pair, values in found.items()}
+            by_pair.setdefault(pair, []).append(values)
+    means = {pair: (measures.mean([w for w, _ in values]), measures.mean([b for _, b in values])) for pair, values in by_pair.items()}
     return dict(sorted(means.items(), key=lambda item: item[1][0] - item[1][1]))
 
 
 def separation(found: StudyScores, separated: Sequence[Separation]) -> Verdict | None:
-    """The first verdict, of what `separations` found; None for a study that does not ask it."""
+    """Judges separation by the result of `separations`. None if the study has no variant with plain token routing."""
     if MOE not in found.study.seeds:
         return None
     runs = [each for each in separated if each.run.variant == MOE]
     if not runs:
         return Verdict("separation", None, "no run with plain token routing logged which environment used which expert.")
-    worst = float(np.max([each.p for each in runs]))  # NaN where one is.
+    worst = float(np.max([each.p for each in runs]))  # NaN if any is NaN.
     within, between, gap = _means(runs)
     says = (
-        f"with plain token routing, environments of one game have {within:.2f} of their routed mass in common, of two games {between:.2f} "
-        f"({_count(runs, 'run')}, largest p {worst:.2g})."
+        f"with plain token routing, two environments of one game have {within:.2f} of their routed mass in common, of two games "
+        f"{between:.2f} ({_count(runs, 'run')}, largest p {worst:.2g})."
     )
     if worst < SIGNIFICANCE and gap < SMALL_GAP:
-        says += f" It is not chance, but little: the gap of {gap:.3f} is below {SMALL_GAP}."
+        says += f" The difference is not chance, but it is small: the gap of {gap:.3f} is below {SMALL_GAP}."
     close = [f"{one} and {other} ({w:.2f} and {b:.2f})" for (one, other), (w, b) in pair_gaps(runs).items() if not w - b >= SMALL_GAP]
-    says += f" Not {SMALL_GAP} apart: {', '.join(close)}." if close else f" Every two games are at least {SMALL_GAP} apart."
+    says += f" Less than {SMALL_GAP} apart: {', '.join(close)}." if close else f" Every two games are at least {SMALL_GAP} apart."
     says += _untrained([each for each in separated if each.run.variant == UNTRAINED], gap)
     if np.isnan(worst):
-        return Verdict("separation", None, f"{says} A run has nothing to compare.")
+        return Verdict("separation", None, f"{says} In one run there is nothing to compare.")
     enough = len({each.run.config.seed for each in runs}) >= found.study.verdict_seeds
     if not enough:
-        return Verdict("separation", None, f"{says} The rule wants {found.study.verdict_seeds} seeds.")
+        return Verdict("separation", None, f"{says} The rule needs {found.study.verdict_seeds} seeds.")
     return Verdict("separation", worst < SIGNIFICANCE, says)
 
 
@@ -129,8 +138,8 @@ def _untrained(runs: Sequence[Separation], trained_gap: float) -> str:
         return ""
     within, between, gap = _means(runs)
     says = f" An untrained network of the same kind: {within:.2f} and {between:.2f} ({_count(runs, 'run')})"
-    doing = "at least as far apart, which is the pictures' and the per-game norms' doing, not learning's"
-    return f"{says}, {doing}." if gap >= trained_gap else f"{says}."
+    reason = "so the separation comes from the pictures and the per-game norms, not from learning"
+    return f"{says}. That is at least as far apart, {reason}." if gap >= trained_gap else f"{says}."
 
 
 def _means(runs: Sequence[Separation]) -> tuple[float, float, float]:
@@ -139,48 +148,48 @@ def _means(runs: Sequence[Separation]) -> tuple[float, float, float]:
 
 
 def protection(found: StudyScores) -> Verdict | None:
-    """The third verdict; None for a study that does not ask it."""
+    """Judges protection. None if the study lacks one of the variants full, plain MoE and dense."""
     study = found.study
     if not {FULL, MOE, DENSE} <= set(study.seeds):
         return None
     if not found.counted:
-        return Verdict("protection", None, "no game counts: single-task runs are missing, or nothing was learned.")
+        return Verdict("protection", None, "no game counts, because single-task runs are missing or nothing was learned.")
     kept = {name: strata(found.cells(name, "retention")) for name in (FULL, MOE, DENSE)}
     without = [name for name, groups in kept.items() if not groups]
     if without:
-        return Verdict("protection", None, f"nothing to compare yet of {', '.join(without)}.")
+        return Verdict("protection", None, f"there is nothing to compare yet for {', '.join(without)}.")
     learned = statistics.mean(statistics.pooled(strata(found.cells(FULL, "learning"))))
     gaps = {name: statistics.difference(kept[FULL], kept[name]) for name in (MOE, DENSE)}
     says = (
         "; ".join(f"retention(full) - retention({name}) = {_with_interval(*gap)}" for name, gap in gaps.items())
         + f"; learning(full) = {learned:.2f} of single-task."
     )
-    short = _too_few(found)
-    if short:
-        return Verdict("protection", None, f"{says} {short}")
+    missing = _missing_runs(found)
+    if missing:
+        return Verdict("protection", None, f"{says} {missing}")
     return Verdict("protection", bool(all(low > 0 for _, low, _ in gaps.values()) and learned >= LEARNING_MIN), says)
 
 
 def caching(points: Sequence[CachingPoint], pool_experts: int) -> Verdict | None:
-    """The second verdict; None where nothing was measured."""
+    """Judges caching. `pool_experts`: the experts of a game's pool. None if there are no points."""
     if not points:
         return None
-    judged: list[str] = []
+    passed: list[str] = []
     failed: list[str] = []
     outside: list[str] = []
     for way, hbm in product(Way, sorted({point.hbm_experts for point in points})):
         here = {point.switch_every: point for point in points if point.way is way and point.hbm_experts == hbm}
         if {None, 1} <= here.keys():
             blocks, turns = here[None], here[1]
-            words = f"{way.value}, HBM {hbm}: hits {_beside(blocks)} in blocks, {_beside(turns)} in turns of one update, "
-            words += f"stall {blocks.stall_s:.3g} s and {turns.stall_s:.3g} s"
+            figures = f"{way.value}, HBM {hbm}: hits {_hit_rates(blocks)} in blocks, {_hit_rates(turns)} in turns of one update, "
+            figures += f"stall {blocks.stall_s:.3g} s and {turns.stall_s:.3g} s"
             if hbm < pool_experts:
-                outside.append(words + (", which is longer in blocks" if blocks.stall_s > 1.01 * turns.stall_s else ""))
+                outside.append(figures + (", which is longer in blocks" if blocks.stall_s > 1.01 * turns.stall_s else ""))
             else:
-                (judged if blocks.hit_rate > turns.hit_rate and blocks.stall_s < turns.stall_s else failed).append(words)
-    if not judged + failed:
-        return Verdict("caching", None, "blocks and turns are not both there yet.")
-    says = "; ".join([*judged, *(f"NOT SO: {words}" for words in failed)]) + "."
+                (passed if blocks.hit_rate > turns.hit_rate and blocks.stall_s < turns.stall_s else failed).append(figures)
+    if not passed + failed:
+        return Verdict("caching", None, "there are no runs yet both in blocks and in turns.")
+    says = "; ".join([*passed, *(f"NOT SO: {figures}" for figures in failed)]) + "."
     says += " Each is one run of one seed: one pair of wall-clock stalls for each size, without a spread."
     if outside:
         says += f" Outside the rule, with HBM for less than a game's pool of {pool_experts}: {'; '.join(outside)}."
@@ -191,21 +200,23 @@ def caching(points: Sequence[CachingPoint], pool_experts: int) -> Verdict | None
         return Verdict(
             "caching",
             None,
-            f"{says} The rule wants {POINTS_MIN} intervals at {POINTS_MIN} sizes of HBM that hold a pool, and blocks at each.",
+            f"{says} The rule needs {POINTS_MIN} intervals at {POINTS_MIN} sizes of HBM that hold a pool, and blocks at each.",
         )
     return Verdict("caching", not failed, says)
 
 
-def _beside(point: CachingPoint) -> str:
+def _hit_rates(point: CachingPoint) -> str:
+    """The hit rate, and Belady's in parentheses if it is known."""
     belady = "" if np.isnan(point.belady) else f" (Belady {format_share(point.belady, digits=2)})"
     return format_share(point.hit_rate, digits=2) + belady
 
 
 def _with_interval(gap: float, low: float, high: float) -> str:
-    return f"{gap:+.2f} [{low:+.2f}, {high:+.2f}]" if low < high else f"{gap:+.2f}"  # One run of each has no spread.
+    return f"{gap:+.2f} [{low:+.2f}, {high:+.2f}]" if low < high else f"{gap:+.2f}"  # With one run of each there is no spread.
 
 
-def _too_few(found: StudyScores) -> str:
+def _missing_runs(found: StudyScores) -> str:
+    """Says which runs the rule on protection needs and does not have; "" if it has all."""
     study = found.study
     for name in (FULL, MOE, DENSE):
         seeds_of: dict[str, int] = {}
@@ -213,7 +224,7 @@ def _too_few(found: StudyScores) -> str:
             seeds_of[run.order] = seeds_of.get(run.order, 0) + 1
         complete = [order for order, count in seeds_of.items() if count >= study.verdict_seeds]
         if len(complete) < study.verdict_orders:
-            return f"The rule wants {study.verdict_seeds} seeds in {_count(range(study.verdict_orders), 'order')}; of {name} there are " + (
+            return f"The rule needs {study.verdict_seeds} seeds in {_count(range(study.verdict_orders), 'order')}; of {name} there are " + (
                 ", ".join(f"{count} in {order}" for order, count in seeds_of.items()) + "."
             )
     return ""

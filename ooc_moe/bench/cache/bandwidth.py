@@ -1,7 +1,8 @@
-"""`ooc-moe bench cache --parts bandwidth`: what a demand fetch brings into the slots, from the daemon's DRAM and from NVMe.
+"""`ooc-moe bench cache --parts bandwidth`: the speed of a demand fetch into the cache's slots, from the daemon's DRAM and from NVMe.
 
-Beside it a plain copy of the same bytes to the same device (memcpy; on a GPU a pinned cudaMemcpy), and raw O_DIRECT reads. What lies in the
-slots is compared with what was pushed, and the cache must say that it came from the tier that is meant.
+The baseline for DRAM is a plain copy of the same bytes to the same device (memcpy; on a GPU, cudaMemcpy from pinned memory), that for NVMe
+raw O_DIRECT reads. The bytes in the slots are compared with those that were pushed, and the cache's statistics must show that all experts
+came from the tier that is being measured.
 """
 
 from __future__ import annotations
@@ -13,24 +14,24 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 from ooc_moe.bench.cache.results import Ratio, Row
-from ooc_moe.bench.cache.trainer import Setting
-from ooc_moe.bench.harness import Path, Spread, WrongBytes, measure, warm_up
-from ooc_moe.bench.store import ours, peers_disk, peers_memory
-from ooc_moe.bench.store.records import Records, made
+from ooc_moe.bench.cache.testbed import Setting
+from ooc_moe.bench.harness import Spread, TimedPath, WrongBytes, measure, warm_up
+from ooc_moe.bench.store import daemon_paths, peers_disk, peers_memory
+from ooc_moe.bench.store.records import Records, filled_records
 from ooc_moe_client.hbm.cache import ExpertCache
 from ooc_moe_client.store import Plane
 
-COPY_AIM = 0.9  # of a plain copy
-COUNT = 8  # experts of one fetch: those of a game, as the cache asks for them
-DRAM_CALLS = {"full": 1, "demo": 16, "tiny": 16}  # in one sample, so that small experts are not lost in the clock
+COPY_AIM = 0.9  # Of the speed of a plain copy.
+COUNT = 8  # Experts of one fetch: as many as a game has, which is what the cache asks for at a time.
+DRAM_CALLS = {"full": 1, "demo": 16, "tiny": 16}  # Fetches in one sample; several where one fetch of small experts is too short to time.
 BANDWIDTH_PATHS = 7
-# What the product uses is "local" or "stream"; the third skips the receiver's checksums.
+# Trainers use "local" and "stream". "local unverified" leaves the receiver's checksums out, to show what they cost.
 _PLANES = {"local": (Plane.LOCAL, True), "local unverified": (Plane.LOCAL, False), "stream": (Plane.STREAM, True)}
 
 
 def bandwidth(setting: Setting, on_run: Callable[[], None]) -> list[Row]:
-    """From DRAM, then from NVMe."""
-    with made(setting.config.expert_layout().body_bytes, COUNT) as records:
+    """Measures fetches from DRAM, then fetches from NVMe. Calls `on_run` after each sample."""
+    with filled_records(setting.config.expert_layout().body_bytes, COUNT) as records:
         return _rows(setting, "DRAM", _from_dram(setting, records, on_run), peer="copy", aims={"local": COPY_AIM}) + _rows(
             setting, "NVMe", _from_nvme(setting, records, on_run), peer="raw", aims={}
         )
@@ -53,35 +54,40 @@ def _rows(setting: Setting, tier: str, samples: Mapping[str, list[float]], *, pe
 
 def _from_dram(setting: Setting, records: Records, on_run: Callable[[], None]) -> dict[str, list[float]]:
     with ExitStack() as stack:
-        daemon = stack.enter_context(ours.daemon(records, setting.directory, arena_records=records.count + ours.SPARE_RECORDS))
-        ours.fill(daemon, records)
+        daemon = stack.enter_context(daemon_paths.running_daemon(records, setting.directory, all_in_dram=True))
+        daemon_paths.push_records(daemon, records)
         paths = [stack.enter_context(_fetches(name, setting, daemon, records, tier="dram")) for name in _PLANES]
         paths.append(_copy(setting, records) if setting.device.type == "cuda" else stack.enter_context(_memcpy(records)))
-        return _measured(setting, records, paths, on_run, calls=DRAM_CALLS[setting.size])
+        return _measure(setting, records, paths, on_run, calls=DRAM_CALLS[setting.size])
 
 
 def _from_nvme(setting: Setting, records: Records, on_run: Callable[[], None]) -> dict[str, list[float]]:
-    arena_records = records.count // 4 + ours.SPARE_RECORDS // 2
     with ExitStack() as stack:
         place = setting.directory / "nvme"
         place.mkdir()
-        daemon = stack.enter_context(ours.daemon(records, place, arena_records=arena_records))
-        ours.fill(daemon, records)
-        flush = stack.enter_context(ours.flusher(daemon, records))
-        paths = [stack.enter_context(_fetches(name, setting, daemon, records, tier="nvme", prepare=flush)) for name in ("local", "stream")]
+        daemon = stack.enter_context(daemon_paths.running_daemon(records, place, all_in_dram=False))
+        daemon_paths.push_records(daemon, records)
+        evict = stack.enter_context(daemon_paths.dram_evictor(daemon, records))
+        paths = [stack.enter_context(_fetches(name, setting, daemon, records, tier="nvme", prepare=evict)) for name in ("local", "stream")]
         paths += stack.enter_context(peers_disk.raw_reads(records, place))
-        return _measured(setting, records, paths, on_run, calls=1)
+        return _measure(setting, records, paths, on_run, calls=1)
 
 
 @contextmanager
 def _fetches(
-    name: str, setting: Setting, daemon: ours.Daemon, records: Records, *, tier: str, prepare: Callable[[], None] = lambda: None
-) -> Iterator[Path]:
-    """One reading of all records by an empty cache."""
+    name: str,
+    setting: Setting,
+    daemon: daemon_paths.BenchDaemon,
+    records: Records,
+    *,
+    tier: str,
+    prepare: Callable[[], None] = lambda: None,
+) -> Iterator[TimedPath]:
+    """Yields the path in which an empty cache fetches all records; they must come from `tier`."""
     plane, verify = _PLANES[name]
     with (
         daemon.store(plane, verify=verify) as store,
-        ExpertCache(store, ours.BANK, capacity_experts=records.count, device=setting.device) as cache,
+        ExpertCache(store, daemon_paths.BANK, capacity_experts=records.count, device=setting.device) as cache,
     ):
 
         def empty() -> None:
@@ -102,35 +108,37 @@ def _fetches(
                     body = torch.cat([cache.views[tensor.name][slot].flatten() for tensor in cache.layout.tensors])
                     records.check_body(index, body.cpu().numpy().tobytes())
 
-        yield Path(name=name, run=run, check=check, prepare=empty)
+        yield TimedPath(name=name, run=run, check=check, prepare=empty)
 
 
 @contextmanager
-def _memcpy(records: Records) -> Iterator[Path]:
+def _memcpy(records: Records) -> Iterator[TimedPath]:
     with peers_memory.memcpy(records) as (path,):
-        yield Path(name="copy", run=path.run, check=path.check)
+        yield TimedPath(name="copy", run=path.run, check=path.check)
 
 
-def _copy(setting: Setting, records: Records) -> Path:
-    """Pinned host memory to the GPU, one call for each record."""
+def _copy(setting: Setting, records: Records) -> TimedPath:
+    """Copies from pinned host memory to the GPU, one call for each record."""
     pinned = torch.from_numpy(records.source.copy()).view(records.count, -1).pin_memory()
-    there = torch.empty_like(pinned, device=setting.device)
+    copies = torch.empty_like(pinned, device=setting.device)
 
     def run() -> None:
         for index in records.ids:
-            there[index].copy_(pinned[index], non_blocking=True)
+            copies[index].copy_(pinned[index], non_blocking=True)
         setting.synchronize()
 
     def check() -> None:
         for index in records.ids:
-            records.check_body(index, there[index].cpu().numpy().tobytes())
+            records.check_body(index, copies[index].cpu().numpy().tobytes())
 
-    return Path(name="copy", run=run, check=check)
+    return TimedPath(name="copy", run=run, check=check)
 
 
-def _measured(setting: Setting, records: Records, paths: list[Path], on_run: Callable[[], None], *, calls: int) -> dict[str, list[float]]:
-    """GB/s of each path, one sample a round, after its bytes were seen to arrive."""
+def _measure(
+    setting: Setting, records: Records, paths: list[TimedPath], on_run: Callable[[], None], *, calls: int
+) -> dict[str, list[float]]:
+    """Checks the bytes of each path, then measures the GB/s of all paths, one sample a round."""
     for path in paths:
-        warm_up([path], blank=records.blank)
+        warm_up([path], before_each=records.blank)
         on_run()
     return measure(paths, num_bytes=records.num_bytes, calls=calls, rounds=setting.rounds, order=random.Random(0), on_run=on_run)

@@ -1,8 +1,8 @@
-"""`ooc-moe bench cache --parts layer`: the tiered MoE layer beside a dense FFN of the same active FLOPs, forward and backward.
+"""`ooc-moe bench cache --parts layer`: forward and backward of the tiered MoE layer, compared with a dense FFN of the same active FLOPs.
 
-Both are pre-norm with a residual, start without gradients and leave those of the input and of every weight; the dense one is
-top_k * hidden wide inside. The layer routes, sorts, computes on the cache's slots and combines; all its experts are resident. On a GPU
-both run under autocast to bfloat16. Paths run in interleaved rounds (harness.py).
+Both are pre-norm with a residual connection. A step starts without gradients and computes those of the input and of every weight. The dense
+FFN is top_k * hidden wide inside. The MoE layer routes the tokens, sorts them by expert, computes on the cache's slots and combines the
+results; all its experts are resident. On a GPU both run under autocast to bfloat16. Paths run in interleaved rounds (harness.py).
 """
 
 from __future__ import annotations
@@ -11,18 +11,20 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path as FilePath
+from pathlib import Path
 
 import torch
 from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from ooc_moe.bench.device import device_of
-from ooc_moe.bench.harness import Path, Spread, WrongBytes, timed_rounds, warm_up
+from ooc_moe.bench.harness import Spread, TimedPath, WrongBytes, timed_rounds, warm_up
+from ooc_moe.bench.option_checks import check_at_least_one, check_sizes
+from ooc_moe.bench.result_page import kept_notes, met_target
+from ooc_moe.bench.torch_setup import find_device, torch_threads
 from ooc_moe.config.agent import PRESETS, AgentConfig
 from ooc_moe.display.table import Table, markdown_table
-from ooc_moe.metrics import provenance as machine
+from ooc_moe.metrics import provenance
 from ooc_moe.moe.layer import TieredExperts, TieredMoE
 from ooc_moe.moe.router import Router
 from ooc_moe_client.hbm.cache import ExpertCache
@@ -33,9 +35,9 @@ SIZES = ("full", "demo", "tiny")
 POOLS = (4, 16)
 TOKENS = (512, 4096)
 ROUNDS, QUICK_ROUNDS = 15, 3
-# Of the layer's time over the dense one's, at the full preset's sizes on a CPU.
+# Targets for (the MoE layer's time / the dense FFN's time) at the full preset's sizes on a CPU.
 RATIO_MUST, RATIO_AIM = 1.25, 1.1
-SAMPLE_FLOPS = 5e8  # Work of one sample, so that a small layer is not lost in the clock.
+SAMPLE_FLOPS = 5e8  # Work of one sample. A sample has several runs where one run of a small layer is too short to time.
 NOTES = "## What bounds it"
 
 
@@ -44,7 +46,7 @@ class LayerBench:
     """What to measure: the layer of each preset in `sizes`, with each number of tokens, with pools of each size.
 
     Raises:
-        InvalidRequest: for a preset, a number or a device that cannot be.
+        InvalidRequest: a preset is unknown, a number is too small, or the device is not there.
     """
 
     sizes: tuple[str, ...] = SIZES
@@ -55,26 +57,25 @@ class LayerBench:
     rounds: int = ROUNDS
 
     def __post_init__(self) -> None:
+        check_sizes(self.sizes)
         for size in self.sizes:
-            if size not in PRESETS:
-                raise InvalidRequest(f"sizes: {size!r} is not one of {', '.join(PRESETS)}")
             for pool in self.pools:
                 if pool < PRESETS[size].top_k:
                     raise InvalidRequest(f"pools: {pool} experts are fewer than top_k {PRESETS[size].top_k}")
-        for name, value in (("threads", self.threads), ("rounds", self.rounds), *(("tokens", number) for number in self.tokens)):
-            if value < 1:
-                raise InvalidRequest(f"{name}: {value} is not at least 1")
-        device_of(self.device)
+        check_at_least_one(threads=self.threads, rounds=self.rounds)
+        for tokens in self.tokens:
+            check_at_least_one(tokens=tokens)
+        find_device(self.device)
 
     @property
-    def on(self) -> torch.device:
+    def torch_device(self) -> torch.device:
         """The device to measure on."""
-        return device_of(self.device)
+        return find_device(self.device)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One size, pool and number of tokens: milliseconds of forward and backward."""
+    """Milliseconds of one forward and backward pass, for one preset, pool size and number of tokens."""
 
     size: str
     dim: int
@@ -84,52 +85,47 @@ class Row:
     tokens: int
     moe_ms: Spread
     dense_ms: Spread
-    judged: bool  # whether the targets are meant for it
+    judged: bool  # Whether the targets apply to this row.
 
     @property
     def ratio(self) -> float:
-        """The layer's median over the dense one's."""
+        """The MoE layer's median time divided by the dense FFN's."""
         return self.moe_ms.median / self.dense_ms.median
 
     @property
     def reached(self) -> str:
-        """ "aim", "must" or "no"; "" where there is no target."""
+        """The stricter target that the ratio meets ("aim" or "must"), or "no"; "" where no target applies."""
         if not self.judged:
             return ""
-        return "aim" if self.ratio <= RATIO_AIM else "must" if self.ratio <= RATIO_MUST else "no"
+        return met_target(self.ratio, must=RATIO_MUST, aim=RATIO_AIM, at_most=True)
 
 
 def run(bench: LayerBench, console: Console) -> list[Row]:
-    """Measures, saying on `console` what is being measured.
+    """Measures all sizes; shows on `console` which one is being measured.
 
     Raises:
-        WrongBytes: a layer does not compute what its parameters say.
+        WrongBytes: a layer's result differs from what plain torch computes with the same parameters.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(bench.threads)
-    try:
-        with console.status("") as status:
-            rows: list[Row] = []
-            for size in bench.sizes:
-                for tokens in bench.tokens:
-                    status.update(f"{size}, {tokens} tokens")
-                    rows += _measured(bench, size, tokens)
-            return rows
-    finally:
-        torch.set_num_threads(threads)
+    rows: list[Row] = []
+    with torch_threads(bench.threads), console.status("") as status:
+        for size in bench.sizes:
+            for tokens in bench.tokens:
+                status.update(f"{size}, {tokens} tokens")
+                rows += _measure_size(bench, size, tokens)
+    return rows
 
 
-def _measured(bench: LayerBench, size: str, tokens: int) -> list[Row]:
-    """The rows of one size and number of tokens, all pools in the same rounds."""
+def _measure_size(bench: LayerBench, size: str, tokens: int) -> list[Row]:
+    """Measures one preset and number of tokens, with all pools in the same rounds."""
     config = PRESETS[size]
-    device, flops = bench.on, 3 * 2 * 2 * tokens * config.top_k * config.dim * config.hidden
+    device, flops = bench.torch_device, 3 * 2 * 2 * tokens * config.top_k * config.dim * config.hidden
     generator = torch.Generator().manual_seed(0)
     x_ND, grad_ND = (torch.randn(tokens, config.dim, generator=generator).to(device) for _ in range(2))
     names = {pool: f"pool of {pool}" for pool in bench.pools}
     with _layers(config, bench.pools, device) as layers:
         paths = [_dense_path(config, x_ND, grad_ND)]
         paths += [_moe_path(names[pool], *layers[pool], x_ND, grad_ND) for pool in bench.pools]
-        warm_up(paths, blank=lambda: None)
+        warm_up(paths, before_each=lambda: None)
         calls = max(1, round(SAMPLE_FLOPS / flops))
         seconds = timed_rounds(paths, calls=calls, rounds=bench.rounds, order=random.Random(0), on_run=lambda: None)
     ms = {name: Spread.of([1e3 * value for value in values]) for name, values in seconds.items()}
@@ -143,7 +139,7 @@ def _measured(bench: LayerBench, size: str, tokens: int) -> list[Row]:
 
 @contextmanager
 def _layers(config: AgentConfig, pools: Sequence[int], device: torch.device) -> Iterator[Mapping[int, tuple[TieredMoE, TieredExperts]]]:
-    """By pool: a layer whose experts are all resident, and these."""
+    """Yields, by pool size, a layer whose experts are all resident, and its experts."""
     caches, layers = [], {}
     try:
         for pool in pools:
@@ -153,7 +149,7 @@ def _layers(config: AgentConfig, pools: Sequence[int], device: torch.device) -> 
             caches.append(ExpertCache(store, spec.name, capacity_experts=pool, device=device))
             torch.manual_seed(0)
             router = Router(config.dim, range(pool), top_k=config.top_k, noise=config.router_noise)
-            # Spread evenly enough over the pool that every expert gets tokens.
+            # Random weights spread the tokens over the pool evenly enough that every expert gets some.
             nn.init.normal_(router.weight, std=config.dim**-0.5)
             experts = TieredExperts(caches[-1])
             layers[pool] = TieredMoE(experts, router, dim=config.dim, dropout=0.0).to(device), experts
@@ -163,7 +159,7 @@ def _layers(config: AgentConfig, pools: Sequence[int], device: torch.device) -> 
             cache.close()
 
 
-def _dense_path(config: AgentConfig, x_ND: Tensor, grad_ND: Tensor) -> Path:
+def _dense_path(config: AgentConfig, x_ND: Tensor, grad_ND: Tensor) -> TimedPath:
     width = config.top_k * config.hidden
     ffn = nn.Sequential(nn.LayerNorm(config.dim), nn.Linear(config.dim, width), nn.GELU(), nn.Linear(width, config.dim)).to(x_ND.device)
 
@@ -171,10 +167,10 @@ def _dense_path(config: AgentConfig, x_ND: Tensor, grad_ND: Tensor) -> Path:
         ffn.zero_grad()
         _forward_backward(lambda x: x + ffn(x), x_ND, grad_ND)
 
-    return Path(name="dense", run=step, check=lambda: None)
+    return TimedPath(name="dense", run=step, check=lambda: None)
 
 
-def _moe_path(name: str, layer: TieredMoE, experts: TieredExperts, x_ND: Tensor, grad_ND: Tensor) -> Path:
+def _moe_path(name: str, layer: TieredMoE, experts: TieredExperts, x_ND: Tensor, grad_ND: Tensor) -> TimedPath:
     def step() -> None:
         layer.zero_grad()
         experts.gradients.zero()
@@ -202,11 +198,11 @@ def _moe_path(name: str, layer: TieredMoE, experts: TieredExperts, x_ND: Tensor,
             x = x + gate_N * torch.addmm(views["b2"][expert], hidden, views["w2"][expert])
         return x
 
-    return Path(name=name, run=step, check=check)
+    return TimedPath(name=name, run=step, check=check)
 
 
 def _forward_backward(function: Callable[[Tensor], Tensor], x_ND: Tensor, grad_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """The output and the input's gradient, once they are there."""
+    """Returns the output and the input's gradient, after the device has finished computing them."""
     x_ND = x_ND.detach().requires_grad_()
     with torch.autocast(x_ND.device.type, torch.bfloat16, enabled=x_ND.is_cuda):
         y_ND = function(x_ND)
@@ -236,18 +232,15 @@ def table(rows: Sequence[Row]) -> Table:
     return Table("", HEADINGS, [_cells(row) for row in rows], alignment="ll" + "r" * (len(HEADINGS) - 3) + "l")
 
 
-def save(rows: Sequence[Row], bench: LayerBench, path: FilePath, *, command: str) -> None:
-    """Writes the file: what ran on what, the table, and the notes of an older one."""
-    facts = machine.facts(FilePath(), command=command)
+def save(rows: Sequence[Row], bench: LayerBench, path: Path, *, command: str) -> None:
+    """Writes the page: command, machine and versions, the table, and the notes of an existing page."""
+    facts = provenance.facts(Path(), command=command)
     facts |= {"torch": torch.__version__, "device": _device_text(bench), "rounds": f"{bench.rounds}, interleaved"}
-    notes = f"{NOTES}\n\n(to be written: the profile)"
-    if path.exists():
-        _, found, below = path.read_text().partition(NOTES)
-        notes = found + below if found else notes
+    notes = kept_notes(path, NOTES, missing="to be written: the profile")
     lines = [
         "# ooc-moe bench cache: the MoE layer",
         "",
-        "Forward and backward of the tiered layer beside a dense FFN of the same active FLOPs.",
+        "Forward and backward of the tiered layer, compared with a dense FFN of the same active FLOPs.",
         "",
     ]
     lines += [f"- {name}: {value}" for name, value in facts.items()]
@@ -257,8 +250,8 @@ def save(rows: Sequence[Row], bench: LayerBench, path: FilePath, *, command: str
 
 
 def _device_text(bench: LayerBench) -> str:
-    if bench.on.type == "cuda":
-        return f"{torch.cuda.get_device_name(bench.on)}, autocast to bfloat16"
+    if bench.torch_device.type == "cuda":
+        return f"{torch.cuda.get_device_name(bench.torch_device)}, autocast to bfloat16"
     return f"cpu, {bench.threads} thread{'s' if bench.threads > 1 else ''}, float32"
 
 

@@ -1,7 +1,4 @@
-"""What `ooc-moe bench cache` found about the cache: rows, their ratios against the targets, a table for the terminal and for a file.
-
-Knows nothing of how anything was measured.
-"""
+"""The results of `ooc-moe bench cache`, the layer left out: rows, their ratios to a baseline, and the table that shows them."""
 
 from __future__ import annotations
 
@@ -10,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ooc_moe.bench.harness import Spread
+from ooc_moe.bench.result_page import kept_notes, met_target
 from ooc_moe.display.table import Table, markdown_table
 
 NOTES = "## What bounds each"
@@ -18,25 +16,25 @@ _HEADINGS = ("part", "size", "path", "measured [quartiles]", "ratio", "must", "a
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ratio:
-    """Of medians: a rate over its peer's is to be at least its targets, a time over its bound at most."""
+    """A path's median divided by that of its baseline. A ratio of rates should be at least its targets, a ratio of times at most."""
 
     of: str
+    """The baseline, in words."""
     value: float
     must: float | None = None
     aim: float | None = None
     at_most: bool = False
+    """Whether it is a ratio of times."""
 
     @property
     def reached(self) -> str:
-        """ "aim", "must" or "no"; "" without a target."""
-        targets = [(name, target) for name, target in (("aim", self.aim), ("must", self.must)) if target is not None]
-        met = [name for name, target in targets if (self.value <= target if self.at_most else self.value >= target)]
-        return met[0] if met else "no" if targets else ""
+        """The stricter target that the ratio meets: "aim", "must" or "no"; "" without a target."""
+        return met_target(self.value, must=self.must, aim=self.aim, at_most=self.at_most)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One path of a part, with experts of one preset's size."""
+    """What was measured of one path of a part, with experts of one preset's size."""
 
     part: str
     size: str
@@ -53,11 +51,8 @@ def table(rows: Sequence[Row]) -> Table:
 
 
 def save(rows: Sequence[Row], facts: Mapping[str, str], path: Path) -> None:
-    """Writes the file: what ran on what, the table, and the notes of an older one."""
-    notes = f"{NOTES}\n\n(to be written: the profile of each path)"
-    if path.exists():
-        _, found, below = path.read_text().partition(NOTES)
-        notes = found + below if found else notes
+    """Writes the page: command, machine and versions, the table, and the notes of an existing page."""
+    notes = kept_notes(path, NOTES, missing="to be written: the profile of each path")
     lines = ["# ooc-moe bench cache: training with experts in the cache", ""]
     lines += [f"- {name}: {value}" for name, value in facts.items()]
     lines += ["", markdown_table(table(rows))]

@@ -1,164 +1,196 @@
-"""`ooc-moe bench cache --parts switch`: from one game's experts, all changed, to the next one's.
+"""`ooc-moe bench cache --parts switch`: a switch from one game, all of whose experts have changed, to the next game.
 
-Two things are measured. How long until the new experts are there, in an HBM that holds one game: beside a fetch of as many into an HBM with
-nothing to save. And what the steps after the switch take, in an HBM that holds three games: the next game is on the screen, but the agent
-plays the old pool until its segment ends, as in an evaluation; meanwhile a prefetch may bring the new one. The schedule knows of the switch
-when it comes, the detector DETECTOR_STEPS later; without either the first learning step asks.
+Two things are measured:
+
+1. How long it takes until the new game's experts are resident, in an HBM that holds one game. The old experts must be written back first.
+   The baseline is a fetch of as many experts into an HBM in which nothing must be written back.
+2. What the steps after the switch take, in an HBM that holds three games. The next game is on the screen, but the agent plays with the old
+   pool until its segment ends, as in an evaluation; meanwhile a prefetch may bring the new pool. The schedule starts that prefetch at once,
+   the detector DETECTOR_STEPS steps later. Without a prefetch the first learning step fetches on demand.
 """
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from ooc_moe.bench.cache.results import Ratio, Row
-from ooc_moe.bench.cache.trainer import Setting, Trainer, experts_of, opened
-from ooc_moe.bench.harness import Path, Spread, WrongBytes, timed_rounds, warm_up
+from ooc_moe.bench.cache.testbed import Setting, open_testbed
+from ooc_moe.bench.cache.trainer import Trainer
+from ooc_moe.bench.harness import Spread, TimedPath, WrongBytes, timed_rounds, warm_up
 from ooc_moe.moe.layer import TieredExperts
 from ooc_moe_client.hbm.cache import ExpertCache
 
-WARM_MUST = 1.5  # times the fetch of as many bytes
+WARM_MUST = 1.5  # Times the fetch of as many bytes.
 DETECTOR_STEPS = 4
 LEARNING_STEPS = 1
 SWITCH_PATHS = 8
-POLL_S, PATIENCE_S = 0.0005, 10.0
+POLL_S, PREFETCH_TIMEOUT_S = 0.0005, 10.0
 OLD, NEW = 0, 1
+RESIDENT = "everything resident"
+# By path: the acting step at which the new game's experts are prefetched; None: never.
+PREFETCH_AT = {RESIDENT: None, "schedule's prefetch": 0, "detector's prefetch": DETECTOR_STEPS, "no prefetch": None}
 
 
 def switch(setting: Setting, on_run: Callable[[], None]) -> list[Row]:
-    """Both measurements, each in rounds of its own."""
-    with opened(setting, dram_experts=2 * setting.config.num_experts) as bench:
-        tight = bench.cache("tight", capacity_experts=setting.working_set)
-        roomy = bench.cache("roomy", capacity_experts=3 * setting.working_set)
-        return _until_warm(setting, tight, on_run) + _steps_after(setting, roomy, on_run)
+    """Makes both measurements, each in interleaved rounds of its own."""
+    with open_testbed(setting, dram_experts=2 * setting.config.num_experts) as testbed:
+        one_game = testbed.cache("tight", capacity_experts=setting.working_set)
+        three_games = testbed.cache("roomy", capacity_experts=3 * setting.working_set)
+        return _time_until_resident(setting, one_game, on_run) + _time_steps_after(setting, three_games, on_run)
 
 
-def _leave(cache: ExpertCache) -> None:
-    """As `train` leaves a game."""
+def _leave_game(cache: ExpertCache) -> None:
+    """Starts to write the old game's experts back, as `train` does when it leaves a game."""
     cache.write_back()
     cache.new_working_set()
 
 
-def _dirty(cache: ExpertCache, experts: Sequence[int]) -> None:
-    """Empties the cache, then brings the experts and changes them."""
-    cache.flush()
-    cache.forget()
-    with cache.updating(experts):
-        pass
+@dataclass(frozen=True)
+class _Arrivals:
+    """The ways in which the new game's experts come into an HBM that holds one game."""
 
+    setting: Setting
+    cache: ExpertCache
 
-def _until_warm(setting: Setting, cache: ExpertCache, on_run: Callable[[], None]) -> list[Row]:
-    old, new = experts_of(setting, OLD), experts_of(setting, NEW)
+    @property
+    def new(self) -> list[int]:
+        return self.setting.experts_of(NEW)
 
-    def fetch() -> None:
-        with cache.reading(new):
-            setting.synchronize()
+    def make_clean(self) -> None:
+        """Empties the cache. Nothing in it must be written back then."""
+        self.cache.flush()
+        self.cache.forget()
 
-    def from_clean() -> None:
-        cache.flush()
-        cache.forget()
+    def make_dirty(self) -> None:
+        """Fills the cache with the old game's experts, all of them changed."""
+        self.make_clean()
+        with self.cache.updating(self.setting.experts_of(OLD)):
+            pass
 
-    def demanded() -> None:
-        _leave(cache)
-        fetch()
+    def fetch(self) -> None:
+        with self.cache.reading(self.new):
+            self.setting.synchronize()
 
-    def prefetched() -> None:
-        before = cache.stats()
-        _leave(cache)
-        cache.prefetch(new)
-        give_up = time.monotonic() + PATIENCE_S
-        while (cache.stats() - before).bytes_in < len(new) * cache.layout.body_bytes:
-            if time.monotonic() > give_up:
-                raise WrongBytes(f"after {PATIENCE_S:g} s a prefetch of {len(new)} experts was not there: {cache.stats() - before}")
+    def demand(self) -> None:
+        _leave_game(self.cache)
+        self.fetch()
+
+    def prefetch(self) -> None:
+        before = self.cache.stats()
+        _leave_game(self.cache)
+        self.cache.prefetch(self.new)
+        deadline = time.monotonic() + PREFETCH_TIMEOUT_S
+        while (self.cache.stats() - before).bytes_in < len(self.new) * self.cache.layout.body_bytes:
+            if time.monotonic() > deadline:
+                late = self.cache.stats() - before
+                raise WrongBytes(f"a prefetch of {len(self.new)} experts did not end within {PREFETCH_TIMEOUT_S:g} s: {late}")
             time.sleep(POLL_S)
-        setting.synchronize()
+        self.setting.synchronize()
 
-    def prefetched_and_demanded() -> None:
-        _leave(cache)
-        cache.prefetch(new)
-        fetch()
+    def prefetch_and_demand(self) -> None:
+        _leave_game(self.cache)
+        self.cache.prefetch(self.new)
+        self.fetch()
 
-    def check() -> None:
-        before = cache.stats()
-        with cache.reading(new):
+    def check(self) -> None:
+        """Raises WrongBytes unless all experts of the new game are resident."""
+        before = self.cache.stats()
+        with self.cache.reading(self.new):
             pass
-        if missed := (cache.stats() - before).misses:
-            raise WrongBytes(f"{missed} of {len(new)} experts of the new game are not resident")
-
-    ways = {"demand": demanded, "prefetch": prefetched, "prefetch, and demand at once": prefetched_and_demanded}
-    paths = [Path(name="fetch", run=fetch, check=check, prepare=from_clean)]
-    paths += [Path(name=name, run=run, check=check, prepare=lambda: _dirty(cache, old)) for name, run in ways.items()]
-    warm_up(paths, blank=on_run)
-    samples = timed_rounds(paths, calls=1, rounds=setting.rounds, order=random.Random(0), on_run=on_run)
-    ms = {name: Spread.of([1e3 * value for value in values]) for name, values in samples.items()}
-    rows = [Row(part="switch", size=setting.size, path="fetch into a clean HBM", unit="ms", spread=ms["fetch"])]
-    return rows + [
-        Row(
-            part="switch",
-            size=setting.size,
-            path=f"dirty pool to warm, by {name}",
-            unit="ms",
-            spread=ms[name],
-            ratios=(Ratio(of="the fetch", value=ms[name].median / ms["fetch"].median, must=WARM_MUST, at_most=True),),
-        )
-        for name in ways
-    ]
+        if missed := (self.cache.stats() - before).misses:
+            raise WrongBytes(f"{missed} of {len(self.new)} experts of the new game are not resident")
 
 
-def _steps_after(setting: Setting, cache: ExpertCache, on_run: Callable[[], None]) -> list[Row]:
-    experts = TieredExperts(cache)
-    before, after = Trainer(setting, experts, game=OLD), Trainer(setting, experts, game=NEW)
-    old, new, other = (experts_of(setting, game) for game in (OLD, NEW, NEW + 1))
-    # By name: the acting step at which the new game's experts are prefetched, if ever.
-    ways = {"schedule's prefetch": 0, "detector's prefetch": DETECTOR_STEPS, "no prefetch": None}
-    stalls: dict[str, list[float]] = {name: [] for name in ("everything resident", *ways)}
+def _time_until_resident(setting: Setting, cache: ExpertCache, on_run: Callable[[], None]) -> list[Row]:
+    arrivals = _Arrivals(setting, cache)
+    ways = {
+        "demand": arrivals.demand,
+        "prefetch": arrivals.prefetch,
+        "prefetch, and demand at once": arrivals.prefetch_and_demand,
+    }
+    paths = [TimedPath(name="fetch", run=arrivals.fetch, check=arrivals.check, prepare=arrivals.make_clean)]
+    paths += [TimedPath(name=name, run=run, check=arrivals.check, prepare=arrivals.make_dirty) for name, run in ways.items()]
+    warm_up(paths, before_each=on_run)
+    ms = _measure_ms(setting, paths, on_run)
+    rows = [_row(setting, "fetch into a clean HBM", ms["fetch"])]
+    for name in ways:
+        ratio = Ratio(of="the fetch", value=ms[name].median / ms["fetch"].median, must=WARM_MUST, at_most=True)
+        rows.append(_row(setting, f"dirty pool to warm, by {name}", ms[name], ratio))
+    return rows
 
-    def all_resident() -> None:
-        cache.flush()
-        for game in (old, new):
-            with cache.reading(game):
-                pass
 
-    def not_resident() -> None:
-        """The old game's experts are changed; all other slots hold a third and a fourth game's."""
-        cache.flush()
-        cache.forget()
-        for game in (other, experts_of(setting, NEW + 2)):
-            with cache.reading(game):
-                pass
-        with cache.updating(old):
-            pass
+class _StepsAfter:
+    """The steps after a switch in an HBM that holds three games. `stalls_s`: by path, how long each run waited for experts."""
 
-    def path(name: str, prefetch_at: int | None) -> Path:
+    def __init__(self, setting: Setting, cache: ExpertCache) -> None:
+        self._setting, self._cache = setting, cache
+        experts = TieredExperts(cache)
+        self._old, self._new = Trainer(setting, experts, game=OLD), Trainer(setting, experts, game=NEW)
+        self.stalls_s: dict[str, list[float]] = {name: [] for name in PREFETCH_AT}
+
+    def path(self, name: str) -> TimedPath:
+        """Acts with the old pool for a segment, then learns with the new pool."""
+        prefetch_at = PREFETCH_AT[name]
+
         def run() -> None:
-            counted = cache.stats()
-            if name != "everything resident":
-                _leave(cache)
-            for step in range(setting.config.context):
+            before = self._cache.stats()
+            if name != RESIDENT:
+                _leave_game(self._cache)
+            for step in range(self._setting.config.context):
                 if step == prefetch_at:
-                    cache.prefetch(new)
-                before.act()
-            after.begin_update(LEARNING_STEPS, ahead=prefetch_at is not None)
+                    self._cache.prefetch(self._setting.experts_of(NEW))
+                self._old.act()
+            self._new.begin_update(LEARNING_STEPS, ahead=prefetch_at is not None)
             for _ in range(LEARNING_STEPS):
-                after.step()
-            stalls[name].append((cache.stats() - counted).stall_s)
+                self._new.step()
+            self.stalls_s[name].append((self._cache.stats() - before).stall_s)
 
-        prepare = all_resident if name == "everything resident" else not_resident
-        return Path(name=name, run=run, check=lambda: None, prepare=prepare)
+        prepare = self._make_both_resident if name == RESIDENT else self._make_new_absent
+        return TimedPath(name=name, run=run, check=lambda: None, prepare=prepare)
 
-    paths = [path("everything resident", None), *(path(name, at) for name, at in ways.items())]
-    warm_up(paths, blank=on_run)
-    for stalled in stalls.values():
-        stalled.clear()
-    samples = timed_rounds(paths, calls=1, rounds=setting.rounds, order=random.Random(0), on_run=on_run)
+    def _make_both_resident(self) -> None:
+        self._cache.flush()
+        self._read(OLD, NEW)
+
+    def _make_new_absent(self) -> None:
+        """Changes the old game's experts, and fills all other slots with the experts of a third and a fourth game."""
+        self._cache.flush()
+        self._cache.forget()
+        self._read(NEW + 1, NEW + 2)
+        with self._cache.updating(self._setting.experts_of(OLD)):
+            pass
+
+    def _read(self, *games: int) -> None:
+        for game in games:
+            with self._cache.reading(self._setting.experts_of(game)):
+                pass
+
+
+def _time_steps_after(setting: Setting, cache: ExpertCache, on_run: Callable[[], None]) -> list[Row]:
+    steps_after = _StepsAfter(setting, cache)
+    paths = [steps_after.path(name) for name in PREFETCH_AT]
+    warm_up(paths, before_each=on_run)
+    for stalls_s in steps_after.stalls_s.values():
+        stalls_s.clear()
+    ms = _measure_ms(setting, paths, on_run)
     steps = f"{setting.config.context} acting + {LEARNING_STEPS} learning step"
-    ms = {name: Spread.of([1e3 * value for value in values]) for name, values in samples.items()}
     rows = []
     for name, spread in ms.items():
-        ratio = Ratio(of="everything resident", value=spread.median / ms["everything resident"].median, at_most=True)
-        shown = () if name == "everything resident" else (ratio,)
-        rows.append(Row(part="switch", size=setting.size, path=f"{steps}, {name}", unit="ms", spread=spread, ratios=shown))
-        waited = Spread.of([1e3 * value for value in stalls[name]])
-        rows.append(Row(part="switch", size=setting.size, path=f"of these, waited for experts, {name}", unit="ms", spread=waited))
+        ratio = Ratio(of=RESIDENT, value=spread.median / ms[RESIDENT].median, at_most=True)
+        rows.append(_row(setting, f"{steps}, {name}", spread, *(() if name == RESIDENT else (ratio,))))
+        stall_ms = Spread.of([1e3 * value for value in steps_after.stalls_s[name]])
+        rows.append(_row(setting, f"of these, waited for experts, {name}", stall_ms))
     return rows
+
+
+def _measure_ms(setting: Setting, paths: list[TimedPath], on_run: Callable[[], None]) -> dict[str, Spread]:
+    """Milliseconds of a run of each path."""
+    samples = timed_rounds(paths, calls=1, rounds=setting.rounds, order=random.Random(0), on_run=on_run)
+    return {name: Spread.of([1e3 * value for value in values]) for name, values in samples.items()}
+
+
+def _row(setting: Setting, path: str, spread: Spread, *ratios: Ratio) -> Row:
+    return Row(part="switch", size=setting.size, path=path, unit="ms", spread=spread, ratios=ratios)

@@ -1,18 +1,18 @@
-"""`ooc-moe bench learning`: the dense variant of our PPO beside Stable-Baselines3's, with one network: steps per second, and returns.
+"""`ooc-moe bench learning`: steps per second and returns of our PPO, compared with those of Stable-Baselines3's PPO (SB3).
 
-The dense variant has one expert a layer, which every token goes to. Each sample of speed is one update of each: a rollout and its epochs.
-The daemon, the detector and the log of a run are not in it. Rounds are interleaved (harness.py).
+Both train the same dense network: ours has one expert a layer, which every token goes to. One sample of speed is one update, that is a
+rollout and its epochs. There is no daemon, no detector and no log of a run. Rounds are interleaved (harness.py).
 """
 
 from __future__ import annotations
 
 import random
 import statistics
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +20,10 @@ from rich.console import Console
 
 from ooc_moe import envs
 from ooc_moe.agent.agent import Agent
-from ooc_moe.bench.harness import Path, Spread, WrongBytes, timed_rounds, warm_up
+from ooc_moe.bench.harness import Spread, TimedPath, WrongBytes, timed_rounds, warm_up
 from ooc_moe.bench.learning.results import Returns, Speed
+from ooc_moe.bench.option_checks import check_at_least_one
+from ooc_moe.bench.torch_setup import torch_threads
 from ooc_moe.config.agent import PRESETS, AgentConfig
 from ooc_moe.config.run import PPOConfig, RunConfig
 from ooc_moe.display.progress import passing_bar
@@ -29,7 +31,7 @@ from ooc_moe.envs import ATARI_GAMES
 from ooc_moe.learning.learner import Learner
 from ooc_moe.learning.protection import Unprotected
 from ooc_moe.learning.rollout import Collector, Rollout
-from ooc_moe.metrics import provenance as machine
+from ooc_moe.metrics import provenance
 from ooc_moe_client.hbm.cache import ExpertCache
 from ooc_moe_client.in_memory import InMemoryStore
 from ooc_moe_wire.errors import InvalidRequest
@@ -39,18 +41,18 @@ RETURNS_GAMES = ("pixel/catch", "pixel/cross")
 FULL_GAMES = ("krull", "crazy_climber")
 ROUNDS, SEEDS = 7, 3
 STEPS, FULL_STEPS = 61_440, 204_800
-PATHS = 3  # Of each game: our PPO, and SB3's in two sets of environments.
+PATHS = 3  # Paths in each game: our PPO, SB3 in its own environments, and SB3 in ours.
 TOLERANCE = 1e-5
-# Returns are of the games that end in the last part of the training.
+# Returns are taken from the games that end in the last quarter of a training.
 LAST_PART = 0.25
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LearningBench:
-    """What to measure: the speed in each of `games`, and the returns in each of `returns_games` after `steps`.
+    """What to measure: the speed in each of `games`, and the returns in each of `returns_games` after `steps` environment steps.
 
     Raises:
-        InvalidRequest: for a game or a number that cannot be.
+        InvalidRequest: a game is unknown, or a number is below 1.
     """
 
     games: tuple[str, ...] = GAMES
@@ -64,16 +66,14 @@ class LearningBench:
     def __post_init__(self) -> None:
         for game in (*self.games, *self.returns_games):
             envs.check_name(game)
-        for name in ("rounds", "steps", "seeds", "threads", "env_threads"):
-            if getattr(self, name) < 1:
-                raise InvalidRequest(f"{name}: {getattr(self, name)} is not at least 1")
+        check_at_least_one(rounds=self.rounds, steps=self.steps, seeds=self.seeds, threads=self.threads, env_threads=self.env_threads)
 
     def run_config(self, game: str, seed: int = 0) -> RunConfig:
-        """The run that both are given: 42 x 42 pixels and four frames for Atari, 10 x 10 and two for pixel games."""
+        """The configuration for both learners. Atari: 42 x 42 pixels, four frames. Pixel games: 10 x 10 pixels, two frames."""
         pixel = game not in ATARI_GAMES
         agent, ppo = (PIXEL_AGENT, PIXEL_PPO) if pixel else (ATARI_AGENT, ATARI_PPO)
         return RunConfig(
-            run_dir=FilePath("bench"),
+            run_dir=Path("bench"),
             games=(game,),
             agent=agent,
             ppo=ppo,
@@ -85,7 +85,7 @@ class LearningBench:
 
 
 def dense(config: AgentConfig) -> AgentConfig:
-    """One expert a layer, as wide as what `top_k` experts compute; each frame by itself, as SB3 sees them."""
+    """Makes the network dense: one expert a layer, as wide as `top_k` experts together. Each frame is seen by itself, as SB3 sees it."""
     return replace(
         config,
         routing="token",
@@ -108,8 +108,8 @@ ATARI_PPO = PPOConfig(num_envs=16, rollout_steps=64, epochs=3, minibatch_segment
 PIXEL_PPO = PPOConfig(num_envs=32, rollout_steps=32, epochs=3, minibatch_segments=256, learning_rate=2e-3, gamma=0.9, entropy_coef=0.005)
 
 
-class Ours:
-    """Our PPO in one game, its experts in a cache on a store in this process."""
+class OurPPO:
+    """Our PPO in one game. Its experts are in a cache on a store in this process."""
 
     def __init__(self, config: RunConfig, stack: ExitStack) -> None:
         (self.game,) = config.games
@@ -128,28 +128,30 @@ class Ours:
         self._collector.reset(config.seed)
 
     def update(self, remaining: float = 1.0) -> Rollout:
-        """A rollout, and what is learned from it."""
+        """Collects a rollout, learns from it, and returns it. `remaining`: the share of the training to come, for the learning rate."""
         rollout = self._collector.collect()
         self._learner.update(rollout, remaining=remaining)
         return rollout
 
 
 def make_envs(config: RunConfig, stack: ExitStack) -> envs.GameEnvs:
-    """Our environments of a run's game."""
+    """Makes our own environments for the run's game; `stack` closes them."""
     (game,), agent = config.games, config.agent
-    made = envs.make(game, config.ppo.num_envs, frame_size=agent.frame_size, frame_stack=agent.frame_stack, num_threads=config.env_threads)
-    stack.callback(made.close)
-    return made
+    game_envs = envs.make(
+        game, config.ppo.num_envs, frame_size=agent.frame_size, frame_stack=agent.frame_stack, num_threads=config.env_threads
+    )
+    stack.callback(game_envs.close)
+    return game_envs
 
 
 def run(bench: LearningBench, console: Console) -> tuple[list[Speed], list[Returns]]:
-    """Measures speeds, then returns. A progress bar is drawn on `console`.
+    """Measures all speeds, then all returns; draws a progress bar on `console`.
 
     Raises:
         InvalidRequest: Stable-Baselines3 is not installed.
-        WrongBytes: the two networks are not the same.
+        WrongBytes: the two networks compute different outputs.
     """
-    with _threads(bench.threads), passing_bar(console) as progress:
+    with torch_threads(bench.threads), passing_bar(console) as progress:
         samples = PATHS * bench.rounds * len(bench.games)
         task = progress.add_task("speed", total=samples + 2 * bench.seeds * len(bench.returns_games))
         speeds = [speed for game in bench.games for speed in _speeds(bench, game, lambda: progress.advance(task))]
@@ -158,24 +160,14 @@ def run(bench: LearningBench, console: Console) -> tuple[list[Speed], list[Retur
     return speeds, returns
 
 
-@contextmanager
-def _threads(threads: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def _speeds(bench: LearningBench, game: str, on_run: Callable[[], None]) -> list[Speed]:
-    """SB3 with its own environments, and with ours, each beside our PPO in the same rounds."""
+    """Measures our PPO, SB3 with its own environments, and SB3 with ours, in the same rounds."""
     config = bench.run_config(game)
     peer = _peer()
     with ExitStack() as stack:
-        ours = Ours(config, stack)
+        ours = OurPPO(config, stack)
         peers = {
-            "its own": peer.make_ppo(config, peer.own_envs(config)),
+            "its own": peer.make_ppo(config, peer.sb3_envs(config)),
             "ours": peer.make_ppo(config, peer.SharedEnvs(make_envs(config, stack), config.seed)),
         }
         paths = [_path("our PPO", ours.update)]
@@ -183,23 +175,23 @@ def _speeds(bench: LearningBench, game: str, on_run: Callable[[], None]) -> list
             stack.callback(model.env.close)
             check_same_network(ours.agent, model)
             paths.append(_path(name, partial(model.learn, config.steps_per_update, reset_num_timesteps=False)))
-        warm_up(paths, blank=lambda: None)
+        warm_up(paths, before_each=lambda: None)
         seconds = timed_rounds(paths, calls=1, rounds=bench.rounds, order=random.Random(0), on_run=on_run)
     rates = {name: Spread.of([config.steps_per_update / value for value in values]) for name, values in seconds.items()}
     return [Speed(game=game, peer_envs=name, ours=rates["our PPO"], peer=rates[name]) for name in peers]
 
 
-def _path(name: str, update: Callable[[], Any]) -> Path:
-    """What is checked is the network, beforehand (`check_same_network`)."""
+def _path(name: str, update: Callable[[], Any]) -> TimedPath:
+    """Makes a path without a check of its own: `check_same_network` has compared the networks before."""
 
     def run() -> None:
         update()
 
-    return Path(name=name, run=run, check=lambda: None)
+    return TimedPath(name=name, run=run, check=lambda: None)
 
 
 def check_same_network(agent: Agent, model: Any) -> None:
-    """Gives SB3 the agent's parameters. Raises WrongBytes unless both then say the same of the same frames."""
+    """Copies the agent's parameters to SB3. Raises WrongBytes unless both then compute the same policy and values for the same frames."""
     peer, config = _peer(), agent.config
     peer.copy_parameters(agent, model.policy)
     generator = torch.Generator().manual_seed(0)
@@ -220,67 +212,68 @@ def check_same_network(agent: Agent, model: Any) -> None:
 
 
 def _returns(bench: LearningBench, game: str, on_run: Callable[[], None]) -> Returns:
-    ours, peer = [], []
+    our_returns, peer_returns = [], []
     for seed in range(bench.seeds):
         config = bench.run_config(game, seed)
-        ours.append(our_return(config))
+        our_returns.append(our_return(config))
         on_run()
-        peer.append(peer_return(config))
+        peer_returns.append(peer_return(config))
         on_run()
-    return Returns(game=game, steps=config.steps_per_game, ours=tuple(ours), peer=tuple(peer))
+    return Returns(game=game, steps=config.steps_per_game, ours=tuple(our_returns), peer=tuple(peer_returns))
 
 
 def our_return(config: RunConfig) -> float:
-    """The mean raw return of whole games that ended in the last part of a training."""
+    """Trains our PPO. Returns the mean raw return of the games that ended in the last quarter; NaN if none did."""
     with ExitStack() as stack:
-        ours = Ours(config, stack)
+        ours = OurPPO(config, stack)
         updates = config.updates_per_game
         ended = [ours.update(remaining=1 - update / updates).episode_returns for update in range(updates)]
-    last = [value for values in ended[-_last(updates) :] for value in values]
-    return statistics.fmean(last) if last else float("nan")
+    returns = [value for values in ended[-_last_updates(updates) :] for value in values]
+    return statistics.fmean(returns) if returns else float("nan")
 
 
 def peer_return(config: RunConfig) -> float:
-    """The same of SB3's PPO in its own environments, from the same first parameters."""
+    """As `our_return`, but trains SB3's PPO in its own environments, starting from the same parameters."""
     peer = _peer()
-    last: list[float] = []
-    begin = config.steps_per_game - _last(config.updates_per_game) * config.steps_per_update
+    returns: list[float] = []
+    begin = config.steps_per_game - _last_updates(config.updates_per_game) * config.steps_per_update
 
     def note(seen: dict[str, Any], _: dict[str, Any]) -> bool:
         if seen["self"].num_timesteps > begin:
-            last.extend(info["episode"]["r"] for info in seen["infos"] if "episode" in info)
+            returns.extend(info["episode"]["r"] for info in seen["infos"] if "episode" in info)
         return True
 
     with ExitStack() as stack:
-        model = peer.make_ppo(config, peer.own_envs(config))
+        model = peer.make_ppo(config, peer.sb3_envs(config))
         stack.callback(model.env.close)
-        peer.copy_parameters(Ours(config, stack).agent, model.policy)
+        peer.copy_parameters(OurPPO(config, stack).agent, model.policy)
         model.learn(config.steps_per_game, callback=note)
-    return statistics.fmean(last) if last else float("nan")
+    return statistics.fmean(returns) if returns else float("nan")
 
 
-def _last(updates: int) -> int:
-    """Updates of the last part, one at least."""
+def _last_updates(updates: int) -> int:
+    """How many updates the last quarter of a training has; at least one."""
     return max(1, round(LAST_PART * updates))
 
 
 def _peer() -> Any:
     try:
-        from ooc_moe.bench.learning import peers as peers_learning
+        from ooc_moe.bench.learning import peers
     except ImportError as missing:
         raise InvalidRequest(f'learning: {missing.name} is not installed; pip install "ooc-moe[bench,atari]"') from missing
-    return peers_learning
+    return peers
 
 
 def facts(bench: LearningBench, *, command: str) -> dict[str, str]:
-    """What a reader needs to judge or repeat the results."""
-    return machine.facts(FilePath(), command=command) | {
+    """Returns what a reader needs to judge or repeat the results: command, commit, machine, versions, and how both were set up."""
+    return provenance.facts(Path(), command=command) | {
         "torch": f"{torch.__version__}, cpu, threads: {bench.threads} for either learner, {bench.env_threads} to emulate Atari where "
         "environments are ours",
-        "network": "our stem, then one block of attention, with a context of one frame, and a dense FFN; SB3's begins as a copy of ours",
+        "network": "our stem, then one block of attention, with a context of one frame, and a dense FFN; SB3's starts as a copy of ours",
         "environments": "ours: ale-py's AtariVectorEnv, and pixel games in numpy; SB3's own: make_atari_env (gymnasium's AtariEnv with "
         "AtariWrapper, DummyVecEnv, VecFrameStack), and pixel games one by one in DummyVecEnv. Atari: sticky actions 0.25, 18 actions, "
         "4 frames of 42 x 42, rewards clipped, a lost life ends an episode",
         "update": "steps, epochs and steps of a minibatch: Atari 16 x 64, 3, 256; pixel 32 x 32, 3, 256",
-        "rounds": f"{bench.rounds}, interleaved, each one update of each; returns are means of the games that ended in the last quarter",
+        "rounds": f"{bench.rounds}, interleaved; in a round each learner does one update. Returns are means over the games that ended in "
+        "the last quarter",
     }

@@ -1,7 +1,7 @@
-"""Stable-Baselines3's PPO with our dense network and our games: the peer of `ooc-moe bench learning`.
+"""Stable-Baselines3's PPO (SB3) with our dense network and our games: the peer of `ooc-moe bench learning`.
 
-The network is made of our own stem and attention, and of the same dense layers as one expert a layer with a context of one frame: with the
-agent's parameters it gives the agent's logits and values. Knows nothing of clocks or tables.
+The network consists of our own stem and attention and of dense layers that compute what one expert a layer computes, for a context of one
+frame. With the agent's parameters it returns the agent's logits and values.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ REWARD_LIMIT = 1.0
 
 
 class DenseBlock(nn.Module):
-    """As transformer.Block with one expert, which needs neither router nor cache."""
+    """A transformer block with a dense FFN; computes what transformer.Block does with one expert, without router and cache."""
 
     def __init__(self, config: AgentConfig) -> None:
         super().__init__()
@@ -46,14 +46,14 @@ class DenseBlock(nn.Module):
         self.w1, self.w2 = nn.Linear(config.dim, config.hidden), nn.Linear(config.hidden, config.dim)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
+        """Attention and FFN, each with a residual connection: (B, T, D) -> (B, T, D)."""
         x_BTD = x_BTD + self.attention(self.norm(x_BTD), mask=None)
         y_BTD: Tensor = x_BTD + self.w2(gelu(self.w1(self.ffn_norm(x_BTD))))
         return y_BTD
 
 
 class DenseNetwork(BaseFeaturesExtractor):  # type: ignore[misc]
-    """Frames (N, S, H, W) -> what the heads see, (N, D)."""
+    """Maps frames (N, S, H, W) to the heads' input (N, D)."""
 
     def __init__(self, observation_space: spaces.Box, config: AgentConfig) -> None:
         super().__init__(observation_space, features_dim=config.dim)
@@ -63,7 +63,7 @@ class DenseNetwork(BaseFeaturesExtractor):  # type: ignore[misc]
         self.norm = nn.LayerNorm(config.dim)
 
     def forward(self, frames_NSHW: Tensor) -> Tensor:
-        """One token for each frame."""
+        """Makes one token of each frame and runs it through all blocks."""
         x_N1D = (self.stem(frames_NSHW) + self.embedding_D).unsqueeze(1)
         for block in self.blocks:
             x_N1D = block(x_N1D)
@@ -73,7 +73,7 @@ class DenseNetwork(BaseFeaturesExtractor):  # type: ignore[misc]
 
 @torch.no_grad()
 def copy_parameters(agent: Agent, policy: Any) -> None:
-    """Gives SB3's policy the parameters of a dense agent that knows one game."""
+    """Copies the parameters of a dense agent that knows one game into SB3's policy."""
     (network,) = agent.networks.values()
     mine: DenseNetwork = policy.features_extractor
     mine.stem.load_state_dict(agent.stem.state_dict())
@@ -92,9 +92,9 @@ def copy_parameters(agent: Agent, policy: Any) -> None:
 
 
 def make_ppo(config: RunConfig, vec_env: VecEnv) -> Any:
-    """SB3's PPO with the settings of a run; rates and rewards as the learner's."""
+    """Makes SB3's PPO with the settings of a run. Learning rates and the loss are those of our learner."""
     ppo = config.ppo
-    first = config.steps_per_update / config.steps_per_game  # SB3 lowers the rate before its first update, we after it.
+    first = config.steps_per_update / config.steps_per_game  # SB3 lowers the rate before its first update; our learner, after it.
     return PPO(
         "CnnPolicy",
         vec_env,
@@ -106,7 +106,7 @@ def make_ppo(config: RunConfig, vec_env: VecEnv) -> Any:
         gae_lambda=ppo.gae_lambda,
         clip_range=ppo.clip,
         ent_coef=ppo.entropy_coef,
-        vf_coef=ppo.value_coef / 2,  # Of the mean square, where ours is of half of it.
+        vf_coef=ppo.value_coef / 2,  # SB3 weighs the mean squared error; our learner, half of it.
         max_grad_norm=ppo.max_grad_norm,
         seed=config.seed,
         device="cpu",
@@ -114,15 +114,18 @@ def make_ppo(config: RunConfig, vec_env: VecEnv) -> Any:
             "features_extractor_class": DenseNetwork,
             "features_extractor_kwargs": {"config": config.agent},
             "net_arch": [],
-            "normalize_images": False,  # The stem does.
+            "normalize_images": False,  # The stem scales the pixels.
             "ortho_init": False,  # The parameters are copied from the agent.
             "optimizer_kwargs": {"eps": ADAM_EPS},
         },
     )
 
 
-def own_envs(config: RunConfig) -> VecEnv:
-    """The game as SB3's users play it: one environment after another, each with its wrappers; nobody waits for an autoreset."""
+def sb3_envs(config: RunConfig) -> VecEnv:
+    """Makes the game's environments as SB3's users do: they are stepped one after another, each in its own wrappers.
+
+    An environment whose game has ended is reset within the same step, so that no step is spent on resets.
+    """
     agent, (game,) = config.agent, config.games
     if game not in ATARI_GAMES:
         return make_vec_env(lambda: OneGame(game, agent), config.ppo.num_envs, seed=config.seed)
@@ -139,25 +142,25 @@ def own_envs(config: RunConfig) -> VecEnv:
 
 
 class OneGame(gymnasium.Env[Array, np.int64]):
-    """One environment of a pixel game, as gymnasium has them."""
+    """One environment of a pixel game, with gymnasium's interface."""
 
     def __init__(self, game: str, config: AgentConfig) -> None:
         self._envs = envs.make(game, 1, frame_size=config.frame_size, frame_stack=config.frame_stack)
         self.observation_space, self.action_space = _spaces(self._envs)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Array, dict[str, Any]]:
-        """Starts a game."""
+        """Starts a game and returns its first frames."""
         super().reset(seed=seed)
         return self._envs.reset(int(self.np_random.integers(1 << 31)))[0], {}
 
     def step(self, action: np.int64) -> tuple[Array, float, bool, bool, dict[str, Any]]:
-        """Plays an action."""
+        """Plays one action."""
         step = self._envs.step(np.array([action]))
         return step.observations[0], float(step.rewards[0]), bool(step.terminated[0]), bool(step.truncated[0]), {}
 
 
 class SharedEnvs(VecEnv):  # type: ignore[misc]
-    """Our vectorised environments under SB3, for its speed alone: it takes the step of an autoreset for one that was played."""
+    """Our vectorised environments with SB3's interface. Only for measuring speed: SB3 takes the step of an autoreset for a played one."""
 
     def __init__(self, inner: GameEnvs, seed: int) -> None:
         self._inner, self._seed = inner, seed
@@ -168,33 +171,33 @@ class SharedEnvs(VecEnv):  # type: ignore[misc]
         return self._inner.reset(self._seed)
 
     def step_async(self, actions: Array) -> None:
-        """Notes the actions."""
+        """Keeps the actions for `step_wait`."""
         self._actions = actions
 
     def step_wait(self) -> tuple[Array, Array, Array, list[dict[str, Any]]]:
-        """Plays them."""
+        """Plays the kept actions. Rewards are clipped to [-1, 1]."""
         step = self._inner.step(self._actions)
         rewards = step.rewards.clip(-REWARD_LIMIT, REWARD_LIMIT)
         return step.observations, rewards, step.terminated | step.truncated, [{} for _ in step.rewards]
 
     def close(self) -> None:
-        """Stops them."""
+        """Closes the environments."""
         self._inner.close()
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        """Of nothing but what SB3 asks each environment for: how it is rendered."""
+        """Returns None for each environment. SB3 asks only for the render mode."""
         return [None] * self.num_envs
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-        """Not asked for by PPO."""
+        """Not implemented, because PPO does not call it."""
         raise NotImplementedError
 
     def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
-        """Not asked for by PPO."""
+        """Not implemented, because PPO does not call it."""
         raise NotImplementedError
 
     def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
-        """They are not."""
+        """Returns False: no environment is wrapped."""
         return [False] * self.num_envs
 
 

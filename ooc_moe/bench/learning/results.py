@@ -1,7 +1,4 @@
-"""What `ooc-moe bench learning` found: speeds and returns beside their peer's, tables for the terminal and for a file.
-
-Knows nothing of how anything was measured.
-"""
+"""The results of `ooc-moe bench learning`: our speeds and returns, those of Stable-Baselines3 (SB3), and the tables that compare them."""
 
 from __future__ import annotations
 
@@ -11,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ooc_moe.bench.harness import Spread
+from ooc_moe.bench.result_page import kept_notes, met_target
 from ooc_moe.display.table import Table, markdown_table
 from ooc_moe.metrics import statistics
 
@@ -22,34 +20,35 @@ RETURNS_HEADINGS = ("game", "steps", "ours, each seed", "SB3, each seed", "means
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Speed:
-    """Environment steps per second, rollouts and updates together, in one game. `peer_envs` says whose environments SB3 had."""
+    """Environment steps per second in one game, with the time of rollouts and updates counted."""
 
     game: str
     peer_envs: str
+    """Whose environments SB3 played in: "its own" or "ours"."""
     ours: Spread
     peer: Spread
 
     @property
     def judged(self) -> bool:
-        """The targets are meant for SB3 as it comes; with our environments it shows what the learners alone do."""
+        """Whether the targets apply. They are for SB3 with its own environments; with ours, the row compares the learners alone."""
         return self.peer_envs == "its own"
 
     @property
     def ratio(self) -> float:
-        """Of medians."""
+        """Our median speed divided by SB3's."""
         return self.ours.median / self.peer.median
 
     @property
     def reached(self) -> str:
-        """ "aim", "must" or "no"; "" where there is no target."""
+        """The stricter target that the ratio meets: "aim", "must" or "no"; "" where no target applies."""
         if not self.judged:
             return ""
-        return "aim" if self.ratio >= RATIO_AIM else "must" if self.ratio >= RATIO_MUST else "no"
+        return met_target(self.ratio, must=RATIO_MUST, aim=RATIO_AIM)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Returns:
-    """Mean raw returns at the end of training on equal steps, one of each seed; NaN where no game ended."""
+    """Mean raw returns at the end of trainings with equally many steps, one for each seed. NaN where no game ended."""
 
     game: str
     steps: int
@@ -58,12 +57,12 @@ class Returns:
 
     @property
     def difference(self) -> tuple[float, float, float]:
-        """Ours less SB3's: of the means, and its 95 % interval (bootstrap over seeds)."""
+        """Our mean minus SB3's, and the lower and upper end of its 95 % interval (bootstrap over seeds)."""
         return statistics.difference([self.ours], [self.peer])
 
     @property
     def not_worse(self) -> bool:
-        """Whether the interval reaches zero; what is unsaid does not."""
+        """Whether the interval reaches zero, so that nothing shows that we are worse. False where the difference is NaN."""
         return bool(self.difference[2] >= 0)
 
 
@@ -73,12 +72,9 @@ def tables(speeds: Sequence[Speed], returns: Sequence[Returns]) -> list[Table]:
 
 
 def save(speeds: Sequence[Speed], returns: Sequence[Returns], facts: Mapping[str, str], path: Path) -> None:
-    """Writes the file: what ran on what, the tables, and the notes of an older one."""
-    notes = f"{NOTES}\n\n(to be written: the profile)"
-    if path.exists():
-        _, found, below = path.read_text().partition(NOTES)
-        notes = found + below if found else notes
-    lines = ["# ooc-moe bench learning: our dense PPO beside Stable-Baselines3's", ""]
+    """Writes the page: command, machine and versions, the tables, and the notes of an existing page."""
+    notes = kept_notes(path, NOTES, missing="to be written: the profile")
+    lines = ["# ooc-moe bench learning: our dense PPO compared with Stable-Baselines3's", ""]
     lines += [f"- {name}: {value}" for name, value in facts.items()]
     for table in tables(speeds, returns):
         lines += ["", markdown_table(table)]

@@ -1,9 +1,9 @@
-"""`ooc-moe bench store`: the daemon's data planes beside their peers, in one run on one machine.
+"""`ooc-moe bench store`: the daemon's data planes compared with their peers, in one run on one machine.
 
-For each record size and each group of paths: the peers and a real daemon are started, every path is run once and its bytes are checked,
-then all are measured in interleaved rounds (harness.py), then everything is taken down. What counts is the time from the caller's memory,
-or into it. Threads: one in the caller, but for what a library starts by itself and the READ_THREADS of the raw reads; no process is bound
-to a core, as servers that use several threads would lose most.
+For each record size and each group of paths the benchmark starts a real daemon and the peers, runs every path once and checks its bytes,
+measures all paths in interleaved rounds (harness.py), and stops everything again. The time is that from or into the caller's memory. The
+caller uses one thread, apart from threads that a library starts by itself and the READ_THREADS of the raw reads. No process is bound to a
+core, because that would hurt servers with several threads most.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path as FilePath
+from functools import partial
+from pathlib import Path
 
 from rich.console import Console
 
-from ooc_moe.bench.harness import Path, measure, warm_up
-from ooc_moe.bench.store import bare_grpc as bare
-from ooc_moe.bench.store import ours, peers_disk, peers_memory
-from ooc_moe.bench.store.child import child
-from ooc_moe.bench.store.records import SAMPLE_BYTES, Records, check_record_bytes, count_of, made
+from ooc_moe.bench.harness import TimedPath, measure, warm_up
+from ooc_moe.bench.store import daemon_paths, peers_disk, peers_memory
+from ooc_moe.bench.store.plain_grpc import plain_client
+from ooc_moe.bench.store.records import SAMPLE_BYTES, Records, check_record_bytes, count_of, filled_records
 from ooc_moe.bench.store.results import Latency, Results, Row, StatsRow, with_ratios
+from ooc_moe.bench.store.stats_load import STREAMS, stats_latencies, streaming_clients
 from ooc_moe.display.formats import format_size
 from ooc_moe.display.progress import passing_bar
-from ooc_moe.metrics import provenance as machine
+from ooc_moe.metrics import provenance
 from ooc_moe_wire.errors import InvalidRequest
 
 log = logging.getLogger(__name__)
@@ -45,7 +46,8 @@ TITLES = {
     "nvme": "fetch from NVMe",
     "stats": "under load",
 }
-# What each group measures, ours first. Puts into memory that is not durable stand with the fetches, whose servers they share.
+# The paths of each group, our own first. The puts of Flight and Ray, which are not durable, are in the group of the fetches because they
+# use the same servers.
 PATHS: dict[str, tuple[str, ...]] = {
     "fetch": (
         "local",
@@ -66,37 +68,38 @@ PATHS: dict[str, tuple[str, ...]] = {
     "stats": ("getstats",),
 }
 OURS = {"local", "local xxh3", "stream", "stream unverified", "stream unix"}
-# What a path needs that may be missing here, and how to get it.
+# The Python module that a path needs and that may not be installed, and how to install it.
 MODULES = {"ray": "ray", "ray put": "ray", "flight": "pyarrow", "flight put": "pyarrow", "lmdb": "lmdb", "rocksdb": "rocksdict"}
 EXTRA = "pip install 'ooc-moe[bench]'"
-# Of the largest set, at once: source, destination, arena, the stores of Ray and Flight with what was put into them.
+# How many copies of the largest set of records are in memory at once (source, destination, arena, the stores of Ray and Flight with what
+# was put into them), and how many are on the disk.
 MEMORY_SETS, DISK_SETS = 9, 10
 HEADROOM_BYTES = 1 << 30
-# How long a run takes, about, relative to a fetch of the same bytes: for the remaining time only.
+# Roughly how long a run takes, relative to a fetch of the same bytes. Only the progress bar uses this.
 _WEIGHT = {"fetch": 1, "push": 10, "nvme": 6}
 
-Peer = Callable[[Records, FilePath], AbstractContextManager[list[Path]]]
+Peer = Callable[[Records, Path], AbstractContextManager[list[TimedPath]]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoreBench:
-    """What to measure. `paths` are names of groups, or group/path with dashes for spaces: fetch, push/local, fetch/local-xxh3.
+    """What to measure.
 
     Raises:
-        InvalidRequest: for a size, a number of rounds or a path that cannot be.
+        InvalidRequest: a size cannot be moved by O_DIRECT, `rounds` is out of range, or a path is unknown.
     """
 
-    data_dir: FilePath  # On the disk to measure; a directory is made in it, and removed.
+    data_dir: Path  # On the disk to measure. A directory is made in it, and removed at the end.
     sizes: tuple[int, ...] = SIZES
     rounds: int | None = None
-    paths: tuple[str, ...] = ()
+    paths: tuple[str, ...] = ()  # Groups, or group/path with dashes for spaces: fetch, push/local, fetch/local-xxh3. Empty: all.
     quick: bool = False
 
     def __post_init__(self) -> None:
         for size in self.sizes:
             check_record_bytes(size)
         if not self.sizes or len(set(self.sizes)) != len(self.sizes):
-            raise InvalidRequest("sizes: give at least one, each once")
+            raise InvalidRequest("sizes: name at least one size, and each size once")
         if self.rounds is not None and not 1 <= self.rounds <= 1000:
             raise InvalidRequest(f"rounds: {self.rounds} is not 1 to 1000")
         for path in self.paths:
@@ -105,12 +108,12 @@ class StoreBench:
 
     @property
     def num_rounds(self) -> int:
-        """Of each path and size."""
+        """How many rounds each path is measured, with records of each size."""
         return self.rounds or (QUICK_ROUNDS if self.quick else ROUNDS)
 
     @property
     def wanted(self) -> dict[str, tuple[str, ...]]:
-        """The paths to measure, by group."""
+        """By group: the paths to measure."""
         return {
             group: tuple(path for path in paths if not self.paths or group in self.paths or _name(group, path) in self.paths)
             for group, paths in PATHS.items()
@@ -118,10 +121,10 @@ class StoreBench:
 
 
 def run(bench: StoreBench, console: Console, *, command: str = "ooc-moe bench store") -> Results:
-    """Measures. A progress bar is drawn on `console`.
+    """Measures all wanted paths; draws a progress bar on `console`.
 
     Raises:
-        InvalidRequest: the disk or the memory cannot hold it.
+        InvalidRequest: the records do not fit in memory or on the disk, or the file system of `data_dir` has no O_DIRECT.
         WrongBytes: a path did not move what it was asked to.
     """
     bench.data_dir.mkdir(parents=True, exist_ok=True)
@@ -141,7 +144,7 @@ def run(bench: StoreBench, console: Console, *, command: str = "ooc-moe bench st
         }
         task = progress.add_task("", total=sum(ahead.values()))
         for size, count in sets.items():
-            with made(size, count) as records:
+            with filled_records(size, count) as records:
                 for group in _WEIGHT:
                     progress.update(task, description=f"{group} {format_size(size)}")
                     step = size * count * _WEIGHT[group]
@@ -153,13 +156,13 @@ def run(bench: StoreBench, console: Console, *, command: str = "ooc-moe bench st
                         directory,
                         order,
                         missing,
-                        lambda: progress.advance(task, step),  # noqa: B023
+                        partial(progress.advance, task, step),
                     )
         if wanted["stats"]:
             progress.update(task, description="stats")
             stats = _measure_stats(bench, directory)
     rows.sort(key=lambda row: (list(PATHS).index(row.group), PATHS[row.group].index(row.path)))
-    facts = machine.facts(bench.data_dir, command=command) | {"rounds": f"{bench.num_rounds}, interleaved"}
+    facts = provenance.facts(bench.data_dir, command=command) | {"rounds": f"{bench.num_rounds}, interleaved"}
     return Results(rows=tuple(rows), stats=stats, missing=tuple(dict.fromkeys(missing.values())), facts=facts, rounds=bench.num_rounds)
 
 
@@ -168,53 +171,54 @@ def _measure_group(
     group: str,
     wanted: Sequence[str],
     records: Records,
-    directory: FilePath,
+    directory: Path,
     order: random.Random,
     missing: dict[tuple[str, str], str],
     on_run: Callable[[], None],
 ) -> list[Row]:
-    """One group with records of one size; a peer that does not start is added to `missing`."""
+    """Measures one group with records of one size. A peer that does not start is added to `missing` and left out."""
     if not wanted:
         return []
     with _scratch(directory) as scratch, ExitStack() as stack:
-        paths = [path for path in _enter(group, wanted, records, scratch, stack, missing) if path.name in wanted]
+        paths = [path for path in _start_group(group, wanted, records, scratch, stack, missing) if path.name in wanted]
         for path in paths:
-            warm_up([path], blank=records.blank)
+            warm_up([path], before_each=records.blank)
             on_run()
         calls = max(1, SAMPLE_BYTES // records.num_bytes) if group == "fetch" and not bench.quick else 1
         samples = measure(paths, num_bytes=records.num_bytes, calls=calls, rounds=bench.num_rounds, order=order, on_run=on_run)
     return with_ratios(group, records.record_bytes, samples)
 
 
-def _enter(
-    group: str, wanted: Sequence[str], records: Records, directory: FilePath, stack: ExitStack, missing: dict[tuple[str, str], str]
-) -> Iterator[Path]:
-    """Starts what a group needs; `stack` ends it. The daemon comes first: a fork is best made by a process with few threads."""
+def _start_group(
+    group: str, wanted: Sequence[str], records: Records, directory: Path, stack: ExitStack, missing: dict[tuple[str, str], str]
+) -> Iterator[TimedPath]:
+    """Starts the daemon and the peers of a group and yields their paths; `stack` stops them.
+
+    The daemon comes first, because a process should fork while it has few threads.
+    """
     if OURS & set(wanted):
-        yield from _enter_ours(group, wanted, records, directory, stack)
+        yield from _start_daemon(group, wanted, records, directory, stack)
     for names, peer in _PEERS[group]:
         if set(names) & set(wanted):
             place = directory / names[0].replace(" ", "-")
             place.mkdir()
             try:
                 paths = stack.enter_context(peer(records, place))
-            except Exception as error:  # A peer's own; the others are measured all the same.
+            except Exception as error:  # Any error of the peer's library. The other peers are measured all the same.
                 log.warning("%s did not start", names[0], exc_info=error)
                 missing[group, names[0]] = f"{names[0]} with {format_size(records.record_bytes)} records: {str(error).splitlines()[0]}"
                 continue
             yield from paths
 
 
-def _enter_ours(group: str, wanted: Sequence[str], records: Records, directory: FilePath, stack: ExitStack) -> Iterator[Path]:
-    # Few enough in memory for NVMe to be read, enough for the reads under way.
-    arena_records = records.count // 4 + ours.SPARE_RECORDS // 2 if group == "nvme" else records.count + ours.SPARE_RECORDS
-    daemon = stack.enter_context(ours.daemon(records, directory, arena_records=arena_records))
-    ours.fill(daemon, records)
-    planes = {"fetch": ours.resident_fetches, "push": ours.durable_pushes, "nvme": ours.nvme_fetches}
+def _start_daemon(group: str, wanted: Sequence[str], records: Records, directory: Path, stack: ExitStack) -> Iterator[TimedPath]:
+    daemon = stack.enter_context(daemon_paths.running_daemon(records, directory, all_in_dram=group != "nvme"))
+    daemon_paths.push_records(daemon, records)
+    planes = {"fetch": daemon_paths.resident_fetches, "push": daemon_paths.durable_pushes, "nvme": daemon_paths.nvme_fetches}
     yield from stack.enter_context(planes[group](daemon, records, wanted))
 
 
-def _in_memory(peer: Callable[[Records], AbstractContextManager[list[Path]]]) -> Peer:
+def _in_memory(peer: Callable[[Records], AbstractContextManager[list[TimedPath]]]) -> Peer:
     return lambda records, directory: peer(records)
 
 
@@ -241,37 +245,36 @@ _PEERS: dict[str, tuple[tuple[tuple[str, ...], Peer], ...]] = {
 }
 
 
-def _measure_stats(bench: StoreBench, directory: FilePath) -> StatsRow:
+def _measure_stats(bench: StoreBench, directory: Path) -> StatsRow:
     size = STATS_RECORD_BYTES if STATS_RECORD_BYTES in bench.sizes else max(bench.sizes)
     seconds = QUICK_STATS_ROUND_S if bench.quick else STATS_ROUND_S
     latencies: list[float] = []
     echoes: list[float] = []
     served: list[float] = []
     with ExitStack() as stack:
-        records = stack.enter_context(made(size, count_of(size, quick=bench.quick)))
+        records = stack.enter_context(filled_records(size, count_of(size, quick=bench.quick)))
         scratch = stack.enter_context(_scratch(directory))
-        daemon = stack.enter_context(ours.daemon(records, scratch, arena_records=records.count + ours.SPARE_RECORDS))
-        ours.fill(daemon, records)
-        port = stack.enter_context(child("bare", str(records.fd), str(records.record_bytes), pass_fds=(records.fd,)))
-        echo = stack.enter_context(bare.connected(port)).echo
-        stack.enter_context(ours.streams(daemon))
+        daemon = stack.enter_context(daemon_paths.running_daemon(records, scratch, all_in_dram=True))
+        daemon_paths.push_records(daemon, records)
+        echo = stack.enter_context(plain_client(records.fd, records.record_bytes)).echo
+        stack.enter_context(streaming_clients(daemon))
         for _ in range(bench.num_rounds):
-            taken, echoed, rate = ours.stats_latencies(daemon, echo, seconds=seconds)
-            latencies += taken
-            echoes += echoed
-            served.append(rate)
+            stats_ms, echoes_ms, gb_per_s = stats_latencies(daemon, echo, seconds=seconds)
+            latencies += stats_ms
+            echoes += echoes_ms
+            served.append(gb_per_s)
     return StatsRow(
         record_bytes=size,
         calls=len(latencies),
         latency=Latency.of(latencies),
         echo=Latency.of(echoes),
-        streams=ours.STREAMS,
+        streams=STREAMS,
         served=statistics.median(served),
     )
 
 
 def _missing(wanted: Mapping[str, Sequence[str]]) -> dict[tuple[str, str], str]:
-    """The wanted paths that cannot be measured here, and what would help."""
+    """Maps each wanted path that cannot be measured here to what must be installed."""
     missing = {}
     for group, paths in wanted.items():
         for path in paths:
@@ -283,9 +286,9 @@ def _missing(wanted: Mapping[str, Sequence[str]]) -> dict[tuple[str, str], str]:
 
 
 def _check_room(bench: StoreBench, largest_set: int) -> None:
-    """Raises InvalidRequest when memory or disk would run out on the way."""
+    """Raises InvalidRequest if memory or disk would run out during the benchmark."""
     for what, needed, free in (
-        ("memory", MEMORY_SETS * largest_set + HEADROOM_BYTES, machine.available_memory_bytes()),
+        ("memory", MEMORY_SETS * largest_set + HEADROOM_BYTES, provenance.available_memory_bytes()),
         (f"disk at {bench.data_dir}", DISK_SETS * largest_set + HEADROOM_BYTES, shutil.disk_usage(bench.data_dir).free),
     ):
         if free < needed:
@@ -296,11 +299,11 @@ def _check_room(bench: StoreBench, largest_set: int) -> None:
 
 
 @contextmanager
-def _scratch(parent: FilePath) -> Iterator[FilePath]:
-    """A new directory, removed with all in it."""
+def _scratch(parent: Path) -> Iterator[Path]:
+    """Yields a new directory in `parent`, and removes it with everything in it."""
     directory = tempfile.mkdtemp(prefix="bench-", dir=parent)
     try:
-        yield FilePath(directory)
+        yield Path(directory)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 

@@ -1,30 +1,31 @@
 """Peers that keep records on the disk: plain O_DIRECT, fio, LMDB, RocksDB.
 
-The write paths acknowledge each record on its own, durable, into space that they have written before, as a store in its steady state does.
-The read paths find nothing in the page cache: they read with O_DIRECT, or the file is dropped from it before each run.
+The write paths make each record durable before they write the next one, and write into space that was written before, as a store in its
+steady state does. The read paths find nothing in the page cache: they read with O_DIRECT, or their file is dropped from the page cache
+before each run.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import pathlib
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
-from ooc_moe.bench.harness import Path, WrongBytes
+from ooc_moe.bench.harness import TimedPath, WrongBytes
 from ooc_moe.bench.store.records import Records
 from ooc_moe_wire.errors import InvalidRequest, Unavailable
 
-# As many as the daemon reads at a time.
+# As many threads as the daemon reads with.
 READ_THREADS = 4
 
 
-def check_direct_io(directory: pathlib.Path) -> None:
-    """Raises InvalidRequest when files below `directory` take no O_DIRECT: nothing measured there would mean a disk."""
+def check_direct_io(directory: Path) -> None:
+    """Raises InvalidRequest if files in `directory` cannot be opened with O_DIRECT. Measurements there would not measure a disk."""
     path = directory / "direct"
     try:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_DIRECT, 0o600))
@@ -36,8 +37,8 @@ def check_direct_io(directory: pathlib.Path) -> None:
 
 
 @contextmanager
-def raw_writes(records: Records, directory: pathlib.Path) -> Iterator[list[Path]]:
-    """One thread: O_DIRECT write of a record, fdatasync, the next."""
+def raw_writes(records: Records, directory: Path) -> Iterator[list[TimedPath]]:
+    """One thread writes a record with O_DIRECT, calls fdatasync, and goes on to the next record."""
     with _direct_file(records, directory) as fd:
 
         def run() -> None:
@@ -49,12 +50,12 @@ def raw_writes(records: Records, directory: pathlib.Path) -> Iterator[list[Path]
             _read_all(fd, records)
             records.check()
 
-        yield [Path(name="raw", run=run, check=check)]
+        yield [TimedPath(name="raw", run=run, check=check)]
 
 
 @contextmanager
-def raw_reads(records: Records, directory: pathlib.Path) -> Iterator[list[Path]]:
-    """O_DIRECT reads of whole records into the caller's memory, by READ_THREADS threads."""
+def raw_reads(records: Records, directory: Path) -> Iterator[list[TimedPath]]:
+    """READ_THREADS threads read whole records with O_DIRECT into the caller's memory."""
     with _direct_file(records, directory) as fd, ThreadPoolExecutor(READ_THREADS) as threads:
 
         def read(index: int) -> None:
@@ -63,12 +64,12 @@ def raw_reads(records: Records, directory: pathlib.Path) -> Iterator[list[Path]]
         def run() -> None:
             list(threads.map(read, records.ids))
 
-        yield [Path(name="raw", run=run, check=records.check)]
+        yield [TimedPath(name="raw", run=run, check=records.check)]
 
 
 @contextmanager
-def buffered_reads(records: Records, directory: pathlib.Path) -> Iterator[list[Path]]:
-    """One thread that reads an ordinary file, dropped from the page cache before."""
+def buffered_reads(records: Records, directory: Path) -> Iterator[list[TimedPath]]:
+    """One thread reads an ordinary file that was dropped from the page cache before the run."""
     path = directory / "buffered"
     path.write_bytes(records.source.data)
     fd = os.open(path, os.O_RDONLY)
@@ -78,29 +79,29 @@ def buffered_reads(records: Records, directory: pathlib.Path) -> Iterator[list[P
             for index in records.ids:
                 _read(fd, records.into(index), index * records.record_bytes)
 
-        yield [Path(name="buffered file", run=run, check=records.check, prepare=lambda: _drop_from_cache(path))]
+        yield [TimedPath(name="buffered file", run=run, check=records.check, prepare=lambda: _drop_from_cache(path))]
     finally:
         os.close(fd)
 
 
 @contextmanager
-def fio_writes(records: Records, directory: pathlib.Path) -> Iterator[list[Path]]:
-    """As `raw_writes`, by fio, in fio's own time."""
+def fio_writes(records: Records, directory: Path) -> Iterator[list[TimedPath]]:
+    """fio does what `raw_writes` does; the time is the one that fio reports."""
     with _direct_file(records, directory) as fd:
         job = ["--rw=write", f"--size={records.num_bytes}", "--fdatasync=1", "--overwrite=1"]
         yield [_fio_path(records, directory, fd, job, "write")]
 
 
 @contextmanager
-def fio_reads(records: Records, directory: pathlib.Path) -> Iterator[list[Path]]:
-    """As `raw_reads`, by fio, in fio's own time."""
+def fio_reads(records: Records, directory: Path) -> Iterator[list[TimedPath]]:
+    """fio does what `raw_reads` does; the time is the one that fio reports."""
     with _direct_file(records, directory) as fd:
         part = records.num_bytes // READ_THREADS
         job = ["--rw=read", f"--size={part}", f"--offset_increment={part}", f"--numjobs={READ_THREADS}", "--thread", "--group_reporting"]
         yield [_fio_path(records, directory, fd, job, "read")]
 
 
-def _fio_path(records: Records, directory: pathlib.Path, fd: int, job: list[str], kind: str) -> Path:
+def _fio_path(records: Records, directory: Path, fd: int, job: list[str], kind: str) -> TimedPath:
     command = [
         "fio",
         "--name=bench",
@@ -119,18 +120,18 @@ def _fio_path(records: Records, directory: pathlib.Path, fd: int, job: list[str]
             raise Unavailable(f"fio ended with {ran.returncode}: {ran.stderr.strip()}")
         result = json.loads(ran.stdout[ran.stdout.index("{") :])["jobs"][0][kind]
         moved["bytes"] = result["io_bytes"]
-        return float(result["runtime"]) / 1000 or 1e-3  # It counts in whole milliseconds.
+        return float(result["runtime"]) / 1000 or 1e-3  # fio counts in whole milliseconds.
 
     def check() -> None:
         if moved["bytes"] != records.num_bytes:
             raise WrongBytes(f"fio moved {moved['bytes']} of {records.num_bytes} bytes")
 
-    return Path(name="fio", run=run, check=check)
+    return TimedPath(name="fio", run=run, check=check)
 
 
 @contextmanager
-def lmdb_writes(records: Records, directory: pathlib.Path) -> Iterator[list[Path]]:
-    """A transaction for each record, its commit synced (LMDB's default)."""
+def lmdb_writes(records: Records, directory: Path) -> Iterator[list[TimedPath]]:
+    """One transaction for each record; each commit is synced, which is LMDB's default."""
     with _lmdb(records, directory) as environment:
 
         def check() -> None:
@@ -138,12 +139,12 @@ def lmdb_writes(records: Records, directory: pathlib.Path) -> Iterator[list[Path
                 for index in records.ids:
                     records.check_body(index, transaction.get(_key(index)))
 
-        yield [Path(name="lmdb", run=lambda: _lmdb_put(environment, records), check=check)]
+        yield [TimedPath(name="lmdb", run=lambda: _lmdb_put(environment, records), check=check)]
 
 
 @contextmanager
-def lmdb_reads(records: Records, directory: pathlib.Path) -> Iterator[list[Path]]:
-    """One thread that copies each record out of the map, dropped from the page cache before."""
+def lmdb_reads(records: Records, directory: Path) -> Iterator[list[TimedPath]]:
+    """One thread copies each record out of LMDB's memory map; the file was dropped from the page cache before the run."""
     with _lmdb(records, directory) as environment:
         _lmdb_put(environment, records)
     import lmdb
@@ -161,13 +162,13 @@ def lmdb_reads(records: Records, directory: pathlib.Path) -> Iterator[list[Path]
             for index in records.ids:
                 records.into(index)[:] = transaction.get(_key(index))
 
-    yield [Path(name="lmdb", run=run, check=records.check, prepare=prepare)]
+    yield [TimedPath(name="lmdb", run=run, check=records.check, prepare=prepare)]
     while opened:
         opened.pop().close()
 
 
 @contextmanager
-def _lmdb(records: Records, directory: pathlib.Path) -> Iterator[Any]:
+def _lmdb(records: Records, directory: Path) -> Iterator[Any]:
     import lmdb
 
     with lmdb.open(str(directory / "lmdb"), map_size=4 * records.num_bytes + (64 << 20)) as environment:
@@ -181,8 +182,8 @@ def _lmdb_put(environment: Any, records: Records) -> None:
 
 
 @contextmanager
-def rocksdb_writes(records: Records, directory: pathlib.Path) -> Iterator[list[Path]]:
-    """A put with `sync` for each record; no compression, which random bytes only delay."""
+def rocksdb_writes(records: Records, directory: Path) -> Iterator[list[TimedPath]]:
+    """One put with `sync` for each record. Compression is off, because it cannot shrink random bytes and costs time."""
     import rocksdict
 
     options = rocksdict.Options(raw_mode=True)
@@ -190,7 +191,8 @@ def rocksdb_writes(records: Records, directory: pathlib.Path) -> Iterator[list[P
     synced = rocksdict.WriteOptions()
     synced.sync = True
     database = rocksdict.Rdict(str(directory / "rocksdb"), options)
-    bodies = [bytes(records.body(index)) for index in records.ids]  # It takes nothing else; made before the clock runs.
+    # RocksDB takes only bytes. The copies are made here, so that they are not timed.
+    bodies = [bytes(records.body(index)) for index in records.ids]
     try:
 
         def run() -> None:
@@ -201,7 +203,7 @@ def rocksdb_writes(records: Records, directory: pathlib.Path) -> Iterator[list[P
             for index in records.ids:
                 records.check_body(index, database.get(_key(index)) or b"")
 
-        yield [Path(name="rocksdb", run=run, check=check)]
+        yield [TimedPath(name="rocksdb", run=run, check=check)]
     finally:
         database.close()
 
@@ -211,8 +213,8 @@ def _key(index: int) -> bytes:
 
 
 @contextmanager
-def _direct_file(records: Records, directory: pathlib.Path) -> Iterator[int]:
-    """A file of all records, written once, open for O_DIRECT."""
+def _direct_file(records: Records, directory: Path) -> Iterator[int]:
+    """Writes all records to a file and yields its descriptor, open with O_DIRECT."""
     fd = os.open(directory / "records", os.O_RDWR | os.O_CREAT | os.O_DIRECT, 0o600)
     try:
         os.posix_fallocate(fd, 0, records.num_bytes)
@@ -244,8 +246,8 @@ def _read_all(fd: int, records: Records) -> None:
         _read(fd, records.into(index), index * records.record_bytes)
 
 
-def _drop_from_cache(path: pathlib.Path) -> None:
-    """Makes the next read of a file come from the disk; what was never synced would stay."""
+def _drop_from_cache(path: Path) -> None:
+    """Drops a file from the page cache, so that its next read comes from the disk. Syncs it first, because unwritten pages would stay."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fdatasync(fd)

@@ -1,7 +1,7 @@
-"""Peers that move records between processes in memory: memcpy, TCP, bare gRPC, Arrow Flight, Ray.
+"""Peers that move records between processes in memory: memcpy, TCP, plain gRPC, Arrow Flight, Ray.
 
-Each is a context manager that gives its paths and takes down what it set up. What is timed, peer by peer, is said beside it. Modules of the
-`bench` extra are imported when their peer is asked for.
+Each peer is a context manager that sets the peer up, yields its paths, and takes it down again; its docstring says what is timed. Modules
+of the `bench` extra are imported only when their peer is used.
 """
 
 from __future__ import annotations
@@ -17,34 +17,34 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from ooc_moe.bench.harness import Path, WrongBytes
-from ooc_moe.bench.store import bare_grpc as bare
-from ooc_moe.bench.store.child import child
+from ooc_moe.bench.child_process import child_process
+from ooc_moe.bench.harness import TimedPath, WrongBytes
+from ooc_moe.bench.store.plain_grpc import plain_client
 from ooc_moe.bench.store.records import Records
 
 
 @contextmanager
-def memcpy(records: Records) -> Iterator[list[Path]]:
-    """One copy per record from shared memory that another process made, by one thread."""
+def memcpy(records: Records) -> Iterator[list[TimedPath]]:
+    """One thread copies record after record out of the shared memory that another process has filled."""
 
     def run() -> None:
         for index in records.ids:
             records.into(index)[:] = records.body(index)
 
-    yield [Path(name="memcpy", run=run, check=records.check)]
+    yield [TimedPath(name="memcpy", run=run, check=records.check)]
 
 
 @contextmanager
-def tcp(records: Records) -> Iterator[list[Path]]:
-    """One connection over loopback; another process sends from shared memory, received into the caller's."""
-    sender = child("tcp", str(records.fd), str(records.num_bytes), pass_fds=(records.fd,))
+def tcp(records: Records) -> Iterator[list[TimedPath]]:
+    """Another process sends all records from shared memory over one loopback connection; the caller receives them into its memory."""
+    sender = child_process("ooc_moe.bench.store.tcp_sender", records.fd, records.num_bytes, pass_fds=(records.fd,))
     with sender as port, socket.create_connection(("127.0.0.1", int(port))) as connection:
 
         def run() -> None:
             connection.sendall(b"!")
             _receive(connection, records.destination.data)
 
-        yield [Path(name="tcp", run=run, check=records.check)]
+        yield [TimedPath(name="tcp", run=run, check=records.check)]
 
 
 def _receive(connection: socket.socket, into: memoryview) -> None:
@@ -57,30 +57,31 @@ def _receive(connection: socket.socket, into: memoryview) -> None:
 
 
 @contextmanager
-def grpc(records: Records) -> Iterator[list[Path]]:
-    """Bare gRPC for Python (bare.py): one stream of messages as large as ours, each copied into the caller's memory."""
-    with child("bare", str(records.fd), str(records.num_bytes), pass_fds=(records.fd,)) as port, bare.connected(port) as client:
-        yield [Path(name="grpc", run=lambda: client.stream_into(records.destination.data), check=records.check)]
+def grpc(records: Records) -> Iterator[list[TimedPath]]:
+    """Plain gRPC for Python (plain_grpc.py): one stream of messages as large as ours, each copied into the caller's memory."""
+    with plain_client(records.fd, records.num_bytes) as client:
+        yield [TimedPath(name="grpc", run=lambda: client.stream_into(records.destination.data), check=records.check)]
 
 
 @contextmanager
-def flight(records: Records) -> Iterator[list[Path]]:
-    """DoGet as a user has it, `read_all`: the table is Flight's own memory, not the caller's. DoPut stores nothing durably."""
+def flight(records: Records) -> Iterator[list[TimedPath]]:
+    """DoGet with `read_all`, as Flight's users call it: the records arrive in Flight's memory, not the caller's. And DoPut, not durable."""
     import pyarrow.flight
 
-    from ooc_moe.bench.store.flight import bodies, table
+    from ooc_moe.bench.store.flight_server import record_bodies, record_table
 
-    arguments = [str(records.fd), str(records.num_bytes), str(records.record_bytes)]
     received: list[Any] = []
-    sent = table(records.source.data, records.record_bytes)
+    sent = record_table(records.source.data, records.record_bytes)
+    arguments = (records.fd, records.num_bytes, records.record_bytes)
+    server = child_process("ooc_moe.bench.store.flight_server", *arguments, pass_fds=(records.fd,))
 
-    with child("flight", *arguments, pass_fds=(records.fd,)) as port, pyarrow.flight.connect(f"grpc://127.0.0.1:{port}") as client:
+    with server as port, pyarrow.flight.connect(f"grpc://127.0.0.1:{port}") as client:
 
         def get() -> None:
             received.append(client.do_get(pyarrow.flight.Ticket(b"")).read_all())
 
         def check_get() -> None:
-            for index, body in enumerate(_all_of(records, bodies(received.pop()))):
+            for index, body in enumerate(_all_of(records, record_bodies(received.pop()))):
                 records.check_body(index, body)
 
         def put() -> None:
@@ -91,30 +92,30 @@ def flight(records: Records) -> Iterator[list[Path]]:
         def check_put() -> None:
             digests = [int(result.body.to_pybytes()) for result in client.do_action("digests")]
             if digests != [xxhash.xxh3_64_intdigest(records.body(index)) for index in records.ids]:
-                raise WrongBytes("the server did not take what was put")
+                raise WrongBytes("the server did not receive the records that were put")
 
         yield [
-            Path(name="flight", run=get, check=check_get, prepare=received.clear),
-            Path(name="flight put", run=put, check=check_put),
+            TimedPath(name="flight", run=get, check=check_get, prepare=received.clear),
+            TimedPath(name="flight put", run=put, check=check_put),
         ]
 
 
 def _all_of(records: Records, bodies: list[memoryview]) -> list[memoryview]:
     if len(bodies) != records.count:
-        raise WrongBytes(f"{len(bodies)} records came of {records.count}")
+        raise WrongBytes(f"{len(bodies)} of {records.count} records arrived")
     return bodies
 
 
 @contextmanager
-def ray(records: Records) -> Iterator[list[Path]]:
-    """The object store: `ray.get` of all records, each then copied into the caller's memory; and `ray.put` of each."""
+def ray(records: Records) -> Iterator[list[TimedPath]]:
+    """Ray's object store: `ray.get` of all records, each then copied into the caller's memory; and `ray.put` of each record."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ["RAY_raylet_start_wait_time_s"] = "120"  # noqa: SIM112  Ray spells it so; for a busy machine.
+    os.environ["RAY_raylet_start_wait_time_s"] = "120"  # noqa: SIM112  Ray spells it so. Long, for a busy machine.
     import ray as ray_
 
-    # Its sockets lie there, and their paths are limited to 107 bytes.
+    # Ray puts its sockets there, and a socket's path is limited to 107 bytes.
     directory = tempfile.mkdtemp(prefix="ooc-moe-ray-")
-    # Twice the records, as `put` makes them anew while the old ones are on their way out.
+    # Room for the records twice, because `put` makes new objects while the old ones are still being freed.
     store_bytes = max(128 << 20, round(2.5 * records.num_bytes))
     try:
         ray_.init(
@@ -132,7 +133,7 @@ def ray(records: Records) -> Iterator[list[Path]]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _ray_paths(ray_: Any, records: Records) -> list[Path]:
+def _ray_paths(ray_: Any, records: Records) -> list[TimedPath]:
     def arrays() -> list[Any]:
         return [np.frombuffer(records.body(index), np.uint8) for index in records.ids]
 
@@ -150,4 +151,4 @@ def _ray_paths(ray_: Any, records: Records) -> list[Path]:
         for index, array in enumerate(ray_.get(newly)):
             records.check_body(index, array.data)
 
-    return [Path(name="ray", run=get, check=records.check), Path(name="ray put", run=put, check=check_put, prepare=newly.clear)]
+    return [TimedPath(name="ray", run=get, check=records.check), TimedPath(name="ray put", run=put, check=check_put, prepare=newly.clear)]

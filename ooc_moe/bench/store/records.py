@@ -1,6 +1,9 @@
-"""The records that every path moves: made by another process, in shared memory, and the caller's memory that they are fetched into.
+"""The records that every path moves, and the caller's memory that they are fetched into.
 
-The values are finite float32 that do not compress, as those of a trainer are. Knows nothing of paths.
+A child process fills the records into shared memory, so that no page of them was written by the process that measures. The values are
+finite float32 numbers that do not compress, as a trainer's do not.
+
+The child process is: python -m ooc_moe.bench.store.records FD NUM_BYTES
 """
 
 from __future__ import annotations
@@ -15,26 +18,29 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from ooc_moe.bench.child_process import child_process, report_ready, run_as_child
 from ooc_moe.bench.harness import WrongBytes
-from ooc_moe.bench.store.child import child
 from ooc_moe_wire.errors import InvalidRequest
 from ooc_moe_wire.layout import BLOCK_BYTES, Layout, TensorSpec
 
 FEW, MANY = 32, 256
 SMALL_BYTES = 1 << 20
-# A sample of fetches moves at least this much.
+# One sample of fetches moves at least this many bytes.
 SAMPLE_BYTES = 256 << 20
 
 
 class Records:
-    """`count` records of `record_bytes`: `source` (read-only, shared, filled by another process) and `destination` (touched, aligned)."""
+    """`count` records of `record_bytes` bytes, and memory of the same size to fetch them into.
+
+    `source` is shared memory, read-only, that another process has filled. `destination` is page-aligned, and all its pages are allocated.
+    """
 
     def __init__(self, fd: int, record_bytes: int, count: int) -> None:
         self.fd, self.record_bytes, self.count = fd, record_bytes, count
         self.num_bytes = record_bytes * count
         self.source: NDArray[np.uint8] = np.frombuffer(mmap.mmap(fd, self.num_bytes, prot=mmap.PROT_READ), np.uint8)
         memory = mmap.mmap(-1, self.num_bytes)
-        with contextlib.suppress(OSError):  # As numpy asks for its own large arrays.
+        with contextlib.suppress(OSError):  # numpy does the same for its own large arrays.
             memory.madvise(mmap.MADV_HUGEPAGE)
         self.destination: NDArray[np.uint8] = np.frombuffer(memory, np.uint8)
         self.blank()
@@ -42,12 +48,12 @@ class Records:
 
     @property
     def ids(self) -> range:
-        """The records by number; they are experts 0, 1, ... of a bank."""
+        """The numbers of the records, which are also their expert ids in a bank."""
         return range(self.count)
 
     @property
     def layout(self) -> Layout:
-        """An expert of exactly these bytes: a third of them parameters, the rest two moments, as Adam has them."""
+        """The layout of an expert of exactly `record_bytes`: a third are parameters, the rest Adam's two moments."""
         parameter_bytes = max(BLOCK_BYTES, self.record_bytes // 3 // BLOCK_BYTES * BLOCK_BYTES)
         optimizer_bytes = self.record_bytes - parameter_bytes
         return Layout(
@@ -56,15 +62,15 @@ class Records:
         )
 
     def body(self, index: int) -> memoryview:
-        """A record of the source."""
+        """The bytes of record `index` in the source."""
         return self.source[index * self.record_bytes : (index + 1) * self.record_bytes].data
 
     def into(self, index: int) -> memoryview:
-        """The caller's memory for a record."""
+        """The part of the destination that record `index` is fetched into."""
         return self.destination[index * self.record_bytes : (index + 1) * self.record_bytes].data
 
     def blank(self) -> None:
-        """Overwrites the destination, so that nothing in it can pass for fetched."""
+        """Overwrites the destination, so that old bytes in it cannot pass for fetched ones."""
         self.destination[:] = 0xA5
 
     def check(self) -> None:
@@ -73,30 +79,50 @@ class Records:
             self.check_body(index, self.into(index))
 
     def check_body(self, index: int, body: memoryview | bytes) -> None:
-        """Raises WrongBytes unless `body` is that record."""
+        """Raises WrongBytes unless `body` equals record `index`; compares length and xxh3 checksum."""
         if len(body) != self.record_bytes or xxhash.xxh3_64_intdigest(body) != self._digests[index]:
             raise WrongBytes(f"record {index} of {self.count} did not arrive as it was sent")
 
 
 def check_record_bytes(record_bytes: int) -> None:
-    """Raises InvalidRequest for a size that O_DIRECT could not move."""
+    """Raises InvalidRequest for a record size that O_DIRECT cannot move."""
     if record_bytes < 2 * BLOCK_BYTES or record_bytes % BLOCK_BYTES:
-        raise InvalidRequest(f"sizes: {record_bytes} bytes is not a multiple of {BLOCK_BYTES}, at least two of them")
+        raise InvalidRequest(f"sizes: {record_bytes} bytes is not a multiple of {BLOCK_BYTES}, or less than {2 * BLOCK_BYTES}")
 
 
 def count_of(record_bytes: int, *, quick: bool) -> int:
-    """Records of one call."""
+    """How many records of this size one call moves; a quarter of them if `quick`."""
     return (MANY if record_bytes < SMALL_BYTES else FEW) // (4 if quick else 1)
 
 
 @contextmanager
-def made(record_bytes: int, count: int) -> Iterator[Records]:
-    """Records that a child process fills in."""
+def filled_records(record_bytes: int, count: int) -> Iterator[Records]:
+    """Yields `count` records that a child process has filled; their memory is freed at the end."""
     fd = os.memfd_create("ooc-moe-bench", os.MFD_CLOEXEC)
     try:
         os.ftruncate(fd, record_bytes * count)
-        with child("fill", str(fd), str(record_bytes * count), pass_fds=(fd,)):
+        with child_process("ooc_moe.bench.store.records", fd, record_bytes * count, pass_fds=(fd,)):
             pass
         yield Records(fd, record_bytes, count)
     finally:
         os.close(fd)
+
+
+def map_source(fd: str, num_bytes: str) -> mmap.mmap:
+    """Maps the records read-only in a child process that inherited their file descriptor. The arguments are those of its command line."""
+    return mmap.mmap(int(fd), int(num_bytes), prot=mmap.PROT_READ)
+
+
+def _fill(fd: str, num_bytes: str) -> None:
+    """Fills the shared memory `fd` with finite float32 values that do not compress."""
+    memory = np.frombuffer(mmap.mmap(int(fd), int(num_bytes)), np.uint64)
+    generator = np.random.default_rng(0)
+    for start in range(0, len(memory), 1 << 20):
+        part = memory[start : start + (1 << 20)]
+        part[:] = generator.integers(0, 1 << 64, size=len(part), dtype=np.uint64)
+        part &= np.uint64(0xBFFFFFFF_BFFFFFFF)  # Keeps each exponent below its largest value, which means NaN or infinity.
+    report_ready()
+
+
+if __name__ == "__main__":
+    run_as_child(_fill)

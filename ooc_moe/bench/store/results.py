@@ -1,7 +1,4 @@
-"""What the store benchmark found: rows, their ratios against the targets, one table for the terminal and for a file.
-
-Knows nothing of how anything was measured.
-"""
+"""The results of the store benchmark: rows, their ratios to the peers, the targets for these ratios, and the table that shows them."""
 
 from __future__ import annotations
 
@@ -11,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ooc_moe.bench.harness import Spread
+from ooc_moe.bench.result_page import kept_notes, met_target
 from ooc_moe.display.formats import format_size
 from ooc_moe.display.table import Table, markdown_table
 
@@ -21,13 +19,14 @@ _HEADINGS = ("", "path", "record", "GB/s [quartiles]", "ratio", "must", "aim", "
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Target:
-    """What a path owes its peer: by record size, the ratio it must reach, and the one it aims at (None: none of its own)."""
+    """Targets for the ratio of a path's speed to a peer's."""
 
     peer: str
     by_size: Mapping[int, tuple[float, float | None]]
+    """By record size in bytes: the ratio that the path must reach, and the one that we aim at (None: no aim)."""
 
 
-# By group and path. The ratio of medians is shown for every size, and judged where the size has a target.
+# By group and path. The table shows the ratio for every record size; only the sizes named here have a target.
 TARGETS: dict[tuple[str, str], tuple[Target, ...]] = {
     ("fetch", "local"): (
         Target(peer="memcpy", by_size={256 * KIB: (0.5, 0.7), 8 * MIB: (0.85, 0.95)}),
@@ -54,13 +53,13 @@ TARGETS: dict[tuple[str, str], tuple[Target, ...]] = {
     ("nvme", "local"): (Target(peer="raw", by_size={8 * MIB: (0.8, 0.95)}),),
     ("nvme", "stream"): (Target(peer="raw", by_size={}),),
 }
-# p99 of GetStats in milliseconds: must stay under, aims to stay under.
+# The p99 latency of GetStats in milliseconds: it must stay below the first, and we aim at staying below the second.
 STATS_P99_MS = (25.0, 10.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ratio:
-    """A path's median over its peer's."""
+    """A path's median speed divided by a peer's."""
 
     peer: str
     value: float
@@ -69,17 +68,13 @@ class Ratio:
 
     @property
     def reached(self) -> str:
-        """ "aim", "must" or "no"; "" without a target."""
-        if self.must is None:
-            return ""
-        if self.aim is not None and self.value >= self.aim:
-            return "aim"
-        return "must" if self.value >= self.must else "no"
+        """The stricter target that the ratio meets: "aim", "must" or "no"; "" without a target."""
+        return met_target(self.value, must=self.must, aim=self.aim)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One path with records of one size."""
+    """What was measured of one path with records of one size."""
 
     group: str
     path: str
@@ -90,7 +85,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Latency:
-    """Of calls, in milliseconds."""
+    """Latency of repeated calls, in milliseconds."""
 
     p50_ms: float
     p99_ms: float
@@ -98,7 +93,7 @@ class Latency:
 
     @staticmethod
     def of(samples_ms: Sequence[float]) -> Latency:
-        """Of at least one sample."""
+        """Computes the percentiles from at least one sample."""
         ordered = sorted(samples_ms)
         p99 = ordered[min(len(ordered) - 1, round(0.99 * len(ordered)))]
         return Latency(p50_ms=statistics.median(ordered), p99_ms=p99, max_ms=ordered[-1])
@@ -106,35 +101,40 @@ class Latency:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StatsRow:
-    """GetStats while streams run."""
+    """The latency of GetStats while clients fetch at full speed."""
 
     record_bytes: int
     calls: int
     latency: Latency
-    echo: Latency  # Of an idle server of bare gRPC, asked in turn: what the processors alone cost.
+    echo: Latency
+    """Latency of an idle plain gRPC server, called in turn with GetStats. It shows what the busy processors alone cost."""
     streams: int
-    served: float  # GB/s of the streams meanwhile.
+    """Clients that fetched."""
+    served: float
+    """GB/s that the daemon sent to them."""
 
     @property
     def reached(self) -> str:
-        """As `Ratio.reached`."""
+        """The stricter target that the p99 stays below: "aim", "must" or "no"."""
         must, aim = STATS_P99_MS
         return "aim" if self.latency.p99_ms < aim else "must" if self.latency.p99_ms < must else "no"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Results:
-    """A run of the benchmark."""
+    """Everything that one run of the benchmark measured."""
 
     rows: tuple[Row, ...]
     stats: StatsRow | None
     missing: tuple[str, ...]
-    facts: Mapping[str, str]  # Command, commit, date, machine, versions.
+    """Peers that could not be measured here, each with what to install."""
+    facts: Mapping[str, str]
+    """Command, commit, date, machine, versions."""
     rounds: int
 
 
 def with_ratios(group: str, record_bytes: int, samples: Mapping[str, Sequence[float]]) -> list[Row]:
-    """The rows of one group and size, in the order of `samples`."""
+    """Makes the rows of one group and record size from the GB/s of each path, one sample a round; in the order of `samples`."""
     spreads = {path: Spread.of(values) for path, values in samples.items()}
     rows = []
     for path, spread in spreads.items():
@@ -159,7 +159,7 @@ def table(results: Results, titles: Mapping[str, str], *, mark: str = "") -> Tab
 
 
 def markdown(results: Results, titles: Mapping[str, str], *, notes: str) -> str:
-    """For a file: what ran, the table, what was missing, and the notes on what bounds each path."""
+    """Makes the page: command, machine and versions, missing peers, the table, and `notes` on what bounds each path."""
     lines = ["# ooc-moe bench store", ""]
     lines += [f"- {name}: {value}" for name, value in results.facts.items()]
     lines += [f"- missing: {missing}" for missing in results.missing]
@@ -167,11 +167,8 @@ def markdown(results: Results, titles: Mapping[str, str], *, notes: str) -> str:
 
 
 def save(results: Results, titles: Mapping[str, str], path: Path) -> None:
-    """Writes the file; the notes of an older one stay."""
-    notes = f"{NOTES}\n\n(to be written: the profile of each path)"
-    if path.exists():
-        _, found, below = path.read_text().partition(NOTES)
-        notes = found + below if found else notes
+    """Writes the page. The notes of an existing page are kept."""
+    notes = kept_notes(path, NOTES, missing="to be written: the profile of each path")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(markdown(results, titles, notes=notes))
 

@@ -1,4 +1,4 @@
-"""The benchmark of training through the cache: what it compares is checked first, and its table says who reached what."""
+"""The benchmark of training through the cache checks what it compares, and its table says which targets were met."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ooc_moe.bench.cache import bandwidth as cache_bandwidth
+from ooc_moe.bench.cache import bandwidth, training
 from ooc_moe.bench.cache.benchmark import CacheBench
 from ooc_moe.bench.cache.results import NOTES, Ratio, Row, save
-from ooc_moe.bench.cache.trainer import LAYERS, Setting, Trainer, check_equal
+from ooc_moe.bench.cache.testbed import LAYERS, Setting
+from ooc_moe.bench.cache.trainer import Trainer, check_equal
 from ooc_moe.bench.cache.training import steps_per_game
 from ooc_moe.bench.harness import Spread, WrongBytes
-from ooc_moe.bench.store import ours
+from ooc_moe.bench.store import daemon_paths
 from ooc_moe.config.agent import AgentConfig
 from ooc_moe.config.run import RunConfig
 from ooc_moe.moe.layer import TieredExperts
@@ -60,7 +61,7 @@ def test_the_bank_is_eight_times_a_game_and_a_game_as_long_as_train_has_it(setti
 
 
 def test_a_quick_run_through_a_daemon_measures_the_fetches_of_each_tier(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(cache_bandwidth.DRAM_CALLS, "tiny", 1)
+    monkeypatch.setitem(bandwidth.DRAM_CALLS, "tiny", 1)
     words = ("--parts", "bandwidth", "--sizes", "tiny", "--quick", "--device", "cpu", "--json")
     assert exit_code("bench", "cache", *words, "--data-dir", str(tmp_path / "disk"), "--results", str(tmp_path)) == 0
     rows = json.loads(capsys.readouterr().out)["cache"]
@@ -74,20 +75,36 @@ def test_a_quick_run_through_a_daemon_measures_the_fetches_of_each_tier(tmp_path
     assert not (tmp_path / "layer.md").exists()
 
 
+def test_a_quick_run_of_the_other_parts_times_every_path_beside_its_baseline(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(training, "SAMPLE_FLOPS", 1)
+    words = ("--parts", "steady,oversubscribed,switch", "--sizes", "tiny", "--quick", "--device", "cpu", "--json")
+    assert exit_code("bench", "cache", *words, "--data-dir", str(tmp_path)) == 0
+    rows = json.loads(capsys.readouterr().out)["cache"]
+    assert [row["part"] for row in rows] == ["steady"] * 4 + ["oversubscribed"] * 4 + ["switch"] * 12
+    paths = {row["path"]: row for row in rows if row["part"] == "switch"}
+    assert list(paths)[:4] == [
+        "fetch into a clean HBM",
+        *(f"dirty pool to warm, by {way}" for way in ("demand", "prefetch", "prefetch, and demand at once")),
+    ]
+    demand = paths["dirty pool to warm, by demand"]
+    ratio = demand["spread"]["median"] / paths["fetch into a clean HBM"]["spread"]["median"]
+    assert demand["ratios"][0]["value"] == pytest.approx(ratio)
+
+
 def test_a_fetch_of_other_bytes_or_from_another_tier_is_not_timed(setting, monkeypatch):
-    right = ours.fill
+    right = daemon_paths.push_records
 
     def shifted(daemon, records):
         right(daemon, SimpleNamespace(ids=records.ids, body=lambda index: records.body((index + 1) % records.count)))
 
-    monkeypatch.setattr(ours, "fill", shifted)
+    monkeypatch.setattr(daemon_paths, "push_records", shifted)
     with pytest.raises(WrongBytes, match="local: record 0 of 8 did not arrive as it was sent"):
-        cache_bandwidth.bandwidth(setting, lambda: None)
-    monkeypatch.setattr(ours, "fill", lambda daemon, records: None)
+        bandwidth.bandwidth(setting, lambda: None)
+    monkeypatch.setattr(daemon_paths, "push_records", lambda daemon, records: None)
     other = replace(setting, directory=setting.directory / "other")
     other.directory.mkdir()
     with pytest.raises(WrongBytes, match=r"local: the experts were found in \{.seed.: 8\}, not all in dram"):
-        cache_bandwidth.bandwidth(other, lambda: None)
+        bandwidth.bandwidth(other, lambda: None)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +140,7 @@ def test_the_table_is_kept_with_its_notes(tmp_path):
         ({"sizes": ("huge",)}, "sizes: 'huge' is not one of tiny, demo, full"),
         ({"rounds": 0}, "rounds: 0 is not at least 1"),
         ({"threads": 0}, "threads: 0 is not at least 1"),
-        ({"device": "tpu"}, "device: 'tpu' is not auto"),
+        ({"device": "tpu"}, "device: 'tpu' is not one of auto, cpu"),
     ],
 )
 def test_a_mistake_is_named(wrong, said):

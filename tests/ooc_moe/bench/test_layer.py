@@ -1,4 +1,4 @@
-"""The benchmark of the MoE layer: what it times is checked first, and its table says what was judged."""
+"""The benchmark of the MoE layer checks what it times, and its table says which rows have targets."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_layer_that_computes_something_else_is_not_timed(monkeypatch):
         (["--tokens", "many"], "tokens: 'many' is not whole numbers"),
         (["--rounds", "0"], "rounds: 0 is not at least 1"),
         (["--threads", "0"], "threads: 0 is not at least 1"),
-        (["--device", "tpu"], "device: 'tpu' is not auto"),
+        (["--device", "tpu"], "device: 'tpu' is not one of auto, cpu"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_it(capsys, words, said):

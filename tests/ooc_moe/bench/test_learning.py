@@ -1,4 +1,4 @@
-"""The benchmark of learning: both learners have the same network, and its tables say what was judged."""
+"""The benchmark of learning gives both learners the same network, and its tables say which rows have targets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from ooc_moe.bench.harness import Spread, WrongBytes
 from ooc_moe.bench.learning import benchmark as bench
-from ooc_moe.bench.learning.benchmark import ATARI_AGENT, PIXEL_AGENT, LearningBench, Ours, check_same_network
+from ooc_moe.bench.learning.benchmark import ATARI_AGENT, PIXEL_AGENT, LearningBench, OurPPO, check_same_network
 from ooc_moe.bench.learning.results import NOTES, Returns, Speed, save
 from ooc_moe.config.agent import PRESETS
 from ooc_moe.config.run import PPOConfig
@@ -47,13 +47,13 @@ def test_a_small_run_measures_both_and_saves_its_tables(small, tmp_path, capsys)
 
 @pytest.fixture
 def both(small):
-    from ooc_moe.bench.learning import peers as peers_learning
+    from ooc_moe.bench.learning import peers
 
     config = LearningBench(steps=64).run_config("pixel/catch", seed=3)
     with ExitStack() as stack:
-        model = peers_learning.make_ppo(config, peers_learning.own_envs(config))
+        model = peers.make_ppo(config, peers.sb3_envs(config))
         stack.callback(model.env.close)
-        yield Ours(config, stack), model, config
+        yield OurPPO(config, stack), model, config
 
 
 def test_sb3_with_another_network_is_not_measured(both):
@@ -88,12 +88,12 @@ def test_both_learn_with_the_same_settings(both):
 
 
 def test_sb3_sees_our_environments_frames_and_clipped_rewards(small):
-    from ooc_moe.bench.learning import peers as peers_learning
+    from ooc_moe.bench.learning import peers
 
     config = LearningBench().run_config("pixel/toward")
     with ExitStack() as stack:
         inner, same = bench.make_envs(config, stack), bench.make_envs(config, stack)
-        shared = peers_learning.SharedEnvs(inner, seed=5)
+        shared = peers.SharedEnvs(inner, seed=5)
         np.testing.assert_array_equal(shared.reset(), same.reset(5))
         for action in (3, 4, 0):
             actions = np.full(SMALL_PPO.num_envs, action)

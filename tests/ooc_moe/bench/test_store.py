@@ -1,4 +1,4 @@
-"""The store benchmark: what it shows was moved and checked, what it lacks is named, and nothing of it stays behind."""
+"""The store benchmark checks that bytes were moved, names the peers that it lacks, and leaves no process and no file behind."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from collections.abc import Callable
 import psutil
 import pytest
 
-from ooc_moe.bench.harness import Path, Spread, WrongBytes, measure, warm_up
+from ooc_moe.bench.harness import Spread, TimedPath, WrongBytes, measure, warm_up
 from ooc_moe.bench.store import benchmark as bench_store
 from ooc_moe.bench.store.benchmark import TITLES, StoreBench
-from ooc_moe.bench.store.records import Records, made
+from ooc_moe.bench.store.records import Records, filled_records
 from ooc_moe.bench.store.results import NOTES, Latency, Ratio, Results, StatsRow, markdown, save, with_ratios
 from ooc_moe_wire.errors import InvalidRequest
 from tests.ooc_moe.commands import exit_code
 
 MIB = 1 << 20
-# Ours and the peers that need nothing installed.
+# Our own paths and the peers that need nothing installed.
 BUILT_IN = (
     "fetch/local,fetch/local-xxh3,fetch/stream,fetch/stream-unix,fetch/memcpy,fetch/tcp,fetch/grpc,"
     "push/local,push/stream,push/raw,nvme/local,nvme/raw"
@@ -61,7 +61,7 @@ def test_statistics_are_timed_while_four_clients_stream(tmp_path, capsys):
 
 @pytest.fixture
 def records():
-    with made(64 << 10, 4) as four:
+    with filled_records(64 << 10, 4) as four:
         yield four
 
 
@@ -74,17 +74,17 @@ def copies(records: Records, moved: range) -> Callable[[], None]:
 
 
 def test_a_path_that_does_not_move_every_record_is_not_measured(records):
-    warm_up([Path(name="whole", run=copies(records, range(4)), check=records.check)], blank=records.blank)
+    warm_up([TimedPath(name="whole", run=copies(records, range(4)), check=records.check)], before_each=records.blank)
     for moved in (range(0), range(3)):
-        # The path before it leaves the right bytes behind: they must not count for this one.
+        # An earlier path has left the right bytes in the destination. They must not count for this path.
         copies(records, range(4))()
         with pytest.raises(WrongBytes, match="lazy: record"):
-            warm_up([Path(name="lazy", run=copies(records, moved), check=records.check)], blank=records.blank)
+            warm_up([TimedPath(name="lazy", run=copies(records, moved), check=records.check)], before_each=records.blank)
 
 
 def test_every_round_runs_every_path_once_in_an_order_of_its_own():
     ran: list[str] = []
-    paths = [Path(name=name, run=lambda name=name: ran.append(name), check=lambda: None) for name in "abcd"]  # type: ignore[misc]
+    paths = [TimedPath(name=name, run=lambda name=name: ran.append(name), check=lambda: None) for name in "abcd"]  # type: ignore[misc]
     samples = measure(paths, num_bytes=1, calls=1, rounds=8, order=random.Random(0), on_run=lambda: None)
     rounds = [tuple(ran[start : start + 4]) for start in range(0, 32, 4)]
     assert all(sorted(each) == list("abcd") for each in rounds)
@@ -94,7 +94,7 @@ def test_every_round_runs_every_path_once_in_an_order_of_its_own():
 
 def test_a_path_with_a_clock_of_its_own_is_measured_by_it():
     prepared: list[int] = []
-    path = Path(name="own", run=lambda: 0.5, check=lambda: None, prepare=lambda: prepared.append(1))
+    path = TimedPath(name="own", run=lambda: 0.5, check=lambda: None, prepare=lambda: prepared.append(1))
     samples = measure([path], num_bytes=10**9, calls=3, rounds=2, order=random.Random(0), on_run=lambda: None)
     assert samples == {"own": [2.0, 2.0]}
     assert len(prepared) == 6
@@ -129,7 +129,7 @@ def test_a_mistake_is_one_line_that_names_it(tmp_path, capsys, words, said):
 
 
 def test_a_disk_or_a_memory_that_is_too_small_is_refused_before_anything_starts(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_store.machine, "available_memory_bytes", lambda: 1 << 30)
+    monkeypatch.setattr(bench_store.provenance, "available_memory_bytes", lambda: 1 << 30)
     with pytest.raises(InvalidRequest, match=r"memory: 7.75 GiB are needed for sets of 768 MiB, 1 GiB"):
         bench_store.run(StoreBench(data_dir=tmp_path), None)  # type: ignore[arg-type]
     monkeypatch.undo()
@@ -197,8 +197,8 @@ def test_ctrl_c_leaves_no_process_and_no_file(tmp_path):
 
 
 def _stays(child: psutil.Process) -> bool:
-    """Whether it is neither ended already nor the one that fills the disk and ends."""
+    """Whether the child neither has ended nor is the process that fills the records and then ends."""
     try:
-        return "fill" not in child.cmdline()
+        return "ooc_moe.bench.store.records" not in child.cmdline()
     except psutil.Error:
         return False

@@ -1,4 +1,4 @@
-"""A small study and runs of it as they leave their directories, made up: with the scores that a test wants, in no time."""
+"""A small study, and directories of runs of it as training leaves them, but with scores that a test chooses. Nothing is trained."""
 
 import json
 from collections.abc import Mapping
@@ -11,22 +11,23 @@ from ooc_moe.config.run import PPOConfig, RunConfig
 from ooc_moe.metrics import statistics
 from ooc_moe.metrics.log import CONFIG_FILE, MetricsWriter, read_metrics
 from ooc_moe.session import checkpoint
-from ooc_moe.study import results_page as home
 from ooc_moe.study.caching import CachingPoint, Way
-from ooc_moe.study.definitions import Study, StudyRun, find_study
+from ooc_moe.study.results import collect
 from ooc_moe.study.runner import steps_of
 from ooc_moe.study.scores import StudyScores, strata
+from ooc_moe.study.studies import find_study
+from ooc_moe.study.study import Study, StudyRun
 
 SYNTHETIC = find_study("synthetic")
 GAMES = ("pixel/catch", "pixel/avoid", "pixel/toward")
-# Raw returns; the scale is that of the pixel games: best play is 5, 5 and 20.
+# Raw returns, on the scale of the pixel games, whose best play is 5, 5 and 20.
 RANDOM = {"pixel/catch": -1.0, "pixel/avoid": 1.0, "pixel/toward": 0.0}
 SINGLE = {"pixel/catch": 4.0, "pixel/avoid": 4.0, "pixel/toward": 16.0}
 CONSTANT = {"pixel/catch": 0.0, "pixel/avoid": 2.0, "pixel/toward": 0.0}
 
 
 def small_study(**changes: object) -> Study:
-    """Three games, two orders, the variants that verdicts need."""
+    """A study of three games, in two orders, with the variants that the verdicts need. `changes` overwrites its fields."""
     fields = {
         "name": "small",
         "asks": "Does it work?",
@@ -49,8 +50,8 @@ TINY = RunConfig(
 )
 
 
-def begun(config: RunConfig, *, with_checkpoint: bool, done: bool = False) -> RunConfig:
-    """A directory as a run leaves it."""
+def write_run(config: RunConfig, *, with_checkpoint: bool, done: bool = False) -> RunConfig:
+    """Writes a run's directory after its first update, or after its end if `done`, and returns its configuration."""
     config.run_dir.mkdir(parents=True)
     (config.run_dir / CONFIG_FILE).write_text(config.to_json())
     writer = MetricsWriter(config.run_dir, tensorboard=False)
@@ -65,12 +66,18 @@ def begun(config: RunConfig, *, with_checkpoint: bool, done: bool = False) -> Ru
     return config
 
 
-def made_up(
+def write_finished_runs(
     study: Study, directory: Path, final: Mapping[str, float], *, learned: float = 1.0, seeds: int = 5, usage: float = 0.0
 ) -> list[StudyRun]:
-    """Finished runs: each game is learned to `learned` of single-task; what is left at the end is `final[variant]` of that.
+    """Writes the directories of a study's finished runs, and returns these runs.
 
-    `usage`: how much of its mass an environment puts on experts of its game, the rest on one that all use.
+    Args:
+        study: the runs are those of its variants in `final`, and of single.
+        directory: holds a directory for each study.
+        final: by variant, the share of a game's score right after its training that is left at the end of the run.
+        learned: the score right after a game's training; 1 is single-task.
+        seeds: write only the runs of this many seeds.
+        usage: the share of its routed mass that an environment puts on an expert of its own game; the rest goes to one that all games use.
     """
     runs = [run for run in study.runs(directory) if run.config.seed < seeds and (run.variant in final or run.variant == "single")]
     for run in runs:
@@ -110,7 +117,7 @@ def made_up(
 
 
 def scores_of(study: Study, runs: list[StudyRun], constants: Mapping[str, float] = CONSTANT) -> StudyScores:
-    return home.collect(study, runs, constants)
+    return collect(study, runs, constants)
 
 
 def mean(found: StudyScores, variant: str, name: str) -> float:
@@ -118,7 +125,7 @@ def mean(found: StudyScores, variant: str, name: str) -> float:
 
 
 def change_evaluations(runs: list[StudyRun], variant: str, game: str, **fields: object) -> None:
-    """Overwrites fields of what the runs of a variant found of a game."""
+    """Overwrites fields of the evaluations of one game in all runs of a variant."""
     for run in runs:
         if run.variant == variant:
             events = [event | (fields if event.get("evaluated") == game else {}) for event in read_metrics(run.config.run_dir)]
@@ -126,7 +133,7 @@ def change_evaluations(runs: list[StudyRun], variant: str, game: str, **fields: 
 
 
 def points(blocks: tuple[float, float], turns: tuple[float, float], *, hbm: int = 4) -> list[CachingPoint]:
-    """(hit rate, stall) of games in blocks and in turns, alike for trainer and simulator."""
+    """Makes caching points from (hit rate, stall) in blocks and in turns of one update, the same for trainer and simulator."""
     return [
         CachingPoint(
             way=way,

@@ -1,4 +1,4 @@
-"""What a variant costs is counted from what its runs logged."""
+"""The costs of a variant are computed from what its runs logged."""
 
 import math
 from dataclasses import replace
@@ -15,7 +15,7 @@ from ooc_moe.session import checkpoint
 from ooc_moe.study.costs import cold_fetched, cold_share, costs_by_variant, costs_of
 from ooc_moe.study.scores import StudyScores
 from ooc_moe.study.tables import tables
-from tests.ooc_moe.study.made_up_studies import CONSTANT, GAMES, begun, made_up, scores_of, small_study
+from tests.ooc_moe.study.made_up_studies import CONSTANT, GAMES, scores_of, small_study, write_finished_runs, write_run
 
 
 def test_cold_experts_are_those_that_an_earlier_game_had_used(tmp_path: Path) -> None:
@@ -32,7 +32,7 @@ def test_cold_experts_are_those_that_an_earlier_game_had_used(tmp_path: Path) ->
 
 
 def test_cold_experts_fetched_and_left_equal_are_counted(tmp_path: Path) -> None:
-    """The second game fetches an expert of the first and trains expert 2; the third borrows expert 1 and, wrongly, changes it and 2."""
+    """The second game fetches an expert of the first and trains expert 2. The third borrows expert 1 and, wrongly, changes it and 2."""
     (run, *_) = small_study().runs(tmp_path)
     run.config.run_dir.mkdir(parents=True)
     (run.config.run_dir / CONFIG_FILE).write_text(run.config.to_json())
@@ -45,12 +45,12 @@ def test_cold_experts_fetched_and_left_equal_are_counted(tmp_path: Path) -> None
         writer.log("checksums", step=number, update=number, game=game, experts={"0": {e: list(s) for e, s in checksums[number].items()}})
     writer.close()
     record = RunRecord.read(run.config.run_dir)
-    # 0 and 1 outlast the second game; of 0, 1 and 2, none of which is the third's, only 0.
+    # The second game leaves experts 0 and 1 equal. The third owns none of 0, 1 and 2, and leaves only 0 equal.
     assert record.cold_unchanged == (3, 5)
     assert cold_fetched(record) == 1 + 2
     assert ("cold experts equal bit for bit", "3 of 5") in summary.facts(record)
     older = replace(run, config=replace(run.config, run_dir=tmp_path / "older"))
-    begun(older.config, with_checkpoint=False)
+    write_run(older.config, with_checkpoint=False)
     found = StudyScores(small_study(), {run: record, older: RunRecord.read(older.config.run_dir)}, {}, CONSTANT)
     costs = next(table for table in tables(found, costs_by_variant(found)) if table.title == "Costs in bytes moved and time")
     assert dict(zip(costs.columns, costs.rows[0], strict=True))["cold and equal"] == "3 of 5 in 1 of 2 runs"
@@ -71,7 +71,7 @@ def test_with_token_routing_every_expert_that_a_game_uses_is_its_to_change(tmp_p
 
 def test_what_protection_keeps_is_counted_in_the_last_checkpoint(tmp_path: Path) -> None:
     study = small_study()
-    runs = made_up(study, tmp_path, {"full": 1.0}, seeds=1)
+    runs = write_finished_runs(study, tmp_path, {"full": 1.0}, seeds=1)
     stored = [{"screens": torch.zeros(200, 42, 42, dtype=torch.uint8), "num_seen": 3200}] * 3
     springs = {"dense": [(torch.zeros(4, 5), torch.zeros(4, 5))], "experts": {(0, 1): (torch.zeros(10), torch.zeros(10))}}
     state = {"protection": springs, "detector": {"_extra_state": {"stored": stored}}}
@@ -85,9 +85,9 @@ def test_what_protection_keeps_is_counted_in_the_last_checkpoint(tmp_path: Path)
     assert dict(zip(costs.columns, costs.rows[0], strict=True))["kept for protection"] == "240 Bytes + 1.0 MiB"
 
 
-def test_of_one_network_for_each_game_hbm_holds_one_and_everything_else_is_counted_together(tmp_path: Path) -> None:
+def test_costs_of_one_network_for_each_game_are_added_up_but_hbm_holds_only_one(tmp_path: Path) -> None:
     study = small_study()
-    runs = made_up(study, tmp_path, {"full": 1.0}, seeds=1)
+    runs = write_finished_runs(study, tmp_path, {"full": 1.0}, seeds=1)
     for run in runs:
         writer = MetricsWriter(run.config.run_dir, tensorboard=False)
         writer.log("update", step=1, update=1, cache={"capacity": 8, "expert_bytes": 100, "bytes_in": 70, "bytes_out": 30})
@@ -102,7 +102,7 @@ def test_of_one_network_for_each_game_hbm_holds_one_and_everything_else_is_count
 
 def test_an_older_run_says_nothing_of_what_it_did_not_log(tmp_path: Path) -> None:
     study = small_study()
-    found = scores_of(study, made_up(study, tmp_path, {"full": 1.0}, seeds=1))
+    found = scores_of(study, write_finished_runs(study, tmp_path, {"full": 1.0}, seeds=1))
     costs = next(table for table in tables(found, costs_by_variant(found)) if table.title == "Costs in bytes moved and time")
     cells = dict(zip(costs.columns, costs.rows[0], strict=True))
     assert (cells["of them cold"], cells["cold and equal"]) == (DASH, DASH)

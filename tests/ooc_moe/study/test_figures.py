@@ -1,4 +1,4 @@
-"""A study in pictures: every run is there, and the numbers are those of the tables."""
+"""The figures of a study show every run, and the same numbers as the tables."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,11 +9,11 @@ from matplotlib.figure import Figure
 
 from ooc_moe.study.figures import learning_and_retention, misses_and_stalls, scores_after_training
 from ooc_moe.study.scores import strata
-from tests.ooc_moe.study.made_up_studies import GAMES, made_up, mean, points, scores_of, small_study
+from tests.ooc_moe.study.made_up_studies import GAMES, mean, points, scores_of, small_study, write_finished_runs
 
 
 def drawn(figure: Figure | None) -> Figure:
-    """Laid out and rendered, or there is none."""
+    """Checks that there is a figure, and renders it."""
     assert figure is not None
     figure.draw_without_rendering()
     return figure
@@ -21,7 +21,7 @@ def drawn(figure: Figure | None) -> Figure:
 
 def test_every_run_is_a_point_and_the_mean_stands_on_its_row(tmp_path: Path) -> None:
     study = small_study()
-    found = scores_of(study, made_up(study, tmp_path, {"full": 0.9, "dense": 0.5, "joint": 0.7}, seeds=2))
+    found = scores_of(study, write_finished_runs(study, tmp_path, {"full": 0.9, "dense": 0.5, "joint": 0.7}, seeds=2))
     axes = drawn(learning_and_retention(found)).axes
     names = [label.get_text() for label in axes[0].get_yticklabels()]
     assert names == ["full", "dense", "joint", "single"]
@@ -36,13 +36,13 @@ def test_every_run_is_a_point_and_the_mean_stands_on_its_row(tmp_path: Path) -> 
 
 def test_one_run_stands_without_a_mean_on_it(tmp_path: Path) -> None:
     study = small_study(orders={"forth": GAMES}, seeds={"full": 1, "single": 1})
-    axes = drawn(learning_and_retention(scores_of(study, made_up(study, tmp_path, {"full": 0.9}, seeds=1)))).axes
+    axes = drawn(learning_and_retention(scores_of(study, write_finished_runs(study, tmp_path, {"full": 0.9}, seeds=1)))).axes
     assert [line.get_ydata()[0] for line in axes[0].lines if line.get_marker() == "|"] == [1]  # Of the three networks of single.
 
 
 def test_a_game_is_followed_from_its_own_training_on_in_every_run(tmp_path: Path) -> None:
     study = small_study()
-    found = scores_of(study, made_up(study, tmp_path, {"full": 0.9, "dense": 0.5, "joint": 0.7}, seeds=2))
+    found = scores_of(study, write_finished_runs(study, tmp_path, {"full": 0.9, "dense": 0.5, "joint": 0.7}, seeds=2))
     figure = drawn(scores_after_training(found))
     panels = {ax.get_title(): ax for ax in figure.axes if ax.axison}
     assert list(panels) == ["full", "dense"]  # The others are evaluated at their ends only.

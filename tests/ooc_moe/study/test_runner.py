@@ -1,4 +1,4 @@
-"""The runner goes on where it was stopped; one run's failure is not another's."""
+"""The runner continues where it was stopped, and the failure of one run does not stop the others."""
 
 import importlib.metadata
 import os
@@ -18,22 +18,22 @@ from ooc_moe_wire.errors import InvalidRequest
 from tests.ooc_moe.runs import assert_same_run, wait_for
 from tests.ooc_moe.study.made_up_studies import (
     TINY,
-    begun,
+    write_run,
 )
 
 
 def test_how_far_a_run_came_is_read_from_its_directory(tmp_path: Path) -> None:
     configs = {name: replace(TINY, run_dir=tmp_path / name) for name in ("new", "broken", "begun", "done")}
-    begun(configs["broken"], with_checkpoint=False)
-    begun(configs["begun"], with_checkpoint=True)
-    begun(configs["done"], with_checkpoint=True, done=True)
+    write_run(configs["broken"], with_checkpoint=False)
+    write_run(configs["begun"], with_checkpoint=True)
+    write_run(configs["done"], with_checkpoint=True, done=True)
     assert {name: state_of(config) for name, config in configs.items()} == {state.value: state for state in State}
     assert steps_of(configs["new"]) == 128
     assert [steps_done(configs[name].run_dir) for name in ("new", "begun", "done")] == [0, 32, 128]
 
 
 def test_a_run_of_another_configuration_is_not_taken_for_this_one(tmp_path: Path) -> None:
-    begun(replace(TINY, run_dir=tmp_path / "run"), with_checkpoint=True, done=True)
+    write_run(replace(TINY, run_dir=tmp_path / "run"), with_checkpoint=True, done=True)
     for changed, words in (
         (replace(TINY, steps_per_game=96), "steps_per_game 64, not 96"),
         (replace(TINY, agent=replace(TINY.agent, top_k=1)), "agent.top_k 2, not 1"),
@@ -44,7 +44,7 @@ def test_a_run_of_another_configuration_is_not_taken_for_this_one(tmp_path: Path
 
 def test_a_run_may_be_read_from_elsewhere_than_where_it_was_made(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    begun(replace(TINY, run_dir=run_dir, trace=str(run_dir / "accesses.trace")), with_checkpoint=True, done=True)
+    write_run(replace(TINY, run_dir=run_dir, trace=str(run_dir / "accesses.trace")), with_checkpoint=True, done=True)
     elsewhere = run_dir.rename(tmp_path / "elsewhere")
     config = replace(TINY, run_dir=elsewhere, trace=str(elsewhere / "accesses.trace"))
     assert state_of(config) is State.DONE
@@ -52,7 +52,7 @@ def test_a_run_may_be_read_from_elsewhere_than_where_it_was_made(tmp_path: Path)
         state_of(replace(config, trace=None))
 
 
-# What the runner sees of a run, without its agent: it ends at once, or fails for an unknown game.
+# A stand-in for the process of a run: it finishes the run at once, or fails because the game is unknown.
 _CHILD = """
 import json, pathlib, sys
 run_dir, config = pathlib.Path(sys.argv[1]), sys.stdin.read()
@@ -65,15 +65,15 @@ if "pixel/nothing" in config:
 
 
 @pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_runs_are_made_begun_ones_anew_and_a_failure_does_not_stop_the_others(
+def test_all_runs_are_made_broken_ones_anew_and_a_failure_does_not_stop_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, real: bool
 ) -> None:
     if not real:
-        monkeypatch.setattr(runner, "CHILD", ("-c", _CHILD))
+        monkeypatch.setattr(runner, "RUN_PROCESS", ("-c", _CHILD))
     good, bad, done = (replace(TINY, run_dir=tmp_path / name, games=("pixel/catch",)) for name in ("good", "bad", "done"))
     bad = replace(bad, games=("pixel/nothing",))
-    begun(good, with_checkpoint=False)
-    begun(done, with_checkpoint=True, done=True)
+    write_run(good, with_checkpoint=False)
+    write_run(done, with_checkpoint=True, done=True)
     seen: list[Status] = []
     outcome = run_all([done, bad, good], jobs=2, watch=seen.append)
     assert not outcome.interrupted

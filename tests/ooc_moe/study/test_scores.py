@@ -1,4 +1,4 @@
-"""Scores are on one scale, and games count by the rules."""
+"""Scores are on one scale, and the rules decide which games count."""
 
 import json
 from pathlib import Path
@@ -11,16 +11,16 @@ from ooc_moe.study.scores import strata
 from tests.ooc_moe.study.made_up_studies import (
     CONSTANT,
     change_evaluations,
-    made_up,
     mean,
     scores_of,
     small_study,
+    write_finished_runs,
 )
 
 
 def test_scores_are_zero_at_random_play_and_one_at_single_task(tmp_path: Path) -> None:
     study = small_study()
-    found = scores_of(study, made_up(study, tmp_path, {"full": 0.9, "dense": 0.5, "joint": 0.7}, learned=0.8, seeds=2))
+    found = scores_of(study, write_finished_runs(study, tmp_path, {"full": 0.9, "dense": 0.5, "joint": 0.7}, learned=0.8, seeds=2))
     assert mean(found, "single", "average") == pytest.approx(1, abs=0.01)
     assert mean(found, "full", "learning") == pytest.approx(0.8, abs=0.01)
     assert mean(found, "dense", "retention") == pytest.approx(0.5, abs=0.01)
@@ -34,9 +34,9 @@ def test_scores_are_zero_at_random_play_and_one_at_single_task(tmp_path: Path) -
     assert not found.cells("joint", "retention")
 
 
-def test_a_game_that_needs_no_looking_or_was_not_learned_is_left_out_by_name(tmp_path: Path) -> None:
+def test_a_game_that_can_be_played_blindly_or_was_not_learned_is_left_out_with_the_reason(tmp_path: Path) -> None:
     study = small_study()
-    runs = made_up(study, tmp_path, {"full": 1.0}, seeds=2)
+    runs = write_finished_runs(study, tmp_path, {"full": 1.0}, seeds=2)
     assert not any(facts.left_out for facts in scores_of(study, runs).facts.values())
     constant = scores_of(study, runs, CONSTANT | {"pixel/avoid": 4.0})
     assert constant.counted == {"pixel/catch", "pixel/toward"}
@@ -52,7 +52,7 @@ def test_a_game_that_needs_no_looking_or_was_not_learned_is_left_out_by_name(tmp
 
 def test_a_game_that_evaluation_cut_counts_when_what_was_seen_is_enough(tmp_path: Path) -> None:
     study = small_study()
-    runs = made_up(study, tmp_path, {"full": 1.0}, seeds=2)
+    runs = write_finished_runs(study, tmp_path, {"full": 1.0}, seeds=2)
     change_evaluations(runs, "single", "pixel/toward", episodes_truncated=3)
     assert scores_of(study, runs).facts["pixel/toward"].left_out == ""
     change_evaluations(runs, "single", "pixel/toward", return_mean=3.94)
@@ -62,7 +62,7 @@ def test_a_game_that_evaluation_cut_counts_when_what_was_seen_is_enough(tmp_path
 
 def test_a_game_counts_only_when_it_is_clearly_above_random_play_too(tmp_path: Path) -> None:
     study = small_study()
-    runs = made_up(study, tmp_path, {"full": 1.0}, seeds=2)
+    runs = write_finished_runs(study, tmp_path, {"full": 1.0}, seeds=2)
     change_evaluations(runs, "single", "pixel/catch", returns=[-20.0, 4.0, 28.0])
     assert "not above the best constant action" in scores_of(study, runs).facts["pixel/catch"].left_out
     below = scores_of(study, runs, CONSTANT | {"pixel/catch": -100.0})  # As in Atari games: every constant action gets less.
@@ -71,7 +71,7 @@ def test_a_game_counts_only_when_it_is_clearly_above_random_play_too(tmp_path: P
 
 def test_a_stratum_is_the_runs_of_an_order_and_the_games_of_a_run_stay_together(tmp_path: Path) -> None:
     study = small_study()
-    found = scores_of(study, made_up(study, tmp_path, {"full": 1.0}, seeds=2))
+    found = scores_of(study, write_finished_runs(study, tmp_path, {"full": 1.0}, seeds=2))
     assert [group.shape for group in strata(found.cells("full", "learning"))] == [(2, 3), (2, 3)]
     retention = strata(found.cells("full", "retention"))
     assert [np.isnan(group).all(axis=0).tolist() for group in retention] == [[False, False, True], [True, False, False]]
@@ -81,6 +81,6 @@ def test_a_stratum_is_the_runs_of_an_order_and_the_games_of_a_run_stay_together(
 
 def test_what_was_hardly_learned_says_nothing_about_retention(tmp_path: Path) -> None:
     study = small_study()
-    found = scores_of(study, made_up(study, tmp_path, {"full": 1.0, "dense": 1.0}, learned=0.15, seeds=1))
+    found = scores_of(study, write_finished_runs(study, tmp_path, {"full": 1.0, "dense": 1.0}, learned=0.15, seeds=1))
     assert strata(found.cells("dense", "retention")) == []
     assert mean(found, "dense", "learning") == pytest.approx(0.15, abs=0.01)

@@ -1,4 +1,4 @@
-"""A study in tables: every run, every variant, and words for what is uncertain."""
+"""The tables of a study show every run and every variant, and say what is uncertain."""
 
 import json
 from pathlib import Path
@@ -10,12 +10,12 @@ from ooc_moe.display.formats import DASH
 from ooc_moe.envs import REFERENCE_SCORES
 from ooc_moe.metrics.log import read_metrics
 from ooc_moe.study.tables import tables
-from tests.ooc_moe.study.made_up_studies import GAMES, SINGLE, change_evaluations, made_up, points, scores_of, small_study
+from tests.ooc_moe.study.made_up_studies import GAMES, SINGLE, change_evaluations, points, scores_of, small_study, write_finished_runs
 
 
 def test_tables_show_every_run_and_every_variant_beside_the_baselines(tmp_path: Path) -> None:
     study = small_study()
-    runs = made_up(study, tmp_path, {"full": 0.98, "dense": 0.5}, seeds=2)
+    runs = write_finished_runs(study, tmp_path, {"full": 0.98, "dense": 0.5}, seeds=2)
     by_title = {table.title: table for table in tables(scores_of(study, runs), {}, [], points((0.9, 1.0), (0.5, 3.0)))}
     main = by_title["Learning and forgetting"]
     assert [row[0] for row in main.rows] == ["random", "best constant action", "full", "dense", "single"]
@@ -33,7 +33,7 @@ def test_tables_show_every_run_and_every_variant_beside_the_baselines(tmp_path: 
 
 def test_games_that_nothing_tells_apart_are_named_in_the_table(tmp_path: Path) -> None:
     study = small_study()
-    runs = made_up(study, tmp_path, {"full": 1.0}, seeds=2)
+    runs = write_finished_runs(study, tmp_path, {"full": 1.0}, seeds=2)
     clear = next(table for table in tables(scores_of(study, runs), {}) if table.title == "Recognising games")
     assert "Ambiguous" not in clear.note
     half = {"probabilities": {"pixel/catch": 0.5, "pixel/avoid": 0.5, "pixel/toward": 0.0}}
@@ -46,9 +46,9 @@ def test_games_that_nothing_tells_apart_are_named_in_the_table(tmp_path: Path) -
     assert "pixel/toward" not in twins.note
 
 
-def test_steps_to_detect_leave_out_the_first_game_and_count_whoever_never_does(tmp_path: Path) -> None:
+def test_steps_to_detect_leave_out_the_first_game_and_environments_that_never_detect_are_counted(tmp_path: Path) -> None:
     study = small_study(orders={"forth": GAMES})
-    runs = made_up(study, tmp_path, {"full": 1.0}, seeds=1)
+    runs = write_finished_runs(study, tmp_path, {"full": 1.0}, seeds=1)
     for game, steps in zip(GAMES, ([0, None, 0], [3, 5, None], [4, None, None]), strict=True):
         change_evaluations(runs, "full", game, steps_to_detect_by_env=steps)
     table = next(table for table in tables(scores_of(study, runs), {}) if table.title == "Recognising games")

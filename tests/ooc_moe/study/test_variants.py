@@ -1,4 +1,4 @@
-"""What the variants change, and what they leave alone."""
+"""What the variants change, and what they leave unchanged."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ooc_moe.session.session import open_session
-from ooc_moe.study.definitions import find_study
+from ooc_moe.study.studies import find_study
 from ooc_moe.study.variants import VARIANTS
 from ooc_moe_client.in_memory import InMemoryStore
 from tests.ooc_moe.study.made_up_studies import GAMES, SYNTHETIC

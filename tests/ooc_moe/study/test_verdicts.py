@@ -1,4 +1,4 @@
-"""What is judged is judged by the rules."""
+"""The verdicts follow their rules."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -11,16 +11,16 @@ import pytest
 from ooc_moe.metrics.log import read_metrics
 from ooc_moe.study import verdicts
 from ooc_moe.study.caching import CachingPoint
-from ooc_moe.study.definitions import StudyRun
+from ooc_moe.study.study import StudyRun
 from ooc_moe.study.tables import pair_table
-from tests.ooc_moe.study.made_up_studies import GAMES, made_up, points, scores_of, small_study
+from tests.ooc_moe.study.made_up_studies import GAMES, points, scores_of, small_study, write_finished_runs
 
 
 def test_protection_holds_only_with_enough_runs_a_clear_gap_and_learning(tmp_path: Path) -> None:
     study = small_study()
 
     def judged(name: str, final: dict[str, float], **changes: float) -> verdicts.Verdict:
-        verdict = verdicts.protection(scores_of(study, made_up(study, tmp_path / name, final, **changes)))  # type: ignore[arg-type]
+        verdict = verdicts.protection(scores_of(study, write_finished_runs(study, tmp_path / name, final, **changes)))  # type: ignore[arg-type]
         assert verdict is not None
         return verdict
 
@@ -31,16 +31,16 @@ def test_protection_holds_only_with_enough_runs_a_clear_gap_and_learning(tmp_pat
     assert judged("did not learn", good, learned=0.8).holds is False
     few = judged("few seeds", good, seeds=4)
     assert few.holds is None
-    assert "wants 5 seeds in 2 orders" in few.says
+    assert "needs 5 seeds in 2 orders" in few.says
     assert "retention(moe-token) = +0.38 [" in few.says
     assert "retention(moe-token) = +0.38; " in judged("one seed", good, seeds=1).says
 
 
 def test_protection_does_not_hold_where_an_interval_reaches_zero_whatever_the_means_say(tmp_path: Path) -> None:
-    """One seed of dense forgot everything, the others nothing."""
+    """In one seed of dense everything was forgotten, in the others nothing."""
     study = small_study()
-    most = made_up(study, tmp_path / "most", {"full": 0.98, "moe-token": 0.6, "dense": 1.0})
-    one = made_up(study, tmp_path / "one", {"dense": 0.0}, seeds=1)
+    most = write_finished_runs(study, tmp_path / "most", {"full": 0.98, "moe-token": 0.6, "dense": 1.0})
+    one = write_finished_runs(study, tmp_path / "one", {"dense": 0.0}, seeds=1)
     runs = [run for run in most if (run.variant, run.config.seed) != ("dense", 0)] + [run for run in one if run.variant == "dense"]
     verdict = verdicts.protection(scores_of(study, runs))
     assert verdict is not None
@@ -50,29 +50,29 @@ def test_protection_does_not_hold_where_an_interval_reaches_zero_whatever_the_me
 
 def test_protection_wants_its_seeds_in_every_order_of_every_variant(tmp_path: Path) -> None:
     study = small_study()
-    runs = made_up(study, tmp_path, {"full": 0.98, "moe-token": 0.6, "dense": 0.5})
+    runs = write_finished_runs(study, tmp_path, {"full": 0.98, "moe-token": 0.6, "dense": 0.5})
     verdict = verdicts.protection(scores_of(study, [run for run in runs if (run.variant, run.order) != ("dense", "back")]))
     assert verdict is not None
     assert verdict.holds is None
-    assert "wants 5 seeds in 2 orders; of dense there are 5 in forth." in verdict.says
+    assert "needs 5 seeds in 2 orders; of dense there are 5 in forth." in verdict.says
 
 
 def test_protection_says_nothing_without_single_task_runs_or_a_rival(tmp_path: Path) -> None:
     study = small_study()
-    runs = made_up(study, tmp_path, {"full": 1.0})
+    runs = write_finished_runs(study, tmp_path, {"full": 1.0})
     alone = verdicts.protection(scores_of(study, runs))
     unscaled = verdicts.protection(scores_of(study, [run for run in runs if run.variant != "single"]))
     assert alone is not None
     assert unscaled is not None
     assert (alone.holds, unscaled.holds) == (None, None)
-    assert "nothing to compare yet of moe-token, dense" in alone.says
+    assert "nothing to compare yet for moe-token, dense" in alone.says
     assert "single-task runs are missing" in unscaled.says
 
 
 @pytest.mark.parametrize(("usage", "holds"), [(0.5, True), (0.02, True), (0.0, False)])
 def test_separation_holds_where_games_use_experts_of_their_own(tmp_path: Path, usage: float, holds: bool) -> None:
     study = small_study(verdict_seeds=2)
-    found = scores_of(study, made_up(study, tmp_path, {"moe-token": 0.5}, seeds=2, usage=usage))
+    found = scores_of(study, write_finished_runs(study, tmp_path, {"moe-token": 0.5}, seeds=2, usage=usage))
     runs = verdicts.separations(found)
     assert len(runs) == 4
     assert runs[0].within == pytest.approx(1)
@@ -81,12 +81,12 @@ def test_separation_holds_where_games_use_experts_of_their_own(tmp_path: Path, u
     verdict = verdicts.separation(found, runs)
     assert verdict is not None
     assert verdict.holds is holds
-    assert ("It is not chance, but little" in verdict.says) is (usage == 0.02)
+    assert ("The difference is not chance, but it is small" in verdict.says) is (usage == 0.02)
 
 
 def test_separation_wants_enough_seeds_and_a_small_p_in_every_run(tmp_path: Path) -> None:
     study = small_study(verdict_seeds=2)
-    found = scores_of(study, made_up(study, tmp_path, {"moe-token": 0.5}, seeds=2, usage=0.5))
+    found = scores_of(study, write_finished_runs(study, tmp_path, {"moe-token": 0.5}, seeds=2, usage=0.5))
     first, *others = verdicts.separations(found)
     for runs in ([replace(first, p=0.2), *others], [*others, replace(first, p=0.2)]):
         verdict = verdicts.separation(found, runs)
@@ -95,7 +95,7 @@ def test_separation_wants_enough_seeds_and_a_small_p_in_every_run(tmp_path: Path
     few = verdicts.separation(replace(found, study=small_study(verdict_seeds=3)), [first, *others])
     assert few is not None
     assert few.holds is None
-    assert few.says.endswith("The rule wants 3 seeds.")
+    assert few.says.endswith("The rule needs 3 seeds.")
 
 
 def with_usage(runs: list[StudyRun], usage_of: Callable[[str, np.random.Generator], Sequence[int]]) -> None:
@@ -111,7 +111,7 @@ def with_usage(runs: list[StudyRun], usage_of: Callable[[str, np.random.Generato
 
 
 def test_games_of_different_length_with_one_routing_do_not_separate(tmp_path: Path) -> None:
-    runs = made_up(small_study(), tmp_path, {"moe-token": 0.5})
+    runs = write_finished_runs(small_study(), tmp_path, {"moe-token": 0.5})
     tokens = dict(zip(GAMES, (1000, 150, 30), strict=True))
     with_usage(runs, lambda game, rng: rng.multinomial(tokens[game], [1 / 20] * 20))
     found = verdicts.separations(scores_of(small_study(), runs))
@@ -122,23 +122,26 @@ def test_games_of_different_length_with_one_routing_do_not_separate(tmp_path: Pa
 
 def test_two_games_that_do_not_separate_are_named_beside_one_that_does(tmp_path: Path) -> None:
     study = small_study(verdict_seeds=2)
-    runs = made_up(study, tmp_path, {"moe-token": 0.5}, seeds=2)
+    runs = write_finished_runs(study, tmp_path, {"moe-token": 0.5}, seeds=2)
     with_usage(runs, lambda game, rng: [0, 50, 50] if game == "pixel/toward" else [50, 50, 0])
     found = scores_of(study, runs)
     separated = verdicts.separations(found)
     verdict = verdicts.separation(found, separated)
     assert verdict is not None
     assert verdict.holds is True
-    assert "Not 0.05 apart: pixel/avoid and pixel/catch (1.00 and 1.00)." in verdict.says
+    assert "Less than 0.05 apart: pixel/avoid and pixel/catch (1.00 and 1.00)." in verdict.says
     rows = pair_table(separated).rows
     assert rows[0] == ["moe-token", "pixel/avoid, pixel/catch", "1.000", "1.000", "0.000"]
     assert [row[2:] for row in rows[1:]] == [["1.000", "0.500", "0.500"]] * 2
 
 
-@pytest.mark.parametrize(("usage", "words"), [(0.1, ": 1.00 and 0.90 (4 runs)."), (0.6, ", which is the pictures' and the per-game ")])
+@pytest.mark.parametrize(
+    ("usage", "words"),
+    [(0.1, ": 1.00 and 0.90 (4 runs)."), (0.6, ". That is at least as far apart, so the separation comes from the pictures")],
+)
 def test_what_an_untrained_network_separates_is_said_beside(tmp_path: Path, usage: float, words: str) -> None:
     study = small_study(verdict_seeds=2)
-    runs = made_up(study, tmp_path, {"moe-token": 0.5}, seeds=2, usage=0.5)
+    runs = write_finished_runs(study, tmp_path, {"moe-token": 0.5}, seeds=2, usage=0.5)
     separated = verdicts.separations(scores_of(study, runs))
     untrained = [replace(each, run=replace(each.run, variant="moe-untrained"), within=1.0, between=1 - usage) for each in separated]
     verdict = verdicts.separation(scores_of(study, runs), [*separated, *untrained])
@@ -151,7 +154,7 @@ def test_what_an_untrained_network_separates_is_said_beside(tmp_path: Path, usag
 
 def test_a_run_that_cannot_be_compared_leaves_no_verdict_wherever_it_stands(tmp_path: Path) -> None:
     study = small_study(verdict_seeds=2)
-    found = scores_of(study, made_up(study, tmp_path, {"moe-token": 0.5}, seeds=2, usage=0.5))
+    found = scores_of(study, write_finished_runs(study, tmp_path, {"moe-token": 0.5}, seeds=2, usage=0.5))
     first, *others = verdicts.separations(found)
     for runs in ([replace(first, p=float("nan")), *others], [*others, replace(first, p=float("nan"))]):
         verdict = verdicts.separation(found, runs)

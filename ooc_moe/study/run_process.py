@@ -1,6 +1,6 @@
-"""The process of one run: begins it, or goes on from its last checkpoint. Its configuration comes as JSON on stdin.
+"""The process that makes one run: it starts the run, or resumes it from its last checkpoint.
 
-Run by runner.py: python -m ooc_moe.study.run_one RUN_DIR
+Run by runner.py, which writes the configuration as JSON to its standard input: python -m ooc_moe.study.run_process RUN_DIR
 """
 
 from __future__ import annotations
@@ -21,11 +21,16 @@ NICENESS = 10
 
 
 def main(run_dir: Path) -> int:
-    """Returns the exit code: 0 done, 130 stopped with a checkpoint, 2 failed; what failed is the last line of the output."""
+    """Makes the run.
+
+    Returns:
+        The exit code: 0 when the run is done, 130 when it was interrupted and has saved a checkpoint, 2 when it failed. The last line of a
+        failed run's output is the error.
+    """
     stop_with_parent()
     os.nice(NICENESS)
     config = RunConfig.from_json(sys.stdin.read(), run_dir)
-    from ooc_moe.run import train as training  # torch only now, with the threads that the runner allows.
+    from ooc_moe.run import train as training  # Imports torch, which reads the number of threads that the runner has set.
 
     console = Console(width=140)
     try:

@@ -1,10 +1,10 @@
-"""A study's runs are what it says of them."""
+"""A study's runs are those that its definition names."""
 
 from pathlib import Path
 
 import pytest
 
-from ooc_moe.study.definitions import STUDIES, find_study
+from ooc_moe.study.studies import STUDIES, find_study
 from ooc_moe.study.variants import VARIANTS
 from ooc_moe_wire.errors import InvalidRequest
 from tests.ooc_moe.study.made_up_studies import SYNTHETIC

@@ -1,126 +1,59 @@
-"""Reads a study's runs and writes its results: NAME.md (tables, verdicts, what made them), NAME_*.png, and NAME.json with every number.
-
-A study that is not finished is written as far as it is, with what is missing.
-"""
+"""Writes what a study shows: NAME.md (verdicts, figures, tables, and how they were made), NAME_*.png, and NAME.json with every number."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 
-from ooc_moe.display.table import Table, markdown_table
+from ooc_moe.display.table import markdown_table
 from ooc_moe.metrics import measures
 from ooc_moe.metrics.provenance import facts
 from ooc_moe.metrics.run import RunRecord
 from ooc_moe.report.drawing import STYLE
-from ooc_moe.study import verdicts
-from ooc_moe.study.caching import CachingPoint, caching_points
-from ooc_moe.study.costs import Costs, costs_by_variant
-from ooc_moe.study.definitions import Study, StudyRun
 from ooc_moe.study.figures import figures
-from ooc_moe.study.runner import State, state_of, steps_done, steps_of
+from ooc_moe.study.results import Results
 from ooc_moe.study.scores import MEASURES, RAW_MEASURES, Cell, StudyScores
-from ooc_moe.study.tables import tables
-from ooc_moe.study.verdicts import Separation, Verdict
-from ooc_moe_wire.errors import InvalidRequest
+from ooc_moe.study.study import StudyRun
 
 NOTES = "## Notes"
-_FIGURES = {
-    "measures": "Every run a point, the mean of its games; the cross is the mean with its 95 % interval.",
-    "games": "What became of each game from the end of its own training on: a falling line is forgetting. Bold: the mean; thin: every run.",
-    "hits": "What it costs when games do not stay; all axes are logarithmic. Lines of two sizes lie on each other where the larger buys "
+_CAPTIONS = {
+    "measures": "Every point is a run, as the mean over its games; the cross is the mean over runs with its 95 % interval.",
+    "games": "The score of each game from the end of its own training on: a falling line is forgetting. Bold: the mean; thin: every run.",
+    "hits": "What it costs when games take turns; all axes are logarithmic. The lines of two sizes coincide where the larger size gains "
     "nothing.",
 }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Results:
-    """What a study shows so far."""
-
-    found: StudyScores
-    costs: Mapping[str, Costs]
-    tables: list[Table]
-    verdicts: list[Verdict]
-    separated: list[Separation]
-    points: list[CachingPoint]
-
-
-def collect(study: Study, runs: Sequence[StudyRun], constants: Mapping[str, float]) -> StudyScores:
-    """The finished ones among `runs`, and why the others are missing. `constants`: the best constant action's mean return by game."""
-    records: dict[StudyRun, RunRecord] = {}
-    missing: dict[StudyRun, str] = {}
-    for run in runs:
-        try:
-            state = state_of(run.config)
-        except InvalidRequest as error:
-            missing[run] = str(error).partition(": ")[2]  # Without the place on this machine.
-            continue
-        if state is State.DONE:
-            records[run] = RunRecord.read(run.config.run_dir)
-        else:
-            missing[run] = f"{state.value}, {steps_done(run.config.run_dir):,} of {steps_of(run.config):,} steps"
-    return StudyScores(study, records, missing, constants)
-
-
-def results_of(study: Study, runs: Sequence[StudyRun], constants: Mapping[str, float]) -> Results:
-    """Reads the runs and judges them."""
-    found = collect(study, runs, constants)
-    costs, separated, points = costs_by_variant(found), verdicts.separations(found), caching_points(found)
-    spoken = (
-        verdicts.separation(found, separated),
-        verdicts.caching(points, study.recipe.agent.pool_size),
-        verdicts.protection(found),
-    )
-    shorter = _shorter(found)
-    return Results(
-        found=found,
-        costs=costs,
-        tables=tables(found, costs, separated, points),
-        verdicts=[replace(each, says=each.says + shorter) for each in spoken if each is not None],
-        separated=separated,
-        points=points,
-    )
-
-
-def _shorter(found: StudyScores) -> str:
-    """What a verdict adds where runs were made with fewer steps than the study's."""
-    study = found.study
-    for run in found.records:
-        steps, own = run.config.steps_per_game, study.variants[run.variant].change(study.recipe).steps_per_game
-        if steps < own:
-            return f" Runs are shorter than the study's own: {steps:,} steps in each game, not {own:,}."
-    return ""
-
-
 def write(results: Results, directory: Path, *, command: str) -> list[Path]:
-    """Writes everything; returns the files. What an older NAME.md says under "Notes" stays."""
+    """Writes all files into `directory` and returns their paths. The text under "Notes" of an existing NAME.md is kept."""
     study = results.found.study
-    described = facts(Path(), command=command) | {"torch": importlib.metadata.version("torch")}  # Before a file of the checkout changes.
+    # Before any file is written: a results file inside the checkout would make it report uncommitted changes.
+    described = facts(Path(), command=command) | {"torch": importlib.metadata.version("torch")}
     directory.mkdir(parents=True, exist_ok=True)
     paths = []
-    pictures = []
+    figure_blocks = []
     with mpl.rc_context(STYLE):
         for name, figure in figures(results.found, results.points).items():
             path = directory / f"{study.name}_{name}.png"
             figure.savefig(path, format="png")
             paths.append(path)
-            pictures.append(f"![{name}]({path.name})\n\n{_FIGURES[name]}")
+            figure_blocks.append(f"![{name}]({path.name})\n\n{_CAPTIONS[name]}")
     page = directory / f"{study.name}.md"
-    page.write_text(_markdown(results, described, pictures, _notes_of(page)))
+    page.write_text(_markdown(results, described, figure_blocks, _notes_of(page)))
     numbers = directory / f"{study.name}.json"
     numbers.write_text(json.dumps(_plain(_numbers(results, described)), separators=(",", ":")) + "\n")
     return [page, numbers, *paths]
 
 
-def _markdown(results: Results, described: dict[str, str], pictures: Sequence[str], notes: str) -> str:
+def _markdown(results: Results, described: dict[str, str], figure_blocks: Sequence[str], notes: str) -> str:
     found = results.found
     study = found.study
     done, missing = len(found.records), len(found.missing)
@@ -134,7 +67,7 @@ def _markdown(results: Results, described: dict[str, str], pictures: Sequence[st
     lines += [f"- **{each.part}: {each.word}.** {_sentence(each.says)}" for each in results.verdicts] or ["This study gives none."]
     lines += ["", f"The rules are in ooc_moe/study/verdicts.py. What this does not show: {study.limits}", "", notes.rstrip(), ""]
     lines += ["## Variants", "", *(f"- {name}: {study.variants[name].says}" for name in study.seeds), ""]
-    lines += ["\n\n".join(pictures), ""] if pictures else []
+    lines += ["\n\n".join(figure_blocks), ""] if figure_blocks else []
     for table in results.tables:
         lines += [f"## {table.title}", "", markdown_table(table), "", table.note, ""]
     if found.missing:
@@ -149,7 +82,7 @@ def _sentence(text: str) -> str:
 
 
 def _configured(found: StudyScores) -> tuple[str, str]:
-    """The configuration of the first run of the most important variant that has one, as it was made, and which run that is."""
+    """The configuration of the first finished run of the most important variant, as JSON, and the name of that run."""
     study = found.study
     run = next((run for name in found.variants for run in found.of(name)), None)
     fields = json.loads((run.config if run else study.recipe).to_json())
@@ -211,7 +144,7 @@ def _numbers_of_run(run: StudyRun, record: RunRecord) -> dict[str, Any]:
 
 
 def _by_run(cells: Sequence[Cell]) -> dict[str, dict[int, dict[str, float]]]:
-    """Order -> seed -> game -> value."""
+    """Nests the cells: order -> seed -> game -> value."""
     found: dict[str, dict[int, dict[str, float]]] = {}
     for cell in cells:
         found.setdefault(cell.order, {}).setdefault(cell.seed, {})[cell.game] = cell.value
@@ -219,7 +152,7 @@ def _by_run(cells: Sequence[Cell]) -> dict[str, dict[int, dict[str, float]]]:
 
 
 def _plain(value: Any) -> Any:
-    """In types that JSON has, with six digits; NaN becomes null."""
+    """Converts to types that JSON has. Floats are rounded to six digits; NaN becomes None."""
     if isinstance(value, dict):
         return {str(key): _plain(each) for key, each in value.items()}
     if isinstance(value, np.ndarray | list | tuple):
