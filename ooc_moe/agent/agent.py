@@ -189,9 +189,9 @@ class Agent(nn.Module):
         }
 
     def game_parameters(self, game: str) -> Iterator[nn.Parameter]:
-        """A game's own dense parameters that are to be trained."""
+        """A game's own dense parameters."""
         shared = set(self.shared_parameters())
-        return (parameter for parameter in self._network(game).parameters() if parameter.requires_grad and parameter not in shared)
+        return (parameter for parameter in self._network(game).parameters() if parameter not in shared)
 
     def shared_parameters(self) -> Iterator[nn.Parameter]:
         """The dense parameters that every game trains: the stem, attention where it is shared, the routers with token routing."""
@@ -357,24 +357,18 @@ class Agent(nn.Module):
         for cache, experts in zip(self.caches, pools.by_bank(len(self.caches)), strict=True):
             if experts[-1] >= cache.num_experts:
                 cache.grow(experts[-1] + 1)
-        first = next(iter(self.networks.values()), None)
         with seeded(derived_seed(self._seed, "game", pools.game)):
-            blocks = [self._block(layer, pools, first) for layer in range(self.config.num_layers)]
+            blocks = [self._block(layer, pools) for layer in range(self.config.num_layers)]
             network = GameNetwork(self.config, blocks).to(self._device)
         self.networks[_key(pools.game)] = network.train(self.training)
-        if self.config.attention == "first-game" and len(self.networks) == 2:
-            for block in network.blocks:
-                block.attention.requires_grad_(False)
         self._book.record(pools)
         return pools
 
-    def _block(self, layer: int, pools: GamePools, first: GameNetwork | None) -> Block:
+    def _block(self, layer: int, pools: GamePools) -> Block:
         config = self.config
         attention = CausalAttention(config.dim, config.num_heads)
         if config.attention == "shared":
             attention = self.attentions[layer]
-        elif config.attention == "first-game" and first is not None:
-            attention = first.blocks[layer].attention
         router = self.routers[layer] if config.routing == "token" else self._router(pools.layers[layer])
         experts = self._experts[layer % len(self._experts)]
         moe = TieredMoE(experts, router, dim=config.dim, dropout=config.dropout, read_only=pools.borrowed[layer])

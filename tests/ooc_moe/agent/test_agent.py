@@ -8,7 +8,7 @@ from ooc_moe.moe.expert_adam import ExpertAdam
 from ooc_moe_wire.errors import InvalidRequest, Unavailable
 
 CONTEXT = 4
-VARIANTS = [{}, {"routing": "token"}, {"banks": "per-layer"}, {"pools": "shared"}, {"attention": "first-game"}, {"attention": "shared"}]
+VARIANTS = [{}, {"routing": "token"}, {"banks": "per-layer"}, {"pools": "shared"}, {"attention": "shared"}]
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -287,20 +287,6 @@ def test_loading_over_other_pools_is_refused(world) -> None:
     state = world.agent(games=("a", "b")).state_dict()
     with pytest.raises(InvalidRequest, match="game 'a' has pools"):
         world.agent(games=("b", "a")).load_state_dict(state)
-
-
-def test_the_first_games_attention_serves_all_and_freezes_with_the_second(world, frames) -> None:
-    agent = world.agent(attention="first-game")
-    alone = len(list(agent.game_parameters("a")))
-    before = {name: value.clone() for name, value in agent.state_dict().items() if ".attention." in name}
-    train(agent, frames(agent, 2, CONTEXT), game="a", steps=1)
-    moved = {name: value.clone() for name, value in agent.state_dict().items() if ".attention." in name}
-    assert not any(torch.equal(moved[name], before[name]) for name in before if name.endswith("weight"))
-    agent.add_game("b")
-    assert len(list(agent.game_parameters("a"))) == len(list(agent.game_parameters("b"))) == alone - 2 * 4
-    for game in "ba":
-        train(agent, frames(agent, 2, CONTEXT), game=game, steps=1)
-    assert all(torch.equal(agent.state_dict()[name], moved[name]) for name in moved)
 
 
 def test_shared_attention_is_trained_by_every_game_and_by_none_alone(world, frames) -> None:
