@@ -8,14 +8,12 @@ Letters: N environments, M frames, S stacked frames, H height, W width, L layers
 
 from __future__ import annotations
 
-import dataclasses
 import time
 
 import torch
 from torch import Tensor
 
-from ooc_moe.agent.agent import Segment
-from ooc_moe.agent.transformer import KeysValues
+from ooc_moe.agent.segment import Segment
 from ooc_moe.detection.belief import Belief, Prediction
 from ooc_moe.detection.tally import Recognition
 from ooc_moe.envs.game import Array
@@ -99,7 +97,7 @@ class Player:
         if not begins:
             return
         staying = [(segment, [place for place, row in enumerate(rows) if row not in begins], rows) for segment, rows in self._groups]
-        self._groups = [(_part_of(segment, places), [rows[place] for place in places]) for segment, places, rows in staying if places]
+        self._groups = [(segment.of_environments(places), [rows[place] for place in places]) for segment, places, rows in staying if places]
         for game in sorted({games[row] for row in begins}):
             rows = sorted(row for row in begins if games[row] == game)
             self._groups.append((self._session.agent.segment(game, len(rows)), rows))
@@ -137,15 +135,6 @@ class Player:
     def usage_by_env(self) -> list[Usage]:
         """The same for each environment."""
         return [_as_usage(tokens_LE) for tokens_LE in self._tokens_NLE]
-
-
-def _part_of(segment: Segment, places: list[int]) -> Segment:
-    """The past of some of a segment's environments."""
-    if len(places) == segment.num_envs:
-        return segment
-    memories = [KeysValues(memory.keys[places], memory.values[places]) for memory in segment.memories]
-    episode_from_N = None if segment.episode_from_N is None else segment.episode_from_N[places]
-    return dataclasses.replace(segment, num_envs=len(places), memories=memories, episode_from_N=episode_from_N)
 
 
 def _as_usage(tokens_LE: Tensor) -> Usage:

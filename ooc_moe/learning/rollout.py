@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ooc_moe.agent.agent import Agent, Segment
+from ooc_moe.agent.agent import Agent
+from ooc_moe.agent.segment import Segment
 from ooc_moe.config.run import PPOConfig
 from ooc_moe.envs import GameEnvs
 from ooc_moe.learning.lookahead import foretell_acting

@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from ooc_moe import envs
+from ooc_moe.agent.agent import routed_tokens
 from ooc_moe.config.run import RunConfig, Turn
 from ooc_moe.evaluation.evaluate import Evaluator
 from ooc_moe.learning.learner import Learner
@@ -393,7 +394,7 @@ class Trainer:
             steps_per_s=self.config.steps_per_update / seconds,
             cache=self.session.cache_stats().to_dict(),
             store=self.session.store_stats(),
-            usage=self.agent.usage(rollout.experts_BTLK),
+            usage=routed_tokens(rollout.experts_BTLK),
             fetches=self._new_fetches(),
             detector=detected,
         )
