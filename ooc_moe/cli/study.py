@@ -120,7 +120,8 @@ def _say(outcome: Outcome, console: Console) -> None:
 
 
 def _write_home(chosen: Study, wanted: list[StudyRun], study_dir: Path, results: Path, console: Console) -> None:
-    from ooc_moe.evaluation import baselines
+    from ooc_moe.evaluation.baselines import play_constants
+    from ooc_moe.metrics import baselines
     from ooc_moe.report.report import rich_table
     from ooc_moe.study import results_page as home
 
@@ -129,7 +130,7 @@ def _write_home(chosen: Study, wanted: list[StudyRun], study_dir: Path, results:
         def say(game: str, done: int, of: int) -> None:
             status.update(f"constant actions in {game}: {done} of {of}")
 
-        constants = baselines.play_constants(chosen.games, chosen.recipe, study_dir / baselines.DIRECTORY, say)
+        constants = play_constants(chosen.games, chosen.recipe, study_dir / baselines.DIRECTORY, say)
     found = home.results_of(chosen, wanted, constants)
     for table in found.tables[:2]:
         console.print(rich_table(table))
