@@ -45,7 +45,7 @@ class Learner:
         *,
         protection: Protection,
         generator: torch.Generator,
-        beside: Learner | None = None,
+        sharing_with: Learner | None = None,
     ) -> None:
         self.agent, self.game, self.config = agent, game, config
         self._protection, self._generator = protection, generator
@@ -53,8 +53,8 @@ class Learner:
         self.own = torch.optim.Adam(agent.game_parameters(game), lr=lr, eps=ADAM_EPS, fused=True)
         self.shared: torch.optim.Adam
         self.experts: ExpertAdam
-        if beside is not None:
-            self.shared, self.experts = beside.shared, beside.experts
+        if sharing_with is not None:
+            self.shared, self.experts = sharing_with.shared, sharing_with.experts
         else:
             self.shared = torch.optim.Adam(agent.shared_parameters(), lr=lr, eps=ADAM_EPS, fused=True)
             self.experts = ExpertAdam(agent.caches, agent.gradients, lr=lr, eps=ADAM_EPS)

@@ -17,7 +17,7 @@ from ooc_moe_client.hbm.schedule import Use
 from ooc_moe_client.store import Sections
 
 # So many tell of every expert when it is used next, wherever in a step one stands.
-STEPS_FORETOLD = 2
+STEPS_EXPECTED = 2
 
 
 def uses_of_update(
@@ -44,7 +44,7 @@ def uses_of_update(
     return uses
 
 
-def foretell_acting(caches: Sequence[ExpertCache], experts_NLK: Sequence[Tensor], *, ahead: bool) -> None:
+def schedule_acting(caches: Sequence[ExpertCache], experts_NLK: Sequence[Tensor], *, ahead: bool) -> None:
     """Tells each cache to expect in the next steps what this one used. Where that fits there is nothing to tell.
 
     Args:
@@ -56,7 +56,7 @@ def foretell_acting(caches: Sequence[ExpertCache], experts_NLK: Sequence[Tensor]
     for number, cache in enumerate(caches):
         uses = [Use(experts, Sections.PARAMETERS) for layers in step for experts in layers[number :: len(caches)]]
         fits = len({expert for use in uses for expert in use.experts}) <= cache.capacity_experts
-        cache.schedule([] if fits else uses * STEPS_FORETOLD, ahead=ahead)
+        cache.schedule([] if fits else uses * STEPS_EXPECTED, ahead=ahead)
 
 
 def _experts_of_layers(experts_xLK: Tensor) -> list[tuple[int, ...]]:

@@ -16,7 +16,7 @@ from ooc_moe.agent.agent import Agent
 from ooc_moe.agent.segment import Segment
 from ooc_moe.config.run import PPOConfig
 from ooc_moe.envs import GameEnvs
-from ooc_moe.learning.lookahead import foretell_acting
+from ooc_moe.learning.lookahead import schedule_acting
 from ooc_moe.learning.ppo import advantages
 
 
@@ -114,7 +114,7 @@ class Collector:
         acted = self.agent.act(self.frames_NSHW, segment, starts_N=self._starts_N, generator=self._generator)
         experts_NLK = acted.experts_NLK.cpu()
         if any(cache.num_experts > cache.capacity_experts for cache in self.agent.caches):
-            foretell_acting(self.agent.caches, [experts_NLK], ahead=self._ahead)
+            schedule_acting(self.agent.caches, [experts_NLK], ahead=self._ahead)
         step = self.envs.step(acted.actions_N.cpu().numpy())
         episode_returns += step.episode_returns
         now = {

@@ -15,7 +15,7 @@ from rich.console import Console
 from ooc_moe.config.agent import PRESETS
 from ooc_moe.config.run import PPOConfig, RunConfig
 from ooc_moe.metrics.log import Event, MetricsWriter, read_metrics
-from ooc_moe.run.train import Trainer
+from ooc_moe.run.trainer import Trainer
 from ooc_moe.session import checkpoint
 from ooc_moe.session.daemon import embedded_daemon
 from ooc_moe.session.session import open_session

@@ -13,7 +13,7 @@ from ooc_moe.agent.agent import Agent
 from ooc_moe.config.agent import PRESETS
 from ooc_moe.config.run import PPOConfig, RunConfig
 from ooc_moe.learning.learner import Learner
-from ooc_moe.learning.lookahead import foretell_acting, uses_of_update
+from ooc_moe.learning.lookahead import schedule_acting, uses_of_update
 from ooc_moe.learning.protection import Unprotected
 from ooc_moe.learning.rollout import Collector
 from ooc_moe_client.hbm.cache import ExpertCache
@@ -161,7 +161,7 @@ def test_acting_is_told_what_each_group_used_layer_by_layer_where_that_does_not_
     told: list[list[Use]] = []
     small, large = (SimpleNamespace(capacity_experts=size, schedule=lambda uses, ahead: told.append(list(uses))) for size in (3, 4))
     groups = [torch.tensor([[[1, 2], [5, 6]], [[2, 1], [6, 5]]]), torch.tensor([[[3, 0], [5, 4]]])]
-    foretell_acting([small, large], groups, ahead=True)
+    schedule_acting([small, large], groups, ahead=True)
     step = [Use((1, 2), Sections.PARAMETERS), Use((0, 3), Sections.PARAMETERS)]
     assert told == [step + step, []]
 
