@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from ooc_moe.config.run import Recogniser, RunConfig
+from ooc_moe.config.run import RunConfig
 from ooc_moe.config.seeds import evaluation_seed
 from ooc_moe.detection.belief import Belief
 from ooc_moe.envs import GameEnvs
@@ -104,30 +104,18 @@ def evaluate_run(
     run_dir: Path,
     console: Console,
     *,
-    store: str | None = None,
-    plane: str | None = None,
-    eval_envs: int | None = None,
-    eval_episodes: int | None = None,
-    eval_steps: int | None = None,
     eval_unseen: bool = False,
-    recognise: Recogniser | None = None,
     constants: bool = False,
+    **options: Any,
 ) -> list[dict[str, Any]]:
     """Evaluates a run at its last checkpoint and prints the results. A trainer may continue the run meanwhile.
-
-    Options that are None keep the run's own values.
 
     Args:
         run_dir: the run's directory.
         console: where the results are printed.
-        store: the daemon's address.
-        plane: how experts travel.
-        eval_envs: environments played side by side.
-        eval_episodes: episodes that each environment plays.
-        eval_steps: the most steps of each environment.
-        eval_unseen: also play the run's games that the agent has not learned yet.
-        recognise: who recognises the game on the screen.
-        constants: also play the constant actions by the same protocol; `ooc-moe report` then shows the best of them.
+        eval_unseen: also play the run's games that the agent has not learned yet, even if the run does not do so itself.
+        constants: also play the constant actions by the same protocol. `ooc-moe report` then shows the best of them.
+        options: fields of `RunConfig` with other values than the run has, for example `eval_envs` or `store`. None keeps the run's value.
 
     Returns:
         The fields of `Evaluator.evaluate` for each game.
@@ -135,16 +123,7 @@ def evaluate_run(
     Raises:
         InvalidRequest: there is no run, it has no checkpoint, or `eval_steps` is 0.
     """
-    options = {
-        "store": store,
-        "plane": plane,
-        "eval_envs": eval_envs,
-        "eval_episodes": eval_episodes,
-        "eval_steps": eval_steps,
-        "eval_unseen": eval_unseen or None,
-        "recognise": recognise,
-    }
-    changes: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    changes = {name: value for name, value in (options | {"eval_unseen": eval_unseen or None}).items() if value is not None}
     config = dataclasses.replace(RunConfig.read(run_dir), **changes)
     if not config.eval_steps:
         raise InvalidRequest("eval_steps: 0 plays nothing; give --eval-steps")
