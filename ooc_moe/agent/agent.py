@@ -205,7 +205,8 @@ class Agent(nn.Module):
         log_probs_NA = torch.log_softmax(logits_NA, dim=-1)
         if math.isnan(log_probs_NA.sum()):
             raise InvalidRequest(
-                f"parameters: the action logits of {segment.game!r} are NaN or infinite; the training diverged (learning rate?)"
+                f"parameters: the action logits of {segment.game!r} are NaN or infinite because the training diverged; "
+                "begin again with a lower learning rate"
             )
         draw_N1 = log_probs_NA.argmax(-1, keepdim=True) if deterministic else _draw(log_probs_NA, generator)
         return ActOutput(
@@ -249,7 +250,7 @@ class Agent(nn.Module):
             if game not in self._book.games:
                 self._build(pools)
             elif self._book.games[game] != pools:
-                raise InvalidRequest(f"state: game {game!r} has pools {layers}, this agent gave it others")
+                raise InvalidRequest(f"state: game {game!r} has pools {layers}, but this agent gave it others")
 
     # Parts
 

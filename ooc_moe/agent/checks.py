@@ -16,7 +16,7 @@ from ooc_moe_wire.errors import InvalidRequest
 def check_caches(config: AgentConfig, caches: Sequence[ExpertCache]) -> None:
     """Checks that there is one cache for each bank, and that each bank has the layout of the configured experts."""
     if len(caches) != config.num_banks:
-        raise InvalidRequest(f"caches: {len(caches)} given, banks {config.banks!r} needs {config.num_banks}")
+        raise InvalidRequest(f"caches: {len(caches)} given, but banks {config.banks!r} needs {config.num_banks}")
     for cache in caches:
         if cache.layout != config.expert_layout():
             raise InvalidRequest(f"bank {cache.bank!r}: its layout is not that of dim {config.dim}, hidden {config.hidden}")
@@ -27,7 +27,7 @@ def check_segments(config: AgentConfig, frames_BTSHW: Tensor, starts_BT: Tensor 
     _check_frames(config, frames_BTSHW, "(batch, time, stack, height, width)", 5)
     batch, time = frames_BTSHW.shape[:2]
     if not 1 <= time <= config.context + 1:
-        raise InvalidRequest(f"frames: {time} of time, a segment has 1 to {config.context + 1} (context + 1)")
+        raise InvalidRequest(f"frames: {time} in each segment, but a segment has 1 to {config.context + 1} (context + 1)")
     _check_shape("starts", starts_BT, (batch, time), torch.bool)
     _check_shape("routing", routing, (batch, time, config.num_layers, config.top_k))
     return batch, time
@@ -37,7 +37,7 @@ def check_step(config: AgentConfig, frames_NSHW: Tensor, segment: Segment, start
     """Checks the arguments of one step of acting, and that the segment has room for one more frame."""
     _check_frames(config, frames_NSHW, "(envs, stack, height, width)", 4)
     if len(frames_NSHW) != segment.num_envs:
-        raise InvalidRequest(f"frames: of {len(frames_NSHW)} environments, the segment has {segment.num_envs}")
+        raise InvalidRequest(f"frames: of {len(frames_NSHW)} environments, but the segment has {segment.num_envs}")
     if segment.length > config.context:
         raise InvalidRequest(f"segment: full after {segment.length} frames (context + 1); begin another")
     _check_shape("starts", starts_N, (segment.num_envs,), torch.bool)

@@ -113,7 +113,7 @@ class PoolBook:
 
     def _check_borrowed(self, borrowed: Sequence[Sequence[int]]) -> None:
         if len(borrowed) != self._config.num_banks:
-            raise InvalidRequest(f"borrowed: {len(borrowed)} lists given, there are {self._config.num_banks} banks")
+            raise InvalidRequest(f"borrowed: {len(borrowed)} lists given, but there are {self._config.num_banks} banks")
         for bank, experts in enumerate(borrowed):
             for expert in sorted(set(experts) - self._owned(bank)):
                 raise InvalidRequest(f"borrowed: expert {expert} of bank {bank} is owned by no game")

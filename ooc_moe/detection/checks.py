@@ -10,13 +10,13 @@ from ooc_moe_wire.errors import InvalidRequest
 
 
 def check_knows_a_game(games: Sequence[str]) -> None:
-    """Checks that a prediction is possible: that at least one game was added."""
+    """Checks that at least one game was added, without which no prediction is possible."""
     if not games:
         raise InvalidRequest("detector: asked for a prediction before any game was added")
 
 
 def index_of_game(game: str, games: Sequence[str]) -> int:
-    """The position of a game among the known ones, which it must be."""
+    """The position of a game among the known games. Refuses a game that is not among them."""
     if game not in games:
         raise InvalidRequest(f"game: the detector does not know {game!r}, only {', '.join(games) or 'nothing yet'}")
     return games.index(game)

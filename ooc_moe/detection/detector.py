@@ -37,7 +37,7 @@ UNUSED_LOGIT = -4.0
 
 
 class Detector(nn.Module):
-    """Game logits and expert-usage probabilities from the newest frame, learned online.
+    """Predicts the game and the experts' use from the newest frame of an observation. It learns online.
 
     Args:
         frame_stack: frames in an observation. Only the newest is used, because the older ones are empty just when a game begins.
@@ -223,7 +223,7 @@ class Detector(nn.Module):
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Loads this part of a state and grows the heads to its sizes. `load_state_dict` then loads the heads' parameters."""
+        """Loads the result of `get_extra_state` and grows the heads to its sizes. `load_state_dict` then loads the heads' parameters."""
         state = copy.deepcopy(state)
         self._reset()
         for head, outputs in state["growth"]:

@@ -52,15 +52,15 @@ class GameEnvs(Protocol):
 
     @property
     def num_envs(self) -> int:
-        """N."""
+        """The number of environments, N."""
 
     @property
     def num_actions(self) -> int:
-        """Always `NUM_ACTIONS`."""
+        """The number of actions, which is always `NUM_ACTIONS`."""
 
     @property
     def observation_shape(self) -> tuple[int, int, int]:
-        """(S, H, W)."""
+        """The shape (S, H, W) of one environment's observation."""
 
     def reset(self, seed: int) -> Array:
         """Begins new episodes and returns their first observations. Equal seeds and equal actions give equal steps, bit for bit."""

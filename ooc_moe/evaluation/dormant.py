@@ -15,6 +15,7 @@ from ooc_moe.agent.agent import Agent
 from ooc_moe.moe.layer import MoEOutput, TieredMoE
 
 DORMANT = 0.025
+"""The highest score of a dormant unit."""
 
 
 @torch.no_grad()

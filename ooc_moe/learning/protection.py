@@ -34,7 +34,7 @@ class Protection(Protocol):
         """Stores what is needed to protect a game that has had all its updates. `rollout` is its last one."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The state for a checkpoint."""
+        """Returns the state for a checkpoint."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Loads the result of `state_dict`."""
@@ -44,17 +44,17 @@ class Unprotected:
     """No protection: later games may change all shared parameters."""
 
     def loss(self, game: str, generator: torch.Generator) -> Tensor:
-        """Zero."""
+        """Returns zero: there is no penalty."""
         return torch.zeros(())
 
     def correct_gradients(self, game: str) -> None:
-        """Nothing to correct."""
+        """Does nothing: there is nothing to correct."""
 
     def leave(self, game: str, rollout: Rollout, generator: torch.Generator) -> None:
         """Stores nothing."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Empty."""
+        """Returns an empty state."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -77,7 +77,7 @@ class Freeze(Unprotected):
         self._stem.requires_grad_(False)
 
     def state_dict(self) -> dict[str, Any]:
-        """Whether the stem is frozen."""
+        """Returns whether the stem is frozen."""
         return {"frozen": self._frozen}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -155,6 +155,6 @@ class Collector:
         return next_values_TN
 
     def _as_rows(self, x_TN: Tensor) -> Tensor:
-        """(segments * T, N, ...) -> (segments * N, T, ...)."""
+        """Reshapes (segments * T, N, ...) into (segments * N, T, ...)."""
         context = self.agent.config.context
         return x_TN.reshape(-1, context, *x_TN.shape[1:]).transpose(1, 2).reshape(-1, context, *x_TN.shape[2:])

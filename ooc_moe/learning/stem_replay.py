@@ -61,7 +61,7 @@ class StemReplay:
         return self._weight * (distance_MD / self._variance).mean()
 
     def correct_gradients(self, game: str) -> None:
-        """Nothing to correct: the loss uses no experts."""
+        """Does nothing: the loss uses no experts."""
 
     def state_dict(self) -> dict[str, tuple[Tensor, ...]]:
         """The stored frames and features, by game."""

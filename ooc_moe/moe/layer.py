@@ -178,7 +178,7 @@ def _arithmetic(is_grouped: bool) -> WaveArithmetic:
 
 
 def _ends(counts: list[int]) -> list[int]:
-    """Where each expert's rows begin, and where the last one's end."""
+    """The first row of each expert, and the number of all rows."""
     return [0, *accumulate(counts)]
 
 

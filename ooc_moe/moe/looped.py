@@ -1,7 +1,7 @@
 """Computes the experts of a wave one after another, in float32, on the cache's slots. It works on every device.
 
 No grouped matrix multiplication is faster in float32. An expert's results are the same bit for bit whichever other experts are in its wave,
-because the elementwise work, too, is done expert by expert. That also finds the hidden units still in the CPU's caches.
+because the elementwise work, too, is done expert by expert. That is also faster: the hidden units are still in the CPU's caches.
 """
 
 from __future__ import annotations

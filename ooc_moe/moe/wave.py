@@ -31,7 +31,7 @@ class WaveRows:
     """The hidden units after the GELU. Forward fills them."""
 
     def part(self, experts: slice, rows: slice) -> WaveRows:
-        """The given experts, whose rows are the given ones."""
+        """The part of a wave that consists of these experts and their rows."""
         return WaveRows(self.counts[experts], self.x_MD[rows], self.before_MH[rows], self.after_MH[rows])
 
 

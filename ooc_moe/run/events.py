@@ -20,11 +20,22 @@ class RunEvents:
         self._fetched = [cache.fetches() for cache in session.caches]
 
     def switch(self, at: Progress, *, phase: int, previous: str | None, game: str) -> None:
-        """Training changes from the game `previous` (None: the run begins) to `game`, the run's game number `phase`."""
+        """Logs that training changes from `previous` (None: the run begins) to `game`, the run's game number `phase`."""
         self._writer.log("switch", step=at.step, update=at.update, game=game, phase=phase, **{"from": previous, "to": game})
 
-    def update(self, at: Progress, game: str, rollout: Rollout, losses: dict[str, float], detected: dict[str, float], s: float) -> None:
-        """One PPO update is done; with its rollout it took `s` seconds."""
+    def update(
+        self, at: Progress, game: str, rollout: Rollout, *, losses: dict[str, float], detector: dict[str, float], duration_s: float
+    ) -> None:
+        """Logs one PPO update.
+
+        Args:
+            at: where the run stands after the update.
+            game: the game in training.
+            rollout: the rollout that the update learned from.
+            losses: the losses and measures of the update.
+            detector: what the detector measured while it learned from the rollout.
+            duration_s: the time that rollout and update took together.
+        """
         episodes = rollout.episode_returns
         self._writer.log(
             "update",
@@ -35,22 +46,22 @@ class RunEvents:
             episode_return_mean=sum(episodes) / len(episodes) if episodes else None,
             episodes=len(episodes),
             reward_per_step=rollout.reward_per_step,
-            steps_per_s=self._session.config.steps_per_update / s,
+            steps_per_s=self._session.config.steps_per_update / duration_s,
             cache=self._session.cache_stats().to_dict(),
             store=self._session.store_stats(),
             usage=routed_tokens(rollout.experts_BTLK),
             fetches=self.new_fetches(),
-            detector=detected,
+            detector=detector,
         )
 
     def evaluation(self, at: Progress, *, phase: int, game: str, fields: dict[str, Any]) -> None:
-        """One game was evaluated after `game`, the run's game number `phase`, was trained."""
+        """Logs the evaluation of one game (`fields`) after training `game`, the run's game number `phase`."""
         self._writer.log("evaluation", step=at.step, update=at.update, game=game, phase=phase, **fields)
 
     def checksums(self, at: Progress, game: str) -> None:
-        """The checksums (parameters, optimizer) in the store of every expert that was ever written, by bank.
+        """Logs the checksums (parameters, optimizer) of every expert in the store that was ever written, by bank.
 
-        A reader sees from two such events which experts stayed equal bit for bit.
+        Two such events show which experts stayed equal bit for bit between them.
         """
         written = {
             bank: {
@@ -63,7 +74,7 @@ class RunEvents:
         self._writer.log("checksums", step=at.step, update=at.update, game=game, experts=written)
 
     def done(self, at: Progress) -> None:
-        """The run came to its end."""
+        """Logs that the run has come to its end, with the final counters of caches and store."""
         cache, store = self._session.cache_stats().to_dict(), self._session.store_stats()
         self._writer.log("done", step=at.step, update=at.update, cache=cache, store=store)
 

@@ -103,7 +103,8 @@ class Trainer:
             losses = learner.update(rollout, remaining=1 - in_game / updates)
             detected = self._teach_detector(game, rollout)
             self._advance()
-            self.events.update(self.at, game, rollout, losses, detected, time.monotonic() - began)
+            duration_s = time.monotonic() - began
+            self.events.update(self.at, game, rollout, losses=losses, detector=detected, duration_s=duration_s)
             self._show(progress, bar, in_game + 1, rollout)
             if in_game + 1 < turn.end and (self._checkpoint_due() or interrupted()):
                 self.save()

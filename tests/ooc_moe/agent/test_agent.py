@@ -411,13 +411,13 @@ BAD_CALLS = [
     (lambda agent, x: agent(x[:, :, :3], game="a"), r"frames: got torch.uint8 \(2, 4, 3, 42, 42\)"),
     (lambda agent, x: agent(x[0], game="a"), r"frames: got torch.uint8 \(4, 4, 42, 42\)"),
     (lambda agent, x: agent(x.float(), game="a"), "frames: got torch.float32"),
-    (lambda agent, x: agent(x.repeat(1, 2, 1, 1, 1), game="a"), "frames: 8 of time"),
+    (lambda agent, x: agent(x.repeat(1, 2, 1, 1, 1), game="a"), "frames: 8 in each segment"),
     (lambda agent, x: agent(x, game="a", starts_BT=torch.zeros(2, 3, dtype=torch.bool)), r"starts: got torch.bool \(2, 3\)"),
     (lambda agent, x: agent(x, game="a", starts_BT=torch.zeros(2, 4)), r"starts: got torch.float32 \(2, 4\), expected torch.bool"),
     (lambda agent, x: agent(x, game="a", routing=torch.zeros(2, 4, 3, 2)), r"routing: .*\(2, 4, 3, 2\)"),
     (lambda agent, x: agent(x, game="a", routing=torch.full((2, 4, 2, 2), 9)), "expert 9 is not one of this router's"),
     (lambda agent, x: agent.act(x[:, 0].float(), agent.segment("a", 2)), "frames: got torch.float32"),
-    (lambda agent, x: agent.act(x[:1, 0], agent.segment("a", 2)), "frames: of 1 environments, the segment has 2"),
+    (lambda agent, x: agent.act(x[:1, 0], agent.segment("a", 2)), "frames: of 1 environments, but the segment has 2"),
     (lambda agent, x: agent.act(x[:, 0], agent.segment("a", 2), starts_N=torch.zeros(3, dtype=torch.bool)), "starts: got"),
 ]
 

@@ -126,7 +126,7 @@ def test_neither_room_nor_prefetch_nor_the_schedule_change_a_bit(untold: Run, sl
 
 
 @pytest.mark.parametrize("prefetch", ["off", "detector"])
-def test_where_the_router_chooses_anew_nothing_is_foretold_and_room_changes_no_bit(untold: Run, prefetch: str):
+def test_where_the_router_chooses_anew_nothing_is_scheduled_and_room_changes_no_bit(untold: Run, prefetch: str):
     whole, part = (Run(slots=slots, prefetch=prefetch, replay=False, updates=1) for slots in (16, 2))
     assert part.losses == whole.losses != untold.losses[:1]
     assert part.hashes == whole.hashes
