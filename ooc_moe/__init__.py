@@ -3,8 +3,10 @@
 For a model of your own: `TieredMoE` is a layer whose experts (`TieredExperts`) live in a store behind a cache. `Router` chooses experts,
 `balance_loss` spreads the tokens over them, and `ExpertAdam` trains them.
 
-For games: `train` makes a run from a `RunConfig`, `resume` continues it, `evaluate_run` and `write_report` measure it. `Agent` is the
-network, and `envs.make` makes the games. Nothing is imported before it is used: `import ooc_moe` does not import torch.
+For games: `train` makes a run from a `RunConfig`, `resume` continues it, `evaluate_run` and `write_report` measure it, and `load` opens it
+to play with its agent. `Agent` is the network, and `envs.make` makes the games.
+
+Nothing is imported before it is used: `import ooc_moe` does not import torch.
 """
 
 from typing import TYPE_CHECKING
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from ooc_moe.run.train import resume as resume
     from ooc_moe.run.train import train as train
     from ooc_moe.session.daemon import embedded_daemon as embedded_daemon
+    from ooc_moe.session.load import load as load
 
 _MODULES = {
     "PRESETS": "config.agent",
@@ -43,6 +46,7 @@ _MODULES = {
     "embedded_daemon": "session.daemon",
     "envs": "",
     "evaluate_run": "evaluation.evaluate",
+    "load": "session.load",
     "resume": "run.train",
     "train": "run.train",
     "write_report": "report.report",

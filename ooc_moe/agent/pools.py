@@ -1,6 +1,6 @@
-"""Which experts a game owns, and which of the older games' it borrows: the book that keeps pools apart.
+"""Which experts each game owns, and which experts of older games it borrows.
 
-Knows ids and sizes only; the agent grows the banks when this book says so.
+This module only assigns ids. The agent grows the banks when an assigned id lies beyond a bank's end.
 """
 
 from __future__ import annotations
@@ -17,48 +17,56 @@ Layers = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True, slots=True)
 class GamePools:
-    """The experts a game may route to, by layer: ids in the layer's bank."""
+    """The experts that a game may route to, by layer, as ids in the layer's bank."""
 
     game: str
     owned: Layers
-    """Those it trains, ascending."""
+    """The experts that the game trains, ascending."""
     borrowed: Layers
-    """Those it only reads, ascending: older games own them."""
+    """The experts that the game only reads, ascending. Older games own them."""
 
     @property
     def layers(self) -> Layers:
-        """Both together, ascending."""
+        """Owned and borrowed experts together, ascending."""
         return tuple(tuple(sorted(owned + borrowed)) for owned, borrowed in zip(self.owned, self.borrowed, strict=True))
 
     def by_bank(self, num_banks: int) -> list[list[int]]:
-        """The distinct ids in each bank, ascending. Layer l uses bank l, or the only one."""
+        """The distinct experts of all layers in each bank, ascending. Layer `l` uses bank `l % num_banks`."""
         return _by_bank(self.layers, num_banks)
 
     def borrowed_by_bank(self, num_banks: int) -> list[list[int]]:
-        """The distinct ids of the borrowed ones in each bank, ascending."""
+        """The distinct borrowed experts in each bank, ascending."""
         return _by_bank(self.borrowed, num_banks)
+
+    def numbered(self, num_banks: int) -> list[int]:
+        """All experts, numbered across banks: expert * num_banks + bank, ascending."""
+        return _numbered(self.by_bank(num_banks))
+
+    def borrowed_numbered(self, num_banks: int) -> list[int]:
+        """The borrowed experts, numbered across banks: expert * num_banks + bank, ascending."""
+        return _numbered(self.borrowed_by_bank(num_banks))
 
 
 class PoolBook:
-    """Assigns experts to games. With pool routing no expert belongs to two games."""
+    """Assigns experts to games. With pool routing, no expert is owned by two games."""
 
     def __init__(self, config: AgentConfig) -> None:
         self._config = config
         self.games: dict[str, GamePools] = {}
 
     def propose(self, game: str, borrowed: Sequence[Sequence[int]] | None = None) -> GamePools:
-        """Pools for a new game: the first unowned experts, in order of ids; they may lie beyond the bank's present size.
+        """Pools for a new game: the unowned experts with the lowest ids, which may lie beyond the bank's present size.
 
-        Nothing is owned before `record`. With token routing nobody owns anything, and every game gets whole banks.
+        Nothing is assigned before `record`. With token routing there are no owners, and every game gets whole banks.
 
         Args:
             game: its name.
-            borrowed: older games' experts of each bank that would be of use, the most useful first. Each pool takes the first
-                `shared_experts` of those that learned in its own layers.
+            borrowed: for each bank, experts of older games that would be useful, the most useful first. Each pool borrows the first
+                `shared_experts` of those that older games own in the same layers. None: no pool borrows.
 
         Raises:
-            InvalidRequest: `borrowed` has not one list for each bank, or names an expert that no game owns; or the experts lie beyond a
-                bank that may not grow.
+            InvalidRequest: `borrowed` does not have one list for each bank, or names an expert that no game owns; or a bank is too small
+                and may not grow.
         """
         config = self._config
         if config.routing == "token":
@@ -75,12 +83,12 @@ class PoolBook:
 
     @property
     def num_experts(self) -> int:
-        """The experts of each bank that there are for this book: those it began with, and those it assigned beyond."""
+        """Experts of each bank that are in use: the configured number, or more if ids beyond it were assigned."""
         assigned = (expert for pools in self.games.values() for layer in pools.owned for expert in layer)
         return max(self._config.num_experts, 1 + max(assigned, default=0))
 
     def record(self, pools: GamePools) -> None:
-        """From now on the game owns its own experts."""
+        """Assigns the pools to their game."""
         self.games[pools.game] = pools
 
     def _unowned(self, bank: int) -> Iterator[int]:
@@ -99,16 +107,20 @@ class PoolBook:
         there, wanted = self._config.num_experts, 1 + max(expert for pool in own for expert in pool)
         if wanted > there and not self._config.grow:
             raise InvalidRequest(
-                f"num_experts: {there} are too few for {game!r} beside {len(self.games)} other games, by pool_size "
-                f"{self._config.pool_size}; it takes {wanted}, and grow is off"
+                f"num_experts: {there} are too few for {game!r} after {len(self.games)} other games with pool_size "
+                f"{self._config.pool_size}; {wanted} are needed, and grow is off"
             )
 
     def _check_borrowed(self, borrowed: Sequence[Sequence[int]]) -> None:
         if len(borrowed) != self._config.num_banks:
-            raise InvalidRequest(f"borrowed: {len(borrowed)} lists given, there are {self._config.num_banks} banks")
+            raise InvalidRequest(f"borrowed: {len(borrowed)} lists given, but there are {self._config.num_banks} banks")
         for bank, experts in enumerate(borrowed):
             for expert in sorted(set(experts) - self._owned(bank)):
                 raise InvalidRequest(f"borrowed: expert {expert} of bank {bank} is owned by no game")
+
+
+def _numbered(by_bank: list[list[int]]) -> list[int]:
+    return sorted(expert * len(by_bank) + bank for bank, experts in enumerate(by_bank) for expert in experts)
 
 
 def _by_bank(layers: Layers, num_banks: int) -> list[list[int]]:

@@ -1,7 +1,7 @@
-"""A game's own network: embedding, blocks of causal attention and tiered MoE, and heads.
+"""The network of one game: embedding, blocks of causal attention and tiered mixture of experts, and heads.
 
-Time runs in segments of at most `context + 1` frames. A whole segment can be seen at once (`forward`), or frame by frame with the keys and
-values of the frames before (`step`); both give the same numbers up to rounding. Knows one game, and nothing of frames or actions' meaning.
+Time is divided into segments of at most `context + 1` frames. `forward` computes a whole segment at once. `step` computes one more frame
+from the keys and values of the frames before it. Both give the same numbers up to rounding.
 """
 
 from __future__ import annotations
@@ -14,38 +14,40 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from ooc_moe.agent.pools import GamePools
 from ooc_moe.agent.stem import orthogonal
 from ooc_moe.config.agent import AgentConfig
-from ooc_moe.moe.layer import MoEOutput, TieredMoE
+from ooc_moe.moe.layer import MoEOutput, TieredExperts, TieredMoE
+from ooc_moe.moe.router import Router
 
 
 @dataclass(frozen=True, slots=True)
 class KeysValues:
-    """What one layer remembers of a segment: keys and values, each `(batch, heads, context + 1, dim / heads)`."""
+    """The keys and values that one layer computed for a segment, each `(batch, heads, context + 1, dim / heads)`."""
 
     keys: Tensor
     values: Tensor
 
 
 class CausalAttention(nn.Module):
-    """Multi-head self-attention (Vaswani et al. 2017) over the frames of a segment, never across the start of an episode."""
+    """Multi-head self-attention (Vaswani et al. 2017) over the frames of a segment. It never crosses the start of an episode."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.qkv = orthogonal(nn.Linear(dim, 3 * dim), gain=1.0)
-        # Small at first: an untrained block passes the present frame through.
+        # Small initial weights, so that an untrained block passes the present frame through.
         self.out = orthogonal(nn.Linear(dim, dim), gain=0.1)
 
     def forward(self, x_BTD: Tensor, *, mask: Tensor | None) -> Tensor:
-        """Attends causally; `mask` `(batch, 1, T, T)` says which pairs may meet, and None means all earlier frames."""
+        """Attends from every frame to those that `mask` `(batch, 1, T, T)` allows. None allows the frame itself and all earlier ones."""
         q, k, v = self._project(x_BTD)
-        # A frame that sees itself alone takes its own value.
+        # A frame that attends only to itself gets its own value, whatever the scores are.
         y = v if v.shape[2] == 1 else scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self._merge(y)
 
     def step(self, x_BTD: Tensor, memory: KeysValues, position: int, *, mask: Tensor | None) -> Tensor:
-        """Attends from one frame `(batch, 1, dim)` to itself and the `position` frames before, and remembers it."""
+        """Attends from one frame `(batch, 1, dim)` to itself and the `position` frames before it, and adds it to `memory`."""
         q, k, v = self._project(x_BTD)
         memory.keys[:, :, position], memory.values[:, :, position] = k[:, :, 0], v[:, :, 0]
         if position == 0:
@@ -54,7 +56,7 @@ class CausalAttention(nn.Module):
         return self._merge(scaled_dot_product_attention(q, memory.keys[:, :, upto], memory.values[:, :, upto], attn_mask=mask))
 
     def _project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each (batch, heads, T, dim / heads)."""
+        """Computes queries, keys and values, each (batch, heads, T, dim / heads)."""
         q, k, v = self.qkv(x_BTD).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         return q, k, v
 
@@ -64,7 +66,7 @@ class CausalAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """Causal attention, then tiered MoE; both pre-norm with a residual."""
+    """Causal attention followed by tiered MoE. Both normalise their input and add a residual."""
 
     def __init__(self, attention: CausalAttention, moe: TieredMoE, *, dim: int, dropout: float) -> None:
         super().__init__()
@@ -82,7 +84,7 @@ class Block(nn.Module):
         noisy: bool,
         generator: torch.Generator | None,
     ) -> MoEOutput:
-        """Sees a whole segment."""
+        """Computes a whole segment."""
         x_BTD = x_BTD + self.dropout(self.attention(self.norm(x_BTD), mask=mask))
         output: MoEOutput = self.moe(x_BTD, experts_NK=experts_NK, noisy=noisy, generator=generator)
         return output
@@ -90,35 +92,119 @@ class Block(nn.Module):
     def step(
         self, x_BTD: Tensor, memory: KeysValues, position: int, *, mask: Tensor | None, noisy: bool, generator: torch.Generator | None
     ) -> MoEOutput:
-        """Sees one more frame."""
+        """Computes one more frame `(batch, 1, dim)` of a segment."""
         x_BTD = x_BTD + self.dropout(self.attention.step(self.norm(x_BTD), memory, position, mask=mask))
         output: MoEOutput = self.moe(x_BTD, noisy=noisy, generator=generator)
         return output
 
 
 class GameNetwork(nn.Module):
-    """Everything dense that belongs to one game."""
+    """All dense parameters of one game, apart from what games share."""
 
     def __init__(self, config: AgentConfig, blocks: Sequence[Block]) -> None:
         super().__init__()
-        # The game's embedding and the learned positions, in one table; the last row is for the frame after the segment.
+        # The game's embedding and the learned positions in one table. The last row is for the frame after the segment.
         self.embedding_TD = nn.Parameter(torch.randn(config.context + 1, config.dim) * 0.02)
         self.blocks = cast("Sequence[Block]", nn.ModuleList(blocks))
         self.norm = nn.LayerNorm(config.dim)
         self.policy = orthogonal(nn.Linear(config.dim, config.num_actions), gain=0.01)
         self.value = orthogonal(nn.Linear(config.dim, 1), gain=1.0)
 
+    def forward(
+        self, tokens_BTD: Tensor, *, mask: Tensor | None, routing: Tensor | None, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor, list[MoEOutput]]:
+        """Computes a whole segment; returns logits (B, T, actions), values (B, T) and what each layer computed.
+
+        Args:
+            tokens_BTD: the stem's outputs.
+            mask: as `episode_mask` makes it.
+            routing: expert ids (B, T, layers, top_k) to be used again. None: the routers choose.
+            generator: draws the router's noise, in training mode.
+        """
+        x_BTD = tokens_BTD + self.embedding_TD[: tokens_BTD.shape[1]]
+        outputs = []
+        for layer, block in enumerate(self.blocks):
+            replay_NK = None if routing is None else routing[:, :, layer].flatten(0, 1).long()
+            outputs.append(block(x_BTD, mask=mask, experts_NK=replay_NK, noisy=True, generator=generator))
+            x_BTD = outputs[-1].y
+        return *self.heads(x_BTD), outputs
+
+    def step(
+        self,
+        tokens_ND: Tensor,
+        memories: Sequence[KeysValues],
+        position: int,
+        *,
+        mask: Tensor | None,
+        noisy: bool,
+        generator: torch.Generator | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Computes one more frame of each of N segments; returns logits (N, actions), values (N,) and the chosen experts (N, L, K), int32.
+
+        Args:
+            tokens_ND: the stem's outputs.
+            memories: each layer's keys and values of the frames before, which this call extends.
+            position: the number of frames before.
+            mask: (N, 1, 1, position + 1), True for the frames that may be attended to. None: all of them.
+            noisy: whether the router's noise is on, in training mode.
+            generator: draws the noise.
+        """
+        x_BTD = (tokens_ND + self.embedding_TD[position]).unsqueeze(1)
+        chosen = []
+        for block, memory in zip(self.blocks, memories, strict=True):
+            output = block.step(x_BTD, memory, position, mask=mask, noisy=noisy, generator=generator)
+            x_BTD = output.y
+            chosen.append(output.routed.experts_NK)
+        return *self.heads(x_BTD.squeeze(1)), torch.stack(chosen, dim=1).to(torch.int32)
+
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens `(..., dim)` -> action logits `(..., actions)` and values `(...)`."""
+        """Computes action logits `(..., actions)` and values `(...)` of tokens `(..., dim)`."""
         normal = self.norm(x)
         return self.policy(normal), self.value(normal).squeeze(-1)
 
 
-def episode_mask(starts_BT: Tensor) -> Tensor | None:
-    """Which frame may attend to which: earlier ones of the same episode, `(batch, 1, T, T)`; None where no episode starts inside.
+def build_game_network(
+    config: AgentConfig,
+    pools: GamePools,
+    experts: Sequence[TieredExperts],
+    *,
+    attentions: Sequence[CausalAttention],
+    routers: Sequence[Router],
+) -> GameNetwork:
+    """Makes the network of a new game. Its initial values come from torch's global generator.
 
     Args:
-        starts_BT: True where a frame begins an episode. What the first frame says makes no difference.
+        config: all sizes.
+        pools: the experts that the game may route to.
+        experts: the experts of each bank; layer `l` uses bank `l % len(experts)`.
+        attentions: attention that all games share, by layer. Empty: the game gets its own.
+        routers: routers that all games share, by layer. Empty: the game gets its own.
+    """
+    blocks = []
+    for layer in range(config.num_layers):
+        # Made even where attention is shared: it draws the same numbers, so the game's other initial values do not depend on that choice.
+        own_attention = CausalAttention(config.dim, config.num_heads)
+        attention = attentions[layer] if attentions else own_attention
+        router = routers[layer] if routers else new_router(config, pools.layers[layer])
+        bank = experts[layer % len(experts)]
+        moe = TieredMoE(bank, router, dim=config.dim, dropout=config.dropout, read_only=pools.borrowed[layer])
+        blocks.append(Block(attention, moe, dim=config.dim, dropout=config.dropout))
+    return GameNetwork(config, blocks)
+
+
+def new_router(config: AgentConfig, experts: Sequence[int]) -> Router:
+    """A router that chooses among these experts."""
+    return Router(config.dim, experts, top_k=config.top_k, noise=config.router_noise)
+
+
+def episode_mask(starts_BT: Tensor) -> Tensor | None:
+    """The attention mask `(batch, 1, T, T)`: a frame may attend to itself and to earlier frames of the same episode.
+
+    Args:
+        starts_BT: True where a frame begins an episode. The first frame's value makes no difference.
+
+    Returns:
+        None where no episode starts after a segment's first frame: plain causal attention does.
     """
     if not starts_BT[:, 1:].any():
         return None

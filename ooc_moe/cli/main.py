@@ -148,7 +148,7 @@ def train(
         str | None, _option("One pool of a game for all layers, or one each.", _DEMO.pools, metavar="shared|per-layer", panel=_AGENT)
     ] = None,
     attention: Annotated[
-        str | None, _option("Whose attention a game uses.", _DEMO.attention, metavar="per-game|first-game|shared", panel=_AGENT)
+        str | None, _option("Whose attention a game uses.", _DEMO.attention, metavar="per-game|shared", panel=_AGENT)
     ] = None,
     banks: Annotated[
         str | None, _option("One bank for all layers, or one each.", _DEMO.banks, metavar="shared|per-layer", panel=_AGENT)

@@ -122,7 +122,8 @@ def _say(outcome: Outcome, console: Console) -> None:
 
 
 def _write_home(chosen: Study, wanted: list[StudyRun], study_dir: Path, results: Path, console: Console) -> None:
-    from ooc_moe.evaluation import baselines
+    from ooc_moe.evaluation.baselines import play_constants
+    from ooc_moe.metrics import baselines
     from ooc_moe.study.result_files import write
     from ooc_moe.study.results import results_of
 
@@ -131,7 +132,7 @@ def _write_home(chosen: Study, wanted: list[StudyRun], study_dir: Path, results:
         def say(game: str, done: int, of: int) -> None:
             status.update(f"constant actions in {game}: {done} of {of}")
 
-        constants = baselines.play_constants(chosen.games, chosen.recipe, study_dir / baselines.DIRECTORY, say)
+        constants = play_constants(chosen.games, chosen.recipe, study_dir / baselines.DIRECTORY, say)
     found = results_of(chosen, wanted, constants)
     for table in found.tables[:2]:
         print_table(table, console)

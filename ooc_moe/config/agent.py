@@ -16,7 +16,7 @@ from ooc_moe_wire.layout import BankSpec, Layout, TensorSpec
 
 Routing = Literal["pool", "token"]
 Scope = Literal["shared", "per-layer"]
-AttentionOwner = Literal["per-game", "first-game", "shared"]
+AttentionOwner = Literal["per-game", "shared"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,8 +70,7 @@ class AgentConfig:
     balance_weight: float = 0.01
     """Weight of the load-balancing loss."""
     attention: AttentionOwner = "per-game"
-    """Whose attention a block uses: its game's, that of the first game, frozen once there is a second (an ablation), or one that all games
-    train (as ordinary networks do)."""
+    """Whether each game has attention of its own, or all games train one (as ordinary networks do)."""
     hbm_experts: int = 32
     """Experts in the trainer's HBM, over all banks."""
     dram_experts: int = 128

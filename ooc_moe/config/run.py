@@ -230,5 +230,7 @@ class RunConfig:
         """Reads `to_json`'s text back."""
         fields: dict[str, Any] = json.loads(text)
         agent: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.pop("agent").items()}
+        if agent.get("attention") == "first-game":
+            raise InvalidRequest(f"attention: 'first-game' of {run_dir} is no longer supported; train again with 'per-game' or 'shared'")
         ppo, games = PPOConfig(**fields.pop("ppo")), tuple(fields.pop("games"))
         return RunConfig(run_dir=run_dir, agent=AgentConfig(**agent), ppo=ppo, games=games, **fields)

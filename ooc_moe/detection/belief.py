@@ -1,7 +1,7 @@
-"""What a detector says about frames (`Prediction`), and which game each environment is believed to show over time (`Belief`).
+"""A detector's prediction for frames (`Prediction`), and the game that each environment is believed to show over time (`Belief`).
 
-A frame is weak evidence and a wrong switch costs a fetch of experts, so a belief is smoothed and has hysteresis; prefetching starts
-earlier, at the first doubt. Knows nothing of how predictions are made.
+A frame is weak evidence, and a wrong switch costs a fetch of experts. So a belief is smoothed over frames and has hysteresis. Prefetching
+starts earlier, as soon as an environment is in doubt.
 
 Letters: N frames or environments, G games, E experts.
 """
@@ -9,6 +9,7 @@ Letters: N frames or environments, G games, E experts.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,29 +19,42 @@ from torch.nn import functional as F
 from ooc_moe_wire.errors import InvalidRequest
 
 PREFETCH_PROBABILITY_MIN = 0.1
-"""An expert less probable than this is not worth a fetch."""
+"""An expert with a lower probability is not worth a prefetch."""
 UNKNOWN_WEIGHT = 0.25
-"""What a frame that looks like no known game counts for. Not nothing: a known game shows screens that no one stored."""
+"""The weight in a belief of a frame that looks like no known game. It is not 0, because known games also show screens never stored."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prediction:
-    """What a detector says about N frames."""
+    """A detector's prediction for N frames."""
 
     games: tuple[str, ...]
-    """The games known: the columns of `probabilities_NG`."""
+    """The known games: the columns of `probabilities_NG`."""
     probabilities_NG: Tensor
-    """Of each game; rows sum to 1, also where the frame shows none of them."""
+    """The probability of each game. Rows sum to 1, even for a frame that shows no known game."""
     unknown_N: Tensor
-    """bool: the frame looks like none of the games."""
+    """bool: True where the frame looks like none of the known games."""
     expert_probabilities_NE: Tensor
-    """Of each expert being used for the frame; not a distribution."""
+    """The probability that each expert is used for the frame. Rows do not sum to 1."""
     experts: list[int]
-    """What to prefetch for the batch: the experts that any of its frames of a known game makes probable, the most probable first."""
+    """The experts to prefetch for the N frames, the most probable first: those that some frame of a known game makes probable enough."""
+
+    @staticmethod
+    def of(
+        games: Sequence[str], probabilities_NG: Tensor, unknown_N: Tensor, expert_probabilities_NE: Tensor, *, prefetch_experts: int
+    ) -> Prediction:
+        """The prediction with these probabilities. It names at most `prefetch_experts` experts."""
+        return Prediction(
+            games=tuple(games),
+            probabilities_NG=probabilities_NG,
+            unknown_N=unknown_N,
+            expert_probabilities_NE=expert_probabilities_NE,
+            experts=prefetch_set(expert_probabilities_NE[~unknown_N], prefetch_experts),
+        )
 
     @property
     def expert_probabilities(self) -> dict[int, float]:
-        """Of each of `experts`: its probability in the frame that makes it most probable."""
+        """For each of `experts`, its highest probability in any frame of a known game."""
         if not self.experts:
             return {}
         best_E = self.expert_probabilities_NE[~self.unknown_N].amax(0)
@@ -48,17 +62,17 @@ class Prediction:
 
     @property
     def names(self) -> list[str]:
-        """The most probable game of each frame, known or not."""
+        """The most probable game of each frame, even where the frame looks like no known game."""
         return [self.games[game] for game in self.probabilities_NG.argmax(1).tolist()]
 
     @property
     def confidence_N(self) -> Tensor:
-        """The probability of the most probable game."""
+        """The probability of the most probable game of each frame."""
         return self.probabilities_NG.amax(1)
 
 
 def prefetch_set(expert_probabilities_NE: Tensor, prefetch_experts: int) -> list[int]:
-    """The experts, at most `prefetch_experts`, that some frame makes probable enough to be worth a fetch; the most probable first."""
+    """The experts that some frame makes probable enough to be worth a prefetch, the most probable first; at most `prefetch_experts`."""
     if not len(expert_probabilities_NE):
         return []
     best_E, experts_E = expert_probabilities_NE.amax(0).sort(descending=True, stable=True)
@@ -66,13 +80,15 @@ def prefetch_set(expert_probabilities_NE: Tensor, prefetch_experts: int) -> list
 
 
 class Belief:
-    """The game that each environment is believed to show; each by its own frames, never by its neighbours'.
+    """The game that each environment is believed to show. Each environment is judged by its own frames only.
+
+    After each prediction, belief = smoothing * belief + (1 - smoothing) * prediction. Another game is believed once its smoothed
+    probability is the highest and at least `switch_at`. With 0.7 for both, that takes four certain frames in a row.
 
     Args:
-        num_envs: environments; every prediction has a row for each.
-        smoothing: how much of the belief a prediction leaves; 0: nothing. An unknown game's leaves more (`UNKNOWN_WEIGHT`).
-        switch_at: the smoothed probability that another game needs to be believed instead; 0: being the most probable is enough. 0.7 of
-            both are four certain frames in a row.
+        num_envs: the number of environments. Every prediction has one row for each.
+        smoothing: the share of the old belief that a prediction keeps. A frame of an unknown game keeps more of it (`UNKNOWN_WEIGHT`).
+        switch_at: the smoothed probability that another game needs. 0: being the most probable is enough.
     """
 
     def __init__(self, num_envs: int, *, smoothing: float, switch_at: float) -> None:
@@ -82,18 +98,21 @@ class Belief:
 
     @property
     def steps_to_switch(self) -> int:
-        """Predictions, each certain of another game, from the first doubt to the one that turns the belief."""
-        switch_at = max(self._switch_at, 0.5)  # The most probable of two has as much.
+        """How many more predictions, all certain of another game, it takes after the first one until that game is believed."""
+        switch_at = max(self._switch_at, 0.5)  # The more probable of two games has at least 0.5.
         return math.ceil(math.log(1 - switch_at) / math.log(self._smoothing)) - 1 if self._smoothing else 0
 
     def update(self, prediction: Prediction) -> tuple[list[str], list[bool]]:
-        """Takes in one prediction; gives the game believed and whether it is in doubt, for each environment.
+        """Updates the beliefs with one prediction.
 
-        In doubt is who looks unlike the game believed until now, or unlike any; at first, everyone. The first prediction is believed at
-        once, for want of a better.
+        An environment is in doubt when its frame's most probable game is not its believed game, or when the frame looks like no known
+        game. The first prediction is believed at once, and leaves every environment in doubt.
+
+        Returns:
+            For each environment, the believed game, and whether the environment is in doubt.
 
         Raises:
-            InvalidRequest: the prediction has another number of rows.
+            InvalidRequest: the prediction does not have one row for each environment.
         """
         rows, num_games = prediction.probabilities_NG.shape
         if rows != self._num_envs:

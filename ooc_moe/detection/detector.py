@@ -1,9 +1,9 @@
-"""Recognises the game on the screen and names the experts that it will need: the agent is told neither when it is evaluated.
+"""The detector: recognises the game on the screen and predicts which experts it will need.
 
-`Detector` is a small network over the newest frame, with one output per game and one per expert. It learns online, while a game is
-trained, on that game's frames and on a few stored frames of every other game, because it too meets the games one after another. belief.py
-has its answer (`Prediction`) and what one makes of answers over time (`Belief`), screens.py its parts, nearest_mean.py its baseline. Knows
-nothing of pools, caches or agents. Runs on the CPU, where frames come from.
+`Detector` is a small network over the newest frame, with one output per game and one per expert. It learns online while a game is trained,
+from that game's frames and from a few stored frames of every other game. Without stored frames it would forget: it too meets the games one
+after another. belief.py has its result (`Prediction`) and smooths results over time (`Belief`), screens.py has the network's parts, and
+nearest_mean.py is the baseline. It runs on the CPU, because frames are made there.
 
 Letters: N frames or environments, S stacked frames, H height, W width, G games, E experts, M stored frames, D features.
 """
@@ -19,34 +19,34 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ooc_moe.config.seeds import derived_seed, seeded
-from ooc_moe.detection.belief import Belief, Prediction, prefetch_set
+from ooc_moe.detection.belief import Belief, Prediction
+from ooc_moe.detection.checks import check_knows_a_game, check_usage, index_of_game
 from ooc_moe.detection.screens import SCREEN, Neighbourhood, Reservoir, ScreenFeatures, screens_of
-from ooc_moe_wire.errors import InvalidRequest
 
 __all__ = ["Belief", "Detector", "Prediction"]
 
 GRADIENT_STEPS = 4
-"""Steps of one `learn`. Some 20 calls, as in a short run, then recognise a game."""
+"""Gradient steps of one call of `learn`. With 4, some 20 calls, as in a short run, are enough to recognise a game."""
 FEATURES_LR, HEADS_LR = 1e-3, 1e-2
 REPLAY = 64
 """Stored frames of other games in each gradient step."""
 USAGE_DECAY = 0.8
-"""How much of an expert's recorded usage outlives one `learn`."""
+"""The share of an expert's recorded usage that one call of `learn` keeps."""
 UNUSED_LOGIT = -4.0
-"""Where an expert's output begins: an expert nobody was seen to use is not fetched."""
+"""The initial logit of an expert. It is so low that an expert which was never seen in use is not prefetched."""
 
 
 class Detector(nn.Module):
-    """Game logits and expert-usage probabilities from the newest frame, learned online.
+    """Predicts the game and the experts' use from the newest frame of an observation. It learns online.
 
     Args:
-        frame_stack: frames in an observation; only the newest is looked at, because a stack is half empty just when a game begins.
+        frame_stack: frames in an observation. Only the newest is used, because the older ones are empty just when a game begins.
         frame_size: height and width of a frame.
-        num_experts: experts to tell apart, of all banks together; `grow_experts` adds more.
-        prefetch_experts: at most so many experts are named by a prediction.
-        exemplars_per_game: stored frames per game, a uniform sample of all that were learned from (reservoir sampling, Vitter 1985).
-        detect_unknown: whether a frame can be of no known game; that takes two stored frames of a game to compare with.
-        seed: of the initial weights, the samples and the replay.
+        num_experts: number of experts of all banks together; `grow_experts` adds more.
+        prefetch_experts: the most experts that a prediction names.
+        exemplars_per_game: stored frames per game, a uniform sample of all frames learned from (reservoir sampling, Vitter 1985).
+        detect_unknown: whether a frame can count as of no known game. A game needs two stored frames for such a comparison.
+        seed: seed of the initial weights, the samples and the replay.
     """
 
     def __init__(
@@ -67,11 +67,11 @@ class Detector(nn.Module):
         self._generator = torch.Generator().manual_seed(derived_seed(seed, "detector"))
         with seeded(derived_seed(seed, "detector weights")):
             self.features = ScreenFeatures()
-        self._forget()
+        self._reset()
         self.grow_experts(num_experts)
 
-    def _forget(self) -> None:
-        """Knows no game and no expert."""
+    def _reset(self) -> None:
+        """Goes back to knowing no game and no expert."""
         self.game_head = _GrowingHead(bias=0.0)
         self.expert_head = _GrowingHead(bias=UNUSED_LOGIT)
         self._growth: list[tuple[str, int]] = []
@@ -83,16 +83,16 @@ class Detector(nn.Module):
 
     @property
     def games(self) -> tuple[str, ...]:
-        """The games it knows, in the order in which they came."""
+        """The known games, in the order in which they were added."""
         return tuple(self._games)
 
     @property
     def num_experts(self) -> int:
-        """Outputs of the expert head."""
+        """The number of experts that predictions cover."""
         return self.expert_head.num_outputs
 
     def add_game(self, name: str) -> None:
-        """Makes room for a game; a known one changes nothing."""
+        """Adds a game. Adding a known game changes nothing."""
         if name in self._games:
             return
         self._games.append(name)
@@ -101,7 +101,7 @@ class Detector(nn.Module):
         self._grow("game_head", 1)
 
     def grow_experts(self, num_experts: int) -> None:
-        """Makes room for so many experts in all; fewer than there are changes nothing."""
+        """Adds experts until there are `num_experts`. A smaller number than the present one changes nothing."""
         added = num_experts - self.num_experts
         if added > 0:
             self._usage_GE = F.pad(self._usage_GE, (0, added))
@@ -121,25 +121,18 @@ class Detector(nn.Module):
         Raises:
             InvalidRequest: the frames have another shape or dtype, or no game was added yet.
         """
-        if not self._games:
-            raise InvalidRequest("detector: asked for a prediction before any game was added")
+        check_knows_a_game(self._games)
         features_ND = self.features(screens_of(frames_NSHW, self._frame_shape))
         probabilities_NG = self.game_head(features_ND).softmax(1)
         expert_probabilities_NE = self.expert_head(features_ND).sigmoid()
-        nowhere_N = torch.zeros(len(features_ND), dtype=torch.bool)
-        unknown_N = self._unknown(features_ND, probabilities_NG.argmax(1)) if self._detect_unknown else nowhere_N
-        return Prediction(
-            games=self.games,
-            probabilities_NG=probabilities_NG,
-            unknown_N=unknown_N,
-            expert_probabilities_NE=expert_probabilities_NE,
-            experts=prefetch_set(expert_probabilities_NE[~unknown_N], self._prefetch_experts),
-        )
+        no_N = torch.zeros(len(features_ND), dtype=torch.bool)
+        unknown_N = self._unknown(features_ND, probabilities_NG.argmax(1)) if self._detect_unknown else no_N
+        return Prediction.of(self._games, probabilities_NG, unknown_N, expert_probabilities_NE, prefetch_experts=self._prefetch_experts)
 
     def _unknown(self, features_ND: Tensor, games_N: Tensor) -> Tensor:
-        """Which frames lie far, in what the network learned to look at, from all stored frames of the game they were taken for.
+        """Marks the frames whose features are far from those of all stored frames of their most probable game.
 
-        The probabilities do not tell: they are near 1 for most games never seen (Hein et al. 2019).
+        The probabilities cannot tell, because they are near 1 for most frames of games that were never seen (Hein et al. 2019).
         """
         unknown_N = torch.ones(len(games_N), dtype=torch.bool)
         for game in sorted(set(games_N.tolist())):
@@ -158,19 +151,19 @@ class Detector(nn.Module):
 
         Args:
             frames_NSHW: frames of one game.
-            game: its name.
-            expert_usage_E: how often each expert was used for these frames, all layers together.
+            game: the game's name.
+            expert_usage_E: how often each expert was used for these frames, summed over the layers.
 
         Returns:
-            `accuracy` and `confidence` on these frames before learning from them; `loss`, `game_loss` and `expert_loss` of the last step.
+            `accuracy` and `confidence` on these frames before learning from them; `loss`, `game_loss` and `expert_loss` of the last
+            gradient step.
 
         Raises:
-            InvalidRequest: an unknown game, or frames or usage of another shape.
+            InvalidRequest: the game is unknown, or frames or usage have another shape.
         """
-        index = self._index(game)
+        index = index_of_game(game, self._games)
         screens_NHW = screens_of(frames_NSHW, self._frame_shape)
-        if expert_usage_E.shape != (self.num_experts,):
-            raise InvalidRequest(f"expert_usage: shape {tuple(expert_usage_E.shape)}, but there are {self.num_experts} experts")
+        check_usage(expert_usage_E, self.num_experts)
         with torch.no_grad():
             before = self.game_head(self.features(screens_NHW)).softmax(1).max(1)
         self._record_usage(index, expert_usage_E / len(screens_NHW))
@@ -180,19 +173,17 @@ class Detector(nn.Module):
         self._neighbourhoods.clear()
         return {"accuracy": (before.indices == index).float().mean().item(), "confidence": before.values.mean().item(), **losses}
 
-    def _index(self, game: str) -> int:
-        if game not in self._games:
-            raise InvalidRequest(f"game: the detector does not know {game!r}, only {', '.join(self._games) or 'nothing yet'}")
-        return self._games.index(game)
-
     def _record_usage(self, index: int, uses_E: Tensor) -> None:
-        """Keeps the share of a game's frames that used each expert; several layers may count one frame more than once."""
+        """Records the share of a game's frames that used each expert, averaged over calls.
+
+        Several layers may use an expert for the same frame, so the share is cut at 1.
+        """
         share_E = uses_E.clamp(max=1.0)
         first = not self._stored[index].num_seen
         self._usage_GE[index] = share_E if first else USAGE_DECAY * self._usage_GE[index] + (1 - USAGE_DECAY) * share_E
 
     def _gradient_step(self, screens_NHW: Tensor, index: int) -> dict[str, float]:
-        """One step on the present frames and on stored frames of the other games, weighted so that every game counts the same."""
+        """One gradient step on the present frames and on stored frames of the other games. All games have the same weight."""
         others = [game for game, stored in enumerate(self._stored) if game != index and len(stored.screens_MHW)]
         replayed_NHW, replayed_games_N = self._replay(others)
         games_N = torch.cat([torch.full((len(screens_NHW),), index), replayed_games_N])
@@ -210,7 +201,7 @@ class Detector(nn.Module):
         return {"loss": loss.item(), "game_loss": game_loss.item(), "expert_loss": expert_loss.item()}
 
     def _replay(self, others: list[int]) -> tuple[Tensor, Tensor]:
-        """Stored screens of these games, each game as likely as another, and their games. None where there are no games."""
+        """Draws stored screens of these games, each game with equal probability, and returns them with their games."""
         if not others:
             return torch.zeros(0, SCREEN, SCREEN, dtype=torch.uint8), torch.zeros(0, dtype=torch.long)
         draws_N = torch.randint(len(others), (REPLAY,), generator=self._generator)
@@ -221,7 +212,7 @@ class Detector(nn.Module):
     # Checkpoints
 
     def get_extra_state(self) -> dict[str, Any]:
-        """What is no parameter: games, stored frames, usage, optimizer, generator. For `state_dict`; loadable with weights_only."""
+        """The part of `state_dict` that is no parameter: games, stored frames, usage, optimizer, generator. Loads with weights_only."""
         return {
             "games": list(self._games),
             "growth": list(self._growth),
@@ -232,9 +223,9 @@ class Detector(nn.Module):
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Grows to the sizes of `state` and takes it up; `load_state_dict` calls it before it loads the parameters of the heads."""
+        """Loads the result of `get_extra_state` and grows the heads to its sizes. `load_state_dict` then loads the heads' parameters."""
         state = copy.deepcopy(state)
-        self._forget()
+        self._reset()
         for head, outputs in state["growth"]:
             self._grow(head, outputs)
         self._games = state["games"]
@@ -247,7 +238,10 @@ class Detector(nn.Module):
 
 
 class _GrowingHead(nn.Module):
-    """A linear layer that outputs are added to; each addition is a block, so that the optimizer's moments of the older ones stay."""
+    """A linear layer to which outputs can be added.
+
+    Each addition is a block with parameters of its own, so that the optimizer keeps its moments of the older outputs.
+    """
 
     def __init__(self, *, bias: float) -> None:
         super().__init__()
@@ -259,8 +253,8 @@ class _GrowingHead(nn.Module):
         return sum(len(block.bias) for block in self.blocks)
 
     def grow(self, outputs: int) -> Iterator[nn.Parameter]:
-        """Adds outputs that do not look at the features yet; gives their parameters."""
-        # Without `skip_init` it would draw from the global generator.
+        """Adds outputs whose weights are zero, and returns their parameters."""
+        # Without `skip_init` the layer would draw initial weights from torch's global generator.
         block: nn.Linear = nn.utils.skip_init(nn.Linear, ScreenFeatures.DIM, outputs)  # type: ignore[no-untyped-call]
         nn.init.zeros_(block.weight)
         nn.init.constant_(block.bias, self._bias)

@@ -1,6 +1,6 @@
-"""`NearestClassMean`, the baseline of the detector: it recognises a game by the mean of random features of its frames.
+"""`NearestClassMean`, the detector's baseline: it recognises a game by the mean of random features of its frames.
 
-Same calls and answers as `Detector`; the means cannot forget, so what the detector forgets shows against it. Knows nothing of gradients.
+It has the same methods and results as `Detector`. Means cannot forget, so a comparison shows what the detector forgets.
 
 Letters: N frames, S stacked frames, H height, W width, G games, E experts, D features.
 """
@@ -15,21 +15,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ooc_moe.config.seeds import derived_seed, seeded
-from ooc_moe.detection.belief import Prediction, prefetch_set
+from ooc_moe.detection.belief import Prediction
+from ooc_moe.detection.checks import check_knows_a_game, check_usage, index_of_game
 from ooc_moe.detection.screens import UNKNOWN_RADIUS, ScreenFeatures, screens_of
-from ooc_moe_wire.errors import InvalidRequest
 
 
 class NearestClassMean:
-    """Recognises by the nearest mean of random convolutional features; an expert is as probable as its game used it.
+    """Recognises a frame by the nearest mean of random convolutional features. An expert is as probable as its game used it.
 
     Args:
-        frame_stack: frames in an observation; only the newest is looked at.
+        frame_stack: frames in an observation. Only the newest is used.
         frame_size: height and width of a frame.
-        num_experts: experts, of all banks together; `grow_experts` adds more.
-        prefetch_experts: at most so many experts are named by a prediction.
-        detect_unknown: whether a frame can be of no known game.
-        seed: of the random features.
+        num_experts: number of experts of all banks together; `grow_experts` adds more.
+        prefetch_experts: the most experts that a prediction names.
+        detect_unknown: whether a frame can count as of no known game.
+        seed: seed of the random features.
     """
 
     def __init__(
@@ -47,16 +47,16 @@ class NearestClassMean:
 
     @property
     def games(self) -> tuple[str, ...]:
-        """The games it knows, in the order in which they came."""
+        """The known games, in the order in which they were added."""
         return tuple(self._games)
 
     @property
     def num_experts(self) -> int:
-        """Experts that predictions speak of."""
+        """The number of experts that predictions cover."""
         return self._uses_GE.shape[1]
 
     def add_game(self, name: str) -> None:
-        """Makes room for a game; a known one changes nothing."""
+        """Adds a game. Adding a known game changes nothing."""
         if name not in self._games:
             self._games.append(name)
             self._counts_G = F.pad(self._counts_G, (0, 1))
@@ -65,21 +65,21 @@ class NearestClassMean:
             )
 
     def grow_experts(self, num_experts: int) -> None:
-        """Makes room for so many experts in all; fewer than there are changes nothing."""
+        """Adds experts until there are `num_experts`. A smaller number than the present one changes nothing."""
         self._uses_GE = F.pad(self._uses_GE, (0, max(0, num_experts - self.num_experts)))
 
     def learn(self, frames_NSHW: Tensor, game: str, expert_usage_E: Tensor) -> dict[str, float]:
-        """Adds frames of a game to its mean; returns `accuracy` and `confidence` on them before that.
+        """Adds frames of a game to the game's mean.
+
+        Returns:
+            `accuracy` and `confidence` on these frames before they were added.
 
         Raises:
-            InvalidRequest: an unknown game, or frames or usage of another shape.
+            InvalidRequest: the game is unknown, or frames or usage have another shape.
         """
-        if game not in self._games:
-            raise InvalidRequest(f"game: the detector does not know {game!r}, only {', '.join(self._games) or 'nothing yet'}")
-        if expert_usage_E.shape != (self.num_experts,):
-            raise InvalidRequest(f"expert_usage: shape {tuple(expert_usage_E.shape)}, but there are {self.num_experts} experts")
+        index = index_of_game(game, self._games)
+        check_usage(expert_usage_E, self.num_experts)
         before = self.predict(frames_NSHW)
-        index = self._games.index(game)
         features_ND = self._features(screens_of(frames_NSHW, self._frame_shape))
         self._counts_G[index] += len(features_ND)
         self._sums_GD[index] += features_ND.sum(0)
@@ -91,14 +91,13 @@ class NearestClassMean:
     def predict(self, frames_NSHW: Tensor) -> Prediction:
         """Recognises uint8 frames (N, S, H, W).
 
-        A game is as probable as if its features were spread around its mean by a normal distribution, equally wide for all games. One
-        without frames is recognised only where there is no other.
+        A game's probability assumes that its features are normally distributed around their mean, with the same variance for all games. A
+        game without frames is recognised only where no other game has any.
 
         Raises:
             InvalidRequest: the frames have another shape or dtype, or no game was added yet.
         """
-        if not self._games:
-            raise InvalidRequest("detector: asked for a prediction before any game was added")
+        check_knows_a_game(self._games)
         features_ND = self._features(screens_of(frames_NSHW, self._frame_shape))
         counts_G1 = self._counts_G.clamp(min=1).unsqueeze(1)
         means_GD = self._sums_GD / counts_G1
@@ -110,18 +109,12 @@ class NearestClassMean:
         uses_NE = probabilities_NG @ (self._uses_GE / counts_G1).clamp(max=1.0)
         limit_G = torch.where(seen_G, UNKNOWN_RADIUS**2 * spread_G, 0.0)
         unknown_N = (squared_NG > limit_G).all(1) & self._detect_unknown
-        return Prediction(
-            games=self.games,
-            probabilities_NG=probabilities_NG,
-            unknown_N=unknown_N,
-            expert_probabilities_NE=uses_NE,
-            experts=prefetch_set(uses_NE[~unknown_N], self._prefetch_experts),
-        )
+        return Prediction.of(self._games, probabilities_NG, unknown_N, uses_NE, prefetch_experts=self._prefetch_experts)
 
     # Checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Games and what was added up of each; the random features come from the seed. Loadable with weights_only."""
+        """The games and the sums of each. The random features are not in it, because the seed makes them. Loads with weights_only."""
         return {
             "games": list(self._games),
             "counts": self._counts_G.clone(),
@@ -131,7 +124,7 @@ class NearestClassMean:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes up a state; needs the seed of the one that made it."""
+        """Loads a state. Both objects must have been made with the same seed."""
         self._games = list(state["games"])
         self._counts_G, self._sums_GD = state["counts"].clone(), state["sums"].clone()
         self._squares_GD, self._uses_GE = state["squares"].clone(), state["uses"].clone()

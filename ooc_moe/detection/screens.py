@@ -1,6 +1,6 @@
-"""Small screens to recognise games by: cut from frames, turned into features, sampled, and compared with those seen before.
+"""Small screens by which games are recognised: made from frames, turned into features, sampled, and compared with earlier ones.
 
-The parts that the detector (detector.py) and its baseline (nearest_mean.py) are made of. Knows nothing of games' names or of experts.
+The detector (detector.py) and its baseline (nearest_mean.py) are made of these parts.
 
 Letters: N frames, S stacked frames, H height, W width, M stored screens, P patches, C their pixels, D features.
 """
@@ -14,11 +14,12 @@ from torch.nn import functional as F
 from ooc_moe_wire.errors import InvalidRequest
 
 SCREEN = 42
-"""Height and width of a screen; frames of another size are averaged to it."""
+"""Height and width of a screen. Frames of another size are averaged to it."""
 UNKNOWN_RADIUS = 2.0
-"""How many times further than stored screens of a game from each other a screen of no known game lies from all of them."""
+"""How far a screen may be from a game before it counts as of no known game: this many times the usual distance between a stored screen and
+its nearest neighbour (detector), or this many standard deviations from the mean (nearest_mean.py)."""
 USUAL = 0.95
-"""The quantile of those distances that counts: a few stored screens, of a title or a blackout, lie alone."""
+"""The quantile that counts as the usual distance. The maximum would be the distance of a rare screen, such as a title or a blackout."""
 
 
 def screens_of(frames_NSHW: Tensor, frame_shape: tuple[int, int, int]) -> Tensor:
@@ -37,7 +38,7 @@ def screens_of(frames_NSHW: Tensor, frame_shape: tuple[int, int, int]) -> Tensor
 
 
 class ScreenFeatures(nn.Module):
-    """A small convolutional net, uint8 screens (N, SCREEN, SCREEN) -> features (N, DIM). The same in training and evaluation mode."""
+    """A small convolutional network that turns uint8 screens (N, SCREEN, SCREEN) into features (N, DIM), in every mode alike."""
 
     DIM = 64
     PATCH, CHANNELS = 6, 16
@@ -48,19 +49,19 @@ class ScreenFeatures(nn.Module):
         self.whole = nn.Linear(self.CHANNELS * (SCREEN // self.PATCH) ** 2, self.DIM)
 
     def forward(self, screens_NHW: Tensor) -> Tensor:
-        """Features of screens, none negative."""
-        # A convolution whose kernels do not overlap is one matrix product. As `nn.Conv2d`, its backward took most of the time of learning.
+        """Computes the features of screens. None is negative."""
+        # A convolution whose kernels do not overlap is one matrix product. The backward pass of `nn.Conv2d` took most of the learning time.
         side = SCREEN // self.PATCH
         patches_NPC = screens_NHW.reshape(-1, side, self.PATCH, side, self.PATCH).transpose(2, 3).reshape(-1, side**2, self.PATCH**2)
         return F.relu(self.whole(F.relu(self.patches(patches_NPC / 255)).flatten(1)))
 
 
 class Reservoir:
-    """A uniform sample of all screens that were added (algorithm R of Vitter 1985).
+    """A uniform random sample of all screens that were added (algorithm R of Vitter 1985).
 
     Attributes:
         screens_MHW: the sample, uint8.
-        num_seen: screens added so far.
+        num_seen: the number of screens added so far.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -69,7 +70,7 @@ class Reservoir:
         self.num_seen = 0
 
     def add(self, screens_NHW: Tensor, generator: torch.Generator) -> None:
-        """Offers screens to the sample, one after the other."""
+        """Adds screens one after another. Each may replace one of the sample."""
         free = self._capacity - len(self.screens_MHW)
         self.screens_MHW = torch.cat([self.screens_MHW, screens_NHW[:free]])
         self.num_seen += len(screens_NHW[:free])
@@ -82,12 +83,16 @@ class Reservoir:
         self.num_seen += len(late_NHW)
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """`count` of the screens, with replacement."""
+        """Draws `count` screens of the sample, with replacement."""
         return self.screens_MHW[torch.randint(len(self.screens_MHW), (count,), generator=generator)]
 
 
 class Neighbourhood:
-    """Where the stored screens of one game lie among features; far is what is much further from all of them than they from each other."""
+    """The features of one game's stored screens, and how far from them a screen may be.
+
+    Features are far when their distance to the nearest stored screen is more than UNKNOWN_RADIUS times the usual distance of a stored
+    screen to its nearest neighbour.
+    """
 
     def __init__(self, features_MD: Tensor) -> None:
         self._features_MD = features_MD
@@ -95,5 +100,5 @@ class Neighbourhood:
         self._radius = UNKNOWN_RADIUS * float(distances_MM.amin(1).quantile(USUAL))
 
     def is_far(self, features_ND: Tensor) -> Tensor:
-        """bool, (N,)."""
+        """Marks, in a bool tensor (N,), the features that are far."""
         return torch.cdist(features_ND, self._features_MD).amin(1) > self._radius

@@ -1,6 +1,4 @@
-"""How well games are recognised while they are played: what evaluation logs of the detector, of its baseline and of the belief acted by.
-
-Knows nothing of agents or caches.
+"""Counts how well games are recognised while they are played: by the detector, by its baseline, and by the belief that the agent acts on.
 
 Letters: N environments, G games.
 """
@@ -17,11 +15,14 @@ import numpy as np
 from ooc_moe.detection.belief import Prediction
 
 AMBIGUOUS = 0.5
-"""A pair of games whose confusion is above is called ambiguous."""
+"""A pair of games with a higher confusion is called ambiguous."""
 
 
 class Recognition:
-    """Counts over the frames of one game that is played in `num_envs` environments; whoever acts, all are asked about the same frames."""
+    """Counts over the frames of one game, played in `num_envs` environments.
+
+    The detector and its baseline both predict every frame, whichever of them the agent acts on.
+    """
 
     def __init__(self, game: str, num_envs: int) -> None:
         self._game = game
@@ -32,7 +33,7 @@ class Recognition:
         self._num_envs = num_envs
 
     def add(self, by_detector: Prediction, by_mean: Prediction, believed: list[str]) -> None:
-        """Takes in what was said of one frame of each environment, and which game each acts as."""
+        """Counts the predictions for one frame of each environment, and the game that each environment acts as."""
         for name, prediction in (("detector", by_detector), ("nearest_mean", by_mean)):
             self._right[name] += prediction.names.count(self._game)
             self._unknown[name] += int(prediction.unknown_N.sum())
@@ -41,15 +42,16 @@ class Recognition:
         self._believed_TN.append(believed)
 
     def fields(self) -> dict[str, Any]:
-        """As JSON; measures that need a right answer are None where the game is not among those known.
+        """The measures, as values for JSON. Measures that need the game to be known are None where it is not.
 
-        - believed: share of the frames that were acted on as each game.
-        - detector_accuracy, nearest_mean_accuracy: share of the frames whose most probable game is the right one.
-        - unknown, nearest_mean_unknown: share of the frames that look like no known game.
-        - probabilities: mean probability of each game, by the detector (see `ambiguous_pairs`).
-        - steps_to_detect_by_env: steps of each environment before it first acted as the right game, None where it never did;
-          steps_to_detect: the mean of those that did. The first game of an evaluation takes no other's place: its steps say little.
-        - false_switches: beliefs that turned away from the right game, per 1000 frames.
+        - believed: the share of the frames in which an environment acted as each game.
+        - detector_accuracy, nearest_mean_accuracy: the share of the frames whose most probable game is the right one.
+        - unknown, nearest_mean_unknown: the share of the frames that look like no known game.
+        - probabilities: the detector's mean probability of each game (see `ambiguous_pairs`).
+        - steps_to_detect_by_env: for each environment, the steps before it first acted as the right game; None where it never did.
+          steps_to_detect: the mean over the environments that did. For the first game of an evaluation both mean little, because no other
+          game was played before.
+        - false_switches: how often a belief changed from the right game to another one, per 1000 frames.
         """
         frames = len(self._believed_TN) * self._num_envs
         known = self._game in self._probability
@@ -72,14 +74,15 @@ class Recognition:
 
 
 def ambiguous_pairs(probabilities: Mapping[str, Mapping[str, float]], *, above: float = AMBIGUOUS) -> list[tuple[str, str, float]]:
-    """Pairs of games that are not told apart, with their confusion: the mean probability of each while the other is played, added up.
+    """The pairs of games that the detector confuses, each with its confusion.
 
-    It is 0 for games that are told apart with certainty. For two that look the same it is 1, whatever the detector says, as long as no
-    third game comes into question: what it gives to one of them it takes from the other.
+    The confusion of games A and B is the mean probability of B while A is played plus that of A while B is played. It is 0 for games that
+    are told apart with certainty. For two games that look the same it is 1, however the detector divides the probability between them, as
+    long as no third game gets any.
 
     Args:
-        probabilities: game played -> game -> mean probability, as `Recognition.fields` has it.
-        above: the least confusion that is reported.
+        probabilities: game played -> game -> mean probability, as in `Recognition.fields`.
+        above: only pairs with a higher confusion are returned.
     """
     pairs = []
     for one, other in combinations(probabilities, 2):

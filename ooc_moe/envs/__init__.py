@@ -1,10 +1,10 @@
-"""The games: real Atari games and small pixel games behind one interface, made by name.
+"""The games: Atari games and small pixel games behind one interface, made by name.
 
     envs = make("krull", 16, frame_size=42)
     observations = envs.reset(seed=1)
     step = envs.step(actions)
 
-`game.py` says what a step means, `atari.py` and `pixel.py` play. Knows nothing of agents or learning.
+game.py has the interface and says what a step means; atari.py and pixel.py are the two kinds of games.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["ATARI_GAMES", "NUM_ACTIONS", "PIXEL_GAMES", "REFERENCE_SCORES", "Gam
 REFERENCE_SCORES: dict[str, tuple[float, float]] = ATARI_SCORES | {
     name: (pixel_game(name)[0].random_return, pixel_game(name)[0].optimal_return) for name in PIXEL_GAMES
 }
-"""Raw returns of (random play, a human) for Atari games, of (random play, best play) for pixel games."""
+"""Raw returns of random play and of a human for Atari games; of random play and of best play for pixel games."""
 
 
 def make(
@@ -33,18 +33,18 @@ def make(
     num_threads: int = 2,
     max_episode_steps: int | None = None,
 ) -> GameEnvs:
-    """Makes environments of a game; `reset(seed)` starts them.
+    """Makes environments of a game. Call `reset(seed)` before the first step.
 
     Args:
-        game: a name of `ATARI_GAMES` or `PIXEL_GAMES`; a pixel game's may end in @1, @2, ..., @flip or @turn for another look.
-        num_envs: how many.
+        game: a name of `ATARI_GAMES` or `PIXEL_GAMES`. A pixel game's picture changes with a suffix: @1, @2, ..., @flip or @turn.
+        num_envs: the number of environments.
         frame_size: height and width of a frame, in pixels.
         frame_stack: frames in an observation.
-        num_threads: threads that emulate Atari; results do not depend on it.
-        max_episode_steps: the step limit of a game in the agent's steps; None: the game's own.
+        num_threads: threads that emulate Atari. Results do not depend on their number.
+        max_episode_steps: the step limit of an episode, in the agent's steps. None: the game's own limit.
 
     Raises:
-        InvalidRequest: an unknown game, a size that cannot be, or ale-py is missing.
+        InvalidRequest: the game is unknown, a size is below 1 or too small for the game, or ale-py is missing.
     """
     check_playable(game)
     sizes = {"num_envs": num_envs, "frame_size": frame_size, "frame_stack": frame_stack, "num_threads": num_threads}
@@ -64,7 +64,7 @@ def make(
 
 
 def check_playable(game: str) -> None:
-    """Raises InvalidRequest unless `make` knows the game, and ale-py is installed where it needs it."""
+    """Raises InvalidRequest if the game is unknown, or if it needs ale-py and that is not installed."""
     check_name(game)
     if game in ATARI_GAMES:
         try:
@@ -74,7 +74,7 @@ def check_playable(game: str) -> None:
 
 
 def check_name(game: str) -> None:
-    """Raises InvalidRequest, naming the closest games, unless `make` knows the game."""
+    """Raises InvalidRequest if the game is unknown. The message names the most similar games."""
     if game in ATARI_GAMES:
         return
     if game.startswith("pixel/"):

@@ -1,7 +1,7 @@
 """Atari games, on ale-py's native vector environment.
 
-`AtariEnvs` says every setting aloud, because the defaults clip rewards and play without sticky actions, and it keeps away what hangs the
-emulator. Knows nothing of agents. ale-py is an optional dependency, imported when the first game is made.
+`AtariEnvs` passes every setting explicitly, because ale-py's defaults clip rewards and have no sticky actions. It also replaces actions
+that would hang the emulator. ale-py is an optional dependency, imported when the first game is made.
 """
 
 from __future__ import annotations
@@ -82,15 +82,15 @@ STEPS_MAX = 108_000 // FRAMES_PER_STEP
 
 
 class AtariEnvs:
-    """A batch of environments of one Atari game; sticky actions, all 18 actions, raw rewards.
+    """A batch of environments of one Atari game, with sticky actions, all 18 actions and raw rewards.
 
     Args:
         game: one of `ATARI_GAMES`.
-        num_envs: how many.
+        num_envs: the number of environments.
         frame_size: height and width of a frame, in pixels.
         frame_stack: frames in an observation.
-        num_threads: threads that emulate; results do not depend on it.
-        max_episode_steps: the step limit of a game, in the agent's steps of four frames each.
+        num_threads: threads that emulate. Results do not depend on their number.
+        max_episode_steps: the step limit of an episode, in steps of four frames each. None: the benchmark's limit.
     """
 
     def __init__(
@@ -124,8 +124,8 @@ class AtariEnvs:
         self._episodes = Episodes(num_envs)
 
     def reset(self, seed: int) -> Array:
-        """Starts all games anew, each from a seed of its own drawn from `seed`."""
-        # Consecutive seeds, ale-py's way with an int, would give neighbouring calls the same games.
+        """Begins new episodes, each from its own seed, which is derived from `seed`."""
+        # Given one integer, ale-py counts up from it, and calls with neighbouring seeds would share episodes.
         seeds_N = np.random.SeedSequence(seed).generate_state(self.num_envs) >> 1
         observations, _ = self._ale.reset(seed=seeds_N.astype(np.int32))
         self._ended_N[:] = False
@@ -138,29 +138,27 @@ class AtariEnvs:
         observations, rewards, terminated, truncated, info = self._ale.step(self._legal_A[actions])
         rewards = rewards.astype(np.float32)
         played = ~self._ended_N
-        # Terminated with lives left is a lost life: that game goes on, and the next action is played.
+        # `terminated` with lives left means a lost life: the episode goes on, and the next action is played.
         self._ended_N = truncated | (terminated & (info["lives"] == 0))
-        returns, lengths = self._episodes.add(rewards, played, self._ended_N)
-        return Step(
-            observations=observations,
-            rewards=rewards,
-            terminated=terminated,
-            truncated=truncated & ~terminated,
-            played=played,
-            episode_returns=returns,
-            episode_lengths=lengths,
+        return self._episodes.step(
+            observations,
+            rewards_N=rewards,
+            terminated_N=terminated,
+            truncated_N=truncated & ~terminated,
+            played_N=played,
+            ended_N=self._ended_N,
         )
 
     def close(self) -> None:
-        """Stops the emulators. Dropping the last reference joins their threads; ale-py's own close() does not."""
+        """Stops the emulators. Dropping the last reference joins their threads, which ale-py's own close() does not."""
         if hasattr(self, "_ale"):
             del self._ale
 
 
 def _legal_actions(legal: list[int]) -> Array:
-    """Of each of the 18 actions, its index among the emulator's legal ones: itself, or itself without the button.
+    """For each of the 18 actions, its index among the legal ones. An illegal action is replaced by the same one without the button.
 
-    Skiing has 9 legal actions even when asked for all, and an index beyond them hangs the emulator for ever.
+    Skiing has only 9 legal actions even if all 18 are requested, and an index beyond them hangs the emulator for ever.
     """
     first_with_button = 10
     index_A = np.zeros(NUM_ACTIONS, dtype=np.int32)

@@ -1,7 +1,7 @@
-"""What every game looks like to the agent: `GameEnvs`, a batch of environments of one game, and the `Step` it answers with.
+"""The interface of every game: `GameEnvs` is a batch of environments of one game, `Step` the result of one action in each.
 
-Atari games (atari.py) and pixel games (pixel.py) both follow it, autoreset included: the step after the end of a game ignores its action
-and returns the first observation of the next game. Knows nothing of either.
+Atari games (atari.py) and pixel games (pixel.py) both have this interface. Environments reset themselves: the step after the end of an
+episode ignores its action and returns the first observation of the next episode.
 
 Letters: N environments, S stacked frames, H height, W width.
 """
@@ -17,33 +17,34 @@ import numpy.typing as npt
 from ooc_moe_wire.errors import InvalidRequest
 
 NUM_ACTIONS = 18
-"""Actions of every game, in the order of the Arcade Learning Environment: 0 does nothing, 1 fires, 2-5 are up, right, left, down, ..."""
+"""The number of actions of every game, in the order of the Arcade Learning Environment: 0 does nothing, 1 fires, 2 to 5 are up, right, left
+and down, and so on."""
 
 Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
-    """The outcome of one action in each environment. All arrays are the caller's to keep."""
+    """The result of one action in each environment. The caller may keep the arrays: later steps do not change them."""
 
     observations: Array
     """(N, S, H, W) uint8, the newest frame last. After a reset the older frames of the stack are zero."""
     rewards: Array
-    """(N,) float32, raw."""
+    """(N,) float32, not clipped."""
     terminated: Array
-    """(N,) bool: the game is over, or a life was lost and the game goes on. Either way what follows has no part in this step's value."""
+    """(N,) bool: the episode is over, or a life was lost and the episode goes on. In both cases, later rewards do not count for it."""
     truncated: Array
-    """(N,) bool: cut off at the step limit; bootstrap from the value of `observations`."""
+    """(N,) bool: the step limit cut the episode off. The learner bootstraps from the value of `observations`."""
     played: Array
-    """(N,) bool: False where the step began a new game: the action was ignored, the reward is 0, the observation is its first."""
+    """(N,) bool: False where the step began a new episode. There the action was ignored and the reward is 0."""
     episode_returns: list[float]
-    """Raw returns of the whole games that ended at this step, lost lives notwithstanding; in the order of the environments."""
+    """Raw returns of the episodes that ended at this step, in the order of the environments. A lost life does not end an episode."""
     episode_lengths: list[int]
-    """Their lengths in actions played."""
+    """The lengths of these episodes, in actions played."""
 
 
 class GameEnvs(Protocol):
-    """A batch of environments of one game. Not safe to share between threads."""
+    """A batch of environments of one game. Only one thread may use it."""
 
     @property
     def game(self) -> str:
@@ -51,18 +52,18 @@ class GameEnvs(Protocol):
 
     @property
     def num_envs(self) -> int:
-        """N."""
+        """The number of environments, N."""
 
     @property
     def num_actions(self) -> int:
-        """Always `NUM_ACTIONS`."""
+        """The number of actions, which is always `NUM_ACTIONS`."""
 
     @property
     def observation_shape(self) -> tuple[int, int, int]:
-        """(S, H, W)."""
+        """The shape (S, H, W) of one environment's observation."""
 
     def reset(self, seed: int) -> Array:
-        """Starts all games anew and returns their first observations; equal seeds and equal actions give equal steps, bit for bit."""
+        """Begins new episodes and returns their first observations. Equal seeds and equal actions give equal steps, bit for bit."""
 
     def step(self, actions: Array) -> Step:
         """Plays one action, an integer in 0..17, in each environment.
@@ -72,29 +73,39 @@ class GameEnvs(Protocol):
         """
 
     def close(self) -> None:
-        """Frees what the environments hold; they cannot be used afterwards."""
+        """Frees the environments' resources. They cannot be used afterwards."""
 
 
 class Episodes:
-    """Adds up the game that each environment is in."""
+    """Adds up the rewards and the length of the present episode of each environment."""
 
     def __init__(self, num_envs: int) -> None:
         self._returns_N = np.zeros(num_envs)
         self._lengths_N = np.zeros(num_envs, dtype=np.int64)
 
     def reset(self) -> None:
-        """Forgets all games in progress."""
+        """Begins all sums anew."""
         self._returns_N[:] = 0
         self._lengths_N[:] = 0
 
-    def add(self, rewards_N: Array, played_N: Array, ended_N: Array) -> tuple[list[float], list[int]]:
-        """Counts a step; gives the returns and lengths of the games that ended with it."""
+    def step(
+        self, observations: Array, *, rewards_N: Array, terminated_N: Array, truncated_N: Array, played_N: Array, ended_N: Array
+    ) -> Step:
+        """Adds one action in each environment to the sums and makes the `Step`, with the episodes that `ended_N` marks as ended."""
         self._returns_N += rewards_N
         self._lengths_N += played_N
         returns, lengths = self._returns_N[ended_N].tolist(), self._lengths_N[ended_N].tolist()
         self._returns_N[ended_N] = 0
         self._lengths_N[ended_N] = 0
-        return returns, lengths
+        return Step(
+            observations=observations,
+            rewards=rewards_N,
+            terminated=terminated_N,
+            truncated=truncated_N,
+            played=played_N,
+            episode_returns=returns,
+            episode_lengths=lengths,
+        )
 
 
 def check_actions(actions: Array, num_envs: int) -> None:

@@ -1,16 +1,21 @@
-"""Small games with known best play, drawn on a grid of 10 x 10 cells: fast stand-ins for Atari in tests and studies.
+"""Small games with known best play on a grid of 10 x 10 cells: fast stand-ins for Atari in tests and studies.
 
-Conflicting pairs share layout, dynamics and actions, and have opposite rewards; all that tells them apart is one lit cell in the top row:
+The two games of a conflicting pair have the same layout, dynamics and actions, but opposite rewards. The frames differ in one lit cell in
+the top row:
 
     catch / avoid      balls fall near a paddle; catch them, or let them pass
     toward / away      a lamp lights up on the left or on the right; push the stick toward it, or away from it
-    cross              walk up through four lanes of traffic; alone of its kind
+    cross              walk up through four lanes of traffic; this game has no partner
 
-blind-toward and blind-away are a pair without the cell: no frame tells which is played, so that nobody can play both.
+blind-toward and blind-away are a pair without the lit cell: no frame shows which of them is played, so no agent can play both well.
 
-A name may end in @1, @2, ...: the same game before another faint background; in @flip: its picture upside down; in @turn: its picture
-with rows for columns. The stick means what it meant. Everything is vectorised over environments, and drawn from one generator seeded by
-`reset`. Knows nothing of agents.
+A suffix of the name changes the picture, but not what the stick does:
+
+    @1, @2, ...        a faint background, different for each number
+    @flip              the picture upside down
+    @turn              rows and columns of the picture exchanged
+
+Everything is vectorised over environments, and all random numbers come from one generator that `reset` seeds.
 """
 
 from __future__ import annotations
@@ -28,7 +33,7 @@ GRID = 10
 """Cells along each side."""
 BRIGHT, MEDIUM, BACKGROUND_MAX = 255, 150, 60
 
-# The stick's direction in each of the 18 actions; diagonals count in both, and the button does nothing.
+# The stick's direction (to the right, and up) in each of the 18 actions. A diagonal has both; the button does nothing.
 _RIGHT_A = np.array([0, 0, 0, 1, -1, 0, 1, -1, 1, -1, 0, 1, -1, 0, 1, -1, 1, -1])
 _UP_A = np.array([0, 0, 1, 0, 0, -1, 1, 1, -1, -1, 1, 0, 0, -1, 1, 1, -1, -1])
 _NOOP, _UP, _RIGHT, _LEFT = 0, 2, 3, 4
@@ -38,27 +43,27 @@ _VIEWS: dict[str, Callable[[Array], Array]] = {
     "flip": lambda canvas_NYX: canvas_NYX[:, ::-1],
     "turn": lambda canvas_NYX: canvas_NYX.swapaxes(1, 2),
 }
-"""How the picture is arranged."""
+"""By suffix of the name: turns the drawn cells into those that are shown."""
 
 
 class _Rules(Protocol):
-    """One game's rules over N environments at once."""
+    """The rules of one game, for N environments at once."""
 
     def begin(self, rng: np.random.Generator, new_N: Array) -> None:
-        """Starts a game in the environments that `new_N` marks."""
+        """Begins an episode in the environments that `new_N` marks."""
 
     def advance(self, rng: np.random.Generator, right_N: Array, up_N: Array) -> tuple[Array, Array, Array]:
-        """Moves every environment by the stick; gives rewards, terminated and truncated."""
+        """Moves every environment by the stick; returns rewards, terminated and truncated, each (N,)."""
 
     def draw(self, canvas_NYX: Array) -> None:
-        """Draws over a background."""
+        """Draws the game over a background."""
 
     def best_actions(self) -> Array:
-        """An action of best play for each environment, (N,)."""
+        """The best action in each environment, (N,)."""
 
 
 class _Falling:
-    """Balls fall within reach of a paddle three cells wide; `sign` for each one caught, the opposite for each one missed."""
+    """Balls fall within reach of a paddle three cells wide. The reward is `sign` for a caught ball and -`sign` for a missed one."""
 
     BALLS = 5
     REACH = 7
@@ -74,7 +79,7 @@ class _Falling:
         self._drop(rng, new_N)
 
     def _drop(self, rng: np.random.Generator, new_N: Array) -> None:
-        """A ball falls on a paddle at rest 3 times out of 7 wherever that is, so that no corner is worth hiding in."""
+        """Drops a ball. It hits a resting paddle 3 times out of 7, wherever the paddle is, so that resting in a corner gains nothing."""
         first_N = np.clip(self._paddle_N - self.REACH // 2, 0, GRID - self.REACH)
         self._x_N = np.where(new_N, first_N + rng.integers(0, self.REACH, len(new_N)), self._x_N)
         self._y_N = np.where(new_N, self.TOP, self._y_N)
@@ -101,14 +106,14 @@ class _Falling:
         toward_N = np.where(offset_N > 0, _RIGHT, _LEFT)
         if self._sign > 0:
             return np.where(offset_N == 0, _NOOP, toward_N)
-        # Flee to the side where the ball is not, unless a wall is there.
+        # Flee to the side away from the ball, unless a wall is there.
         flee_N = np.where(offset_N > 0, _LEFT, _RIGHT)
         cornered_N = np.where(offset_N > 0, self._x_N < 3, self._x_N > GRID - 4)
         return np.where(cornered_N, toward_N, flee_N)
 
 
 class _Lamp:
-    """Each step a lamp is lit in the left or the right half; `sign` for pushing the stick to its side, the opposite for the other side."""
+    """Each step a lamp lights up in the left or the right half. The reward is `sign` for the stick to that side, -`sign` for the other."""
 
     LAMPS = 20
 
@@ -139,7 +144,10 @@ class _Lamp:
 
 
 class _Crossing:
-    """A walker starts at the bottom; 1 for each lane crossed, the end at the first car. Cars fill half of each lane, a cell a step."""
+    """A walker starts at the bottom and gets 1 for each lane crossed; a car ends the episode.
+
+    Cars fill half of each lane and move one cell a step.
+    """
 
     LANES_Y = np.array([8, 6, 4, 2])
     DIRECTIONS = np.array([1, -1, 1, -1])
@@ -162,14 +170,14 @@ class _Crossing:
         self._y_N = np.clip(self._y_N - up_N, self.GOAL_Y, GRID - 1)
         self._cars_NL = (self._cars_NL + self.DIRECTIONS) % GRID
         self._steps_N = self._steps_N + 1
-        # Odd rows are pavement; reaching a new one means that a lane was crossed.
+        # Odd rows are pavement. Reaching a new one means that a lane was crossed.
         crossed_N = (self._y_N < self._best_y_N) & (self._y_N % 2 == 1)
         self._best_y_N = np.where(crossed_N, self._y_N, self._best_y_N)
         terminated_N = self._car_at(self._y_N) | (self._y_N == self.GOAL_Y)
         return crossed_N.astype(np.int64), terminated_N, ~terminated_N & (self._steps_N == self.STEPS_MAX)
 
     def _car_at(self, y_N: Array, ahead: int = 0) -> Array:
-        """Whether a car is in the walker's column of row y, now or `ahead` steps later."""
+        """Whether a car is at row `y_N` of the walker's column, now or `ahead` steps later."""
         lane_N = np.clip((GRID - 2 - y_N) // 2, 0, len(self.LANES_Y) - 1)
         first_N = self._cars_NL[np.arange(len(y_N)), lane_N] + ahead * self.DIRECTIONS[lane_N]
         return np.asarray((y_N % 2 == 0) & ((self._x_N - first_N) % GRID < self.CAR_LENGTH))
@@ -181,22 +189,23 @@ class _Crossing:
         canvas_NYX[rows, self._y_N, self._x_N] = BRIGHT
 
     def best_actions(self) -> Array:
-        """Steps into a lane when its next moment is free there, and out of it at once: a step later it is on pavement."""
+        """Steps into a lane when it is free in the next step, and out of it in the step after, onto the pavement."""
         return np.where(self._car_at(self._y_N - 1, ahead=1), _NOOP, _UP)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PixelGame:
-    """A game: its rules, the lit cell of the top row that identifies it (None: nothing does), and what its play is worth."""
+    """One game: its rules, its lit cell, and the returns of best and of random play."""
 
     name: str
     cue_x: int | None
+    """The column of the lit cell in the top row that identifies the game. None: there is none."""
     rules: Callable[[int], _Rules]
-    """Makes the rules for a number of environments."""
+    """Makes the rules for a given number of environments."""
     optimal_return: float
-    """The return of every game played best."""
+    """The return of every episode of best play."""
     random_return: float
-    """The mean return of uniformly random actions, measured over 18,000 games or more."""
+    """The mean return of uniformly random actions, measured over at least 18,000 episodes."""
 
 
 _GAMES = {
@@ -212,11 +221,11 @@ _GAMES = {
     )
 }
 PIXEL_GAMES: tuple[str, ...] = tuple(_GAMES)
-"""The names, without what may be added to them."""
+"""The names without suffixes."""
 
 
 def pixel_game(name: str) -> tuple[PixelGame, int, str]:
-    """The game of a name, the number of its background (0: plain), and the view of its picture (flip, turn, or "": as it is).
+    """Splits a name into the game, the number of its background (0: plain), and its view ("flip", "turn", or "" for neither).
 
     Raises:
         InvalidRequest: there is no such game.
@@ -233,11 +242,11 @@ class PixelEnvs:
     """A batch of environments of one pixel game.
 
     Args:
-        game: one of `PIXEL_GAMES`, with or without a background or a view.
-        num_envs: how many.
-        frame_size: height and width of a frame, in pixels; a cell becomes a square of frame_size // 10, the rest a black margin.
+        game: one of `PIXEL_GAMES`, with or without a suffix.
+        num_envs: the number of environments.
+        frame_size: height and width of a frame, in pixels. A cell becomes a square of frame_size // 10 pixels; the rest is a black margin.
         frame_stack: frames in an observation.
-        max_episode_steps: a step limit beside the game's own.
+        max_episode_steps: a step limit in addition to the game's own. None: there is none.
     """
 
     def __init__(self, game: str, num_envs: int, *, frame_size: int, frame_stack: int, max_episode_steps: int | None) -> None:
@@ -254,7 +263,7 @@ class PixelEnvs:
         self._episodes = Episodes(num_envs)
 
     def reset(self, seed: int) -> Array:
-        """Starts all games anew."""
+        """Begins new episodes and returns their first observations."""
         self._rng = np.random.default_rng(seed)
         self._rules = self._game.rules(self.num_envs)
         self._rules.begin(self._rng, np.ones(self.num_envs, dtype=bool))
@@ -278,26 +287,24 @@ class PixelEnvs:
         terminated, truncated = terminated & played, truncated & played
         self._ended_N = terminated | truncated
         self._observe(played)
-        returns, lengths = self._episodes.add(rewards, played, self._ended_N)
-        return Step(
-            observations=self._stack_NSHW,
-            rewards=rewards,
-            terminated=terminated,
-            truncated=truncated,
-            played=played,
-            episode_returns=returns,
-            episode_lengths=lengths,
+        return self._episodes.step(
+            self._stack_NSHW,
+            rewards_N=rewards,
+            terminated_N=terminated,
+            truncated_N=truncated,
+            played_N=played,
+            ended_N=self._ended_N,
         )
 
     def best_actions(self) -> Array:
-        """An action of best play in each environment, (N,); it sees the game's state, not its pixels."""
+        """The best action in each environment, (N,). It is computed from the game's state, not from its pixels."""
         return self._rules.best_actions()
 
     def close(self) -> None:
         """Does nothing: there is nothing to free."""
 
     def _observe(self, played_N: Array) -> None:
-        """A fresh stack, so that the caller may keep the old one."""
+        """Makes the next stack of frames. It is a new array, so that the caller may keep the old one."""
         stack_NSHW = np.empty_like(self._stack_NSHW)
         stack_NSHW[:, :-1] = self._stack_NSHW[:, 1:]
         stack_NSHW[~played_N] = 0
@@ -305,7 +312,7 @@ class PixelEnvs:
         self._stack_NSHW = stack_NSHW
 
     def _frames(self) -> Array:
-        """The present screens, (N, H, W)."""
+        """Draws the present frames, (N, H, W)."""
         canvas_NYX = np.repeat(self._background_YX[None], self.num_envs, axis=0)
         self._rules.draw(canvas_NYX)
         height, cell = self.observation_shape[1], self.observation_shape[1] // GRID
@@ -317,7 +324,7 @@ class PixelEnvs:
 
 
 def _background(number: int, cue_x: int | None) -> Array:
-    """The empty screen: faint noise peculiar to the number (black for 0), and the game's lit cell in the top row, if it has one."""
+    """The empty screen: faint noise that depends on the number (black for 0), and the game's lit cell if it has one."""
     screen_YX = np.zeros((GRID, GRID), dtype=np.uint8)
     if number:
         screen_YX[1:] = np.random.default_rng(number).integers(0, BACKGROUND_MAX + 1, (GRID - 1, GRID))

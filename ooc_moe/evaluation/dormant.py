@@ -1,7 +1,7 @@
 """Dormant units (Sokar et al. 2023, definition 3.1): hidden units of experts that hardly respond to a game's frames any more.
 
-A unit's score is its mean absolute activation over the tokens that its expert got, divided by the mean of that over the expert's units.
-Every evaluation logs it; it is one of the measures of a run's report.
+A unit's score is its mean absolute activation over the expert's tokens, divided by the mean of the same over all units of the expert. A
+unit is dormant if its score is at most `DORMANT`. Every evaluation logs the share of dormant units.
 """
 
 from __future__ import annotations
@@ -15,29 +15,30 @@ from ooc_moe.agent.agent import Agent
 from ooc_moe.moe.layer import MoEOutput, TieredMoE
 
 DORMANT = 0.025
+"""The highest score of a dormant unit."""
 
 
 @torch.no_grad()
 def dormant_share(agent: Agent, frames_NSHW: Tensor, game: str) -> float:
     """The share of dormant units, 0 to 1, among the hidden units of all experts that these frames are routed to, in all layers.
 
-    An expert that serves two layers counts in both. Each frame is seen as a segment of its own, without router noise. Some hundred frames
-    are enough; with a few, a unit that would have met its input in the next ones is called dormant, too.
+    An expert that serves two layers counts in both. Each frame is a segment of its own, without router noise. A few hundred frames are
+    enough. With only a few frames, units whose inputs happen not to occur in them are counted as dormant, too.
 
     Args:
-        agent: whose experts; its training mode is as before afterwards.
-        frames_NSHW: uint8.
-        game: whose pools they are routed in.
+        agent: the agent with the experts. Its training mode is restored afterwards.
+        frames_NSHW: uint8 frames of the game.
+        game: the game in whose pools the frames are routed.
 
     Raises:
-        InvalidRequest: an unknown game, or frames of another shape or dtype.
+        InvalidRequest: the game is unknown, or the frames have another shape or dtype.
     """
     activity_EH: list[Tensor] = []
 
-    def look(layer: TieredMoE, inputs: tuple[Any, ...], output: MoEOutput) -> None:
+    def record_activity(layer: TieredMoE, inputs: tuple[Any, ...], output: MoEOutput) -> None:
         activity_EH.extend(layer.activity(inputs[0], output.routed).values())
 
-    hooks = [module.register_forward_hook(look) for module in agent.modules() if isinstance(module, TieredMoE)]
+    hooks = [module.register_forward_hook(record_activity) for module in agent.modules() if isinstance(module, TieredMoE)]
     training = agent.training
     try:
         agent.eval()(frames_NSHW.unsqueeze(1), game=game)
@@ -46,5 +47,5 @@ def dormant_share(agent: Agent, frames_NSHW: Tensor, game: str) -> float:
         for hook in hooks:
             hook.remove()
     scores_EH = torch.stack([activity_H / activity_H.mean() for activity_H in activity_EH])
-    # A layer that is silent as a whole scores 0 / 0.
+    # An expert without any activation scores 0 / 0, which counts as dormant.
     return float((scores_EH.nan_to_num(0.0) <= DORMANT).float().mean())

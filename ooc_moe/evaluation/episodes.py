@@ -1,6 +1,6 @@
-"""The protocol behind every score: each environment plays so many whole games, one after another, within a number of steps.
+"""The protocol behind every score: each environment plays a fixed number of whole episodes, within a limit of steps.
 
-The agent, random play and constant actions are all measured by it. Knows nothing of any of them.
+The agent, random play and constant actions are all measured by it.
 
 Letters: N environments, S stacked frames, H height, W width.
 """
@@ -18,29 +18,30 @@ from ooc_moe.envs import GameEnvs
 from ooc_moe.envs.game import Array
 
 Choose = Callable[[Tensor, Tensor], Array]
-"""Frames (N, S, H, W), and where they begin a game (N,) -> actions (N,)."""
+"""Chooses actions (N,) from frames (N, S, H, W) and from marks (N,) of the frames that begin an episode."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Played:
-    """What was played for a score, raw."""
+    """The episodes that were played for a score."""
 
     returns: list[float]
-    """Of whole games, environment after environment; of the unfinished game too where an environment ended too few."""
+    """Raw returns, environment after environment. An environment that ended too few episodes adds its unfinished one."""
     num_unfinished: int
-    """How many of `returns` are of unfinished games."""
+    """How many of `returns` belong to unfinished episodes."""
 
     @property
     def return_mean(self) -> float:
-        """The score."""
+        """The score: the mean of `returns`."""
         return float(np.mean(self.returns))
 
 
 def play(envs: GameEnvs, choose: Choose, *, episodes: int, steps: int, seed: int) -> Played:
-    """Plays `episodes` whole games in each environment, in at most `steps` steps; whoever is through plays on, which does not count.
+    """Plays `episodes` whole episodes in each environment, in at most `steps` steps.
 
-    Where `steps` cuts some games off, what counts leans towards short ones: give it room for all, and a step more, for that a game has
-    ended shows at the step after.
+    An environment that has played its episodes goes on until all have, but its further episodes do not count. If `steps` cuts episodes
+    off, the score favours short ones. So `steps` should leave room for all episodes and one step more, because the end of an episode only
+    shows in the step after it.
     """
     frames_NSHW = torch.from_numpy(envs.reset(seed))
     starts_N = torch.ones(envs.num_envs, dtype=torch.bool)
@@ -48,7 +49,7 @@ def play(envs: GameEnvs, choose: Choose, *, episodes: int, steps: int, seed: int
     running_N = np.zeros(envs.num_envs)
     for _ in range(steps):
         step = envs.step(choose(frames_NSHW, starts_N))
-        for env in np.flatnonzero(~step.played):  # The step after an end begins the next game.
+        for env in np.flatnonzero(~step.played):  # The step after the end of an episode begins the next one.
             returns[env].append(float(running_N[env]))
             running_N[env] = 0.0
         running_N += step.rewards
@@ -63,12 +64,12 @@ def play(envs: GameEnvs, choose: Choose, *, episodes: int, steps: int, seed: int
 
 
 def uniformly_random(envs: GameEnvs, seed: int) -> Choose:
-    """Chooses each of the 18 actions equally often, whatever the frames show."""
+    """Chooses each of the 18 actions with equal probability, whatever the frames show."""
     rng = np.random.default_rng(seed)
     return lambda frames_NSHW, starts_N: rng.integers(0, envs.num_actions, envs.num_envs)
 
 
 def always(envs: GameEnvs, action: int) -> Choose:
-    """Chooses one action for ever."""
+    """Always chooses the same action."""
     actions_N = np.full(envs.num_envs, action)
     return lambda frames_NSHW, starts_N: actions_N

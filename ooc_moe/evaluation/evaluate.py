@@ -1,43 +1,42 @@
-"""Plays games without telling the agent which: each environment acts with the experts of the game that its own frames look like.
+"""Evaluates games without telling the agent which one is on the screen.
 
-A score is the mean raw return of whole games (episodes.py); random play is measured by the same protocol. Games follow one another as a
-stream: beliefs are carried over, so that the first steps of a game are played with the pool of the one before, until the detector notices.
-player.py acts, recognition.py says what is logged about it. Knows nothing of training.
+Each environment acts with the experts of the game that the detector recognises in its frames. The agent is not told when one game ends and
+the next begins: each environment's belief is carried over, so the first steps of a game are played with the experts of the game before,
+until the detector notices the change. A score is the mean raw return of whole episodes (episodes.py). player.py acts; detection/tally.py
+counts how well games are recognised.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from ooc_moe.config.run import Recogniser, RunConfig
+from ooc_moe.config.run import RunConfig
 from ooc_moe.config.seeds import evaluation_seed
 from ooc_moe.detection.belief import Belief
 from ooc_moe.display.progress import passing_bar
 from ooc_moe.display.table import print_table
 from ooc_moe.envs import GameEnvs
-from ooc_moe.evaluation import baselines
+from ooc_moe.evaluation.baselines import play_constants
 from ooc_moe.evaluation.dormant import dormant_share
 from ooc_moe.evaluation.episodes import Choose, Played, play, uniformly_random
 from ooc_moe.evaluation.player import Player
+from ooc_moe.metrics.baselines import DIRECTORY
 from ooc_moe.metrics.run import RunRecord
 from ooc_moe.report import summary
-from ooc_moe.session import checkpoint
-from ooc_moe.session.session import Session, check_device, open_session, open_store
-from ooc_moe_client.store import ExpertStore
+from ooc_moe.session.load import open_checkpoint
+from ooc_moe.session.session import Session
 from ooc_moe_wire.errors import InvalidRequest
 
 
 class Evaluator:
-    """Evaluates a session, as often as asked. Environments and random scores are made once a game: both are slow to make."""
+    """Evaluates the agent of a session. It keeps environments and random scores between calls, because both are slow to make."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -45,16 +44,17 @@ class Evaluator:
         self._random: dict[str, Played] = {}
 
     def evaluate(self, games: Sequence[str]) -> Iterator[dict[str, Any]]:
-        """Plays `games` one after another; after each, yields what goes to metrics.jsonl: the score, random play's, the cache's counters.
+        """Plays `games` one after another and yields, after each, the fields that metrics.jsonl records about it.
 
-        The agent is told neither the games' names nor when they change. A game that it does not know is played as the known one that it is
-        taken for; before the first is learned, none can be.
+        The fields hold the score, the score of random play, what was recognised, and the caches' counters. The agent is told neither the
+        games' names nor when they change. It plays an unknown game as the known game that the detector takes it for. While it knows no
+        game, nothing is played.
         """
         session = self._session
         if not session.agent.games:
             return
         config = session.config
-        belief = Belief(config.eval_envs, smoothing=config.belief_smoothing, switch_at=config.belief_switch_at)
+        belief = session.new_belief(config.eval_envs)
         session.agent.eval()
         for game in games:
             yield self._evaluate(game, belief)
@@ -81,7 +81,8 @@ class Evaluator:
         if fields["known"]:
             fields["dormant"] = dormant_share(session.agent, player.frames_MSHW, game)
         if session.config.agent.routing == "token" and set(session.config.games) <= set(session.agent.games):
-            fields["usage_by_env"] = player.usage_by_env()  # What tells whether games separate by themselves, once all were learned.
+            # Shows, once all games were learned, whether they use different experts without being told to.
+            fields["usage_by_env"] = player.usage_by_env()
         return fields
 
     def _random_play(self, game: str, seed: int) -> Played:
@@ -103,59 +104,54 @@ def evaluate_run(
     run_dir: Path,
     console: Console,
     *,
-    store: str | None = None,
-    plane: str | None = None,
-    eval_envs: int | None = None,
-    eval_episodes: int | None = None,
-    eval_steps: int | None = None,
     eval_unseen: bool = False,
-    recognise: Recogniser | None = None,
     constants: bool = False,
+    **options: Any,
 ) -> list[dict[str, Any]]:
-    """Evaluates a run as its last checkpoint has it, on a fork of its banks, which a trainer may be writing meanwhile.
+    """Evaluates a run at its last checkpoint and prints the results. A trainer may continue the run meanwhile.
 
-    With `constants`, constant actions are played too, by the same protocol, and kept beside the run, for its report.
+    Args:
+        run_dir: the run's directory.
+        console: where the results are printed.
+        eval_unseen: also play the run's games that the agent has not learned yet, even if the run does not do so itself.
+        constants: also play the constant actions by the same protocol. `ooc-moe report` then shows the best of them.
+        options: fields of `RunConfig` with other values than the run has, for example `eval_envs` or `store`. None keeps the run's value.
+
+    Returns:
+        The fields of `Evaluator.evaluate` for each game.
 
     Raises:
-        InvalidRequest: there is no run, no checkpoint of it, or nothing to play.
+        InvalidRequest: there is no run, it has no checkpoint, or `eval_steps` is 0.
     """
-    config = RunConfig.read(run_dir)
-    wanted: dict[str, Any] = {
-        "store": store,
-        "plane": plane,
-        "eval_envs": eval_envs,
-        "eval_episodes": eval_episodes,
-        "eval_steps": eval_steps,
-        "recognise": recognise,
-    }
-    given = {name: value for name, value in wanted.items() if value is not None}
-    config = dataclasses.replace(config, **given, eval_unseen=eval_unseen or config.eval_unseen)
+    changes = {name: value for name, value in (options | {"eval_unseen": eval_unseen or None}).items() if value is not None}
+    config = dataclasses.replace(RunConfig.read(run_dir), **changes)
     if not config.eval_steps:
         raise InvalidRequest("eval_steps: 0 plays nothing; give --eval-steps")
-    check_device(config.device)
-    saved = checkpoint.load(run_dir / checkpoint.DIRECTORY / checkpoint.LATEST)
-    found = []
-    with (
-        open_store(config) as opened,
-        _forked_banks(config, opened, saved.snapshot_id) as banks,
-        open_session(config, opened, banks) as session,
-    ):
-        session.agent.load_state_dict(saved.state["agent"])
-        session.detector.load_state_dict(saved.state["detector"])
-        session.nearest_mean.load_state_dict(saved.state["nearest_mean"])
-        unseen = [game for game in config.games if config.eval_unseen and game not in session.agent.games]
-        for fields in Evaluator(session).evaluate([*session.agent.games, *dict.fromkeys(unseen)]):
-            found.append(fields)
-            console.print(_in_words(fields), highlight=False)
-        # What the caches hold; what they counted, the evaluations say themselves, without what dormant units were looked for with.
-        cache = {name: value for name, value in session.cache_stats().to_dict().items() if name in ("capacity", "resident", "expert_bytes")}
-        counters = {"cache": cache, "store": session.store_stats()}
+    with open_checkpoint(config) as session:
+        found, counters = _evaluate_all(session, console)
     if constants:
         _play_constants([fields["evaluated"] for fields in found], config, console)
     for table in summary.evaluation_tables(_record(config, found, counters)):
         console.print()
         print_table(table, console)
     return found
+
+
+def _evaluate_all(session: Session, console: Console) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Evaluates all games that the agent knows, and the unseen ones if the configuration says so.
+
+    Returns:
+        The fields of each game, and the sizes of the caches with the store's counters.
+    """
+    config, known = session.config, session.agent.games
+    unseen = [game for game in config.games if config.eval_unseen and game not in known]
+    found = []
+    for fields in Evaluator(session).evaluate([*known, *dict.fromkeys(unseen)]):
+        found.append(fields)
+        console.print(_sentence(fields), highlight=False)
+    # Only what the caches hold. Their counters are in each game's fields, where the search for dormant units is left out.
+    cache = {name: value for name, value in session.cache_stats().to_dict().items() if name in ("capacity", "resident", "expert_bytes")}
+    return found, {"cache": cache, "store": session.store_stats()}
 
 
 def _play_constants(games: Sequence[str], config: RunConfig, console: Console) -> None:
@@ -165,29 +161,17 @@ def _play_constants(games: Sequence[str], config: RunConfig, console: Console) -
         def show(game: str, done: int, of: int) -> None:
             progress.update(bars[game], completed=done, total=of)
 
-        baselines.play_constants(games, config, config.run_dir / baselines.DIRECTORY, show)
+        play_constants(games, config, config.run_dir / DIRECTORY, show)
 
 
 def _record(config: RunConfig, found: Sequence[dict[str, Any]], counters: dict[str, Any]) -> RunRecord:
-    """An evaluation as a run that did nothing else."""
+    """The record of a run that consists of this evaluation alone, for the report's tables."""
     events = [{"event": "evaluation", "phase": 0, **fields} for fields in found]
     return RunRecord(run_dir=config.run_dir, config=json.loads(config.to_json()), events=[*events, {"event": "done", **counters}])
 
 
-@contextmanager
-def _forked_banks(config: RunConfig, store: ExpertStore, snapshot_id: int) -> Iterator[list[str]]:
-    """Forks the run's banks from the checkpoint's snapshot, without copying bytes, and deletes the forks afterwards."""
-    forks: list[str] = []
-    try:
-        for bank in config.agent.bank_names(config.name):
-            forks.append(store.fork_bank(bank, f"{bank}/eval-{uuid.uuid4().hex[:8]}", snapshot_id=snapshot_id).spec.name)
-        yield forks
-    finally:
-        for fork in forks:
-            store.delete_bank(fork)
-
-
-def _in_words(fields: dict[str, Any]) -> str:
+def _sentence(fields: dict[str, Any]) -> str:
+    """The result of one game in one sentence."""
     believed = max(fields["believed"], key=fields["believed"].__getitem__)
     return (
         f"{fields['evaluated']}: mean return {fields['return_mean']:.1f} (random {fields['random_mean']:.1f}) over "

@@ -1,40 +1,39 @@
-"""Plays one game without being told which: each environment acts with the experts of the game that its own frames look like.
+"""Plays one game without being told which one: each environment acts as the game that it is believed to show.
 
-Pools change only where a segment begins. All environments begin one every `context` steps; an environment whose game is believed to have
-changed begins one at once. Prefetching starts earlier, at the first doubt. Knows nothing of scores or of training.
+An environment changes to another game's experts only where a segment begins. All environments begin a segment every `context` steps. An
+environment whose belief changes begins one at once. Prefetching starts earlier, as soon as an environment is in doubt.
 
 Letters: N environments, M frames, S stacked frames, H height, W width, L layers, K top_k, E experts.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import time
 
 import torch
 from torch import Tensor
 
-from ooc_moe.agent.agent import Segment
-from ooc_moe.agent.transformer import KeysValues
+from ooc_moe.agent.segment import Segment
 from ooc_moe.detection.belief import Belief, Prediction
 from ooc_moe.detection.tally import Recognition
 from ooc_moe.envs.game import Array
-from ooc_moe.learning.lookahead import foretell_acting
+from ooc_moe.learning.lookahead import schedule_acting
 from ooc_moe.session.session import Session
 
 SAMPLED_FRAMES = 512
-"""At most about so many frames of a game are kept to look at afterwards."""
+"""About how many frames of a game are kept, at most, for later measurements."""
 Usage = dict[str, dict[str, int]]
-"""Layer -> expert -> tokens, those without tokens left out; keys are text, as JSON has them."""
+"""Layer -> expert -> number of tokens, without the experts that got none. The keys are text, as JSON has them."""
 
 
 class Player:
-    """Chooses actions in the environments of `game`, and counts what that took.
+    """Chooses actions in the environments of one game, and counts what was recognised, routed and prefetched.
 
     Args:
-        session: its configuration's `recognise` says who is asked for the game: the detector, nearest class mean, or nobody (oracle).
-        belief: carried over from the game before.
-        game: the truth. It is counted against, and acted by only where `recognise` is "oracle" and the agent knows the game.
+        session: the agent and the detectors. `recognise` in its configuration chooses the recogniser: the detector, the nearest-mean
+            baseline, or the true game (oracle).
+        belief: the belief about each environment, carried over from the game before.
+        game: the true game. The player counts against it; it acts by it only where `recognise` is "oracle" and the agent knows the game.
         generator: draws the actions.
     """
 
@@ -43,18 +42,18 @@ class Player:
         num_envs, agent = session.config.eval_envs, session.config.agent
         self._step, self._began = 0, time.monotonic()
         self._groups: list[tuple[Segment, list[int]]] = []
-        """Segments under way, and the environments that play each."""
+        """The current segments, each with the environments that play it."""
         self._acting_as: list[str] = []
         self._frames: list[Tensor] = []
         self._frames_every = max(1, num_envs * session.config.eval_steps // SAMPLED_FRAMES)
         self._tokens_NLE = torch.zeros(num_envs, agent.num_layers, session.caches[0].num_experts, dtype=torch.long)
         self._named: set[int] = set()
         self._needed: dict[int, bool] = {}
-        """Experts that acting as the true game used; whether a prefetch had named each before."""
+        """For each expert used while acting as the true game: whether a prefetch had named it before its first use."""
         self.recognition = Recognition(game, num_envs)
 
     def __call__(self, frames_NSHW: Tensor, starts_N: Tensor) -> Array:
-        """Actions (N,) for frames (N, S, H, W), of which those that `starts_N` marks begin an episode."""
+        """Chooses actions (N,) for frames (N, S, H, W). `starts_N` marks the frames that begin an episode."""
         session = self._session
         if self._step % self._frames_every == 0:
             self._frames.append(frames_NSHW)
@@ -67,12 +66,12 @@ class Player:
             actions_N[rows] = acted.actions_N.cpu()
             routed.append(acted.experts_NLK.cpu())
             self._count(routed[-1], segment.game, rows)
-        foretell_acting(session.agent.caches, routed, ahead=session.config.prefetch != "off")
+        schedule_acting(session.agent.caches, routed, ahead=session.config.prefetch != "off")
         self._step += 1
         return actions_N.numpy()
 
     def _recognise(self, frames_NSHW: Tensor) -> list[str]:
-        """The game that each environment shall act as; prefetches for those in doubt."""
+        """Chooses the game that each environment acts as, and prefetches experts for environments in doubt."""
         session, recognise = self._session, self._session.config.recognise
         by_detector, by_mean = session.detector.predict(frames_NSHW), session.nearest_mean.predict(frames_NSHW)
         prediction = by_mean if recognise == "nearest-mean" else by_detector
@@ -85,7 +84,7 @@ class Player:
         return games
 
     def _prefetch(self, prediction: Prediction) -> None:
-        """Brings what a switch would need; at the pace so far it may come as soon as the belief can turn."""
+        """Prefetches the predicted experts. They are needed, at the pace so far, when the belief can first change to another game."""
         step_s = (time.monotonic() - self._began) / self._step if self._step else None
         within_s = None if step_s is None else step_s * self._belief.steps_to_switch
         named = prediction.experts
@@ -93,33 +92,33 @@ class Player:
         self._named.update(named)
 
     def _begin_segments(self, games: list[str]) -> None:
-        """Regroups the environments whose segment begins, by what they are believed to be."""
+        """Groups the environments whose segment begins by the game they act as, and begins a segment for each group."""
         everyone = self._step % self._session.config.agent.context == 0
         begins = {row for row, game in enumerate(games) if everyone or game != self._acting_as[row]}
         if not begins:
             return
         staying = [(segment, [place for place, row in enumerate(rows) if row not in begins], rows) for segment, rows in self._groups]
-        self._groups = [(_part_of(segment, places), [rows[place] for place in places]) for segment, places, rows in staying if places]
+        self._groups = [(segment.of_environments(places), [rows[place] for place in places]) for segment, places, rows in staying if places]
         for game in sorted({games[row] for row in begins}):
             rows = sorted(row for row in begins if games[row] == game)
             self._groups.append((self._session.agent.segment(game, len(rows)), rows))
         self._acting_as = games
 
     def _count(self, experts_NLK: Tensor, game: str, rows: list[int]) -> None:
-        """Adds what these environments, acting as `game`, were routed to."""
+        """Counts the experts that these environments, acting as `game`, were routed to."""
         one_NLK = torch.ones_like(experts_NLK, dtype=torch.long)
         self._tokens_NLE[rows] += torch.zeros_like(self._tokens_NLE[rows]).scatter_add_(2, experts_NLK.long(), one_NLK)
         if game == self._game:
             for expert in self._session.usage_of(experts_NLK).nonzero().flatten().tolist():
                 self._needed.setdefault(expert, expert in self._named)
 
-    # What it took
+    # Measurements
 
     @property
     def prefetch_recall(self) -> float | None:
-        """Of the experts that acting as the true game used, the share that prefetches had named before their first use.
+        """The share of the experts used while acting as the true game that a prefetch had named before their first use.
 
-        None where nothing is prefetched by what frames show, or the true game was never acted as.
+        None where the detector does not prefetch, or where no environment ever acted as the true game.
         """
         if self._session.config.prefetch != "detector" or not self._needed:
             return None
@@ -127,25 +126,16 @@ class Player:
 
     @property
     def frames_MSHW(self) -> Tensor:
-        """A sample of what was on the screens, spread over the steps."""
+        """A sample of the frames (M, S, H, W), spread evenly over the steps."""
         return torch.cat(self._frames)
 
     def usage(self) -> Usage:
-        """Tokens of each expert in each layer."""
+        """The number of tokens of each expert in each layer."""
         return _as_usage(self._tokens_NLE.sum(0))
 
     def usage_by_env(self) -> list[Usage]:
-        """The same for each environment."""
+        """The number of tokens of each expert in each layer, for each environment."""
         return [_as_usage(tokens_LE) for tokens_LE in self._tokens_NLE]
-
-
-def _part_of(segment: Segment, places: list[int]) -> Segment:
-    """The past of some of a segment's environments."""
-    if len(places) == segment.num_envs:
-        return segment
-    memories = [KeysValues(memory.keys[places], memory.values[places]) for memory in segment.memories]
-    episode_from_N = None if segment.episode_from_N is None else segment.episode_from_N[places]
-    return dataclasses.replace(segment, num_envs=len(places), memories=memories, episode_from_N=episode_from_N)
 
 
 def _as_usage(tokens_LE: Tensor) -> Usage:

@@ -1,11 +1,12 @@
-"""Output cloning: earlier games are played on paper while later ones are learned.
+"""Output cloning: while later games are learned, the agent is trained to keep its outputs for stored frames of earlier games.
 
-When a game is left, segments of its last rollout are stored with the agent's logits and values of that moment; every later optimizer step
-sees some of one such game again and is pulled to say the same (as the behaviour and value cloning of CLEAR, Rolnick et al. 2019, but
-without its off-policy reinforcement learning). It guards all that games share: with token routing the experts, too.
+When a game ends, segments of its last rollout are stored with the agent's logits and values at that time. Each later optimizer step replays
+some segments of one such game and pulls the outputs back to the stored ones. This is the behaviour and value cloning of CLEAR (Rolnick et
+al. 2019) without its off-policy reinforcement learning. It protects everything that games share; with token routing that includes the
+experts.
 
-It needs the experts of the games it clones. With token routing they are everybody's. With pools they are cold ones, needed in every step:
-allowed, because what that costs is a result; they are only read.
+Replaying a game needs its experts. With token routing all games use the same ones. With pools they are cold experts of another game, which
+are fetched in every step, only to be read. That is accepted, because measuring this cost is the purpose.
 """
 
 from __future__ import annotations
@@ -19,18 +20,21 @@ from torch.nn.functional import kl_div
 from ooc_moe.agent.agent import Agent
 from ooc_moe.learning.rollout import Rollout
 
-FRAMES_PER_GAME = 1500  # At most, in whole segments: those of one rollout.
+FRAMES_PER_GAME = 1500
+"""The most frames stored of a game, in whole segments. All come from one rollout."""
 FRAMES_PER_STEP = 256
+"""Frames replayed in each optimizer step."""
 
 
 class OutputCloning:
-    """KL(old policy || new policy) + squared error of the value, in units of the old values' variance, on stored segments (on the CPU).
+    """Adds a loss on stored segments: KL(old policy || new policy) + squared error of the value / variance of the old values.
 
-    A step clones one game, drawn among all that were left but the one in training. Segments are routed anew, without noise.
+    Each step replays one game, drawn at random from the ended games other than the one in training. Segments are routed anew, without
+    noise. They are stored on the CPU.
 
     Args:
-        agent: what is trained.
-        weight: of the loss.
+        agent: the agent in training.
+        weight: weight of the loss.
     """
 
     def __init__(self, agent: Agent, *, weight: float = 1.0) -> None:
@@ -38,7 +42,7 @@ class OutputCloning:
         self._stored: dict[str, dict[str, Tensor]] = {}
 
     def loss(self, game: str, generator: torch.Generator) -> Tensor:
-        """How much the agent says otherwise now."""
+        """The loss on some stored segments of one earlier game; zero while there is none."""
         games = [name for name in self._stored if name != game]
         if not games:
             return torch.zeros(())
@@ -46,7 +50,7 @@ class OutputCloning:
         stored = self._stored[cloned]
         num_rows = max(1, FRAMES_PER_STEP // self._agent.config.context)
         rows = torch.randint(len(stored["frames"]), (num_rows,), generator=generator)
-        logits_BTA, value_BT = self._say(cloned, stored["frames"][rows], stored["starts"][rows])
+        logits_BTA, value_BT = self._outputs(cloned, stored["frames"][rows], stored["starts"][rows])
         device = value_BT.device
         old_BTA = stored["logits"][rows].to(device).log_softmax(-1)
         kl = kl_div(logits_BTA.log_softmax(-1), old_BTA, reduction="none", log_target=True).sum(-1).mean()
@@ -54,7 +58,7 @@ class OutputCloning:
         return self._weight * (kl + (value_BT - stored["values"][rows].to(device)).square().mean() / variance)
 
     def correct_gradients(self, game: str) -> None:
-        """Drops what backward left for the parameters and experts that other games own."""
+        """Drops the gradients of parameters and experts that other games own."""
         for name in self._stored:
             if name != game:
                 for parameter in self._agent.game_parameters(name):
@@ -67,25 +71,26 @@ class OutputCloning:
 
     @torch.no_grad()
     def leave(self, game: str, rollout: Rollout, generator: torch.Generator) -> None:
-        """Stores up to `FRAMES_PER_GAME` frames of a game's last rollout, instead of those of an earlier visit."""
+        """Stores up to `FRAMES_PER_GAME` frames of a game's last rollout. They replace those of an earlier visit to the game."""
         context = self._agent.config.context
         rows = torch.randperm(len(rollout.frames_BTSHW), generator=generator)[: max(1, FRAMES_PER_GAME // context)]
         frames_BTSHW, starts_BT = rollout.frames_BTSHW[rows], rollout.starts_BT[rows]
-        said = [self._say(game, *piece) for piece in zip(torch.split(frames_BTSHW, 16), torch.split(starts_BT, 16), strict=True)]
-        logits_BTA, value_BT = (torch.cat(pieces).cpu() for pieces in zip(*said, strict=True))
+        pieces = zip(torch.split(frames_BTSHW, 16), torch.split(starts_BT, 16), strict=True)
+        outputs = [self._outputs(game, *piece) for piece in pieces]
+        logits_BTA, value_BT = (torch.cat(parts).cpu() for parts in zip(*outputs, strict=True))
         self._stored[game] = {"frames": frames_BTSHW, "starts": starts_BT, "logits": logits_BTA, "values": value_BT}
 
-    def _say(self, game: str, frames_BTSHW: Tensor, starts_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits and values, without noise."""
+    def _outputs(self, game: str, frames_BTSHW: Tensor, starts_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Computes logits and values without router noise."""
         self._agent.eval()
         output = self._agent(frames_BTSHW, game=game, starts_BT=starts_BT)
         self._agent.train()
         return output.logits_BTA, output.value_BT
 
     def state_dict(self) -> dict[str, Any]:
-        """What was stored, by game."""
+        """The stored segments, by game."""
         return self._stored
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Reads `state_dict` back."""
+        """Loads the result of `state_dict`."""
         self._stored = dict(state)

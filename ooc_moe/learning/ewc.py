@@ -1,12 +1,12 @@
-"""Elastic weight consolidation: what earlier games need most of the shared parameters is held where they left it.
+"""Elastic weight consolidation (EWC): keeps the shared parameters that earlier games need most close to where those games left them.
 
-When a game is left, the diagonal of the Fisher information says how much its policy and its value depend on each shared parameter; while
-later games are learned, a quadratic penalty pulls each parameter back in that proportion (Kirkpatrick et al. 2017). It is the online form
-of Schwarz et al. 2018, "Progress & Compress": one decaying sum of Fishers, each normalised to the same mean, one
-anchor.
+When a game ends, the diagonal of the Fisher information measures how much the game's policy and value depend on each shared parameter.
+While later games are learned, a quadratic penalty pulls each parameter back in that proportion (Kirkpatrick et al. 2017). This is the
+online form of Schwarz et al. 2018, "Progress & Compress": one decaying sum of Fishers, each normalised to the same mean, and one anchor,
+which is the value of the parameter when the last game ended.
 
-Shared are the stem, attention where all games train it, and with token routing the routers and the experts. The Fisher and the anchors of
-experts lie on the host; an expert that a step does not touch does not move, needs no pull, and is not fetched for it.
+Shared parameters are the stem, attention if all games train it, and with token routing the routers and the experts. The Fishers and anchors
+of experts are kept on the host. An expert that a step does not touch does not change, so it needs no pull and is not fetched for it.
 """
 
 from __future__ import annotations
@@ -22,54 +22,57 @@ from ooc_moe.agent.agent import Agent
 from ooc_moe.learning.rollout import Rollout
 from ooc_moe_client.store import Sections
 
-FISHER_SAMPLES = 256  # Frames, at most.
-DECAY = 0.95  # of the older games' Fishers, whenever a game is left
+FISHER_SAMPLES = 256
+"""The most frames from which a Fisher is estimated."""
+DECAY = 0.95
+"""The factor for the older games' Fishers whenever a game ends."""
 
 
 @dataclass(frozen=True, slots=True)
 class Spring:
-    """Pulls a parameter towards `anchor`, as hard as its `fisher` is large."""
+    """Pulls a parameter towards `anchor`, in proportion to its `fisher`."""
 
     fisher: Tensor
     anchor: Tensor
 
     def force(self, parameter: Tensor) -> Tensor:
-        """The gradient of half the sum of fisher * (parameter - anchor)^2."""
+        """The gradient of 1/2 * sum of fisher * (parameter - anchor)^2."""
         return self.fisher * (parameter - self.anchor)
 
 
 class ElasticWeights:
-    """Adds weight / 2 * sum of fisher * (parameter - anchor)^2 to the loss. The experts' share is added to their gradients, and not logged.
+    """Adds weight / 2 * sum of fisher * (parameter - anchor)^2 to the loss.
 
-    They are read for it beside the schedule that the caches were told.
+    For experts, the gradient of this penalty is added directly to their gradients, so the logged loss does not contain it. Experts are read
+    for it in addition to the reads that the caches' schedule announced.
 
     Args:
-        agent: whose shared parameters are held.
-        weight: of the penalty, for Fishers whose mean over the shared parameters that a game uses is 1.
+        agent: the agent whose shared parameters are protected.
+        weight: weight of the penalty. Each Fisher is scaled to a mean of 1 over the shared parameters that the game uses.
     """
 
     def __init__(self, agent: Agent, *, weight: float = 1.0) -> None:
         self._agent, self._weight = agent, weight
         self._dense: list[Spring] = []
         self._experts: dict[tuple[int, int], Spring] = {}
-        """By bank and id."""
+        """By (bank, expert)."""
 
     def loss(self, game: str, generator: torch.Generator) -> Tensor:
-        """The penalty of the dense parameters."""
+        """The penalty of the dense parameters; zero before a game has ended."""
         if not self._dense:
             return torch.zeros(())
         pairs = zip(self._agent.shared_parameters(), self._dense, strict=True)
         return self._weight / 2 * torch.stack([(spring.fisher * (p - spring.anchor).square()).sum() for p, spring in pairs]).sum()
 
     def correct_gradients(self, game: str) -> None:
-        """Pulls at the experts that the step touches."""
+        """Adds the gradient of the penalty to those of the experts that the step touches."""
         touched = [(bank, expert) for bank, gradients in enumerate(self._agent.gradients) for expert in gradients.experts]
         for (bank, expert), flat in self._read(key for key in touched if key in self._experts):
             force = self._experts[bank, expert].force(flat)
             self._agent.gradients[bank].flat(expert).add_(force.to(self._agent.caches[bank].device), alpha=self._weight)
 
     def leave(self, game: str, rollout: Rollout, generator: torch.Generator) -> None:
-        """Adds the Fisher of a game's policy and value; everything that is held is held where it is now."""
+        """Adds the Fisher of the game's policy and value, and makes the present values the anchor of all protected parameters."""
         dense, experts = self._fisher(game, rollout, generator)
         every = [*dense, *experts.values()]
         scale = sum(fisher.numel() for fisher in every) / sum(float(fisher.sum()) for fisher in every)
@@ -81,9 +84,10 @@ class ElasticWeights:
             self._experts[key] = Spring(fisher + DECAY * self._experts[key].fisher if key in self._experts else fisher, flat)
 
     def _fisher(self, game: str, rollout: Rollout, generator: torch.Generator) -> tuple[list[Tensor], dict[tuple[int, int], Tensor]]:
-        """The summed squared gradients of the log-likelihood of an action and a value, both drawn from what the agent says of a frame.
+        """Estimates the diagonal of the Fisher of a game: for the dense shared parameters, and by (bank, expert) for experts.
 
-        The value is taken for the mean of a normal distribution of variance 1.
+        It sums, over sampled frames, the squared gradients of the log-likelihood of an action and of a value that are drawn from the
+        agent's own output. The value output counts as the mean of a normal distribution with variance 1.
         """
         agent, shared = self._agent, list(self._agent.shared_parameters())
         dense, experts = [torch.zeros_like(parameter) for parameter in shared], dict[tuple[int, int], Tensor]()
@@ -109,7 +113,7 @@ class ElasticWeights:
         return dense, experts
 
     def _frames(self, rollout: Rollout, generator: torch.Generator) -> list[tuple[int, int]]:
-        """(segment, time) of frames that were played."""
+        """Draws frames that were played, as (segment, time)."""
         played_M2 = rollout.played_BT.nonzero()
         chosen = torch.randperm(len(played_M2), generator=generator)[:FISHER_SAMPLES]
         return [(row, time) for row, time in played_M2[chosen].tolist()]
@@ -121,7 +125,7 @@ class ElasticWeights:
             gradients.zero()
 
     def _read(self, experts: Iterable[tuple[int, int]]) -> Iterator[tuple[tuple[int, int], Tensor]]:
-        """The present parameters of each (bank, expert), flat as their gradients, on the host."""
+        """Reads the present parameters of these (bank, expert); yields each as one vector on the host, in the order of its gradients."""
         wanted = list(experts)
         for bank, cache in enumerate(self._agent.caches):
             names = [tensor.name for tensor in cache.layout.parameters]
@@ -131,12 +135,12 @@ class ElasticWeights:
                         yield (bank, expert), torch.cat([cache.views[name][slot].flatten() for name in names]).cpu()
 
     def state_dict(self) -> dict[str, Any]:
-        """Fishers and anchors."""
+        """All Fishers and anchors."""
         dense = [(spring.fisher, spring.anchor) for spring in self._dense]
         return {"dense": dense, "experts": {key: (spring.fisher, spring.anchor) for key, spring in self._experts.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Reads `state_dict` back."""
+        """Loads the result of `state_dict`."""
         device = next(self._agent.shared_parameters()).device
         self._dense = [Spring(fisher.to(device), anchor.to(device)) for fisher, anchor in state["dense"]]
         self._experts = {key: Spring(fisher, anchor) for key, (fisher, anchor) in state["experts"].items()}

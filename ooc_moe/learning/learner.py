@@ -1,7 +1,7 @@
-"""One PPO update: epochs of minibatches over a rollout, for the dense parameters of one game and the experts it used.
+"""PPO updates: epochs of minibatches over a rollout, for the dense parameters of one game and the experts that it used.
 
-The learner lives as long as its game is in training: Adam is new for every game, the experts' too, so that no momentum of one game moves
-another's parameters; only games that take turns share the optimizers of what they share. Knows nothing of environments, phases or files.
+There is one learner for each game in training. Every game begins with new Adam optimizers, for its experts too, so that no momentum of one
+game moves another game's parameters. The exception is games that take turns: they share the optimizers of the parameters that they share.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ class Learner:
     """Updates the agent from rollouts of `game`.
 
     Args:
-        agent: what is trained.
-        game: whose parameters are, beside the shared ones.
-        config: the run's.
-        protection: of what earlier games share with this one.
+        agent: the agent in training.
+        game: the game whose own parameters are trained together with the shared ones.
+        config: the run's configuration.
+        protection: protects what earlier games share with this one.
         generator: draws minibatches, and the router's noise where routing is not replayed.
-        beside: the learner of a game that takes turns with this one: they share the optimizers of what they share.
+        sharing_with: the learner of a game that takes turns with this one. Its optimizers of shared parameters and of experts are used.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Learner:
         *,
         protection: Protection,
         generator: torch.Generator,
-        beside: Learner | None = None,
+        sharing_with: Learner | None = None,
     ) -> None:
         self.agent, self.game, self.config = agent, game, config
         self._protection, self._generator = protection, generator
@@ -53,19 +53,23 @@ class Learner:
         self.own = torch.optim.Adam(agent.game_parameters(game), lr=lr, eps=ADAM_EPS, fused=True)
         self.shared: torch.optim.Adam
         self.experts: ExpertAdam
-        if beside is not None:
-            self.shared, self.experts = beside.shared, beside.experts
+        if sharing_with is not None:
+            self.shared, self.experts = sharing_with.shared, sharing_with.experts
         else:
             self.shared = torch.optim.Adam(agent.shared_parameters(), lr=lr, eps=ADAM_EPS, fused=True)
             self.experts = ExpertAdam(agent.caches, agent.gradients, lr=lr, eps=ADAM_EPS)
         self.dense_parameters = [parameter for dense in (self.own, self.shared) for parameter in dense.param_groups[0]["params"]]
 
     def update(self, rollout: Rollout, *, remaining: float) -> dict[str, float]:
-        """Learns from one rollout; returns the means of what was measured.
+        """Learns from one rollout.
 
         Args:
-            rollout: what was played with the present parameters.
-            remaining: the share of this game's updates still to come, this one included; scales a learning rate that is annealed.
+            rollout: played with the present parameters.
+            remaining: the share of this game's updates that are still to come, including this one. An annealed learning rate is scaled by
+                it.
+
+        Returns:
+            The mean over all minibatches of each loss and measure, and the learning rate as "lr".
         """
         learning_rate = self.config.ppo.learning_rate * (remaining if self.config.ppo.anneal else 1)
         self.own.param_groups[0]["lr"] = self.shared.param_groups[0]["lr"] = self.experts.lr = learning_rate
@@ -73,7 +77,7 @@ class Learner:
         minibatches = self._minibatches(len(rollout.frames_BTSHW))
         for cache, uses in zip(self.agent.caches, self._uses(rollout, minibatches), strict=True):
             cache.schedule(uses, ahead=self.config.prefetch != "off")
-        # As the stem wants them in memory: brought there once, not in every epoch.
+        # In the memory format that the stem uses, converted once and not in every epoch.
         frames_BTHWS = rollout.frames_BTSHW.movedim(2, -1).contiguous()
         measured: defaultdict[str, list[float]] = defaultdict(list)
         for rows in minibatches:
@@ -82,12 +86,12 @@ class Learner:
         return {name: sum(values) / len(values) for name, values in measured.items()} | {"lr": learning_rate}
 
     def _minibatches(self, num_segments: int) -> list[Tensor]:
-        """The segments of each optimizer step, all epochs'."""
+        """Draws the segments of each optimizer step, for all epochs."""
         orders = [torch.randperm(num_segments, generator=self._generator) for _ in range(self.config.ppo.epochs)]
         return [rows for order in orders for rows in torch.split(order, self.config.ppo.minibatch_segments)]
 
     def _uses(self, rollout: Rollout, minibatches: list[Tensor]) -> list[list[Use]]:
-        """Of each bank's experts, in order: none where the router chooses anew, because nobody can tell then."""
+        """The coming uses of each bank's experts, in order. Empty where the router chooses anew: then they are not known in advance."""
         num_banks = len(self.agent.caches)
         if not self.config.ppo.replay_routing:
             return [[] for _ in range(num_banks)]
@@ -95,27 +99,27 @@ class Learner:
         return uses_of_update(rollout.experts_BTLK, minibatches, num_banks=num_banks, read_only=borrowed)
 
     def _minibatch(self, rollout: Rollout, frames_BTHWS: Tensor, rows: Tensor) -> dict[str, float]:
-        """One optimizer step on these segments; `frames_BTHWS` are the rollout's."""
+        """Takes one optimizer step on the segments in `rows`; returns its losses and measures. `frames_BTHWS` are the rollout's frames."""
 
-        def chosen(x_BT: Tensor) -> Tensor:
+        def select(x_BT: Tensor) -> Tensor:
             return x_BT.index_select(0, rows).to(self.config.device)
 
         output = self.agent(
-            chosen(frames_BTHWS).movedim(-1, 2),
+            select(frames_BTHWS).movedim(-1, 2),
             game=self.game,
-            starts_BT=chosen(rollout.starts_BT),
-            routing=chosen(rollout.experts_BTLK) if self.config.ppo.replay_routing else None,
+            starts_BT=select(rollout.starts_BT),
+            routing=select(rollout.experts_BTLK) if self.config.ppo.replay_routing else None,
             generator=self._generator,
         )
         loss = clipped_loss(
             self.config.ppo,
             logits_BTA=output.logits_BTA,
             value_BT=output.value_BT,
-            actions_BT=chosen(rollout.actions_BT),
-            old_log_probs_BT=chosen(rollout.log_probs_BT),
-            advantages_BT=chosen(rollout.advantages_BT),
-            returns_BT=chosen(rollout.returns_BT),
-            played_BT=chosen(rollout.played_BT),
+            actions_BT=select(rollout.actions_BT),
+            old_log_probs_BT=select(rollout.log_probs_BT),
+            advantages_BT=select(rollout.advantages_BT),
+            returns_BT=select(rollout.returns_BT),
+            played_BT=select(rollout.played_BT),
         )
         balance = self.agent.config.balance_weight * output.aux_loss
         protection = self._protection.loss(self.game, self._generator)
@@ -145,6 +149,8 @@ class Learner:
         return dict(zip(measured, values, strict=True)) | {"grad_norm": grad_norm}
 
     def _check_finite(self, name: str, value: float) -> None:
-        """Stops a run that diverges before a step makes parameters of it."""
+        """Raises InvalidRequest for a loss or norm that is not finite, before an optimizer step can damage the parameters."""
         if not math.isfinite(value):
-            raise InvalidRequest(f"learning_rate: with {self.config.ppo.learning_rate:g} the {name} became {value}; begin again with less")
+            raise InvalidRequest(
+                f"learning_rate: with {self.config.ppo.learning_rate:g} the {name} became {value}; begin again with a lower one"
+            )

@@ -1,8 +1,11 @@
-"""What will be asked of the caches, as far as it can be told before.
+"""Tells the caches which experts will be used next, as far as that is known in advance.
 
-An update's needs are known when it begins, where rollout routing is replayed: each minibatch names its experts. Acting's are guessed: the
-layers' order is certain, and the next step will choose much the same experts as the last one. Knows nothing of losses or optimizers, only
-of their order: forward through the layers, backward through them, then the experts' Adam steps.
+Where an update replays the rollout's routing, its uses are known exactly when it begins: the routing of each minibatch names its experts.
+One optimizer step uses them in this order:
+
+    forward through the layers -> backward through the layers in reverse -> the experts' Adam step
+
+The uses of acting are guessed: the order of the layers is certain, and the next step will choose mostly the same experts as the last one.
 """
 
 from __future__ import annotations
@@ -16,20 +19,20 @@ from ooc_moe_client.hbm.cache import ExpertCache
 from ooc_moe_client.hbm.schedule import Use
 from ooc_moe_client.store import Sections
 
-# So many tell of every expert when it is used next, wherever in a step one stands.
-STEPS_FORETOLD = 2
+STEPS_EXPECTED = 2
+"""Steps of acting that are scheduled ahead. With two, the schedule contains the next use of every expert at every moment of a step."""
 
 
 def uses_of_update(
     experts_BTLK: Tensor, minibatches: Iterable[Tensor], *, num_banks: int, read_only: Sequence[Collection[int]] | None = None
 ) -> list[list[Use]]:
-    """The uses of each bank's experts, in order.
+    """The uses of each bank's experts in one update, in order.
 
     Args:
-        experts_BTLK: the routing that is replayed: segments, time, layers, top_k.
+        experts_BTLK: the routing that is replayed (segments, time, layers, top_k).
         minibatches: the segments of each optimizer step.
         num_banks: layer `l` uses bank `l % num_banks`.
-        read_only: the experts of each bank that are not updated; None: all are.
+        read_only: for each bank, the experts that are not updated. None: all experts are updated.
     """
     read_only = [()] * num_banks if read_only is None else read_only
     uses: list[list[Use]] = [[] for _ in range(num_banks)]
@@ -44,21 +47,23 @@ def uses_of_update(
     return uses
 
 
-def foretell_acting(caches: Sequence[ExpertCache], experts_NLK: Sequence[Tensor], *, ahead: bool) -> None:
-    """Tells each cache to expect in the next steps what this one used. Where that fits there is nothing to tell.
+def schedule_acting(caches: Sequence[ExpertCache], experts_NLK: Sequence[Tensor], *, ahead: bool) -> None:
+    """Tells each cache to expect the experts of this step of acting again in the next steps.
+
+    A cache that has room for all of them needs no schedule and gets an empty one.
 
     Args:
         caches: layer `l` uses cache `l % len(caches)`.
-        experts_NLK: the step's routing on the CPU, of each group of environments that acted together, in turn.
-        ahead: whether what is expected is fetched before it is asked for.
+        experts_NLK: the routing of this step on the CPU, one entry for each group of environments that acted together, in order.
+        ahead: whether the caches fetch the expected experts before they are used.
     """
     step = [_experts_of_layers(group) for group in experts_NLK]
     for number, cache in enumerate(caches):
         uses = [Use(experts, Sections.PARAMETERS) for layers in step for experts in layers[number :: len(caches)]]
         fits = len({expert for use in uses for expert in use.experts}) <= cache.capacity_experts
-        cache.schedule([] if fits else uses * STEPS_FORETOLD, ahead=ahead)
+        cache.schedule([] if fits else uses * STEPS_EXPECTED, ahead=ahead)
 
 
 def _experts_of_layers(experts_xLK: Tensor) -> list[tuple[int, ...]]:
-    """The different experts of each layer, ascending."""
+    """The distinct experts of each layer, ascending."""
     return [tuple(torch.unique(experts).tolist()) for experts in experts_xLK.unbind(-2)]

@@ -1,7 +1,10 @@
-"""PPO's arithmetic, without environments or networks: advantages, and the clipped loss.
+"""The arithmetic of PPO: advantages and the clipped loss.
 
-Sources: Schulman et al. 2017 (PPO), Schulman et al. 2016 (GAE); details as CleanRL's `ppo_atari.py`, but steps that the environment
-did not play (autoreset) are masked, a truncated episode is bootstrapped instead of ended, and the value loss is not clipped.
+Sources: Schulman et al. 2017 (PPO), Schulman et al. 2016 (GAE). Details are as in CleanRL's `ppo_atari.py`, with three differences: steps
+in which an environment reset itself are masked, a truncated episode is bootstrapped and not treated as ended, and the value loss is not
+clipped.
+
+Letters: T steps, N environments, B segments of T frames, A actions, M all steps in one vector.
 """
 
 from __future__ import annotations
@@ -26,16 +29,16 @@ def advantages(
     gamma: float,
     gae_lambda: float,
 ) -> Tensor:
-    """Generalised advantage estimates (T, N); zero where the step was not played.
+    """Computes generalised advantage estimates (T, N), which are zero for steps that were not played.
 
     Args:
-        rewards_TN: reward of step t, as the learner sees it.
+        rewards_TN: the reward of step t, clipped if the learner clips.
         values_TN: the value of the observation before step t.
         next_values_TN: the value of the observation after step t, in the context of step t.
-        terminated_TN: step t ended the episode (or a life): nothing follows.
-        truncated_TN: step t was cut short: what follows is `next_values_TN`, but no later advantage.
-        played_TN: False where the environment ignored the action and reset instead.
-        gamma: discount.
+        terminated_TN: step t ended the episode or a life. Neither the next value nor later advantages count.
+        truncated_TN: the step limit cut the episode off after step t. The next value counts, later advantages do not.
+        played_TN: False where the environment ignored the action and reset itself.
+        gamma: the discount.
         gae_lambda: GAE's lambda.
     """
     played = played_TN.to(values_TN.dtype)
@@ -51,7 +54,7 @@ def advantages(
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """PPO's loss and its parts; all scalars, only `total` carries a gradient."""
+    """PPO's loss and its parts. All are scalars; only `total` carries a gradient."""
 
     total: Tensor
     policy: Tensor
@@ -72,7 +75,7 @@ def clipped_loss(
     returns_BT: Tensor,
     played_BT: Tensor,
 ) -> Loss:
-    """The clipped surrogate, value and entropy losses over the steps that were played; advantages are normalised over these."""
+    """Computes the clipped surrogate, value and entropy losses over the steps that were played. It normalises advantages over them."""
     mask_M = played_BT.flatten().to(value_BT.dtype)
     weights_M = mask_M / mask_M.sum().clamp(min=1)
 

@@ -1,6 +1,6 @@
-"""How later games are kept from changing what all games share: the interface, and its two simplest kinds.
+"""Protection keeps later games from changing the parameters that all games share: the interface, and its two simplest kinds.
 
-The others are stem_replay.py, ewc.py and cloning.py. Knows nothing of how a game is learned.
+The other kinds are stem_replay.py, ewc.py and cloning.py.
 """
 
 from __future__ import annotations
@@ -19,47 +19,53 @@ from ooc_moe.learning.stem_replay import StemReplay
 
 
 class Protection(Protocol):
-    """What the learner adds to its loss for the games that were left."""
+    """The part of learning that looks after the games that have ended."""
 
     def loss(self, game: str, generator: torch.Generator) -> Tensor:
-        """The penalty of an optimizer step in `game`, weight included; zero before a game was left. `generator` draws its minibatch."""
+        """The weighted penalty that an optimizer step in `game` adds to its loss; zero before a game has ended.
+
+        `generator` draws the stored samples.
+        """
 
     def correct_gradients(self, game: str) -> None:
-        """Puts the gradients of the step right where autograd, which knows neither experts nor whose they are, cannot; after backward."""
+        """Corrects the gradients after backward: autograd does not know the experts, nor which game owns a parameter."""
 
     def leave(self, game: str, rollout: Rollout, generator: torch.Generator) -> None:
-        """Remembers a game that had all its updates; `rollout` is its last."""
+        """Stores what is needed to protect a game that has had all its updates. `rollout` is its last one."""
 
     def state_dict(self) -> dict[str, Any]:
-        """For the checkpoint."""
+        """Returns the state for a checkpoint."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Reads `state_dict` back."""
+        """Loads the result of `state_dict`."""
 
 
 class Unprotected:
-    """Later games change what they like."""
+    """No protection: later games may change all shared parameters."""
 
     def loss(self, game: str, generator: torch.Generator) -> Tensor:
-        """Zero."""
+        """Returns zero: there is no penalty."""
         return torch.zeros(())
 
     def correct_gradients(self, game: str) -> None:
-        """Nothing to correct."""
+        """Does nothing: there is nothing to correct."""
 
     def leave(self, game: str, rollout: Rollout, generator: torch.Generator) -> None:
-        """Remembers nothing."""
+        """Stores nothing."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Empty."""
+        """Returns an empty state."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Reads nothing."""
+        """Loads nothing."""
 
 
 class Freeze(Unprotected):
-    """The stem learns until a game is left; what else games share (attention, token routing and its experts) goes on learning."""
+    """Trains the stem in the first game only.
+
+    Other shared parameters (attention, and the routers and experts of token routing) go on learning.
+    """
 
     def __init__(self, stem: nn.Module) -> None:
         self._stem = stem
@@ -71,17 +77,17 @@ class Freeze(Unprotected):
         self._stem.requires_grad_(False)
 
     def state_dict(self) -> dict[str, Any]:
-        """Whether it is frozen."""
+        """Returns whether the stem is frozen."""
         return {"frozen": self._frozen}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Freezes the stem if it was."""
+        """Freezes the stem if it was frozen in the saved state."""
         self._frozen = state["frozen"]
         self._stem.requires_grad_(not self._frozen)
 
 
 def make_protection(config: RunConfig, agent: Agent) -> Protection:
-    """The protection that a run asks for."""
+    """Makes the protection that the configuration names."""
     weight = {} if config.protection_weight is None else {"weight": config.protection_weight}
     match config.protection:
         case "replay":

@@ -1,7 +1,10 @@
-"""Plays the agent in one game's environments and returns what PPO learns from.
+"""Plays the agent in the environments of one game and returns the rollout that PPO learns from.
 
-The unit is the segment: `context` consecutive steps of every environment, played with the keys and values of that segment only, so that
-training can repeat exactly what acting saw. Knows nothing of losses, optimizers or other games.
+A rollout consists of segments: `context` consecutive steps of every environment. Acting attends only to frames of the same segment, so that
+training can repeat exactly what acting computed.
+
+Letters: B segments, T steps of a segment (or of the rollout, in TN), N environments, S stacked frames, H height, W width, L layers,
+K experts of a token, D width of a token.
 """
 
 from __future__ import annotations
@@ -12,16 +15,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ooc_moe.agent.agent import Agent, Segment
+from ooc_moe.agent.agent import Agent
+from ooc_moe.agent.segment import Segment
 from ooc_moe.config.run import PPOConfig
 from ooc_moe.envs import GameEnvs
-from ooc_moe.learning.lookahead import foretell_acting
+from ooc_moe.learning.lookahead import schedule_acting
 from ooc_moe.learning.ppo import advantages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
-    """Segments as rows: B = segments x environments, T = context. `experts_BTLK` is the routing that acted."""
+    """A rollout with one row for each segment of each environment: B = segments * environments, T = context.
+
+    `experts_BTLK` is the routing with which the agent acted.
+    """
 
     frames_BTSHW: Tensor
     starts_BT: Tensor
@@ -33,24 +40,24 @@ class Rollout:
     experts_BTLK: Tensor
     episode_returns: list[float]
     reward_per_step: float
-    """Mean raw reward of a step of one environment."""
+    """The mean raw reward of one step of one environment."""
 
     @property
     def returns_BT(self) -> Tensor:
-        """What the value function is fitted to."""
+        """The targets of the value function."""
         return self.advantages_BT + self.values_BT
 
 
 class Collector:
-    """Holds the environments of one game between rollouts; `frames_NSHW` is what they show now.
+    """Plays rollouts in the environments of one game. `frames_NSHW` are the environments' present frames.
 
     Args:
-        agent: plays; its `context` is the segment's length.
+        agent: plays. Its `context` is the length of a segment.
         envs: the game's environments.
         config: rollout length, discount and lambda.
         generator: draws actions and router noise.
-        on_segment: called with the observations (N, S, H, W) at the start of each segment, before anything acts on them.
-        ahead: whether the experts of the next step are fetched before they are asked for, where HBM has no room for all of them.
+        on_segment: called with the observations (N, S, H, W) at the start of each segment, before the agent acts on them.
+        ahead: whether the expected experts of the next step are fetched in advance, where HBM has no room for all experts.
     """
 
     def __init__(
@@ -67,7 +74,7 @@ class Collector:
         self._generator, self._on_segment, self._ahead = generator, on_segment, ahead
 
     def reset(self, seed: int) -> None:
-        """Starts all episodes anew, from `seed`."""
+        """Begins new episodes in all environments, from `seed`."""
         self.frames_NSHW = torch.from_numpy(self.envs.reset(seed))
         self._starts_N = torch.ones(self.envs.num_envs, dtype=torch.bool)
 
@@ -109,11 +116,11 @@ class Collector:
         )
 
     def _step(self, segment: Segment, episode_returns: list[float]) -> dict[str, Tensor]:
-        """One step; adds the raw returns of the games that ended with it."""
+        """Plays one step; appends the raw returns of the episodes that ended with it to `episode_returns`."""
         acted = self.agent.act(self.frames_NSHW, segment, starts_N=self._starts_N, generator=self._generator)
         experts_NLK = acted.experts_NLK.cpu()
         if any(cache.num_experts > cache.capacity_experts for cache in self.agent.caches):
-            foretell_acting(self.agent.caches, [experts_NLK], ahead=self._ahead)
+            schedule_acting(self.agent.caches, [experts_NLK], ahead=self._ahead)
         step = self.envs.step(acted.actions_N.cpu().numpy())
         episode_returns += step.episode_returns
         now = {
@@ -134,7 +141,11 @@ class Collector:
         return now
 
     def _next_values(self, segments: list[Segment], values_TN: Tensor, starts_TN: Tensor, tokens_TND: Tensor) -> Tensor:
-        """The value of what follows each step, in its segment's context: after the last one, that of the frame where the next begins."""
+        """The value of the observation after each step (T, N), in the context of the step's segment.
+
+        Within a segment it is the value of the next step. After a segment's last step, the first frame of the next segment is added to the
+        old segment and its value is computed there.
+        """
         context = self.agent.config.context
         tokens_MND = torch.cat([tokens_TND[context::context], self.agent.stem(self.frames_NSHW.to(tokens_TND.device)).unsqueeze(0)])
         starts_MN = torch.cat([starts_TN[context::context], self._starts_N.unsqueeze(0)])
@@ -144,6 +155,6 @@ class Collector:
         return next_values_TN
 
     def _as_rows(self, x_TN: Tensor) -> Tensor:
-        """(segments * T, N, ...) -> (segments * N, T, ...)."""
+        """Reshapes (segments * T, N, ...) into (segments * N, T, ...)."""
         context = self.agent.config.context
         return x_TN.reshape(-1, context, *x_TN.shape[1:]).transpose(1, 2).reshape(-1, context, *x_TN.shape[2:])

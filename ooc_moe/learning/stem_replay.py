@@ -1,8 +1,8 @@
-"""Feature replay: keeps the shared stem from forgetting what it saw in earlier games.
+"""Feature replay: keeps the shared stem's outputs for earlier games while later games are learned.
 
-When a game is left, some of its frames are stored with the stem's outputs of that moment; while later games are learned, a small loss
-pulls the stem's outputs on those frames back to the stored ones. It touches no expert, so no cold expert is ever fetched for it.
-The weight must be small (0.05 on Atari): a heavy one is a frozen stem, which cannot learn the next game.
+When a game ends, some of its frames are stored with the stem's outputs at that time. While later games are learned, a small loss pulls the
+stem's outputs for those frames back to the stored ones. The loss uses no expert, so no cold expert is fetched for it. Its weight must be
+small (0.05 on Atari): a large one freezes the stem, which then cannot learn the next game.
 """
 
 from __future__ import annotations
@@ -16,17 +16,21 @@ from torch.utils.data import ConcatDataset, TensorDataset
 
 from ooc_moe.learning.rollout import Rollout
 
-FRAMES_PER_GAME = 1000  # At most: those of one rollout.
+FRAMES_PER_GAME = 1000
+"""The most frames stored of a game. All come from one rollout."""
 FRAMES_PER_STEP = 64
+"""Stored frames in the loss of each optimizer step."""
 
 
 class StemReplay:
-    """Frames (on the CPU) and features (on the stem's device) of the games that were left. A game that comes back is not held to its own.
+    """Stores frames (on the CPU) and features (on the stem's device) of ended games, and computes the loss on them.
+
+    A game that is trained again is not held to its own stored features.
 
     Args:
-        stem: frames (M, S, H, W) -> features (M, D).
-        weight: of the loss.
-        device: the stem's.
+        stem: turns frames (M, S, H, W) into features (M, D).
+        weight: weight of the loss.
+        device: the stem's device.
     """
 
     def __init__(self, stem: Callable[[Tensor], Tensor], *, weight: float = 0.05, device: str = "cpu") -> None:
@@ -41,12 +45,12 @@ class StemReplay:
 
     @torch.no_grad()
     def store(self, game: str, frames_MSHW: Tensor) -> None:
-        """Keeps a game's frames (uint8, M x stack x height x width) and what the stem makes of them now, instead of an earlier visit's."""
+        """Stores frames (M, S, H, W), uint8, with the stem's present features. They replace those of an earlier visit to the game."""
         features_MD = torch.cat([self._stem(piece.to(self._device)) for piece in torch.split(frames_MSHW, 256)])
         self._set(self._stored | {game: TensorDataset(frames_MSHW, features_MD)})
 
     def loss(self, game: str, generator: torch.Generator) -> Tensor:
-        """Squared distance of the stem's outputs from the stored ones on a random batch, in units of all stored features' variance."""
+        """The squared distance between present and stored features on a random batch, divided by the variance of all stored features."""
         others = [stored for name, stored in self._stored.items() if name != game]
         if not others:
             return torch.zeros((), device=self._device)
@@ -57,14 +61,14 @@ class StemReplay:
         return self._weight * (distance_MD / self._variance).mean()
 
     def correct_gradients(self, game: str) -> None:
-        """Nothing to correct: the stem has no experts."""
+        """Does nothing: the loss uses no experts."""
 
     def state_dict(self) -> dict[str, tuple[Tensor, ...]]:
-        """Frames and features, by game."""
+        """The stored frames and features, by game."""
         return {game: stored.tensors for game, stored in self._stored.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Reads `state_dict` back."""
+        """Loads the result of `state_dict`."""
         self._set({game: TensorDataset(frames, features.to(self._device)) for game, (frames, features) in state.items()})
 
     def _set(self, stored: dict[str, TensorDataset]) -> None:

@@ -1,7 +1,7 @@
-"""Adam for experts that live in a store: moments and step count travel with each expert's record.
+"""Adam for experts that live in a store. Moments and step count are part of each expert's record.
 
-Only experts with gradients are fetched, changed and made dirty; the others are not touched, bit for bit. What an earlier optimizer left in
-a record is dropped when this one first updates the expert.
+A step fetches and changes only the experts with gradients. All other experts stay the same, bit for bit. A new optimizer starts with zero
+moments: what an earlier one left in a record is dropped when the new one first updates the expert.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from ooc_moe_client.hbm.cache import ExpertCache
 
 
 class ExpertAdam:
-    """As a new `torch.optim.Adam` (Kingma and Ba 2015), but an expert's step count advances only when it gets tokens.
+    """Adam (Kingma and Ba 2015) as in `torch.optim.Adam`, but an expert's step count advances only when the expert gets tokens.
 
     Args:
-        caches: the agent's caches.
-        gradients: what backward left for each of them, in the same order.
-        lr: the learning rate; may be set anew at any time.
-        betas: decay of the first and second moments.
+        caches: the caches of the experts.
+        gradients: the experts' gradients, one entry for each cache in the same order.
+        lr: the learning rate. It may be changed at any time.
+        betas: decay rates of the first and second moments.
         eps: added to the root of the second moment.
     """
 
@@ -37,11 +37,12 @@ class ExpertAdam:
     ) -> None:
         self.lr, self.betas, self.eps = lr, betas, eps
         self._pairs = list(zip(caches, gradients, strict=True))
-        self._begun: list[set[int]] = [set() for _ in self._pairs]  # by cache: whose moments are this optimizer's
+        # For each cache, the experts whose records hold this optimizer's moments.
+        self._begun: list[set[int]] = [set() for _ in self._pairs]
 
     @torch.no_grad()
     def step(self) -> None:
-        """Updates every expert that has gradients, in waves that fit the cache."""
+        """Updates every expert that has gradients, wave by wave as the cache has room."""
         for (cache, gradients), begun in zip(self._pairs, self._begun, strict=True):
             for wave in cache.waves(gradients.experts):
                 with cache.updating(wave) as slots:
@@ -50,15 +51,19 @@ class ExpertAdam:
                     self._update(cache.views, slots, [gradients.of(expert) for expert in wave])
 
     def zero_grad(self) -> None:
-        """Forgets all gradients of experts."""
+        """Drops all gradients of experts."""
         for _, gradients in self._pairs:
             gradients.zero()
 
     @torch.no_grad()
     def clip_grad_norm(self, dense: Iterable[Tensor], max_norm: float) -> float:
-        """Scales all gradients, the dense parameters' and the experts', to a common norm of at most `max_norm`; returns the norm before.
+        """Scales the gradients of dense parameters and experts together so that their global norm is at most `max_norm`.
 
-        Squares are summed in float64, parameter by parameter and then expert by expert in order of ids: residency cannot change the sum.
+        Squares are summed in float64, parameter by parameter and then expert by expert in order of ids, so that the sum does not depend on
+        which experts are resident.
+
+        Returns:
+            The global norm before scaling.
         """
         flats = [parameter.grad for parameter in dense if parameter.grad is not None]
         flats += [gradients.flat(expert) for _, gradients in self._pairs for expert in gradients.experts]
@@ -75,19 +80,19 @@ class ExpertAdam:
         return [sorted(begun) for begun in self._begun]
 
     def load_state_dict(self, state: list[list[int]]) -> None:
-        """Goes on with the moments that these experts' records hold."""
+        """Continues with the moments in the records of these experts."""
         self._begun = [set(experts) for experts in state]
 
     def _begin(self, views: dict[str, Tensor], slots: list[int]) -> None:
-        """Sets their moments and step counts to zero."""
+        """Sets the moments and step counts in these slots to zero."""
         if slots:
             for name in ("step", *(f"{name}.{moment}" for name in PARAMETERS for moment in ("exp_avg", "exp_avg_sq"))):
                 views[name][slots] = 0
 
     def _update(self, views: dict[str, Tensor], slots: list[int], gradients: list[dict[str, Tensor]]) -> None:
-        """All tensors of all slots in one fused operation, in which no element depends on another: waves make no difference."""
+        """Updates all tensors of all slots in one fused operation. No element depends on another, so waves do not change the result."""
         views["step"][slots] += 1
-        # As floats, because the fused kernel of CUDA reads such.
+        # As floats, because CUDA's fused kernel reads step counts as floats.
         steps = views["step"][slots, 0].float().unbind()
         pairs = [(slot, name) for slot in slots for name in PARAMETERS]
         torch._fused_adam_(

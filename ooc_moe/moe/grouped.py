@@ -1,8 +1,10 @@
-"""Experts of a wave at once, in bfloat16 by grouped matrix multiplications: what autocast to bfloat16 means for the experts.
+"""Computes all experts of a wave at once, in bfloat16, by grouped matrix multiplications. Autocast to bfloat16 selects it.
 
-Parameters are cast wave by wave, as autocast does with those of a dense layer, and their gradients add up in float32. On CUDA torch has
-kernels for it from compute capability 8.0, for widths that are multiples of 8; on the CPU torch loops. Nothing here waits for the device.
-Rows (M, D) and (M, H) are those of the wave, sorted by expert; G counts its experts.
+Parameters are cast wave by wave, as autocast casts those of a dense layer. Their gradients add up in float32. On CUDA torch has kernels for
+it from compute capability 8.0 on, for widths that are multiples of 8; on the CPU torch loops over the experts. Nothing here waits for the
+device.
+
+Letters: as in wave.py; G experts of the wave.
 """
 
 from __future__ import annotations
@@ -13,40 +15,34 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ooc_moe.moe.wave import Parameters, WaveRows
 
-def forward(
-    parameters: list[dict[str, Tensor]], counts: list[int], x_MD: Tensor, before_MH: Tensor, after_MH: Tensor, out_MD: Tensor
-) -> None:
-    """As `looped_ffn.forward`, rows in bfloat16."""
-    group_M, ends_G = _groups(counts, x_MD.device)
-    products_MH = functional.grouped_mm(x_MD, _cast(parameters, "w1"), offs=ends_G)
-    torch.add(products_MH, _cast(parameters, "b1").index_select(0, group_M), out=before_MH)
-    torch.ops.aten.gelu.out(before_MH, out=after_MH)
-    products_MD = functional.grouped_mm(after_MH, _cast(parameters, "w2"), offs=ends_G)
+
+def forward(parameters: Parameters, rows: WaveRows, out_MD: Tensor) -> None:
+    """See `WaveArithmetic.forward`. All rows are in bfloat16."""
+    group_M, ends_G = _groups(rows.counts, rows.x_MD.device)
+    products_MH = functional.grouped_mm(rows.x_MD, _cast(parameters, "w1"), offs=ends_G)
+    torch.add(products_MH, _cast(parameters, "b1").index_select(0, group_M), out=rows.before_MH)
+    torch.ops.aten.gelu.out(rows.before_MH, out=rows.after_MH)
+    products_MD = functional.grouped_mm(rows.after_MH, _cast(parameters, "w2"), offs=ends_G)
     torch.add(products_MD, _cast(parameters, "b2").index_select(0, group_M), out=out_MD)
 
 
 def backward(
-    parameters: list[dict[str, Tensor]],
-    gradients: Iterable[dict[str, Tensor] | None],
-    counts: list[int],
-    x_MD: Tensor,
-    before_MH: Tensor,
-    after_MH: Tensor,
-    grad_out_MD: Tensor,
-    grad_x_MD: Tensor,
+    parameters: Parameters, gradients: Iterable[dict[str, Tensor] | None], rows: WaveRows, grad_out_MD: Tensor, grad_x_MD: Tensor
 ) -> None:
-    """As `looped_ffn.backward`, rows in bfloat16 and gradients of parameters in float32."""
+    """See `WaveArithmetic.backward`. All rows are in bfloat16, the gradients of parameters in float32."""
+    counts, x_MD, after_MH = rows.counts, rows.x_MD, rows.after_MH
     group_M, ends_G = _groups(counts, x_MD.device)
     grad_after_MH = functional.grouped_mm(grad_out_MD, _cast(parameters, "w2").transpose(1, 2), offs=ends_G)
-    grad_before_MH = torch.ops.aten.gelu_backward(grad_after_MH, before_MH)
+    grad_before_MH = torch.ops.aten.gelu_backward(grad_after_MH, rows.before_MH)
     grad_x_MD.copy_(functional.grouped_mm(grad_before_MH, _cast(parameters, "w1").transpose(1, 2), offs=ends_G))
     trained = {number: gradient for number, gradient in enumerate(gradients) if gradient is not None}
     if not trained:
         return
     if len(trained) < len(counts):
-        rows = (torch.split(tensor, counts) for tensor in (x_MD, grad_before_MH, after_MH, grad_out_MD))
-        x_MD, grad_before_MH, after_MH, grad_out_MD = (torch.cat([pieces[number] for number in trained]) for pieces in rows)
+        pieces = [torch.split(tensor, counts) for tensor in (x_MD, grad_before_MH, after_MH, grad_out_MD)]
+        x_MD, grad_before_MH, after_MH, grad_out_MD = (torch.cat([piece[number] for number in trained]) for piece in pieces)
         group_M, ends_G = _groups([counts[number] for number in trained], x_MD.device)
     member_GM = (torch.arange(len(trained), device=x_MD.device).unsqueeze(1) == group_M).to(x_MD.dtype)
     new = {
@@ -60,13 +56,13 @@ def backward(
 
 
 def _groups(counts: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The group of each row (M,), and where the rows of each group end (G,) int32."""
+    """The group (expert) of each row (M,), and where the rows of each group end (G,) int32."""
     counts_G = torch.tensor(counts, dtype=torch.int32).to(device, non_blocking=True)
     return torch.repeat_interleave(counts_G, output_size=sum(counts)), counts_G.cumsum(0, dtype=torch.int32)
 
 
-def _cast(parameters: list[dict[str, Tensor]], name: str) -> Tensor:
-    """One tensor of all experts (G, *shape) in bfloat16, cast and gathered in one go."""
+def _cast(parameters: Parameters, name: str) -> Tensor:
+    """One tensor of all experts (G, *shape) in bfloat16, cast and gathered in one operation."""
     sources = [p[name] for p in parameters]
     cast_G = sources[0].new_empty(len(sources), *sources[0].shape, dtype=torch.bfloat16)
     torch._foreach_copy_(list(cast_G.unbind()), sources)

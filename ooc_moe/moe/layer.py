@@ -1,11 +1,11 @@
-"""The tiered mixture-of-experts layer: tokens meet experts that live in a store and visit a cache.
+"""The tiered mixture-of-experts layer: tokens pass through experts that live in a store and are read through a cache.
 
-Experts are read through `ExpertCache` in waves that fit it, in forward and again in backward, so that nothing stays pinned in between and
-any capacity of at least one expert gives the same bits: each expert is one GEMM pair per call, its results land at
-(token, k), and sums over k and over calls run in an order that residency cannot change. The arithmetic of a wave is in looped_ffn.py and
-grouped_ffn.py. Knows nothing of games.
+Experts are read through `ExpertCache` in waves that fit it, once in forward and again in backward, so that none stays pinned in between.
+The results do not depend on the cache's capacity, not in a single bit: each expert is one pair of matrix products per call, its outputs are
+stored by (token, k), and sums over k and over calls run in an order that does not depend on which experts are resident. looped.py and
+grouped.py compute the experts of a wave.
 
-Shapes: N tokens, K experts a token, M = N * K assignments sorted by expert, D wide, H inside an expert.
+Letters: N tokens, K experts of a token, M = N * K assignments sorted by expert, D width of a token, H width inside an expert.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import gelu
 
-from ooc_moe.moe import grouped as grouped_ffn
-from ooc_moe.moe import looped as looped_ffn
+from ooc_moe.moe import grouped, looped
 from ooc_moe.moe.router import Routed, Router
+from ooc_moe.moe.wave import Parameters, WaveArithmetic, WaveRows
 from ooc_moe_client.hbm.cache import ExpertCache
 from ooc_moe_client.store import Sections
 
@@ -32,10 +32,10 @@ PARAMETERS = ("w1", "b1", "w2", "b2")
 
 
 class ExpertGradients:
-    """Gradients of the experts that got tokens since `zero`; nothing is held for the others.
+    """The gradients of the experts that got tokens since the last `zero`. Other experts have none.
 
-    An expert's gradients lie in one flat tensor, so that its norm and its scaling are one operation each. What was made once is used
-    again: after the first step with that many experts nothing is allocated.
+    All gradients of one expert lie in one flat tensor, so that its norm and its scaling are one operation each. Tensors are used again:
+    a step allocates memory only if it has more experts than any step before.
     """
 
     def __init__(self, cache: ExpertCache) -> None:
@@ -47,27 +47,27 @@ class ExpertGradients:
 
     @property
     def experts(self) -> list[int]:
-        """Ids of the experts with gradients, ascending."""
+        """The ids of the experts that have gradients, ascending."""
         return sorted(self._rows)
 
     def of(self, expert: int) -> dict[str, Tensor]:
-        """The expert's gradients by tensor name, as views to add to; zeros at first."""
+        """The expert's gradients by tensor name, as views to add to. They are zero at first."""
         if expert not in self._rows:
             self._rows[expert] = self._spare.pop() if self._spare else self._new_row()
             self._rows[expert].flat.zero_()
         return self._rows[expert].views
 
     def flat(self, expert: int) -> Tensor:
-        """The expert's gradients as one vector. Raises KeyError when it has none."""
+        """The expert's gradients as one vector. Raises KeyError if the expert has none."""
         return self._rows[expert].flat
 
     def keep(self, experts: Collection[int]) -> None:
-        """Forgets the gradients of all others."""
+        """Drops the gradients of all experts but these."""
         for expert in [expert for expert in self._rows if expert not in experts]:
             self._spare.append(self._rows.pop(expert))
 
     def zero(self) -> None:
-        """Forgets all gradients; their memory is kept for the next ones."""
+        """Drops all gradients. Their memory is kept for the next ones."""
         self._spare.extend(self._rows.values())
         self._rows.clear()
 
@@ -79,40 +79,40 @@ class ExpertGradients:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """One expert's gradients, and the views of it by tensor name."""
+    """The gradients of one expert as one vector, and views of it by tensor name."""
 
     flat: Tensor
     views: dict[str, Tensor]
 
 
 class TieredExperts:
-    """The experts of one bank as a function of tokens, and the gradients it leaves behind.
+    """The experts of one bank as a differentiable function of tokens.
 
-    Not a module: its parameters live in the store, and are none of torch's business.
+    Backward adds to `gradients`. This is no torch module, because its parameters live in the store and not in torch parameters.
     """
 
     def __init__(self, cache: ExpertCache) -> None:
         self.cache = cache
         self.gradients = ExpertGradients(cache)
         self._parameters = [{name: cache.views[name][slot] for name in PARAMETERS} for slot in range(cache.capacity_experts)]
-        # Makes autograd call backward even where no dense parameter before this layer is trained.
+        # Requires a gradient, so that autograd calls backward even where no dense parameter before this layer is trained.
         self._anchor = torch.zeros((), requires_grad=True)
 
     def __call__(self, x_ND: Tensor, routed: Routed, *, read_only: Collection[int] = ()) -> Tensor:
-        """Each token's sum over its experts, weighted by the gates `(tokens, dim)`.
+        """Computes each token's sum over its experts' outputs, weighted by the gates `(tokens, dim)`.
 
-        In float32; under autocast to bfloat16 in that, by grouped matrix multiplications, with gradients that add up in float32. Those of
-        the experts in `read_only` are not computed: to the loss these are constants that gradients flow through.
+        The arithmetic is float32. Under autocast to bfloat16 it is bfloat16, by grouped matrix multiplications, with gradients that add up
+        in float32. Experts in `read_only` get no gradients, but gradients flow through them to the tokens.
         """
         y_ND: Tensor = _MixedExperts.apply(x_ND, routed.gates_NK, self._anchor, self, routed, read_only)  # type: ignore[no-untyped-call]
         return y_ND
 
-    def visit(self, experts: Sequence[int], work: Callable[[slice, list[dict[str, Tensor]]], None], *, counted: bool) -> None:
-        """Calls `work(places, parameters)` wave by wave in order of ids, with the wave's parameters in the cache.
+    def visit(self, experts: Sequence[int], work: Callable[[slice, Parameters], None], *, counted: bool) -> None:
+        """Brings the experts into the cache wave by wave, in order of ids, and calls `work(places, parameters)` for each wave.
 
         Args:
-            experts: ascending ids; `places` says which of them the wave has.
-            work: does the part of these experts.
+            experts: ascending ids.
+            work: computes one wave. It gets the slice of `experts` that the wave consists of, and the parameters of these experts.
             counted: as for `ExpertCache.reading`.
         """
         start = 0
@@ -123,55 +123,63 @@ class TieredExperts:
 
 
 class _MixedExperts(torch.autograd.Function):
-    """Tokens (N, D), gates (N, K) and their routing -> the weighted sum of what each token's experts make of it (N, D).
+    """Computes, from tokens (N, D), gates (N, K) and a routing, the weighted sums of the experts' outputs (N, D).
 
-    Sorting back and summing over k are done here, because autograd's own backward of an indexing adds up in an order that depends on
-    threads.
+    Undoing the sort and summing over k happen here and not in autograd, whose backward of an indexing adds up in an order that depends on
+    the number of threads.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x_ND: Tensor, gates_NK: Tensor, anchor: Tensor, experts: TieredExperts, routed: Routed, read_only: Collection[int]
     ) -> Tensor:
-        order_M, counts = routed.order_M, list(routed.tokens_by_expert.values())
-        grouped = torch.is_autocast_enabled(x_ND.device.type) and torch.get_autocast_dtype(x_ND.device.type) is torch.bfloat16
-        forward_wave = grouped_ffn.forward if grouped else looped_ffn.forward
-        rows_MD = routed.rows_of(x_ND.to(torch.bfloat16 if grouped else x_ND.dtype))
+        is_grouped = torch.is_autocast_enabled(x_ND.device.type) and torch.get_autocast_dtype(x_ND.device.type) is torch.bfloat16
+        rows_MD = routed.rows_of(x_ND.to(torch.bfloat16 if is_grouped else x_ND.dtype))
         before_MH, after_MH = rows_MD.new_empty(2, len(rows_MD), experts.cache.views["b1"].shape[1])
         out_MD = torch.empty_like(rows_MD)
-        pieces = _pieces(counts, rows_MD, before_MH, after_MH, out_MD)
-        experts.visit(
-            list(routed.tokens_by_expert),
-            lambda places, parameters: forward_wave(parameters, counts[places], *pieces(places)),
-            counted=True,
-        )
-        back_M = None if order_M is None else _inverse(order_M)
+        ids, rows = list(routed.tokens_by_expert), WaveRows(list(routed.tokens_by_expert.values()), rows_MD, before_MH, after_MH)
+        arithmetic, ends = _arithmetic(is_grouped), _ends(rows.counts)
+
+        def work(places: slice, parameters: Parameters) -> None:
+            span = slice(ends[places.start], ends[places.stop])
+            arithmetic.forward(parameters, rows.part(places, span), out_MD[span])
+
+        experts.visit(ids, work, counted=True)
+        back_M = None if routed.order_M is None else _inverse(routed.order_M)
         each_NKD = _picked(out_MD, back_M).view(*gates_NK.shape, -1)
         ctx.save_for_backward(rows_MD, before_MH, after_MH, each_NKD, gates_NK, back_M)
-        ctx.experts, ctx.routed, ctx.read_only, ctx.grouped, ctx.dtype = experts, routed, read_only, grouped, x_ND.dtype
+        ctx.experts, ctx.routed, ctx.read_only, ctx.is_grouped, ctx.dtype = experts, routed, read_only, is_grouped, x_ND.dtype
         return _sum_over_k(each_NKD * gates_NK.unsqueeze(2)).to(x_ND.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
         rows_MD, before_MH, after_MH, each_NKD, gates_NK, back_M = ctx.saved_tensors
-        experts, counts = list(ctx.routed.tokens_by_expert), list(ctx.routed.tokens_by_expert.values())
-        backward_wave = grouped_ffn.backward if ctx.grouped else looped_ffn.backward
         grad_gates_NK = (each_NKD * grad_ND.unsqueeze(1)).sum(2).to(gates_NK.dtype) if ctx.needs_input_grad[1] else None
         grad_each_NKD = (grad_ND.unsqueeze(1) * gates_NK.unsqueeze(2)).to(rows_MD.dtype)
         grad_out_MD = _picked(grad_each_NKD.flatten(0, 1), ctx.routed.order_M)
         grad_rows_MD = torch.empty_like(rows_MD)
-        gradients_of = ctx.experts.gradients.of
-        pieces = _pieces(counts, rows_MD, before_MH, after_MH, grad_out_MD, grad_rows_MD)
+        ids, rows = list(ctx.routed.tokens_by_expert), WaveRows(list(ctx.routed.tokens_by_expert.values()), rows_MD, before_MH, after_MH)
+        arithmetic, ends, gradients_of = _arithmetic(ctx.is_grouped), _ends(rows.counts), ctx.experts.gradients.of
 
-        def work(places: slice, parameters: list[dict[str, Tensor]]) -> None:
-            # One by one: zeros are still in the CPU's caches when the first product is added to them.
-            gradients = (None if expert in ctx.read_only else gradients_of(expert) for expert in experts[places])
-            backward_wave(parameters, gradients, counts[places], *pieces(places))
+        def work(places: slice, parameters: Parameters) -> None:
+            span = slice(ends[places.start], ends[places.stop])
+            # Lazily, expert by expert: new gradients are zeroed just before the first product is added, while they are in the CPU's caches.
+            gradients = (None if expert in ctx.read_only else gradients_of(expert) for expert in ids[places])
+            arithmetic.backward(parameters, gradients, rows.part(places, span), grad_out_MD[span], grad_rows_MD[span])
 
-        ctx.experts.visit(experts, work, counted=False)
+        ctx.experts.visit(ids, work, counted=False)
         grad_x_ND = _sum_over_k(_picked(grad_rows_MD, back_M).view_as(each_NKD))
         return grad_x_ND.to(ctx.dtype), grad_gates_NK, None, None, None, None
+
+
+def _arithmetic(is_grouped: bool) -> WaveArithmetic:
+    return grouped if is_grouped else looped
+
+
+def _ends(counts: list[int]) -> list[int]:
+    """The first row of each expert, and the number of all rows."""
+    return [0, *accumulate(counts)]
 
 
 def _inverse(order_M: Tensor) -> Tensor:
@@ -179,24 +187,18 @@ def _inverse(order_M: Tensor) -> Tensor:
 
 
 def _picked(rows_MD: Tensor, order_M: Tensor | None) -> Tensor:
-    """The rows in this order; None: as they are."""
+    """The rows in this order. None: as they are."""
     return rows_MD if order_M is None else rows_MD.index_select(0, order_M)
 
 
-def _pieces(counts: list[int], *tensors: Tensor) -> Callable[[slice], list[Tensor]]:
-    """Gives the rows of each tensor that belong to the experts at the given places."""
-    ends = [0, *accumulate(counts)]
-    return lambda places: [tensor[ends[places.start] : ends[places.stop]] for tensor in tensors]
-
-
 def _sum_over_k(each_NKD: Tensor) -> Tensor:
-    """One after another: a few times faster than `sum(1)` for the few that K is."""
+    """Adds the K terms one after another, which is a few times faster than `sum(1)` for a small K."""
     return reduce(torch.add, each_NKD.unbind(1))
 
 
 @dataclass(frozen=True, slots=True)
 class MoEOutput:
-    """A layer's output, shaped as its input; how its tokens were routed; the number of tokens of each expert that got any."""
+    """A layer's output in the shape of its input, the routing of its tokens, and the number of tokens of each expert that got any."""
 
     y: Tensor
     routed: Routed
@@ -204,7 +206,7 @@ class MoEOutput:
 
 
 class TieredMoE(nn.Module):
-    """Pre-norm mixture of experts with a residual: `x + dropout(sum_k gate_k * expert_k(norm(x)))`. It trains none in `read_only`."""
+    """Pre-norm mixture of experts with a residual: `x + dropout(sum_k gate_k * expert_k(norm(x)))`. Never trains those in `read_only`."""
 
     def __init__(self, experts: TieredExperts, router: Router, *, dim: int, dropout: float, read_only: Collection[int] = ()) -> None:
         super().__init__()
@@ -221,8 +223,8 @@ class TieredMoE(nn.Module):
 
         Args:
             x: `(batch, dim)` or `(batch, seq, dim)`.
-            experts_NK: a routing to repeat, `(tokens, k)`, tokens in the order of `x`; None routes now.
-            noisy: whether the router's noise is on, in training mode.
+            experts_NK: expert ids `(tokens, k)` of an earlier call, with the tokens in the order of `x`. None: the router chooses.
+            noisy: whether the router's noise is on. It needs training mode, too.
             generator: draws the noise.
         """
         normal_ND = self.norm(x).flatten(0, -2)
@@ -232,12 +234,12 @@ class TieredMoE(nn.Module):
 
     @torch.no_grad()
     def activity(self, x: Tensor, routed: Routed) -> dict[int, Tensor]:
-        """Mean absolute activation `(hidden,)` of each expert's hidden units over the tokens of `x` that were routed to it, by id."""
+        """The mean absolute activation `(hidden,)` of each expert's hidden units over its tokens of `x`, by expert id."""
         rows_MD = routed.rows_of(self.norm(x).flatten(0, -2))
         experts, pieces = list(routed.tokens_by_expert), torch.split(rows_MD, list(routed.tokens_by_expert.values()))
         found: dict[int, Tensor] = {}
 
-        def work(places: slice, parameters: list[dict[str, Tensor]]) -> None:
+        def work(places: slice, parameters: Parameters) -> None:
             for expert, rows_RD, p in zip(experts[places], pieces[places], parameters, strict=True):
                 found[expert] = gelu(torch.addmm(p["b1"], rows_RD, p["w1"])).abs().mean(0)
 

@@ -1,6 +1,8 @@
-"""Which experts a token goes to, and with what weight: noisy top-k, and the loss that keeps the load even.
+"""Routing: chooses each token's experts by noisy top-k, weighs them, and computes the loss that keeps the load even.
 
-Knows only the experts it was given to choose from (a game's pool, or a whole bank), not where they are kept.
+A router chooses among fixed experts: a game's pool, or a whole bank.
+
+Letters: N tokens, E experts to choose from, K chosen experts of a token, M = N * K assignments, D width of a token.
 """
 
 from __future__ import annotations
@@ -16,17 +18,17 @@ from ooc_moe_wire.errors import InvalidRequest
 
 @dataclass(frozen=True, slots=True)
 class Routed:
-    """The router's answer.
+    """The experts that a router chose for N tokens.
 
     Attributes:
-        logits_NE: clean logits of the experts to choose from.
-        chosen_NK: places of the chosen among them.
-        experts_NK: their global ids.
-        gates_NK: their weights, which sum to 1.
-        order_M: the permutation that sorts the M = N * K flat assignments (token, k) by expert; equal ones keep their order. None: they
-            are sorted, because there is one expert.
-        counts_E: assignments of each expert to choose from.
-        tokens_by_expert: the same by global id, ascending, on the host; none that got none.
+        logits_NE: logits without noise of the experts to choose from.
+        chosen_NK: the chosen experts, as positions among the experts to choose from.
+        experts_NK: the chosen experts, as ids in the bank.
+        gates_NK: the weights of the chosen experts, which sum to 1 for each token.
+        order_M: the permutation that sorts the M flat assignments (token, k) by expert, stably. None: they are sorted already, because
+            there is only one expert.
+        counts_E: the number of assignments of each expert to choose from.
+        tokens_by_expert: the same numbers by expert id, ascending, on the host, without experts that got no token.
     """
 
     logits_NE: Tensor
@@ -38,21 +40,21 @@ class Routed:
     tokens_by_expert: dict[int, int]
 
     def rows_of(self, x_ND: Tensor) -> Tensor:
-        """The token of each assignment (M, D), sorted by expert."""
+        """The token of each assignment (M, D), with the assignments sorted by expert."""
         return x_ND if self.order_M is None else x_ND.index_select(0, self.order_M // self.experts_NK.shape[1])
 
 
 class Router(nn.Module):
     """Sends each token to `top_k` of the given experts.
 
-    Noise moves the choice in training only (Shazeer et al. 2017, eq. 4, but with a fixed standard deviation); the weights are a softmax
-    over the clean logits of the chosen. So the weights of a choice can be computed again without the noise, and PPO's ratios are
-    exactly those of the policy that acted.
+    Noise changes the choice in training only (Shazeer et al. 2017, eq. 4, but with a fixed standard deviation). The weights are a softmax
+    over the logits, without noise, of the chosen experts. So the weights of a choice can be computed again without the noise, and PPO's
+    ratios are exactly those of the policy that acted.
 
     Args:
         dim: width of a token.
         experts: ascending ids of the experts to choose from.
-        top_k: how many of them a token gets.
+        top_k: the number of experts of a token.
         noise: standard deviation of the noise on the logits.
     """
 
@@ -63,7 +65,7 @@ class Router(nn.Module):
         super().__init__()
         self.top_k, self.noise = top_k, noise
         self.weight = nn.Parameter(torch.randn(len(experts), dim) * (0.1 * dim**-0.5))
-        # Not in the state: the book of pools owns this.
+        # Not in the state dict: the owner of the router keeps the ids (for an agent, its pools).
         self.register_buffer("experts", torch.tensor(experts), persistent=False)
         self.register_buffer("_places", torch.arange(len(experts)), persistent=False)
         self._ids = list(experts)
@@ -71,16 +73,16 @@ class Router(nn.Module):
     def forward(
         self, x_ND: Tensor, *, experts_NK: Tensor | None = None, noisy: bool = False, generator: torch.Generator | None = None
     ) -> Routed:
-        """Chooses, or weighs a choice made before.
+        """Chooses experts for tokens, or computes the weights of an earlier choice.
 
         Args:
             x_ND: normalised tokens.
-            experts_NK: global ids chosen earlier; None chooses now.
-            noisy: whether the noise is on, in training mode.
+            experts_NK: expert ids of an earlier choice. None: the router chooses.
+            noisy: whether the noise is on. It needs training mode, too.
             generator: draws the noise.
 
         Raises:
-            InvalidRequest: `experts_NK` names an expert outside this router's, or has another shape.
+            InvalidRequest: `experts_NK` has another shape, or names an expert that this router cannot choose.
         """
         if len(self._ids) == 1:
             return self._no_choice(x_ND, experts_NK)
@@ -97,14 +99,14 @@ class Router(nn.Module):
         return Routed(logits_NE, chosen_NK, experts_NK, gates_NK, order_M, counts_E, tokens_by_expert)
 
     def _no_choice(self, x_ND: Tensor, experts_NK: Tensor | None) -> Routed:
-        """All tokens to the only expert, in their order, with a gate of 1: the router has nothing to learn."""
+        """Sends all tokens, in their order, to the only expert with a weight of 1. There is nothing to learn here."""
         num_tokens, ones_N1 = len(x_ND), x_ND.new_ones(len(x_ND), 1)
         only_N1 = self.experts.expand(num_tokens, 1)
         if experts_NK is not None:
             self._check_shape(experts_NK, num_tokens)
-            strangers_M = experts_NK[experts_NK != only_N1]
-            if len(strangers_M):
-                raise self._stranger(int(strangers_M[0]))
+            unknown_M = experts_NK[experts_NK != only_N1]
+            if len(unknown_M):
+                raise self._unknown_expert(int(unknown_M[0]))
         return Routed(
             logits_NE=ones_N1.detach(),
             chosen_NK=self._places.expand(num_tokens, 1),
@@ -123,30 +125,31 @@ class Router(nn.Module):
         return logits_NE.topk(self.top_k, dim=1).indices
 
     def _places_of(self, experts_NK: Tensor, num_tokens: int) -> Tensor:
-        """Where the given ids stand among this router's; a stranger, behind the last."""
+        """The positions of these ids among this router's experts. An id that is not among them gets the position after the last."""
         self._check_shape(experts_NK, num_tokens)
         places_NK = torch.searchsorted(self.experts, experts_NK.to(self.experts.dtype).contiguous()).clamp_(max=len(self._ids) - 1)
         return places_NK.masked_fill_(self.experts[places_NK] != experts_NK, len(self._ids))
 
     def _on_host(self, counts_E: Tensor, order_M: Tensor, experts_NK: Tensor) -> dict[int, int]:
-        """The counts by id. Here, once a layer, the host waits for the device: the cache must know whom to bring."""
+        """The counts by expert id. Here the host waits for the device, once per layer: the cache must know which experts to fetch."""
         counts = counts_E.tolist()
         if sum(counts) < len(order_M):
-            raise self._stranger(int(experts_NK.flatten()[order_M[sum(counts)]]))
+            raise self._unknown_expert(int(experts_NK.flatten()[order_M[sum(counts)]]))
         return {expert: count for expert, count in zip(self._ids, counts, strict=True) if count}
 
     def _check_shape(self, experts_NK: Tensor, num_tokens: int) -> None:
         if experts_NK.shape != (num_tokens, self.top_k):
             raise InvalidRequest(f"routing: shape {tuple(experts_NK.shape)} is not ({num_tokens}, {self.top_k}) (tokens, top_k)")
 
-    def _stranger(self, expert: int) -> InvalidRequest:
+    def _unknown_expert(self, expert: int) -> InvalidRequest:
         return InvalidRequest(f"routing: expert {expert} is not one of this router's {self._ids}")
 
 
 def balance_loss(routed: Routed) -> Tensor:
-    """Fedus et al. 2021 (Switch), eq. 4: E * sum_i f_i P_i over the experts to choose from, a scalar; 1 when the load is even.
+    """The load-balancing loss of Fedus et al. 2021 (Switch), eq. 4: a scalar, 1 when the load is even.
 
-    f_i is expert i's share of the assignments, P_i its mean probability; only P_i carries a gradient.
+    It is E * sum_i f_i P_i over the E experts to choose from, where f_i is the share of the assignments that expert i got and P_i its mean
+    probability. Only P_i carries a gradient.
     """
     num_experts = routed.logits_NE.shape[1]
     shares_E = routed.counts_E / routed.chosen_NK.numel()

@@ -12,6 +12,7 @@ import numpy as np
 from ooc_moe.display.formats import DASH, format_duration, format_part, format_ratio, format_score, format_seconds, format_share, listed
 from ooc_moe.display.table import Table
 from ooc_moe.metrics import measures
+from ooc_moe.metrics.baselines import best_constants
 from ooc_moe.metrics.log import Event
 from ooc_moe.metrics.run import RunRecord, Scores
 from ooc_moe.report.tier_tables import overlap_table, prefetch_table, tier_table
@@ -163,17 +164,6 @@ def evaluation_table(record: RunRecord) -> Table:
 
 def _columns(first: list[str], constants: Mapping[str, float], then: list[str], has_reference: bool) -> list[str]:
     return [*first, *(["best constant"] if constants else []), *then, *(["of reference"] if has_reference else [])]
-
-
-def best_constants(record: RunRecord) -> dict[str, float]:
-    """The best constant action's mean return by game, where `ooc-moe eval --constants` played it by the protocol of this record."""
-    from ooc_moe.evaluation.baselines import DIRECTORY, PROTOCOL, kept
-
-    if not record.config.keys() >= set(PROTOCOL):
-        return {}
-    protocol = {name: record.config[name] for name in PROTOCOL}
-    found = {game: kept(game, record.run_dir / DIRECTORY, **protocol) for game in record.games}
-    return {game: each.best_constant_mean for game, each in found.items() if each is not None}
 
 
 def single_task_table(record: RunRecord) -> Table:

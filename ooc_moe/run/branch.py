@@ -1,6 +1,6 @@
-"""Takes a run back to one of its checkpoints, or begins another run from there: dense parameters, experts and events together.
+"""Returns a run to one of its checkpoints, or begins another run from there, with dense parameters, experts and events.
 
-Deliberately trains nothing: both leave a directory that `train.resume` goes on from.
+Nothing here trains. Both functions leave a directory from which `train.resume` continues.
 
 Run: ooc-moe branch runs/first runs/second --checkpoint 0-krull --games boxing
 """
@@ -21,35 +21,34 @@ from ooc_moe_wire.errors import InvalidRequest
 
 
 def go_back(run_dir: Path, name: str) -> None:
-    """Makes the named checkpoint the latest one; drops the checkpoints of what came after it, and with the next resume their snapshots."""
+    """Makes the named checkpoint the run's latest one and deletes all later checkpoints. The next resume deletes their snapshots."""
     directory = run_dir / checkpoint.DIRECTORY
     chosen = checkpoint.load_named(directory, name)
-    for file, saved in checkpoint.kept(directory).items():
+    for file, saved in checkpoint.ends_of_games(directory).items():
         if saved.progress.update > chosen.progress.update:
             (directory / file).unlink()
     checkpoint.save(directory / checkpoint.LATEST, chosen)
 
 
 def branch(source: Path, run_dir: Path, name: str, *, games: Sequence[str] = (), store: str | None = None) -> None:
-    """Makes a run that stands where `source` stood at a checkpoint; its banks share with the source's what neither changes.
+    """Makes a new run in the state that `source` had at a checkpoint. Experts that neither run changes share their bytes.
 
     Args:
-        source: the directory of the run to begin from; it may be training meanwhile.
+        source: the directory of the run to begin from. It may be in training.
         run_dir: the new run's directory.
         name: one of the source's checkpoints.
-        games: what is learned after it, instead of what the source learned.
+        games: the games to learn after the checkpoint, instead of the source's.
         store: the daemon's address, if it moved.
 
     Raises:
-        InvalidRequest: there is no such run or checkpoint, the checkpoint lies inside a game that `games` would replace, or the source's
-            games take turns, a game is unknown, run_dir holds a run already, or the run has a daemon of its own and `store` does not say
-            where it listens.
-        BankExists: the store has banks under the new run's name.
+        InvalidRequest: there is no such run or checkpoint; a game is unknown; run_dir holds a run already; the run has its own daemon and
+            `store` does not give its address; or `games` is given, but the checkpoint lies inside a game or the source's games take turns.
+        BankExists: the store has banks with the new run's name already.
     """
     old = RunConfig.read(source)
     saved = checkpoint.load_named(source / checkpoint.DIRECTORY, name)
     if games and old.switch_every:
-        raise InvalidRequest(f"games: those of {source} take turns, none has an end to go on from")
+        raise InvalidRequest(f"games: the games of {source} take turns, so no checkpoint is the end of a game")
     if games and saved.progress.update_in_turn:
         raise InvalidRequest(f"games: checkpoint {name!r} lies inside {old.games[saved.progress.turn]!r}; choose the end of a game")
     for game in games:
@@ -68,7 +67,7 @@ def branch(source: Path, run_dir: Path, name: str, *, games: Sequence[str] = (),
         snapshot = opened.create_snapshot(banks, name=f"{config.name}/update-{saved.progress.update}-{uuid.uuid4().hex[:8]}")
     moved = dataclasses.replace(saved, snapshot_id=snapshot.id)
     directory = run_dir / checkpoint.DIRECTORY
-    for file, kept in checkpoint.kept(source / checkpoint.DIRECTORY).items():
+    for file, kept in checkpoint.ends_of_games(source / checkpoint.DIRECTORY).items():
         if kept.progress == saved.progress:
             checkpoint.save(directory / file, moved)
     checkpoint.save(directory / checkpoint.LATEST, moved)

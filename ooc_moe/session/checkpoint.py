@@ -1,8 +1,11 @@
 """A checkpoint: a dense file and a snapshot of the banks, which together are the whole state of a run.
 
-Order on saving: the experts are flushed, the snapshot is taken, the dense file that names it is written beside and renamed over the old
-one, and only then the older snapshot goes. So whatever the instant of a crash, the file on disk names a snapshot that exists; one that no
-file names may be left over, and a resumed run drops it.
+Saving goes in this order:
+
+    flush the experts -> create the snapshot -> write the dense file to a new file -> rename it over the old one -> delete the old snapshot
+
+So at every instant the dense file on disk names a snapshot that exists, whenever the process crashes. A crash can leave a snapshot that no
+dense file names. The next resume deletes it.
 """
 
 from __future__ import annotations
@@ -18,13 +21,14 @@ import torch
 from ooc_moe_wire.errors import InvalidRequest, TierFull
 
 DIRECTORY = "checkpoints"
-LATEST = "latest.pt"
+LATEST_NAME = "latest"
+LATEST = f"{LATEST_NAME}.pt"
 FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """Where a run stands: the next thing to do is update `update_in_turn` of turn number `turn` (see `RunConfig.turns`)."""
+    """How far a run has come. Its next step is update `update_in_turn` of turn number `turn` (see `RunConfig.turns`)."""
 
     turn: int = 0
     update_in_turn: int = 0
@@ -34,7 +38,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """The dense file's content: tensors and plain values only, so that it loads with `weights_only`."""
+    """The content of a dense file: tensors and plain values only, so that it loads with `weights_only`."""
 
     progress: Progress
     snapshot_id: int
@@ -42,24 +46,24 @@ class Checkpoint:
 
 
 def save(path: Path, saved: Checkpoint) -> None:
-    """Writes the dense file durably: either the old one or the new one is there, never half of one.
+    """Writes a dense file durably. After a crash either the old file or the new one is there, and it is complete.
 
     Raises:
-        TierFull: its disk has no room; the old one is there.
+        TierFull: the disk has no room. The old file is still there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".new")
+    new_file = path.with_suffix(".new")
     content = {"format": FORMAT, "progress": asdict(saved.progress), "snapshot_id": saved.snapshot_id, "state": saved.state}
     try:
-        with beside.open("wb") as file:
+        with new_file.open("wb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-    except (RuntimeError, OSError) as error:  # torch hides what the file said.
+    except (RuntimeError, OSError) as error:  # torch hides the file's own error.
         free = shutil.disk_usage(path.parent).free
-        beside.unlink(missing_ok=True)
+        new_file.unlink(missing_ok=True)
         raise TierFull(f"checkpoint: {path} cannot be written with {free} bytes free on its disk; an earlier one stays") from error
-    beside.replace(path)
+    new_file.replace(path)
     directory = os.open(path.parent, os.O_RDONLY)
     os.fsync(directory)
     os.close(directory)
@@ -69,36 +73,40 @@ def load(path: Path) -> Checkpoint:
     """Reads a dense file.
 
     Raises:
-        InvalidRequest: there is none, or it has an unknown format.
+        InvalidRequest: the file does not exist, or has an unknown format.
     """
     if not path.exists():
         raise InvalidRequest(
-            f"resume: {path} does not exist; the run ended before its first checkpoint: begin it again under another --name"
+            f"checkpoint: {path} does not exist; the run ended before its first checkpoint: begin it again under another --name"
         )
     content = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
     if content.get("format") != FORMAT:
-        raise InvalidRequest(f"resume: {path} has format {content.get('format')}, this version reads {FORMAT}")
+        raise InvalidRequest(f"checkpoint: {path} has format {content.get('format')}, this version reads {FORMAT}")
     return Checkpoint(progress=Progress(**content["progress"]), snapshot_id=content["snapshot_id"], state=content["state"])
 
 
 def load_named(directory: Path, name: str) -> Checkpoint:
-    """Reads the dense file `name`.pt. Raises InvalidRequest, with the names that there are, when it is not among them."""
+    """Reads the dense file `name`.pt.
+
+    Raises:
+        InvalidRequest: there is no such file; the message names those that exist. Or the file has an unknown format.
+    """
     names = sorted(path.stem for path in directory.glob("*.pt"))
-    if name not in names:
-        raise InvalidRequest(f"checkpoint: {name!r} is not in {directory}, which holds {', '.join(names) or 'none'}")
+    if name not in names and names:
+        raise InvalidRequest(f"checkpoint: {name!r} is not in {directory}, which holds {', '.join(names)}")
     return load(directory / f"{name}.pt")
 
 
-def end_of_game(phase: int, game: str) -> str:
+def end_of_game_file(phase: int, game: str) -> str:
     """The file name of the checkpoint that a run keeps of the end of its game number `phase`."""
     return f"{phase}-{game.replace('/', '-')}.pt"
 
 
-def kept(directory: Path) -> dict[str, Checkpoint]:
+def ends_of_games(directory: Path) -> dict[str, Checkpoint]:
     """The checkpoints that a run keeps of the ends of its games, by file name."""
     return {path.name: load(path) for path in sorted(directory.glob("*.pt")) if path.name != LATEST}
 
 
-def named_snapshots(directory: Path) -> set[int]:
-    """The snapshots that the dense files of a directory need."""
+def referenced_snapshots(directory: Path) -> set[int]:
+    """The ids of all snapshots that the dense files of a directory name."""
     return {load(path).snapshot_id for path in directory.glob("*.pt")}

@@ -1,4 +1,4 @@
-"""An embedded daemon: a real `ooc-moe-server` process on a local directory, for as long as a run needs it."""
+"""An embedded daemon: an `ooc-moe-server` process on a local directory that lives as long as the run that started it."""
 
 from __future__ import annotations
 
@@ -27,13 +27,18 @@ _PR_SET_PDEATHSIG = 1
 
 @contextmanager
 def embedded_daemon(data_dir: Path, *, dram_bytes: int, also_listen: Sequence[str] = ()) -> Iterator[str]:
-    """Starts a daemon on `data_dir`, yields its TCP address, and stops it (SIGTERM: it drains and flushes) at the end.
+    """Starts a daemon on `data_dir`, yields its TCP address, and stops it at the end. On SIGTERM the daemon drains and flushes.
 
-    The daemon has a session of its own, so that Ctrl-C reaches the trainer alone and the trainer can still save; should the trainer be
-    killed, the kernel tells the daemon to stop.
+    The daemon runs in its own process session, so that Ctrl-C reaches only the trainer, which can then still save. If the trainer is
+    killed, the kernel sends SIGTERM to the daemon.
+
+    Args:
+        data_dir: the daemon's directory, made if it does not exist.
+        dram_bytes: size of the daemon's DRAM tier.
+        also_listen: further addresses to listen on.
 
     Raises:
-        Unavailable: it did not start; the message ends with what it said last.
+        Unavailable: the daemon did not start. The message ends with the last line of its log.
     """
     data_dir.mkdir(parents=True, exist_ok=True)
     process, address = _start(data_dir, dram_bytes, also_listen)
@@ -44,7 +49,7 @@ def embedded_daemon(data_dir: Path, *, dram_bytes: int, also_listen: Sequence[st
         try:
             process.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            log.warning("the embedded daemon did not stop within %.0f s; killing it (what it acknowledged is durable)", STOP_TIMEOUT_S)
+            log.warning("the embedded daemon did not stop within %.0f s; killing it (all acknowledged writes are durable)", STOP_TIMEOUT_S)
             process.kill()
             process.wait()
 
@@ -57,7 +62,7 @@ def embedded_daemon(data_dir: Path, *, dram_bytes: int, also_listen: Sequence[st
     reraise=True,
 )
 def _start(data_dir: Path, dram_bytes: int, also_listen: Sequence[str]) -> tuple[subprocess.Popen[bytes], str]:
-    """A daemon that listens, and its address."""
+    """Starts a daemon; returns its process and its address once it listens."""
     log_path = data_dir.with_suffix(".log")
     address_file = data_dir / "daemon.json"
     address_file.unlink(missing_ok=True)
@@ -75,17 +80,17 @@ def _start(data_dir: Path, dram_bytes: int, also_listen: Sequence[str]) -> tuple
 
 
 def _wait_until_listening(process: subprocess.Popen[bytes], address_file: Path, log_path: Path) -> str:
-    """The address that the daemon wrote once it listened."""
+    """Waits for the file in which the daemon writes its address once it listens; returns the address."""
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline and process.poll() is None:
         if address_file.exists():
             return str(json.loads(address_file.read_text())["addresses"][0])
         time.sleep(0.02)
-    last_words = log_path.read_text(errors="replace").strip().splitlines()[-1:]
-    raise Unavailable(f"the embedded daemon did not start on {log_path.parent}: {''.join(last_words) or 'it said nothing'}")
+    last_line = log_path.read_text(errors="replace").strip().splitlines()[-1:]
+    raise Unavailable(f"the embedded daemon did not start on {log_path.parent}: {''.join(last_line) or 'its log is empty'}")
 
 
 def stop_with_parent() -> None:
-    """Asks the kernel for a SIGTERM when the parent dies (Linux prctl(2)). For a child process to call."""
+    """Asks the kernel to send this process a SIGTERM when its parent dies (Linux prctl(2)). The child process calls it."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

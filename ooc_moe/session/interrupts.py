@@ -1,4 +1,4 @@
-"""Ctrl-C as a wish: long work ends where it can be taken up again."""
+"""Turns Ctrl-C into a request to stop, so that long work can end where it can be resumed."""
 
 from __future__ import annotations
 
@@ -8,27 +8,28 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 INTERRUPTED_EXIT = 130
-"""Exit code of a command that a signal ended, its work saved; as a shell has it for SIGINT."""
+"""The exit code of a command that saved its work after a signal; shells use it for SIGINT."""
 
 
 @contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Turns the first Ctrl-C (or SIGTERM) into a wish that the loop fulfils at its next safe point; the second one stops at once.
+    """Yields a function that says whether Ctrl-C (or SIGTERM) has asked the loop to stop.
 
-    Outside the main thread, where Python handles no signals, nobody interrupts.
+    The loop asks at its safe points and stops there. A second signal raises KeyboardInterrupt at once. Outside the main thread Python
+    handles no signals, and the function always says False.
     """
-    wish = False
+    requested = False
 
-    def note(signum: int, frame: object) -> None:
-        nonlocal wish
-        if wish:
+    def on_signal(signum: int, frame: object) -> None:
+        nonlocal requested
+        if requested:
             raise KeyboardInterrupt
-        wish = True
+        requested = True
 
     numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    previous = {number: signal.signal(number, note) for number in numbers}
+    previous = {number: signal.signal(number, on_signal) for number in numbers}
     try:
-        yield lambda: wish
+        yield lambda: requested
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -1,6 +1,6 @@
-"""The parts of a run put together: the store, the banks, the HBM caches, the agent, the detector; and what prefetches between them.
+"""Opens the parts of a run and connects them: store, HBM caches, agent, detector, and the prefetching between detector and caches.
 
-Training and evaluation both open one. Knows nothing of PPO, phases or reports.
+Training and evaluation both open a session.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 from ooc_moe import envs
 from ooc_moe.agent.agent import Agent
 from ooc_moe.config.run import RunConfig
+from ooc_moe.detection.belief import Belief
 from ooc_moe.detection.detector import Detector
 from ooc_moe.detection.nearest_mean import NearestClassMean
 from ooc_moe.envs import GameEnvs
@@ -37,12 +38,12 @@ from ooc_moe_wire.errors import InvalidRequest
 log = logging.getLogger(__name__)
 
 LEAST_USEFUL = 0.1
-"""An older game's expert is lent to a new one if the detector expects it to be used for at least so many of its frames."""
+"""A new game may borrow an older game's expert if the detector expects at least this share of the new game's frames to use the expert."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Session:
-    """What is open while a run trains or is evaluated."""
+    """The open parts of a run while it trains or is evaluated."""
 
     config: RunConfig
     store: ExpertStore
@@ -54,7 +55,7 @@ class Session:
     trace: TraceWriter | None = None
 
     def mark_game(self, game: str, *, evaluating: bool = False) -> None:
-        """Notes in the trace which game is on the screen from here on."""
+        """Records in the trace that `game` is on the screen from now on."""
         if self.trace is not None:
             self.trace.mark(game, evaluating=evaluating)
 
@@ -66,13 +67,13 @@ class Session:
         probabilities: Mapping[int, float] | None = None,
         read_only: Collection[int] = (),
     ) -> None:
-        """Asks every cache for its share of `experts` (numbered as the detector does: expert x banks + bank).
+        """Asks the caches to prefetch experts.
 
         Args:
-            experts: the most urgent first.
-            within_s: when they will be needed; None: nobody knows.
-            probabilities: how likely each is to be needed; None: certain.
-            read_only: those that come without their moments.
+            experts: numbers across banks (expert * num_banks + bank), the most urgent first.
+            within_s: seconds until they are needed. None: unknown.
+            probabilities: the probability that each expert is needed. None: all are needed for certain.
+            read_only: the experts to fetch without their optimizer moments.
         """
         wanted: defaultdict[tuple[int, Sections], dict[int, float]] = defaultdict(dict)
         for number in experts:
@@ -83,9 +84,10 @@ class Session:
             self.caches[bank].prefetch(list(share), sections=sections, within_s=within_s, probabilities=share)
 
     def useful_experts(self, frames_NSHW: Tensor) -> list[list[int]]:
-        """Which experts of known games might serve a new one, for `Agent.add_game`: ids by bank, the most useful first.
+        """Chooses experts of known games that a new game could borrow: ids by bank, the most useful first, as `Agent.add_game` takes them.
 
-        Useful is what the detector, which knows the older games only, expects to be used for the new one's frames; as a mean over these.
+        The detector, which does not know the new game yet, predicts how probable each expert is for frames of the new game. An expert is
+        as useful as its mean probability over the frames.
         """
         num_banks, agent = len(self.caches), self.agent
         older = sorted({number for game in agent.games for number in agent.prefetch_set(game)})
@@ -97,40 +99,44 @@ class Session:
         return [[number // num_banks for number in useful if number % num_banks == bank] for bank in range(num_banks)]
 
     def usage_of(self, experts_BTLK: Tensor) -> Tensor:
-        """How often each expert (numbered as the detector does) was used: counts, one per expert of all banks."""
+        """Counts how often each expert was used in these routings: one count per expert of all banks, by its number across banks."""
         num_banks = len(self.caches)
         layers = torch.arange(experts_BTLK.shape[-2]) % num_banks
         numbered = experts_BTLK.long() * num_banks + layers[:, None]
         return torch.bincount(numbered.flatten(), minlength=self.num_experts)
 
     def make_envs(self, game: str, num_envs: int) -> GameEnvs:
-        """Environments of a game, with the agent's frames."""
+        """Makes environments of a game whose frames have the agent's sizes."""
         agent = self.config.agent
         return envs.make(game, num_envs, frame_size=agent.frame_size, frame_stack=agent.frame_stack, num_threads=self.config.env_threads)
 
+    def new_belief(self, num_envs: int) -> Belief:
+        """A belief about the game of each of `num_envs` environments, with the run's smoothing and hysteresis."""
+        return Belief(num_envs, smoothing=self.config.belief_smoothing, switch_at=self.config.belief_switch_at)
+
     @property
     def num_experts(self) -> int:
-        """Experts of all banks together."""
+        """Number of experts of all banks together."""
         return self.agent.num_experts
 
     def cache_stats(self) -> CacheStats:
-        """The HBM counters of all caches, added up."""
+        """The counters of all HBM caches, added up."""
         first, *rest = (cache.stats() for cache in self.caches)
         return sum(rest, start=first)
 
     def store_stats(self) -> dict[str, Any]:
-        """The daemon's tiers: what `ooc-moe stats --json` prints under dram, nvme and total."""
+        """The counters of the daemon's tiers, as `ooc-moe stats --json` prints them under dram, nvme and total."""
         stats = MessageToDict(self.store.stats(), preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
         return {name: {key: _number(value) for key, value in stats.get(name, {}).items()} for name in ("dram", "nvme", "total")}
 
     def flush(self) -> None:
-        """Returns when every trained expert is durable."""
+        """Writes back every changed expert and returns when all of them are durable."""
         for cache in self.caches:
             cache.flush()
 
 
 def check_device(device: str) -> None:
-    """Raises InvalidRequest unless tensors can be made on this device, which is cpu or cuda."""
+    """Raises InvalidRequest unless `device` is cpu or cuda and torch can make tensors on it."""
     if device.partition(":")[0] not in ("cpu", "cuda"):
         raise InvalidRequest(f"device: {device!r} is neither cpu nor cuda")
     try:
@@ -143,9 +149,13 @@ def check_device(device: str) -> None:
 def open_session(
     config: RunConfig, store: ExpertStore, bank_names: Sequence[str], *, trace: TraceWriter | None = None
 ) -> Iterator[Session]:
-    """Opens caches on existing banks, and an agent, a detector and its baseline that know no game yet.
+    """Opens caches on existing banks, with a new agent, detector and nearest-mean baseline that know no game yet.
 
-    `trace` is told what the caches are asked for.
+    Args:
+        config: the run's configuration.
+        store: where the banks are.
+        bank_names: the banks, in the order of the agent's caches.
+        trace: records which experts are asked for. None: nothing is recorded.
     """
     torch.set_num_threads(config.threads)
     agent_config = config.agent
@@ -189,7 +199,12 @@ def open_session(
 
 @contextmanager
 def open_store(config: RunConfig) -> Iterator[ExpertStore]:
-    """Connects to the run's daemon, or starts one on run_dir/store and stops it after. Raises InvalidRequest for an impossible plane."""
+    """Connects to the run's daemon, or runs an embedded one on run_dir/store for as long as the store is open.
+
+    Raises:
+        InvalidRequest: the daemon cannot be reached on the configured plane.
+        Unavailable: the embedded daemon does not start.
+    """
     with ExitStack() as stack:
         target = config.store or stack.enter_context(embedded_daemon(Path(config.run_dir) / "store", dram_bytes=config.agent.dram_bytes))
         store = RemoteStore(target, trainer=config.name, plane=Plane(config.plane))
@@ -199,5 +214,5 @@ def open_store(config: RunConfig) -> Iterator[ExpertStore]:
 
 
 def _number(value: Any) -> Any:
-    """JSON maps 64-bit numbers to strings; numbers read better."""
+    """Undoes protobuf's JSON, which turns 64-bit integers into strings."""
     return int(value) if isinstance(value, str) and value.isdigit() else value

@@ -15,7 +15,7 @@ from rich.console import Console
 from ooc_moe.config.agent import PRESETS
 from ooc_moe.config.run import PPOConfig, RunConfig
 from ooc_moe.metrics.log import Event, MetricsWriter, read_metrics
-from ooc_moe.run.train import Trainer
+from ooc_moe.run.trainer import Trainer
 from ooc_moe.session import checkpoint
 from ooc_moe.session.daemon import embedded_daemon
 from ooc_moe.session.session import open_session
@@ -45,10 +45,10 @@ def play(config: RunConfig, store: ExpertStore) -> CacheStats:
     """A new run in a store that is open, without the report; returns what its caches counted."""
     for spec in config.agent.bank_specs(config.name, config.seed):
         store.create_bank(spec)
-    return take_up(config, store, new=True)
+    return resume_in(config, store, new=True)
 
 
-def take_up(config: RunConfig, store: ExpertStore, *, new: bool = False) -> CacheStats:
+def resume_in(config: RunConfig, store: ExpertStore, *, new: bool = False) -> CacheStats:
     """Goes on from the run's last checkpoint; `new`: begins it."""
     saved = None if new else end_of(config.run_dir, checkpoint.LATEST)
     if saved is not None:

@@ -3,12 +3,13 @@ import io
 import pytest
 import torch
 
-from ooc_moe.agent.agent import Agent
+from ooc_moe.agent.agent import Agent, routed_tokens
 from ooc_moe.moe.expert_adam import ExpertAdam
+from ooc_moe_client.hbm.cache import ExpertCache
 from ooc_moe_wire.errors import InvalidRequest, Unavailable
 
 CONTEXT = 4
-VARIANTS = [{}, {"routing": "token"}, {"banks": "per-layer"}, {"pools": "shared"}, {"attention": "first-game"}, {"attention": "shared"}]
+VARIANTS = [{}, {"routing": "token"}, {"banks": "per-layer"}, {"pools": "shared"}, {"attention": "shared"}]
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -289,20 +290,6 @@ def test_loading_over_other_pools_is_refused(world) -> None:
         world.agent(games=("b", "a")).load_state_dict(state)
 
 
-def test_the_first_games_attention_serves_all_and_freezes_with_the_second(world, frames) -> None:
-    agent = world.agent(attention="first-game")
-    alone = len(list(agent.game_parameters("a")))
-    before = {name: value.clone() for name, value in agent.state_dict().items() if ".attention." in name}
-    train(agent, frames(agent, 2, CONTEXT), game="a", steps=1)
-    moved = {name: value.clone() for name, value in agent.state_dict().items() if ".attention." in name}
-    assert not any(torch.equal(moved[name], before[name]) for name in before if name.endswith("weight"))
-    agent.add_game("b")
-    assert len(list(agent.game_parameters("a"))) == len(list(agent.game_parameters("b"))) == alone - 2 * 4
-    for game in "ba":
-        train(agent, frames(agent, 2, CONTEXT), game=game, steps=1)
-    assert all(torch.equal(agent.state_dict()[name], moved[name]) for name in moved)
-
-
 def test_shared_attention_is_trained_by_every_game_and_by_none_alone(world, frames) -> None:
     agent = world.agent(games=("a", "b"), attention="shared")
     assert {*agent.attentions.parameters()} < {*agent.shared_parameters()}
@@ -342,9 +329,9 @@ def test_the_prefetch_set_is_numbered_as_the_detector_numbers_experts(world) -> 
     assert per_layer.prefetch_set("b") == [expert * 2 + bank for expert in range(4, 8) for bank in (0, 1)]
 
 
-def test_usage_counts_tokens_by_layer_and_expert(world) -> None:
+def test_usage_counts_tokens_by_layer_and_expert() -> None:
     experts_NLK = torch.tensor([[[0, 1], [5, 6]], [[1, 2], [6, 7]]], dtype=torch.int32)
-    assert world.agent().usage(experts_NLK) == {"0": {"0": 1, "1": 2, "2": 1}, "1": {"5": 1, "6": 2, "7": 1}}
+    assert routed_tokens(experts_NLK) == {"0": {"0": 1, "1": 2, "2": 1}, "1": {"5": 1, "6": 2, "7": 1}}
 
 
 def test_deterministic_acting_takes_the_likeliest_action_without_noise(world, frames) -> None:
@@ -381,25 +368,39 @@ def test_dropout_is_off_in_evaluation(world, frames) -> None:
     assert torch.equal(value(), value())
 
 
-def test_the_prediction_is_made_only_when_asked_and_of_the_latest_frames(world, frames) -> None:
+def test_the_prediction_is_made_when_it_is_read_and_of_the_latest_frames(world, frames) -> None:
     agent = world.agent()
     frames_BTSHW = frames(agent, 2, CONTEXT)
-    with pytest.raises(InvalidRequest, match="no predictor"):
-        agent(frames_BTSHW, game="a", predict=True)
+    output, acted = agent(frames_BTSHW, game="a"), agent.act(frames_BTSHW[:, 0], agent.segment("a", 2))
+    for either in (output, acted):
+        with pytest.raises(InvalidRequest, match="no predictor"):
+            _ = either.prediction
     asked: list[torch.Tensor] = []
     agent.predictor = lambda frames_NSHW: (asked.append(frames_NSHW), "a game")[1]
-    assert agent(frames_BTSHW, game="a").prediction is None
+    agent(frames_BTSHW, game="a")
+    agent.act(frames_BTSHW[:, 0], agent.segment("a", 2))
     assert asked == []
-    assert agent(frames_BTSHW, game="a", predict=True).prediction == "a game"
+    assert output.prediction == acted.prediction == "a game"
     assert torch.equal(asked[0], frames_BTSHW[:, -1])
-    assert agent.act(frames_BTSHW[:, 0], agent.segment("a", 2), predict=True).prediction == "a game"
+    assert torch.equal(asked[1], frames_BTSHW[:, 0])
 
 
-def test_the_output_carries_the_counters_of_every_cache(world, frames) -> None:
+def test_the_counters_of_every_cache_are_read_when_they_are_asked_for(world, frames) -> None:
     agent = world.agent(banks="per-layer")
-    stats = agent(frames(agent, 2, CONTEXT), game="a").cache_stats
-    assert [one.bank for one in stats] == ["test/layer0", "test/layer1"]
-    assert all(one.accesses > 0 for one in stats)
+    output = agent(frames(agent, 2, CONTEXT), game="a")
+    assert [one.bank for one in output.cache_stats] == ["test/layer0", "test/layer1"]
+    before = output.cache_stats[0].accesses
+    assert before > 0
+    agent(frames(agent, 2, CONTEXT), game="a")
+    assert output.cache_stats[0].accesses > before
+
+
+def test_neither_a_forward_pass_nor_acting_reads_a_caches_counters(world, frames, monkeypatch) -> None:
+    agent = world.agent()
+    monkeypatch.setattr(ExpertCache, "stats", lambda cache: pytest.fail("the counters were read"))
+    output = agent(frames(agent, 2, CONTEXT), game="a")
+    agent.act(frames(agent, 2, 1)[:, 0], agent.segment("a", 2))
+    repr(output)
 
 
 BAD_CALLS = [
@@ -410,13 +411,13 @@ BAD_CALLS = [
     (lambda agent, x: agent(x[:, :, :3], game="a"), r"frames: got torch.uint8 \(2, 4, 3, 42, 42\)"),
     (lambda agent, x: agent(x[0], game="a"), r"frames: got torch.uint8 \(4, 4, 42, 42\)"),
     (lambda agent, x: agent(x.float(), game="a"), "frames: got torch.float32"),
-    (lambda agent, x: agent(x.repeat(1, 2, 1, 1, 1), game="a"), "frames: 8 of time"),
+    (lambda agent, x: agent(x.repeat(1, 2, 1, 1, 1), game="a"), "frames: 8 in each segment"),
     (lambda agent, x: agent(x, game="a", starts_BT=torch.zeros(2, 3, dtype=torch.bool)), r"starts: got torch.bool \(2, 3\)"),
     (lambda agent, x: agent(x, game="a", starts_BT=torch.zeros(2, 4)), r"starts: got torch.float32 \(2, 4\), expected torch.bool"),
     (lambda agent, x: agent(x, game="a", routing=torch.zeros(2, 4, 3, 2)), r"routing: .*\(2, 4, 3, 2\)"),
     (lambda agent, x: agent(x, game="a", routing=torch.full((2, 4, 2, 2), 9)), "expert 9 is not one of this router's"),
     (lambda agent, x: agent.act(x[:, 0].float(), agent.segment("a", 2)), "frames: got torch.float32"),
-    (lambda agent, x: agent.act(x[:1, 0], agent.segment("a", 2)), "frames: of 1 environments, the segment has 2"),
+    (lambda agent, x: agent.act(x[:1, 0], agent.segment("a", 2)), "frames: of 1 environments, but the segment has 2"),
     (lambda agent, x: agent.act(x[:, 0], agent.segment("a", 2), starts_N=torch.zeros(3, dtype=torch.bool)), "starts: got"),
 ]
 

@@ -79,7 +79,7 @@ def test_few_useful_ones_are_few_borrowed_ones() -> None:
 
 @pytest.mark.parametrize(
     ("borrowed", "message"),
-    [([[0], [1]], "borrowed: 2 lists given, there are 1 banks"), ([[0, 9]], "borrowed: expert 9 of bank 0 is owned by no game")],
+    [([[0], [1]], "borrowed: 2 lists given, but there are 1 banks"), ([[0, 9]], "borrowed: expert 9 of bank 0 is owned by no game")],
 )
 def test_experts_that_nobody_owns_cannot_be_borrowed(borrowed, message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):

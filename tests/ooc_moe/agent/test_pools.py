@@ -40,7 +40,7 @@ def test_where_the_bank_may_not_grow_a_game_without_a_pool_is_refused_and_owns_n
     book = PoolBook(replace(TINY, grow=False))
     for game in "ab":
         assign(book, game)
-    with pytest.raises(InvalidRequest, match="num_experts: 16 are too few for 'c' beside 2 other games, by pool_size 4; it takes 24"):
+    with pytest.raises(InvalidRequest, match="num_experts: 16 are too few for 'c' after 2 other games with pool_size 4; 24 are needed"):
         book.propose("c")
     assert list(book.games) == ["a", "b"]
     everyone = PoolBook(replace(TINY, grow=False, routing="token"))

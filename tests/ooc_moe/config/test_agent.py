@@ -13,7 +13,6 @@ VARIANTS = [
     {"banks": "per-layer", "pools": "shared"},
     {"routing": "token"},
     {"routing": "token", "banks": "per-layer"},
-    {"attention": "first-game"},
     {"attention": "shared"},
     {"routing": "token", "num_experts": 1, "top_k": 1, "banks": "per-layer"},
     {"num_games": 5, "num_experts": 4},

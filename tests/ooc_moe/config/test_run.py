@@ -32,6 +32,13 @@ def test_a_file_of_an_older_run_which_lacks_the_switches_says_that_all_is_on() -
     assert (read.exemplars_per_game, read.belief_smoothing, read.belief_switch_at) == (200, 0.7, 0.7)
 
 
+def test_a_file_of_an_older_run_with_attention_that_is_gone_is_refused_by_name() -> None:
+    fields = json.loads(RunConfig(run_dir=Path("run"), games=("pixel/catch",), agent=PRESETS["tiny"]).to_json())
+    fields["agent"]["attention"] = "first-game"
+    with pytest.raises(InvalidRequest, match="attention: 'first-game' of run is no longer supported"):
+        RunConfig.from_json(json.dumps(fields), Path("run"))
+
+
 def test_the_switches_survive_the_file() -> None:
     off = run_of(
         games=GAMES[:2],

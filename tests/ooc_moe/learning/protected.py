@@ -18,7 +18,7 @@ from ooc_moe.learning.rollout import Collector, Rollout
 from ooc_moe.moe.layer import PARAMETERS
 from ooc_moe_client.hbm.cache import ExpertCache
 from ooc_moe_client.in_memory import InMemoryStore
-from tests.ooc_moe.runs import PIXEL_AGENT, PPO, assert_same_end, bodies, pixel_run, play, take_up, without_clock
+from tests.ooc_moe.runs import PIXEL_AGENT, PPO, assert_same_end, bodies, pixel_run, play, resume_in, without_clock
 
 CATCH, AVOID = "pixel/catch", "pixel/avoid"
 # The dense network: one expert a layer, and one attention for all games.
@@ -73,7 +73,7 @@ def restore(agent: Agent, dense: dict[str, torch.Tensor], experts: dict[tuple[in
                 cache.views[name][slot] = piece.view(shape)
 
 
-def assert_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, agent: AgentConfig, protection: str) -> None:
+def assert_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, agent: AgentConfig, protection: str) -> None:
     """A run that stops in its second game goes on, from the end of the first one, as one that nothing happened to."""
     undisturbed, stopped = (pixel_run(tmp_path / x / "run", updates=1, agent=agent, protection=protection) for x in "ab")
     stores = InMemoryStore(), InMemoryStore()
@@ -83,7 +83,7 @@ def assert_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, agent: Agen
         patch.setattr(Learner, "update", lambda self, *a, **k: update(self, *a, **k) if self.game == CATCH else 1 / 0)
         with pytest.raises(ZeroDivisionError):
             play(stopped, stores[1])
-    take_up(stopped, stores[1])
+    resume_in(stopped, stores[1])
     assert without_clock(undisturbed.run_dir) == without_clock(stopped.run_dir)
     assert_same_end(undisturbed.run_dir, stopped.run_dir)
     for bank in agent.bank_names("run"):

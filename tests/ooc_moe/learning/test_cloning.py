@@ -13,7 +13,17 @@ from ooc_moe.agent.agent import Agent
 from ooc_moe.config.run import RunConfig
 from ooc_moe.learning.cloning import OutputCloning
 from ooc_moe.learning.learner import Learner
-from tests.ooc_moe.learning.protected import AVOID, CATCH, DENSE, TOKEN, assert_taken_up, open_agent, parameters_of, restore, rollout_of
+from tests.ooc_moe.learning.protected import (
+    AVOID,
+    CATCH,
+    DENSE,
+    TOKEN,
+    assert_resumes_bit_for_bit,
+    open_agent,
+    parameters_of,
+    restore,
+    rollout_of,
+)
 from tests.ooc_moe.runs import PIXEL_AGENT, PPO, assert_same_state
 
 
@@ -94,4 +104,4 @@ def test_the_next_game_moves_the_outputs_less_and_nothing_that_the_old_game_owns
 
 @pytest.mark.parametrize("config", [pytest.param(DENSE, marks=pytest.mark.slow), PIXEL_AGENT], ids=["dense", "pools"])
 def test_a_run_is_taken_up_bit_for_bit(tmp_path, monkeypatch, config):
-    assert_taken_up(tmp_path, monkeypatch, config, "clone")
+    assert_resumes_bit_for_bit(tmp_path, monkeypatch, config, "clone")

@@ -13,7 +13,17 @@ from ooc_moe.config.run import RunConfig
 from ooc_moe.learning import ewc
 from ooc_moe.learning.ewc import ElasticWeights
 from ooc_moe.learning.learner import Learner
-from tests.ooc_moe.learning.protected import AVOID, CATCH, DENSE, TOKEN, assert_taken_up, open_agent, parameters_of, restore, rollout_of
+from tests.ooc_moe.learning.protected import (
+    AVOID,
+    CATCH,
+    DENSE,
+    TOKEN,
+    assert_resumes_bit_for_bit,
+    open_agent,
+    parameters_of,
+    restore,
+    rollout_of,
+)
 from tests.ooc_moe.runs import PIXEL_AGENT, PPO, assert_same_state
 
 
@@ -137,4 +147,4 @@ def test_a_heavy_penalty_keeps_the_next_game_from_moving_what_they_share(agent, 
 
 @pytest.mark.parametrize("config", [pytest.param(DENSE, marks=pytest.mark.slow), TOKEN], ids=["dense", "token"])
 def test_a_run_is_taken_up_bit_for_bit(tmp_path, monkeypatch, config):
-    assert_taken_up(tmp_path, monkeypatch, config, "ewc")
+    assert_resumes_bit_for_bit(tmp_path, monkeypatch, config, "ewc")

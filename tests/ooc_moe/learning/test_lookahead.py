@@ -13,7 +13,7 @@ from ooc_moe.agent.agent import Agent
 from ooc_moe.config.agent import PRESETS
 from ooc_moe.config.run import PPOConfig, RunConfig
 from ooc_moe.learning.learner import Learner
-from ooc_moe.learning.lookahead import foretell_acting, uses_of_update
+from ooc_moe.learning.lookahead import schedule_acting, uses_of_update
 from ooc_moe.learning.protection import Unprotected
 from ooc_moe.learning.rollout import Collector
 from ooc_moe_client.hbm.cache import ExpertCache
@@ -126,7 +126,7 @@ def test_neither_room_nor_prefetch_nor_the_schedule_change_a_bit(untold: Run, sl
 
 
 @pytest.mark.parametrize("prefetch", ["off", "detector"])
-def test_where_the_router_chooses_anew_nothing_is_foretold_and_room_changes_no_bit(untold: Run, prefetch: str):
+def test_where_the_router_chooses_anew_nothing_is_scheduled_and_room_changes_no_bit(untold: Run, prefetch: str):
     whole, part = (Run(slots=slots, prefetch=prefetch, replay=False, updates=1) for slots in (16, 2))
     assert part.losses == whole.losses != untold.losses[:1]
     assert part.hashes == whole.hashes
@@ -161,7 +161,7 @@ def test_acting_is_told_what_each_group_used_layer_by_layer_where_that_does_not_
     told: list[list[Use]] = []
     small, large = (SimpleNamespace(capacity_experts=size, schedule=lambda uses, ahead: told.append(list(uses))) for size in (3, 4))
     groups = [torch.tensor([[[1, 2], [5, 6]], [[2, 1], [6, 5]]]), torch.tensor([[[3, 0], [5, 4]]])]
-    foretell_acting([small, large], groups, ahead=True)
+    schedule_acting([small, large], groups, ahead=True)
     step = [Use((1, 2), Sections.PARAMETERS), Use((0, 3), Sections.PARAMETERS)]
     assert told == [step + step, []]
 

@@ -15,7 +15,8 @@ from rich.console import Console
 
 from ooc_moe.display.formats import format_bytes, format_score
 from ooc_moe.display.table import Table
-from ooc_moe.evaluation.baselines import DIRECTORY, PROTOCOL, baselines
+from ooc_moe.evaluation.baselines import play_baselines
+from ooc_moe.metrics.baselines import DIRECTORY, Protocol
 from ooc_moe.metrics.log import MetricsWriter
 from ooc_moe.metrics.run import RunRecord
 from ooc_moe.metrics.single_task import with_single_task
@@ -217,7 +218,7 @@ def test_the_best_constant_action_stands_beside_random_play_once_it_was_played_b
     for game in ("pixel/toward", "pixel/away"):
         where = {"step": 1, "update": 1, "phase": 0, "evaluated": game}
         writer.log("evaluation", **where, known=True, returns=[4.0, 4.0], return_mean=4.0, random_mean=0.0, episodes_truncated=1)
-    played = baselines("pixel/toward", tmp_path / DIRECTORY, **protocol)
+    played = play_baselines("pixel/toward", tmp_path / DIRECTORY, Protocol(**protocol))
 
     def table_of(make, **changed) -> Table:
         (tmp_path / "config.json").write_text(json.dumps({"games": ["pixel/toward", "pixel/away"], **protocol, **changed}))
@@ -228,7 +229,7 @@ def test_the_best_constant_action_stands_beside_random_play_once_it_was_played_b
         assert table.columns[:3] == ["game", "random", "best constant"]
         assert rows(table)["pixel/toward"][:3] == ["0", format_score(played.best_constant_mean), "4.00"]
         assert rows(table)["pixel/away"][:3] == ["0", "–", "4.00"]
-        for name in PROTOCOL:
+        for name in protocol:
             assert "best constant" not in table_of(make, **{name: protocol[name] + 1}).columns
 
 

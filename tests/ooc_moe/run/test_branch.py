@@ -101,7 +101,7 @@ def test_a_run_goes_back_to_the_end_of_its_first_game_and_comes_to_the_same_end(
     shutil.copytree(first, before)
     experts = bodies(store, "first/experts")
     with monkeypatch.context() as patch:
-        patch.setattr("ooc_moe.run.train.Trainer.run", lambda trainer: None)
+        patch.setattr("ooc_moe.run.trainer.Trainer.run", lambda trainer: None)
         run("train", "--resume", "--name", "first", "--checkpoint", "0-pixel-catch", "--quiet")
     assert {path.stem for path in (first / "checkpoints").glob("*.pt")} == {"0-pixel-catch", "latest"}
     assert [event["update"] for event in updates(first)] == [1, 2]

@@ -22,7 +22,7 @@ from tests.ooc_moe.runs import (
     end_of,
     pixel_run,
     play,
-    take_up,
+    resume_in,
     updates,
     without_clock,
 )
@@ -79,7 +79,7 @@ def test_a_run_that_borrows_goes_on_bit_for_bit_from_a_checkpoint_in_the_borrowe
         with pytest.raises(KeyboardInterrupt):
             play(config, store)
     assert AVOID in pools_of(config.run_dir)
-    take_up(config, store)
+    resume_in(config, store)
     assert bodies(store, BANK) == last
     assert_same_end(config.run_dir, run_dir)
 

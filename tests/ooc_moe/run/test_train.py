@@ -21,7 +21,8 @@ from ooc_moe.config.run import PPOConfig, RunConfig
 from ooc_moe.evaluation.evaluate import evaluate_run
 from ooc_moe.learning.rollout import Collector
 from ooc_moe.metrics.log import read_metrics
-from ooc_moe.run.train import Interrupted, Trainer, resume, train
+from ooc_moe.run.train import Interrupted, resume, train
+from ooc_moe.run.trainer import Trainer
 from ooc_moe.session import checkpoint
 from ooc_moe.session.daemon import embedded_daemon
 from ooc_moe_client.hbm.cache import ExpertCache
@@ -102,7 +103,7 @@ def test_a_resumed_run_continues_bit_for_bit_after_kill_9(tmp_path):
         kept = {snapshot.id: snapshot.name for snapshot in store.list_snapshots(bank)}
     assert left_over not in kept.values()
     assert "a user's own" in kept.values()
-    assert {id for id, name in kept.items() if name.startswith("run/")} == checkpoint.named_snapshots(killed / "checkpoints")
+    assert {id for id, name in kept.items() if name.startswith("run/")} == checkpoint.referenced_snapshots(killed / "checkpoints")
 
 
 def test_a_run_that_stopped_before_its_first_update_can_be_resumed(tmp_path, monkeypatch):

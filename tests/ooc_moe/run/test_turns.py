@@ -22,7 +22,7 @@ from tests.ooc_moe.runs import (
     end_of,
     pixel_run,
     play,
-    take_up,
+    resume_in,
     updates,
     without_clock,
 )
@@ -107,7 +107,7 @@ def test_turns_are_taken_up_bit_for_bit(tmp_path, monkeypatch, last, changes):
         patch.setattr(Collector, "collect", stop_after_last)
         with pytest.raises(Stopped):
             play(stopped, stores[1])
-    take_up(stopped, stores[1])
+    resume_in(stopped, stores[1])
     assert without_clock(undisturbed.run_dir) == without_clock(stopped.run_dir)
     assert_same_end(undisturbed.run_dir, stopped.run_dir)
     assert bodies(stores[0], "run/experts") == bodies(stores[1], "run/experts")

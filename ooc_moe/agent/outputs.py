@@ -1,0 +1,73 @@
+"""What a call of the agent returns.
+
+`cache_stats` and `prediction` are properties that do their work when they are read. A forward pass pays nothing for them.
+
+Letters: B segments, T frames, N environments, A actions, L layers, K experts a token, D width of a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from ooc_moe_client.hbm.cache import ExpertCache
+from ooc_moe_client.hbm.stats import CacheStats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentOutput:
+    """The result of one forward pass over B segments of T frames."""
+
+    logits_BTA: Tensor
+    value_BT: Tensor
+    aux_loss: Tensor
+    """The load-balancing loss, averaged over the layers and not yet weighted by `balance_weight`; 1 when the load is even."""
+    experts_used: list[dict[int, int]]
+    """For each layer: the number of tokens of each expert that got any, by expert id."""
+    routing_BTLK: Tensor
+    """The ids of the chosen experts, int32. `forward(routing=...)` repeats such a choice."""
+    caches: Sequence[ExpertCache] = field(repr=False)
+    """The agent's caches, which `cache_stats` reads."""
+    predict: Callable[[], Any] = field(repr=False)
+    """Asks the agent's predictor about the last frame of each segment; `prediction` calls it."""
+
+    @property
+    def cache_stats(self) -> list[CacheStats]:
+        """The counters of each cache at the moment of reading, which may include later work. Each read locks each cache briefly."""
+        return [cache.stats() for cache in self.caches]
+
+    @property
+    def prediction(self) -> Any:
+        """What the agent's predictor says about the last frame of each segment. Each read asks the predictor anew.
+
+        Raises:
+            InvalidRequest: the agent has no predictor.
+        """
+        return self.predict()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActOutput:
+    """The result of acting on one frame of each of N environments."""
+
+    actions_N: Tensor
+    log_probs_N: Tensor
+    values_N: Tensor
+    experts_NLK: Tensor
+    """The ids of the chosen experts, int32."""
+    tokens_ND: Tensor
+    """The stem's outputs for the frames."""
+    predict: Callable[[], Any] = field(repr=False)
+    """Asks the agent's predictor about the frames; `prediction` calls it."""
+
+    @property
+    def prediction(self) -> Any:
+        """What the agent's predictor says about the frames. Each read asks the predictor anew.
+
+        Raises:
+            InvalidRequest: the agent has no predictor.
+        """
+        return self.predict()

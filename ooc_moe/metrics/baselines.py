@@ -1,0 +1,86 @@
+"""The scores of random play and of constant actions, as they are kept on disk.
+
+`evaluation/baselines.py` plays them and writes them here; reports and studies read them. Each file holds one game's scores under one
+protocol, below `DIRECTORY` in the directory of a run or of a study.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ooc_moe.metrics.run import RunRecord
+
+DIRECTORY = "baselines"
+"""Name of the directory of the files, in a run's directory or a study's."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Protocol:
+    """How a game is evaluated. Scores can be compared where all of these are equal."""
+
+    eval_envs: int
+    """Environments played side by side."""
+    eval_episodes: int
+    """Whole episodes that each environment plays."""
+    eval_steps: int
+    """The most steps of each environment."""
+    seed: int
+    """The seed of the run that is compared."""
+
+    @staticmethod
+    def of(config: Mapping[str, Any]) -> Protocol | None:
+        """The protocol of a run with this configuration; None where an old configuration lacks a part of it."""
+        names = [field.name for field in fields(Protocol)]
+        return Protocol(**{name: config[name] for name in names}) if config.keys() >= set(names) else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Baselines:
+    """Mean raw returns of random play and of constant actions in one game."""
+
+    game: str
+    random_mean: float
+    """Mean return of uniformly random actions, in the environments that a run with the same seed is evaluated in."""
+    constant_means: list[float]
+    """Mean return of each action held for ever, by action number, in the same environments."""
+    best_action: int
+    """The action with the highest mean in `constant_means`."""
+    best_constant_mean: float
+    """Mean return of `best_action` in other environments of the game. Its mean in `constant_means` is biased upwards, because it is the
+    maximum of 18 noisy means."""
+    best_constant_returns: list[float]
+    """The returns behind `best_constant_mean`."""
+
+
+def read_baselines(game: str, directory: Path, protocol: Protocol) -> Baselines | None:
+    """The scores in `directory` for exactly this game and protocol; None where there are none."""
+    path = _path(game, directory, protocol)
+    return Baselines(**json.loads(path.read_text())) if path.exists() else None
+
+
+def write_baselines(found: Baselines, directory: Path, protocol: Protocol) -> None:
+    """Writes scores to `directory`, which is made if it does not exist."""
+    directory.mkdir(parents=True, exist_ok=True)
+    path = _path(found.game, directory, protocol)
+    unfinished = path.with_suffix(f".{os.getpid()}")  # A name per process: two runs with different seeds may write at the same time.
+    unfinished.write_text(json.dumps(asdict(found)))
+    unfinished.replace(path)
+
+
+def best_constants(record: RunRecord) -> dict[str, float]:
+    """The best constant action's mean return by game, for the games that `ooc-moe eval --constants` played by this record's protocol."""
+    protocol = Protocol.of(record.config)
+    if protocol is None:
+        return {}
+    found = {game: read_baselines(game, record.run_dir / DIRECTORY, protocol) for game in record.games}
+    return {game: each.best_constant_mean for game, each in found.items() if each is not None}
+
+
+def _path(game: str, directory: Path, protocol: Protocol) -> Path:
+    sizes = f"{protocol.eval_envs}x{protocol.eval_episodes}-{protocol.eval_steps}"
+    return directory / f"{game.replace('/', '-')}-{sizes}-seed{protocol.seed}.json"
