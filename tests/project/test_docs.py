@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.project.pages import DOCS, PAGES, ROOT, anchors, blocks, commands, links, subcommand, unknown_flags
+from tests.project.pages import DOCS, PAGES, ROOT, anchors, blocks, commands, help_of, links, subcommand, unknown_flags
 
 TOP = "protos|server|client|ooc_moe|tests|deploy|docs|examples"
 
@@ -16,6 +16,14 @@ TOP = "protos|server|client|ooc_moe|tests|deploy|docs|examples"
 @pytest.mark.parametrize("name", PAGES)
 def test_every_flag_that_is_shown_is_known(name: str) -> None:
     assert unknown_flags(PAGES[name]) == []
+
+
+def test_every_flag_in_a_sentence_belongs_to_some_command() -> None:
+    commands_of_ours = {tuple(subcommand(words)) for page in PAGES.values() for words in commands(page)} | {("ooc-moe-server",)}
+    known = {flag for command in commands_of_ours for flag in re.findall(r"--[a-z][a-z-]*", help_of(*command) or "")}
+    named = {flag for page in PAGES.values() for span in re.findall(r"`(--[^`\n]*)`", page) for flag in re.findall(r"--[a-z][a-z-]*", span)}
+    assert len(named) > 30
+    assert sorted(named - known) == []
 
 
 @pytest.mark.parametrize("name", PAGES)
