@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint setup constraints clean
+.PHONY: help demo test lint docs setup constraints clean
 
 help:  ## list the targets
 	@awk -F ':.*## *' '/^[a-z]+:.*##/ {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -12,7 +12,7 @@ help:  ## list the targets
 demo: $(READY)  ## train on three Atari games in turn, evaluate, write a report (3 minutes)
 	$(BIN)/ooc-moe train --preset demo --games krull,road_runner,crazy_climber --steps-per-game 16384 --eval-steps 400
 
-test: lint  ## lint, then run the tests
+test: lint docs  ## lint, build the docs, then run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(READY)  ## check style, types and import rules
@@ -20,6 +20,9 @@ lint: $(READY)  ## check style, types and import rules
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(READY)  ## build the pages as a site in build/site; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 setup: $(READY)  ## make .venv and install everything into it (the others do it when needed)
 

@@ -1,53 +1,28 @@
-"""What the README tells people to type exists, and so do the files it points to."""
+"""The README is short, and all that it tells people to type works."""
 
+import json
+import os
 import re
 import shlex
+import signal
+import socket
 import subprocess
 import sys
-from functools import cache
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
-PAGES = {name: (ROOT / name).read_text() for name in ("README.md", "deploy/README.md", "Makefile")}
-TOP = "protos|server|client|ooc_moe|tests|deploy"
+from tests.project.pages import PAGES, blocks, code
+
+README = PAGES["README.md"]
+ADDRESS = "127.0.0.1:50051"
+MODULES = {"ooc-moe": "ooc_moe.cli.main", "ooc-moe-server": "ooc_moe_server.daemon.cli"}
 
 
-def code(page: str) -> list[str]:
-    """The lines of a page that are code: fenced or indented; a line continued with a backslash is one line."""
-    lines, fenced = [], False
-    for line in page.replace("\\\n", " ").splitlines():
-        if line.startswith("```"):
-            fenced = not fenced
-        elif fenced or line.startswith(("    ", "\t")):
-            lines.append(line.strip())
-    return lines
-
-
-def commands() -> list[list[str]]:
-    """Every `ooc-moe ...` line of the README, the deployment page and the Makefile, as words."""
-    found = [re.search(r"(?:^(?:\$ )?|/)(ooc-moe(?:-server)?\s.*)", line) for page in PAGES.values() for line in code(page)]
-    return [shlex.split(match[1], comments=True) for match in found if match]
-
-
-@cache
-def help_of(*words: str) -> str:
-    """What `--help` prints, wide enough that no flag is cut."""
-    env = {"COLUMNS": "300", "TERM": "dumb", "PATH": "/usr/bin:/bin"}
-    program = [Path(sys.executable).parent / words[0], *words[1:], "--help"]
-    return subprocess.run(program, check=True, capture_output=True, text=True, env=env).stdout
-
-
-def subcommand(words: list[str]) -> list[str]:
-    """The leading words that are no flags and no values: `ooc-moe bank ls`, `ooc-moe-server`."""
-    leading = [words[0]]
-    for word in words[1:]:
-        if not re.fullmatch(r"[a-z]+", word) or f" {word} " not in help_of(*leading):
-            break
-        leading.append(word)
-    return leading
+def test_it_has_at_most_150_lines():
+    assert len(README.splitlines()) <= 150
 
 
 def test_both_commands_stand_in_the_first_25_lines():
@@ -58,29 +33,64 @@ def test_both_commands_stand_in_the_first_25_lines():
 
 def test_every_make_target_that_is_named_exists():
     targets = re.findall(r"^([a-z]+):", PAGES["Makefile"], flags=re.MULTILINE)
-    written = [line for page in PAGES.values() for line in code(page)] + re.findall(r"`(make [^`]*)`", README)
+    written = [line for page in PAGES.values() for line in code(page)]
+    written += [match for page in PAGES.values() for match in re.findall(r"`(make [^`]*)`", page)]
     named = {match[1] for line in written if (match := re.match(r"make ([a-z]+)", line))}
-    assert named >= {"demo", "test"}
+    assert named >= {"demo", "test", "docs"}
     assert named <= set(targets)
 
 
-@pytest.mark.parametrize("page", ["README.md", "deploy/README.md", "CHANGELOG.md"])
-def test_every_file_that_is_pointed_to_exists(page):
-    named = re.findall(rf"(?<![\w/.-])((?:{TOP})/[\w./-]*\w)", (ROOT / page).read_text())
-    assert [path for path in named if not (ROOT / path).exists()] == []
+def test_the_ten_lines_run_and_their_loss_falls(capsys: pytest.CaptureFixture[str]):
+    (block,) = blocks(README, "python")
+    statements = [line for line in block.splitlines() if line.strip() and not re.match(r"#|import|from", line)]
+    assert len(statements) <= 15
+    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", capsys.readouterr().out)]
+    assert len(losses) == 20
+    assert losses[-1] < losses[0] / 2
 
 
-def test_every_flag_that_is_shown_is_known():
-    shown = commands()
-    assert any(words[:2] == ["ooc-moe", "train"] for words in shown)
-    assert any(words[0] == "ooc-moe-server" for words in shown)
-    unknown = [
-        (" ".join(subcommand(words)), word)
-        for words in shown
-        for word in words
-        if word.startswith("--") and not re.search(rf"{word.partition('=')[0]}\b", help_of(*subcommand(words)))
-    ]
-    assert unknown == []
+@pytest.fixture
+def address() -> str:
+    """A free address, which stands in for the README's."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{listening.getsockname()[1]}"
+
+
+def program(line: str, address: str) -> list[str]:
+    """A command of the README, run by this interpreter and with a free address."""
+    name, *words = shlex.split(line.replace(ADDRESS, address), comments=True)
+    return [sys.executable, "-c", f"from {MODULES[name]} import main; main()", *words]
+
+
+@pytest.fixture
+def daemon(tmp_path: Path, address: str) -> Iterator[None]:
+    """The README's daemon, while it is ready."""
+    (line,) = (line for line in code(README) if line.startswith("ooc-moe-server"))
+    process = subprocess.Popen(program(line, address), cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    ready = tmp_path / "store" / "daemon.json"
+    while not ready.exists() and process.poll() is None:
+        time.sleep(0.02)
+    assert json.loads(ready.read_text())["addresses"] == [address], process.stderr.read()
+    yield
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0
+    process.stderr.close()
+
+
+@pytest.mark.usefixtures("daemon")
+def test_a_daemon_and_a_trainer_work_as_shown(tmp_path: Path, address: str):
+    (shown,) = (block for block in blocks(README, "") if "ooc-moe train" in block)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+    printed = ""
+    for line in shown.splitlines():
+        ran = subprocess.run(program(line, address), cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert ran.returncode == 0, ran.stderr
+        printed += ran.stdout
+    assert "first/experts" in printed
+    assert (tmp_path / "runs" / "first" / "report" / "index.html").exists()
 
 
 def test_the_licence_of_ale_py_is_told():

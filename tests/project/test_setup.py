@@ -73,7 +73,7 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "lint"])
+@pytest.mark.parametrize("target", ["demo", "test", "lint", "docs"])
 def test_the_first_run_sets_up_and_the_second_skips_it(checkout, target):
     assert "pip install" in dry_run(checkout, target)
     stamp, constraints = checkout / ".venv" / ".installed", checkout / "constraints.txt"
@@ -91,9 +91,9 @@ def test_every_install_goes_through_the_constraints(checkout):
     assert all("-c constraints.txt" in line for line in installs)
 
 
-def test_make_test_lints_and_runs_the_tests(checkout):
+def test_make_test_lints_builds_the_docs_and_runs_the_tests(checkout):
     commands = dry_run(checkout, "test")
-    for command in ("ruff check", "ruff format --check", "mypy", "lint-imports", "pytest"):
+    for command in ("ruff check", "ruff format --check", "mypy", "lint-imports", "mkdocs build --strict", "pytest"):
         assert f".venv/bin/{command}" in commands or f"-m {command}" in commands
 
 
