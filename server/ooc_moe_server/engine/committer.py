@@ -106,8 +106,8 @@ class Committer:
         num_records = bank.num_written + num_coming
         if (num_records + 1) * bank.layout.record_bytes > self._bank_bytes:
             raise TierFull(
-                f"bank {bank.name!r}: bank_bytes: {self._bank_bytes} allow no record of {bank.layout.record_bytes} bytes more, "
-                f"{num_records} are written; use fewer experts, or start the daemon with a larger --bank-bytes",
+                f"bank {bank.name!r}: a record of {bank.layout.record_bytes} bytes would exceed bank_bytes={self._bank_bytes}, "
+                f"{num_records} records are written; use fewer experts, or start the daemon with a larger --bank-bytes",
                 retry_after_ms=QUOTA_RETRY_MS,
             )
 

@@ -317,7 +317,7 @@ def _mapped(descriptor: int, num_bytes: int) -> mmap.mmap:
         seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
         size, page_bytes = os.fstat(descriptor).st_size, os.fstatvfs(descriptor).f_bsize
         if seals & _SEALS != _SEALS or size != num_bytes or page_bytes != mmap.PAGESIZE:
-            raise InvalidRequest(f"staging memory of {size} bytes (said {num_bytes}), seals {seals:#x}, pages of {page_bytes} bytes")
+            raise InvalidRequest(f"staging memory of {size} bytes (announced: {num_bytes}), seals {seals:#x}, pages of {page_bytes} bytes")
         return mmap.mmap(descriptor, num_bytes, mmap.MAP_SHARED, mmap.PROT_READ)
     except OSError as error:
         raise InvalidRequest(f"staging memory cannot be mapped: {error.strerror}") from error

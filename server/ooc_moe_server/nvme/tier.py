@@ -216,7 +216,7 @@ class NvmeTier:
         needed = self._used_bytes - self._replaced_bytes + record_bytes - replaced_bytes
         if self._quota_bytes is not None and needed > self._quota_bytes:
             raise TierFull(
-                f"NVMe tier: nvme_bytes: {self._quota_bytes} allow no record of {record_bytes} bytes more, {self._used_bytes} are in use; "
+                f"NVMe tier: a record of {record_bytes} bytes would exceed nvme_bytes={self._quota_bytes}, {self._used_bytes} are in use; "
                 f"delete snapshots or banks, or start the daemon with a larger --nvme-bytes",
                 retry_after_ms=QUOTA_RETRY_MS,
             )

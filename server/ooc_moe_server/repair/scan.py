@@ -93,7 +93,7 @@ class Slabs:
         if fd is None:
             raise OSError(errno.ENOENT, "the slab is missing")
         if transfer(os.preadv, fd, into, slot.index * slot.record_bytes + offset) < len(into):
-            raise OSError(errno.EIO, "the slab ends before it")
+            raise OSError(errno.EIO, "the slab ends before the end of the slot")
 
 
 @contextmanager
