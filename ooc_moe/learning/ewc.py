@@ -55,7 +55,7 @@ class ElasticWeights:
         self._agent, self._weight = agent, weight
         self._dense: list[Spring] = []
         self._experts: dict[tuple[int, int], Spring] = {}
-        """By (bank, expert)."""
+        """The springs of experts, by (bank, expert)."""
 
     def loss(self, game: str, generator: torch.Generator) -> Tensor:
         """The penalty of the dense parameters; zero before a game has ended."""
