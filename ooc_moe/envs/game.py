@@ -32,11 +32,11 @@ class Step:
     rewards: Array
     """(N,) float32, not clipped."""
     terminated: Array
-    """(N,) bool: the episode is over, or a life was lost and the episode goes on. In both cases, later rewards do not count for it."""
+    """(N,) bool: the episode ended, or a life was lost and it goes on. Either way, later rewards do not count for this step."""
     truncated: Array
     """(N,) bool: the step limit cut the episode off. The learner bootstraps from the value of `observations`."""
     played: Array
-    """(N,) bool: False where the step began a new episode. There the action was ignored and the reward is 0."""
+    """(N,) bool: False where the step began an episode. Then the action was ignored, the reward is 0, the observation is the first."""
     episode_returns: list[float]
     """Raw returns of the episodes that ended at this step, in the order of the environments. A lost life does not end an episode."""
     episode_lengths: list[int]

@@ -1,4 +1,4 @@
-"""Elastic weight consolidation (EWC): keeps the shared parameters that earlier games need most close to where those games left them.
+"""Elastic weight consolidation (EWC): holds shared parameters near the values that earlier games left, in proportion to their importance.
 
 When a game ends, the diagonal of the Fisher information measures how much the game's policy and value depend on each shared parameter.
 While later games are learned, a quadratic penalty pulls each parameter back in that proportion (Kirkpatrick et al. 2017). This is the
@@ -55,7 +55,7 @@ class ElasticWeights:
         self._agent, self._weight = agent, weight
         self._dense: list[Spring] = []
         self._experts: dict[tuple[int, int], Spring] = {}
-        """By (bank, expert)."""
+        """The springs of experts, by (bank, expert)."""
 
     def loss(self, game: str, generator: torch.Generator) -> Tensor:
         """The penalty of the dense parameters; zero before a game has ended."""
