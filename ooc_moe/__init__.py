@@ -1,7 +1,7 @@
 """Out-of-core mixture of experts for multi-task reinforcement learning.
 
 For a model of your own: `TieredMoE` is a layer whose experts (`TieredExperts`) live in a store behind a cache. `Router` chooses experts,
-`balance_loss` spreads the tokens over them, and `ExpertAdam` trains them.
+`balance_loss` spreads the tokens over them, and `ExpertAdam` trains them. `ffn_layout` describes them to a store.
 
 For games: `train` makes a run from a `RunConfig`, `resume` continues it, `evaluate_run` and `write_report` measure it, and `load` opens it
 to play with its agent. `Agent` is the network, and `envs.make` makes the games.
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ooc_moe.config.run import RunConfig as RunConfig
     from ooc_moe.evaluation.evaluate import evaluate_run as evaluate_run
     from ooc_moe.moe.expert_adam import ExpertAdam as ExpertAdam
+    from ooc_moe.moe.expert_layout import ffn_layout as ffn_layout
     from ooc_moe.moe.layer import TieredExperts as TieredExperts
     from ooc_moe.moe.layer import TieredMoE as TieredMoE
     from ooc_moe.moe.router import Router as Router
@@ -47,6 +48,7 @@ _MODULES = {
     "envs": "",
     "evaluate_run": "evaluation.evaluate",
     "load": "session.load",
+    "ffn_layout": "moe.expert_layout",
     "resume": "run.train",
     "train": "run.train",
     "write_report": "report.report",

@@ -187,7 +187,7 @@ def build_game_network(
         attention = attentions[layer] if attentions else own_attention
         router = routers[layer] if routers else new_router(config, pools.layers[layer])
         bank = experts[layer % len(experts)]
-        moe = TieredMoE(bank, router, dim=config.dim, dropout=config.dropout, read_only=pools.borrowed[layer])
+        moe = TieredMoE(bank, router, dropout=config.dropout, read_only=pools.borrowed[layer])
         blocks.append(Block(attention, moe, dim=config.dim, dropout=config.dropout))
     return GameNetwork(config, blocks)
 

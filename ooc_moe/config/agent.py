@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from ooc_moe.config.seeds import derived_seed
+from ooc_moe.moe.expert_layout import ffn_layout
 from ooc_moe_wire.errors import InvalidRequest
-from ooc_moe_wire.initializers import Initializer
-from ooc_moe_wire.layout import BankSpec, Layout, TensorSpec
+from ooc_moe_wire.layout import BankSpec, Layout
 
 Routing = Literal["pool", "token"]
 Scope = Literal["shared", "per-layer"]
@@ -148,17 +148,8 @@ class AgentConfig:
         return self.dram_experts * self.expert_layout().record_bytes
 
     def expert_layout(self) -> Layout:
-        """An expert with its Adam state: `gelu(x @ w1 + b1) @ w2 + b2`, float32, uniform within 1/sqrt(fan-in) at first."""
-        shapes = {"w1": (self.dim, self.hidden), "b1": (self.hidden,), "w2": (self.hidden, self.dim), "b2": (self.dim,)}
-        fan_in = {"w1": self.dim, "b1": self.dim, "w2": self.hidden, "b2": self.hidden}
-        parameters = tuple(
-            TensorSpec(name=name, shape=shape, initializer=Initializer("uniform_v1", fan_in[name] ** -0.5))
-            for name, shape in shapes.items()
-        )
-        moments = tuple(
-            TensorSpec(name=f"{name}.{moment}", shape=shape) for name, shape in shapes.items() for moment in ("exp_avg", "exp_avg_sq")
-        )
-        return Layout(parameters=parameters, optimizer=(*moments, TensorSpec(name="step", shape=(1,), dtype="int64")))
+        """The layout of one expert with its Adam state."""
+        return ffn_layout(self.dim, self.hidden)
 
     def bank_names(self, run: str) -> list[str]:
         """The names of a run's banks, in the order of the caches that an agent takes."""

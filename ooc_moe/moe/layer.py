@@ -206,13 +206,20 @@ class MoEOutput:
 
 
 class TieredMoE(nn.Module):
-    """Pre-norm mixture of experts with a residual: `x + dropout(sum_k gate_k * expert_k(norm(x)))`. Never trains those in `read_only`."""
+    """Pre-norm mixture of experts with a residual: `x + dropout(sum_k gate_k * expert_k(norm(x)))`.
 
-    def __init__(self, experts: TieredExperts, router: Router, *, dim: int, dropout: float, read_only: Collection[int] = ()) -> None:
+    Args:
+        experts: the experts of a bank with the layout of `ffn_layout`.
+        router: chooses among them.
+        dropout: the probability that an element of the residual branch is dropped, in training.
+        read_only: ids of experts that are used and never trained.
+    """
+
+    def __init__(self, experts: TieredExperts, router: Router, *, dropout: float = 0.0, read_only: Collection[int] = ()) -> None:
         super().__init__()
         self._experts = experts
         self._read_only = frozenset(read_only)
-        self.norm = nn.LayerNorm(dim)
+        self.norm = nn.LayerNorm(router.dim)
         self.router = router
         self.dropout = nn.Dropout(dropout)
 

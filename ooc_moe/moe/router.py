@@ -55,15 +55,15 @@ class Router(nn.Module):
         dim: width of a token.
         experts: ascending ids of the experts to choose from.
         top_k: the number of experts of a token.
-        noise: standard deviation of the noise on the logits.
+        noise: standard deviation of the noise on the logits; 0: none.
     """
 
     experts: Tensor
     _places: Tensor
 
-    def __init__(self, dim: int, experts: Sequence[int], *, top_k: int, noise: float) -> None:
+    def __init__(self, dim: int, experts: Sequence[int], *, top_k: int, noise: float = 0.0) -> None:
         super().__init__()
-        self.top_k, self.noise = top_k, noise
+        self.dim, self.top_k, self.noise = dim, top_k, noise
         self.weight = nn.Parameter(torch.randn(len(experts), dim) * (0.1 * dim**-0.5))
         # Not in the state dict: the owner of the router keeps the ids (for an agent, its pools).
         self.register_buffer("experts", torch.tensor(experts), persistent=False)

@@ -152,7 +152,7 @@ def _layers(config: AgentConfig, pools: Sequence[int], device: torch.device) -> 
             # Random weights spread the tokens over the pool evenly enough that every expert gets some.
             nn.init.normal_(router.weight, std=config.dim**-0.5)
             experts = TieredExperts(caches[-1])
-            layers[pool] = TieredMoE(experts, router, dim=config.dim, dropout=0.0).to(device), experts
+            layers[pool] = TieredMoE(experts, router).to(device), experts
         yield layers
     finally:
         for cache in caches:

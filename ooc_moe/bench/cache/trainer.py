@@ -36,7 +36,7 @@ class Trainer:
         self._generator = torch.Generator().manual_seed(game)
         with seeded(game):
             routers = [Router(config.dim, pool, top_k=config.top_k, noise=config.router_noise) for pool in self._pools.tolist()]
-        layers = nn.ModuleList(TieredMoE(experts, router, dim=config.dim, dropout=0.0) for router in routers)
+        layers = nn.ModuleList(TieredMoE(experts, router) for router in routers)
         self._layers = layers.to(setting.device)
         self._dense = torch.optim.Adam(self._layers.parameters(), lr=PPO.learning_rate)
         self._experts = ExpertAdam([experts.cache], [experts.gradients], lr=PPO.learning_rate)

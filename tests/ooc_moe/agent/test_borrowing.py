@@ -100,7 +100,7 @@ def test_borrowed_weights_are_constants_that_gradients_flow_through(world, twin)
     torch.manual_seed(0)
     router = Router(TINY.dim, pool, top_k=2, noise=0.0)
     torch.nn.init.normal_(router.weight)
-    layer = TieredMoE(TieredExperts(cache), router, dim=TINY.dim, dropout=0.0, read_only=read_only)
+    layer = TieredMoE(TieredExperts(cache), router, read_only=read_only)
     x_ND = torch.randn(20, TINY.dim, requires_grad=True)
     output = layer(x_ND)
     output.y.square().sum().backward()
@@ -131,9 +131,7 @@ def test_in_bfloat16_the_same_experts_get_gradients_and_near_the_same_ones(world
     for enabled in (False, True):
         torch.manual_seed(0)
         (cache,) = world.caches(TINY, capacity=3)
-        layer = TieredMoE(
-            TieredExperts(cache), Router(TINY.dim, (1, 4, 6, 9), top_k=4, noise=0.0), dim=TINY.dim, dropout=0.0, read_only=read_only
-        )
+        layer = TieredMoE(TieredExperts(cache), Router(TINY.dim, (1, 4, 6, 9), top_k=4), read_only=read_only)
         x_ND = torch.randn(20, TINY.dim, requires_grad=True)
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             y_ND = layer(x_ND).y

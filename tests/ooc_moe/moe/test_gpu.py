@@ -54,7 +54,7 @@ def trained(device: str, capacity: int, *, steps: int = STEPS, autocast: bool = 
         router = Router(DEMO.dim, POOL, top_k=2, noise=0.0)
         torch.nn.init.normal_(router.weight)
         experts = TieredExperts(cache)
-        layer = TieredMoE(experts, router, dim=DEMO.dim, dropout=0.0).to(device)
+        layer = TieredMoE(experts, router).to(device)
         adam = ExpertAdam([cache], [experts.gradients], lr=0.01)
         for step in range(steps):
             x_ND, experts_NK = (tensor.to(device) for tensor in inputs(step))
@@ -109,7 +109,7 @@ def test_a_layer_call_waits_for_the_device_once() -> None:
     (spec,) = DEMO.bank_specs("gpu", seed=0)
     store.create_bank(spec)
     with ExpertCache(store, spec.name, capacity_experts=16, device="cuda") as cache:
-        layer = TieredMoE(TieredExperts(cache), Router(DEMO.dim, POOL, top_k=2, noise=0.0), dim=DEMO.dim, dropout=0.0).cuda()
+        layer = TieredMoE(TieredExperts(cache), Router(DEMO.dim, POOL, top_k=2)).cuda()
         x_ND = inputs(0)[0].cuda().requires_grad_()
 
         def step(*, autocast: bool) -> None:

@@ -18,7 +18,7 @@ def make_layer(world):
         torch.manual_seed(0)
         router = Router(TINY.dim, POOL, top_k=2, noise=1.0)
         torch.nn.init.normal_(router.weight)
-        return TieredMoE(TieredExperts(cache), router, dim=TINY.dim, dropout=dropout)
+        return TieredMoE(TieredExperts(cache), router, dropout=dropout)
 
     return make
 

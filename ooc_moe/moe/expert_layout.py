@@ -1,0 +1,26 @@
+"""The record layout of the experts that TieredMoE computes and ExpertAdam trains. No torch: a plan or a storage host can use it."""
+
+from __future__ import annotations
+
+from ooc_moe_wire.initializers import Initializer
+from ooc_moe_wire.layout import Layout, TensorSpec
+
+
+def ffn_layout(dim: int, hidden: int) -> Layout:
+    """The layout of `gelu(x @ w1 + b1) @ w2 + b2`, with Adam's moments and step count.
+
+    Everything is float32 but the step count. Initial parameters are uniform within 1/sqrt(fan-in), as those of `torch.nn.Linear`.
+
+    Args:
+        dim: width of a token.
+        hidden: width inside the expert.
+    """
+    shapes = {"w1": (dim, hidden), "b1": (hidden,), "w2": (hidden, dim), "b2": (dim,)}
+    fan_in = {"w1": dim, "b1": dim, "w2": hidden, "b2": hidden}
+    parameters = tuple(
+        TensorSpec(name=name, shape=shape, initializer=Initializer("uniform_v1", fan_in[name] ** -0.5)) for name, shape in shapes.items()
+    )
+    moments = tuple(
+        TensorSpec(name=f"{name}.{moment}", shape=shape) for name, shape in shapes.items() for moment in ("exp_avg", "exp_avg_sq")
+    )
+    return Layout(parameters=parameters, optimizer=(*moments, TensorSpec(name="step", shape=(1,), dtype="int64")))
