@@ -13,11 +13,15 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from html import escape
+from textwrap import wrap
 
 from rich import table as rich_tables
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.text import Text
+
+HEADING_WIDTH = 12
+"""On a terminal, a longer heading is broken between words, unless the cells below it are as wide."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +62,16 @@ def print_table(table: Table, console: Console) -> None:
 
 
 def rich_table(table: Table) -> rich_tables.Table:
-    """The table as Rich draws it on a terminal. On a narrow terminal only the first column keeps its words whole."""
-    drawn = rich_tables.Table(title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    """The table as Rich draws it on a terminal. On a narrow terminal the widest columns are folded first."""
+    drawn = rich_tables.Table(
+        title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0)
+    )
     drawn.title = Text(table.title) if table.title else None
     drawn.caption, drawn.caption_justify = Text(table.caption) if table.caption else None, "left"
     for index, (column, side) in enumerate(zip(table.columns, table.alignment, strict=True)):
-        drawn.add_column(Text(column), justify="right" if side == "r" else "left", overflow="fold", no_wrap=index == 0)
+        width = max((len(line) for row in table.rows for line in row[index].split("\n")), default=0)
+        heading = "\n".join(wrap(column, max(width, HEADING_WIDTH), break_long_words=False))
+        drawn.add_column(Text(heading), justify="right" if side == "r" else "left", overflow="fold")
     for index, row in enumerate(table.rows):
         if index in table.sections:
             drawn.add_section()

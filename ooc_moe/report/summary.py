@@ -239,7 +239,7 @@ def detector_table(record: RunRecord) -> Table:
 
 def ambiguous(record: RunRecord) -> list[tuple[str, str, float]]:
     """(game, other game, confusion) of games that the detector mixed up in the last evaluation; 1: it cannot tell them apart."""
-    from ooc_moe.detection.tally import ambiguous_pairs
+    from ooc_moe.detection.tally import ambiguous_pairs  # Needs torch, which most tables do not.
 
     probabilities = {event["evaluated"]: event["probabilities"] for event in record.last_evaluations if event.get("probabilities")}
     return ambiguous_pairs({game: row for game, row in probabilities.items() if game in row})
@@ -314,7 +314,7 @@ def verdict(scores: Scores, game: int) -> str:
 
 def of_reference(record: RunRecord, game: str, score: float) -> float:
     """The human-normalised score; NaN if an episode was cut, or if no reference score is known for the game."""
-    from ooc_moe.envs import REFERENCE_SCORES
+    from ooc_moe.envs import REFERENCE_SCORES  # Needs gymnasium, which most tables do not.
 
     cut = [event.get("episodes_truncated") for event in record.evaluations if event["evaluated"] == game]
     if not cut or any(cut):

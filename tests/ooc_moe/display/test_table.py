@@ -55,9 +55,14 @@ def test_a_terminal_shows_title_rows_sections_and_caption_and_takes_no_cell_for_
     assert lines[-1].strip() == "One bank is missing."
 
 
-def test_a_narrow_terminal_folds_other_columns_before_the_names() -> None:
-    table = Table("", ["bank", "what"], [["a/rather/long/name", "word " * 20]])
-    assert any("a/rather/long/name" in line for line in printed(table, terminal=True, width=40).splitlines())
+def test_a_narrow_terminal_folds_the_widest_column_and_loses_nothing() -> None:
+    wide_text = printed(Table("", ["bank", "what"], [["a/rather/long/name", "word " * 20]]), terminal=True, width=40)
+    assert "a/rather/long/name" in wide_text
+    name = "a-run-with-a-name-that-is-as-long-as-the-names-of-runs-may-be/experts"
+    wide_name = printed(Table("", ["bank", "experts", "bytes"], [[name, "1,024", "24.0 MiB"]]), terminal=True, width=40)
+    assert "1,024" in wide_name
+    assert "24.0 MiB" in wide_name
+    assert "".join(line.split(" ")[0] for line in wide_name.splitlines()[2:]) == name
 
 
 def test_markdown_has_a_row_a_line_and_aligns_its_columns() -> None:

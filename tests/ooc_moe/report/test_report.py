@@ -356,6 +356,15 @@ def test_the_terminal_shows_the_same_tables_as_the_page(finished_run: Path, page
                 assert cell in text
 
 
+def test_a_terminal_of_80_columns_breaks_no_cell(finished_run: Path) -> None:
+    console = Console(width=80, record=True, force_terminal=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    print_summary(finished_run, console)
+    lines = console.export_text().splitlines()
+    for table in summary.tables(RunRecord.read(finished_run)):
+        for name, *cells in table.rows:
+            assert any(line.startswith(name) and all(cell in line for cell in cells) for line in lines), name
+
+
 def test_a_half_finished_run_says_what_is_missing_and_shows_the_rest(half_a_run: Path) -> None:
     text = text_of(write_report(half_a_run))
     assert "The run is not finished: 1 of 3 games were begun. Not evaluated: road_runner and crazy_climber." in text
