@@ -57,12 +57,7 @@ class CatalogChanges:
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def create_bank(self, spec: BankSpec) -> Bank:
-        """Creates a bank; returns the existing one when its spec is equal.
-
-        Raises:
-            BankExists: a bank of this name exists with another spec.
-            InvalidRequest: a record is larger than the DRAM tier.
-        """
+        """Creates a bank, or returns the existing one if its spec is equal. Raises BankExists, InvalidRequest (records exceed DRAM)."""
         return await self._to_the_end(self._create_bank(spec))
 
     async def grow_bank(self, name: str, num_experts: int) -> Bank:
@@ -74,11 +69,7 @@ class CatalogChanges:
         await self._to_the_end(self._delete_bank(name))
 
     async def fork_bank(self, source: str, name: str, snapshot_id: int) -> Bank:
-        """Creates bank `name` from a snapshot of `source`, or from its present state if `snapshot_id` is 0.
-
-        Raises:
-            BankExists, UnknownBank, UnknownSnapshot: the names or the id are wrong.
-        """
+        """Creates bank `name` from a snapshot of `source` (0: its present state). Raises BankExists, UnknownBank, UnknownSnapshot."""
         return await self._to_the_end(self._fork_bank(source, name, snapshot_id))
 
     async def create_snapshot(self, names: Sequence[str], name: str) -> Snapshot:

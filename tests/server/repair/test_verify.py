@@ -115,7 +115,7 @@ def test_a_slab_that_lost_its_end_is_found(filled):
         file.truncate(filled.records[1].slot.index * RECORD + 5000)
     (finding,) = verify(filled.path).findings
     assert "bank 'b', expert 1" in finding
-    assert "the slab ends before it" in finding
+    assert "the slab ends before the end of the slot" in finding
 
 
 def test_a_damaged_index_is_found_and_rebuild_named(filled, run):
