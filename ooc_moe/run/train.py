@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from ooc_moe import envs
-from ooc_moe.config.run import RunConfig, Turn
+from ooc_moe.config.run import PlaneName, RunConfig, Turn
 from ooc_moe.evaluation.evaluate import Evaluator
 from ooc_moe.learning.learner import Learner
 from ooc_moe.learning.protection import make_protection
@@ -72,7 +72,7 @@ def train(config: RunConfig, console: Console) -> Path:
     return config.run_dir
 
 
-def resume(run_dir: Path, console: Console, *, store: str | None = None, plane: str | None = None, name: str | None = None) -> Path:
+def resume(run_dir: Path, console: Console, *, store: str | None = None, plane: PlaneName | None = None, name: str | None = None) -> Path:
     """Goes on from a checkpoint as if nothing had happened since.
 
     Args:

@@ -1,6 +1,6 @@
 """What a run will ask of its tiers, before it runs: bytes per tier, bytes per switch, stalls beside compute; and whether it is worth it.
 
-    ooc-moe plan --config full --gpu-bytes 80GB --dram-bytes 64GB --nvme 1TB --steps-per-s 2000
+    ooc-moe plan --config full --gpu-bytes 80GB --dram-bytes 64GB --nvme-bytes 1TB --steps-per-s 2000
 
 Bytes are arithmetic on the configuration. Loads within an update are counted by replaying its order of experts (acting by LRU, which the
 future is hidden from; learning by Belady, for replayed routing tells the cache its next uses). Not predicted: activations, the caching
@@ -104,7 +104,7 @@ def plan(
     Raises:
         InvalidRequest: a size or a speed is not above 0.
     """
-    for name, value in (("gpu_bytes", gpu_bytes), ("dram_bytes", dram_bytes), ("nvme", nvme_bytes), ("steps_per_s", steps_per_s)):
+    for name, value in (("gpu_bytes", gpu_bytes), ("dram_bytes", dram_bytes), ("nvme_bytes", nvme_bytes), ("steps_per_s", steps_per_s)):
         if value is not None and value <= 0:
             raise InvalidRequest(f"{name}: {value} is not above 0")
     agent, games = config.agent, list(dict.fromkeys(config.games))

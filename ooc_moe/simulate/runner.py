@@ -212,16 +212,19 @@ def seconds(name: str, text: str) -> float:
 
 
 def latency(text: str) -> Latency:
-    """By tier, "nvme=80us+3GB/s,dram=20us+12GB/s"; the default for one that is not named. Raises InvalidRequest."""
-    links: dict[str, Link] = {}
+    """Reads latencies by tier, "nvme=80us+3GB/s,dram=20us". What is not given is as in the default. Raises InvalidRequest."""
+    default = Latency()
+    links = {"dram": default.dram, "nvme": default.nvme}
     for word in text.split(","):
         tier, _, cost = word.partition("=")
-        wait, _, rate = cost.partition("+")
-        if tier.strip() not in ("dram", "nvme") or not rate.strip().endswith("/s"):
-            raise InvalidRequest(f"latency: {word!r} is not tier=latency+bandwidth; write for example nvme=80us+3GB/s,dram=20us+12GB/s")
-        links[tier.strip()] = Link(latency_s=seconds("latency", wait), bytes_per_s=_bandwidth(rate.strip()))
-    default = Latency()
-    return Latency(dram=links.get("dram", default.dram), nvme=links.get("nvme", default.nvme))
+        wait, plus, rate = cost.partition("+")
+        if tier.strip() not in links or (plus and not rate.strip().endswith("/s")):
+            raise InvalidRequest(
+                f"latency: {word!r} is not tier=latency or tier=latency+bandwidth; write for example nvme=80us+3GB/s,dram=20us"
+            )
+        usual = links[tier.strip()].bytes_per_s
+        links[tier.strip()] = Link(latency_s=seconds("latency", wait), bytes_per_s=_bandwidth(rate.strip()) if plus else usual)
+    return Latency(dram=links["dram"], nvme=links["nvme"])
 
 
 def _bandwidth(text: str) -> int:
