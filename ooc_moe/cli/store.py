@@ -16,12 +16,9 @@ from typing import Annotated, Any
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
-from rich.console import Console
 from rich.live import Live
-from rich.table import Table
-from rich.text import Text
 
-from ooc_moe.cli.dashboard import render
+from ooc_moe.cli.dashboard import print_once, render
 from ooc_moe.cli.options import DaemonOptions, JsonOption
 from ooc_moe.cli.output import DASH, Column, ago, count, print_records, print_table, say, size
 from ooc_moe_client.remote.store import RemoteStore
@@ -90,7 +87,7 @@ class Stats(DaemonOptions, JsonOption):
             elif self.as_json:
                 print(json.dumps(plain(daemon.stats()), indent=2))
             else:
-                Console().print(render(daemon.stats()))
+                print_once(daemon.stats())
 
 
 def _watch(daemon: RemoteStore, interval: float) -> None:
@@ -174,12 +171,11 @@ class BankShow(DaemonOptions, JsonOption):
             where = {tier.name.lower(): tiers[tier] for tier in _WHERE}
             print(json.dumps(_bank_record(bank) | {"tiers": where, "tensors": tensors}, indent=2))
             return
-        facts = Table(box=None, show_header=False, pad_edge=False)
-        for label, value in _bank_facts(bank, tiers):
-            facts.add_row(Text(label, style="dim"), Text(value, overflow="fold"))
-        console = Console()
-        console.print(facts)
-        console.print()
+        facts = _bank_facts(bank, tiers)
+        width = max(len(label) for label, _ in facts)
+        for label, value in facts:
+            print(f"{label.ljust(width)}  {value}")
+        print()
         columns = (
             Column("tensor", "tensor"),
             Column("shape", "shape", lambda shape: " x ".join(map(str, shape))),

@@ -98,6 +98,14 @@ def test_stats_shows_tiers_banks_and_trainers(run: Run, shared_daemon: Any, stor
         assert part in ran.out
 
 
+def test_stats_in_a_pipe_have_whole_names(run: Run, shared_daemon: Any, bank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    ran = run("stats", "--store", shared_daemon.target)
+    (line,) = [line for line in ran.raw.splitlines() if line.startswith(f"{bank} ")]
+    assert line.split()[2] == "24.0K"
+    assert "…" not in ran.raw
+
+
 def test_stats_fit_80_columns_whatever_the_names_and_the_numbers() -> None:
     many = 999_999
     access = stats_pb2.AccessStats(hits=many, fetched_experts=many, pushed_experts=many, push_refused=many, nvme_reads=many, seeded=10**12)
@@ -182,6 +190,48 @@ def test_banks_are_listed_with_their_sizes(run: Run, shared_daemon: Any, bank: s
     ran = run("bank", "ls", "--store", shared_daemon.target)
     assert ran.code == 0
     assert f"{bank} 6 2 24.0 KiB 12.0 KiB" in ran.out
+
+
+def test_a_listing_in_a_pipe_is_one_line_for_each_bank_with_its_whole_name(
+    run: Run, shared_daemon: Any, store: RemoteStore, bank: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    names = [f"{letter * 40}/{letter * 80}" for letter in "xy"]
+    for name in names:
+        store.create_bank(BankSpec(name=name, num_experts=1, layout=LAYOUT))
+    snapshot = store.create_snapshot(names, name="n" * 90)
+    heading, *lines = run("bank", "ls", "--store", shared_daemon.target).raw.splitlines()
+    assert heading.split() == ["bank", "experts", "written", "bytes", "record", "writer", "created"]
+    assert {bank, *names} <= {line.split()[0] for line in lines}
+    assert [line.split()[:4] for line in run("snapshot", "ls", "--store", shared_daemon.target).raw.splitlines() if "n" * 90 in line] == [
+        [str(snapshot.id), "n" * 90, ",".join(names), "0"]
+    ]
+    assert any(
+        line.endswith("made from the seed when they are fetched")
+        for line in run("bank", "show", names[0], "--store", shared_daemon.target).raw.splitlines()
+    )
+
+
+def test_listings_as_json_have_numbers(run: Run, shared_daemon: Any, store: RemoteStore, bank: str) -> None:
+    here = ("--store", shared_daemon.target, "--json")
+    (listed,) = [each for each in json.loads(run("bank", "ls", *here).raw) if each["bank"] == bank]
+    assert (listed["num_experts"], listed["num_written"], listed["written_bytes"], listed["record_bytes"]) == (6, 2, 24576, 12288)
+    shown = json.loads(run("bank", "show", bank, *here).raw)
+    assert shown["tiers"] == {"dram": 2, "nvme": 2, "seed": 4}
+    assert [(tensor["tensor"], tensor["shape"], tensor["bytes"]) for tensor in shown["tensors"]] == [
+        ("w", [4, 8], 128),
+        ("w.exp_avg", [4, 8], 128),
+    ]
+    snapshot = store.create_snapshot([bank])
+    (kept,) = json.loads(run("snapshot", "ls", "--bank", bank, *here).raw)
+    assert (kept["id"], kept["banks"], kept["num_experts"], kept["bytes"]) == (snapshot.id, [bank], 2, 24576)
+
+
+def test_several_banks_make_one_snapshot(run: Run, shared_daemon: Any, store: RemoteStore, bank: str) -> None:
+    other = f"{bank[:90]}-other"
+    store.create_bank(BankSpec(name=other, num_experts=1, layout=LAYOUT))
+    for words in ((bank, other), (f"{bank},{other}",)):
+        assert f"of {bank}, {other}: 2 experts" in run("snapshot", "create", *words, "--store", shared_daemon.target).out
 
 
 def test_a_bank_is_shown_with_its_tensors_and_where_its_experts_are(run: Run, shared_daemon: Any, bank: str) -> None:
