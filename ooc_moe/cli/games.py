@@ -1,4 +1,4 @@
-"""The command `games`: which games can be played, and what each needs."""
+"""The command `games`: lists the games that can be played, and what each of them needs."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Games(JsonOption):
 
 
 def matching_games(pattern: str) -> list[dict[str, Any]]:
-    """The games whose name matches, as records. Raises InvalidRequest if no name does."""
+    """Returns a record for each game whose name matches. Raises InvalidRequest if no name matches."""
     from ooc_moe.envs import ATARI_GAMES, PIXEL_GAMES
 
     names = [*ATARI_GAMES, *PIXEL_GAMES]

@@ -1,4 +1,4 @@
-"""Options that several commands have."""
+"""Options that several commands share. A command inherits the dataclasses whose options it has."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ STORE_VARIABLE = "OOC_MOE_STORE"
 
 @dataclass(frozen=True, kw_only=True)
 class DaemonOptions:
-    """The daemon that a command speaks to."""
+    """The option that names the daemon to ask."""
 
     store: Annotated[str | None, Flag(metavar="ADDRESS", default=f"{STORE_VARIABLE}, or {DEFAULT_STORE}")] = None
     """Address of the storage daemon: HOST:PORT or unix:PATH."""
 
     @property
     def target(self) -> str:
-        """The address: the flag, else the environment, else the default."""
+        """The daemon's address: from the flag, else from the environment variable, else the default."""
         return self.store or os.environ.get(STORE_VARIABLE) or DEFAULT_STORE
 
 
 @dataclass(frozen=True, kw_only=True)
 class JsonOption:
-    """Output for programs."""
+    """The option for output that programs read."""
 
     as_json: Annotated[bool, Flag(name="json")] = False
     """Print one JSON document, with numbers as numbers."""
@@ -36,7 +36,7 @@ class JsonOption:
 
 @dataclass(frozen=True, kw_only=True)
 class OldRunOptions:
-    """Where the daemon of an existing run is."""
+    """The option for a run whose daemon has a new address."""
 
     store: Annotated[str | None, Flag(metavar="ADDRESS")] = None
     """New address of the daemon, if it moved since the run was made."""
@@ -44,7 +44,7 @@ class OldRunOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class PlaneOption:
-    """How experts travel in an existing run."""
+    """The option that chooses how experts travel between the daemon and an existing run."""
 
     plane: PlaneName | None = None
     """How experts travel: over the connection, through memory shared with a daemon on this host, or local where possible. By default as in

@@ -1,4 +1,4 @@
-"""How the commands print lists and tables: for a person on a terminal, as plain rows in a pipe, or as JSON."""
+"""Prints lists and tables: in a frame on a terminal, as plain rows in a pipe, or as JSON."""
 
 from __future__ import annotations
 
@@ -65,12 +65,12 @@ def print_table(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> Non
 
 
 def wide_console() -> Console:
-    """Standard output for a large table: the terminal as it is, or TABLE_WIDTH columns."""
+    """Returns a console on standard output for large tables: as wide as the terminal, or TABLE_WIDTH columns if there is none."""
     return Console() if sys.stdout.isatty() else Console(width=TABLE_WIDTH)
 
 
 def say(message: str) -> None:
-    """Prints one line, which is not folded and in which nothing is markup."""
+    """Prints one line as it is: it is not folded, and nothing in it is Rich markup."""
     Console().print(message, soft_wrap=True, markup=False, highlight=False)
 
 

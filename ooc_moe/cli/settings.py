@@ -1,4 +1,6 @@
-"""The settings of a training run: read from flags, the environment, a file and a preset, and put together into a `RunConfig`.
+"""Reads the settings of a training run from flags, the environment, a file and a preset, and makes a `RunConfig` of them.
+
+A setting that several sources give comes from the first of them in this order:
 
     flag  >  environment OOC_MOE_*  >  file (--config)  >  preset (the agent's sizes)  >  default
 
@@ -58,16 +60,15 @@ class RunOptions:
     """Print nothing but errors."""
 
 
-# Settings that a file and the environment may hold: the configuration's fields and the preset.
 def configurable() -> tuple[Option, ...]:
-    """The options that may also stand in a file or in the environment."""
+    """Returns the options that may also be set in a file or by the environment: the preset, and all fields of the configurations."""
     preset = tuple(option for option in options_of(RunOptions) if option.name == "preset")
     return (*preset, *(option for group in run_groups()[1:] for option in group.options))
 
 
 @cache
 def run_groups() -> tuple[Group, ...]:
-    """The options of a run, in the groups in which help shows them."""
+    """Returns the options of `train`, grouped as in its help."""
     run = options_of(RunConfig, skip=("agent", "ppo"), paired=True)
     run = with_defaults(run, {"run_dir": None, "games": ()})
     run = with_metavars(run, {"run_dir": "DIR", "store": "ADDRESS", "trace": "FILE", "from_bank": "BANK"})
@@ -81,10 +82,10 @@ def run_groups() -> tuple[Group, ...]:
 
 
 def settings_of(parsed: Parsed, environ: Mapping[str, str]) -> dict[str, Setting]:
-    """The value of every configurable option, and where it comes from.
+    """Returns the value of every configurable option, and where it comes from.
 
     Raises:
-        InvalidRequest: a file or the environment names a setting that does not exist, or has a value that is none.
+        InvalidRequest: the file or the environment names an unknown setting, or has an invalid value.
     """
     options = configurable()
     given: dict[str, Setting] = {}
@@ -107,7 +108,10 @@ def _config_file(path: Path) -> Path:
 
 
 def _with_run_dir(settings: dict[str, Setting], parsed: Parsed) -> dict[str, Setting]:
-    """The settings with a directory: that of --name, unless --run-dir, the environment or the file give one; else a new one."""
+    """Returns the settings with the run's directory.
+
+    --name decides; then --run-dir, the environment or the file; otherwise the directory is made of the preset and the time.
+    """
     name, found = parsed.values["name"], settings["run_dir"]
     if name is not None:
         if found.source == "flag":
@@ -120,14 +124,14 @@ def _with_run_dir(settings: dict[str, Setting], parsed: Parsed) -> dict[str, Set
 
 
 def directory_of(name: str) -> Path:
-    """The directory of the run of this name. Raises InvalidRequest unless the name is that of one directory."""
+    """Returns the directory of the run with this name, runs/NAME. Raises InvalidRequest if the name is not one part of a path."""
     if Path(name).parts != (name,) or name == "..":
         raise InvalidRequest(f"name: {name!r} is not the name of one directory below runs; --run-dir takes a path")
     return Path("runs") / name
 
 
 def run_config(settings: Mapping[str, Setting]) -> RunConfig:
-    """The configuration that the settings describe. Raises InvalidRequest if no game is named, or a value cannot be."""
+    """Makes the configuration of the run. Raises InvalidRequest if no game is given, or a value is invalid."""
     if not settings["games"].value:
         raise InvalidRequest(GAMES_REQUIRED)
     run = _values(RunConfig, settings)
@@ -141,7 +145,7 @@ def _values(config: type[Any], settings: Mapping[str, Setting]) -> dict[str, Any
 
 
 def sources(settings: Mapping[str, Setting]) -> list[dict[str, Any]]:
-    """The settings as records, in the order of the options: name, value and source."""
+    """Returns a record of name, value and source for each setting, in the order of the options."""
     return [
         {"setting": option.name, "value": _plain(settings[option.name].value), "source": settings[option.name].source}
         for option in configurable()
@@ -149,7 +153,7 @@ def sources(settings: Mapping[str, Setting]) -> list[dict[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON has it."""
+    """Converts a value to what JSON can hold."""
     if isinstance(value, Path):
         return str(value)
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value

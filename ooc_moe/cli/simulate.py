@@ -29,7 +29,7 @@ LATENCY = "dram=20us+12GB/s,nvme=80us+3GB/s"
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayOptions(JsonOption):
-    """What to replay, and how."""
+    """The trace, the capacities and the policies of a replay, and where its results go."""
 
     file: Annotated[Path | None, Flag(positional=True, metavar="FILE")] = None
     """A trace that ooc-moe train --trace recorded."""
@@ -54,7 +54,7 @@ class ReplayOptions(JsonOption):
 
 @dataclass(frozen=True, kw_only=True)
 class PrefetchOptions:
-    """Which prefetches to try."""
+    """The prefetch sources that are tried, and how good the simulated detector is."""
 
     prefetch: tuple[str, ...] = ("perfect", "detector", "random")
     """Prefetch sources to try with the first policy, beside no prefetch."""
@@ -68,7 +68,7 @@ class PrefetchOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TimeOptions:
-    """What takes how long."""
+    """How long loads and computation take."""
 
     latency: Annotated[str, Flag(metavar="TIER=T[+B/s],...")] = LATENCY
     """Time of a load from each tier: latency and bandwidth. A bandwidth that is not given is the default's."""
@@ -80,7 +80,7 @@ class TimeOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class MakeOptions:
-    """A trace that is made, instead of a recorded one."""
+    """What a synthetic trace is like, if one is made instead of replaying a recorded one."""
 
     make: Annotated[Path | None, Flag(metavar="FILE")] = None
     """Make a trace, write it to this new file, and replay it."""
@@ -121,7 +121,7 @@ Belady knows the future but does not prefetch, so a prefetch can beat it.
 
 
 def simulate_groups() -> list[Group]:
-    """The options of `simulate`, in the groups in which help shows them."""
+    """Returns the options of `simulate`, grouped as in its help."""
     return [
         Group(title="", options=options_of(ReplayOptions)),
         Group(title="Prefetch", options=options_of(PrefetchOptions)),
@@ -173,7 +173,7 @@ def _study(chosen: ReplayOptions, ahead: PrefetchOptions, times: TimeOptions, *,
 
 
 def _trace(chosen: ReplayOptions, making: MakeOptions) -> Trace:
-    """The trace of the file, or a new one, which is written."""
+    """Reads the trace of the file, or makes a new trace and writes it."""
     if chosen.file is not None:
         return read_trace(chosen.file)
     assert making.make is not None
@@ -277,7 +277,10 @@ class Plan(JsonOption):
 
 
 def planned_run(config: str, num_games: int | None, hbm_experts: int | None) -> RunConfig:
-    """The configuration of a preset or of a run, with another number of games or of experts in HBM. Raises InvalidRequest."""
+    """Returns the configuration of a preset or of a run, with another number of games or of experts in HBM if one is given.
+
+    Raises InvalidRequest if `config` is neither a preset nor the directory of a run.
+    """
     from ooc_moe.config.agent import PRESETS
     from ooc_moe.config.run import RunConfig
 

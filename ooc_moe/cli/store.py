@@ -38,7 +38,7 @@ _WHERE = {Tier.DRAM: "in DRAM", Tier.NVME: "on NVMe", Tier.SEED: "made from the 
 
 @dataclass(frozen=True, kw_only=True)
 class ConfirmOption:
-    """Whether to ask before something is lost."""
+    """The option that skips the question before data is deleted."""
 
     yes: Annotated[bool, Flag(aliases=("-y",))] = False
     """Do not ask for confirmation."""
@@ -75,7 +75,7 @@ class Stats(DaemonOptions, JsonOption):
     """Seconds between two updates of --watch; at least 0.1."""
 
     def run(self) -> None:
-        """Prints the statistics, once or again and again."""
+        """Prints the statistics once, or repeatedly with --watch."""
         if not 0.1 <= self.interval <= 3600:
             raise InvalidRequest(f"interval: {self.interval} is not 0.1 to 3600 seconds")
         with _connected(self.target, patience_s=WATCH_PATIENCE_S if self.watch else PATIENCE_S) as daemon:
@@ -106,7 +106,7 @@ def plain(stats: stats_pb2.Stats) -> dict[str, Any]:
 
 
 def _numbers(message: Message, document: dict[str, Any]) -> None:
-    """Replaces the strings that protobuf's JSON has for 64-bit integers by numbers, in place."""
+    """Converts 64-bit integers, which protobuf's JSON writes as strings, to numbers, in place."""
     for field in message.DESCRIPTOR.fields:
         value, found = getattr(message, field.name), document.get(field.name)
         if found is None:

@@ -1,4 +1,4 @@
-"""The commands `train` and `config show`: which run is meant, and its training."""
+"""The commands `train`, which trains a new run or continues one, and `config show`, which shows the settings it would use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ooc_moe.session.interrupts import INTERRUPTED_EXIT
 from ooc_moe_wire.command_line import Command, Group, Parsed, Setting, options_of
 from ooc_moe_wire.errors import InvalidRequest
 
-# A resumed run goes on with its own configuration. Only these options say something about a resumed run.
+# A resumed run continues with its own configuration. Only these options have a meaning for it.
 RESUME_OPTIONS = ("resume", "checkpoint", "run_dir", "name", "store", "plane", "quiet", "as_json")
 
 TRAIN_HELP = """Learn games one after another, evaluate after each game, and write a report.
@@ -96,7 +96,7 @@ def _refuse_ignored(parsed: Parsed) -> None:
 
 
 def show(parsed: Parsed) -> int:
-    """Prints the settings that `train` would use. A setting that cannot be is refused as `train` would refuse it."""
+    """Prints the settings that `train` would use. Refuses invalid settings with the same error as `train`."""
     settings = _resumed_settings(parsed) if parsed.values["resume"] else settings_of(parsed, os.environ)
     if settings["games"].value:
         run_config(settings)
@@ -108,14 +108,14 @@ def show(parsed: Parsed) -> int:
 
 
 def _resumed_settings(parsed: Parsed) -> dict[str, Setting]:
-    """The settings of a run that continues: those of its own file, and the flags that may override them."""
+    """Returns the settings of a resumed run: those of its config.json, and the flags that may override them."""
     _refuse_ignored(parsed)
     file = parsed.values | {"config": _resumed_dir(parsed.values)}
     return settings_of(dataclasses.replace(parsed, values=file), {})
 
 
 def _text(value: Any) -> str:
-    """A value as it would be written on the command line."""
+    """Writes a value as on the command line."""
     if value is None:
         return "none"
     if isinstance(value, bool):

@@ -81,7 +81,8 @@ class Program:
             below = [self._subcommand(name, with_options) for name in self.commands if name.startswith(f"{topic} ")]
             below.append(Annotated[None, tyro.conf.Suppress])  # A Union of one member would not be a Union.
             members.append(Annotated[Union[tuple(below)], tyro.conf.subcommand(topic, description=description)])  # noqa: UP007
-        return Union[tuple(members)]  # noqa: UP007
+        # With a help text, tyro does not search its own source for one, which takes 0.2 s.
+        return Annotated[Union[tuple(members)], tyro.conf.arg(help="Every command has a --help of its own.")]  # noqa: UP007
 
     def _subcommand(self, name: str, with_options: bool) -> Any:
         command = self.commands[name]

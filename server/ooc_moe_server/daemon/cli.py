@@ -73,7 +73,7 @@ the file overrides the defaults.
 
 @dataclass(frozen=True, kw_only=True)
 class FileOption:
-    """The option of the daemon that is not a setting."""
+    """The option that names a file of settings; it is no setting itself."""
 
     config: Annotated[Path | None, Flag(metavar="FILE")] = None
     """TOML or JSON file with settings; its keys are the names of the options with underscores."""
@@ -81,7 +81,7 @@ class FileOption:
 
 @cache
 def serve_groups() -> tuple[Group, ...]:
-    """The options of the daemon."""
+    """Returns the options of the daemon."""
     settings = with_defaults(options_of(ServerConfig, paired=True), {"data_dir": None})
     settings = with_metavars(settings, {"data_dir": "DIR", "listen": "ADDRESS", "grace_s": "SECONDS"})
     settings = tuple(
@@ -92,7 +92,7 @@ def serve_groups() -> tuple[Group, ...]:
 
 
 def server_config(parsed: Parsed, environ: Mapping[str, str]) -> ServerConfig:
-    """Puts flags, environment, file and defaults together. Raises InvalidRequest for an unknown setting or a value that cannot be."""
+    """Makes the configuration from flags, environment, file and defaults. Raises InvalidRequest for unknown or invalid settings."""
     options = [option for option in serve_groups()[0].options if option.name != "config"]
     given: dict[str, Setting] = {} if parsed.values["config"] is None else from_file(options, parsed.values["config"])
     given |= from_environment(options, environ, PREFIX)
