@@ -12,13 +12,13 @@ from rich.console import Console, RenderableType
 
 from ooc_moe.cli.options import JsonOption
 from ooc_moe.cli.output import say, wide_console
+from ooc_moe.config.agent import Preset
 from ooc_moe.metrics.provenance import command_given
 from ooc_moe_wire.command_line import Flag
 from ooc_moe_wire.errors import InvalidRequest
 from ooc_moe_wire.sizes import parse_size
 
 CachePart = Literal["layer", "steady", "oversubscribed", "switch", "bandwidth"]
-Preset = Literal["tiny", "demo", "full"]
 DataDir = Annotated[Path, Flag(metavar="DIR")]
 Results = Annotated[Path | None, Flag(metavar="PATH")]
 

@@ -15,9 +15,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final
 
-from ooc_moe.config.agent import PRESETS, AgentConfig
+from ooc_moe.config.agent import PRESETS, AgentConfig, Preset
 from ooc_moe.config.run import PPOConfig, RunConfig
 from ooc_moe.metrics.log import CONFIG_FILE
 from ooc_moe_wire.command_line import (
@@ -37,7 +37,7 @@ from ooc_moe_wire.errors import InvalidRequest
 PREFIX = "OOC_MOE_"
 # Variables with the prefix that are not settings of a run: those of the daemon, and credentials.
 OTHER_VARIABLES = ("OOC_MOE_SERVER_", "OOC_MOE_TOKEN")
-DEFAULT_PRESET = "demo"
+DEFAULT_PRESET: Final = "demo"
 _DETECTOR = ("recognise", "exemplars_per_game", "detect_unknown", "belief_smoothing", "belief_switch_at")
 GAMES_REQUIRED = "--games is required, for example --games krull,road_runner. `ooc-moe games` lists them."
 
@@ -46,7 +46,7 @@ GAMES_REQUIRED = "--games is required, for example --games krull,road_runner. `o
 class RunOptions:
     """The options of `train` that are not fields of a configuration."""
 
-    preset: Literal["tiny", "demo", "full"] = "demo"
+    preset: Preset = DEFAULT_PRESET
     """Preset of the agent's sizes; other flags override single sizes."""
     config: Annotated[Path | None, Flag(metavar="FILE")] = None
     """File with settings: TOML, or the config.json of a run (or that run's directory)."""

@@ -242,7 +242,8 @@ _AT_LEAST_ONE = (
     *("num_experts", "pool_size", "top_k", "hbm_experts", "dram_experts"),
 )
 
-PRESETS = {
+Preset = Literal["tiny", "demo", "full"]
+PRESETS: dict[str, AgentConfig] = {
     # For tests: every kind of part that an agent has, as small as possible.
     "tiny": AgentConfig(
         num_games=2,

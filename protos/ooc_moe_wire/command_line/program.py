@@ -68,7 +68,8 @@ class Program:
         if rest and not rest[0].startswith("-"):
             members = [name.removeprefix(topic).split()[0] for name in self.commands if name and name.startswith(topic)]
             prog = f"{self.name} {topic}".strip()
-            raise InvalidRequest(f"unknown command {rest[0]!r}{closest(rest[0], members)}; `{prog} --help` lists the commands")
+            hint = closest(rest[0], members) or f"; `{prog} --help` lists the commands"
+            raise InvalidRequest(f"unknown command {rest[0]!r}{hint}")
         arguments = list(words) if rest else [*words, "--help"]
         tree = self._tree(with_options=rest[:1] not in ([], ["--help"], ["-h"]))
         tyro.cli(tree, args=arguments, prog=self.name, description=description_of(self.description))

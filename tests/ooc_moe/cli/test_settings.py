@@ -12,7 +12,7 @@ import pytest
 
 from ooc_moe.cli.main import main
 from ooc_moe.cli.settings import RunOptions, configurable, run_groups
-from ooc_moe.config.agent import PRESETS, AgentConfig
+from ooc_moe.config.agent import PRESETS, AgentConfig, Preset
 from ooc_moe.config.run import AdmissionName, PlaneName, PPOConfig, RunConfig
 from ooc_moe_client.hbm.admission import AdmissionMode
 from ooc_moe_client.store import Plane
@@ -71,7 +71,8 @@ def test_no_two_configurations_share_a_name_and_every_field_is_an_option() -> No
     assert sorted(names) == sorted(fields)
 
 
-def test_the_words_for_planes_and_admission_are_those_of_the_client() -> None:
+def test_the_words_for_presets_planes_and_admission_are_those_that_exist() -> None:
+    assert Preset.__args__ == tuple(PRESETS)
     assert set(PlaneName.__args__) == {plane.value for plane in Plane}
     assert set(AdmissionName.__args__) == {mode.value for mode in AdmissionMode}
 
