@@ -1,6 +1,6 @@
 """`ooc-moe bench policies`: hit rates of LRU, S3-FIFO and the offline optimum (Belady) on the same traces.
 
-    python -m ooc_moe.bench.policies [--seed N] [--results FILE]
+    ooc-moe bench policies [--seed N] [--results FILE]
 
 The policies are those of the daemon and the trainer's cache (ooc_moe_wire.policy). The replay is that of `ooc-moe simulate`, which can also
 replay recorded traces through several tiers. A trace is a sequence of expert ids made from a seed. Every miss is brought into the cache. No
@@ -13,10 +13,8 @@ import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
-import typer
 from rich.console import Console
 
 from ooc_moe.display.table import Table, markdown_table, print_table
@@ -165,10 +163,7 @@ def run(console: Console, *, seed: int, show: Callable[[str], None]) -> list[Row
     return rows
 
 
-def main(
-    seed: Annotated[int, typer.Option(help="Makes the traces.")] = 0,
-    results: Annotated[Path | None, typer.Option(help="Save the table here.", metavar="FILE")] = None,
-) -> None:
+def main(seed: int = 0, results: Path | None = None) -> None:
     """Compare the hit rates of LRU, S3-FIFO and the offline optimum (Belady) on the same traces; takes less than a minute."""
     console, progress = Console(), Console(stderr=True)
     with progress.status("") as status:
@@ -176,7 +171,3 @@ def main(
     if results is not None:
         results.parent.mkdir(parents=True, exist_ok=True)
         results.write_text(markdown(rows, command=shlex.join(["ooc-moe", "bench", "policies", "--seed", str(seed)])))
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -1,15 +1,16 @@
-"""The daemon's statistics on a terminal: the three tiers, trainers with their HBM caches, latencies, queues and banks.
+"""Renders the daemon's statistics: the three tiers, trainers with their HBM caches, latencies, queues and banks.
 
-`render` turns one Stats message (and the one before, for rates) into Rich tables that fit 80 columns: the bars and the names give way,
-numbers never fold. It shows the most telling counters; `ooc-moe stats --json` has them all. Names that others chose are shown as plain
-text, never as markup. Knows nothing of connections.
+`render` turns one Stats message (and an earlier one, for rates) into Rich tables that fit into 80 columns: bars and names are shortened,
+numbers are never folded. It shows the most useful counters; `ooc-moe stats --json` has all of them. Names that users chose are printed as
+plain text, never as Rich markup.
 """
 
 from __future__ import annotations
 
+import sys
 import time
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -17,15 +18,48 @@ from rich.text import Text
 from ooc_moe.display.formats import DASH, format_bytes_short, format_count_short, format_seconds, format_share_short, format_uptime
 from ooc_moe_wire.v1 import stats_pb2
 
+# Wide enough for every row with whole names, where the output is not a terminal.
+PIPE_WIDTH = 1000
+_BAR_WIDTH_IN_A_PIPE = 20
 
-def render(stats: stats_pb2.Stats, before: stats_pb2.Stats | None = None) -> RenderableType:
-    """The whole dashboard. `before`: an earlier message of the same daemon; with it, traffic is shown per second, not since the start."""
+
+def print_once(stats: stats_pb2.Stats) -> None:
+    """Prints the dashboard once: fitted to the terminal, or one line for each row with whole names where the output is a pipe."""
+    if sys.stdout.isatty():
+        Console().print(render(stats))
+        return
+    console = Console(width=PIPE_WIDTH)
+    with console.capture() as captured:
+        console.print(render(stats, whole_names=True))
+    print("\n".join(line.rstrip() for line in captured.get().splitlines()))
+
+
+def render(stats: stats_pb2.Stats, before: stats_pb2.Stats | None = None, *, whole_names: bool = False) -> RenderableType:
+    """Renders the whole dashboard.
+
+    Args:
+        stats: the statistics to show.
+        before: an earlier message of the same daemon. With it, traffic is shown per second; without it, since the daemon's start.
+        whole_names: never shorten a name.
+    """
     parts: list[RenderableType] = [_headline(stats)]
-    # The banks come last: a terminal that is too low cuts them off.
+    # The banks come last, because a terminal with few lines cuts off the last lines.
     for section in (_tiers(stats, before), _trainers(stats), _hbm(stats), _latencies(stats), _queues(stats), _banks(stats)):
-        if isinstance(section, Text) or section.row_count:
+        if isinstance(section, Text):
             parts += ["", section]
+        elif section.row_count:
+            parts += ["", _unshortened(section) if whole_names else section]
     return Group(*parts)
+
+
+def _unshortened(table: Table) -> Table:
+    """The table with columns as wide as their names, and with bars of a fixed width."""
+    for column in table.columns:
+        column.max_width = None
+        column.no_wrap = True
+        if any(isinstance(cell, ProgressBar) for cell in column.cells):
+            column.width = _BAR_WIDTH_IN_A_PIPE
+    return table
 
 
 def _headline(stats: stats_pb2.Stats) -> Text:
@@ -68,7 +102,7 @@ def _tiers(stats: stats_pb2.Stats, before: stats_pb2.Stats | None) -> Table:
 
 
 def _sum_of_hbm(stats: stats_pb2.Stats) -> stats_pb2.TierStats:
-    """The trainers' caches as one tier: hits as reads, misses as writes."""
+    """Adds the trainers' HBM caches up to one tier: hits count as reads, misses as writes."""
     caches = [hbm for trainer in stats.trainers for hbm in trainer.hbm]
     return stats_pb2.TierStats(
         capacity_bytes=sum(hbm.capacity_experts * hbm.expert_bytes for hbm in caches),
@@ -110,7 +144,7 @@ def _hbm(stats: stats_pb2.Stats) -> Table:
 
 
 def _latencies(stats: stats_pb2.Stats) -> Table:
-    """One column for each operation that happened."""
+    """Renders a column for each operation that happened at least once."""
     seen = {name: latency for name, latency in sorted(stats.latency.items()) if latency.count}
     table = _table("Latency in ms", *seen)
     if seen:
@@ -143,7 +177,10 @@ def _banks(stats: stats_pb2.Stats) -> Table:
 
 
 def _table(title: str, *columns: str) -> Table:
-    """A section: its title heads the first column. A column whose name begins with | is to the left and may give way, as the first may."""
+    """Makes a section, with its title above the first column.
+
+    A column whose name begins with | is aligned to the left and may be shortened, like the first column. All others hold numbers.
+    """
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column(Text(title, style="not dim bold"))
     for column in columns:
@@ -163,7 +200,7 @@ def _share(hits: int, misses: int) -> str:
 
 
 def _flow(total: int, earlier: int | None, seconds: float) -> str:
-    """Bytes since the start; with an earlier figure, bytes per second, and nothing for none: neither for a daemon that restarted."""
+    """Writes bytes since the start, or, with an earlier figure, bytes per second. No traffic, or a daemon that restarted, is left blank."""
     if earlier is None:
         return format_bytes_short(total)
     rate = round((total - earlier) / seconds) if seconds > 0 else 0

@@ -1,6 +1,6 @@
-"""The commands that ask a storage daemon: stats, bank ..., snapshot ...
+"""The commands that ask a storage daemon: `stats`, `bank ...` and `snapshot ...`.
 
-Everything goes through `RemoteStore`; nothing here needs torch.
+They use `RemoteStore` alone, and need no torch.
 """
 
 from __future__ import annotations
@@ -10,69 +10,85 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from dataclasses import dataclass
+from typing import Annotated, Any
 
-import typer
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.json_format import MessageToDict
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from google.protobuf.message import Message
 from rich.live import Live
-from rich.table import Table
-from rich.text import Text
 
-from ooc_moe.cli.dashboard import render
-from ooc_moe.display.formats import DASH, format_ago, format_bytes
+from ooc_moe.cli.dashboard import print_once, render
+from ooc_moe.cli.options import DaemonOptions, JsonOption
+from ooc_moe.cli.output import Column, print_records, say
+from ooc_moe.display.formats import DASH, format_ago, format_bytes, format_count
 from ooc_moe_client.remote.store import RemoteStore
 from ooc_moe_client.store import Bank, Snapshot, Tier
+from ooc_moe_wire.command_line import Flag
 from ooc_moe_wire.errors import InvalidRequest
+from ooc_moe_wire.layout import TensorSpec
 from ooc_moe_wire.v1 import stats_pb2
 
-_WHERE = {Tier.DRAM: "in DRAM", Tier.NVME: "on NVMe", Tier.SEED: "made from the seed when asked for"}
-# A dashboard outlives a restart of the daemon; a command should not hang on one that is away.
+# How long to wait for a daemon that does not answer. A dashboard survives a restart of the daemon; other commands fail.
 WATCH_PATIENCE_S = 3600.0
 PATIENCE_S = 5.0
 
-bank_app = typer.Typer(no_args_is_help=True, help="List, show, remove and fork banks of experts.", rich_markup_mode="rich")
-snapshot_app = typer.Typer(no_args_is_help=True, help="List, create, restore and remove snapshots of banks.", rich_markup_mode="rich")
-
-StoreOption = Annotated[
-    str, typer.Option("--store", help="The storage daemon: HOST:PORT or unix:PATH.", metavar="ADDRESS", envvar="OOC_MOE_STORE")
-]
-YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
-DEFAULT_STORE = "127.0.0.1:50051"
+_INT64 = (FieldDescriptor.CPPTYPE_INT64, FieldDescriptor.CPPTYPE_UINT64)
+_WHERE = {Tier.DRAM: "in DRAM", Tier.NVME: "on NVMe", Tier.SEED: "made from the seed when they are fetched"}
 
 
-def stats(
-    store: StoreOption = DEFAULT_STORE,
-    watch: Annotated[bool, typer.Option("--watch", help="Keep showing, until Ctrl-C.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document; with --watch, one per line.")] = False,
-    interval: Annotated[float, typer.Option(help="Seconds between updates of --watch; at least 0.1.")] = 1.0,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class ConfirmOption:
+    """The option that skips the question before data is deleted."""
+
+    yes: Annotated[bool, Flag(aliases=("-y",))] = False
+    """Do not ask for confirmation."""
+
+    def confirm(self, question: str) -> None:
+        """Asks on the terminal, unless --yes was given. Exits with code 1 if the answer is not yes."""
+        if self.yes:
+            return
+        try:
+            answer = input(f"{question} [y/N]: ")
+        except EOFError:
+            answer = ""
+        if answer.strip().lower() not in ("y", "yes"):
+            print("aborted", file=sys.stderr)
+            raise SystemExit(1)
+
+
+# Statistics
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stats(DaemonOptions, JsonOption):
     """Show what the daemon's tiers, banks and trainers are doing.
 
-    A dashboard beside a training run, and the same numbers for a program (64-bit counters are strings, as protobuf's JSON has them):
+    A dashboard beside a training run, and the same numbers for a program:
 
-    \b
     $ ooc-moe stats --store storage-host:50051 --watch
     $ ooc-moe stats --json | jq '.total.hits'
     """
-    if not 0.1 <= interval <= 3600:
-        raise InvalidRequest(f"interval: {interval} is not 0.1 to 3600 seconds")
-    with _connected(store, patience_s=WATCH_PATIENCE_S if watch else PATIENCE_S) as daemon:
-        if not watch:
-            _show(daemon.stats(), as_json=as_json)
-        elif as_json:
-            for now in daemon.watch_stats(interval):
-                print(json.dumps(_plain(now)), flush=True)
-        else:
-            _watch(daemon, interval)
 
+    watch: bool = False
+    """Update until Ctrl-C. With --json, print one document per line."""
+    interval: float = 1.0
+    """Seconds between two updates of --watch; at least 0.1."""
 
-def _show(now: stats_pb2.Stats, *, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(_plain(now), indent=2))
-    else:
-        Console().print(render(now))
+    def run(self) -> None:
+        """Prints the statistics once, or repeatedly with --watch."""
+        if not 0.1 <= self.interval <= 3600:
+            raise InvalidRequest(f"interval: {self.interval} is not 0.1 to 3600 seconds")
+        with _connected(self.target, patience_s=WATCH_PATIENCE_S if self.watch else PATIENCE_S) as daemon:
+            if self.watch and not self.as_json:
+                _watch(daemon, self.interval)
+            elif self.watch:
+                for now in daemon.watch_stats(self.interval):
+                    print(json.dumps(plain(now)), flush=True)
+            elif self.as_json:
+                print(json.dumps(plain(daemon.stats()), indent=2))
+            else:
+                print_once(daemon.stats())
 
 
 def _watch(daemon: RemoteStore, interval: float) -> None:
@@ -83,188 +99,162 @@ def _watch(daemon: RemoteStore, interval: float) -> None:
             before = now
 
 
-def _plain(now: stats_pb2.Stats) -> dict[str, object]:
-    return MessageToDict(now, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+def plain(stats: stats_pb2.Stats) -> dict[str, Any]:
+    """Returns the statistics as a JSON document with the field names of the .proto file, and with numbers as numbers."""
+    document: dict[str, Any] = MessageToDict(stats, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+    _numbers(stats, document)
+    return document
 
 
-@bank_app.command(name="ls")
-def bank_ls(store: StoreOption = DEFAULT_STORE) -> None:
+def _numbers(message: Message, document: dict[str, Any]) -> None:
+    """Converts 64-bit integers, which protobuf's JSON writes as strings, to numbers, in place."""
+    for field in message.DESCRIPTOR.fields:
+        value, found = getattr(message, field.name), document.get(field.name)
+        if found is None:
+            continue
+        if field.message_type is not None and field.message_type.GetOptions().map_entry:
+            for key, each in value.items():
+                _numbers(each, found[key])
+        elif field.message_type is not None:
+            pairs = zip(value, found, strict=True) if isinstance(found, list) else [(value, found)]
+            for each, its_document in pairs:
+                _numbers(each, its_document)
+        elif field.cpp_type in _INT64:
+            document[field.name] = [int(each) for each in found] if isinstance(found, list) else int(found)
+
+
+# Banks
+
+
+@dataclass(frozen=True, kw_only=True)
+class BankList(DaemonOptions, JsonOption):
     """List the banks of a daemon.
 
-    \b
     $ ooc-moe bank ls --store storage-host:50051
+    $ ooc-moe bank ls | grep first/
     """
-    with _connected(store) as daemon:
-        banks = daemon.list_banks()
-    table = _table("bank", "experts", "written", "bytes", "record", "writer", "created")
-    for bank in banks:
-        table.add_row(
-            bank.spec.name,
-            f"{bank.spec.num_experts:,}",
-            f"{bank.num_written:,}",
-            format_bytes(bank.num_written * bank.record_bytes),
-            format_bytes(bank.record_bytes),
-            Text(bank.writer_id or DASH),
-            format_ago(bank.created_unix_ms),
+
+    def run(self) -> None:
+        """Prints the list."""
+        with _connected(self.target) as daemon:
+            banks = daemon.list_banks()
+        columns = (
+            Column("bank", "bank"),
+            Column("num_experts", "experts", format_count, right=True),
+            Column("num_written", "written", format_count, right=True),
+            Column("written_bytes", "bytes", format_bytes, right=True),
+            Column("record_bytes", "record", format_bytes, right=True),
+            Column("writer", "writer", lambda writer: writer or DASH),
+            Column("created_unix_ms", "created", format_ago),
         )
-    Console().print(table if banks else "no banks")
+        print_records(columns, [_bank_record(bank) for bank in banks], as_json=self.as_json, empty="no banks")
 
 
-@bank_app.command(name="show")
-def bank_show(name: Annotated[str, typer.Argument(help="The bank's name.")], store: StoreOption = DEFAULT_STORE) -> None:
-    """Show one bank: its experts' layout, and where they are.
+@dataclass(frozen=True, kw_only=True)
+class BankShow(DaemonOptions, JsonOption):
+    """Show one bank: its experts' tensors, and in which tiers its experts are.
 
-    \b
     $ ooc-moe bank show first/experts
     """
-    with _connected(store) as daemon:
-        bank = daemon.get_bank(name)
-        tiers = Counter(tier for expert in daemon.list_experts(name) for tier in expert.tiers)
-    console = Console()
-    facts = Table(box=None, show_header=False, pad_edge=False)
-    for label, value in _bank_facts(bank, tiers):
-        facts.add_row(Text(label, style="dim"), Text(value))
-    tensors = _table("tensor", "shape", "dtype", "bytes", "section", "begins as")
-    for section, members in (("parameters", bank.spec.layout.parameters), ("optimizer", bank.spec.layout.optimizer)):
-        for tensor in members:
-            shape = " x ".join(map(str, tensor.shape))
-            begins = (
-                f"{tensor.initializer.algorithm} {tensor.initializer.value:g}" if tensor.initializer.value else tensor.initializer.algorithm
-            )
-            tensors.add_row(tensor.name, shape, tensor.dtype, format_bytes(tensor.num_bytes), section, begins)
-    console.print(facts, tensors, sep="\n")
+
+    name: Annotated[str, Flag(positional=True)]
+    """Name of the bank."""
+
+    def run(self) -> None:
+        """Prints the bank."""
+        with _connected(self.target) as daemon:
+            bank = daemon.get_bank(self.name)
+            tiers = Counter(tier for expert in daemon.list_experts(self.name) for tier in expert.tiers)
+        layout = bank.spec.layout
+        sections = (("parameters", layout.parameters), ("optimizer", layout.optimizer))
+        tensors = [_tensor_record(tensor, section) for section, members in sections for tensor in members]
+        if self.as_json:
+            where = {tier.name.lower(): tiers[tier] for tier in _WHERE}
+            print(json.dumps(_bank_record(bank) | {"tiers": where, "tensors": tensors}, indent=2))
+            return
+        facts = _bank_facts(bank, tiers)
+        width = max(len(label) for label, _ in facts)
+        for label, value in facts:
+            print(f"{label.ljust(width)}  {value}")
+        print()
+        columns = (
+            Column("tensor", "tensor"),
+            Column("shape", "shape", lambda shape: " x ".join(map(str, shape))),
+            Column("dtype", "dtype"),
+            Column("bytes", "bytes", format_bytes, right=True),
+            Column("section", "section"),
+            Column("initializer", "initial value"),
+        )
+        print_records(columns, tensors)
 
 
-@bank_app.command(name="rm")
-def bank_rm(
-    name: Annotated[str, typer.Argument(help="The bank's name.")], store: StoreOption = DEFAULT_STORE, yes: YesOption = False
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class BankRemove(DaemonOptions, ConfirmOption):
     """Remove a bank: its experts, and its part of every snapshot.
 
-    \b
     $ ooc-moe bank rm first/experts
     """
-    with _connected(store) as daemon:
-        bank = daemon.get_bank(name)
-        _confirm(f"Remove bank {name} with {bank.num_written} written experts, also from all snapshots?", yes)
-        daemon.delete_bank(name)
-    Console().print(f"removed {name}", soft_wrap=True)
+
+    name: Annotated[str, Flag(positional=True)]
+    """Name of the bank."""
+
+    def run(self) -> None:
+        """Asks, and removes the bank."""
+        with _connected(self.target) as daemon:
+            bank = daemon.get_bank(self.name)
+            self.confirm(f"Remove bank {self.name} with {bank.num_written} written experts, also from all snapshots?")
+            daemon.delete_bank(self.name)
+        say(f"removed {self.name}")
 
 
-@bank_app.command(name="fork")
-def bank_fork(
-    source: Annotated[str, typer.Argument(help="The bank to begin from.")],
-    name: Annotated[str, typer.Argument(help="The new bank.")],
-    snapshot: Annotated[int | None, typer.Option(help="Begin from this snapshot of it, not from its present state.", metavar="ID")] = None,
-    store: StoreOption = DEFAULT_STORE,
-) -> None:
-    """Make a new bank from another one, without copying its bytes.
+@dataclass(frozen=True, kw_only=True)
+class BankFork(DaemonOptions):
+    """Make a new bank that begins with the experts of another bank, without copying their bytes.
 
     The experts alone, for `ooc-moe train --from-bank`; `ooc-moe branch` takes a run's dense parameters too.
 
-    \b
     $ ooc-moe bank fork first/experts second/experts --snapshot 3
     """
-    with _connected(store) as daemon:
-        bank = daemon.fork_bank(source, name, snapshot_id=snapshot)
-    Console().print(f"made {bank.spec.name} with {bank.spec.num_experts} experts, {bank.num_written} of them written", soft_wrap=True)
+
+    source: Annotated[str, Flag(positional=True)]
+    """The bank to begin with."""
+    name: Annotated[str, Flag(positional=True)]
+    """Name of the new bank."""
+    snapshot: Annotated[int | None, Flag(metavar="ID")] = None
+    """Fork the bank as it was in this snapshot; by default as it is now."""
+
+    def run(self) -> None:
+        """Makes the bank."""
+        with _connected(self.target) as daemon:
+            bank = daemon.fork_bank(self.source, self.name, snapshot_id=self.snapshot)
+        say(f"made {bank.spec.name} with {bank.spec.num_experts} experts, {bank.num_written} of them written")
 
 
-@snapshot_app.command(name="ls")
-def snapshot_ls(
-    bank: Annotated[str, typer.Option(help="Of this bank only.", metavar="NAME")] = "", store: StoreOption = DEFAULT_STORE
-) -> None:
-    """List snapshots, newest first.
-
-    \b
-    $ ooc-moe snapshot ls --bank first/experts
-    """
-    with _connected(store) as daemon:
-        if bank:
-            daemon.get_bank(bank)  # So that a name mistyped is said to be unknown.
-        snapshots = daemon.list_snapshots(bank)
-    table = _table("id", "name", "banks", "experts", "refers to", "created")
-    for snapshot in snapshots:
-        table.add_row(
-            str(snapshot.id),
-            Text(snapshot.name),
-            ", ".join(snapshot.banks),
-            f"{snapshot.num_experts:,}",
-            format_bytes(snapshot.bytes),
-            format_ago(snapshot.created_unix_ms),
-        )
-    Console().print(table if snapshots else "no snapshots")
+def _bank_record(bank: Bank) -> dict[str, Any]:
+    return {
+        "bank": bank.spec.name,
+        "num_experts": bank.spec.num_experts,
+        "num_written": bank.num_written,
+        "written_bytes": bank.num_written * bank.record_bytes,
+        "record_bytes": bank.record_bytes,
+        "seed": bank.spec.seed,
+        "newest_version": bank.newest_version,
+        "writer": bank.writer_id or None,
+        "forked_from": bank.forked_from or None,
+        "created_unix_ms": bank.created_unix_ms,
+    }
 
 
-@snapshot_app.command(name="create")
-def snapshot_create(
-    banks: Annotated[list[str], typer.Argument(help="The banks it holds, in one cut.")],
-    name: Annotated[str, typer.Option(help="snapshot-ID if not given.")] = "",
-    store: StoreOption = DEFAULT_STORE,
-) -> None:
-    """Keep the present state of banks; nothing is copied.
-
-    \b
-    $ ooc-moe snapshot create first/experts --name before-the-experiment
-    """
-    with _connected(store) as daemon:
-        _done("created", daemon.create_snapshot(banks, name=name))
-
-
-@snapshot_app.command(name="restore")
-def snapshot_restore(
-    snapshot_id: Annotated[int, typer.Argument(help="The snapshot's id.", metavar="ID")],
-    store: StoreOption = DEFAULT_STORE,
-    yes: YesOption = False,
-) -> None:
-    """Bring the banks of a snapshot back to it; what they hold now is lost unless another snapshot has it.
-
-    The experts alone: `ooc-moe train --resume --checkpoint` takes a run back, with its dense parameters.
-
-    \b
-    $ ooc-moe snapshot restore 3
-    """
-    with _connected(store) as daemon:
-        _confirm(f"Bring the banks of snapshot {snapshot_id} back to it?", yes)
-        _done("restored", daemon.restore_snapshot(snapshot_id))
-
-
-@snapshot_app.command(name="rm")
-def snapshot_rm(
-    snapshot_id: Annotated[int, typer.Argument(help="The snapshot's id.", metavar="ID")],
-    store: StoreOption = DEFAULT_STORE,
-    yes: YesOption = False,
-) -> None:
-    """Remove a snapshot.
-
-    \b
-    $ ooc-moe snapshot rm 3
-    """
-    with _connected(store) as daemon:
-        _confirm(f"Remove snapshot {snapshot_id}?", yes)
-        daemon.delete_snapshot(snapshot_id)
-    Console().print(f"removed snapshot {snapshot_id}")
-
-
-@contextmanager
-def _connected(target: str, *, patience_s: float = PATIENCE_S) -> Iterator[RemoteStore]:
-    store = RemoteStore(target, patience_s=patience_s)
-    try:
-        yield store
-    finally:
-        store.close()
-
-
-def _confirm(question: str, yes: bool) -> None:
-    if not yes:
-        typer.confirm(question, abort=True)
-
-
-def _done(verb: str, snapshot: Snapshot) -> None:
-    banks = ", ".join(snapshot.banks)
-    Console().print(
-        f"{verb} snapshot {snapshot.id} ({snapshot.name}) of {banks}: {snapshot.num_experts} experts", soft_wrap=True, markup=False
-    )
+def _tensor_record(tensor: TensorSpec, section: str) -> dict[str, Any]:
+    initializer = tensor.initializer
+    return {
+        "tensor": tensor.name,
+        "shape": list(tensor.shape),
+        "dtype": tensor.dtype,
+        "bytes": tensor.num_bytes,
+        "section": section,
+        "initializer": f"{initializer.algorithm} {initializer.value:g}" if initializer.value else initializer.algorithm,
+    }
 
 
 def _bank_facts(bank: Bank, tiers: Counter[Tier]) -> list[tuple[str, str]]:
@@ -276,17 +266,117 @@ def _bank_facts(bank: Bank, tiers: Counter[Tier]) -> list[tuple[str, str]]:
         ("record", f"{format_bytes(bank.record_bytes)}: parameters {parameters}, optimizer {optimizer}"),
         ("where", ", ".join(f"{tiers[tier]:,} {where}" for tier, where in _WHERE.items() if tiers[tier]) or DASH),
         ("newest version", str(bank.newest_version)),
-        ("writer", bank.writer_id or "nobody"),
+        ("writer", bank.writer_id or "none"),
         ("created", format_ago(bank.created_unix_ms)),
     ]
     return facts + ([("forked from", bank.forked_from)] if bank.forked_from else [])
 
 
-def _table(first: str, *others: str) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column(first, overflow="fold", justify="right" if first == "id" else "left")
-    for name in others:
-        table.add_column(
-            name, justify="right" if name in ("experts", "written", "bytes", "record", "refers to") else "left", overflow="fold"
+# Snapshots
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapshotList(DaemonOptions, JsonOption):
+    """List snapshots, newest first.
+
+    $ ooc-moe snapshot ls --bank first/experts
+    """
+
+    bank: str = ""
+    """List only the snapshots of this bank."""
+
+    def run(self) -> None:
+        """Prints the list."""
+        with _connected(self.target) as daemon:
+            if self.bank:
+                daemon.get_bank(self.bank)  # Refuses an unknown name, for which the list would be empty.
+            snapshots = daemon.list_snapshots(self.bank)
+        columns = (
+            Column("id", "id", right=True),
+            Column("name", "name"),
+            Column("banks", "banks", ",".join),
+            Column("num_experts", "experts", format_count, right=True),
+            Column("bytes", "refers to", format_bytes, right=True),
+            Column("created_unix_ms", "created", format_ago),
         )
-    return table
+        print_records(columns, [_snapshot_record(snapshot) for snapshot in snapshots], as_json=self.as_json, empty="no snapshots")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapshotCreate(DaemonOptions):
+    """Keep the present state of banks; nothing is copied.
+
+    $ ooc-moe snapshot create first/experts --name before-the-experiment
+    $ ooc-moe snapshot create first/layer0,first/layer1
+    """
+
+    banks: Annotated[tuple[str, ...], Flag(positional=True, metavar="BANK")]
+    """The banks that the snapshot holds, all at the same point in time."""
+    name: str = ""
+    """Name of the snapshot; by default snapshot-ID."""
+
+    def run(self) -> None:
+        """Makes the snapshot."""
+        with _connected(self.target) as daemon:
+            _report("created", daemon.create_snapshot(list(self.banks), name=self.name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapshotRestore(DaemonOptions, ConfirmOption):
+    """Bring the banks of a snapshot back to its state. What they hold now is lost unless another snapshot has it.
+
+    The experts alone: `ooc-moe train --resume --checkpoint` takes a run back with its dense parameters.
+
+    $ ooc-moe snapshot restore 3
+    """
+
+    snapshot_id: Annotated[int, Flag(positional=True, metavar="ID")]
+    """The snapshot's id."""
+
+    def run(self) -> None:
+        """Asks, and restores the snapshot."""
+        with _connected(self.target) as daemon:
+            self.confirm(f"Bring the banks of snapshot {self.snapshot_id} back to it?")
+            _report("restored", daemon.restore_snapshot(self.snapshot_id))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapshotRemove(DaemonOptions, ConfirmOption):
+    """Remove a snapshot.
+
+    $ ooc-moe snapshot rm 3
+    """
+
+    snapshot_id: Annotated[int, Flag(positional=True, metavar="ID")]
+    """The snapshot's id."""
+
+    def run(self) -> None:
+        """Asks, and removes the snapshot."""
+        with _connected(self.target) as daemon:
+            self.confirm(f"Remove snapshot {self.snapshot_id}?")
+            daemon.delete_snapshot(self.snapshot_id)
+        say(f"removed snapshot {self.snapshot_id}")
+
+
+def _snapshot_record(snapshot: Snapshot) -> dict[str, Any]:
+    return {
+        "id": snapshot.id,
+        "name": snapshot.name,
+        "banks": list(snapshot.banks),
+        "num_experts": snapshot.num_experts,
+        "bytes": snapshot.bytes,
+        "created_unix_ms": snapshot.created_unix_ms,
+    }
+
+
+def _report(verb: str, snapshot: Snapshot) -> None:
+    say(f"{verb} snapshot {snapshot.id} ({snapshot.name}) of {', '.join(snapshot.banks)}: {snapshot.num_experts} experts")
+
+
+@contextmanager
+def _connected(target: str, *, patience_s: float = PATIENCE_S) -> Iterator[RemoteStore]:
+    store = RemoteStore(target, patience_s=patience_s)
+    try:
+        yield store
+    finally:
+        store.close()

@@ -1,6 +1,6 @@
-"""The agent's sizes: what there is of everything, what it costs in parameters and bytes, and the presets.
+"""The sizes of an agent: its configuration, its number of parameters and bytes, and the presets.
 
-Knows nothing of training (`run_config.py`) and builds nothing; `agent.py` builds what is described here.
+`ooc_moe.agent` builds the agent that a configuration describes; `run.py` beside this file configures its training.
 """
 
 from __future__ import annotations
@@ -21,62 +21,62 @@ AttentionOwner = Literal["per-game", "shared"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AgentConfig:
-    """All sizes of an agent. Every default is the full preset's; `PRESETS` has the others."""
+    """All sizes of an agent. The defaults are those of the preset "full"; `PRESETS` has the other presets."""
 
     num_games: int = 57
-    """Games the estimates count. The agent takes more, if its banks may grow."""
+    """Games that the parameter estimate counts. The agent can learn more games if its banks may grow."""
     frame_size: int = 84
     """Height and width of a frame in pixels."""
     frame_stack: int = 4
-    """Frames seen at once: the stem's input channels."""
+    """Consecutive frames that the agent sees at once: the input channels of its convolutions (the stem)."""
     num_actions: int = 18
-    """Action logits; 18 is all of Atari's."""
+    """Actions that the policy chooses from; 18 are all of Atari's."""
     stem_channels: tuple[int, ...] = (32, 64, 64)
-    """Output channels of the stem's convolutions, from Mnih et al. 2015 as the two below."""
+    """Output channels of the stem's convolutions (channels, kernels and strides as in Mnih et al. 2015)."""
     stem_kernels: tuple[int, ...] = (8, 4, 3)
-    """Their kernel sizes."""
+    """Kernel sizes of the stem's convolutions."""
     stem_strides: tuple[int, ...] = (4, 2, 1)
-    """Their strides."""
+    """Strides of the stem's convolutions."""
     dim: int = 512
-    """Width of a token."""
+    """Width of a token, and of every layer's input and output."""
     hidden: int = 2048
-    """Width inside an expert."""
+    """Width of the hidden layer inside an expert."""
     num_layers: int = 6
     """Transformer blocks."""
     num_heads: int = 8
-    """Attention heads; they share `dim` evenly."""
+    """Attention heads; dim must be a multiple of this number."""
     context: int = 32
-    """Frames of a segment, the longest past an action can see."""
+    """Frames of a segment: an action depends on at most this many past frames."""
     dropout: float = 0.0
-    """On the two residual branches of a block. Anything but 0 makes PPO's ratios differ from 1 before the first update."""
+    """Dropout on the two residual branches of a block. With a value above 0, PPO's ratios differ from 1 even before the first update."""
     num_experts: int = 256
     """Experts of each bank at the start."""
     grow: bool = True
-    """Whether a bank grows when a new game finds too few unowned experts; otherwise that game is refused."""
+    """Whether a bank grows when it has too few unowned experts for a new game; otherwise the game is refused."""
     banks: Scope = "shared"
     """One bank for all layers, or one per layer."""
     routing: Routing = "pool"
-    """What a token chooses from: the pool of its game, or (token) all experts of the bank, with one router for all games."""
+    """The experts that a token may go to: those of its game's pool, or (token) all experts of the bank, with one router for all games."""
     pool_size: int = 4
-    """Experts of a pool that its game owns."""
+    """Experts that a game owns in each of its pools."""
     shared_experts: int = 0
-    """Older games' experts that a new game's pool borrows beside its own, to read, never to change."""
+    """Experts of older games that a new game's pool also uses. The new game reads these experts and never changes them."""
     pools: Scope = "shared"
-    """One pool of a game for all its layers, or one per layer (which banks per layer imply)."""
+    """One pool of a game for all layers, or one per layer. With one bank per layer, there is always one pool per layer."""
     top_k: int = 2
-    """Experts a token is sent to."""
+    """Experts that each token is sent to."""
     router_noise: float = 1.0
-    """Standard deviation of the noise on the logits that choose, in training; 0 switches it off."""
+    """Standard deviation of the noise on the router's logits in training; 0: no noise."""
     balance_weight: float = 0.01
-    """Weight of the load-balancing loss."""
+    """Weight of the load-balancing loss; 0: no such loss."""
     attention: AttentionOwner = "per-game"
     """Whether each game has attention of its own, or all games train one (as ordinary networks do)."""
     hbm_experts: int = 32
-    """Experts in the trainer's HBM, over all banks."""
+    """Experts that fit into the trainer's HBM cache, over all banks."""
     dram_experts: int = 128
-    """Experts in the daemon's DRAM, over all banks."""
+    """Experts that fit into the DRAM of the run's own daemon, over all banks."""
     prefetch_experts: int = 32
-    """Experts that the detector names when it recognises a game."""
+    """Experts that the detector prefetches when it recognises a game."""
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -116,27 +116,27 @@ class AgentConfig:
 
     @property
     def choices(self) -> int:
-        """Experts among which a token's router chooses, borrowed ones apart."""
+        """Experts that the router of a token chooses from, without the borrowed ones."""
         return self.pool_size if self.routing == "pool" else self.num_experts
 
     @property
     def num_banks(self) -> int:
-        """1, or one per layer."""
+        """Number of banks: 1, or one per layer."""
         return 1 if self.banks == "shared" else self.num_layers
 
     @property
     def pools_per_game(self) -> int:
-        """1, or one per layer."""
+        """Pools of each game: 1, or one per layer."""
         return 1 if self.pools == "shared" and self.banks == "shared" else self.num_layers
 
     def owned_experts(self, num_games: int) -> int:
-        """Experts of each bank that so many games own together; with token routing they own none."""
+        """Experts of each bank that `num_games` games own together; 0 with token routing, where no game owns experts."""
         pools = self.pools_per_game // self.num_banks
         return num_games * pools * self.pool_size if self.routing == "pool" else 0
 
     @property
     def stem_output_size(self) -> int:
-        """Height and width of the stem's last feature map; below 1 where the frame is too small."""
+        """Height and width of the stem's last feature map; below 1 if the frame is too small for the convolutions."""
         size = self.frame_size
         for kernel, stride in zip(self.stem_kernels, self.stem_strides, strict=True):
             size = (size - kernel) // stride + 1 if size >= kernel else 0
@@ -144,7 +144,7 @@ class AgentConfig:
 
     @property
     def dram_bytes(self) -> int:
-        """Bytes of `dram_experts` records."""
+        """Bytes of DRAM that `dram_experts` records take."""
         return self.dram_experts * self.expert_layout().record_bytes
 
     def expert_layout(self) -> Layout:
@@ -152,11 +152,11 @@ class AgentConfig:
         return ffn_layout(self.dim, self.hidden)
 
     def bank_names(self, run: str) -> list[str]:
-        """The names of a run's banks, in the order of the caches that an agent takes."""
+        """The names of a run's banks, in the order of the caches that `Agent` takes."""
         return [f"{run}/experts"] if self.banks == "shared" else [f"{run}/layer{layer}" for layer in range(self.num_layers)]
 
     def bank_specs(self, run: str, seed: int) -> list[BankSpec]:
-        """The banks of a run. Initial values depend on the seed and the bank's place, not on the run's name."""
+        """The banks of a run. Initial values depend on the seed and on the bank's index, not on the run's name."""
         layout = self.expert_layout()
         return [
             BankSpec(name=name, num_experts=self.num_experts, layout=layout, seed=derived_seed(seed, "bank", index))
@@ -164,7 +164,7 @@ class AgentConfig:
         ]
 
     def estimate_params(self) -> ParamEstimate:
-        """Parameters and bytes of an agent that has learned `num_games` games, each of which borrows as many experts as it may."""
+        """Counts parameters and bytes of an agent that has learned `num_games` games, each borrowing as many experts as allowed."""
         dim, games, layers, layout = self.dim, self.num_games, self.num_layers, self.expert_layout()
         num_experts = self.num_banks * max(self.num_experts, self.owned_experts(games))
         attentions = layers * (games if self.attention == "per-game" else 1)
@@ -193,7 +193,7 @@ class AgentConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParamEstimate:
-    """Numbers of parameters by kind, and bytes by tier. `nvme_bytes` is every expert written once, with its Adam state."""
+    """Numbers of parameters by kind, and bytes by tier. `nvme_bytes` is the size when every expert is written once, with its Adam state."""
 
     num_experts: int
     experts: int
@@ -209,17 +209,17 @@ class ParamEstimate:
 
     @property
     def dense(self) -> int:
-        """Parameters that live in the agent itself."""
+        """Parameters of the agent itself: all but the experts'."""
         return self.attention + self.routers + self.stem + self.embeddings + self.norms + self.heads
 
     @property
     def total(self) -> int:
-        """All parameters."""
+        """All parameters, dense and experts'."""
         return self.experts + self.dense
 
 
 def require(holds: bool, name: str, value: object, want: str) -> None:
-    """Raises InvalidRequest that names the field and its value, unless it holds."""
+    """Raises InvalidRequest "NAME: VALUE is not WANT" unless `holds` is true."""
     if not holds:
         raise InvalidRequest(f"{name}: {value} is not {want}")
 
@@ -229,8 +229,9 @@ _AT_LEAST_ONE = (
     *("num_experts", "pool_size", "top_k", "hbm_experts", "dram_experts"),
 )
 
-PRESETS = {
-    # For tests: everything that exists, as small as it gets.
+Preset = Literal["tiny", "demo", "full"]
+PRESETS: dict[str, AgentConfig] = {
+    # For tests: every kind of part that an agent has, as small as possible.
     "tiny": AgentConfig(
         num_games=2,
         frame_size=42,

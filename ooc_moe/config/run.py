@@ -1,4 +1,8 @@
-"""What a run is: its games, its budget, its agent and its PPO. Checked here, written to config.json, read back by --resume."""
+"""The configuration of a training run: games, steps, agent, PPO, evaluation and storage.
+
+The values are checked when a configuration is made. A run writes its configuration to config.json; `--resume` and `--config` read that
+file. The docstring below each field is also the help of its option on the command line.
+"""
 
 from __future__ import annotations
 
@@ -13,60 +17,69 @@ from typing import Any, Literal, get_args
 from ooc_moe.config.agent import AgentConfig, require
 from ooc_moe.metrics.log import CONFIG_FILE
 from ooc_moe.metrics.trace import TraceInfo
-from ooc_moe_client.hbm.admission import AdmissionMode
 from ooc_moe_client.remote.connection import check_target
-from ooc_moe_client.store import Plane
 from ooc_moe_wire.errors import InvalidRequest
 
 PrefetchSource = Literal["off", "detector", "schedule"]
 Protection = Literal["replay", "freeze", "ewc", "clone", "none"]
 Recogniser = Literal["detector", "nearest-mean", "oracle"]
-# What a bank's name may hold, but no slash; the rest of it has room beside.
+# The values of the client's enumerations Plane and AdmissionMode, as words of a file or of the command line.
+PlaneName = Literal["auto", "stream", "local"]
+AdmissionName = Literal["off", "observe", "enforce"]
+# As the name of a bank, without a slash, and short enough for "/experts" or "/layer12" to follow.
 _NAME, _NAME_SAYS = re.compile(r"[A-Za-z0-9_\-.]{1,100}"), "1 to 100 letters, digits, '_', '-' or '.'"
+
+_CHOICES: dict[str, Any] = {
+    "plane": PlaneName,
+    "prefetch": PrefetchSource,
+    "prefetch_admission": AdmissionName,
+    "protection": Protection,
+    "recognise": Recogniser,
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """Updates that follow one another in one game: number `first` to `end - 1` of `games[phase]`."""
+    """Consecutive updates in one game: the updates number `first` to `end - 1` of `games[phase]`."""
 
     phase: int
     first: int
     end: int
     evaluated: bool
-    """Whether the games are evaluated after it, and a checkpoint is kept."""
+    """Whether the games are evaluated after this turn, and a checkpoint is kept."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PPOConfig:
-    """Proximal policy optimisation (Schulman et al. 2017), with the values common for Atari."""
+    """Proximal policy optimisation (Schulman et al. 2017). The defaults are values that are common for Atari."""
 
     num_envs: int = 16
-    """Environments played side by side."""
+    """Environments that are played in parallel."""
     rollout_steps: int = 64
-    """Steps of each environment between updates; a multiple of the agent's context."""
+    """Steps of each environment between two updates; must be a multiple of the agent's context."""
     epochs: int = 3
-    """Passes over a rollout."""
+    """Passes over each rollout."""
     minibatch_segments: int = 16
-    """Segments (context steps of one environment) per optimizer step."""
+    """Segments per optimizer step; a segment is `context` steps of one environment."""
     learning_rate: float = 1e-3
-    """Adam's."""
+    """Adam's learning rate."""
     anneal: bool = True
-    """Whether the learning rate falls linearly to zero within each game; otherwise it stays."""
+    """Whether the learning rate falls linearly to zero within each game; otherwise it is constant."""
     gamma: float = 0.99
-    """Discount per step."""
+    """Discount factor of a reward per step."""
     gae_lambda: float = 0.95
-    """Generalised advantage estimation: 0 is one-step, 1 is Monte Carlo."""
+    """Lambda of generalised advantage estimation: 0 is one-step, 1 is Monte Carlo."""
     clip: float = 0.2
-    """Probability ratios beyond 1 +- clip carry no gradient where moving on would gain."""
+    """PPO's clipping range: a probability ratio beyond 1 +- clip has no gradient in the direction that would increase the objective."""
     entropy_coef: float = 0.01
     """Weight of the entropy bonus."""
     value_coef: float = 0.5
     """Weight of the value loss."""
     max_grad_norm: float = 0.5
-    """Global norm of all gradients, dense and experts'."""
+    """Largest global norm of all gradients (dense parameters and experts together); larger gradients are scaled down."""
     replay_routing: bool = True
-    """Whether an update sends each token to the experts it went to in the rollout; otherwise the router chooses anew, as in any training
-    pass with noise of its own, and the ratios are not 1 even before the first step."""
+    """Whether an update sends each token to the same experts as the rollout did. Otherwise the router chooses again with new noise, and the
+    ratios differ from 1 even before the first step."""
 
     def __post_init__(self) -> None:
         for name in ("num_envs", "rollout_steps", "epochs", "minibatch_segments"):
@@ -81,64 +94,68 @@ class PPOConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
-    """One training run."""
+    """One training run. `agent` and `ppo` hold the sizes of the agent and of its learning."""
 
     run_dir: Path
-    """Everything the run writes; its last part names the run and its banks."""
+    """The directory that the run writes to; the last part of the path names the run and its banks."""
     games: tuple[str, ...]
-    """Learned one after another; a game may come back."""
+    """Games to learn one after another, for example krull,road_runner. A game may occur more than once."""
     agent: AgentConfig
     ppo: PPOConfig = field(default_factory=PPOConfig)
     steps_per_game: int = 20_480
     """Environment steps in each game, over all environments (an Atari step is 4 frames)."""
     seed: int = 0
+    """Seed of everything random."""
     store: str | None = None
-    """The daemon's address; None starts one on run_dir/store."""
-    plane: str = "auto"
-    """How experts travel: over the connection ("stream"), through memory that a daemon on this host shares ("local"), or so if possible."""
+    """Address of the storage daemon: HOST:PORT or unix:PATH. Without an address, the run starts its own daemon on RUN_DIR/store."""
+    plane: PlaneName = "auto"
+    """How experts travel: over the connection (stream), through memory that a daemon on this host shares (local), or local where possible
+    (auto)."""
     prefetch: PrefetchSource = "detector"
-    """Who names the experts to bring ahead: nobody, the detector, or the schedule (which knows the next game). Unless it is nobody, an
-    update's own are brought ahead too, as far as replayed routing names them."""
-    prefetch_admission: str = "enforce"
-    """What becomes of a named expert that has no slot to spare, or cannot come in time at the measured bandwidth: fetched all the same
-    ("off"), and counted ("observe"), or dropped ("enforce")."""
+    """What names the experts to prefetch: nothing (off), the detector, or the schedule, which knows the next game. Unless off, experts that
+    replayed routing needs are prefetched too."""
+    prefetch_admission: AdmissionName = "enforce"
+    """What happens to a prefetch without a free slot, or too late at the measured bandwidth: it is fetched (off), fetched and counted
+    (observe), or dropped (enforce)."""
     switch_every: int = 0
-    """Updates in a game before the next one has its turn, round after round until each had all its steps; 0: all of a game's at once.
-    1 is joint training, as far as one set of environments at a time can be. The games are evaluated once, at the end."""
+    """Updates in a game before the next game has its turn, in rounds until every game had all its steps; 0: all updates of a game at once;
+    1: close to joint training. Unless 0, the games are evaluated once, at the end."""
     protection: Protection = "replay"
-    """How later games are kept from changing what all games share: feature replay for the stem; the stem frozen after the first game;
-    elastic weight consolidation; the earlier games' outputs cloned; not at all."""
+    """How the parts that all games share are protected from later games: stored features of the stem are replayed (replay), the stem is
+    frozen after the first game (freeze), elastic weight consolidation (ewc), earlier games' outputs are cloned (clone), or not (none)."""
     protection_weight: float | None = None
-    """Weight of the protection's loss; None: its own default."""
+    """Weight of the protection's loss; by default each protection has its own."""
     recognise: Recogniser = "detector"
-    """Who tells evaluation which game is on the screen: the detector, its baseline, or the truth."""
+    """What tells evaluation which game is on the screen: the detector, its baseline (nearest-mean), or the true game (oracle)."""
     exemplars_per_game: int = 200
-    """Frames of each game that the detector stores and learns from while it learns others; 0: none."""
+    """Frames of each game that the detector stores, and rehearses while it learns other games; 0: none."""
     detect_unknown: bool = True
-    """Whether frames that lie far from all stored ones count as of no known game: they name no experts, and hardly move the belief."""
+    """Whether frames far from all stored frames count as an unknown game. Such frames prefetch nothing and hardly change the belief."""
     belief_smoothing: float = 0.7
-    """How much of what an environment was believed to show outlives a frame; 0: nothing."""
+    """Weight of the previous belief about an environment's game in the new belief, per frame; 0: no smoothing."""
     belief_switch_at: float = 0.7
-    """The smoothed probability that another game needs to be believed instead; 0: being the most probable is enough."""
+    """Smoothed probability that another game needs before the belief switches to it; 0: the most probable game is believed."""
     eval_envs: int = 8
+    """Environments that evaluation plays in parallel, for each game."""
     eval_episodes: int = 1
-    """Episodes that evaluation plays in each environment, one after another."""
+    """Episodes that evaluation plays one after another in each environment."""
     eval_steps: int = 1000
-    """The most steps of an evaluation in each environment; 0 switches evaluation off."""
+    """Most steps of an evaluation in each environment, over all its episodes of a game; 0: no evaluation."""
     eval_unseen: bool = False
-    """Whether the games that are still to come are evaluated too, which forward transfer is measured by."""
+    """Whether games that are not learned yet are evaluated too. Forward transfer is measured by them."""
     checkpoint_every: int = 0
-    """Updates between checkpoints; 0: only at the end of each game (of the run, where games take turns). A checkpoint resets the
+    """Updates between checkpoints; 0: only at the end of each game (of the run, if games take turns). A checkpoint resets the
     environments."""
     from_bank: str | None = None
-    """Fork the experts' first values from this bank."""
+    """Name of a bank that the run's experts are forked from."""
     device: str = "cpu"
+    """Device of the agent: cpu, cuda or cuda:N."""
     threads: int = 1
-    """Torch's threads; small agents gain little from more, and lose much where other work shares the cores."""
+    """Threads of torch. Small agents gain little from more threads, and lose much if other work shares the cores."""
     env_threads: int = 2
-    """Threads that emulate Atari; results do not depend on it."""
+    """Threads that emulate Atari; results do not depend on their number."""
     trace: str | None = None
-    """The file that records which experts are asked for; None records nothing."""
+    """File that records which experts are used, for ooc-moe simulate; by default nothing is recorded."""
 
     def __post_init__(self) -> None:
         require(_NAME.fullmatch(self.name) is not None, "run_dir", self.run_dir, f"named with {_NAME_SAYS}, which its banks' names carry")
@@ -151,12 +168,8 @@ class RunConfig:
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         weight = self.protection_weight
         require(weight is None or 0 <= weight < math.inf, "protection_weight", weight, "a number of at least 0")
-        for name, choices in (("prefetch", PrefetchSource), ("protection", Protection), ("recognise", Recogniser)):
+        for name, choices in _CHOICES.items():
             require(getattr(self, name) in get_args(choices), name, repr(getattr(self, name)), f"one of {', '.join(get_args(choices))}")
-        modes = [mode.value for mode in AdmissionMode]
-        require(self.prefetch_admission in modes, "prefetch_admission", repr(self.prefetch_admission), f"one of {', '.join(modes)}")
-        planes = [plane.value for plane in Plane]
-        require(self.plane in planes, "plane", repr(self.plane), f"one of {', '.join(planes)}")
         if self.store is not None:
             check_target(self.store)
         context, steps = self.agent.context, self.ppo.rollout_steps
@@ -171,7 +184,7 @@ class RunConfig:
         require(stored >= 2 or not self.detect_unknown, "exemplars_per_game", stored, "at least 2, which detect_unknown compares with")
 
     def _check_room(self) -> None:
-        """That every game finds a pool, where banks may not grow: now, and not when the game's turn comes."""
+        """Refuses games that would find no free pool in banks that may not grow, now instead of when the game's turn comes."""
         agent, num_games = self.agent, len(set(self.games))
         needed, each = agent.owned_experts(num_games), agent.owned_experts(1)
         want = f"at least {needed}, which {num_games} games need ({each} each, by pool_size {agent.pool_size}) where grow is off"
@@ -179,7 +192,7 @@ class RunConfig:
 
     @property
     def name(self) -> str:
-        """The run's name, which its banks carry."""
+        """The run's name: the last part of its directory. Its banks are named after it."""
         return self.run_dir.resolve().name
 
     @property
@@ -194,7 +207,7 @@ class RunConfig:
 
     @property
     def turns(self) -> tuple[Turn, ...]:
-        """The run's order: all updates of a game at once, or `switch_every` of each game, round after round."""
+        """The order of the updates: all updates of a game at once, or `switch_every` updates of each game, round after round."""
         updates, games = self.updates_per_game, range(len(self.games))
         if not self.switch_every:
             return tuple(Turn(phase, 0, updates, evaluated=True) for phase in games)
@@ -202,7 +215,7 @@ class RunConfig:
         return tuple(Turn(phase, *span, evaluated=span == rounds[-1] and phase == games[-1]) for span in rounds for phase in games)
 
     def trace_info(self) -> TraceInfo:
-        """What a trace of this run says of itself."""
+        """The header of a trace of this run."""
         agent = self.agent
         return TraceInfo(
             source=self.name,
@@ -212,14 +225,14 @@ class RunConfig:
         )
 
     def to_json(self) -> str:
-        """The configuration as text; run_dir is left out, so that a run may be moved."""
+        """Returns the configuration as JSON. run_dir is left out, so that a run's directory may be moved."""
         fields = dataclasses.asdict(self)
         del fields["run_dir"]
         return json.dumps(fields, indent=2)
 
     @staticmethod
     def read(run_dir: Path) -> RunConfig:
-        """The configuration of an existing run. Raises InvalidRequest when there is none."""
+        """Reads the configuration of an existing run. Raises InvalidRequest if the directory holds no run."""
         path = run_dir / CONFIG_FILE
         if not path.exists():
             raise InvalidRequest(f"run_dir: {run_dir} holds no run (no {CONFIG_FILE})")
@@ -227,7 +240,7 @@ class RunConfig:
 
     @staticmethod
     def from_json(text: str, run_dir: Path) -> RunConfig:
-        """Reads `to_json`'s text back."""
+        """Reads the text that `to_json` returned."""
         fields: dict[str, Any] = json.loads(text)
         agent: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.pop("agent").items()}
         if agent.get("attention") == "first-game":

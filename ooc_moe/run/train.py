@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ooc_moe import envs
-from ooc_moe.config.run import RunConfig
+from ooc_moe.config.run import PlaneName, RunConfig
 from ooc_moe.metrics.log import CONFIG_FILE, MetricsWriter
 from ooc_moe.metrics.provenance import commit
 from ooc_moe.metrics.trace import TraceWriter, check_new
@@ -55,7 +55,7 @@ def train(config: RunConfig, console: Console) -> Path:
     return config.run_dir
 
 
-def resume(run_dir: Path, console: Console, *, store: str | None = None, plane: str | None = None, name: str | None = None) -> Path:
+def resume(run_dir: Path, console: Console, *, store: str | None = None, plane: PlaneName | None = None, name: str | None = None) -> Path:
     """Continues a run from a checkpoint and returns the run's directory. The result equals that of a run without a break.
 
     Args:

@@ -1,42 +1,55 @@
-"""What a daemon is told at its start, checked."""
+"""The settings of a daemon, which are checked when they are made.
+
+The docstring below each field is also the help of its option on the command line.
+"""
 
 from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 from ooc_moe_server.dram.arena import check_dram_bytes
 from ooc_moe_wire.errors import InvalidRequest
 from ooc_moe_wire.layout import BLOCK_BYTES
 
 UNIX_PATH_BYTES_MAX = 107
-DRAM_POLICIES = ("lru", "s3fifo")
+DramPolicy = Literal["lru", "s3fifo"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServerConfig:
-    """A daemon's directory, memory and addresses. Raises InvalidRequest for what cannot work."""
+    """A daemon's directory, memory and addresses. Raises InvalidRequest for settings that cannot work."""
 
     data_dir: Path
+    """Directory of the experts, made if it does not exist. Only one daemon at a time can use it."""
     dram_bytes: int = 1 << 30
-    listen: tuple[str, ...] = ("127.0.0.1:50051",)  # "host:port" (port 0: any) or "unix:PATH".
-    dram_policy: str = "lru"  # "lru" or "s3fifo": which resident leaves first.
-    nvme_bytes: int | None = None  # The most that all records may take on NVMe, snapshots included; None: as much as the disk holds.
-    bank_bytes: int | None = None  # The most that the records of one bank may take, snapshots not counted; None: no limit.
-    local: bool = True  # Whether callers on this host may read the DRAM tier in place.
-    insecure: bool = False  # Allows addresses beyond loopback, which anyone who reaches them may use.
-    grace_s: float = 10.0  # How long calls under way may take to finish after SIGTERM.
+    """Memory of the DRAM tier, allocated in full at the start: 512MiB, 8GiB, ..."""
+    listen: tuple[str, ...] = ("127.0.0.1:50051",)
+    """Addresses to serve: HOST:PORT (port 0: any free port) or unix:PATH; may be repeated."""
+    dram_policy: DramPolicy = "lru"
+    """Which expert leaves the DRAM tier first: the least recently used (lru), or s3fifo, which keeps frequent experts during scans."""
+    nvme_bytes: int | None = None
+    """Most bytes of all records in files, snapshots included; by default what the disk holds."""
+    bank_bytes: int | None = None
+    """Most bytes of the records of any one bank, without snapshots; by default no limit."""
+    local: bool = True
+    """Whether processes of this user on this host may read the DRAM tier in place."""
+    insecure: bool = False
+    """Allow addresses beyond loopback. Everyone who reaches such an address can use the daemon."""
+    grace_s: float = 10.0
+    """Seconds that calls in progress get to finish after SIGTERM."""
 
     def __post_init__(self) -> None:
         check_dram_bytes(self.dram_bytes)
-        if self.dram_policy not in DRAM_POLICIES:
-            raise InvalidRequest(f"dram_policy: {self.dram_policy!r} is not one of {', '.join(DRAM_POLICIES)}")
+        if self.dram_policy not in get_args(DramPolicy):
+            raise InvalidRequest(f"dram_policy: {self.dram_policy!r} is not one of {', '.join(get_args(DramPolicy))}")
         for name, quota in (("nvme_bytes", self.nvme_bytes), ("bank_bytes", self.bank_bytes)):
             if quota is not None and quota < BLOCK_BYTES:
-                raise InvalidRequest(f"{name}: {quota} is less than a block of {BLOCK_BYTES}")
-        if self.grace_s < 0:
-            raise InvalidRequest(f"grace: {self.grace_s} is negative")
+                raise InvalidRequest(f"{name}: {quota} is not at least a block of {BLOCK_BYTES}")
+        if not self.grace_s >= 0:
+            raise InvalidRequest(f"grace_s: {self.grace_s} is not at least 0")
         if not self.listen:
             raise InvalidRequest("listen: at least one address is needed")
         for address in self.listen:
@@ -45,15 +58,15 @@ class ServerConfig:
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """Host and port of "host:port" or "[v6]:port". Raises InvalidRequest."""
+    """Returns host and port of "host:port" or "[v6]:port". Raises InvalidRequest for any other text."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
-        raise InvalidRequest(f"listen: {address!r} is neither host:port nor unix:PATH")
+        raise InvalidRequest(f"listen: {address!r} is not host:port or unix:PATH")
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 
 def _is_local(address: str) -> bool:
-    """Whether only this host can reach it. Raises InvalidRequest for what is no address."""
+    """Returns whether only this host can reach an address. Raises InvalidRequest for a text that is no address."""
     if address.startswith("unix:"):
         path = address.removeprefix("unix:")
         if not 1 <= len(path.encode()) <= UNIX_PATH_BYTES_MAX:

@@ -45,7 +45,7 @@ def test_a_layer_that_computes_something_else_is_not_timed(monkeypatch):
         (["--parts", "layer,layers"], "parts: 'layers' is not one of layer"),
         (["--sizes", "huge"], "sizes: 'huge' is not one of tiny, demo, full"),
         (["--pools", "1"], "pools: 1 experts are fewer than top_k 2"),
-        (["--tokens", "many"], "tokens: 'many' is not whole numbers"),
+        (["--tokens", "many"], "tokens: 'many' is not a whole number"),
         (["--rounds", "0"], "rounds: 0 is not at least 1"),
         (["--threads", "0"], "threads: 0 is not at least 1"),
         (["--device", "tpu"], "device: 'tpu' is not one of auto, cpu"),

@@ -4,10 +4,10 @@ from functools import lru_cache
 
 from hypothesis import given
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
 from ooc_moe.bench import policies as bench
 from ooc_moe.bench.policies import Pattern, compare, hit_rate, markdown, patterns
+from tests.ooc_moe.commands import exit_code
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=80), st.integers(1, 8))
@@ -53,20 +53,16 @@ def test_the_games_trace_asks_for_two_experts_of_one_pool_in_each_layer():
     assert len(set(step)) == 8
 
 
-def test_the_command_prints_the_table_and_saves_it_with_what_made_it(tmp_path, monkeypatch):
+def test_the_command_prints_the_table_and_saves_it_with_what_made_it(tmp_path, monkeypatch, capsys):
     tiny = [Pattern(name="loop", what="0 1 2 again and again", experts=[0, 1, 2] * 5)]
     monkeypatch.setattr(bench, "patterns", lambda seed: tiny)
-    app = bench.typer.Typer()
-    app.command()(bench.main)
     saved = tmp_path / "new" / "policies.md"
-    done = CliRunner().invoke(app, ["--seed", "5", "--results", str(saved)])
-    assert done.exit_code == 0, done.output
-    assert "LRU" in done.output
+    assert exit_code("bench", "policies", "--seed", "5", "--results", str(saved)) == 0
+    assert "LRU" in capsys.readouterr().out
     text = saved.read_text()
     for words in ("`ooc-moe bench policies --seed 5`", "commit", "versions", "machine", "| loop | 3 | 15 | 2 (50%) | 0.0% |"):
         assert words in text
     assert str(tmp_path) not in text
-    assert "Belady" in CliRunner().invoke(app, ["--help"]).output
 
 
 def test_the_file_says_what_each_trace_is():

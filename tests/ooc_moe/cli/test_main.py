@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
-from typer.testing import CliRunner
 
 from ooc_moe.cli.dashboard import render
-from ooc_moe.cli.main import app, main
+from ooc_moe.cli.main import PROGRAM, main
 from ooc_moe.config.agent import PRESETS
 from ooc_moe.config.run import RunConfig
 from ooc_moe_client.remote.store import RemoteStore
@@ -99,6 +98,14 @@ def test_stats_shows_tiers_banks_and_trainers(run: Run, shared_daemon: Any, stor
         assert part in ran.out
 
 
+def test_stats_in_a_pipe_have_whole_names(run: Run, shared_daemon: Any, bank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    ran = run("stats", "--store", shared_daemon.target)
+    (line,) = [line for line in ran.raw.splitlines() if line.startswith(f"{bank} ")]
+    assert line.split()[2] == "24.0K"
+    assert "…" not in ran.raw
+
+
 def test_stats_fit_80_columns_whatever_the_names_and_the_numbers() -> None:
     many = 999_999
     access = stats_pb2.AccessStats(hits=many, fetched_experts=many, pushed_experts=many, push_refused=many, nvme_reads=many, seeded=10**12)
@@ -126,24 +133,23 @@ def test_stats_fit_80_columns_whatever_the_names_and_the_numbers() -> None:
 
 def test_stats_as_json_is_one_document_with_the_names_of_the_proto(run: Run, shared_daemon: Any, bank: str) -> None:
     document = json.loads(run("stats", "--store", shared_daemon.target, "--json").raw)
-    assert int(document["dram"]["capacity_bytes"]) == 32 << 20
-    assert document["total"]["prefetch_wasted"] == "0"
+    assert document["dram"]["capacity_bytes"] == 32 << 20
+    assert document["total"]["prefetch_wasted"] == 0
     assert bank in [entry["bank"] for entry in document["banks"]]
+    assert [text for text in strings_in(document) if text.lstrip("-").isdecimal()] == []
+
+
+def strings_in(document: Any) -> Iterator[str]:
+    """Every string that is a value somewhere in a JSON document."""
+    if isinstance(document, str):
+        yield document
+    elif isinstance(document, list | dict):
+        for each in document.values() if isinstance(document, dict) else document:
+            yield from strings_in(each)
 
 
 def test_stats_watched_as_json_prints_a_document_a_line_until_ctrl_c(shared_daemon: Any) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "ooc_moe.cli.main",
-        "stats",
-        "--store",
-        shared_daemon.unix_target,
-        "--watch",
-        "--json",
-        "--interval",
-        "0.1",
-    ]
+    command = [sys.executable, "-m", "ooc_moe", "stats", "--store", shared_daemon.unix_target, "--watch", "--json", "--interval", "0.1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         uptimes = [json.loads(process.stdout.readline())["uptime_s"] for _ in range(3)]
@@ -186,6 +192,48 @@ def test_banks_are_listed_with_their_sizes(run: Run, shared_daemon: Any, bank: s
     assert f"{bank} 6 2 24.0 KiB 12.0 KiB" in ran.out
 
 
+def test_a_listing_in_a_pipe_is_one_line_for_each_bank_with_its_whole_name(
+    run: Run, shared_daemon: Any, store: RemoteStore, bank: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    names = [f"{letter * 40}/{letter * 80}" for letter in "xy"]
+    for name in names:
+        store.create_bank(BankSpec(name=name, num_experts=1, layout=LAYOUT))
+    snapshot = store.create_snapshot(names, name="n" * 90)
+    heading, *lines = run("bank", "ls", "--store", shared_daemon.target).raw.splitlines()
+    assert heading.split() == ["bank", "experts", "written", "bytes", "record", "writer", "created"]
+    assert {bank, *names} <= {line.split()[0] for line in lines}
+    assert [line.split()[:4] for line in run("snapshot", "ls", "--store", shared_daemon.target).raw.splitlines() if "n" * 90 in line] == [
+        [str(snapshot.id), "n" * 90, ",".join(names), "0"]
+    ]
+    assert any(
+        line.endswith("made from the seed when they are fetched")
+        for line in run("bank", "show", names[0], "--store", shared_daemon.target).raw.splitlines()
+    )
+
+
+def test_listings_as_json_have_numbers(run: Run, shared_daemon: Any, store: RemoteStore, bank: str) -> None:
+    here = ("--store", shared_daemon.target, "--json")
+    (listed,) = [each for each in json.loads(run("bank", "ls", *here).raw) if each["bank"] == bank]
+    assert (listed["num_experts"], listed["num_written"], listed["written_bytes"], listed["record_bytes"]) == (6, 2, 24576, 12288)
+    shown = json.loads(run("bank", "show", bank, *here).raw)
+    assert shown["tiers"] == {"dram": 2, "nvme": 2, "seed": 4}
+    assert [(tensor["tensor"], tensor["shape"], tensor["bytes"]) for tensor in shown["tensors"]] == [
+        ("w", [4, 8], 128),
+        ("w.exp_avg", [4, 8], 128),
+    ]
+    snapshot = store.create_snapshot([bank])
+    (kept,) = json.loads(run("snapshot", "ls", "--bank", bank, *here).raw)
+    assert (kept["id"], kept["banks"], kept["num_experts"], kept["bytes"]) == (snapshot.id, [bank], 2, 24576)
+
+
+def test_several_banks_make_one_snapshot(run: Run, shared_daemon: Any, store: RemoteStore, bank: str) -> None:
+    other = f"{bank[:90]}-other"
+    store.create_bank(BankSpec(name=other, num_experts=1, layout=LAYOUT))
+    for words in ((bank, other), (f"{bank},{other}",)):
+        assert f"of {bank}, {other}: 2 experts" in run("snapshot", "create", *words, "--store", shared_daemon.target).out
+
+
 def test_a_bank_is_shown_with_its_tensors_and_where_its_experts_are(run: Run, shared_daemon: Any, bank: str) -> None:
     out = run("bank", "show", bank, "--store", shared_daemon.target).out
     assert "6, 2 of them written" in out
@@ -203,13 +251,22 @@ def test_a_fork_of_a_snapshot_has_its_experts(run: Run, shared_daemon: Any, stor
     assert store.get_bank(copy).num_written == 2
 
 
-def test_removing_a_bank_asks_first(shared_daemon: Any, store: RemoteStore, bank: str) -> None:
+@pytest.fixture
+def answer(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Sets what the user types on the terminal."""
+    return lambda typed: monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+
+
+def test_removing_a_bank_asks_first(run: Run, answer: Any, shared_daemon: Any, store: RemoteStore, bank: str) -> None:
     command = ["bank", "rm", bank, "--store", shared_daemon.target]
-    refused = CliRunner().invoke(app, command, input="n\n")
-    assert refused.exit_code == 1
-    assert "2 written experts" in refused.output
-    assert store.get_bank(bank).num_written == 2
-    assert CliRunner().invoke(app, command, input="y\n").exit_code == 0
+    for no in ("n\n", "\n", ""):
+        answer(no)
+        refused = run(*command)
+        assert refused.code == 1
+        assert "2 written experts" in refused.out
+        assert store.get_bank(bank).num_written == 2
+    answer("y\n")
+    assert run(*command).code == 0
     assert bank not in [left.spec.name for left in store.list_banks()]
 
 
@@ -226,11 +283,11 @@ def test_a_snapshot_is_created_listed_restored_and_removed(run: Run, shared_daem
     assert store.list_snapshots(bank) == []
 
 
-def test_restoring_a_snapshot_asks_first(shared_daemon: Any, store: RemoteStore, bank: str) -> None:
+def test_restoring_a_snapshot_asks_first(run: Run, answer: Any, shared_daemon: Any, store: RemoteStore, bank: str) -> None:
     snapshot = store.create_snapshot([bank], name=f"{bank}-asked")
     before = _versions(store, bank)
-    refused = CliRunner().invoke(app, ["snapshot", "restore", str(snapshot.id), "--store", shared_daemon.target], input="n\n")
-    assert refused.exit_code == 1
+    answer("n\n")
+    assert run("snapshot", "restore", snapshot.id, "--store", shared_daemon.target).code == 1
     assert _versions(store, bank) == before
 
 
@@ -298,17 +355,17 @@ def test_every_flag_of_train_reaches_the_configuration(run: Run, configured: lis
         "--device": "cuda",
         "--threads": 1,
         "--frame-size": 64,
-        "--experts": 24,
+        "--num-experts": 24,
         "--hbm-experts": 6,
         "--dram-experts": 12,
         "--prefetch": "schedule",
         "--prefetch-admission": "observe",
         "--routing": "token",
         "--banks": "per-layer",
-        "--envs": 4,
-        "--rollout": 32,
+        "--num-envs": 4,
+        "--rollout-steps": 32,
         "--epochs": 2,
-        "--lr": 0.003,
+        "--learning-rate": 0.003,
         "--router-noise": 0,
         "--balance-weight": 0,
         "--recognise": "oracle",
@@ -359,20 +416,20 @@ def test_a_name_is_a_directory_below_runs(run: Run, configured: list[RunConfig])
         (["--games", "krul"], ["krul", "krull"]),
         (["--games", ","], ["games", "','"]),
         (["--games", "krull,,pong"], ["games", "'krull,,pong'"]),
-        ([], ["games: which?", "--games krull,road_runner"]),
-        (["--games", "krull", "--preset", "huge"], ["preset", "'huge'", "demo"]),
+        ([], ["--games is required, for example --games krull,road_runner. `ooc-moe games` lists them."]),
+        (["--games", "krull", "--preset", "huge"], ["preset: 'huge' is not one of tiny, demo, full"]),
         (["--games", "krull", "--hbm-experts", "0"], ["hbm_experts", "0"]),
         (["--games", "krull", "--dram-experts", "-1"], ["dram_experts", "-1"]),
         (["--games", "krull", "--hbm-experts", "1", "--banks", "per-layer"], ["hbm_experts", "1"]),
         (["--games", "krull", "--prefetch", "maybe"], ["prefetch: 'maybe' is not one of off, detector, schedule"]),
-        (["--games", "krull", "--routing", "maybe"], ["routing", "maybe"]),
-        (["--games", "krull", "--rollout", "7"], ["rollout_steps", "7"]),
-        (["--games", "krull", "--lr", "0"], ["learning_rate", "0"]),
-        (["--games", "krull", "--lr", "inf"], ["learning_rate", "inf"]),
-        (["--games", "krull", "--seed", "x"], ["--seed"]),
-        (["--games", "krull,boxing", "--experts", "8", "--no-grow"], ["num_experts: 8 is not at least 16", "pool_size 4", "grow"]),
+        (["--games", "krull", "--routing", "maybe"], ["routing: 'maybe' is not one of pool, token"]),
+        (["--games", "krull", "--rollout-steps", "7"], ["rollout_steps", "7"]),
+        (["--games", "krull", "--learning-rate", "0"], ["learning_rate", "0"]),
+        (["--games", "krull", "--learning-rate", "inf"], ["learning_rate", "inf"]),
+        (["--games", "krull", "--seed", "x"], ["seed: 'x' is not a whole number"]),
+        (["--games", "krull,boxing", "--num-experts", "8", "--no-grow"], ["num_experts: 8 is not at least 16", "pool_size 4", "grow"]),
         (["--games", "krull", "--exemplars-per-game", "0"], ["exemplars_per_game: 0", "detect_unknown"]),
-        (["--games", "krull", "--gmaes", "x"], ["--gmaes"]),
+        (["--games", "krull", "--gmaes", "x"], ["unknown option --gmaes; did you mean --games?"]),
         (["--games", "krull", "--device", "tpu"], ["device", "'tpu'"]),
         (["--games", "krull", "--device", "cuda:99"], ["device", "'cuda:99'"]),
         (["--games", "krull", "--store", "storage"], ["store", "'storage'"]),
@@ -380,7 +437,7 @@ def test_a_name_is_a_directory_below_runs(run: Run, configured: list[RunConfig])
         (["--games", "krull", "--frame-size", "5"], ["frame_size", "5"]),
         (["--games", "krull", "--name", "other"], ["other"]),
         (["--resume", "--games", "krull"], ["resume", "--games"]),
-        (["--resume", "--experts", "4"], ["leave out --experts"]),
+        (["--resume", "--num-experts", "4"], ["leave out --num-experts"]),
         (["--resume"], ["resume"]),
     ],
 )
@@ -428,7 +485,7 @@ def test_a_run_that_diverges_is_one_line_and_its_bank_holds_only_numbers(
     run: Run, tmp_path: Path, shared_daemon: Any, store: RemoteStore
 ) -> None:
     flags = ("--games", "pixel/catch", "--preset", "tiny", "--run-dir", tmp_path / "diverging", "--store", shared_daemon.target, "--quiet")
-    ran = run("train", *flags, "--envs", 4, "--rollout", 16, "--epochs", 2, "--lr", 1e30)
+    ran = run("train", *flags, "--num-envs", 4, "--rollout-steps", 16, "--epochs", 2, "--learning-rate", 1e30)
     assert_refused(ran, "learning_rate", "1e+30")
     bank = store.get_bank("diverging/experts")
     into = np.empty((bank.spec.num_experts, bank.spec.layout.body_bytes), np.uint8)
@@ -502,33 +559,80 @@ def test_evaluating_what_is_not_a_run_names_the_directory(run: Run, tmp_path: Pa
 # Help
 
 
-@pytest.mark.parametrize(
-    "command", ["train", "eval", "report", "stats", *(f"bank {v}" for v in ("ls", "show", "rm", "fork")), "snapshot create", "snapshot ls"]
-)
-def test_the_help_of_each_command_shows_an_example_of_it(command: str) -> None:
-    help_text = CliRunner().invoke(app, [*command.split(), "--help"]).output
-    assert f"$ ooc-moe {command}" in help_text
+@pytest.mark.parametrize("command", PROGRAM.commands)
+def test_the_help_of_each_command_shows_an_example_of_it(run: Run, command: str) -> None:
+    ran = run(*command.split(), "--help")
+    assert ran.code == 0
+    assert f"$ ooc-moe {command}" in ran.out
 
 
 @pytest.mark.parametrize(
     ("command", "shown"),
     [
-        ("train", ["seed 0", "steps-per-game 20480", "experts 32", "pools per-layer", "routing pool", "lr 0.001", "protection replay"]),
-        ("bench store", ["rounds 15; 3 with --quick"]),
-        ("bench cache", ["rounds 15 of the layer, 5 of the others; 3 and 1 with --quick"]),
-        ("bench learning", ["games krull,pixel/catch", "steps 61440; 204800 with --full"]),
+        (
+            "train",
+            {
+                "seed": "0",
+                "steps-per-game": "20480",
+                "num-experts": "32",
+                "pools": "per-layer",
+                "routing": "pool",
+                "learning-rate": "0.001",
+                "protection": "replay",
+                "stem-channels": "16,32,32",
+            },
+        ),
+        ("bench store", {"rounds": "15; 3 with --quick"}),
+        ("bench cache", {"rounds": "15 of the layer, 5 of the others; 3 and 1 with --quick"}),
+        ("bench learning", {"games": "krull,pixel/catch", "steps": "61440; 204800 with --full"}),
     ],
 )
-def test_help_shows_what_holds_where_an_option_is_not_given(command: str, shown: list[str]) -> None:
-    help_text = CliRunner().invoke(app, [*command.split(), "--help"], env={"COLUMNS": "250"}).output
-    for option, default in (words.split(" ", 1) for words in shown):
-        (line,) = (line for line in help_text.splitlines() if f"│ --{option} " in line)
-        assert f"[default: {default}]" in line
+def test_help_shows_what_holds_where_an_option_is_not_given(run: Run, command: str, shown: dict[str, str]) -> None:
+    options = {option.flag[2:]: option for group in PROGRAM.commands[command].groups() for option in group.options}
+    for name, default in shown.items():
+        assert (options[name].shown.default or options[name].text(options[name].default)) == default
+        assert f"[default: {default}]" in run(*command.split(), "--help").raw
+
+
+@pytest.mark.parametrize("command", PROGRAM.commands)
+def test_every_option_has_a_help_text_and_no_two_have_one_name(command: str) -> None:
+    options = [option for group in PROGRAM.commands[command].groups() for option in group.options]
+    assert [option.name for option in options if not option.help.endswith((".", "..."))] == []
+    flags = [flag for option in options for flag in (option.flag, *option.shown.aliases)]
+    assert len(set(flags)) == len(flags)
+
+
+def test_a_flag_without_a_value_is_shown_without_one(run: Run) -> None:
+    text = run("bank", "rm", "--help").raw
+    assert "--yes" in text
+    assert "--no-yes" not in text
+    assert "TRUE" not in text.upper().replace("TRUE GAME", "")
+
+
+def test_the_program_lists_its_commands_and_names_what_is_unknown(run: Run) -> None:
+    listed = run("--help")
+    assert listed.code == 0
+    assert all(name.split()[0] in listed.out for name in PROGRAM.commands)
+    assert all(word in run("bank", "--help").out for word in ("ls", "show", "rm", "fork"))
+    assert_refused(run("trian"), "unknown command 'trian'; did you mean 'train'?")
+    assert_refused(run("bank", "xyz"), "unknown command 'xyz'; `ooc-moe bank --help` lists the commands")
+
+
+def test_a_completion_script_knows_the_options(run: Run) -> None:
+    script = run("--tyro-print-completion", "bash").raw
+    assert "--hbm-experts" in script
+    assert "snapshot" in script
 
 
 def test_help_and_statistics_do_not_import_torch() -> None:
     code = "import sys, ooc_moe.cli.main; sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_python_m_is_the_command(tmp_path: Path) -> None:
+    ran = subprocess.run([sys.executable, "-m", "ooc_moe", "train"], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert ran.stderr.startswith("error: --games is required")
 
 
 def test_an_unknown_flag_is_a_usage_error(run: Run) -> None:

@@ -38,16 +38,16 @@ def test_results_lie_beside_the_runs_unless_told_otherwise(
         assert "- command: `ooc-moe study caching --seeds 1`\n" in page  # Not the one that makes no run.
 
 
-def test_an_interrupted_study_stops_at_once_and_says_how_to_go_on(
+def test_an_interrupted_study_stops_at_once_and_says_how_to_continue(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failed = {tmp_path / "a run": "InvalidRequest: no"}
     monkeypatch.setattr(runner, "run_all", lambda configs, **options: Outcome(failed=failed, interrupted=True))
-    monkeypatch.setattr("ooc_moe.cli.study._write_home", lambda *arguments: pytest.fail("it goes on working"))
+    monkeypatch.setattr("ooc_moe.cli.study._write_results", lambda *arguments: pytest.fail("it goes on working"))
     monkeypatch.setattr("sys.argv", ["ooc-moe", "study", "synthetic"])
     with pytest.raises(SystemExit) as end:
         main(["study", "synthetic", "--runs", str(tmp_path)])
     assert end.value.code == INTERRUPTED_EXIT
     said = " ".join(capsys.readouterr().out.split())
     assert "a run: InvalidRequest: no" in said
-    assert "Go on with: ooc-moe study synthetic" in said
+    assert "Continue with: ooc-moe study synthetic" in said

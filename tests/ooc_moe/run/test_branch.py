@@ -16,7 +16,21 @@ from ooc_moe_client.remote.store import RemoteStore
 from tests.conftest import DaemonProcess
 from tests.ooc_moe.runs import assert_same_end, bodies, end_of, updates, without_clock
 
-FLAGS = ("--preset", "tiny", "--envs", "4", "--rollout", "8", "--epochs", "2", "--steps-per-game", "64", "--eval-steps", "8", "--quiet")
+FLAGS = (
+    "--preset",
+    "tiny",
+    "--num-envs",
+    "4",
+    "--rollout-steps",
+    "8",
+    "--epochs",
+    "2",
+    "--steps-per-game",
+    "64",
+    "--eval-steps",
+    "8",
+    "--quiet",
+)
 CHECKPOINTS = {"0-pixel-catch", "1-pixel-avoid", "2-pixel-toward", "latest"}
 Run = Callable[..., str]
 

@@ -125,9 +125,9 @@ def test_the_command_plans_presets_and_runs(tmp_path, capsys):
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (run_dir / "config.json").write_text(config().to_json())
-    for chosen, experts in ((["--config", str(run_dir)], 24), (["--config", "demo", "--games", "5"], 40)):
+    for chosen, experts in ((["--config", str(run_dir)], 24), (["--config", "demo", "--num-games", "5"], 40)):
         with pytest.raises(SystemExit) as stopped:
-            cli.main(["plan", *chosen, "--hbm-experts", "6", "--gpu-bytes", "1GB", "--nvme", "1GB", "--steps-per-s", "100", "--json"])
+            cli.main(["plan", *chosen, "--hbm-experts", "6", "--gpu-bytes", "1GB", "--nvme-bytes", "1GB", "--steps-per-s", "100", "--json"])
         assert stopped.value.code == 0
         printed = json.loads(capsys.readouterr().out)
         assert (printed["num_experts"], printed["hbm_experts"]) == (experts, 6)
@@ -135,7 +135,11 @@ def test_the_command_plans_presets_and_runs(tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main(["plan", "--config", "demo", "--gpu-bytes", "1MB"])
     assert "will not work" in capsys.readouterr().out
-    for bad, said in ((["--config", "huge"], "config: 'huge'"), (["--nvme", "lots"], "nvme: 'lots'"), (["--latency", "x"], "latency: 'x'")):
+    for bad, said in (
+        (["--config", "huge"], "config: 'huge'"),
+        (["--gpu-bytes", "lots"], "gpu_bytes: 'lots'"),
+        (["--latency", "x"], "latency: 'x'"),
+    ):
         with pytest.raises(SystemExit):
             cli.main(["plan", *bad])
         assert said in capsys.readouterr().err

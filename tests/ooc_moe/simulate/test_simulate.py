@@ -239,7 +239,7 @@ def test_words_are_understood():
     nvme, dram = Link(latency_s=0.25, bytes_per_s=3 * 10**9), Link(latency_s=1.5e-3, bytes_per_s=12 * 2**30)
     assert latency("nvme=250ms+3GB/s, dram=1.5ms+12GiB/s") == Latency(nvme=nvme, dram=dram)
     assert latency("nvme=250ms+3GB/s") == Latency(nvme=nvme)
-    assert latency("nvme=250ms") == Latency(nvme=Link(latency_s=0.25, bytes_per_s=Latency().nvme.bytes_per_s))
+    assert latency("nvme=10ms") == Latency(nvme=Link(latency_s=0.01, bytes_per_s=Latency().nvme.bytes_per_s))
     assert (capacity("hbm", "25%", 40), capacity("hbm", "0.1%", 40), capacity("hbm", "16", 40)) == (10, 1, 16)
     assert seconds("compute", "2s") == 2
 

@@ -130,7 +130,7 @@ def test_draining_finishes_the_push_that_has_begun_and_refuses_new_calls(daemon,
 
 
 def test_a_push_that_never_ends_does_not_outlive_the_grace(start_daemon, connect):
-    daemon = start_daemon(arguments=("--grace", "0.2"))
+    daemon = start_daemon(arguments=("--grace-s", "0.2"))
     client = connect(daemon.target)
     client.create("b")
     stream = client.stream("b")
@@ -173,7 +173,7 @@ def test_a_writer_that_hangs_up_gives_its_lease_back(daemon, connect):
         (["--listen", "127.0.0.1:70000"], "70000"),
         (["--listen", "unix:/nowhere/at/all"], "does not exist"),
         (["--listen", "unix:" + "x" * 108], "107"),
-        (["--grace", "-1"], "grace"),
+        (["--grace-s", "-1"], "grace"),
     ],
 )
 def test_a_daemon_that_cannot_start_says_why_in_one_line(tmp_path, refused, arguments, word):

@@ -1,0 +1,32 @@
+"""Command-line options made from dataclasses, and settings from the environment and files. Both programs of this project use it.
+
+    hbm_experts: int = 8
+    \"""Experts that fit into HBM.\"""          ->  --hbm-experts N   Experts that fit into HBM. [default: 8]
+
+tyro parses the words, prints the help and writes shell completions. This room adds what tyro does not do: lists with commas, sizes such as
+8GiB, errors of one line, the knowledge of which options were given, and settings from other places. It offers the names below.
+"""
+
+from ooc_moe_wire.command_line.mistakes import closest
+from ooc_moe_wire.command_line.options import Flag, Option, options_of, with_defaults, with_metavars
+from ooc_moe_wire.command_line.parsing import Group, Parsed, parse
+from ooc_moe_wire.command_line.program import Command, Program, command_of
+from ooc_moe_wire.command_line.settings import Setting, from_environment, from_file
+
+__all__ = [
+    "Command",
+    "Flag",
+    "Group",
+    "Option",
+    "Parsed",
+    "Program",
+    "Setting",
+    "closest",
+    "command_of",
+    "from_environment",
+    "from_file",
+    "options_of",
+    "parse",
+    "with_defaults",
+    "with_metavars",
+]
