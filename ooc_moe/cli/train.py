@@ -41,8 +41,8 @@ $ ooc-moe train --config runs/first/config.json --name again
 $ OOC_MOE_HBM_EXPERTS=16 ooc-moe train --games krull
 
 A flag overrides the environment (OOC_MOE_ and the option's name in capitals), the environment overrides the file, and the file overrides
-the preset and the defaults. ooc-moe config show prints what would be used. Agent sizes below are those of the preset demo. A list is
-written a,b,c; the word none unsets an option that may be unset.
+the preset and the defaults. With --resume, the run's own configuration is used instead. ooc-moe config show prints what would be used.
+Agent sizes below are those of the preset demo. A list is written a,b,c; the word none unsets an option that may be unset.
 """
 
 SHOW_HELP = """Show the settings that train would use with the same flags, and where each value comes from.
