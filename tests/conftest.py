@@ -1,4 +1,4 @@
-"""A real daemon process for any test: `daemon` is one, `start_daemon` makes more, with other sizes or directories."""
+"""Fixtures with real daemon processes for any test: `daemon` is one, `start_daemon` makes more, with other sizes or directories."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ import pytest
 
 
 class DaemonProcess:
-    """`ooc-moe-server` on a free port and a Unix socket. After `kill` or `stop`, `start` comes back on the same addresses."""
+    """A process of `ooc-moe-server` that listens on a free port and on a Unix socket.
+
+    After `kill` or `stop`, `start` runs it again with the same data and on the same addresses.
+    """
 
     def __init__(
         self, data_dir: Path, *, dram_bytes: str = "32MiB", arguments: tuple[str, ...] = (), command: tuple[str, ...] = ()
@@ -33,12 +36,12 @@ class DaemonProcess:
 
     @property
     def target(self) -> str:
-        """The TCP address, for a channel or a RemoteStore."""
+        """The daemon's TCP address, for a channel or a RemoteStore."""
         return f"127.0.0.1:{self._port}"
 
     @property
     def unix_target(self) -> str:
-        """The Unix socket's address."""
+        """The address of the daemon's Unix socket, for a channel or a RemoteStore."""
         return f"unix:{self._socket_dir}/daemon.sock"
 
     @property
@@ -47,11 +50,11 @@ class DaemonProcess:
         return self._process.pid
 
     def channel(self) -> grpc.Channel:
-        """A new TCP channel; the caller closes it."""
+        """Returns a new TCP channel to the daemon; the caller closes it."""
         return grpc.insecure_channel(self.target)
 
     def start(self) -> DaemonProcess:
-        """Returns when the daemon is ready."""
+        """Starts the process and waits until the daemon is ready. Returns `self`."""
         listen = ("--listen", self.target, "--listen", self.unix_target)
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen([*self._command, *self._arguments, *listen], stderr=subprocess.PIPE, text=True, env=environment)
@@ -65,20 +68,20 @@ class DaemonProcess:
         raise AssertionError(f"the daemon ended with {self._process.wait()}: {''.join(self.log)}")
 
     def kill(self) -> None:
-        """kill -9, as a crash would."""
+        """Ends the process with SIGKILL, as a crash would, and waits for its end."""
         self._end(signal.SIGKILL)
 
     def stop(self) -> int:
-        """SIGTERM; returns the exit code."""
+        """Ends the process with SIGTERM, waits for its end, and returns the exit code."""
         return self._end(signal.SIGTERM)
 
     def restart(self) -> DaemonProcess:
-        """kill -9 and start again on the same addresses."""
+        """Kills the process, starts it again on the same addresses, and waits until the daemon is ready. Returns `self`."""
         self.kill()
         return self.start()
 
     def close(self) -> None:
-        """Ends it, if it runs, and removes the socket."""
+        """Ends the process, if it runs, and removes the Unix socket's directory."""
         if self._process is not None:
             self._end(signal.SIGKILL)
         shutil.rmtree(self._socket_dir, ignore_errors=True)
@@ -91,7 +94,7 @@ class DaemonProcess:
 
 @pytest.fixture
 def start_daemon(tmp_path: Path) -> Iterator[Callable[..., DaemonProcess]]:
-    """Starts daemons: `start_daemon(data_dir=..., dram_bytes="1MiB", arguments=(...))`; all end with the test."""
+    """A function that starts daemons: `start_daemon(data_dir=..., dram_bytes="1MiB", arguments=(...))`. All of them end with the test."""
     daemons: list[DaemonProcess] = []
 
     def start(data_dir: Path | None = None, **options: object) -> DaemonProcess:
@@ -105,13 +108,13 @@ def start_daemon(tmp_path: Path) -> Iterator[Callable[..., DaemonProcess]]:
 
 @pytest.fixture
 def daemon(start_daemon: Callable[..., DaemonProcess]) -> DaemonProcess:
-    """A daemon of 32 MiB on an empty directory."""
+    """A running daemon with 32 MiB of DRAM and an empty data directory."""
     return start_daemon()
 
 
 @pytest.fixture(scope="module")
 def shared_daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
-    """One daemon of 32 MiB for all tests of a module: use banks of your own, and leave it running."""
+    """One running daemon with 32 MiB of DRAM for all tests of a module. Tests use banks of their own, and leave it running."""
     daemon = DaemonProcess(tmp_path_factory.mktemp("shared") / "store").start()
     yield daemon
     daemon.close()

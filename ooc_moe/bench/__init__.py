@@ -1,8 +1,13 @@
 """Benchmarks: what `ooc-moe bench store`, `cache`, `learning` and `policies` measure.
 
-`store` compares the daemon's data planes with other ways to move or keep bytes, `cache` training through the cache with training that has
-all experts resident, `learning` our PPO with Stable-Baselines3's; `policies` compares eviction policies. The modules here are what these
-share: how paths are timed (harness.py), child processes, and result pages. Only `cache` and `learning` need torch.
+- `store` compares fetches from the daemon and pushes to it with other ways to move or store bytes.
+- `cache` compares training through the cache with training that has all experts in device memory.
+- `learning` compares our PPO with Stable-Baselines3's.
+- `policies` compares eviction policies.
 
-Peers come from the `bench` extra. A peer of the store benchmark that is not installed is named in the results and left out.
+The modules of this directory are what the four share: how the compared ways to do the same work ("paths") are timed (harness.py), child
+processes, and result pages. Only `cache` and `learning` need torch.
+
+The systems that ours is compared with ("peers") come from the `bench` extra. A peer of the store benchmark that is not installed is named
+in the results and left out.
 """

@@ -23,7 +23,9 @@ STOP_TIMEOUT_S = 10.0
 
 @contextmanager
 def child_process(module: str, *arguments: object, pass_fds: Sequence[int] = ()) -> Iterator[str]:
-    """Runs `python -m module arguments`, waits until it is ready, yields the text that it reported, and ends it.
+    """Runs `python -m module arguments` inside the block. Yields the text with which the child reported that it is ready.
+
+    The child is ended at the end of the block.
 
     Args:
         module: the module to run; it calls `run_as_child`.
@@ -52,11 +54,14 @@ def child_process(module: str, *arguments: object, pass_fds: Sequence[int] = ())
 
 
 def run_as_child(role: Callable[..., None]) -> None:
-    """Runs `role` with the command line's arguments, as text; the process ends when its parent does. For a module's `__main__`."""
+    """Calls `role` with the arguments of the command line, as text. A module calls this when it runs as a child process (`__main__`).
+
+    The process ends when its parent ends.
+    """
     stop_with_parent()
     role(*sys.argv[1:])
 
 
 def report_ready(text: object = "ready") -> None:
-    """Tells the parent that this process is ready; the parent's `child_process` yields `text`. Call it once."""
+    """Tells the parent process that this child process is ready; the parent's `child_process` yields `text`. Call it once."""
     print(text, flush=True)

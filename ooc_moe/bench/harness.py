@@ -1,7 +1,8 @@
-"""How every path is measured: it is warmed up and checked once, then all paths are timed in interleaved rounds, in shuffled order.
+"""How every benchmark times its paths; a path is one way to do the work that is compared, for example our own or a peer's.
 
-The check catches a path that is fast because it moves nothing. Each round runs every path once, so that noise from other processes on the
-machine affects all paths alike.
+Each path is run and checked once to warm up. Then all paths are timed in interleaved rounds: each round runs every path once, in shuffled
+order, so that noise from other processes on the machine affects all paths alike. The check catches a path that is fast because it moves
+nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ GB = 1e9
 
 
 class WrongBytes(Exception):
-    """A path did not move, or did not compute, what it was asked to. Its speed must not be reported."""
+    """A path did not move the bytes, or did not compute the result, that it was asked for. Its speed must not be reported."""
 
 
 def _nothing() -> None:
@@ -26,20 +27,20 @@ def _nothing() -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TimedPath:
-    """One way to do a piece of work, for example to move a set of records."""
+    """One way to do the work that a benchmark compares, for example to move a set of records: how to run it and how to check the result."""
 
     name: str
     run: Callable[[], float | None]
     """Does the work once. May return the seconds that it took by its own clock; these are then used instead of the harness's."""
     check: Callable[[], None]
-    """Raises WrongBytes unless the run before it did all of the work."""
+    """Raises WrongBytes unless the latest run did all of the work."""
     prepare: Callable[[], None] = _nothing
     """Called before each run, and not timed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Spread:
-    """Median and quartiles of the samples, one sample a round."""
+    """Median and quartiles of the samples of one path; a path has one sample for each round."""
 
     median: float
     q1: float
@@ -47,7 +48,7 @@ class Spread:
 
     @staticmethod
     def of(samples: Sequence[float]) -> Spread:
-        """Computes them from at least one sample."""
+        """Computes median and quartiles from at least one sample."""
         if len(samples) == 1:
             return Spread(median=samples[0], q1=samples[0], q3=samples[0])
         q1, median, q3 = statistics.quantiles(samples, n=4, method="inclusive")
@@ -55,7 +56,7 @@ class Spread:
 
     @property
     def text(self) -> str:
-        """A table's cell: median [first quartile, third quartile]."""
+        """The text of a table's cell: median [first quartile, third quartile]."""
         return f"{self.median:.4g} [{self.q1:.4g}, {self.q3:.4g}]"
 
 
@@ -83,12 +84,12 @@ def warm_up(paths: Sequence[TimedPath], *, before_each: Callable[[], None]) -> N
 def measure(
     paths: Sequence[TimedPath], *, num_bytes: int, calls: int, rounds: int, order: random.Random, on_run: Callable[[], None]
 ) -> dict[str, list[float]]:
-    """Measures the GB/s (10^9 bytes) of every path, one sample a round.
+    """Measures the speed of every path in GB/s (10^9 bytes). Returns, by path, one sample for each round.
 
     Args:
         paths: what to measure.
         num_bytes: how many bytes one run of a path moves.
-        calls: runs in one sample; several where one run is too short to time.
+        calls: how many runs one sample averages; several where one run is too short to time.
         rounds: samples of each path.
         order: shuffles the paths of each round.
         on_run: called after every sample.
@@ -100,7 +101,10 @@ def measure(
 def timed_rounds(
     paths: Sequence[TimedPath], *, calls: int, rounds: int, order: random.Random, on_run: Callable[[], None]
 ) -> dict[str, list[float]]:
-    """Measures the seconds that one run of every path takes, as means over `calls` runs, one sample a round. Arguments as in `measure`."""
+    """Measures the seconds that one run of every path takes. Returns, by path, one sample for each round: the mean over `calls` runs.
+
+    The arguments are those of `measure`.
+    """
     samples: dict[str, list[float]] = {path.name: [] for path in paths}
     for _ in range(rounds):
         gc.collect()

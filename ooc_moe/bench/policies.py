@@ -33,7 +33,7 @@ POLICIES = {"LRU": "lru", "S3-FIFO": "s3fifo", "Belady": "belady"}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pattern:
-    """A trace: the experts that were accessed, in order. `what` describes it in words."""
+    """An access trace to replay: the ids of the experts that were accessed, in order. `what` describes the trace in words."""
 
     name: str
     what: str
@@ -41,13 +41,13 @@ class Pattern:
 
     @property
     def num_experts(self) -> int:
-        """How many different experts the trace has."""
+        """How many different experts occur in the trace."""
         return len(set(self.experts))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """The hit rates of one trace in a cache of one size, in the order of POLICIES."""
+    """The hit rates of one trace in a cache of one size; `hit_rates` has one for each policy, in the order of POLICIES."""
 
     pattern: Pattern
     cache_share: float
@@ -56,14 +56,26 @@ class Row:
 
 
 def hit_rate(policy: str, experts: Sequence[int], cache_experts: int) -> float:
-    """Replays the trace through a cache that starts empty and brings in every miss. Returns the hits per access."""
+    """Returns the share of accesses that hit when a trace is replayed under one policy.
+
+    The cache starts empty and takes in every expert that it misses.
+
+    Args:
+        policy: the policy's name, a value of POLICIES.
+        experts: the trace, as expert ids.
+        cache_experts: how many experts the cache holds.
+    """
     info = trace.TraceInfo(source="made", num_banks=1, expert_bytes=1)
     played = trace.Trace(info=info, keys_A=np.asarray(experts, dtype=np.uint32), marks=())
     return replay(played, Setup(hbm_experts=cache_experts, policy=policy)).training.hit_rate
 
 
 def patterns(seed: int, *, length: int = 60_000, num_games: int = NUM_GAMES) -> list[Pattern]:
-    """Makes all traces, each of about `length` accesses."""
+    """Makes the four traces that policies are compared on, each of about `length` accesses.
+
+    They are independent draws, games in turns, a cyclic scan, and games with evaluations between. `seed` decides all random draws;
+    `num_games` how many games there are.
+    """
     rng = np.random.default_rng(seed)
     num_experts = num_games * GAME_EXPERTS
     return [
@@ -91,7 +103,10 @@ def patterns(seed: int, *, length: int = 60_000, num_games: int = NUM_GAMES) -> 
 
 
 def compare(traces: Sequence[Pattern], shares: Sequence[float] = CACHE_SHARES) -> Iterator[Row]:
-    """Yields a row for each trace and cache size, as soon as it is computed. `shares`: cache sizes, as shares of the trace's experts."""
+    """Yields the hit rates of all policies for each trace and cache size, as soon as they are computed.
+
+    `shares`: the cache sizes, as shares of the trace's different experts.
+    """
     for pattern in traces:
         for share in shares:
             cache_experts = max(1, round(share * pattern.num_experts))
@@ -100,13 +115,13 @@ def compare(traces: Sequence[Pattern], shares: Sequence[float] = CACHE_SHARES) -
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """The hit rates; a section for each trace."""
+    """Makes the table of hit rates, with a section for each trace."""
     sections = [index for index in range(1, len(rows)) if rows[index].pattern is not rows[index - 1].pattern]
     return Table("", ("trace", "experts", "accesses", "cache", *POLICIES), [_cells(row) for row in rows], sections=sections)
 
 
 def markdown(rows: Sequence[Row], *, command: str) -> str:
-    """Makes the page: command, machine and versions, what each trace is, and the table."""
+    """Makes the text of the result page: `command`, machine and versions, what each trace is, and the table of `rows`."""
     lines = ["# ooc-moe bench policies", "", "Hit rates; each trace by every policy.", ""]
     lines += [f"- {name}: {value}" for name, value in facts(Path(), command=command).items()]
     lines += [f'- trace "{name}": {what}' for name, what in dict.fromkeys((row.pattern.name, row.pattern.what) for row in rows)]
@@ -130,14 +145,20 @@ def _cut(experts: Iterator[int], length: int) -> list[int]:
 
 
 def _turns(rng: np.random.Generator, num_games: int, *, steps: int) -> Iterator[int]:
-    """Plays all games in turn, in rounds; each round has an order of its own."""
+    """Yields, without end, the experts that are accessed when all games are played in turn, `steps` steps each.
+
+    Every round of turns has the games in another order.
+    """
     while True:
         for game in rng.permutation(num_games):
             yield from _turn(rng, int(game), steps)
 
 
 def _turn(rng: np.random.Generator, game: int, steps: int) -> Iterator[int]:
-    """Plays one game for `steps` steps. A step draws TOP_K experts of the pool in each layer; popular experts are drawn more often."""
+    """Yields the experts that are accessed in `steps` steps of one game.
+
+    A step draws TOP_K different experts of the pool in each layer; popular experts are drawn more often.
+    """
     popularity = _zipf(POOL_EXPERTS, 0.8)
     for _ in range(steps):
         for layer in range(NUM_LAYERS):
@@ -154,7 +175,7 @@ def _turns_with_evaluations(rng: np.random.Generator, num_games: int) -> Iterato
 
 
 def run(console: Console, *, seed: int, show: Callable[[str], None]) -> list[Row]:
-    """Compares the policies on all traces, calls `show` with each trace that is done, and prints the table."""
+    """Compares the policies on all traces, calls `show` with a line of text for each finished row, and prints the table on `console`."""
     rows = []
     for row in compare(patterns(seed)):
         show(f"{row.pattern.name}, {row.cache_share:.0%}")

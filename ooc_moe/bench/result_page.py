@@ -1,4 +1,4 @@
-"""What the benchmarks' result pages have in common: the targets that a figure meets, and the notes that people add to a page."""
+"""Helpers for the benchmarks' result pages: which target a figure meets, and how notes that people added to a page survive a rewrite."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ def met_target(value: float, *, must: float | None, aim: float | None, at_most: 
     """Names the stricter of two targets that `value` meets.
 
     Args:
-        value: the figure.
+        value: the measured figure.
         must: the value that it has to reach; None if there is none.
-        aim: the value that we would like it to reach; None if there is none.
+        aim: the stricter value that we would like it to reach; None if there is none.
         at_most: whether smaller values are better, as for times and latencies.
 
     Returns:
@@ -23,7 +23,10 @@ def met_target(value: float, *, must: float | None, aim: float | None, at_most: 
 
 
 def kept_notes(page: Path, heading: str, *, missing: str) -> str:
-    """Returns the notes of an existing page: `heading` and everything below it. A page without notes gets the remark `missing`."""
+    """Returns the notes that people have written on a result page: `heading` and everything below it.
+
+    Without a page, or without this heading on it, the notes are `heading` and the remark `missing`.
+    """
     if page.exists():
         _, found, below = page.read_text().partition(heading)
         if found:

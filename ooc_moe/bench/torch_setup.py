@@ -1,4 +1,4 @@
-"""Torch's device and number of threads, for the benchmarks of the cache and the learner."""
+"""Chooses torch's device and its number of threads, for the benchmarks of the cache and the learner."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ooc_moe_wire.errors import InvalidRequest
 
 
 def find_device(name: str) -> torch.device:
-    """Returns the device called `name`; "auto" is the GPU where there is one, and the CPU otherwise.
+    """Returns the torch device called `name`; "auto" is the GPU where there is one, and the CPU otherwise.
 
     Raises:
         InvalidRequest: the name is not auto, cpu or cuda, or it is cuda and there is no GPU.
@@ -24,7 +24,7 @@ def find_device(name: str) -> torch.device:
 
 @contextmanager
 def torch_threads(threads: int) -> Iterator[None]:
-    """Lets torch use `threads` threads inside the block, and as many as before after it."""
+    """Lets torch use `threads` threads inside the block. Afterwards it uses as many as before."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

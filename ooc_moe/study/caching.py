@@ -5,8 +5,9 @@ In blocks, a game is trained to its end before the next one. In turns, the train
     blocks      AAAAAAAA BBBBBBBB
     turns of 2  AA BB AA BB AA BB AA BB
 
-The trainer measured both. The simulator takes the trace of the run in blocks, reorders its accesses into turns, and replays it through the
-trainer's own LRU policy and through Belady's optimum. It does not prefetch. The trainer prefetches, so it may beat Belady.
+The trainer measured both, in runs of their own. The simulator takes the recorded accesses (the trace) of a run in blocks, reorders them
+into turns, and replays them through the trainer's own LRU policy and through Belady's optimum. It does not prefetch. The trainer
+prefetches, so it may beat Belady.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ooc_moe.study.scores import StudyScores
 
 
 class Way(Enum):
-    """Where a point's numbers come from."""
+    """Where a point's numbers come from: measured by the trainer, or computed by the simulator."""
 
     TRAINER = "trainer"
     SIMULATOR = "simulator"
@@ -32,13 +33,13 @@ class Way(Enum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CachingPoint:
-    """The hit rate and the stall for one HBM capacity and one switch interval."""
+    """One point of the caching study: the hit rate and the stall time for one HBM capacity and one switch interval."""
 
     way: Way
     hbm_experts: int
     bank_experts: int
     switch_every: int | None
-    """Updates of a game before the trainer switches to the next one; None: games in blocks."""
+    """How many updates a game gets before the trainer switches to the next one; None: games in blocks."""
     accesses: int
     hit_rate: float
     belady: float
@@ -47,7 +48,10 @@ class CachingPoint:
 
 
 def caching_points(found: StudyScores) -> list[CachingPoint]:
-    """Returns the points of all runs, then those that the simulator computes from the study's trace. Empty if no run recorded a trace."""
+    """Returns the points that the runs measured, then those that the simulator computes from the study's trace.
+
+    There are no points at all if no run recorded a trace.
+    """
     traced = next((record for record in found.records.values() if _trace_of(record) is not None), None)
     if traced is None:
         return []

@@ -1,6 +1,6 @@
 """What each variant costs: parameters, bytes, fetches, time.
 
-Where a variant has a network for each game, the costs of all its networks are added up. Only HBM is counted for one network, because one is
+Where a variant has a network for each game, the costs of all its networks are added up. Only HBM is that of one network, because one is
 used at a time.
 """
 
@@ -26,15 +26,18 @@ _FETCHED_FROM = ("dram", "nvme", "seed")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Costs:
-    """The costs of a variant, as means over its runs. NaN where the runs logged nothing."""
+    """The costs of a variant, as means over its runs. A field is NaN if the runs did not log what it needs."""
 
     parameters: float
     dense_parameters: float
-    """The part of `parameters` that is outside experts."""
+    """How many of the `parameters` are outside experts."""
     hbm_bytes: float
-    """The capacity of the cache of experts."""
+    """The capacity of the cache of experts in HBM."""
     protection_bytes: float
-    """What protection stores at the end: frames and the network's outputs for them, or Fisher matrices and anchors."""
+    """What the protection against forgetting stores at the end of the run, in bytes.
+
+    These are frames and the network's outputs for them, or Fisher matrices and anchors.
+    """
     exemplar_bytes: float
     """The frames of each game that the detector stores; it does so with every protection."""
     moved_bytes: float
@@ -42,28 +45,33 @@ class Costs:
     fetched: float
     """How often an expert was brought into HBM in training, on demand or ahead."""
     cold_share: float
-    """The share of a game's training tokens that cold experts computed, which are those that an earlier game had used. The mean over all
-    games but the first. NaN where games take turns, because then no game is earlier."""
+    """The share of a game's training tokens that cold experts computed. Cold experts are those that an earlier game had used.
+
+    The mean over all games but the first. NaN where games take turns, because then no game is earlier.
+    """
     cold_fetched: float
-    """The part of `fetched` that were cold experts. NaN where fetches were not logged by expert, or where games take turns."""
+    """How many of the `fetched` were cold experts. NaN where fetches were not logged by expert, or where games take turns."""
     cold_equal: int
-    """Over all runs: how many cold experts a game left equal bit for bit, of those that it did not use or only borrowed."""
+    """How many of the `cold` experts stayed equal bit for bit while a game was trained; the sum over all runs."""
     cold: int
-    """How many cold experts `cold_equal` was counted among; see measures.cold_unchanged."""
+    """Of how many experts it was checked, in all runs, that a game leaves them unchanged; those that it does not use or only borrows.
+
+    See measures.cold_unchanged.
+    """
     cold_runs: int
-    """How many runs these were; the other runs logged no checksums."""
+    """How many runs logged the checksums from which `cold` and `cold_equal` are counted."""
     train_s: float
     steps_per_s: float
     stall_s: float
 
 
 def costs_by_variant(found: StudyScores) -> dict[str, Costs]:
-    """Returns the costs of each variant that has a finished run."""
+    """Returns, by variant, the costs of all variants that have a finished run."""
     return {name: costs_of(found, name) for name in found.variants}
 
 
 def costs_of(found: StudyScores, variant: str) -> Costs:
-    """Returns the costs of one variant."""
+    """Returns the costs of one variant: means over its runs, times the number of its networks if it has one for each game."""
     networks = len(found.study.games) if found.study.variants[variant].alone else 1
     records = list(found.of(variant).values())
     rows = [_costs_of_run(record) for record in records]
@@ -111,7 +119,10 @@ def _costs_of_run(record: RunRecord) -> Costs:
 
 
 def _stored_bytes(path: Path) -> tuple[float, float]:
-    """Returns how many bytes protection and the detector store, read from the dense file of a checkpoint. NaN if there is none."""
+    """Returns how many bytes protection and the detector store, in this order. NaN if there is no checkpoint.
+
+    `path` is a checkpoint's file of dense parameters, which has both.
+    """
     if not path.exists():
         return float("nan"), float("nan")
     state = checkpoint.load(path).state
@@ -127,7 +138,10 @@ def _num_bytes(state: Any) -> int:
 
 
 def cold_share(record: RunRecord) -> float:
-    """Returns the share of a game's tokens that went to experts which an earlier game had used; the mean over all games but the first."""
+    """Returns which share of a game's training tokens went to experts that an earlier game had used; the mean over all games but the first.
+
+    NaN where games take turns, or with fewer than two games.
+    """
     if record.config.get("switch_every"):
         return float("nan")
     usage_GE = record.training_usage()
@@ -139,12 +153,15 @@ def cold_share(record: RunRecord) -> float:
 
 
 def cold_fetched(record: RunRecord) -> float:
-    """Counts how often an expert that an earlier game had used was brought into HBM, on demand or ahead, in a later game's training."""
+    """Counts how often, in a later game's training, an expert that an earlier game had used was brought into HBM, on demand or ahead.
+
+    NaN where games take turns, or where fetches were not logged by expert.
+    """
     if record.config.get("switch_every") or not any("fetches" in event for event in record.updates):
         return float("nan")
     return float(record.training_fetches()[_used_earlier(record.training_usage())].sum())
 
 
 def _used_earlier(usage_GE: Floats) -> NDArray[np.bool_]:
-    """Returns, as (G, E), whether a game before game G used expert E."""
+    """Returns, for each game G and expert E, whether a game that was trained before G used E: (G, E)."""
     return np.asarray(np.cumsum(usage_GE, axis=0) - usage_GE > 0)

@@ -19,7 +19,7 @@ _DRAWN = {"learning": "right after its training", "average": "at the end of the 
 
 
 def figures(found: StudyScores, points: Sequence[CachingPoint]) -> dict[str, Figure]:
-    """Draws all figures for which there are results. By name: "measures", "games", "hits"."""
+    """Draws all figures for which there are results. Returns them by name: "measures", "games", "hits"."""
     draw: dict[str, Callable[[], Figure | None]] = {
         "measures": lambda: learning_and_retention(found),
         "games": lambda: scores_after_training(found),
@@ -30,9 +30,9 @@ def figures(found: StudyScores, points: Sequence[CachingPoint]) -> dict[str, Fig
 
 
 def learning_and_retention(found: StudyScores) -> Figure | None:
-    """Draws learning, average and retention of each variant: every run, the mean and its 95 % interval. Each order has a colour.
+    """Draws learning, average and retention of each variant: a point for every run, the mean, and its 95 % interval.
 
-    None if no variant has an average.
+    Each order of the games has a colour. Returns None if no variant has an average.
     """
     names = [name for name in found.variants if name != UNTRAINED and strata(found.cells(name, "average"))]
     if not names:
@@ -63,7 +63,7 @@ def learning_and_retention(found: StudyScores) -> Figure | None:
 
 
 def _draw_runs(ax: Axes, cells: Sequence[Cell], row: int, colour: Callable[[str], str]) -> None:
-    """Draws a point for each run: its mean over games."""
+    """Draws a point for each run, at its mean over games, in the row of its variant. `colour` maps the name of an order to its colour."""
     runs: dict[tuple[str, int], list[float]] = {}
     for cell in cells:
         runs.setdefault((cell.order, cell.seed), []).append(cell.value)
@@ -73,7 +73,7 @@ def _draw_runs(ax: Axes, cells: Sequence[Cell], row: int, colour: Callable[[str]
 
 
 def _draw_mean(ax: Axes, cells: Sequence[Cell], row: int) -> None:
-    """Draws the mean over runs and games, with its 95 % interval if there are several runs."""
+    """Draws the mean over runs and games in the row of a variant, with its 95 % interval if there are several runs."""
     groups = strata(cells)
     if sum(map(len, groups)) < 2:  # The mean of one run is that run's point.
         return
@@ -85,10 +85,10 @@ def _draw_mean(ax: Axes, cells: Sequence[Cell], row: int) -> None:
 
 
 def scores_after_training(found: StudyScores) -> Figure | None:
-    """Draws each game's score from the end of its own training on, in the study's first order.
+    """Draws each game's score from the end of its own training on, in the runs of the study's first order.
 
-    Each variant has a panel. Thin lines are runs, the bold line is their mean. None if no game counts, or if no run was evaluated after
-    each of its games.
+    Each variant has a panel. Thin lines are runs, the bold line is their mean. Returns None if no game counts (see scores.py), or if no run
+    was evaluated after each of its games.
     """
     order, schedule = next(iter(found.study.orders.items()))
     games = [game for game in dict.fromkeys(schedule) if game in found.counted]
@@ -121,7 +121,10 @@ def scores_after_training(found: StudyScores) -> Figure | None:
 
 
 def _scores_of(found: StudyScores, variant: str, order: str) -> measures.Floats | None:
-    """Returns the scores as (runs, phases, games); None if the variant was evaluated only at its end."""
+    """Returns the normalised scores of a variant's runs in one order: (runs, phases, games).
+
+    None if there is no such run, or if its runs were evaluated only at their end.
+    """
     scores = [
         found.normalised(record)[0] for run, record in found.of(variant).items() if run.order == order and not run.config.switch_every
     ]
@@ -132,7 +135,7 @@ def misses_and_stalls(points: Sequence[CachingPoint]) -> Figure | None:
     """Draws misses and stalls against the switch interval, with a line for each HBM capacity; trainer and simulator side by side.
 
     The axes are logarithmic. On linear axes hit rates of 98.8 % and 99.9 % look alike, although one misses ten times as often as the other.
-    None if there are no points.
+    Returns None if there are no points.
     """
     ways = [way for way in Way if any(point.way is way for point in points)]
     if not ways:

@@ -1,4 +1,9 @@
-"""Writes what a study shows: NAME.md (verdicts, figures, tables, and how they were made), NAME_*.png, and NAME.json with every number."""
+"""Writes the results of a study as files. NAME is the study's name.
+
+NAME.md      verdicts, figures, tables, and how they were made
+NAME_*.png   the figures
+NAME.json    every number
+"""
 
 from __future__ import annotations
 
@@ -33,7 +38,10 @@ _CAPTIONS = {
 
 
 def write(results: Results, directory: Path, *, command: str) -> list[Path]:
-    """Writes all files into `directory` and returns their paths. The text under "Notes" of an existing NAME.md is kept."""
+    """Writes page, figures and numbers of a study into `directory`, and returns the paths of all files.
+
+    `command` is named on the page. The text under "Notes" of an existing page is kept.
+    """
     study = results.found.study
     # Before any file is written: a results file inside the checkout would make it report uncommitted changes.
     described = facts(Path(), command=command) | {"torch": importlib.metadata.version("torch")}
@@ -82,7 +90,10 @@ def _sentence(text: str) -> str:
 
 
 def _configured(found: StudyScores) -> tuple[str, str]:
-    """The configuration of the first finished run of the most important variant, as JSON, and the name of that run."""
+    """Returns the configuration of one run for the page, as JSON, and the name of that run.
+
+    It is the first finished run of the most important variant; without a finished run, the study's recipe.
+    """
     study = found.study
     run = next((run for name in found.variants for run in found.of(name)), None)
     fields = json.loads((run.config if run else study.recipe).to_json())
@@ -144,7 +155,7 @@ def _numbers_of_run(run: StudyRun, record: RunRecord) -> dict[str, Any]:
 
 
 def _by_run(cells: Sequence[Cell]) -> dict[str, dict[int, dict[str, float]]]:
-    """Nests the cells: order -> seed -> game -> value."""
+    """Nests the values of the cells: order -> seed -> game -> value."""
     found: dict[str, dict[int, dict[str, float]]] = {}
     for cell in cells:
         found.setdefault(cell.order, {}).setdefault(cell.seed, {})[cell.game] = cell.value
@@ -152,7 +163,7 @@ def _by_run(cells: Sequence[Cell]) -> dict[str, dict[int, dict[str, float]]]:
 
 
 def _plain(value: Any) -> Any:
-    """Converts to types that JSON has. Floats are rounded to six digits; NaN becomes None."""
+    """Converts `value`, nested as it may be, to types that JSON has. Floats are rounded to six digits; NaN and infinity become None."""
     if isinstance(value, dict):
         return {str(key): _plain(each) for key, each in value.items()}
     if isinstance(value, np.ndarray | list | tuple):

@@ -20,7 +20,7 @@ from ooc_moe_wire.errors import InvalidRequest
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Results:
-    """Everything that the finished runs of a study show."""
+    """Everything that the finished runs of a study show: scores, costs, tables, verdicts, separation and caching points."""
 
     found: StudyScores
     costs: Mapping[str, Costs]
@@ -31,7 +31,7 @@ class Results:
 
 
 def collect(study: Study, runs: Sequence[StudyRun], constants: Mapping[str, float]) -> StudyScores:
-    """Reads the finished runs among `runs`, and notes why the others are missing.
+    """Reads the finished runs among `runs`, and notes why each of the other runs is missing.
 
     Args:
         study: the study that the runs belong to.
@@ -54,7 +54,7 @@ def collect(study: Study, runs: Sequence[StudyRun], constants: Mapping[str, floa
 
 
 def results_of(study: Study, runs: Sequence[StudyRun], constants: Mapping[str, float]) -> Results:
-    """Reads the finished runs, computes all tables, and judges each part of the claim. The arguments are those of `collect`."""
+    """Reads the finished runs among `runs`, computes all tables, and judges each part of the claim. Arguments as for `collect`."""
     found = collect(study, runs, constants)
     costs, separated, points = costs_by_variant(found), verdicts.separations(found), caching_points(found)
     judged = (
@@ -74,7 +74,7 @@ def results_of(study: Study, runs: Sequence[StudyRun], constants: Mapping[str, f
 
 
 def _remark_on_shorter_runs(found: StudyScores) -> str:
-    """A sentence for each verdict when runs were made with fewer steps than the study's own; otherwise ""."""
+    """Returns a sentence to add to each verdict if runs were made with fewer steps than the study's own; otherwise ""."""
     study = found.study
     for run in found.records:
         steps, own = run.config.steps_per_game, study.variants[run.variant].change(study.recipe).steps_per_game

@@ -1,6 +1,6 @@
-"""The process that makes one run: it starts the run, or resumes it from its last checkpoint.
+"""The process that makes one run of a study: it starts the run, or resumes it from its last checkpoint.
 
-Run by runner.py, which writes the configuration as JSON to its standard input: python -m ooc_moe.study.run_process RUN_DIR
+runner.py starts it, and writes the configuration as JSON to its standard input: python -m ooc_moe.study.run_process RUN_DIR
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ NICENESS = 10
 
 
 def main(run_dir: Path) -> int:
-    """Makes the run.
+    """Makes the run in `run_dir`, with the configuration on standard input: trains from the start, or resumes from the last checkpoint.
 
     Returns:
         The exit code: 0 when the run is done, 130 when it was interrupted and has saved a checkpoint, 2 when it failed. The last line of a
-        failed run's output is the error.
+            failed run's output is the error.
     """
     stop_with_parent()
     os.nice(NICENESS)

@@ -1,7 +1,8 @@
-"""Makes many runs, several at a time, each in a process of its own with a daemon of its own. Continues where an earlier call was stopped.
+"""Makes the runs of a study, several at a time, each in a process of its own with a daemon of its own.
 
-A finished run is left alone. A run with a checkpoint is resumed from it. A run that stopped before its first checkpoint is made anew, and
-its old directory is renamed. On Ctrl-C every running process saves a checkpoint and ends.
+Runs that an earlier call left unfinished are continued. A finished run is left alone. A run with a checkpoint is resumed from it. A run
+that stopped before its first checkpoint is made anew, and its old directory is renamed. On Ctrl-C every running process saves a checkpoint
+and ends.
 """
 
 from __future__ import annotations
@@ -36,15 +37,15 @@ class State(Enum):
 
     NEW = "new"
     BEGUN = "begun"
-    """It can be resumed from a checkpoint."""
+    """The run is not done, and can be resumed from a checkpoint."""
     BROKEN = "broken"
-    """It stopped before its first checkpoint."""
+    """The run stopped before its first checkpoint, and must be made anew."""
     DONE = "done"
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How `run_all` ended."""
+    """What `run_all` returns at its end: which runs failed, and whether it was interrupted."""
 
     failed: dict[Path, str]
     """By directory of a failed run: its exit code and the last line of its output."""
@@ -53,23 +54,23 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """The progress of `run_all`, for a display."""
+    """The progress of `run_all` at one moment, for a display."""
 
     done: int
-    """Finished runs."""
+    """How many runs are finished."""
     total: int
-    """All runs."""
+    """How many runs there are, finished ones included."""
     steps_done: int
-    """Environment steps of all runs so far."""
+    """How many environment steps all runs together have done so far."""
     steps_total: int
     running: dict[Path, int]
-    """By directory of a running run: its environment steps so far."""
+    """By directory of each run that is being made: its environment steps so far."""
     failed: int
-    """Failed runs."""
+    """How many runs failed."""
 
 
 def state_of(config: RunConfig) -> State:
-    """Returns how far the run in `config.run_dir` has come.
+    """Returns whether the run in `config.run_dir` is new, begun, broken or done.
 
     Raises:
         InvalidRequest: the run there has another configuration; the message names the first field that differs.
@@ -84,7 +85,7 @@ def state_of(config: RunConfig) -> State:
 
 
 def steps_of(config: RunConfig) -> int:
-    """Returns how many environment steps the whole run has."""
+    """Returns how many environment steps the whole run has, over all its games."""
     return len(config.games) * config.updates_per_game * config.steps_per_update
 
 
@@ -94,15 +95,15 @@ def steps_done(run_dir: Path) -> int:
 
 
 def run_all(configs: Sequence[RunConfig], *, jobs: int, watch: Callable[[Status], object] = lambda status: None) -> Outcome:
-    """Makes all unfinished runs in their order, `jobs` at a time.
+    """Makes all runs that are not finished, in the order of `configs`, `jobs` at a time. Returns when all have ended.
 
     Args:
         configs: the runs. Their directories may hold finished and unfinished runs of earlier calls.
         jobs: how many processes run at a time.
-        watch: called with the status twice a second.
+        watch: called with the progress twice a second.
 
     Raises:
-        InvalidRequest: a directory holds a run of another configuration. No run was started.
+        InvalidRequest: a directory holds a run of another configuration, or `jobs` is below 1. No run was started.
     """
     if jobs < 1:
         raise InvalidRequest(f"jobs: {jobs} is not at least 1")
@@ -146,7 +147,10 @@ def run_all(configs: Sequence[RunConfig], *, jobs: int, watch: Callable[[Status]
 
 
 def _start(config: RunConfig) -> subprocess.Popen[bytes]:
-    """Starts the run's process, in a session of its own, so that Ctrl-C reaches the runner alone."""
+    """Starts the process that makes the run of `config`. A broken run's directory is renamed first.
+
+    The process is in a session of its own, so that Ctrl-C reaches the runner alone.
+    """
     run_dir = config.run_dir
     if state_of(config) is State.BROKEN:
         run_dir.rename(run_dir.with_name(f"{run_dir.name}.broken-{time.strftime('%Y%m%d-%H%M%S')}"))
@@ -165,14 +169,14 @@ def _start(config: RunConfig) -> subprocess.Popen[bytes]:
 
 
 def _failure(run_dir: Path, code: int) -> str:
-    """The exit code and the last line of a process's output."""
+    """Returns why a run's process failed: its exit code and the last line of its output."""
     lines = (run_dir / LOG_FILE).read_text(errors="replace").split("\n")
     last_line = next((line.strip() for line in reversed(lines) if line.strip()), "no output")
     return f"ended with {code}: {last_line}"
 
 
 def _newest_events(run_dir: Path) -> Iterator[tuple[str, int]]:
-    """Yields (event, step) of the last events in the metrics."""
+    """Yields (event, step) for the last events in the run's metrics file: those in its last 64 KiB."""
     path = run_dir / METRICS_FILE
     if not path.exists():
         return

@@ -1,7 +1,7 @@
 """The scores of a study's runs on one scale for all games: 0 is random play, 1 is single-task.
 
-Single-task is the score of a network that was trained on this game alone, as the mean over its seeds. The rules of `_why_left_out` decide
-which games count in ratios.
+Single-task is the score of a network that was trained on this game alone, as the mean over its seeds. Ratios such as retention are computed
+only for the games that count: those that were learned, by the rules of `_why_left_out`.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from ooc_moe.study.study import Study, StudyRun
 
 SINGLE = "single"
 LEARNED_MIN = 0.2
-"""A game that was learned less than this is left out of ratios, because there is too little that could be forgotten."""
+"""A game with a smaller share learned than this is left out of ratios, because there is too little that could be forgotten."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GameFacts:
-    """The raw returns that a game's scores are compared with. NaN where one was not measured."""
+    """The raw returns in one game that define the scale of its scores, and whether the game counts. NaN for what was not measured."""
 
     game: str
     random: float
-    """Random play."""
+    """The mean return of random play."""
     constant: float
-    """The best constant action."""
+    """The mean return of the best constant action, played at every step."""
     single: float
-    """Single-task: a network that learned this game alone, as the mean over its seeds."""
+    """The single-task return: that of a network that learned this game alone, as the mean over its seeds."""
     reference: float
-    """A human player; for pixel games, best play."""
+    """The return of a human player; for pixel games, of best play."""
     cut: bool
     """Whether evaluation stopped some games of `single` before they were over. `single` is then a lower bound."""
     left_out: str
@@ -44,7 +44,7 @@ class GameFacts:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """The value of a measure for one run and one game."""
+    """The value of a measure for one run (`order` and `seed`) and one game."""
 
     order: str
     seed: int
@@ -53,7 +53,10 @@ class Cell:
 
 
 Measure = Callable[[Floats, tuple[int, ...], Floats], Floats]
-"""Computes a measure, (G,), from normalised scores (P, G), the game trained in each phase (P,), and normalised untrained scores (G,)."""
+"""Computes a measure for each game, (G,).
+
+From the normalised scores after each phase (P, G), the game trained in each phase (P,), and the normalised scores before any training (G,).
+"""
 
 
 def _per_game(values_PG: Floats) -> Floats:
@@ -61,7 +64,11 @@ def _per_game(values_PG: Floats) -> Floats:
 
 
 def retention(scores_PG: Floats, trained_P: Sequence[int]) -> Floats:
-    """Computes measures.retention of normalised scores: (G,). NaN for games of which less than `LEARNED_MIN` was learned."""
+    """Computes how much of each game's score is left at the end, as a share of what was learned (measures.retention): (G,).
+
+    NaN for games of which less than `LEARNED_MIN` was learned. `scores_PG`: normalised scores after each phase. `trained_P`: the game
+    trained in each phase.
+    """
     kept = measures.retention(scores_PG, trained_P, np.zeros(scores_PG.shape[1]))
     return np.where(measures.learning(scores_PG, trained_P) >= LEARNED_MIN, kept, np.nan)
 
@@ -87,7 +94,7 @@ MEASURES: dict[str, tuple[str, Measure]] = {
     "forward transfer": ("score before its own training - untrained score", lambda s, t, u: measures.forward_transfer(s, t, u)),
     "forward transfer without the last game": ("", lambda s, t, u: measures.without_last(measures.forward_transfer(s, t, u), t)),
 }
-"""By name, in the order of the tables: what the measure is, and how it is computed from normalised scores."""
+"""By name, in the order of the tables: what the measure is in words, and the function that computes it from normalised scores."""
 
 RAW_MEASURES: dict[str, tuple[str, Measure]] = {
     "isolated forgetting (CORA)": (
@@ -97,22 +104,22 @@ RAW_MEASURES: dict[str, tuple[str, Measure]] = {
     ),
     "zero-shot transfer (CORA)": ("likewise", lambda s, t, u: _per_game(measures.zero_shot_transfer(s, t, u))),
 }
-"""As `MEASURES`, but computed from raw returns."""
+"""Like `MEASURES`, but computed from raw returns instead of normalised scores."""
 
 
 @dataclass(frozen=True)
 class StudyScores:
-    """The finished runs of a study, and which runs are missing."""
+    """The finished runs of a study, with their scores on one scale, and a list of the missing runs."""
 
     study: Study
     records: Mapping[StudyRun, RunRecord]
     missing: Mapping[StudyRun, str]
-    """The unfinished runs, each with the reason."""
+    """The runs that are not finished, each with the reason."""
     constants: Mapping[str, float]
     """By game: the mean raw return of the best constant action."""
 
     def of(self, variant: str) -> dict[StudyRun, RunRecord]:
-        """Returns the finished runs of a variant."""
+        """Returns the finished runs of a variant, each with the metrics that it logged."""
         return {run: record for run, record in self.records.items() if run.variant == variant}
 
     @cached_property
@@ -122,12 +129,12 @@ class StudyScores:
 
     @cached_property
     def facts(self) -> dict[str, GameFacts]:
-        """By game: the raw returns that its scores are compared with."""
+        """By game: the raw returns that its scores are compared with, and whether it counts."""
         return {game: self._facts_of(game) for game in self.study.games}
 
     @cached_property
     def counted(self) -> set[str]:
-        """The games that count in ratios."""
+        """The games that count in ratios: those that were learned well enough."""
         return {game for game, facts in self.facts.items() if not facts.left_out}
 
     def _facts_of(self, game: str) -> GameFacts:
@@ -150,14 +157,17 @@ class StudyScores:
         )
 
     def normalised(self, record: RunRecord) -> tuple[Floats, Floats]:
-        """Returns a run's normalised scores (P, G) and untrained scores (G,). NaN for games without a single-task score."""
+        """Returns a run's normalised scores: after each phase for each game (P, G), and before any training (G,).
+
+        NaN for games without a single-task score.
+        """
         scores = record.scores
         random_G = [self.facts[game].random for game in scores.games]
         single_G = [self.facts[game].single for game in scores.games]
         return measures.normalise(scores.mean_PG, random_G, single_G), measures.normalise(scores.untrained_G, random_G, single_G)
 
     def cells(self, variant: str, name: str) -> list[Cell]:
-        """Computes a measure for every finished run of a variant and each game that counts.
+        """Computes the measure `name` (of MEASURES or RAW_MEASURES) for every finished run of a variant and each game that counts.
 
         Runs in which games take turns are evaluated only at their end. They have values only for measures whose name starts with "average".
         """
@@ -179,7 +189,7 @@ class StudyScores:
         return found
 
     def worst(self, variant: str, name: str = "forgetting") -> list[Cell]:
-        """Returns the greatest value over all games for each run, as cells with the game ""."""
+        """Returns, for each finished run of a variant, the greatest value of a measure over all games, as cells with the game ""."""
         by_run: dict[tuple[str, int], list[float]] = {}
         for cell in self.cells(variant, name):
             if not np.isnan(cell.value):
@@ -188,9 +198,9 @@ class StudyScores:
 
 
 def strata(cells: Sequence[Cell]) -> list[Floats]:
-    """Groups cells into the strata that a bootstrap draws from (see statistics.py): one (runs, games) array for each order; NaN if unknown.
+    """Groups cells by order, as the strata that a bootstrap draws runs from (see statistics.py): one (runs, games) array for each order.
 
-    Where a variant has a network for each game, the order is that game, so that each game is a stratum.
+    NaN for values that are not known. Where a variant has a network for each game, the order is that game, so that each game is a stratum.
     """
     orders: dict[str, dict[int, dict[str, float]]] = {}
     for cell in cells:
@@ -204,6 +214,14 @@ def _why_left_out(random: float, constant: float, single: float, reference: floa
     """Returns why a game is left out of ratios; "" if it counts.
 
     A game counts if it was learned, and if a player that does not look at the screen gets clearly less.
+
+    Args:
+        random: the mean return of random play.
+        constant: the mean return of the best constant action.
+        single: the single-task return.
+        reference: the return of a human, or of best play.
+        cut: whether evaluation stopped some games before they were over.
+        returns: the single returns that `single` is the mean of.
     """
     if np.isnan(single):
         return "no single-task run yet"

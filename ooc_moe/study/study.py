@@ -13,16 +13,19 @@ from ooc_moe_wire.errors import InvalidRequest
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StudyRun:
-    """One run of a study. Its directory, `config.run_dir`, is <studies>/<study>/<variant>/<order>/seed-<n>."""
+    """One run of a study: a variant that learns the games in one order, with one seed.
+
+    Its directory, `config.run_dir`, is <studies>/<study>/<variant>/<order>/seed-<n>.
+    """
 
     variant: str
     order: str
-    """The name of the order in which the run learns the games. Where a variant learns each game alone, the name of the game."""
+    """The name of the order in which the run learns the games; the name of the game where a variant learns each game alone."""
     config: RunConfig
 
     @property
     def label(self) -> str:
-        """Names the run for people, for example "full, catch-first, seed 0"."""
+        """The run's name as people read it, for example "full, catch-first, seed 0"."""
         return f"{self.variant}, {self.order}, seed {self.config.seed}"
 
 
@@ -32,13 +35,13 @@ class Study:
 
     name: str
     asks: str
-    """The question, as a sentence."""
+    """The study's question, as a sentence."""
     limits: str
-    """What the study cannot show."""
+    """What the study cannot show, in sentences for the results page."""
     recipe: RunConfig
     """The configuration of the full recipe; every variant changes something in it."""
     orders: Mapping[str, tuple[str, ...]]
-    """By name: the games in the order in which they are learned."""
+    """By name of the order: the games in the order in which they are learned."""
     seeds: Mapping[str, int]
     """By variant: how many seeds it is run with. The most important variant comes first."""
     variants: Mapping[str, Variant] = field(default_factory=lambda: VARIANTS)
@@ -49,7 +52,7 @@ class Study:
 
     @property
     def games(self) -> tuple[str, ...]:
-        """All games, each once, in the order in which `orders` first names them."""
+        """All games of the study, each once, in the order in which `orders` first names them."""
         return tuple(dict.fromkeys(game for games in self.orders.values() for game in games))
 
     def runs(
@@ -60,14 +63,14 @@ class Study:
         seeds: int | None = None,
         steps_per_game: int | None = None,
     ) -> list[StudyRun]:
-        """Lists the runs in the order in which they are to be made.
+        """Lists the study's runs in the order in which they are to be made.
 
         All variants come with seed 0 first, then all with seed 1, and so on, so that an unfinished study already compares variants.
 
         Args:
             studies_dir: holds a directory for each study.
             variants: list only the runs of these variants; of all variants if empty.
-            seeds: list at most this many seeds of each variant.
+            seeds: list at most this many seeds of each variant; all of them if None.
             steps_per_game: environment steps in each game, instead of the recipe's.
 
         Raises:

@@ -1,4 +1,4 @@
-"""The tables of a study. Uncertain values have their 95 % interval; a dash stands for a value that is not known."""
+"""The tables of a study's results page. Uncertain values have their 95 % interval; a dash stands for a value that is not known."""
 
 from __future__ import annotations
 
@@ -26,7 +26,14 @@ _INTERVALS = (
 def tables(
     found: StudyScores, costs: Mapping[str, Costs], separated: Sequence[Separation] = (), points: Sequence[CachingPoint] = ()
 ) -> list[Table]:
-    """Makes all tables of a study. Tables without a row are left out."""
+    """Makes all tables of a study. Tables without a row are left out.
+
+    Args:
+        found: the scores of the finished runs.
+        costs: by variant, what it costs.
+        separated: the separation in each run with plain token routing.
+        points: hit rates and stalls by HBM capacity and switch interval.
+    """
     all_tables = [
         main_table(found),
         caching_table(points),
@@ -46,7 +53,7 @@ def tables(
 
 
 def main_table(found: StudyScores) -> Table:
-    """One row per variant: what was learned, what is left of it."""
+    """Makes the table with one row per variant: how much was learned, and how much of it is left at the end."""
     random, constant = _baselines(found)
     rows = [["random", "–", DASH, random, DASH, DASH, DASH], ["best constant action", "–", DASH, constant, DASH, DASH, DASH]]
     for name in found.variants:
@@ -64,7 +71,7 @@ def main_table(found: StudyScores) -> Table:
 
 
 def robust_table(found: StudyScores) -> Table:
-    """One row per variant: the measures of the main table as interquartile means."""
+    """Makes the table with one row per variant: the measures of the main table as interquartile means."""
     rows = [[name, *(spread(found.cells(name, each), statistics.iqm) for each in _MAIN)] for name in found.variants]
     return Table(
         "Interquartile means",
@@ -76,7 +83,7 @@ def robust_table(found: StudyScores) -> Table:
 
 
 def order_table(found: StudyScores, order: str) -> Table:
-    """Learning and retention in one order of the games."""
+    """Makes the table with one row per variant: the measures of the main table in one order of the games."""
     rows = []
     for name in found.variants:
         cells = {each: [cell for cell in found.cells(name, each) if cell.order == order] for each in _MAIN}
@@ -87,7 +94,7 @@ def order_table(found: StudyScores, order: str) -> Table:
 
 
 def other_table(found: StudyScores) -> Table:
-    """One row per variant: the measures that the main table does not have."""
+    """Makes the table with one row per variant: the measures that the main table does not have."""
     names = [name for name in (*MEASURES, *RAW_MEASURES) if name not in _MAIN]
     rows = [[variant, *(spread(found.cells(variant, name)) for name in names)] for variant in found.variants]
     says = {name: says for name, (says, _) in (MEASURES | RAW_MEASURES).items() if name in names and says}
@@ -102,7 +109,7 @@ def other_table(found: StudyScores) -> Table:
 
 
 def human_table(found: StudyScores) -> Table:
-    """One row per variant: scores relative to a human's, and the share of dormant hidden units."""
+    """Makes the table with one row per variant: scores relative to a human's, and the share of dormant hidden units."""
     rows = []
     for name in found.variants:
         learned, kept, dormant = [], [], []
@@ -127,7 +134,7 @@ def human_table(found: StudyScores) -> Table:
 
 
 def memory_table(costs: Mapping[str, Costs]) -> Table:
-    """One row per variant: what it keeps in memory."""
+    """Makes the table with one row per variant: its parameters, and how many bytes its cache, its protection and the detector take."""
     rows = []
     for name, cost in costs.items():
         kept = f"{format_bytes(cost.protection_bytes)} + {format_bytes(cost.exemplar_bytes)}"
@@ -144,7 +151,7 @@ def memory_table(costs: Mapping[str, Costs]) -> Table:
 
 
 def work_table(found: StudyScores, costs: Mapping[str, Costs]) -> Table:
-    """One row per variant: the bytes and experts that it moves, and how long it takes."""
+    """Makes the table with one row per variant: the bytes and experts that it moves, and how long it takes."""
     rows = []
     for name, cost in costs.items():
         rows.append(
@@ -176,7 +183,7 @@ def work_table(found: StudyScores, costs: Mapping[str, Costs]) -> Table:
 
 
 def recognition_table(found: StudyScores) -> Table:
-    """One row per variant: how well it recognised games in the evaluations after the last game."""
+    """Makes the table with one row per variant: how well the detector recognised games in the evaluations after the last game."""
     fields = ("detector_accuracy", "nearest_mean_accuracy", "false_switches", "prefetch_recall")
     fates = ("prefetch_useful", "prefetch_late")
     rows = []
@@ -217,7 +224,7 @@ def recognition_table(found: StudyScores) -> Table:
 
 
 def _ambiguous_pairs(found: StudyScores) -> str:
-    """A sentence for each pair of games that nothing tells apart in some run."""
+    """Returns a sentence for each pair of games that looked alike in some run, so that nothing told them apart; "" without such pairs."""
     confused: dict[tuple[str, str], list[float]] = {}
     for record in found.records.values():
         for one, other, confusion in ambiguous(record):
@@ -229,7 +236,10 @@ def _ambiguous_pairs(found: StudyScores) -> str:
 
 
 def separation_table(separated: Sequence[Separation]) -> Table:
-    """One row per run with plain token routing: how much of their routed mass environments have in common."""
+    """Makes the table with one row per run with plain token routing: how much two environments use the same experts.
+
+    This is measured within a game and between games, as the routed mass that two environments have in common.
+    """
     rows = [
         [each.run.variant, each.run.order, str(each.run.config.seed), *_apart(each.within, each.between), f"{each.p:.2g}"]
         for each in separated
@@ -246,7 +256,7 @@ def separation_table(separated: Sequence[Separation]) -> Table:
 
 
 def pair_table(separated: Sequence[Separation]) -> Table:
-    """One row per variant and pair of games: the separation of these two games."""
+    """Makes the table with one row per variant and pair of games: how far apart their routing is."""
     variants = dict.fromkeys(each.run.variant for each in separated)
     gaps = {variant: pair_gaps([each for each in separated if each.run.variant == variant]) for variant in variants}
     return Table(
@@ -262,7 +272,7 @@ def _apart(within: float, between: float) -> list[str]:
 
 
 def caching_table(points: Sequence[CachingPoint]) -> Table:
-    """One row per HBM capacity and switch interval, measured and simulated: hits and stalls."""
+    """Makes the table with one row per HBM capacity and switch interval, measured and simulated: hits and stalls."""
     rows = [
         [
             point.way.value,
@@ -287,7 +297,7 @@ def caching_table(points: Sequence[CachingPoint]) -> Table:
 
 
 def game_table(found: StudyScores) -> Table:
-    """One row per game: the raw returns that its scores are compared with."""
+    """Makes the table with one row per game: the raw returns that its scores are compared with, and whether it counts."""
     rows = [
         [
             facts.game,
@@ -306,7 +316,7 @@ def game_table(found: StudyScores) -> Table:
 
 
 def point_table(found: StudyScores) -> Table:
-    """One row per run: its measures, as means over the games that count."""
+    """Makes the table with one row per run: its measures, as means over the games that count."""
     rows = []
     for run, record in found.records.items():
         if not record.evaluations:
@@ -323,7 +333,10 @@ def point_table(found: StudyScores) -> Table:
 
 
 def spread(cells: Sequence[Cell], statistic: Callable[[Any], Any] = statistics.mean) -> str:
-    """Writes a statistic of the cells' values with its 95 % interval, for example "0.98 [0.95, 1.00]"."""
+    """Returns a statistic of the cells' values with its 95 % interval as text, for example "0.98 [0.95, 1.00]".
+
+    Without the interval if no order has two runs; a dash without values.
+    """
     groups = strata(cells)
     if not groups:
         return DASH

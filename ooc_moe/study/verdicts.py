@@ -47,11 +47,11 @@ POINTS_MIN = 3
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Whether one part of the claim holds."""
+    """Whether one part of the claim holds, and the figures that this follows from."""
 
     part: str
     holds: bool | None
-    """None if there are fewer runs than the rule needs."""
+    """Whether the part holds; None if there are fewer runs than the rule needs."""
     says: str
     """The figures behind the verdict, in sentences."""
 
@@ -63,26 +63,26 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Separation:
-    """How much of their routed mass pairs of environments have in common in one run, from 0 to 1."""
+    """How much pairs of environments use the same experts in one run: the routed mass that they have in common, from 0 to 1."""
 
     run: StudyRun
     within: float
-    """The mean over pairs of environments that play the same game."""
+    """The mean overlap over pairs of environments that play the same game."""
     between: float
-    """The mean over pairs of environments that play different games."""
+    """The mean overlap over pairs of environments that play different games."""
     p: float
-    """The p-value of the permutation test."""
+    """The p-value of the permutation test that compares the two."""
     pairs: Mapping[tuple[str, str], tuple[float, float]]
-    """By pair of games: (within, between) of the environments that play these two games."""
+    """By pair of games: (within, between), counting only the environments that play these two games."""
 
     @property
     def gap(self) -> float:
-        """within - between."""
+        """How far apart games are: within - between."""
         return self.within - self.between
 
 
 def separations(found: StudyScores) -> list[Separation]:
-    """Computes the separation in each run with plain token routing, trained or not, that logged usage by environment."""
+    """Computes the separation of games in each run with plain token routing, trained or not, that logged usage by environment."""
     runs = [_separation(run, record) for variant in (MOE, UNTRAINED) for run, record in found.of(variant).items()]
     return [each for each in runs if each is not None]
 
@@ -98,7 +98,10 @@ def _separation(run: StudyRun, record: RunRecord) -> Separation | None:
 
 
 def pair_gaps(runs: Sequence[Separation]) -> dict[tuple[str, str], tuple[float, float]]:
-    """Returns (within, between) for each pair of games, as means over runs. The pairs with the smallest gap come first."""
+    """Returns, for each pair of games, the overlap within these games and between them, as means over runs.
+
+    The pairs with the smallest gap come first.
+    """
     by_pair: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for run in runs:
         for pair, values in run.pairs.items():
@@ -108,7 +111,10 @@ def pair_gaps(runs: Sequence[Separation]) -> dict[tuple[str, str], tuple[float, 
 
 
 def separation(found: StudyScores, separated: Sequence[Separation]) -> Verdict | None:
-    """Judges separation by the result of `separations`. None if the study has no variant with plain token routing."""
+    """Judges the first part of the claim, separation, by the results of `separations`.
+
+    None if the study has no variant with plain token routing.
+    """
     if MOE not in found.study.seeds:
         return None
     runs = [each for each in separated if each.run.variant == MOE]
@@ -148,7 +154,7 @@ def _means(runs: Sequence[Separation]) -> tuple[float, float, float]:
 
 
 def protection(found: StudyScores) -> Verdict | None:
-    """Judges protection. None if the study lacks one of the variants full, plain MoE and dense."""
+    """Judges the third part of the claim, protection. None if the study lacks one of the variants full, plain MoE and dense."""
     study = found.study
     if not {FULL, MOE, DENSE} <= set(study.seeds):
         return None
@@ -171,7 +177,10 @@ def protection(found: StudyScores) -> Verdict | None:
 
 
 def caching(points: Sequence[CachingPoint], pool_experts: int) -> Verdict | None:
-    """Judges caching. `pool_experts`: the experts of a game's pool. None if there are no points."""
+    """Judges the second part of the claim, caching. None if there are no points.
+
+    `pool_experts`: how many experts a game's pool has; an HBM that holds fewer is not judged.
+    """
     if not points:
         return None
     passed: list[str] = []
@@ -206,7 +215,7 @@ def caching(points: Sequence[CachingPoint], pool_experts: int) -> Verdict | None
 
 
 def _hit_rates(point: CachingPoint) -> str:
-    """The hit rate, and Belady's in parentheses if it is known."""
+    """Writes a point's hit rate as text, with Belady's in parentheses if it is known."""
     belady = "" if np.isnan(point.belady) else f" (Belady {format_share(point.belady, digits=2)})"
     return format_share(point.hit_rate, digits=2) + belady
 

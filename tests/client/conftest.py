@@ -1,4 +1,4 @@
-"""What the client's tests share: a small layout, banks, stores of both kinds, and a store whose calls wait at a gate."""
+"""Helpers for the client's tests: a small layout, banks, stores in memory and behind a daemon, and a store that can hold calls back."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def spec(name: str, **changes: Any) -> BankSpec:
 
 
 def read(store: ExpertStore, bank: str, experts: Sequence[int], **options: Any) -> dict[int, tuple[int, bytearray]]:
-    """Version and body of each expert."""
+    """Fetches experts; returns, by expert, its version and its body."""
     bodies = {expert: bytearray(LAYOUT.body_bytes) for expert in experts}
     fetched = list(store.fetch(bank, experts, into=lambda expert: memoryview(bodies[expert]), **options))
     assert sorted(item.expert for item in fetched) == sorted(experts)
@@ -46,7 +46,7 @@ def read(store: ExpertStore, bank: str, experts: Sequence[int], **options: Any) 
 
 
 def body(value: float, layout: Layout = LAYOUT) -> bytearray:
-    """A body whose float tensors hold `value`."""
+    """Returns a body of `layout` in which every number of every tensor is `value`."""
     made = bytearray(layout.body_bytes)
     for tensor in layout.tensors:
         layout.arrays(made)[tensor.name][...] = value
@@ -54,19 +54,19 @@ def body(value: float, layout: Layout = LAYOUT) -> bytearray:
 
 
 def write(store: ExpertStore, bank: str, values: dict[int, float], versions: dict[int, int] | None = None) -> dict[int, int | Exception]:
-    """Pushes one body per value, from `versions` (0 where none is given); the outcomes."""
+    """Pushes a body for each value, over `versions` (0 where none is given). Returns, by expert, the new version or the error."""
     pushes = [Push(expert=expert, base_version=(versions or {}).get(expert, 0), body=body(value)) for expert, value in values.items()]
     return dict(zip(values, store.push(bank, pushes), strict=True))
 
 
 def step_of(store: ExpertStore, bank: str, expert: int) -> int:
-    """The `step` tensor of an expert as the store has it."""
+    """Fetches an expert and returns the value of its `step` tensor."""
     return int(LAYOUT.arrays(np.frombuffer(read(store, bank, [expert])[expert][1], np.uint8))["step"][0])
 
 
 @pytest.fixture(scope="session")
 def shared_daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
-    """One daemon for all tests that neither kill it nor count on it being empty."""
+    """One daemon for all tests that neither kill it nor need it to be empty."""
     daemon = DaemonProcess(tmp_path_factory.mktemp("store")).start()
     yield daemon
     daemon.close()
@@ -74,7 +74,10 @@ def shared_daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonPr
 
 @pytest.fixture(params=["memory", "tcp-stream", "unix-stream", "local"])
 def connect(request: pytest.FixtureRequest) -> Iterator[Connect]:
-    """Makes handles, each a writer of its own, on one store."""
+    """A function that connects to a store: `connect(trainer)`. All connections of a test go to one store, and each is a writer of its own.
+
+    Tests run once with a store in memory, and once with each data plane of a daemon.
+    """
     handles: list[ExpertStore] = []
     if request.param == "memory":
         state = InMemoryStore()
@@ -98,12 +101,12 @@ def connect(request: pytest.FixtureRequest) -> Iterator[Connect]:
 
 @pytest.fixture
 def bank() -> str:
-    """A name that no other test uses."""
+    """A bank's name that no other test uses."""
     return next(_names)
 
 
 class GatedStore:
-    """A store whose fetches and pushes wait, when told to, until they are let through. Everything else passes."""
+    """A store that can hold back fetches and pushes until the test lets them through. Other calls are passed on at once."""
 
     def __init__(self, store: ExpertStore) -> None:
         self._store = store
@@ -121,18 +124,18 @@ class GatedStore:
         return getattr(self._store, name)
 
     def hold(self, kind: str) -> None:
-        """From now on, calls of that kind ("fetch" or "push") wait."""
+        """Holds back all calls of `kind` ("fetch" or "push") that come from now on."""
         with self._changed:
             self._open[kind] = False
 
     def let(self, kind: str) -> None:
-        """Lets all waiting and later calls through."""
+        """Lets through the calls of `kind` that are held back, and all later ones."""
         with self._changed:
             self._open[kind] = True
             self._changed.notify_all()
 
     def wait_for(self, kind: str, count: int) -> None:
-        """Returns when `count` calls of that kind have come in all."""
+        """Waits until `count` calls of `kind` have come in, counted from the start."""
         with self._changed:
             assert self._changed.wait_for(lambda: self._arrived[kind] >= count, timeout=30), f"no {kind} number {count} came"
 
@@ -165,7 +168,7 @@ class GatedStore:
 
 @pytest.fixture
 def gated(bank: str) -> GatedStore:
-    """A gated store in memory that has `bank`."""
+    """A GatedStore over a store in memory that has the bank `bank`."""
     store = GatedStore(InMemoryStore())
     store.create_bank(spec(bank))
     return store

@@ -1,4 +1,4 @@
-"""Daemons that do what a test says: streams by script, and the daemon's end of the local plane with an arena that a test fills."""
+"""Daemons that answer as a test's script says: over gRPC, or over the local plane with an arena that the test fills."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ from tests.client.conftest import LAYOUT, body, spec
 
 
 class ScriptedDaemon(bank_pb2_grpc.BankServiceServicer, expert_pb2_grpc.ExpertServiceServicer, local_pb2_grpc.LocalServiceServicer):
-    """A daemon of one bank whose streams do what a test says; `scripts` holds one behaviour per call, the last one for all later calls.
+    """A gRPC daemon of one bank that answers fetches and pushes as a test's scripts say.
 
-    `socket_name`: of its local plane; empty: it has none; None: it does not know what that is.
+    `fetch_scripts` and `push_scripts` have one script for each call; the last one also answers all later calls. `socket_name` is the name
+    of its local plane's socket: "" if it has none, None if it does not know the call that asks for it.
     """
 
     def __init__(self, socket_name: str | None = None) -> None:
@@ -62,7 +63,7 @@ class ScriptedDaemon(bank_pb2_grpc.BankServiceServicer, expert_pb2_grpc.ExpertSe
         yield from self.fetch(request, context, session=0)
 
     def fetch(self, request, context, *, session: int):
-        """A fetch of either plane."""
+        """Answers a fetch with the next script, over gRPC (`session` 0) or over the local plane (`session`: its number)."""
         self.fetches.append(list(request.experts))
         self.sessions.append(session)
         script = self.fetch_scripts.pop(0) if len(self.fetch_scripts) > 1 else self.fetch_scripts[0]
@@ -95,7 +96,7 @@ class ScriptedDaemon(bank_pb2_grpc.BankServiceServicer, expert_pb2_grpc.ExpertSe
 
 
 def served(expert: int, *, damaged: bool = False) -> Iterator[expert_pb2.FetchExpertsResponse]:
-    """One expert's messages; its bytes may differ from its checksums."""
+    """Yields the messages that answer a fetch of one expert. If `damaged`, its bytes do not match its checksums."""
     checksums = Checksums.of(LAYOUT, memoryview(body(float(expert))))
     header = expert_pb2.ExpertHeader(
         expert=expert,
@@ -114,7 +115,7 @@ def served(expert: int, *, damaged: bool = False) -> Iterator[expert_pb2.FetchEx
 
 
 def abort(context: grpc.ServicerContext | None, error: OocMoeError) -> None:
-    """Ends a script with an error; no context: that of a fetch of the local plane."""
+    """Ends a script with an error. `context` is None in a fetch over the local plane, and then the error is raised."""
     if context is None:
         raise error
     context.set_trailing_metadata(trailing_metadata(error))
@@ -139,7 +140,7 @@ def sealed(num_bytes: int, seals: int = fcntl.F_SEAL_SHRINK) -> int:
 
 
 class ScriptedArena:
-    """The daemon's end of the local plane: an arena of `num_records`, and a socket that remembers what it was told.
+    """The daemon's end of the local plane: an arena with room for `num_records`, and a socket that remembers what clients sent.
 
     Expert `e` lies in the arena's `e`th place once `put` was called. Fetches are answered by the scripts of `daemon`.
     """
@@ -167,14 +168,14 @@ class ScriptedArena:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def put(self, expert: int, value: float) -> None:
-        """Overwrites the expert's place, as the daemon does."""
+        """Overwrites an expert's place with a body of `value`, and changes the place's generation as the daemon does."""
         start = expert * LAYOUT.record_bytes
         self.generations[start // BLOCK_BYTES] |= np.uint64(1)
         self.bytes[start + BLOCK_BYTES : start + LAYOUT.record_bytes] = np.frombuffer(body(value), np.uint8)
         self.generations[start // BLOCK_BYTES] += np.uint64(1)
 
     def leases(self, experts: list[int], *, older: int = 0) -> local_pb2.LocalAnswer:
-        """The answer that lends them; `older`: with generations of so long ago."""
+        """Returns the answer that lends the experts to the client. `older`: how far the leases' generations lag behind the present ones."""
         leases = local_pb2.Leases()
         for expert in experts:
             start = expert * LAYOUT.record_bytes
@@ -190,22 +191,22 @@ class ScriptedArena:
         return local_pb2.LocalAnswer(leases=leases)
 
     def wait_released(self, leases: int) -> None:
-        """Returns when so many leases came back."""
+        """Waits until clients have released at least `leases` leases."""
         with self._changed:
             assert self._changed.wait_for(lambda: len(self.released) >= leases, timeout=30), f"only {self.released} came back"
 
     def wait_ended(self, sessions: int) -> None:
-        """Returns when so many sessions have ended."""
+        """Waits until at least `sessions` sessions have ended."""
         with self._changed:
             assert self._changed.wait_for(lambda: self.num_ended >= sessions, timeout=30), f"only {self.num_ended} have ended"
 
     def hang_up(self) -> None:
-        """Ends every session, as a daemon that dies; a new one may come."""
+        """Closes all connections, as when the daemon dies. Clients may connect again."""
         for connection in self._connections:
             connection.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Nobody listens any more."""
+        """Closes the socket, so that no client can connect any more, and all connections."""
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         self.hang_up()

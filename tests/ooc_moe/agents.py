@@ -1,4 +1,4 @@
-"""Agents over an in-memory store, and the slow twin of the experts: plain torch parameters with the same initial values."""
+"""Agents over an in-memory store, and a slow reference for their experts: plain torch parameters with the same initial values."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ torch.set_num_threads(1)
 
 
 def initial_parameters(config: AgentConfig, expert: int, *, bank: int = 0, seed: int = 0) -> dict[str, nn.Parameter]:
-    """An expert's first values, read from the bank's spec and not through a cache."""
+    """Returns an expert's initial parameters, computed from the bank's spec and not fetched through a cache."""
     spec = config.bank_specs("test", seed)[bank]
     body = bytearray(spec.layout.body_bytes)
     spec.layout.initialize(body, seed=spec.seed, expert=expert)
@@ -29,7 +29,10 @@ def initial_parameters(config: AgentConfig, expert: int, *, bank: int = 0, seed:
 
 
 class DenseTwin(nn.Module):
-    """What a tiered MoE layer computes, token by token, with plain parameters. Gates and choices are given."""
+    """A slow reference for a tiered MoE layer: computes the same output token by token, with plain torch parameters.
+
+    It does not route: which experts a token uses, and with which gates, are arguments.
+    """
 
     def __init__(self, config: AgentConfig, *, seed: int = 0) -> None:
         super().__init__()
@@ -47,7 +50,7 @@ class DenseTwin(nn.Module):
 
 
 class RecordingStore(InMemoryStore):
-    """Remembers which experts were fetched: (bank, id)."""
+    """An in-memory store that remembers in `fetched` which experts were fetched: (bank, id)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +62,7 @@ class RecordingStore(InMemoryStore):
 
 
 class World:
-    """Makes caches and agents on stores of their own, and closes them."""
+    """Makes caches and agents for a test, on in-memory stores of their own, and closes them at the end."""
 
     def __init__(self) -> None:
         self._caches: list[ExpertCache] = []
@@ -71,7 +74,7 @@ class World:
         return store
 
     def caches(self, config: AgentConfig, *, capacity: int | None = None, store: InMemoryStore | None = None, seed: int = 0):
-        """One cache per bank, of `capacity` slots each; by default its share of `hbm_experts`."""
+        """Makes a cache for each bank, with `capacity` slots each; by default with an equal share of `hbm_experts`."""
         store = store or self.store(config, seed=seed)
         slots = capacity or config.hbm_experts // config.num_banks
         made = [ExpertCache(store, name, capacity_experts=slots) for name in config.bank_names("test")]
@@ -79,7 +82,7 @@ class World:
         return made
 
     def agent(self, *, capacity: int | None = None, seed: int = 0, store: InMemoryStore | None = None, games=("a",), **changes) -> Agent:
-        """A tiny agent that knows `games`; `changes` are to its configuration."""
+        """Makes a tiny agent that knows `games`. `changes` are fields that differ from the configuration "tiny"."""
         config = replace(PRESETS["tiny"], **changes)
         agent = Agent(config, self.caches(config, capacity=capacity, store=store, seed=seed), seed=seed)
         for game in games:
@@ -105,7 +108,7 @@ def twin() -> Callable[..., DenseTwin]:
 
 @pytest.fixture
 def frames() -> Callable[..., Tensor]:
-    """`frames(agent, batch, time)`: random frames (batch, time, stack, height, width)."""
+    """A function `frames(agent, batch, time)` that returns random frames (batch, time, stack, height, width)."""
 
     def make(agent: Agent, batch: int, time: int, *, seed: int = 0) -> Tensor:
         config = agent.config
@@ -118,7 +121,7 @@ def frames() -> Callable[..., Tensor]:
 
 @pytest.fixture
 def stored() -> Callable[[ExpertCache], dict[int, str]]:
-    """Flushes a cache and hashes what the store then holds, expert by expert."""
+    """A function that flushes a cache and returns, by expert, a hash of the bytes that the store then holds."""
 
     def read(cache: ExpertCache) -> dict[int, str]:
         cache.flush()

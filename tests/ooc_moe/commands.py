@@ -1,4 +1,4 @@
-"""The console script, run in the test's own process."""
+"""Runs the console script `ooc-moe` in the test's own process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ooc_moe.cli.main import main
 
 
 def exit_code(*words: str) -> int:
-    """Runs `ooc-moe WORDS`."""
+    """Runs `ooc-moe WORDS` and returns its exit code."""
     with pytest.raises(SystemExit) as ended:
         main(words)
     return int(ended.value.code or 0)

@@ -1,4 +1,4 @@
-"""A made-up run, logged through MetricsWriter as training logs a real one."""
+"""A made-up run, without training: its metrics are written through MetricsWriter, as training writes those of a real run."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,10 @@ EXPERT_BYTES = 3 * 132 * 1024
 
 
 class MadeUpRun:
-    """Logs phase after phase; `counters` are those of a cache of 8 experts over a DRAM of 16."""
+    """Writes the metrics of a run, one phase of training or evaluation at a call.
+
+    The logged counters of the tiers are those of a cache of 8 experts over a daemon with room for 16 in DRAM.
+    """
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
@@ -131,13 +134,13 @@ class MadeUpRun:
 
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole run; read it, write nothing but its report."""
+    """The directory of a made-up run that trained and evaluated all three games. Tests read it, and write nothing but its report."""
     return _made_up(tmp_path_factory.mktemp("finished"), phases=3)
 
 
 @pytest.fixture
 def half_a_run(tmp_path: Path) -> Path:
-    """The first of three games, trained and evaluated."""
+    """The directory of a made-up run that stopped after the first of three games, which is trained and evaluated."""
     return _made_up(tmp_path, phases=1)
 
 

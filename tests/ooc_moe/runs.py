@@ -1,4 +1,4 @@
-"""Small whole runs for tests, and what a run leaves, to be compared bit for bit."""
+"""Small whole runs for tests, and helpers that compare what two runs have written, bit for bit."""
 
 from __future__ import annotations
 
@@ -30,26 +30,29 @@ PPO = PPOConfig(num_envs=4, rollout_steps=8, epochs=2, minibatch_segments=4)
 
 
 def tiny_run(run_dir: Path, **changes: Any) -> RunConfig:
-    """Two updates in each game, through all tiers: HBM holds half of the experts and so does DRAM."""
+    """Returns the configuration of a run with two updates in each of two Atari games. HBM and DRAM each hold half of the experts.
+
+    So experts move through all tiers. `changes` overwrites fields.
+    """
     fields = {"games": ("krull", "road_runner"), "steps_per_game": 64, "eval_envs": 2, "eval_steps": 12, "seed": 7}
     return RunConfig(run_dir=run_dir, **({"agent": PRESETS["tiny"], "ppo": PPO} | fields | changes))
 
 
 def pixel_run(run_dir: Path, *, updates: int = 2, **changes: Any) -> RunConfig:
-    """A run of pixel games that takes a fraction of a second an update."""
+    """Returns the configuration of a run of two pixel games; an update takes a fraction of a second. `changes` overwrites fields."""
     fields = {"games": ("pixel/catch", "pixel/avoid"), "agent": PIXEL_AGENT, "ppo": PPO, "eval_envs": 2, "eval_steps": 0, "seed": 7}
     return RunConfig(run_dir=run_dir, steps_per_game=updates * PPO.num_envs * PPO.rollout_steps, **(fields | changes))
 
 
 def play(config: RunConfig, store: ExpertStore) -> CacheStats:
-    """A new run in a store that is open, without the report; returns what its caches counted."""
+    """Makes a new run in an open store, without writing the report. Returns what its caches counted."""
     for spec in config.agent.bank_specs(config.name, config.seed):
         store.create_bank(spec)
     return resume_in(config, store, new=True)
 
 
 def resume_in(config: RunConfig, store: ExpertStore, *, new: bool = False) -> CacheStats:
-    """Goes on from the run's last checkpoint; `new`: begins it."""
+    """Resumes a run in an open store from its last checkpoint, or begins it if `new`. Returns what its caches counted."""
     saved = None if new else end_of(config.run_dir, checkpoint.LATEST)
     if saved is not None:
         store.restore_snapshot(saved.snapshot_id)
@@ -64,7 +67,7 @@ def resume_in(config: RunConfig, store: ExpertStore, *, new: bool = False) -> Ca
 
 
 def bodies(store: ExpertStore, bank: str) -> dict[int, bytes]:
-    """All bytes of all experts: parameters, moments and step counts."""
+    """Returns, by expert, all bytes of a bank's experts: parameters, moments and step counts."""
     spec = store.get_bank(bank).spec
     landing = {expert: bytearray(spec.layout.body_bytes) for expert in range(spec.num_experts)}
     for _ in store.fetch(bank, list(landing), into=lambda expert: memoryview(landing[expert])):
@@ -74,7 +77,7 @@ def bodies(store: ExpertStore, bank: str) -> dict[int, bytes]:
 
 @contextmanager
 def run_store(run_dir: Path) -> Iterator[tuple[RemoteStore, str]]:
-    """The run's own store, opened again, and the name of its bank."""
+    """Opens the store of a finished run for the time of the block; yields it and the name of the run's bank."""
     config = RunConfig.read(run_dir)
     (bank,) = config.agent.bank_names(config.name)
     with embedded_daemon(run_dir / "store", dram_bytes=1 << 20) as target:
@@ -84,7 +87,10 @@ def run_store(run_dir: Path) -> Iterator[tuple[RemoteStore, str]]:
 
 
 def stored_experts(run_dir: Path, *, snapshot_id: int | None = None) -> dict[int, tuple[int, int]]:
-    """What the run's store holds: expert -> (parameter checksum, optimizer checksum), live or of a snapshot."""
+    """Returns, for each written expert in a run's store, the checksums of its parameters and of its optimizer state.
+
+    `snapshot_id`: of a snapshot's experts, instead of the bank's present ones.
+    """
     with run_store(run_dir) as (store, bank):
         if snapshot_id is not None:
             store.fork_bank(bank, "look", snapshot_id=snapshot_id)
@@ -100,7 +106,7 @@ def end_of(run_dir: Path, name: str) -> checkpoint.Checkpoint:
 
 
 def without_clock(run_dir: Path) -> list[Event]:
-    """The run's events without what depends on time or on the order in which background work happened to run."""
+    """Returns the run's events, without the fields that depend on time or on the order in which background work happened to run."""
     kept = ("event", "step", "update", "game", "losses", "usage", "detector", "returns", "evaluated", "episode_return_mean", "believed")
     events = [event for event in read_metrics(run_dir) if event["event"] not in ("begun", "resumed")]
     return [{key: event[key] for key in kept if key in event} for event in events]
@@ -113,7 +119,10 @@ def assert_same_run(first: Path, second: Path) -> None:
 
 
 def assert_same_end(first: Path, second: Path, name: str = "latest.pt") -> None:
-    """Compares what two runs keep outside the store: where they stand, dense parameters and moments, the detector, the generator."""
+    """Asserts that two runs ended with equal checkpoint files `name`.
+
+    These hold what is outside the store: progress, dense parameters and moments, the detector, and the state of the random generator.
+    """
     a, b = end_of(first, name), end_of(second, name)
     assert a.progress == b.progress
     assert_same_state(a.state | {"metrics_position": 0}, b.state | {"metrics_position": 0})
@@ -139,7 +148,7 @@ def updates(run_dir: Path) -> list[Event]:
 
 
 def wait_for(condition: Callable[[], object], timeout_s: float = 90) -> None:
-    """Polls another process's files; fails loudly instead of waiting for ever."""
+    """Waits until `condition` holds, for example until another process has written a file. Fails after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "the run made no progress"

@@ -1,4 +1,4 @@
-"""Plain stubs against a daemon (no client code), and an engine without a daemon."""
+"""Clients made of plain gRPC stubs, without the code of `ooc_moe_client`, to talk to a real daemon."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ TIMEOUT_S = 30
 
 
 def layout_of(floats: int = 32) -> Layout:
-    """A layout of one parameter tensor and one moment, each with a number of floats."""
+    """Returns a layout of one parameter tensor and one optimizer tensor, with `floats` numbers each."""
     parameters = (TensorSpec(name="w", shape=(floats,), initializer=Initializer("uniform_v1", 0.5)),)
     return Layout(parameters=parameters, optimizer=(TensorSpec(name="m", shape=(floats,)),))
 
 
 @dataclass
 class Got:
-    """One fetched expert."""
+    """One expert as it was fetched: its header, and its bytes so far."""
 
     header: expert_pb2.ExpertHeader
     body: bytearray = field(default_factory=bytearray)
 
 
 class PushStream:
-    """A PushExperts stream, message by message."""
+    """A PushExperts stream on which a test sends every message itself."""
 
     def __init__(self, client: Client, bank: str, writer_id: str, *, open_it: bool = True) -> None:
         self._requests: queue.SimpleQueue[expert_pb2.PushExpertsRequest | None] = queue.SimpleQueue()
@@ -71,7 +71,7 @@ class PushStream:
         return next(self.call).outcome
 
     def close(self) -> None:
-        """Closes the sending side, and waits for the end of the stream."""
+        """Ends the requests, and waits until the daemon ends the stream. Asserts that no answer is left unread."""
         self._requests.put(None)
         assert list(self.call) == []
 
@@ -81,7 +81,7 @@ class PushStream:
 
 
 class Client:
-    """All four stubs, on one channel."""
+    """A client of the daemon with the plain stubs of all four services on one channel, and short methods for the usual calls."""
 
     def __init__(self, target: str, *, trainer: str = "tester", layout: Layout | None = None) -> None:
         self.channel = grpc.insecure_channel(target, options=[("grpc.use_local_subchannel_pool", 1)])
@@ -124,7 +124,7 @@ class Client:
         return PushStream(self, bank, writer_id, open_it=open_it)
 
     def put(self, bank: str, experts: dict[int, bytes], *, push_number: int = 1, writer_id: str = "writer") -> dict[int, int]:
-        """Pushes new bodies over the present versions; returns the new versions."""
+        """Pushes new bodies (id -> body) over the experts' present versions; returns the new versions by id."""
         versions = {expert: got.header.version for expert, got in self.fetch(bank, list(experts)).items()}
         stream = self.stream(bank, writer_id)
         for expert, body in experts.items():
@@ -135,7 +135,7 @@ class Client:
         return versions
 
     def random_body(self, number: int) -> bytes:
-        """A random body that depends on `number`."""
+        """Returns random bytes as long as a body. The same `number` gives the same bytes."""
         return np.random.default_rng(number).bytes(self.layout.body_bytes)
 
     def push_header(self, expert: int, body: bytes, *, base_version: int = 0, push_number: int = 1) -> expert_pb2.PushHeader:
@@ -152,7 +152,7 @@ class Client:
 
     @contextmanager
     def refused(self, kind: type[OocMoeError], *words: str) -> Iterator[None]:
-        """Checks that the call inside fails with the status and name of an error, and with these words in its message."""
+        """Asserts that the call inside the block fails with the status and name of the error `kind`, and with `words` in its message."""
         with pytest.raises(grpc.RpcError) as caught:
             yield
         call: Any = caught.value
@@ -169,7 +169,7 @@ class Client:
 
 @pytest.fixture
 def connect() -> Iterator[Callable[..., Client]]:
-    """Makes clients; their channels close with the test."""
+    """A function that makes clients of a daemon: `connect(target, ...)`. Their channels are closed at the end of the test."""
     clients: list[Client] = []
 
     def make(target: str, **options: Any) -> Client:
@@ -183,13 +183,13 @@ def connect() -> Iterator[Callable[..., Client]]:
 
 @pytest.fixture
 def client(shared_daemon: Any, connect: Callable[..., Client]) -> Client:
-    """A client of the module's daemon."""
+    """A client of the daemon that all tests of the module share."""
     return connect(shared_daemon.target)
 
 
 @pytest.fixture
 def bank(client: Client, request: pytest.FixtureRequest) -> str:
-    """A bank of eight experts in the module's daemon, named after the test."""
+    """The name of a new bank of eight experts in the module's daemon; it is called after the test."""
     name = request.node.name[:100].translate(str.maketrans("[]", "..", " "))
     client.create(name)
     return name

@@ -1,4 +1,4 @@
-"""An engine without a daemon, and one-line versions of the calls that a trainer makes."""
+"""The daemon's storage engine in the test's own process, and one-line versions of the calls that a trainer makes."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ WRITER_NUMBERS = itertools.count()
 
 
 def body_of(number: int) -> bytes:
-    """A random body that depends on `number`."""
+    """Returns random bytes as long as a body of LAYOUT. The same `number` gives the same bytes."""
     return np.random.default_rng(number).bytes(LAYOUT.body_bytes)
 
 
 class Session:
-    """A caller's staging memory."""
+    """Stands for a client on the local plane: has the staging memory that its pushes are copied from."""
 
     def __init__(self, num_bytes: int) -> None:
         self.memory = mmap.mmap(-1, num_bytes)
@@ -42,7 +42,7 @@ class Session:
 
 
 class Store:
-    """An engine with one bank."""
+    """An open engine with one bank, and short methods to fetch, push and prefetch its experts."""
 
     def __init__(self, engine: Engine, bank: Any) -> None:
         self.engine, self.bank = engine, bank
@@ -60,7 +60,10 @@ class Store:
             return {each.expert: bytes(each.entry.body) async for each in served}
 
     async def push(self, experts: dict[int, bytes], **options: Any) -> dict[int, expert_pb2.PushOutcome]:
-        """Sends all before it waits for any; see `begin` for the options."""
+        """Pushes `experts` (id -> body) and returns the outcomes by id. Sends all bodies before it waits for any outcome.
+
+        `options` are those of `begin`.
+        """
         writer = self.writer()
         for expert, body in experts.items():
             await self.begin(writer, expert, body, **options)
@@ -111,7 +114,7 @@ class Store:
 
     @property
     def waiting(self):
-        """The pushes that wait for a commit round."""
+        """The pushes that wait for the next commit round."""
         return self.engine.committer._rounds._waiting
 
     @property
@@ -121,7 +124,7 @@ class Store:
 
 @asynccontextmanager
 async def opened(directory: Path, *, records: int = 8, patience_s: float = 0.0, **options: Any):
-    """An engine whose DRAM tier holds `records` records."""
+    """Opens an engine whose DRAM tier holds `records` records, with one bank of 16 experts; yields it as a `Store`."""
     directory.mkdir(exist_ok=True)
     engine = await Engine.open(directory, records * RECORD, patience_s=patience_s, **options)
     bank = await engine.changes.create_bank(BankSpec(name="b", num_experts=16, layout=LAYOUT))
@@ -132,13 +135,13 @@ async def opened(directory: Path, *, records: int = 8, patience_s: float = 0.0, 
 
 
 async def until(condition) -> None:
-    """Lets other tasks run until the condition holds."""
+    """Lets other tasks of the event loop run until the condition holds."""
     while not condition():
         await asyncio.sleep(0)
 
 
 def failing(error: Exception):
-    """A function that raises."""
+    """Returns a function that raises `error`, whatever its arguments are."""
 
     def fail(*arguments):
         raise error
@@ -147,7 +150,7 @@ def failing(error: Exception):
 
 
 def flip(path: Path, position: int) -> None:
-    """Flips one bit of a file."""
+    """Flips one bit of the byte at `position` of a file."""
     with path.open("r+b") as file:
         file.seek(position)
         byte = file.read(1)[0]

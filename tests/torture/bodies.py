@@ -1,6 +1,7 @@
-"""Bodies that carry a tag: any fetched body either equals one that was sent, or is torn.
+"""Bodies that show where they come from, so that a torn body is recognised: any fetched body either equals one that was sent, or is torn.
 
-A body begins with its tag; the rest are random numbers drawn from the tag. A bank's initial values come from its seed.
+A body begins with its tag (bank, expert, push); the rest are random numbers drawn from the tag. Initial values have no tag; they come from
+the bank's seed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ _MARK = 86028121.0  # Above any initial value.
 
 
 class Tag(NamedTuple):
-    """The name of a body: its bank (by seed), its expert and the number of the push; 0 is the initial value."""
+    """Names the content of a body: its bank (by seed), its expert and the number of the push; number 0 is the initial value."""
 
     bank: int
     expert: int
@@ -25,19 +26,19 @@ class Tag(NamedTuple):
 
 
 def layout_of(num_bytes: int) -> Layout:
-    """A layout of two tensors, one per section, of about `num_bytes` together; the sections have different padding."""
+    """Returns a layout of one tensor in each section, of about `num_bytes` together. The sections have different padding."""
     floats = max(8, num_bytes // 8)
     parameters = (TensorSpec(name="w", shape=(floats,), initializer=Initializer("uniform_v1", 0.5)),)
     return Layout(parameters=parameters, optimizer=(TensorSpec(name="m", shape=(floats,)),))
 
 
 def spec_of(name: str, layout: Layout, tag_bank: int, num_experts: int) -> BankSpec:
-    """A bank whose initial bodies carry `tag_bank`."""
+    """Returns the spec of a bank whose initial bodies come from the seed `tag_bank`, the bank's number in tags."""
     return BankSpec(name=name, num_experts=num_experts, layout=layout, seed=tag_bank)
 
 
 def body_of(layout: Layout, tag: Tag) -> bytes:
-    """The body of a tag."""
+    """Returns the body that a tag names. The same tag gives the same bytes."""
     if tag.number == 0:
         return _initial(layout, tag.bank, tag.expert)
     random = np.random.Generator(np.random.Philox(key=np.array([tag.bank << 32 | tag.expert, tag.number], dtype=np.uint64)))
@@ -47,7 +48,9 @@ def body_of(layout: Layout, tag: Tag) -> bytes:
 
 
 def tag_of(layout: Layout, bank: int, expert: int, body: bytes | bytearray | memoryview) -> Tag:
-    """The tag of a fetched body, or of its parameter section; `bank` and `expert` are whose initial value it is if it has no tag.
+    """Returns the tag of a fetched body, or of its parameter section, and checks all its bytes.
+
+    A body without a tag must be the initial value of expert `expert` in the bank with seed `bank`.
 
     Raises:
         AssertionError: the body was never sent: it is torn or mixed.

@@ -1,4 +1,4 @@
-"""Fixtures of the torture tests: a seed that a failure shows, a directory in memory, small store files, and files of results.
+"""Fixtures of the torture tests: a seed that a failure shows, a directory in memory, small store files, and result files.
 
 python -m pytest tests/torture/test_kills.py -m slow --results tests/bench/results
 """
@@ -29,7 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture
 def seed(request: pytest.FixtureRequest) -> int:
-    """A random seed, different in every run; pytest shows it with a failure."""
+    """A random seed, different in every run unless --torture-seed gives one; pytest shows it with a failure."""
     given = request.config.getoption("--torture-seed", default=None)
     chosen = random.SystemRandom().randrange(1 << 32) if given is None else int(given)
     print(f"repeat with --torture-seed {chosen}")
@@ -38,21 +38,21 @@ def seed(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture
 def ram_path() -> Iterator[Path]:
-    """A new directory for the test; see `ram_directory`."""
+    """A new directory for the test, in memory if the machine allows it; see `ram_directory`."""
     with ram_directory() as path:
         yield path
 
 
 @pytest.fixture
 def with_small_files() -> Iterator[None]:
-    """See `small_files`."""
+    """Makes the engine's files grow and shrink in small steps during the test; see `small_files`."""
     with small_files():
         yield
 
 
 @pytest.fixture
 def report(request: pytest.FixtureRequest) -> Report:
-    """`report(name, command, counts)` prints the counts; with --results it also writes them to DIR/torture_<name>.md."""
+    """A function `report(name, command, counts)` that prints the counts; with --results it also writes them to DIR/torture_<name>.md."""
     directory = request.config.getoption("--results", default=None)
 
     def write(name: str, command: str, counts: Mapping[str, object]) -> None:

@@ -1,4 +1,4 @@
-"""A failing disk: chosen calls on chosen files raise an error, or do less than they were asked. All others work.
+"""A failing disk: chosen calls on chosen files raise an error, or do less than they were asked. All other calls work.
 
     with FailingDisk() as disk:
         ...
@@ -28,7 +28,11 @@ BLOCK_BYTES = 4096
 
 @dataclass(eq=False)
 class Fault:
-    """`error`: an errno, a SQLite code, "short" (moves some of the bytes) or "none" (moves no byte). `times`: how often it hits."""
+    """An error that chosen calls on chosen files get.
+
+    `files`: a text in the paths of these files. `calls`: the names of these calls. `error`: an errno, a SQLite code, "short" (moves some of
+    the bytes) or "none" (moves no byte). `times`: how often it hits; None: always.
+    """
 
     files: str
     calls: Sequence[str]
@@ -37,7 +41,7 @@ class Fault:
     num_hits: int = 0
 
     def strikes(self, file: str, call: str) -> bool:
-        """Whether the fault hits this call; counts the hit."""
+        """Whether the fault hits this call on this file; if so, counts the hit."""
         if self.files not in file or call not in self.calls or (self.times is not None and self.num_hits >= self.times):
             return False
         self.num_hits += 1
@@ -45,7 +49,7 @@ class Fault:
 
 
 class FailingDisk:
-    """Patches `os` and sqlite3 while it is entered."""
+    """Makes calls of `os` and sqlite3 fail during its `with` block, as far as faults are active."""
 
     def __init__(self) -> None:
         self._faults: list[Fault] = []
@@ -67,7 +71,7 @@ class FailingDisk:
 
     @contextmanager
     def broken(self, fault: Fault) -> Iterator[Fault]:
-        """Makes a fault active inside the context."""
+        """Makes a fault active inside the block, and yields it."""
         self._faults.append(fault)
         try:
             yield fault
@@ -75,7 +79,7 @@ class FailingDisk:
             self._faults.remove(fault)
 
     def struck(self, file: str, call: str) -> Fault | None:
-        """The fault that hits this call, or None."""
+        """Returns the active fault that hits this call on this file, and counts the hit; None if no fault does."""
         with self._lock:
             return next((fault for fault in self._faults if fault.strikes(file, call)), None)
 
@@ -124,7 +128,7 @@ class FailingDisk:
 
 
 class _Connection:
-    """A sqlite3.Connection whose statements may fail."""
+    """A sqlite3.Connection whose statements fail where a fault hits them."""
 
     def __init__(self, disk: FailingDisk, db: sqlite3.Connection) -> None:
         self._disk, self._db = disk, db
@@ -159,7 +163,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, sqlite3.SQLITE_FULL)
 
 
 def _in_part(real: Callable[..., Any], fd: int, buffers: Any, *arguments: Any) -> Any:
-    """Cuts a transfer to one block, the least that direct I/O allows."""
+    """Makes a transfer with only the first block of its bytes, the least that direct I/O allows."""
     parts = [buffers] if isinstance(buffers, bytes | memoryview) else buffers
     view = memoryview(parts[0])
     part = view[:BLOCK_BYTES]

@@ -1,4 +1,4 @@
-"""Malformed messages: random bytes, valid messages with wild values, and damaged messages.
+"""Malformed requests for every call of the daemon: random bytes, valid messages with wild values, and damaged messages.
 
 `methods` reads every method of every service from the descriptors, so that a new call is tested too. A `Fuzzer` makes requests for a method
 from a seed.
@@ -51,7 +51,7 @@ _FLOATS = (0.0, -0.0, 0.5, -1.0, 1e38, float("nan"), float("inf"), float("-inf")
 
 @dataclass(frozen=True)
 class Method:
-    """One method of a service."""
+    """One call of a gRPC service: its path, the type of its requests, and whether the client sends a stream of them."""
 
     path: str
     request: type[Message]
@@ -59,7 +59,7 @@ class Method:
 
 
 def methods(files: Iterable[FileDescriptor] = FILES) -> list[Method]:
-    """Every method, in order of its path."""
+    """Returns every method of every service in `files`, sorted by path."""
     found = [
         Method(f"/{service.full_name}/{each.name}", GetMessageClass(each.input_type), each.client_streaming)
         for file in files
@@ -70,14 +70,14 @@ def methods(files: Iterable[FileDescriptor] = FILES) -> list[Method]:
 
 
 class Fuzzer:
-    """Makes requests from a seed. `banks`: names of banks that exist."""
+    """Makes malformed and valid requests from random numbers. `banks`: the names of banks that exist, used in valid requests."""
 
     def __init__(self, random: random.Random, banks: Sequence[str] = ("b", "c")) -> None:
         self._random, self._banks = random, list(banks)
         self._wildness = 0.5  # The probability of an extreme value.
 
     def requests(self, method: Method) -> Iterator[bytes]:
-        """The messages of one call: one, or a few for a stream."""
+        """Yields the serialized messages of one call: one message, or a few where the client sends a stream."""
         if not method.client_streams:
             yield self.request(method.request)
         elif self._random.random() < 0.3:
@@ -87,7 +87,7 @@ class Fuzzer:
             yield from self._pushes()
 
     def request(self, kind: type[Message]) -> bytes:
-        """One message: random bytes, a well-formed message with wild values, or a damaged one."""
+        """Returns one serialized message: random bytes, a well-formed message with wild values, or a damaged one."""
         match self._random.randrange(6):
             case 0:
                 return self._random.randbytes(self._random.choice((0, 1, 2, 7, 40, 300, 5000)))
@@ -97,7 +97,7 @@ class Fuzzer:
                 return self.wild(kind).SerializeToString()
 
     def wild(self, kind: type[Message]) -> Message:
-        """A message whose fields are plausible, extreme, or absent. Some messages have only wild fields, and some have none."""
+        """Returns a message whose fields are plausible, extreme, or absent. In some messages every field is wild, in some none is."""
         self._wildness = self._random.choice((0.0, 0.1, 0.5, 1.0))
         message = kind()
         self._fill(message, message.DESCRIPTOR)
@@ -189,7 +189,7 @@ class Fuzzer:
         return bytes(damaged)
 
     def _pushes(self) -> Iterator[bytes]:
-        """The messages of a push stream that begins correctly and continues with errors."""
+        """Yields the messages of a push stream that begins correctly and continues with errors."""
         self._wildness = 0.5
         make = expert_pb2.PushExpertsRequest
         yield make(
@@ -218,7 +218,7 @@ class Fuzzer:
 
 
 def message_of(kind: type[Message], request: bytes) -> str:
-    """A request as the text of a failure shows it."""
+    """Describes a request in the text of a failure: its fields if it can be parsed, otherwise its first bytes."""
     try:
         return str(kind.FromString(request))[:300]
     except Exception:

@@ -1,8 +1,8 @@
-"""A copy of a store's directory while its engine runs: it equals what a kill at this moment would leave.
+"""Copies a store's directory while its engine runs. The copy equals what a kill at this moment would leave.
 
 The copy is taken between two steps of the event loop, while no pool thread works, so that it is one consistent state of the files. The
-engine may be closed afterwards. The copy holds everything that was handed to the operating system; power_loss.py simulates the loss of
-that.
+engine may be closed afterwards. The copy holds everything that was handed to the operating system, synced or not; power_loss.py simulates
+the loss of what was not synced.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from unittest import mock
 
 
 class Threads:
-    """Knows all work that is handed to thread pools inside `watched`."""
+    """Tracks the work in all thread pools inside `watched`, so that a copy can be taken while no thread works."""
 
     def __init__(self) -> None:
         self._work: set[Future[Any]] = set()
 
     def rest(self) -> None:
-        """Returns when no work is under way."""
+        """Waits until no tracked work is running."""
         wait(self._work)
         self._work.clear()
 
     def copy(self, directory: Path, copy: Path) -> None:
-        """Copies a store as a kill would leave it, without LOCK and daemon.json."""
+        """Copies a store's directory as a kill would leave it, without LOCK and daemon.json."""
         self.rest()
         shutil.copytree(directory, copy, ignore=shutil.ignore_patterns("LOCK", "daemon.json", "*-shm"))
 
     @contextmanager
     def watched(self) -> Iterator[Threads]:
-        """Watches every thread pool inside the context."""
+        """Tracks the work that is handed to any thread pool inside the block; yields `self`."""
         real = ThreadPoolExecutor.submit
 
         def submit(pool: ThreadPoolExecutor, *arguments: Any, **options: Any) -> Future[Any]:

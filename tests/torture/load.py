@@ -1,10 +1,10 @@
 """The mixed load under which the daemon is killed. Each worker has its own banks, knows what they must hold, and checks it after a crash.
 
-    Pusher       one bank; several pushes under way, durable and in memory; repeats the pushes that had no answer before the crash
+    Pusher       one bank; several pushes at a time, durable and in memory; repeats the pushes that had no answer before the crash
     Keeper       a few small banks: creates, grows, forks and deletes them; creates, restores and deletes snapshots
     Reader       fetches what pushers push, whole or in part, and sometimes hangs up
     Prefetcher   asks for prefetches and cancels some
-    Trainer      a RemoteStore with patience, for which a crash of the daemon is only a pause
+    Trainer      a RemoteStore with patience (it repeats failed calls for a while), for which a crash is only a pause
 
 A worker's `run` ends with an error when the daemon dies. `verify` is called after each restart, while no worker runs.
 """
@@ -28,7 +28,7 @@ from tests.torture.ledger import Cell, Ledger, Write
 
 
 def fetch(store: RemoteStore, bank: str, layout: Layout, tag_bank: int, experts: Sequence[int]) -> dict[int, tuple[int, Tag]]:
-    """Fetches the version and tag of each expert, and checks every byte of the bodies."""
+    """Fetches experts; returns, by expert, its version and the tag of its body. Checks every byte of the bodies."""
     bodies = {expert: bytearray(layout.body_bytes) for expert in experts}
     fetched = list(store.fetch(bank, experts, into=lambda expert: memoryview(bodies[expert])))
     assert sorted(item.expert for item in fetched) == sorted(experts)
@@ -36,7 +36,10 @@ def fetch(store: RemoteStore, bank: str, layout: Layout, tag_bank: int, experts:
 
 
 def connected(target: str, trainer: str, dying: threading.Event) -> RemoteStore:
-    """Connects a store without patience, so that only the daemon's death ends it."""
+    """Connects a store that does not repeat failed calls, and returns it as soon as the daemon answers.
+
+    Raises Unavailable if the daemon does not answer and `dying` is set, which means that the test has killed it.
+    """
     store = RemoteStore(target, trainer=trainer, patience_s=0)
     while True:
         try:
@@ -50,14 +53,14 @@ def connected(target: str, trainer: str, dying: threading.Event) -> RemoteStore:
 
 @dataclass
 class UnderWay:
-    """A push that has no answer yet."""
+    """A push that has been sent and has no answer yet."""
 
     header: expert_pb2.PushHeader
     write: Write
 
 
 class Pusher:
-    """The only writer of a bank, across all restarts of the daemon."""
+    """Pushes to one bank, as its only writer, across all restarts of the daemon."""
 
     WINDOW = 6
 
@@ -70,11 +73,14 @@ class Pusher:
         self._unanswered: list[UnderWay] = []
 
     def prepare(self, store: RemoteStore) -> None:
-        """Creates the bank."""
+        """Creates the pusher's bank."""
         store.create_bank(spec_of(self.name, self.layout, self._tag_bank, len(self.cells)))
 
     def run(self, target: str, dying: threading.Event) -> None:
-        """Pushes. Begins by repeating half of the pushes that had no answer before the last crash."""
+        """Pushes to random experts until the daemon dies.
+
+        Begins by repeating about half of the pushes that had no answer before the last crash.
+        """
         client = Client(target, layout=self.layout)
         under_way: dict[int, UnderWay] = {}
         stream = client.stream(self.name, f"pusher of {self.name}", open_it=False)
@@ -96,7 +102,7 @@ class Pusher:
             client.channel.close()
 
     def verify(self, store: RemoteStore) -> None:
-        """Checks that every expert is in its last durable state, or in one that was sent later."""
+        """Checks after a restart that every expert is in its last durable state, or in one that was sent later."""
         found = fetch(store, self.name, self.layout, self._tag_bank, range(len(self.cells)))
         for expert, (version, tag) in found.items():
             self._ledger.found(self.name, expert, self.cells[expert], version, tag)
@@ -120,7 +126,7 @@ class Pusher:
         stream.body(body)
 
     def _repeat(self, stream: PushStream, push: UnderWay, under_way: dict[int, UnderWay]) -> None:
-        """Repeats a push. If it was applied before, the answer is its first outcome."""
+        """Sends a push again that had no answer. If the daemon had applied it, the answer must be the first outcome."""
         cell = self.cells[push.header.expert]
         if cell.floor is not push.write:
             push.write = Write(push.write.tag, durable=push.write.durable, above=self._ledger.newest)
@@ -145,13 +151,13 @@ class Pusher:
 
 
 class Reader:
-    """Reads what pushers push, and checks that it is never torn and never older than before, and that a durable push stays."""
+    """Fetches what pushers push. Checks that no body is torn or older than known before, and that a durable push stays."""
 
     def __init__(self, pushers: Sequence[Pusher], ledger: Ledger, random: random.Random) -> None:
         self._pushers, self._ledger, self._random = pushers, ledger, random
 
     def run(self, target: str, dying: threading.Event) -> None:
-        """Fetches."""
+        """Fetches random experts until the daemon dies."""
         store = connected(target, "reader", dying)
         try:
             while True:
@@ -177,13 +183,13 @@ class Reader:
 
 
 class Prefetcher:
-    """Asks for prefetches, and cancels some of them."""
+    """Asks for prefetches of the pushers' experts, and cancels some of them."""
 
     def __init__(self, pushers: Sequence[Pusher], random: random.Random) -> None:
         self._pushers, self._random = pushers, random
 
     def run(self, target: str, dying: threading.Event) -> None:
-        """Prefetches."""
+        """Asks for random prefetches until the daemon dies."""
         store = connected(target, "prefetcher", dying)
         try:
             while True:
@@ -198,7 +204,10 @@ class Prefetcher:
 
 @dataclass
 class BankModel:
-    """The state that a bank must have. `tag_bank` is its seed; a bank that is created again under an old name has another seed."""
+    """What a keeper knows of one bank: its seed, which is `tag_bank` in tags, and the state of each expert.
+
+    A bank that is created again under an old name has another seed.
+    """
 
     tag_bank: int
     cells: list[Cell]
@@ -206,14 +215,14 @@ class BankModel:
 
 @dataclass
 class World:
-    """All banks and snapshots of a keeper."""
+    """The banks and snapshots of a keeper, as they must be at one moment."""
 
     banks: dict[str, BankModel] = field(default_factory=dict)
     snapshots: dict[str, dict[str, list[Write]]] = field(default_factory=dict)  # name -> bank -> its experts then
 
 
 class Keeper:
-    """Changes its banks and snapshots one call at a time, so that a crash leaves the state before or after the call under way."""
+    """Changes its banks and snapshots one call at a time, so that a crash leaves the state before or after the interrupted call."""
 
     LAYOUT = layout_of(9000)
     NUM_BANKS, NUM_SNAPSHOTS = 3, 3
@@ -227,7 +236,7 @@ class Keeper:
         self._numbers = 0
 
     def run(self, target: str, dying: threading.Event) -> None:
-        """Makes random changes."""
+        """Makes random changes until the daemon dies."""
         store = connected(target, "keeper", dying)
         client = Client(target, layout=self.LAYOUT)
         try:
@@ -253,7 +262,10 @@ class Keeper:
             client.channel.close()
 
     def verify(self, store: RemoteStore) -> None:
-        """Checks that the state is one of the two possible worlds, and that a random snapshot holds what it held."""
+        """Checks after a restart that the daemon is in the state before or after the interrupted call.
+
+        Also checks the content of a random snapshot.
+        """
         found = {bank.spec.name: bank for bank in store.list_banks() if bank.spec.name.startswith(self._name)}
         contents = {name: fetch(store, name, self.LAYOUT, bank.spec.seed, range(bank.spec.num_experts)) for name, bank in found.items()}
         seeds = {name: bank.spec.seed for name, bank in found.items()}
@@ -286,7 +298,7 @@ class Keeper:
         self.num_changes += 1
 
     def _learn(self, store: RemoteStore, name: str) -> None:
-        """Learns the versions that a change issued, and checks the bytes."""
+        """Fetches a bank after a change that gave its experts new versions; notes these versions, and checks the bytes."""
         model = self._world.banks[name]
         for expert, (version, tag) in fetch(store, name, self.LAYOUT, model.tag_bank, range(len(model.cells))).items():
             newest = model.cells[expert].newest
@@ -431,7 +443,7 @@ class Keeper:
 
 
 class Trainer:
-    """Pushes and reads back through every crash; a crash only makes a call take longer."""
+    """Pushes to a bank of its own and reads it back, through every crash; a crash only makes a call take longer."""
 
     NUM_EXPERTS = 8
 
@@ -443,7 +455,7 @@ class Trainer:
         self._store = RemoteStore(target, trainer="trainer")
 
     def run(self) -> None:
-        """Runs until `done` is set."""
+        """Pushes and reads back until `done` is set."""
         self._store.create_bank(spec_of(self._name, self._layout, self._tag_bank, self.NUM_EXPERTS))
         versions, tags = [0] * self.NUM_EXPERTS, [Tag(self._tag_bank, expert, 0) for expert in range(self.NUM_EXPERTS)]
         while not self.done.is_set():
@@ -469,7 +481,7 @@ def _untouched(tag_bank: int, expert: int) -> Cell:
 
 
 def _save_all(model: BankModel) -> None:
-    """Notes that everything in memory is durable now, because it is part of a snapshot or a fork."""
+    """Notes that the newest states of a bank's experts must survive from now on, because a snapshot or a fork has them."""
     for cell in model.cells:
         cell.save(cell.newest)
 
@@ -477,7 +489,14 @@ def _save_all(model: BankModel) -> None:
 def _fault(
     world: World, seeds: dict[str, int], contents: dict[str, dict[int, tuple[int, Tag]]], snapshots: dict[str, list[str]]
 ) -> str | None:
-    """Describes how the found state differs from a world, or returns None."""
+    """Describes how the state that was found in the daemon differs from `world`; None if it does not.
+
+    Args:
+        world: the state that is compared.
+        seeds: by bank, its seed.
+        contents: by bank and expert, the version and the tag that were fetched.
+        snapshots: by name, the banks that a snapshot has.
+    """
     if seeds != (expected := {name: model.tag_bank for name, model in world.banks.items()}):
         return f"banks (with their seeds) {seeds}, not {expected}"
     if snapshots != (shown := {name: sorted(banks) for name, banks in world.snapshots.items()}):

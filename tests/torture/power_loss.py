@@ -1,10 +1,10 @@
-"""Simulated power loss: a recorder notes every change of a directory, and can show what a loss at any moment could leave.
+"""Simulated power loss: a recorder notes every change of a directory, and computes what a power loss at any moment could leave of it.
 
     with Recorder(directory) as recorder:                # os.* and SQLite
         ...                                    # a real engine works in it
     recorder.survivors(moment, choose)         # what the disk may hold after a power loss at `moment`
 
-Changes that were synced before the moment survive. Of all others any subset may survive: each write, truncation, allocation or name
+Changes that were synced before the moment survive. Of all other changes any subset may survive: each write, truncation, allocation or name
 separately, and of a write any of its 512-byte sectors. The sync of a file covers its bytes but not its name; the sync of a directory covers
 the names in it.
 """
@@ -32,7 +32,7 @@ SECTOR_BYTES = 512
 
 @dataclass(eq=False, slots=True)
 class Change:
-    """One change of a file's bytes or of a directory's names. Times are events of the recorder."""
+    """One change of a file's bytes or of a directory's names. Its times are numbers of the recorder's events; infinity: not yet."""
 
     began: int
     apply: Callable[[Any], None]  # Changes a bytearray, or a dict of names.
@@ -45,7 +45,7 @@ class Change:
 
 @dataclass(eq=False, slots=True)
 class Node:
-    """A file or a directory: its present content, its content when recording began, and all changes between."""
+    """A recorded file or directory: its content when recording began, all changes since, and its present content."""
 
     is_directory: bool
     base: Any
@@ -63,7 +63,10 @@ Choice = Callable[[list[Change]], list[bool | set[int]]]
 
 
 class Recorder:
-    """Records the changes below `root` while it is entered. `lying`: parts of paths whose syncs do nothing, to test the tests."""
+    """Records all changes below the directory `root` during its `with` block.
+
+    `lying`: files whose path contains one of these texts are recorded as if their syncs did nothing, to test the tests.
+    """
 
     def __init__(self, root: Path, *, lying: tuple[str, ...] = ()) -> None:
         self.root, self.lying = os.path.realpath(root), lying
@@ -89,7 +92,7 @@ class Recorder:
         self._vfs.unregister()
 
     def tick(self) -> int:
-        """Counts one event and returns its number, the present moment."""
+        """Counts one event and returns its number, which stands for the present moment."""
         with self._lock:
             self.clock += 1
             return self.clock
@@ -104,7 +107,10 @@ class Recorder:
     # What remains after a power loss.
 
     def survivors(self, moment: float, choose: Choice) -> dict[str, bytes | None]:
-        """Relative path -> bytes, or None for a directory; parents come first."""
+        """Returns what a power loss at `moment` may leave: relative path -> bytes, or None for a directory. Parents come first.
+
+        `choose` decides which of the changes that were not synced survive.
+        """
         found: dict[str, bytes | None] = {}
         self._collect(self.root, "", moment, choose, found)
         return found
@@ -120,7 +126,7 @@ class Recorder:
                 found[relative] = bytes(_survived(survivor, moment, choose))
 
     def check_complete(self) -> None:
-        """Checks that all recorded changes together give the present content of the directory, so that the recorder missed none."""
+        """Asserts that all recorded changes together give the present content of the directory, so that the recorder missed none."""
         found = self.survivors(inf, lambda changes: [True] * len(changes))
         ignored = {name for name in _files(self.root) if name.endswith("-shm")}
         assert _files(self.root) - ignored == {name for name, content in found.items() if content is not None}
@@ -132,7 +138,14 @@ class Recorder:
     # Called by the patched functions and by SQLite.
 
     def change(self, path: str, apply: Callable[[Any], None], *, offset: int = 0, data: bytes = b"") -> Change:
-        """Begins a change of a file's bytes, or of a directory's names; `finish` ends it."""
+        """Notes that a call begins to change a file's bytes, or a directory's names. Call `finish` when that call has returned.
+
+        Args:
+            path: the file or the directory.
+            apply: makes the change in a bytearray of the content, or in a dict of the names.
+            offset: where a write begins.
+            data: the bytes of a write.
+        """
         with self._lock:
             change = Change(self.tick(), apply, len(data), offset, data)
             node = self._nodes[path]
@@ -141,19 +154,19 @@ class Recorder:
             return change
 
     def finish(self, change: Change) -> None:
-        """Notes that the call of a change has returned. A sync that begins now covers the change."""
+        """Notes that the call that made a change has returned. A sync that begins now covers the change."""
         change.done = self.tick()
 
     def write(self, path: str, offset: int, data: bytes) -> None:
-        """Records a write."""
+        """Records a write to a file, as begun and finished."""
         self.finish(self.change(path, lambda content: _write(content, offset, data), offset=offset, data=data))
 
     def truncate(self, path: str, size: int) -> None:
-        """Records a truncation, or an extension with zeros."""
+        """Records that a file was cut to `size` bytes, or extended to it with zeros."""
         self.finish(self.change(path, lambda content: _resize(content, size)))
 
     def created(self, path: str, *, is_directory: bool = False, sync_names: bool = False) -> None:
-        """Records a new file or directory."""
+        """Records that a file or directory was made. `sync_names`: its first sync also syncs the directory that it is in."""
         folder, name = os.path.split(path)
         with self._lock:
             node = Node(is_directory, {} if is_directory else bytearray(), sync_names=sync_names)
@@ -161,14 +174,14 @@ class Recorder:
             self.finish(self.change(folder, lambda names: names.update({name: node})))
 
     def unlinked(self, path: str) -> None:
-        """Records that a name was removed."""
+        """Records that a file's name was removed from its directory."""
         folder, name = os.path.split(path)
         with self._lock:
             self._nodes.pop(path, None)
             self.finish(self.change(folder, lambda names: names.pop(name, None)))
 
     def renamed(self, source: str, target: str) -> None:
-        """Records a rename within one directory: one step."""
+        """Records a rename within one directory, as a single change: after a power loss either the old name is there or the new one."""
         (folder, old), (other, new) = os.path.split(source), os.path.split(target)
         assert folder == other
         with self._lock:
@@ -182,7 +195,10 @@ class Recorder:
 
     @contextmanager
     def syncing(self, path: str) -> Iterator[None]:
-        """Records a sync. Changes that were finished before it began are durable when it returns."""
+        """Records a sync of a file or directory, which is made inside the block.
+
+        The changes that were finished before the block began are durable after it.
+        """
         with self._lock:
             node = self._nodes[path]
             began = self.tick()
@@ -201,14 +217,14 @@ class Recorder:
                 pass
 
     def covers(self, path: object) -> str | None:
-        """The absolute path of a file below the root; None for other files."""
+        """Returns the absolute path of a file if it is below the recorded directory; otherwise None."""
         if not isinstance(path, str | os.PathLike):
             return None
         absolute = os.path.abspath(os.fspath(path))  # type: ignore[type-var]
         return absolute if (absolute + "/").startswith(self.root + "/") else None
 
     def knows(self, path: str) -> bool:
-        """Whether a file or directory is recorded."""
+        """Whether a file or directory is among those recorded."""
         return path in self._nodes
 
     # os.*
@@ -304,7 +320,7 @@ class Recorder:
             self.finish(self.change(path, lambda content: _zero(content, offset, size)))
 
     def _import(self, path: str) -> Node:
-        """Reads the files that exist when recording begins; they are durable."""
+        """Reads a file, or a directory and all below it, as recording begins. This content counts as durable."""
         if os.path.isdir(path):
             names = {name: self._import(os.path.join(path, name)) for name in sorted(os.listdir(path)) if not name.endswith("-shm")}
             self._nodes[path] = Node(True, names)
@@ -317,7 +333,7 @@ _SHIMS = [name.removeprefix("_os_") for name in vars(Recorder) if name.startswit
 
 
 def materialise(survivors: dict[str, bytes | None], directory: Path) -> None:
-    """Writes the surviving files to a directory."""
+    """Writes the files that survived a power loss into a new directory."""
     directory.mkdir()
     for name, content in survivors.items():
         if content is None:
@@ -330,17 +346,20 @@ def materialise(survivors: dict[str, bytes | None], directory: Path) -> None:
 
 
 def nothing(changes: list[Change]) -> list[bool | set[int]]:
-    """Keeps only synced changes."""
+    """A choice for `Recorder.survivors`: no change survives that was not synced."""
     return [False] * len(changes)
 
 
 def everything(changes: list[Change]) -> list[bool | set[int]]:
-    """Keeps every change that was begun."""
+    """A choice for `Recorder.survivors`: every change survives that was begun."""
     return [True] * len(changes)
 
 
 def prefix(rng: random.Random) -> Choice:
-    """Keeps the first changes of each file and directory; the last kept write is torn."""
+    """A choice for `Recorder.survivors`: of each file and directory the first changes survive, up to a random one.
+
+    If the last of these is a write, it is torn: only its first sectors survive.
+    """
 
     def choose(changes: list[Change]) -> list[bool | set[int]]:
         kept = rng.randint(0, len(changes))
@@ -354,7 +373,7 @@ def prefix(rng: random.Random) -> Choice:
 
 
 def any_part(rng: random.Random) -> Choice:
-    """Keeps a random subset of the changes, and of a write perhaps only some sectors."""
+    """A choice for `Recorder.survivors`: a random subset of the changes survives, and of a write perhaps only some sectors."""
 
     def choose(changes: list[Change]) -> list[bool | set[int]]:
         likely = rng.choice((0.1, 0.5, 0.9))
@@ -464,7 +483,10 @@ class _RecordingFile(apsw.VFSFile):
 
 
 class Connection:
-    """The part of sqlite3.Connection that the index uses, on top of apsw. It checkpoints often, so that losses hit checkpoints too."""
+    """A stand-in for sqlite3.Connection on top of apsw, with the methods that the index uses.
+
+    It checkpoints often, so that power losses hit checkpoints too.
+    """
 
     CHECKPOINT_PAGES = 12
 

@@ -1,4 +1,4 @@
-"""The promises of a store, and a check that it keeps them: each value with the moments when it was begun, acknowledged, and durable.
+"""What a store has promised, and a check that it keeps its promises: each state with the times when it was begun, acknowledged, durable.
 
     ledger = Ledger(clock)        clock() returns the present moment, any growing number
     ...                           workload.py notes its actions in the ledger
@@ -38,7 +38,10 @@ class BrokenPromise(AssertionError):
 
 @dataclass(eq=False, kw_only=True)
 class Value:
-    """One state of one expert. `version` is None until it is known."""
+    """One state of one expert, with the moments when its write began, was acknowledged, and became durable (infinity: not yet).
+
+    `version` is None until it is known.
+    """
 
     body: bytes
     version: int | None = None
@@ -51,7 +54,7 @@ class Value:
 
 @dataclass(eq=False, kw_only=True)
 class BankPromise:
-    """One bank from its creation to its deletion; another one may take its name then."""
+    """What is known of one bank, from its creation to its deletion. After that another bank may take its name."""
 
     spec: BankSpec
     began: float
@@ -70,17 +73,17 @@ class BankPromise:
         return self.sizes[-1][0]
 
     def history(self, expert: int) -> list[Value]:
-        """Every state of an expert, the seeded one first."""
+        """Returns every state of an expert, oldest first, beginning with its initial value."""
         if expert not in self.values:
             self.values[expert] = [Value(body=seeded(self.spec, expert), version=0, acknowledged=0, durable=0)]
         return self.values[expert]
 
     def current(self, expert: int) -> Value:
-        """The newest acknowledged state of an expert."""
+        """Returns the newest acknowledged state of an expert."""
         return next(value for value in reversed(self.history(expert)) if value.acknowledged < inf)
 
     def settled(self, moment: float) -> None:
-        """Notes that everything that was acknowledged is durable from now on."""
+        """Notes that the acknowledged states of all experts are durable from `moment` on."""
         for expert in self.values:
             value = self.current(expert)
             value.durable = min(value.durable, moment)
@@ -88,7 +91,7 @@ class BankPromise:
 
 @dataclass(eq=False, kw_only=True)
 class SnapshotPromise:
-    """A snapshot: the bodies of its banks' experts."""
+    """What is known of one snapshot: the bodies that it holds of its banks' experts, and when it was made and deleted."""
 
     name: str
     contents: dict[BankPromise, dict[int, bytes]]
@@ -104,7 +107,7 @@ Forgive = Callable[[OocMoeError, Value | None], bool]
 
 
 class Ledger:
-    """All promises of one store."""
+    """All promises of one store: its banks and its snapshots, those that were deleted included."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.clock = clock
@@ -113,11 +116,11 @@ class Ledger:
         self.push_numbers = itertools.count(1)
 
     def living(self) -> list[BankPromise]:
-        """The banks that exist, according to the acknowledgements."""
+        """Returns the banks that exist, according to the acknowledgements."""
         return [bank for bank in self.banks if bank.acknowledged < inf and bank.delete_began == inf]
 
     def living_snapshots(self) -> list[SnapshotPromise]:
-        """The snapshots that exist, according to the acknowledgements."""
+        """Returns the snapshots that exist, according to the acknowledgements."""
         return [
             snapshot
             for snapshot in self.snapshots
@@ -125,7 +128,7 @@ class Ledger:
         ]
 
     def newest_version(self, moment: float) -> int:
-        """The newest version that was acknowledged."""
+        """Returns the newest version that was acknowledged up to `moment`."""
         return max(
             (
                 value.version
@@ -138,12 +141,17 @@ class Ledger:
         )
 
     async def check(self, engine: Engine, moment: float, *, damaged: Forgive | None = None) -> int:
-        """Compares a store with what was promised at `moment`; returns how many experts were refused as damaged.
+        """Compares a store with what it had promised at `moment`. Returns how many experts it refused to serve as damaged.
 
-        At the end, pushes to one expert, and notes that as later than `moment`.
+        At the end it pushes to one expert, and notes that write, which is later than `moment`.
+
+        Args:
+            engine: the store, opened again after a stop at `moment`.
+            moment: when it was stopped.
+            damaged: decides whether a refusal is forgiven; None: none is.
 
         Raises:
-            BrokenPromise: the store lost, mixed or invented something, or refused an expert that `damaged` does not forgive.
+            BrokenPromise: the store lost, mixed or invented something, or refused an expert without being forgiven.
         """
         forgiven = damaged or (lambda _error, _value: False)
         found = self._check_banks(engine, moment)
@@ -236,7 +244,7 @@ def _require(kept: bool, message: str) -> None:
 
 
 def _check_slots(engine: Engine) -> None:
-    """Checks that the used bytes are those of the slots that banks and snapshots refer to, and that nothing is pinned."""
+    """Checks that exactly the slots that banks and snapshots refer to are counted as used bytes, and that nothing is pinned."""
     catalog = engine.catalog
     slots = {record.slot for bank in catalog.banks.values() for record in bank.records.values() if record.slot}
     slots |= {slot for snapshot in catalog.snapshots.values() for slot in snapshot.slots()}
@@ -248,7 +256,7 @@ def _check_slots(engine: Engine) -> None:
 
 
 async def _check_fork(engine: Engine, bank: BankPromise, snapshot_id: int, bodies: dict[int, bytes], forgiven: Forgive) -> int:
-    """Checks the content of a snapshot through a fork of it; returns the number of experts refused as damaged."""
+    """Checks the content of a snapshot through a fork of it; returns how many experts were refused as damaged."""
     num_damaged = 0
     fork = await engine.changes.fork_bank(bank.name, f"check-{bank.name}-{snapshot_id}", snapshot_id)
     for expert, (_, body) in (await fetch(engine, fork.name, range(fork.num_experts))).items():
@@ -263,19 +271,19 @@ async def _check_fork(engine: Engine, bank: BankPromise, snapshot_id: int, bodie
 
 
 def seeded(spec: BankSpec, expert: int) -> bytes:
-    """The initial value of an expert."""
+    """Returns the body that an expert has before its first push."""
     body = bytearray(spec.layout.body_bytes)
     spec.layout.initialize(body, seed=spec.seed, expert=expert)
     return bytes(body)
 
 
 def random_body(layout: Layout, number: int) -> bytes:
-    """A random body that depends on `number`."""
+    """Returns random bytes as long as a body of `layout`. The same `number` gives the same bytes."""
     return np.random.default_rng(number).bytes(layout.body_bytes)
 
 
 async def fetch(engine: Engine, bank: str, experts: Iterable[int]) -> dict[int, tuple[int, bytes | OocMoeError]]:
-    """Fetches the version and the body of each expert, or the error instead of the body."""
+    """Fetches experts; returns, by expert, its version and its body. An expert that is refused has the error in place of the body."""
     present = engine.catalog.bank(bank)
     wanted = engine.fetch(
         present,
@@ -294,7 +302,7 @@ async def fetch(engine: Engine, bank: str, experts: Iterable[int]) -> dict[int, 
 
 @contextlib.asynccontextmanager
 async def writing(engine: Engine, bank: str, writer_id: str = WRITER) -> AsyncIterator[Any]:
-    """Opens a writer of a bank, and closes it afterwards."""
+    """Opens a writer of a bank, yields it, waits for its outcomes, and closes it."""
     present = engine.catalog.bank(bank)
     writer = engine.open_writer(bank, writer_id, engine.stats.scopes("t", present.access))
     try:
@@ -305,7 +313,7 @@ async def writing(engine: Engine, bank: str, writer_id: str = WRITER) -> AsyncIt
 
 
 async def send(writer: Any, layout: Layout, expert: int, body: bytes, **header: Any) -> None:
-    """Sends a whole record. `header`: base_version, push_number, and durability if it is not DURABLE."""
+    """Sends a whole record to a writer. `header`: base_version, push_number, and durability if it is not DURABLE."""
     sums = Checksums.of(layout, memoryview(body))
     sizes = {"parameter_bytes": layout.parameter_bytes, "optimizer_bytes": layout.optimizer_bytes}
     checks = {"parameter_xxh3": sums.parameters, "optimizer_xxh3": sums.optimizer}
@@ -317,7 +325,10 @@ async def send(writer: Any, layout: Layout, expert: int, body: bytes, **header: 
 async def push(
     engine: Engine, bank: str, experts: dict[int, tuple[int, bytes]], push_numbers: Iterable[int], **header: Any
 ) -> dict[int, expert_pb2.PushOutcome]:
-    """Sends all pairs of base version and body before it waits for an outcome."""
+    """Pushes `experts` (id -> base version and body), all before it waits for an outcome. Returns the outcomes by id.
+
+    `header`: durability if it is not DURABLE.
+    """
     layout = engine.catalog.bank(bank).layout
     numbers = iter(push_numbers)
     async with writing(engine, bank) as writer:
@@ -328,6 +339,6 @@ async def push(
 
 
 async def write_back(engine: Engine) -> None:
-    """Writes back what was acknowledged in memory. Raises TierFull, Internal."""
+    """Writes to disk what was acknowledged in memory. Raises TierFull, Internal."""
     async with engine.committer.exclusive():
         await engine.committer.write_back()

@@ -8,7 +8,10 @@ import threading
 
 
 class LossyProxy:
-    """A proxy in front of a daemon; clients connect to `target`. Connections made after a `cut` work as usual."""
+    """A TCP proxy in front of a daemon that can lose the daemon's answers and break connections. Clients connect to `target`.
+
+    Connections that are made after a `cut` work as usual.
+    """
 
     def __init__(self, upstream: str) -> None:
         host, _, port = upstream.rpartition(":")
@@ -17,27 +20,27 @@ class LossyProxy:
         self._sockets: list[socket.socket] = []
         self._losing: set[socket.socket] = set()
         self.refuses = False
-        """Whether connections end as they are made."""
+        """Whether the proxy closes every new connection at once."""
         threading.Thread(target=self._accept, daemon=True).start()
 
     @property
     def target(self) -> str:
-        """The address for a channel or a RemoteStore."""
+        """The proxy's address, for a channel or a RemoteStore."""
         return f"127.0.0.1:{self._listener.getsockname()[1]}"
 
     def lose_answers(self) -> None:
-        """Drops all further answers on the present connections."""
+        """Drops everything that the daemon sends from now on over the connections that are open now."""
         self._losing = set(self._sockets)
 
     def cut(self) -> None:
-        """Breaks every connection."""
+        """Breaks every open connection. New connections are possible."""
         broken, self._sockets = self._sockets, []
         for each in broken:
             with contextlib.suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Ends it."""
+        """Closes the proxy: breaks every connection, and accepts no more."""
         self._listener.close()
         self.cut()
 

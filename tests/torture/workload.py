@@ -1,4 +1,4 @@
-"""Random trainers on a real engine. Everything that they begin, and every acknowledgement, goes into a ledger of promises."""
+"""Random trainers on a real engine. Everything that they begin, and every acknowledgement, is noted in a ledger (promises.py)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SNAPSHOTS_MAX = 3
 
 @contextmanager
 def small_files() -> Iterator[None]:
-    """Applies SMALL_FILES inside the context."""
+    """Makes the engine's files grow and shrink in small steps inside the block (SMALL_FILES)."""
     with ExitStack() as stack:
         for (module, name), value in SMALL_FILES.items():
             stack.enter_context(mock.patch.object(module, name, value))
@@ -41,14 +41,20 @@ def small_files() -> Iterator[None]:
 
 @contextmanager
 def ram_directory() -> Iterator[Path]:
-    """A directory in memory, if the machine has one: these tests sync thousands of files, and simulate power loss themselves."""
+    """Makes a temporary directory in memory, if the machine has such a file system, and yields its path.
+
+    The torture tests sync thousands of files, and simulate power loss themselves, so they need no disk.
+    """
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(prefix="ooc-moe-", dir=memory if os.access(memory, os.W_OK) else None) as directory:
         yield Path(directory)
 
 
 class Workload:
-    """Draws random actions from `rng`. The actions of one round run concurrently, on different banks."""
+    """Does random actions on an engine, drawn from `rng`, and notes them in the ledger.
+
+    Actions are drawn in rounds; those of one round run concurrently, on different banks.
+    """
 
     def __init__(self, engine: Engine, ledger: Ledger, rng: random.Random) -> None:
         self.engine, self.ledger, self.rng = engine, ledger, rng
@@ -57,7 +63,7 @@ class Workload:
         self._number = 0
 
     async def run(self, num_rounds: int) -> None:
-        """Runs all rounds."""
+        """Does `num_rounds` rounds of random actions."""
         for _ in range(num_rounds):
             self._free, self._taken = set(self.ledger.living()), set()
             actions = [self._draw() for _ in range(self.rng.choice((1, 1, 2, 3)))]
@@ -124,7 +130,7 @@ class Workload:
                 snapshot.deleted = min(snapshot.deleted, bank.deleted)
 
     async def push(self, bank: BankPromise) -> None:
-        """Pushes several experts of one bank, each durable or in memory."""
+        """Pushes random bodies to several experts of one bank, each durable or in memory."""
         experts = self.rng.sample(range(bank.num_experts), self.rng.randint(1, min(4, bank.num_experts)))
         sent: dict[int, tuple[Value, bool]] = {}
         async with writing(self.engine, bank.name) as writer:
@@ -212,7 +218,7 @@ class Workload:
         return {bank for bank in snapshot.contents if bank.delete_began == inf}
 
     def _name_of_the_dead(self) -> str:
-        """Sometimes the name of a deleted bank that no other bank has, else None."""
+        """Returns the name of a deleted bank that no other bank has taken, to use it again; sometimes, or if there is none, ""."""
         taken = {bank.name for bank in self.ledger.banks if bank.deleted == inf}
         name = self.rng.choice(["", *sorted({bank.name for bank in self.ledger.banks} - taken - self._taken)])
         self._taken.add(name)

@@ -1,8 +1,8 @@
 """`ooc-moe bench cache --parts bandwidth`: the speed of a demand fetch into the cache's slots, from the daemon's DRAM and from NVMe.
 
-The baseline for DRAM is a plain copy of the same bytes to the same device (memcpy; on a GPU, cudaMemcpy from pinned memory), that for NVMe
-raw O_DIRECT reads. The bytes in the slots are compared with those that were pushed, and the cache's statistics must show that all experts
-came from the tier that is being measured.
+The baseline for DRAM is a plain copy of the same bytes to the same device (memcpy; on a GPU, cudaMemcpy from pinned memory). The baseline
+for NVMe is raw O_DIRECT reads. The bytes in the slots are compared with those that were pushed, and the cache's statistics must show that
+all experts came from the tier that is being measured.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ _PLANES = {"local": (Plane.LOCAL, True), "local unverified": (Plane.LOCAL, False
 
 
 def bandwidth(setting: Setting, on_run: Callable[[], None]) -> list[Row]:
-    """Measures fetches from DRAM, then fetches from NVMe. Calls `on_run` after each sample."""
+    """Measures the GB/s of fetches into the cache from the daemon's DRAM, then from NVMe, and returns the rows of the result table.
+
+    Calls `on_run` after the warm-up of each path and after each of its samples.
+    """
     with filled_records(setting.config.expert_layout().body_bytes, COUNT) as records:
         return _rows(setting, "DRAM", _from_dram(setting, records, on_run), peer="copy", aims={"local": COPY_AIM}) + _rows(
             setting, "NVMe", _from_nvme(setting, records, on_run), peer="raw", aims={}
@@ -83,7 +86,16 @@ def _fetches(
     tier: str,
     prepare: Callable[[], None] = lambda: None,
 ) -> Iterator[TimedPath]:
-    """Yields the path in which an empty cache fetches all records; they must come from `tier`."""
+    """Yields the path in which an empty cache fetches all records.
+
+    Args:
+        name: the path's name, a key of `_PLANES`: over which data plane it fetches, and whether checksums are verified.
+        setting: the device and the rounds.
+        daemon: holds the records.
+        records: what to fetch.
+        tier: where the daemon must find all of them, "dram" or "nvme"; otherwise a run raises WrongBytes.
+        prepare: called before each run, after the cache was emptied.
+    """
     plane, verify = _PLANES[name]
     with (
         daemon.store(plane, verify=verify) as store,
@@ -118,7 +130,7 @@ def _memcpy(records: Records) -> Iterator[TimedPath]:
 
 
 def _copy(setting: Setting, records: Records) -> TimedPath:
-    """Copies from pinned host memory to the GPU, one call for each record."""
+    """Makes the baseline path for a GPU: copies the records from pinned host memory to the GPU, one call for each record."""
     pinned = torch.from_numpy(records.source.copy()).view(records.count, -1).pin_memory()
     copies = torch.empty_like(pinned, device=setting.device)
 

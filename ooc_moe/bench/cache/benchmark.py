@@ -1,7 +1,7 @@
 """`ooc-moe bench cache --parts steady,oversubscribed,switch,bandwidth`: what training through the cache and a real daemon costs.
 
-training.py has the parts steady and oversubscribed, switch.py and bandwidth.py the parts of their names. The paths of a part, our own and
-the baseline, run in the same interleaved rounds (harness.py). All parts run on any device.
+training.py measures the parts steady and oversubscribed; switch.py and bandwidth.py measure the parts of these names. A part times several
+ways to do the same work (paths): our own and a baseline, in the same interleaved rounds (harness.py). All parts run on any device.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ PARTS: dict[str, tuple[Callable[[Setting, Callable[[], None]], list[Row]], int]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheBench:
-    """What to measure: each part, with experts of each preset's size.
+    """The options of `ooc-moe bench cache`: which parts to measure, and for which presets.
+
+    Each part is measured for each preset in `sizes`.
 
     Raises:
         InvalidRequest: a preset is unknown, a number is below 1, or the device is not there.
@@ -58,12 +60,12 @@ class CacheBench:
 
     @property
     def torch_device(self) -> torch.device:
-        """The device to measure on."""
+        """The device to measure on, with "auto" resolved to cuda or cpu."""
         return find_device(self.device)
 
 
 def run(bench: CacheBench, console: Console) -> list[Row]:
-    """Measures all parts; draws a progress bar on `console`.
+    """Measures all parts and returns the rows of the result table; draws a progress bar on `console`.
 
     Raises:
         InvalidRequest: the file system of `data_dir` has no O_DIRECT.
@@ -89,7 +91,10 @@ def _measure_part(bench: CacheBench, part: str, size: str, on_run: Callable[[], 
 
 
 def facts(bench: CacheBench, *, command: str) -> dict[str, str]:
-    """Returns what a reader needs to judge or repeat the results: command, commit, machine, versions, device, rounds."""
+    """Returns the lines above the result table, by name, so that a reader can judge and repeat the measurement.
+
+    They are the command, the commit, the machine, the versions, the device, and the number of rounds.
+    """
     device = torch.cuda.get_device_name(bench.torch_device) if bench.torch_device.type == "cuda" else "cpu"
     return provenance.facts(bench.data_dir, command=command) | {
         "torch": torch.__version__,

@@ -1,8 +1,9 @@
 """`ooc-moe bench cache --parts layer`: forward and backward of the tiered MoE layer, compared with a dense FFN of the same active FLOPs.
 
-Both are pre-norm with a residual connection. A step starts without gradients and computes those of the input and of every weight. The dense
-FFN is top_k * hidden wide inside. The MoE layer routes the tokens, sorts them by expert, computes on the cache's slots and combines the
-results; all its experts are resident. On a GPU both run under autocast to bfloat16. Paths run in interleaved rounds (harness.py).
+Both are pre-norm with a residual connection. A step starts without gradients and computes the gradients of the input and of every weight.
+The dense FFN is top_k * hidden wide inside. The MoE layer routes the tokens, sorts them by expert, computes on the cache's slots and
+combines the results; all its experts are resident in the cache. On a GPU both run under autocast to bfloat16. The layers are timed in
+interleaved rounds (harness.py).
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ NOTES = "## What bounds it"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerBench:
-    """What to measure: the layer of each preset in `sizes`, with each number of tokens, with pools of each size.
+    """The options of the layer benchmark. It measures every combination of a preset in `sizes`, a number of tokens, and a pool size.
 
     Raises:
         InvalidRequest: a preset is unknown, a number is too small, or the device is not there.
@@ -69,13 +70,16 @@ class LayerBench:
 
     @property
     def torch_device(self) -> torch.device:
-        """The device to measure on."""
+        """The device to measure on, with "auto" resolved to cuda or cpu."""
         return find_device(self.device)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """Milliseconds of one forward and backward pass, for one preset, pool size and number of tokens."""
+    """One row of the result table: how long the MoE layer and the dense FFN take for a forward and backward pass, in milliseconds.
+
+    A row belongs to one preset (`size`), one pool size and one number of tokens.
+    """
 
     size: str
     dim: int
@@ -94,14 +98,14 @@ class Row:
 
     @property
     def reached(self) -> str:
-        """The stricter target that the ratio meets ("aim" or "must"), or "no"; "" where no target applies."""
+        """Which target the ratio meets: "aim" (the stricter one), "must" or "no"; "" where no target applies."""
         if not self.judged:
             return ""
         return met_target(self.ratio, must=RATIO_MUST, aim=RATIO_AIM, at_most=True)
 
 
 def run(bench: LayerBench, console: Console) -> list[Row]:
-    """Measures all sizes; shows on `console` which one is being measured.
+    """Measures the layers of all presets and numbers of tokens, and returns the rows; shows on `console` which one is being measured.
 
     Raises:
         WrongBytes: a layer's result differs from what plain torch computes with the same parameters.
@@ -116,7 +120,7 @@ def run(bench: LayerBench, console: Console) -> list[Row]:
 
 
 def _measure_size(bench: LayerBench, size: str, tokens: int) -> list[Row]:
-    """Measures one preset and number of tokens, with all pools in the same rounds."""
+    """Measures the dense FFN and a MoE layer for each pool size, for one preset and number of tokens, all in the same rounds."""
     config = PRESETS[size]
     device, flops = bench.torch_device, 3 * 2 * 2 * tokens * config.top_k * config.dim * config.hidden
     generator = torch.Generator().manual_seed(0)
@@ -139,7 +143,7 @@ def _measure_size(bench: LayerBench, size: str, tokens: int) -> list[Row]:
 
 @contextmanager
 def _layers(config: AgentConfig, pools: Sequence[int], device: torch.device) -> Iterator[Mapping[int, tuple[TieredMoE, TieredExperts]]]:
-    """Yields, by pool size, a layer whose experts are all resident, and its experts."""
+    """Yields, by pool size, a MoE layer whose experts are all resident in a cache, and the TieredExperts that it computes with."""
     caches, layers = [], {}
     try:
         for pool in pools:
@@ -202,7 +206,7 @@ def _moe_path(name: str, layer: TieredMoE, experts: TieredExperts, x_ND: Tensor,
 
 
 def _forward_backward(function: Callable[[Tensor], Tensor], x_ND: Tensor, grad_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the output and the input's gradient, after the device has finished computing them."""
+    """Runs `function` on the tokens and backpropagates `grad_ND`. Returns the output and the input's gradient once the device is done."""
     x_ND = x_ND.detach().requires_grad_()
     with torch.autocast(x_ND.device.type, torch.bfloat16, enabled=x_ND.is_cuda):
         y_ND = function(x_ND)
@@ -228,12 +232,12 @@ HEADINGS = (
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """The results."""
+    """Makes the result table, one line for each row."""
     return Table("", HEADINGS, [_cells(row) for row in rows], alignment="ll" + "r" * (len(HEADINGS) - 3) + "l")
 
 
 def save(rows: Sequence[Row], bench: LayerBench, path: Path, *, command: str) -> None:
-    """Writes the page: command, machine and versions, the table, and the notes of an existing page."""
+    """Writes the result page to `path`: command, machine and versions, and the table. Notes that people added to an existing page stay."""
     facts = provenance.facts(Path(), command=command)
     facts |= {"torch": torch.__version__, "device": _device_text(bench), "rounds": f"{bench.rounds}, interleaved"}
     notes = kept_notes(path, NOTES, missing="to be written: the profile")

@@ -1,4 +1,4 @@
-"""The results of `ooc-moe bench cache`, the layer left out: rows, their ratios to a baseline, and the table that shows them."""
+"""The results of `ooc-moe bench cache`: rows, their ratios to a baseline, and the table that shows them. layer.py has its own."""
 
 from __future__ import annotations
 
@@ -16,25 +16,28 @@ _HEADINGS = ("part", "size", "path", "measured [quartiles]", "ratio", "must", "a
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ratio:
-    """A path's median divided by that of its baseline. A ratio of rates should be at least its targets, a ratio of times at most."""
+    """A path's median divided by that of its baseline, and the targets for this ratio.
+
+    A ratio of rates should be at least its targets. A ratio of times should be at most its targets.
+    """
 
     of: str
-    """The baseline, in words."""
+    """What the path is compared with, in words."""
     value: float
     must: float | None = None
     aim: float | None = None
     at_most: bool = False
-    """Whether it is a ratio of times."""
+    """True for a ratio of times: it meets a target if it is at most the target."""
 
     @property
     def reached(self) -> str:
-        """The stricter target that the ratio meets: "aim", "must" or "no"; "" without a target."""
+        """Which target the ratio meets: "aim" (the stricter one), "must" or "no"; "" without a target."""
         return met_target(self.value, must=self.must, aim=self.aim, at_most=self.at_most)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """What was measured of one path of a part, with experts of one preset's size."""
+    """One row of the result table: the measured times or speeds of one path of a part, with experts of one preset's size."""
 
     part: str
     size: str
@@ -45,13 +48,13 @@ class Row:
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """The results; a section for each part and size."""
+    """Makes the result table, with a section for each part and preset."""
     sections = [i for i in range(1, len(rows)) if (rows[i - 1].part, rows[i - 1].size) != (rows[i].part, rows[i].size)]
     return Table("", _HEADINGS, [_cells(row) for row in rows], alignment="l" * len(_HEADINGS), sections=sections)
 
 
 def save(rows: Sequence[Row], facts: Mapping[str, str], path: Path) -> None:
-    """Writes the page: command, machine and versions, the table, and the notes of an existing page."""
+    """Writes the result page to `path`: `facts`, and the table of `rows`. Notes that people added to an existing page stay."""
     notes = kept_notes(path, NOTES, missing="to be written: the profile of each path")
     lines = ["# ooc-moe bench cache: training with experts in the cache", ""]
     lines += [f"- {name}: {value}" for name, value in facts.items()]

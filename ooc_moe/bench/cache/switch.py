@@ -2,11 +2,12 @@
 
 Two things are measured:
 
-1. How long it takes until the new game's experts are resident, in an HBM that holds one game. The old experts must be written back first.
-   The baseline is a fetch of as many experts into an HBM in which nothing must be written back.
-2. What the steps after the switch take, in an HBM that holds three games. The next game is on the screen, but the agent plays with the old
-   pool until its segment ends, as in an evaluation; meanwhile a prefetch may bring the new pool. The schedule starts that prefetch at once,
-   the detector DETECTOR_STEPS steps later. Without a prefetch the first learning step fetches on demand.
+1. How long it takes until the new game's experts are resident, in an HBM that holds the experts of one game. The old experts must be
+   written back first. The baseline is a fetch of as many experts into an HBM in which nothing must be written back.
+2. What the steps after the switch take, in an HBM that holds the experts of three games. The next game is on the screen, but the agent
+   plays with the old game's experts until its segment ends, as in an evaluation. Meanwhile a prefetch may bring the new game's experts. In
+   the path "schedule's prefetch" it starts at once, in "detector's prefetch" DETECTOR_STEPS steps later. Without a prefetch the first
+   learning step fetches on demand.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ PREFETCH_AT = {RESIDENT: None, "schedule's prefetch": 0, "detector's prefetch": 
 
 
 def switch(setting: Setting, on_run: Callable[[], None]) -> list[Row]:
-    """Makes both measurements, each in interleaved rounds of its own."""
+    """Measures a switch to another game: the time until its experts are resident, then the steps after the switch. Returns the rows.
+
+    Each of the two has interleaved rounds of its own. `on_run` is called before the warm-up of each path and after each of its samples.
+    """
     with open_testbed(setting, dram_experts=2 * setting.config.num_experts) as testbed:
         one_game = testbed.cache("tight", capacity_experts=setting.working_set)
         three_games = testbed.cache("roomy", capacity_experts=3 * setting.working_set)
@@ -50,7 +54,7 @@ def _leave_game(cache: ExpertCache) -> None:
 
 @dataclass(frozen=True)
 class _Arrivals:
-    """The ways in which the new game's experts come into an HBM that holds one game."""
+    """The ways in which the new game's experts come into an HBM that holds the experts of one game: each method is one path's work."""
 
     setting: Setting
     cache: ExpertCache
@@ -60,12 +64,12 @@ class _Arrivals:
         return self.setting.experts_of(NEW)
 
     def make_clean(self) -> None:
-        """Empties the cache. Nothing in it must be written back then."""
+        """Empties the cache, after writing back its changed experts."""
         self.cache.flush()
         self.cache.forget()
 
     def make_dirty(self) -> None:
-        """Fills the cache with the old game's experts, all of them changed."""
+        """Fills the cache with the old game's experts and marks all of them changed."""
         self.make_clean()
         with self.cache.updating(self.setting.experts_of(OLD)):
             pass
@@ -123,7 +127,10 @@ def _time_until_resident(setting: Setting, cache: ExpertCache, on_run: Callable[
 
 
 class _StepsAfter:
-    """The steps after a switch in an HBM that holds three games. `stalls_s`: by path, how long each run waited for experts."""
+    """Makes the paths that time the steps after a switch, in an HBM that holds three games.
+
+    `stalls_s`: by path, how many seconds each of its runs waited for experts.
+    """
 
     def __init__(self, setting: Setting, cache: ExpertCache) -> None:
         self._setting, self._cache = setting, cache
@@ -132,7 +139,7 @@ class _StepsAfter:
         self.stalls_s: dict[str, list[float]] = {name: [] for name in PREFETCH_AT}
 
     def path(self, name: str) -> TimedPath:
-        """Acts with the old pool for a segment, then learns with the new pool."""
+        """Makes the path called `name`, a key of PREFETCH_AT. A run acts with the old pool for a segment, then learns with the new pool."""
         prefetch_at = PREFETCH_AT[name]
 
         def run() -> None:
@@ -156,7 +163,10 @@ class _StepsAfter:
         self._read(OLD, NEW)
 
     def _make_new_absent(self) -> None:
-        """Changes the old game's experts, and fills all other slots with the experts of a third and a fourth game."""
+        """Makes the new game's experts absent from the cache, and the old game's experts present and changed.
+
+        All other slots are filled with the experts of a third and a fourth game.
+        """
         self._cache.flush()
         self._cache.forget()
         self._read(NEW + 1, NEW + 2)
@@ -187,7 +197,7 @@ def _time_steps_after(setting: Setting, cache: ExpertCache, on_run: Callable[[],
 
 
 def _measure_ms(setting: Setting, paths: list[TimedPath], on_run: Callable[[], None]) -> dict[str, Spread]:
-    """Milliseconds of a run of each path."""
+    """Times all paths in interleaved rounds; returns, by path, the spread of a run's milliseconds."""
     samples = timed_rounds(paths, calls=1, rounds=setting.rounds, order=random.Random(0), on_run=on_run)
     return {name: Spread.of([1e3 * value for value in values]) for name, values in samples.items()}
 

@@ -1,4 +1,4 @@
-"""What every part of `ooc-moe bench cache` measures on: a real daemon, banks of equal experts in it, and caches on these banks."""
+"""What every part of `ooc-moe bench cache` measures on: a real daemon, banks with equal experts in it, and a cache on each bank."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ SPARE_RECORDS = 16
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
-    """The settings of one part of the benchmark."""
+    """The settings of one part of the benchmark: which preset, on which device, how many rounds, and where the daemon's data is."""
 
     size: str
-    """The preset whose experts are used."""
+    """The name of the preset whose experts are used."""
     device: torch.device
     rounds: int
-    """How many samples each path gets."""
+    """How many times each path is measured."""
     directory: Path
-    """Holds the daemon's data; on the disk to measure."""
+    """Holds the daemon's data. It must be on the disk to measure."""
 
     @property
     def config(self) -> AgentConfig:
-        """The preset, but with two layers, a pool for each layer, and experts for eight games in one bank."""
+        """The preset's configuration, but with two layers, a pool for each layer, and experts for eight games in one bank."""
         preset = PRESETS[self.size]
         return replace(
             preset, num_layers=LAYERS, num_experts=GAMES * LAYERS * preset.pool_size, routing="pool", pools="per-layer", banks="shared"
@@ -43,11 +43,11 @@ class Setting:
 
     @property
     def working_set(self) -> int:
-        """The number of experts that one game uses, over all layers."""
+        """The number of experts that one game uses in all layers together."""
         return LAYERS * self.config.pool_size
 
     def experts_of(self, game: int) -> list[int]:
-        """The experts that game number `game` uses, over all layers."""
+        """Returns the ids of the experts that game number `game` uses in all layers together."""
         return list(range(game * self.working_set, (game + 1) * self.working_set))
 
     def synchronize(self) -> None:
@@ -57,13 +57,16 @@ class Setting:
 
 
 class Testbed:
-    """A daemon that makes banks of equal experts, each with a cache on it. Trainers on different banks must compute the same."""
+    """Makes banks in a running daemon, each with a cache on it. All banks start with the same initial values.
+
+    Trainers that do the same steps on different banks must therefore have the same losses.
+    """
 
     def __init__(self, setting: Setting, store: RemoteStore, stack: ExitStack) -> None:
         self._setting, self._store, self._stack = setting, store, stack
 
     def cache(self, name: str, *, capacity_experts: int) -> ExpertCache:
-        """Makes a bank and a cache on it. The cache is closed when the daemon stops."""
+        """Makes a bank called after `name`, and a cache with `capacity_experts` slots on it. The cache is closed when the daemon stops."""
         (spec,) = self._setting.config.bank_specs(name, seed=0)
         self._store.create_bank(spec)
         cache = ExpertCache(
@@ -74,7 +77,7 @@ class Testbed:
 
 @contextmanager
 def open_testbed(setting: Setting, *, dram_experts: int) -> Iterator[Testbed]:
-    """Starts a daemon whose DRAM tier has room for `dram_experts` experts, and stops it at the end."""
+    """Starts a daemon whose DRAM tier has room for `dram_experts` experts, yields a Testbed on it, and stops the daemon at the end."""
     dram_bytes = (dram_experts + SPARE_RECORDS) * setting.config.expert_layout().record_bytes
     with ExitStack() as stack:
         target = stack.enter_context(embedded_daemon(setting.directory / "store", dram_bytes=dram_bytes))

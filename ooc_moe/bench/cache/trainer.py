@@ -1,8 +1,8 @@
 """A trainer on one cache for `ooc-moe bench cache`: it steps tiered layers as the learner does, but plays no game.
 
-Routing is replayed as in a PPO update, which tells the cache its schedule. Each step is forward, backward, clipping to a common norm, Adam
-on the dense parameters, and Adam on the experts. A step has as many tokens as a minibatch of the preset, and uses all experts of each
-layer's pool.
+The routing of an update is drawn beforehand and then replayed, as in a PPO update; from it the cache can be told which experts each step
+will use (the schedule). Each step is forward, backward, clipping to a common norm, Adam on the dense parameters, and Adam on the experts. A
+step has as many tokens as a minibatch of the preset, and uses all experts of each layer's pool.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PPO = PPOConfig()
 
 
 class Trainer:
-    """Trains the experts of one game. `losses` has the loss of every step so far."""
+    """Trains the experts of one game on random tokens. `losses` has the loss of every step so far."""
 
     def __init__(self, setting: Setting, experts: TieredExperts, *, game: int = 0) -> None:
         config = setting.config
@@ -46,12 +46,12 @@ class Trainer:
         self._routing_of_steps: Iterator[Tensor] = iter(())
 
     def begin_update(self, num_steps: int, *, schedule: bool = True, ahead: bool = True) -> None:
-        """Draws the routing of the next `num_steps` steps.
+        """Starts an update: draws the routing of its `num_steps` steps, and may announce to the cache which experts they use.
 
         Args:
             num_steps: optimizer steps of the update.
             schedule: whether to tell the cache which experts each step will use, as the learner does.
-            ahead: whether the cache may fetch ahead by that schedule.
+            ahead: whether the cache may fetch experts before the step that uses them.
         """
         experts_BTLK = self._draw_routing(num_steps * PPO.minibatch_segments, self._config.context)
         minibatches = torch.split(torch.arange(len(experts_BTLK)), PPO.minibatch_segments)
@@ -61,7 +61,7 @@ class Trainer:
         self._routing_of_steps = iter([experts_BTLK[rows].to(self._setting.device) for rows in minibatches])
 
     def step(self) -> None:
-        """Does the next step of the update and waits until the device has finished it."""
+        """Does the next optimizer step of the update, and waits until the device has finished it."""
         loss = mse_loss(self._forward(self._x_BTD, next(self._routing_of_steps)), self._target_BTD)
         self._dense.zero_grad()
         self._experts.zero_grad()
@@ -74,7 +74,7 @@ class Trainer:
 
     @torch.no_grad()
     def act(self) -> None:
-        """Does a forward pass as acting does: one token for each environment, and only the experts' parameters are needed."""
+        """Does a forward pass as when playing: one token for each environment, without gradients, so that only parameters are fetched."""
         x_BTD = self._x_BTD[: PPO.num_envs, :1]
         self._forward(x_BTD, self._draw_routing(len(x_BTD), 1).to(self._setting.device))
         self._setting.synchronize()
@@ -85,13 +85,15 @@ class Trainer:
         return x_BTD
 
     def _draw_routing(self, num_segments: int, num_steps: int) -> Tensor:
-        """Draws random experts of each layer's pool: (segments, time, layers, top_k)."""
+        """Draws the `top_k` experts of each token at random from its layer's pool: (segments, time, layers, top_k)."""
         order_BTLE = torch.rand(num_segments, num_steps, LAYERS, self._config.pool_size, generator=self._generator).argsort(-1)
         return self._pools.expand_as(order_BTLE).gather(-1, order_BTLE)[..., : self._config.top_k]
 
 
 def check_equal(trainers: Sequence[Trainer]) -> None:
-    """Checks that a cache changes nothing but time: all trainers had the same losses, bit for bit, in the steps that they have in common.
+    """Checks that all trainers had the same losses, bit for bit, in the steps that they have in common.
+
+    This shows that a cache changes nothing but time.
 
     Raises:
         WrongBytes: two losses of the same step differ.

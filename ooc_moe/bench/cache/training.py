@@ -1,5 +1,8 @@
 """`ooc-moe bench cache --parts steady,oversubscribed`: training steps whose experts do not all fit in HBM, compared with all resident.
 
+- steady: one game's experts fit in HBM, those of the other games do not.
+- oversubscribed: HBM holds half of one game's experts.
+
 All trainers of a part start from equal banks and do the same steps in the same rounds. At the end their losses must be equal bit for bit.
 """
 
@@ -35,7 +38,10 @@ _SCHEDULES = {
 
 
 def steps_per_game() -> int:
-    """Optimizer steps in one game, with `train`'s defaults and the full preset. Experts are written back once, at the end of a game."""
+    """Returns how many optimizer steps one game has with `train`'s defaults and the full preset.
+
+    Experts are written back once, at the end of a game; the cost of a write-back is spread over this many steps.
+    """
     steps_per_rollout = PPO.num_envs * PPO.rollout_steps
     rollouts = STEPS_PER_GAME // steps_per_rollout
     segments = steps_per_rollout // PRESETS["full"].context
@@ -43,7 +49,7 @@ def steps_per_game() -> int:
 
 
 def calls(setting: Setting) -> int:
-    """How many runs one sample has."""
+    """Returns how often the timed work is repeated in one sample. Small experts need several runs, because one is too short to time."""
     config = setting.config
     tokens = PPO.minibatch_segments * config.context
     flops = UPDATE_STEPS * config.num_layers * 3 * 2 * 2 * tokens * config.top_k * config.dim * config.hidden
@@ -51,7 +57,11 @@ def calls(setting: Setting) -> int:
 
 
 def steady(setting: Setting, on_run: Callable[[], None]) -> list[Row]:
-    """Measures the steady state of one game, whose experts fill the HBM; the bank is 8 times as large. Baseline: the whole bank in HBM."""
+    """Measures training steps of one game whose experts fill the HBM, while the bank is 8 times as large. Returns the rows.
+
+    The baseline has the whole bank in HBM. A third path also writes all experts back in every update. `on_run` is called before the warm-up
+    of each path and after each of its samples.
+    """
     bank_experts = setting.config.num_experts
     with open_testbed(setting, dram_experts=bank_experts + 2 * setting.working_set) as testbed:
         whole = testbed.cache("resident", capacity_experts=bank_experts)
@@ -86,17 +96,18 @@ def _update(trainer: Trainer) -> None:
 
 
 def _update_and_write_back(trainer: Trainer) -> None:
-    """Does an update while the experts of the update before are written back, then makes this update's experts durable."""
+    """Does an update while the experts that the previous update changed are written back, then makes this update's experts durable."""
     trainer.cache.write_back()
     _update(trainer)
     trainer.cache.flush()
 
 
 def oversubscribed(setting: Setting, on_run: Callable[[], None]) -> list[Row]:
-    """Measures a working set twice the size of the HBM, so that every step moves all of it.
+    """Measures steps that use twice as many experts as fit in HBM, so that every step moves all of them. Returns the rows.
 
-    The baseline is what bounds a step: the larger of the time to compute it with everything resident and the time to fetch the bytes that
-    it fetches. A second ratio adds the time to push the bytes that it pushes to these two.
+    A step is compared with its lower bound: the larger of the time to compute it with everything resident and the time to fetch the bytes
+    that it fetches. A second ratio compares it with the largest of these two and the time to push the bytes that it pushes. `on_run` is
+    called before the warm-up of each path and after each of its samples.
     """
     capacity = setting.working_set // 2
     with open_testbed(setting, dram_experts=5 * setting.working_set) as testbed:
@@ -119,7 +130,13 @@ def oversubscribed(setting: Setting, on_run: Callable[[], None]) -> list[Row]:
 def _oversubscribed_rows(
     setting: Setting, samples: Mapping[str, Sequence[float]], moved: Mapping[str, Sequence[tuple[int, int]]]
 ) -> list[Row]:
-    """Makes the rows from the seconds of each path's runs, and from the bytes that each run moved into and out of HBM."""
+    """Makes the rows of the result table.
+
+    Args:
+        setting: the preset and its experts' size.
+        samples: by path, the seconds of each run.
+        moved: by path, how many bytes each run moved into and out of HBM.
+    """
     compute = statistics.median(samples[RESIDENT]) / UPDATE_STEPS
     probe_bytes = setting.working_set // 2 * setting.config.expert_layout().body_bytes
     in_s, out_s = (statistics.median(samples[name]) / probe_bytes for name in ("fetch", "push"))
@@ -158,7 +175,16 @@ def _oversubscribed_path(
     moved: list[tuple[int, int]],
     check: Callable[[], None],
 ) -> TimedPath:
-    """Makes the path of an update's steps. The first step is not timed; it brings the cache into the state that every step leaves."""
+    """Makes the path that times an update's steps. The first step is not timed; it brings the cache into the state that every step leaves.
+
+    Args:
+        name: the path's name.
+        trainer: does the steps.
+        schedule: arguments for `Trainer.begin_update`.
+        caches: all caches of the part. Before each run they write back what has changed, so that no other cache uses the daemon meanwhile.
+        moved: each run appends how many bytes it moved into and out of HBM.
+        check: the path's check.
+    """
 
     def prepare() -> None:
         _flush(caches)
@@ -199,7 +225,7 @@ def _push_path(probe: ExpertCache, caches: Sequence[ExpertCache]) -> TimedPath:
 
 
 def _flush(caches: Sequence[ExpertCache]) -> None:
-    """Waits for all write-backs, so that none runs while another trainer is timed."""
+    """Writes back what has changed in any of the caches and waits for it, so that no write-back runs while another trainer is timed."""
     for cache in caches:
         cache.flush()
 
@@ -207,7 +233,7 @@ def _flush(caches: Sequence[ExpertCache]) -> None:
 def _measure(
     setting: Setting, paths: Sequence[TimedPath], trainers: Sequence[Trainer], on_run: Callable[[], None]
 ) -> dict[str, list[float]]:
-    """Measures the seconds of a run of each path, one sample a round, and checks that all trainers had equal losses."""
+    """Measures, by path, the seconds of one run in each round, and checks that all trainers had equal losses."""
     warm_up(paths, before_each=on_run)
     samples = timed_rounds(paths, calls=calls(setting), rounds=setting.rounds, order=random.Random(0), on_run=on_run)
     check_equal(trainers)

@@ -1,7 +1,7 @@
 """`ooc-moe bench learning`: steps per second and returns of our PPO, compared with those of Stable-Baselines3's PPO (SB3).
 
-Both train the same dense network: ours has one expert a layer, which every token goes to. One sample of speed is one update, that is a
-rollout and its epochs. There is no daemon, no detector and no log of a run. Rounds are interleaved (harness.py).
+Both train the same dense network: ours has one expert in each layer, which every token goes to. One sample of speed is one update, which is
+a rollout and its epochs. No daemon and no detector run, and no metrics are logged. Rounds are interleaved (harness.py).
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ LAST_PART = 0.25
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LearningBench:
-    """What to measure: the speed in each of `games`, and the returns in each of `returns_games` after `steps` environment steps.
+    """The options of `ooc-moe bench learning`: speeds are measured in each of `games`, returns in each of `returns_games`.
+
+    Returns are those after `steps` environment steps, for each of `seeds` seeds.
 
     Raises:
         InvalidRequest: a game is unknown, or a number is below 1.
@@ -69,7 +71,7 @@ class LearningBench:
         check_at_least_one(rounds=self.rounds, steps=self.steps, seeds=self.seeds, threads=self.threads, env_threads=self.env_threads)
 
     def run_config(self, game: str, seed: int = 0) -> RunConfig:
-        """The configuration for both learners. Atari: 42 x 42 pixels, four frames. Pixel games: 10 x 10 pixels, two frames."""
+        """The configuration with which both learners learn `game`. Atari: 42 x 42 pixels, four frames. Pixel games: 10 x 10, two frames."""
         pixel = game not in ATARI_GAMES
         agent, ppo = (PIXEL_AGENT, PIXEL_PPO) if pixel else (ATARI_AGENT, ATARI_PPO)
         return RunConfig(
@@ -85,7 +87,10 @@ class LearningBench:
 
 
 def dense(config: AgentConfig) -> AgentConfig:
-    """Makes the network dense: one expert a layer, as wide as `top_k` experts together. Each frame is seen by itself, as SB3 sees it."""
+    """Returns the configuration of a dense network: one expert in each layer, as wide as `top_k` experts of `config` together.
+
+    Its context is one frame, because SB3's network also sees each observation by itself.
+    """
     return replace(
         config,
         routing="token",
@@ -109,7 +114,7 @@ PIXEL_PPO = PPOConfig(num_envs=32, rollout_steps=32, epochs=3, minibatch_segment
 
 
 class OurPPO:
-    """Our PPO in one game. Its experts are in a cache on a store in this process."""
+    """Our PPO in one game, with a learner and environments as in a run, but without daemon: experts are in a store in this process."""
 
     def __init__(self, config: RunConfig, stack: ExitStack) -> None:
         (self.game,) = config.games
@@ -128,14 +133,17 @@ class OurPPO:
         self._collector.reset(config.seed)
 
     def update(self, remaining: float = 1.0) -> Rollout:
-        """Collects a rollout, learns from it, and returns it. `remaining`: the share of the training to come, for the learning rate."""
+        """Collects a rollout, learns from it, and returns it.
+
+        `remaining`: the share of the training that is still to come, from which the learning rate follows.
+        """
         rollout = self._collector.collect()
         self._learner.update(rollout, remaining=remaining)
         return rollout
 
 
 def make_envs(config: RunConfig, stack: ExitStack) -> envs.GameEnvs:
-    """Makes our own environments for the run's game; `stack` closes them."""
+    """Makes our own environments (not SB3's) for the game of `config`; `stack` closes them."""
     (game,), agent = config.games, config.agent
     game_envs = envs.make(
         game, config.ppo.num_envs, frame_size=agent.frame_size, frame_stack=agent.frame_stack, num_threads=config.env_threads
@@ -145,7 +153,7 @@ def make_envs(config: RunConfig, stack: ExitStack) -> envs.GameEnvs:
 
 
 def run(bench: LearningBench, console: Console) -> tuple[list[Speed], list[Returns]]:
-    """Measures all speeds, then all returns; draws a progress bar on `console`.
+    """Measures all speeds, then all returns, and returns both; draws a progress bar on `console`.
 
     Raises:
         InvalidRequest: Stable-Baselines3 is not installed.
@@ -161,7 +169,7 @@ def run(bench: LearningBench, console: Console) -> tuple[list[Speed], list[Retur
 
 
 def _speeds(bench: LearningBench, game: str, on_run: Callable[[], None]) -> list[Speed]:
-    """Measures our PPO, SB3 with its own environments, and SB3 with ours, in the same rounds."""
+    """Measures the steps per second of our PPO, of SB3 with its own environments, and of SB3 with ours, in the same rounds."""
     config = bench.run_config(game)
     peer = _peer()
     with ExitStack() as stack:
@@ -182,7 +190,7 @@ def _speeds(bench: LearningBench, game: str, on_run: Callable[[], None]) -> list
 
 
 def _path(name: str, update: Callable[[], Any]) -> TimedPath:
-    """Makes a path without a check of its own: `check_same_network` has compared the networks before."""
+    """Makes a path whose run is one update. Its check does nothing, because `check_same_network` has compared the networks before."""
 
     def run() -> None:
         update()
@@ -191,7 +199,11 @@ def _path(name: str, update: Callable[[], Any]) -> TimedPath:
 
 
 def check_same_network(agent: Agent, model: Any) -> None:
-    """Copies the agent's parameters to SB3. Raises WrongBytes unless both then compute the same policy and values for the same frames."""
+    """Copies the agent's parameters to SB3's `model`, and checks that both then compute the same policy and values for the same frames.
+
+    Raises:
+        WrongBytes: they differ by more than TOLERANCE.
+    """
     peer, config = _peer(), agent.config
     peer.copy_parameters(agent, model.policy)
     generator = torch.Generator().manual_seed(0)
@@ -223,7 +235,7 @@ def _returns(bench: LearningBench, game: str, on_run: Callable[[], None]) -> Ret
 
 
 def our_return(config: RunConfig) -> float:
-    """Trains our PPO. Returns the mean raw return of the games that ended in the last quarter; NaN if none did."""
+    """Trains our PPO with `config`. Returns the mean raw return of the games that ended in the last quarter; NaN if none did."""
     with ExitStack() as stack:
         ours = OurPPO(config, stack)
         updates = config.updates_per_game
@@ -233,7 +245,10 @@ def our_return(config: RunConfig) -> float:
 
 
 def peer_return(config: RunConfig) -> float:
-    """As `our_return`, but trains SB3's PPO in its own environments, starting from the same parameters."""
+    """Trains SB3's PPO in its own environments, starting from the same parameters as ours.
+
+    Returns, as `our_return` does, the mean raw return of the games that ended in the last quarter; NaN if none did.
+    """
     peer = _peer()
     returns: list[float] = []
     begin = config.steps_per_game - _last_updates(config.updates_per_game) * config.steps_per_update
@@ -252,7 +267,7 @@ def peer_return(config: RunConfig) -> float:
 
 
 def _last_updates(updates: int) -> int:
-    """How many updates the last quarter of a training has; at least one."""
+    """Returns how many updates the last quarter of a training has, given how many the training has; at least one."""
     return max(1, round(LAST_PART * updates))
 
 
@@ -265,7 +280,10 @@ def _peer() -> Any:
 
 
 def facts(bench: LearningBench, *, command: str) -> dict[str, str]:
-    """Returns what a reader needs to judge or repeat the results: command, commit, machine, versions, and how both were set up."""
+    """Returns the lines above the result tables, by name, so that a reader can judge and repeat the measurement.
+
+    They are the command, the commit, the machine, the versions, and how both learners were set up.
+    """
     return provenance.facts(Path(), command=command) | {
         "torch": f"{torch.__version__}, cpu, threads: {bench.threads} for either learner, {bench.env_threads} to emulate Atari where "
         "environments are ours",

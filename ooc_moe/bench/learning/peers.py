@@ -1,7 +1,7 @@
-"""Stable-Baselines3's PPO (SB3) with our dense network and our games: the peer of `ooc-moe bench learning`.
+"""The peer of `ooc-moe bench learning`: Stable-Baselines3's PPO (SB3), given our dense network and our games.
 
-The network consists of our own stem and attention and of dense layers that compute what one expert a layer computes, for a context of one
-frame. With the agent's parameters it returns the agent's logits and values.
+The network consists of our own stem and attention and of dense layers that compute what one expert in each layer computes, for a context of
+one frame. With the agent's parameters it returns the agent's logits and values.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ REWARD_LIMIT = 1.0
 
 
 class DenseBlock(nn.Module):
-    """A transformer block with a dense FFN; computes what transformer.Block does with one expert, without router and cache."""
+    """A transformer block with a dense FFN. It computes what our `transformer.Block` does with one expert, without router and cache."""
 
     def __init__(self, config: AgentConfig) -> None:
         super().__init__()
@@ -46,14 +46,14 @@ class DenseBlock(nn.Module):
         self.w1, self.w2 = nn.Linear(config.dim, config.hidden), nn.Linear(config.hidden, config.dim)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        """Attention and FFN, each with a residual connection: (B, T, D) -> (B, T, D)."""
+        """Applies attention, then the FFN, each with a residual connection: (B, T, D) -> (B, T, D)."""
         x_BTD = x_BTD + self.attention(self.norm(x_BTD), mask=None)
         y_BTD: Tensor = x_BTD + self.w2(gelu(self.w1(self.ffn_norm(x_BTD))))
         return y_BTD
 
 
 class DenseNetwork(BaseFeaturesExtractor):  # type: ignore[misc]
-    """Maps frames (N, S, H, W) to the heads' input (N, D)."""
+    """The network that SB3 trains, up to its heads: maps N stacks of frames (N, S, H, W) to the input of SB3's heads (N, D)."""
 
     def __init__(self, observation_space: spaces.Box, config: AgentConfig) -> None:
         super().__init__(observation_space, features_dim=config.dim)
@@ -63,7 +63,7 @@ class DenseNetwork(BaseFeaturesExtractor):  # type: ignore[misc]
         self.norm = nn.LayerNorm(config.dim)
 
     def forward(self, frames_NSHW: Tensor) -> Tensor:
-        """Makes one token of each frame and runs it through all blocks."""
+        """Makes one token of each stack of frames and runs it through all blocks: (N, S, H, W) -> (N, D)."""
         x_N1D = (self.stem(frames_NSHW) + self.embedding_D).unsqueeze(1)
         for block in self.blocks:
             x_N1D = block(x_N1D)
@@ -73,7 +73,7 @@ class DenseNetwork(BaseFeaturesExtractor):  # type: ignore[misc]
 
 @torch.no_grad()
 def copy_parameters(agent: Agent, policy: Any) -> None:
-    """Copies the parameters of a dense agent that knows one game into SB3's policy."""
+    """Copies the parameters of a dense agent that knows one game into `policy`, the network of SB3."""
     (network,) = agent.networks.values()
     mine: DenseNetwork = policy.features_extractor
     mine.stem.load_state_dict(agent.stem.state_dict())
@@ -92,7 +92,7 @@ def copy_parameters(agent: Agent, policy: Any) -> None:
 
 
 def make_ppo(config: RunConfig, vec_env: VecEnv) -> Any:
-    """Makes SB3's PPO with the settings of a run. Learning rates and the loss are those of our learner."""
+    """Makes SB3's PPO with the settings of a run of ours: the same learning rates, the same loss, the same network shape."""
     ppo = config.ppo
     first = config.steps_per_update / config.steps_per_game  # SB3 lowers the rate before its first update; our learner, after it.
     return PPO(
@@ -122,7 +122,7 @@ def make_ppo(config: RunConfig, vec_env: VecEnv) -> Any:
 
 
 def sb3_envs(config: RunConfig) -> VecEnv:
-    """Makes the game's environments as SB3's users do: they are stepped one after another, each in its own wrappers.
+    """Makes the game's environments as SB3's users make them: they are stepped one after another, each in its own wrappers.
 
     An environment whose game has ended is reset within the same step, so that no step is spent on resets.
     """
@@ -142,7 +142,7 @@ def sb3_envs(config: RunConfig) -> VecEnv:
 
 
 class OneGame(gymnasium.Env[Array, np.int64]):
-    """One environment of a pixel game, with gymnasium's interface."""
+    """One environment of a pixel game with gymnasium's interface, which is what SB3's vectorised environments are made of."""
 
     def __init__(self, game: str, config: AgentConfig) -> None:
         self._envs = envs.make(game, 1, frame_size=config.frame_size, frame_stack=config.frame_stack)
@@ -154,28 +154,31 @@ class OneGame(gymnasium.Env[Array, np.int64]):
         return self._envs.reset(int(self.np_random.integers(1 << 31)))[0], {}
 
     def step(self, action: np.int64) -> tuple[Array, float, bool, bool, dict[str, Any]]:
-        """Plays one action."""
+        """Plays one action. Returns frames, reward, terminated, truncated, and an empty dict, as gymnasium demands."""
         step = self._envs.step(np.array([action]))
         return step.observations[0], float(step.rewards[0]), bool(step.terminated[0]), bool(step.truncated[0]), {}
 
 
 class SharedEnvs(VecEnv):  # type: ignore[misc]
-    """Our vectorised environments with SB3's interface. Only for measuring speed: SB3 takes the step of an autoreset for a played one."""
+    """Our vectorised environments behind SB3's interface for environments.
+
+    Only for measuring speed: our environments spend a step on each reset, and SB3 would learn from that step as if it had been played.
+    """
 
     def __init__(self, inner: GameEnvs, seed: int) -> None:
         self._inner, self._seed = inner, seed
         super().__init__(inner.num_envs, *_spaces(inner))
 
     def reset(self) -> Array:
-        """Starts all games."""
+        """Starts all games and returns their first frames."""
         return self._inner.reset(self._seed)
 
     def step_async(self, actions: Array) -> None:
-        """Keeps the actions for `step_wait`."""
+        """Stores the actions; `step_wait` plays them."""
         self._actions = actions
 
     def step_wait(self) -> tuple[Array, Array, Array, list[dict[str, Any]]]:
-        """Plays the kept actions. Rewards are clipped to [-1, 1]."""
+        """Plays the actions that `step_async` stored. Returns frames, rewards clipped to [-1, 1], which games are over, and empty dicts."""
         step = self._inner.step(self._actions)
         rewards = step.rewards.clip(-REWARD_LIMIT, REWARD_LIMIT)
         return step.observations, rewards, step.terminated | step.truncated, [{} for _ in step.rewards]
@@ -197,7 +200,7 @@ class SharedEnvs(VecEnv):  # type: ignore[misc]
         raise NotImplementedError
 
     def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
-        """Returns False: no environment is wrapped."""
+        """Returns False for each environment: none of them is wrapped."""
         return [False] * self.num_envs
 
 

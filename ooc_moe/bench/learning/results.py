@@ -20,7 +20,7 @@ RETURNS_HEADINGS = ("game", "steps", "ours, each seed", "SB3, each seed", "means
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Speed:
-    """Environment steps per second in one game, with the time of rollouts and updates counted."""
+    """Environment steps per second of both learners in one game. The time covers rollouts and updates."""
 
     game: str
     peer_envs: str
@@ -30,7 +30,10 @@ class Speed:
 
     @property
     def judged(self) -> bool:
-        """Whether the targets apply. They are for SB3 with its own environments; with ours, the row compares the learners alone."""
+        """Whether the targets for the ratio apply. They are for SB3 with its own environments.
+
+        With our environments, the row compares the learners alone.
+        """
         return self.peer_envs == "its own"
 
     @property
@@ -40,7 +43,7 @@ class Speed:
 
     @property
     def reached(self) -> str:
-        """The stricter target that the ratio meets: "aim", "must" or "no"; "" where no target applies."""
+        """Which target the ratio meets: "aim" (the stricter one), "must" or "no"; "" where no target applies."""
         if not self.judged:
             return ""
         return met_target(self.ratio, must=RATIO_MUST, aim=RATIO_AIM)
@@ -48,7 +51,10 @@ class Speed:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Returns:
-    """Mean raw returns at the end of trainings with equally many steps, one for each seed. NaN where no game ended."""
+    """Mean raw returns at the end of training in one game, for both learners and equally many steps.
+
+    `ours` and `peer` have one value for each seed; NaN where no game ended.
+    """
 
     game: str
     steps: int
@@ -57,22 +63,22 @@ class Returns:
 
     @property
     def difference(self) -> tuple[float, float, float]:
-        """Our mean minus SB3's, and the lower and upper end of its 95 % interval (bootstrap over seeds)."""
+        """Our mean return minus SB3's, then the lower and the upper end of this difference's 95 % interval (bootstrap over seeds)."""
         return statistics.difference([self.ours], [self.peer])
 
     @property
     def not_worse(self) -> bool:
-        """Whether the interval reaches zero, so that nothing shows that we are worse. False where the difference is NaN."""
+        """Whether the interval of the difference reaches up to zero, so that nothing shows that our returns are worse. False if NaN."""
         return bool(self.difference[2] >= 0)
 
 
 def tables(speeds: Sequence[Speed], returns: Sequence[Returns]) -> list[Table]:
-    """The speeds and the returns, each if it was measured."""
+    """Makes the table of speeds and the table of returns; a table without rows is left out."""
     return [Table("", headings, rows, alignment="l" * len(headings)) for headings, rows in _sections(speeds, returns)]
 
 
 def save(speeds: Sequence[Speed], returns: Sequence[Returns], facts: Mapping[str, str], path: Path) -> None:
-    """Writes the page: command, machine and versions, the tables, and the notes of an existing page."""
+    """Writes the result page to `path`: `facts` and the tables. Notes that people added to an existing page stay."""
     notes = kept_notes(path, NOTES, missing="to be written: the profile")
     lines = ["# ooc-moe bench learning: our dense PPO compared with Stable-Baselines3's", ""]
     lines += [f"- {name}: {value}" for name, value in facts.items()]

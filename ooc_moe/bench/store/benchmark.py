@@ -1,9 +1,10 @@
-"""`ooc-moe bench store`: the daemon's data planes compared with their peers, in one run on one machine.
+"""`ooc-moe bench store`: the daemon's fetches and pushes compared with other systems (peers), in one run on one machine.
 
-For each record size and each group of paths the benchmark starts a real daemon and the peers, runs every path once and checks its bytes,
-measures all paths in interleaved rounds (harness.py), and stops everything again. The time is that from or into the caller's memory. The
-caller uses one thread, apart from threads that a library starts by itself and the READ_THREADS of the raw reads. No process is bound to a
-core, because that would hurt servers with several threads most.
+The daemon has two data planes, shared memory ("local") and gRPC ("stream"); both are measured. A path is one way to move the records, our
+own or a peer's. For each record size and each group of paths the benchmark starts a real daemon and the peers, runs every path once and
+checks its bytes, measures all paths in interleaved rounds (harness.py), and stops everything again. The time is that from or into the
+caller's memory. The caller uses one thread, apart from threads that a library starts by itself and the READ_THREADS of the raw reads. No
+process is bound to a core, because that would hurt servers with several threads most.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ Peer = Callable[[Records, Path], AbstractContextManager[list[TimedPath]]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoreBench:
-    """What to measure.
+    """The options of `ooc-moe bench store`: which paths to measure, with which record sizes, how often, and on which disk.
 
     Raises:
         InvalidRequest: a size cannot be moved by O_DIRECT, `rounds` is out of range, or a path is unknown.
@@ -108,12 +109,12 @@ class StoreBench:
 
     @property
     def num_rounds(self) -> int:
-        """How many rounds each path is measured, with records of each size."""
+        """How often each path is measured with records of each size: `rounds`, or the default for quick or full benchmarks."""
         return self.rounds or (QUICK_ROUNDS if self.quick else ROUNDS)
 
     @property
     def wanted(self) -> dict[str, tuple[str, ...]]:
-        """By group: the paths to measure."""
+        """By group of PATHS: the names of the paths to measure."""
         return {
             group: tuple(path for path in paths if not self.paths or group in self.paths or _name(group, path) in self.paths)
             for group, paths in PATHS.items()
@@ -121,7 +122,7 @@ class StoreBench:
 
 
 def run(bench: StoreBench, console: Console, *, command: str = "ooc-moe bench store") -> Results:
-    """Measures all wanted paths; draws a progress bar on `console`.
+    """Measures all wanted paths and returns the results; draws a progress bar on `console`. `command` is shown on the result page.
 
     Raises:
         InvalidRequest: the records do not fit in memory or on the disk, or the file system of `data_dir` has no O_DIRECT.
@@ -176,7 +177,18 @@ def _measure_group(
     missing: dict[tuple[str, str], str],
     on_run: Callable[[], None],
 ) -> list[Row]:
-    """Measures one group with records of one size. A peer that does not start is added to `missing` and left out."""
+    """Measures the wanted paths of one group with records of one size, and returns their rows.
+
+    Args:
+        bench: the rounds.
+        group: a key of PATHS.
+        wanted: the paths to measure.
+        records: what they move.
+        directory: on the disk to measure; the daemon and the peers get a directory in it.
+        order: shuffles the paths of each round.
+        missing: a peer that does not start is added to it, and left out of the rows.
+        on_run: called after the warm-up of each path and after each of its samples.
+    """
     if not wanted:
         return []
     with _scratch(directory) as scratch, ExitStack() as stack:
@@ -192,9 +204,9 @@ def _measure_group(
 def _start_group(
     group: str, wanted: Sequence[str], records: Records, directory: Path, stack: ExitStack, missing: dict[tuple[str, str], str]
 ) -> Iterator[TimedPath]:
-    """Starts the daemon and the peers of a group and yields their paths; `stack` stops them.
+    """Starts the daemon and the peers that one group of paths needs, and yields these paths; `stack` stops daemon and peers.
 
-    The daemon comes first, because a process should fork while it has few threads.
+    A peer that does not start is added to `missing`. The daemon comes first, because a process should fork while it has few threads.
     """
     if OURS & set(wanted):
         yield from _start_daemon(group, wanted, records, directory, stack)
@@ -274,7 +286,7 @@ def _measure_stats(bench: StoreBench, directory: Path) -> StatsRow:
 
 
 def _missing(wanted: Mapping[str, Sequence[str]]) -> dict[tuple[str, str], str]:
-    """Maps each wanted path that cannot be measured here to what must be installed."""
+    """Returns the wanted paths that cannot be measured on this machine; by group and path, what must be installed for it."""
     missing = {}
     for group, paths in wanted.items():
         for path in paths:
@@ -286,7 +298,7 @@ def _missing(wanted: Mapping[str, Sequence[str]]) -> dict[tuple[str, str], str]:
 
 
 def _check_room(bench: StoreBench, largest_set: int) -> None:
-    """Raises InvalidRequest if memory or disk would run out during the benchmark."""
+    """Raises InvalidRequest if memory or disk would run out during the benchmark. `largest_set`: bytes of the largest set of records."""
     for what, needed, free in (
         ("memory", MEMORY_SETS * largest_set + HEADROOM_BYTES, provenance.available_memory_bytes()),
         (f"disk at {bench.data_dir}", DISK_SETS * largest_set + HEADROOM_BYTES, shutil.disk_usage(bench.data_dir).free),
@@ -300,7 +312,7 @@ def _check_room(bench: StoreBench, largest_set: int) -> None:
 
 @contextmanager
 def _scratch(parent: Path) -> Iterator[Path]:
-    """Yields a new directory in `parent`, and removes it with everything in it."""
+    """Makes a directory in `parent` for the time of the block, and removes it with everything in it afterwards. Yields its path."""
     directory = tempfile.mkdtemp(prefix="bench-", dir=parent)
     try:
         yield Path(directory)

@@ -1,4 +1,4 @@
-"""Our own paths: a real daemon process, and `RemoteStore` on each of its planes.
+"""Our own paths of the store benchmark: a real daemon process, and `RemoteStore` on each data plane (shared memory, gRPC).
 
 Each fetch path is meant to read from one tier, DRAM or NVMe. A fetch reports the tier that served each expert, and the path raises
 WrongBytes when a different tier served one.
@@ -27,14 +27,20 @@ SPARE_RECORDS = 16
 
 
 class BenchDaemon:
-    """A running daemon that has a bank for the records; `tcp` and `unix` are its addresses."""
+    """A running daemon that has a bank for the benchmark's records; `tcp` and `unix` are its addresses."""
 
     def __init__(self, tcp: str, unix: str) -> None:
         self.tcp, self.unix = tcp, unix
 
     @contextmanager
     def store(self, plane: Plane, *, verify: bool = True, unix: bool = False) -> Iterator[RemoteStore]:
-        """Yields a store on one plane, and closes it at the end. `unix`: over the Unix socket instead of TCP."""
+        """Connects a RemoteStore to the daemon for the time of the block, and yields it.
+
+        Args:
+            plane: the data plane that it fetches and pushes over: shared memory (LOCAL) or gRPC (STREAM).
+            verify: whether it verifies the checksums of fetched experts.
+            unix: whether it connects to the Unix socket instead of TCP.
+        """
         store = RemoteStore(self.unix if unix else self.tcp, trainer="bench", plane=plane, verify=verify)
         try:
             yield store
@@ -44,12 +50,12 @@ class BenchDaemon:
 
 @contextmanager
 def running_daemon(records: Records, directory: Path, *, all_in_dram: bool) -> Iterator[BenchDaemon]:
-    """Starts a daemon with an empty bank for the records, and stops it at the end.
+    """Starts a daemon with an empty bank for the records, yields it, and stops it at the end.
 
     Args:
         records: the bank has their number and layout.
         directory: holds the daemon's data.
-        all_in_dram: whether the DRAM tier holds all records. Otherwise it holds a quarter of them, so that most fetches read NVMe.
+        all_in_dram: whether the DRAM tier holds all records. Otherwise it holds about a quarter of them, so that most fetches read NVMe.
     """
     socket_dir = tempfile.mkdtemp(prefix="ooc-moe-")  # A socket's path is limited to 107 bytes.
     unix = f"unix:{socket_dir}/daemon.sock"
@@ -66,20 +72,20 @@ def running_daemon(records: Records, directory: Path, *, all_in_dram: bool) -> I
 
 
 def push_records(daemon: BenchDaemon, records: Records) -> None:
-    """Pushes all records durably. The daemon then also keeps in DRAM as many of them as fit."""
+    """Pushes all records durably, over gRPC. Afterwards the daemon also has as many of them in DRAM as fit."""
     with daemon.store(Plane.STREAM) as store:
         Pusher(store, records).push()
 
 
 class Pusher:
-    """Pushes all records durably in one call; can do so any number of times."""
+    """Pushes all records to the daemon again and again, each time durably and in one call; remembers the versions that it must name."""
 
     def __init__(self, store: RemoteStore, records: Records) -> None:
         self._store, self._records = store, records
         self._versions = [info.version for info in store.list_experts(BANK)]
 
     def push(self) -> None:
-        """Makes one call. The daemon acknowledges each record separately, once that record is durable."""
+        """Pushes all records in one call of `RemoteStore.push`. The daemon acknowledges each record separately, once it is durable."""
         records = self._records
         pushes = [Push(expert=index, base_version=self._versions[index], body=records.body(index)) for index in records.ids]
         for index, outcome in enumerate(self._store.push(BANK, pushes)):
@@ -88,12 +94,20 @@ class Pusher:
             self._versions[index] = outcome
 
     def reload_versions(self) -> None:
-        """Reads the current versions from the daemon. Needed after another writer has pushed."""
+        """Asks the daemon for the records' versions, which the next push must name. Needed after another writer has pushed."""
         self._versions = [info.version for info in self._store.list_experts(BANK)]
 
 
 def fetch_path(name: str, store: RemoteStore, records: Records, tier: Tier, *, prepare: Callable[[], None] = lambda: None) -> TimedPath:
-    """Makes a path that fetches all records in one call, and raises WrongBytes unless `tier` served every one."""
+    """Makes a path that fetches all records in one call.
+
+    Args:
+        name: the path's name.
+        store: what to fetch from.
+        records: what to fetch, and the memory that they are fetched into.
+        tier: where the daemon must have every record; a run raises WrongBytes if another tier served one.
+        prepare: called before each run, and not timed.
+    """
 
     def run() -> None:
         found = Counter(fetched.served_from for fetched in store.fetch(BANK, records.ids, into=records.into))
@@ -105,7 +119,7 @@ def fetch_path(name: str, store: RemoteStore, records: Records, tier: Tier, *, p
 
 @contextmanager
 def resident_fetches(daemon: BenchDaemon, records: Records, wanted: Sequence[str]) -> Iterator[list[TimedPath]]:
-    """Yields the wanted paths that fetch from DRAM: each plane, with and without the receiver's checksums."""
+    """Yields those of the wanted paths that fetch from DRAM: each data plane, with and without verifying checksums at the receiver."""
     kinds = {
         "local": lambda: daemon.store(Plane.LOCAL, verify=False),
         "local xxh3": lambda: daemon.store(Plane.LOCAL),
@@ -119,7 +133,10 @@ def resident_fetches(daemon: BenchDaemon, records: Records, wanted: Sequence[str
 
 @contextmanager
 def durable_pushes(daemon: BenchDaemon, records: Records, wanted: Sequence[str]) -> Iterator[list[TimedPath]]:
-    """Yields the wanted paths that push durably, one a plane. A bank has one writer at a time: each path takes the lease before its run."""
+    """Yields those of the wanted paths that push durably, one for each data plane.
+
+    A bank has one writer at a time, so each path takes the writer's lease before its run.
+    """
     planes = {"local": Plane.LOCAL, "stream": Plane.STREAM}
     with ExitStack() as stack:
         stores = {name: stack.enter_context(daemon.store(planes[name])) for name in planes if name in wanted}
@@ -147,7 +164,7 @@ def _push_path(name: str, stores: dict[str, RemoteStore], records: Records) -> T
 
 @contextmanager
 def nvme_fetches(daemon: BenchDaemon, records: Records, wanted: Sequence[str]) -> Iterator[list[TimedPath]]:
-    """Yields the wanted paths that fetch records which are on NVMe only, one a plane."""
+    """Yields those of the wanted paths that fetch from NVMe, one for each data plane. Before each run all records leave DRAM."""
     planes = {"local": Plane.LOCAL, "stream": Plane.STREAM}
     with ExitStack() as stack:
         evict = stack.enter_context(dram_evictor(daemon, records))
@@ -162,8 +179,8 @@ def nvme_fetches(daemon: BenchDaemon, records: Records, wanted: Sequence[str]) -
 def dram_evictor(daemon: BenchDaemon, records: Records) -> Iterator[Callable[[], None]]:
     """Yields a function that evicts all records from DRAM, so that they are on NVMe only.
 
-    The function fetches enough experts of another bank to fill the DRAM tier. These experts were never written: the daemon
-    makes them from their seed and does not read the disk.
+    The function fetches enough experts of another bank to fill the DRAM tier. These experts were never written: the daemon makes them from
+    their seed and does not read the disk.
     """
     with daemon.store(Plane.STREAM, verify=False) as store:
         capacity_bytes = store.stats().dram.capacity_bytes

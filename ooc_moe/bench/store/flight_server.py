@@ -1,6 +1,6 @@
-"""The Arrow Flight server that the benchmark compares with. Needs pyarrow.
+"""The Arrow Flight server that the store benchmark compares our daemon with. Needs pyarrow.
 
-Run by peers_memory.py: python -m ooc_moe.bench.store.flight_server FD NUM_BYTES RECORD_BYTES
+peers_memory.py runs it as a process: python -m ooc_moe.bench.store.flight_server FD NUM_BYTES RECORD_BYTES
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ooc_moe.bench.store.records import map_source
 
 
 def record_table(memory: memoryview | mmap.mmap, record_bytes: int) -> Any:
-    """Wraps the records in a pyarrow table with one batch a record, without a copy."""
+    """Wraps the records in `memory` as a pyarrow table, without a copy. Each record becomes one batch of the table."""
     view = memoryview(memory)
     batches = []
     for start in range(0, len(view), record_bytes):
@@ -28,12 +28,15 @@ def record_table(memory: memoryview | mmap.mmap, record_bytes: int) -> Any:
 
 
 def record_bodies(received: Any) -> list[memoryview]:
-    """Returns the records of a received table, without a copy."""
+    """Returns the bytes of each record of a table that was received over Flight, without a copy."""
     return [memoryview(batch.column(0).buffers()[1])[: batch.num_rows] for batch in received.to_batches()]
 
 
 class Server(pyarrow.flight.FlightServerBase):  # type: ignore[misc]
-    """DoGet sends the table, DoPut keeps a received table in memory, and the action "digests" returns the checksums of that table."""
+    """A Flight server that sends the records as a table (DoGet) and receives tables (DoPut).
+
+    It keeps the last received table in memory. The action "digests" returns the checksums of that table's records.
+    """
 
     def __init__(self, served: Any) -> None:
         super().__init__("grpc://127.0.0.1:0")
@@ -41,7 +44,7 @@ class Server(pyarrow.flight.FlightServerBase):  # type: ignore[misc]
         self._received: Any = None
 
     def do_get(self, context: Any, ticket: Any) -> Any:
-        """Sends all records."""
+        """Sends the table of all records."""
         return pyarrow.flight.RecordBatchStream(self._served)
 
     def do_put(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
@@ -55,7 +58,10 @@ class Server(pyarrow.flight.FlightServerBase):  # type: ignore[misc]
 
 
 def serve(fd: str, num_bytes: str, record_bytes: str) -> None:
-    """Serves the shared memory `fd` until the process is ended; reports its port when it listens."""
+    """Serves the records in the shared memory `fd` until the process is ended; reports its port to the parent when it listens.
+
+    The arguments come from the command line, as text.
+    """
     server = Server(record_table(map_source(fd, num_bytes), int(record_bytes)))
     report_ready(server.port)
     server.serve()

@@ -1,8 +1,9 @@
-"""Peers that keep records on the disk: plain O_DIRECT, fio, LMDB, RocksDB.
+"""Peers of the store benchmark that store records on the disk: plain O_DIRECT, fio, LMDB, RocksDB.
 
-The write paths make each record durable before they write the next one, and write into space that was written before, as a store in its
-steady state does. The read paths find nothing in the page cache: they read with O_DIRECT, or their file is dropped from the page cache
-before each run.
+Each function is a context manager that sets one peer up, yields its paths, and takes it down again; its docstring says what a run does. The
+write paths make each record durable before they write the next one, and write into space that was written before, as a store in its steady
+state does. The read paths find nothing in the page cache: they read with O_DIRECT, or their file is dropped from the page cache before each
+run.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ READ_THREADS = 4
 
 
 def check_direct_io(directory: Path) -> None:
-    """Raises InvalidRequest if files in `directory` cannot be opened with O_DIRECT. Measurements there would not measure a disk."""
+    """Raises InvalidRequest if files in `directory` cannot be opened with O_DIRECT, because the page cache would be measured there."""
     path = directory / "direct"
     try:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_DIRECT, 0o600))
@@ -38,7 +39,7 @@ def check_direct_io(directory: Path) -> None:
 
 @contextmanager
 def raw_writes(records: Records, directory: Path) -> Iterator[list[TimedPath]]:
-    """One thread writes a record with O_DIRECT, calls fdatasync, and goes on to the next record."""
+    """Yields the path "raw": one thread writes a record with O_DIRECT, calls fdatasync, and goes on to the next record."""
     with _direct_file(records, directory) as fd:
 
         def run() -> None:
@@ -55,7 +56,7 @@ def raw_writes(records: Records, directory: Path) -> Iterator[list[TimedPath]]:
 
 @contextmanager
 def raw_reads(records: Records, directory: Path) -> Iterator[list[TimedPath]]:
-    """READ_THREADS threads read whole records with O_DIRECT into the caller's memory."""
+    """Yields the path "raw": READ_THREADS threads read whole records with O_DIRECT into the caller's memory."""
     with _direct_file(records, directory) as fd, ThreadPoolExecutor(READ_THREADS) as threads:
 
         def read(index: int) -> None:
@@ -69,7 +70,7 @@ def raw_reads(records: Records, directory: Path) -> Iterator[list[TimedPath]]:
 
 @contextmanager
 def buffered_reads(records: Records, directory: Path) -> Iterator[list[TimedPath]]:
-    """One thread reads an ordinary file that was dropped from the page cache before the run."""
+    """Yields the path "buffered file": one thread reads an ordinary file that was dropped from the page cache before the run."""
     path = directory / "buffered"
     path.write_bytes(records.source.data)
     fd = os.open(path, os.O_RDONLY)
@@ -86,7 +87,7 @@ def buffered_reads(records: Records, directory: Path) -> Iterator[list[TimedPath
 
 @contextmanager
 def fio_writes(records: Records, directory: Path) -> Iterator[list[TimedPath]]:
-    """fio does what `raw_writes` does; the time is the one that fio reports."""
+    """Yields the path "fio": fio writes as `raw_writes` does. The time is the one that fio reports."""
     with _direct_file(records, directory) as fd:
         job = ["--rw=write", f"--size={records.num_bytes}", "--fdatasync=1", "--overwrite=1"]
         yield [_fio_path(records, directory, fd, job, "write")]
@@ -94,7 +95,7 @@ def fio_writes(records: Records, directory: Path) -> Iterator[list[TimedPath]]:
 
 @contextmanager
 def fio_reads(records: Records, directory: Path) -> Iterator[list[TimedPath]]:
-    """fio does what `raw_reads` does; the time is the one that fio reports."""
+    """Yields the path "fio": fio reads as `raw_reads` does. The time is the one that fio reports."""
     with _direct_file(records, directory) as fd:
         part = records.num_bytes // READ_THREADS
         job = ["--rw=read", f"--size={part}", f"--offset_increment={part}", f"--numjobs={READ_THREADS}", "--thread", "--group_reporting"]
@@ -131,7 +132,7 @@ def _fio_path(records: Records, directory: Path, fd: int, job: list[str], kind: 
 
 @contextmanager
 def lmdb_writes(records: Records, directory: Path) -> Iterator[list[TimedPath]]:
-    """One transaction for each record; each commit is synced, which is LMDB's default."""
+    """Yields the path "lmdb": one LMDB transaction for each record. Each commit is synced, which is LMDB's default."""
     with _lmdb(records, directory) as environment:
 
         def check() -> None:
@@ -144,7 +145,10 @@ def lmdb_writes(records: Records, directory: Path) -> Iterator[list[TimedPath]]:
 
 @contextmanager
 def lmdb_reads(records: Records, directory: Path) -> Iterator[list[TimedPath]]:
-    """One thread copies each record out of LMDB's memory map; the file was dropped from the page cache before the run."""
+    """Yields the path "lmdb": one thread copies each record out of LMDB's memory map into the caller's memory.
+
+    LMDB's file was dropped from the page cache before the run.
+    """
     with _lmdb(records, directory) as environment:
         _lmdb_put(environment, records)
     import lmdb
@@ -183,7 +187,10 @@ def _lmdb_put(environment: Any, records: Records) -> None:
 
 @contextmanager
 def rocksdb_writes(records: Records, directory: Path) -> Iterator[list[TimedPath]]:
-    """One put with `sync` for each record. Compression is off, because it cannot shrink random bytes and costs time."""
+    """Yields the path "rocksdb": one put with `sync` for each record.
+
+    Compression is off, because it cannot shrink random bytes and costs time.
+    """
     import rocksdict
 
     options = rocksdict.Options(raw_mode=True)
@@ -214,7 +221,7 @@ def _key(index: int) -> bytes:
 
 @contextmanager
 def _direct_file(records: Records, directory: Path) -> Iterator[int]:
-    """Writes all records to a file and yields its descriptor, open with O_DIRECT."""
+    """Writes all records to a file in `directory` and yields its descriptor, open with O_DIRECT."""
     fd = os.open(directory / "records", os.O_RDWR | os.O_CREAT | os.O_DIRECT, 0o600)
     try:
         os.posix_fallocate(fd, 0, records.num_bytes)

@@ -1,7 +1,7 @@
-"""Peers that move records between processes in memory: memcpy, TCP, plain gRPC, Arrow Flight, Ray.
+"""Peers of the store benchmark that move records between processes in memory: memcpy, TCP, plain gRPC, Arrow Flight, Ray.
 
-Each peer is a context manager that sets the peer up, yields its paths, and takes it down again; its docstring says what is timed. Modules
-of the `bench` extra are imported only when their peer is used.
+Each function is a context manager that sets one peer up, yields its paths, and takes it down again; its docstring says what a run does.
+Modules of the `bench` extra are imported only when their peer is used.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ooc_moe.bench.store.records import Records
 
 @contextmanager
 def memcpy(records: Records) -> Iterator[list[TimedPath]]:
-    """One thread copies record after record out of the shared memory that another process has filled."""
+    """Yields the path "memcpy": one thread copies record after record out of the shared memory that another process has filled."""
 
     def run() -> None:
         for index in records.ids:
@@ -36,7 +36,10 @@ def memcpy(records: Records) -> Iterator[list[TimedPath]]:
 
 @contextmanager
 def tcp(records: Records) -> Iterator[list[TimedPath]]:
-    """Another process sends all records from shared memory over one loopback connection; the caller receives them into its memory."""
+    """Yields the path "tcp": another process sends all records from shared memory over one loopback connection.
+
+    The caller receives them into its memory.
+    """
     sender = child_process("ooc_moe.bench.store.tcp_sender", records.fd, records.num_bytes, pass_fds=(records.fd,))
     with sender as port, socket.create_connection(("127.0.0.1", int(port))) as connection:
 
@@ -58,14 +61,21 @@ def _receive(connection: socket.socket, into: memoryview) -> None:
 
 @contextmanager
 def grpc(records: Records) -> Iterator[list[TimedPath]]:
-    """Plain gRPC for Python (plain_grpc.py): one stream of messages as large as ours, each copied into the caller's memory."""
+    """Yields the path "grpc": a plain gRPC server (plain_grpc.py) sends all records as one stream, in messages as large as ours.
+
+    The caller copies each message into its memory.
+    """
     with plain_client(records.fd, records.num_bytes) as client:
         yield [TimedPath(name="grpc", run=lambda: client.stream_into(records.destination.data), check=records.check)]
 
 
 @contextmanager
 def flight(records: Records) -> Iterator[list[TimedPath]]:
-    """DoGet with `read_all`, as Flight's users call it: the records arrive in Flight's memory, not the caller's. And DoPut, not durable."""
+    """Yields the paths "flight" (fetch) and "flight put": an Arrow Flight server sends, or receives, all records as one table.
+
+    The fetch is DoGet with `read_all`, as Flight's users call it: the records arrive in Flight's memory, not the caller's. The put is
+    DoPut; the server then has the records in memory, not durably.
+    """
     import pyarrow.flight
 
     from ooc_moe.bench.store.flight_server import record_bodies, record_table
@@ -108,7 +118,10 @@ def _all_of(records: Records, bodies: list[memoryview]) -> list[memoryview]:
 
 @contextmanager
 def ray(records: Records) -> Iterator[list[TimedPath]]:
-    """Ray's object store: `ray.get` of all records, each then copied into the caller's memory; and `ray.put` of each record."""
+    """Yields the paths "ray" (fetch) and "ray put", both on Ray's object store.
+
+    The fetch is `ray.get` of all records; each is then copied into the caller's memory. The put is `ray.put` of each record.
+    """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["RAY_raylet_start_wait_time_s"] = "120"  # noqa: SIM112  Ray spells it so. Long, for a busy machine.
     import ray as ray_

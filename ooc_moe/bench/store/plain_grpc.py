@@ -1,9 +1,9 @@
-"""Plain gRPC for Python: a server that streams bytes prepared beforehand and echoes a message, and its client.
+"""The peer "plain gRPC" of the benchmarks: a Python server that only streams prepared bytes and echoes a message, and its client.
 
 This is the upper bound for our own streams: the server looks nothing up, checks nothing and serializes nothing. Channel and server have the
 options of our own channels.
 
-The server is run by its users as a process: python -m ooc_moe.bench.store.plain_grpc FD NUM_BYTES
+`plain_client` runs the server as a process: python -m ooc_moe.bench.store.plain_grpc FD NUM_BYTES
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ _SERVICE = "bare.Bare"
 
 
 def serve(fd: str, num_bytes: str) -> None:
-    """Serves the shared memory `fd` until the process is ended; reports its port when it listens."""
+    """Serves the bytes in the shared memory `fd` until the process is ended; reports its port to the parent when it listens.
+
+    The arguments come from the command line, as text.
+    """
     memory = memoryview(map_source(fd, num_bytes))
     asyncio.run(_serve([bytes(memory[start : start + CHUNK_BYTES_MAX]) for start in range(0, len(memory), CHUNK_BYTES_MAX)]))
 
@@ -51,7 +54,7 @@ async def _serve(messages: list[bytes]) -> None:
 
 
 class PlainClient:
-    """Calls the server's two methods over a channel."""
+    """The client of the plain gRPC server: calls its two methods, the stream and the echo, over `channel`."""
 
     def __init__(self, channel: grpc.Channel) -> None:
         self._stream: grpc.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(f"/{_SERVICE}/Stream")
@@ -65,13 +68,16 @@ class PlainClient:
             done += len(message)
 
     def echo(self) -> None:
-        """Makes one unary call with one byte each way."""
+        """Makes one unary call that sends and returns one byte."""
         self._echo(b"x")
 
 
 @contextmanager
 def plain_client(fd: int, num_bytes: int) -> Iterator[PlainClient]:
-    """Starts a server process that streams the first `num_bytes` of the shared memory `fd`; yields a client connected to it."""
+    """Starts a server process that streams the first `num_bytes` of the shared memory `fd`, and yields a client connected to it.
+
+    The server ends with the block.
+    """
     server = child_process("ooc_moe.bench.store.plain_grpc", fd, num_bytes, pass_fds=(fd,))
     with server as port, grpc.insecure_channel(f"127.0.0.1:{port}", options=OPTIONS) as channel:
         client = PlainClient(channel)

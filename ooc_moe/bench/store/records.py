@@ -1,4 +1,4 @@
-"""The records that every path moves, and the caller's memory that they are fetched into.
+"""The records that every path of the store benchmark moves, and the memory of the caller that they are fetched into.
 
 A child process fills the records into shared memory, so that no page of them was written by the process that measures. The values are
 finite float32 numbers that do not compress, as a trainer's do not.
@@ -48,12 +48,15 @@ class Records:
 
     @property
     def ids(self) -> range:
-        """The numbers of the records, which are also their expert ids in a bank."""
+        """The numbers of the records, from 0 to `count` - 1; they are also the records' expert ids in a bank."""
         return range(self.count)
 
     @property
     def layout(self) -> Layout:
-        """The layout of an expert of exactly `record_bytes`: a third are parameters, the rest Adam's two moments."""
+        """The layout of an expert of exactly `record_bytes`.
+
+        About a third are parameters, the rest is optimizer state, as with Adam's two moments.
+        """
         parameter_bytes = max(BLOCK_BYTES, self.record_bytes // 3 // BLOCK_BYTES * BLOCK_BYTES)
         optimizer_bytes = self.record_bytes - parameter_bytes
         return Layout(
@@ -62,19 +65,19 @@ class Records:
         )
 
     def body(self, index: int) -> memoryview:
-        """The bytes of record `index` in the source."""
+        """The bytes of record `index` as they must arrive: a part of `source`."""
         return self.source[index * self.record_bytes : (index + 1) * self.record_bytes].data
 
     def into(self, index: int) -> memoryview:
-        """The part of the destination that record `index` is fetched into."""
+        """The memory that record `index` is fetched into: a part of `destination`."""
         return self.destination[index * self.record_bytes : (index + 1) * self.record_bytes].data
 
     def blank(self) -> None:
-        """Overwrites the destination, so that old bytes in it cannot pass for fetched ones."""
+        """Overwrites the destination, so that bytes left there by an earlier fetch cannot pass for newly fetched ones."""
         self.destination[:] = 0xA5
 
     def check(self) -> None:
-        """Raises WrongBytes unless the destination holds every record."""
+        """Checks the destination after a fetch: raises WrongBytes unless it holds every record."""
         for index in self.ids:
             self.check_body(index, self.into(index))
 
@@ -85,19 +88,19 @@ class Records:
 
 
 def check_record_bytes(record_bytes: int) -> None:
-    """Raises InvalidRequest for a record size that O_DIRECT cannot move."""
+    """Raises InvalidRequest for a record size that O_DIRECT cannot move: one that is not a multiple of a block, or below two blocks."""
     if record_bytes < 2 * BLOCK_BYTES or record_bytes % BLOCK_BYTES:
         raise InvalidRequest(f"sizes: {record_bytes} bytes is not a multiple of {BLOCK_BYTES}, or less than {2 * BLOCK_BYTES}")
 
 
 def count_of(record_bytes: int, *, quick: bool) -> int:
-    """How many records of this size one call moves; a quarter of them if `quick`."""
+    """Returns how many records of `record_bytes` one call moves; a quarter as many if `quick`."""
     return (MANY if record_bytes < SMALL_BYTES else FEW) // (4 if quick else 1)
 
 
 @contextmanager
 def filled_records(record_bytes: int, count: int) -> Iterator[Records]:
-    """Yields `count` records that a child process has filled; their memory is freed at the end."""
+    """Yields `count` records that a child process has filled; their shared memory is closed at the end."""
     fd = os.memfd_create("ooc-moe-bench", os.MFD_CLOEXEC)
     try:
         os.ftruncate(fd, record_bytes * count)
@@ -109,12 +112,15 @@ def filled_records(record_bytes: int, count: int) -> Iterator[Records]:
 
 
 def map_source(fd: str, num_bytes: str) -> mmap.mmap:
-    """Maps the records read-only in a child process that inherited their file descriptor. The arguments are those of its command line."""
+    """Maps the shared memory of the records, read-only, in a child process that inherited its file descriptor.
+
+    The arguments are those of the child's command line, as text.
+    """
     return mmap.mmap(int(fd), int(num_bytes), prot=mmap.PROT_READ)
 
 
 def _fill(fd: str, num_bytes: str) -> None:
-    """Fills the shared memory `fd` with finite float32 values that do not compress."""
+    """Fills the shared memory `fd` with the records' values: finite float32 numbers that do not compress. Reports ready at the end."""
     memory = np.frombuffer(mmap.mmap(int(fd), int(num_bytes)), np.uint64)
     generator = np.random.default_rng(0)
     for start in range(0, len(memory), 1 << 20):

@@ -19,11 +19,11 @@ _HEADINGS = ("", "path", "record", "GB/s [quartiles]", "ratio", "must", "aim", "
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Target:
-    """Targets for the ratio of a path's speed to a peer's."""
+    """What we want a path's speed to be, relative to a peer's."""
 
     peer: str
     by_size: Mapping[int, tuple[float, float | None]]
-    """By record size in bytes: the ratio that the path must reach, and the one that we aim at (None: no aim)."""
+    """By record size in bytes: the ratio that the path must reach, and the ratio that we aim at (None: no aim)."""
 
 
 # By group and path. The table shows the ratio for every record size; only the sizes named here have a target.
@@ -59,7 +59,7 @@ STATS_P99_MS = (25.0, 10.0)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ratio:
-    """A path's median speed divided by a peer's."""
+    """A path's median speed divided by a peer's, and the targets for this ratio. None: no target for this record size."""
 
     peer: str
     value: float
@@ -68,13 +68,13 @@ class Ratio:
 
     @property
     def reached(self) -> str:
-        """The stricter target that the ratio meets: "aim", "must" or "no"; "" without a target."""
+        """Which target the ratio meets: "aim" (the stricter one), "must" or "no"; "" without a target."""
         return met_target(self.value, must=self.must, aim=self.aim)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """What was measured of one path with records of one size."""
+    """One row of the result table: the GB/s of one path with records of one size, and its ratios to peers."""
 
     group: str
     path: str
@@ -85,7 +85,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Latency:
-    """Latency of repeated calls, in milliseconds."""
+    """The latency of repeated calls in milliseconds: median, 99th percentile and maximum."""
 
     p50_ms: float
     p99_ms: float
@@ -93,7 +93,7 @@ class Latency:
 
     @staticmethod
     def of(samples_ms: Sequence[float]) -> Latency:
-        """Computes the percentiles from at least one sample."""
+        """Computes median, 99th percentile and maximum from at least one sample."""
         ordered = sorted(samples_ms)
         p99 = ordered[min(len(ordered) - 1, round(0.99 * len(ordered)))]
         return Latency(p50_ms=statistics.median(ordered), p99_ms=p99, max_ms=ordered[-1])
@@ -101,40 +101,46 @@ class Latency:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StatsRow:
-    """The latency of GetStats while clients fetch at full speed."""
+    """The row of the result table for GetStats: its latency while client processes fetch from the daemon at full speed."""
 
     record_bytes: int
     calls: int
     latency: Latency
     echo: Latency
-    """Latency of an idle plain gRPC server, called in turn with GetStats. It shows what the busy processors alone cost."""
+    """Latency of an idle plain gRPC server, called in turn with GetStats. It shows how much the busy processors alone cost."""
     streams: int
-    """Clients that fetched."""
+    """How many client processes fetched meanwhile."""
     served: float
-    """GB/s that the daemon sent to them."""
+    """GB/s that the daemon sent to these clients."""
 
     @property
     def reached(self) -> str:
-        """The stricter target that the p99 stays below: "aim", "must" or "no"."""
+        """Which target the 99th percentile stays below: "aim" (the stricter one), "must" or "no"."""
         must, aim = STATS_P99_MS
         return "aim" if self.latency.p99_ms < aim else "must" if self.latency.p99_ms < must else "no"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Results:
-    """Everything that one run of the benchmark measured."""
+    """Everything that one run of the store benchmark measured, and under which conditions."""
 
     rows: tuple[Row, ...]
     stats: StatsRow | None
     missing: tuple[str, ...]
-    """Peers that could not be measured here, each with what to install."""
+    """The peers that could not be measured on this machine; for each a text that says what to install, or how its start failed."""
     facts: Mapping[str, str]
-    """Command, commit, date, machine, versions."""
+    """By name: command, commit, date, machine, versions."""
     rounds: int
 
 
 def with_ratios(group: str, record_bytes: int, samples: Mapping[str, Sequence[float]]) -> list[Row]:
-    """Makes the rows of one group and record size from the GB/s of each path, one sample a round; in the order of `samples`."""
+    """Makes the rows of the table for one group and record size, each with the path's ratios to the peers that TARGETS names.
+
+    Args:
+        group: the group of paths.
+        record_bytes: the record size.
+        samples: by path, its GB/s, one sample for each round. The rows have the order of this mapping.
+    """
     spreads = {path: Spread.of(values) for path, values in samples.items()}
     rows = []
     for path, spread in spreads.items():
@@ -149,7 +155,10 @@ def with_ratios(group: str, record_bytes: int, samples: Mapping[str, Sequence[fl
 
 
 def table(results: Results, titles: Mapping[str, str], *, mark: str = "") -> Table:
-    """The results by group. `titles` says what each group measures; `mark` is put around a group's title, for example ** in Markdown."""
+    """Makes the result table, with a section for each group of paths.
+
+    `titles` says, by group, what the group measures. `mark` is put around each title, for example ** in Markdown.
+    """
     rows: list[tuple[str, ...]] = []
     sections = []
     for title, group in _cells(results, titles):
@@ -159,7 +168,10 @@ def table(results: Results, titles: Mapping[str, str], *, mark: str = "") -> Tab
 
 
 def markdown(results: Results, titles: Mapping[str, str], *, notes: str) -> str:
-    """Makes the page: command, machine and versions, missing peers, the table, and `notes` on what bounds each path."""
+    """Makes the text of the result page: command, machine and versions, missing peers, the table, and `notes` on what bounds each path.
+
+    `titles` says, by group of paths, what the group measures.
+    """
     lines = ["# ooc-moe bench store", ""]
     lines += [f"- {name}: {value}" for name, value in results.facts.items()]
     lines += [f"- missing: {missing}" for missing in results.missing]
@@ -167,14 +179,17 @@ def markdown(results: Results, titles: Mapping[str, str], *, notes: str) -> str:
 
 
 def save(results: Results, titles: Mapping[str, str], path: Path) -> None:
-    """Writes the page. The notes of an existing page are kept."""
+    """Writes the result page to `path`. Notes that people added to an existing page stay.
+
+    `titles` says, by group of paths, what the group measures.
+    """
     notes = kept_notes(path, NOTES, missing="to be written: the profile of each path")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(markdown(results, titles, notes=notes))
 
 
 def _cells(results: Results, titles: Mapping[str, str]) -> list[tuple[str, list[tuple[str, ...]]]]:
-    """The table by group: a title, and its rows of cells."""
+    """Makes the cells of the table. Returns, for each group with results, its title and its rows of texts."""
     groups = []
     for group, title in titles.items():
         rows = [_row_cells(row) for row in results.rows if row.group == group]

@@ -20,7 +20,7 @@ STATS_INTERVAL_S = 0.01
 
 @contextmanager
 def streaming_clients(daemon: BenchDaemon) -> Iterator[None]:
-    """Runs `STREAMS` client processes that fetch the whole bank over gRPC again and again."""
+    """Runs `STREAMS` client processes during the block; each fetches the whole bank over gRPC again and again."""
     with ExitStack() as stack:
         for _ in range(STREAMS):
             stack.enter_context(child_process("ooc_moe.bench.store.stats_load", daemon.tcp, BANK))
@@ -28,7 +28,7 @@ def streaming_clients(daemon: BenchDaemon) -> Iterator[None]:
 
 
 def stats_latencies(daemon: BenchDaemon, echo: Callable[[], None], *, seconds: float) -> tuple[list[float], list[float], float]:
-    """Calls GetStats and `echo` in turn, every `STATS_INTERVAL_S`, for `seconds`.
+    """Measures for `seconds` how long the daemon takes to answer GetStats. Calls GetStats and `echo` in turn, every `STATS_INTERVAL_S`.
 
     Args:
         daemon: the daemon under load.
@@ -55,7 +55,7 @@ def stats_latencies(daemon: BenchDaemon, echo: Callable[[], None], *, seconds: f
 
 
 def _fetch_forever(target: str, bank: str) -> None:
-    """Fetches the whole bank over gRPC until the process is ended; reports ready after the first time."""
+    """Fetches the whole bank over gRPC until the process is ended; reports ready to the parent after the first fetch."""
     store = RemoteStore(target, trainer="bench-stream", plane=Plane.STREAM)
     spec = store.get_bank(bank).spec
     memory = memoryview(bytearray(spec.num_experts * spec.layout.body_bytes))

@@ -1,6 +1,6 @@
-"""The TCP peer's sender: a process that sends all records over one loopback connection.
+"""The sending process of the peer "tcp" of the store benchmark: it sends all records over one loopback connection.
 
-Run by peers_memory.py: python -m ooc_moe.bench.store.tcp_sender FD NUM_BYTES
+peers_memory.py runs it: python -m ooc_moe.bench.store.tcp_sender FD NUM_BYTES
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ from ooc_moe.bench.store.records import map_source
 
 
 def send_on_request(fd: str, num_bytes: str) -> None:
-    """Reports its port, accepts one connection, and sends all records for every byte that arrives on it."""
+    """Accepts one connection on a new port, and sends all records once for every byte that arrives on it.
+
+    It first reports the port to the parent. The arguments come from the command line, as text.
+    """
     source = memoryview(map_source(fd, num_bytes))
     with socket.create_server(("127.0.0.1", 0)) as server:
         report_ready(server.getsockname()[1])

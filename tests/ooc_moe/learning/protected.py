@@ -1,4 +1,4 @@
-"""What the tests of protection share: agents of all kinds, their experts as tensors, and a run that is cut off after its first game."""
+"""Helpers for the tests of protection: agents of all kinds, their experts as tensors, and a run that stops in its second game."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TOKEN = replace(PIXEL_AGENT, routing="token", num_experts=8, hbm_experts=4)
 
 @contextmanager
 def open_agent(config: AgentConfig) -> Iterator[Agent]:
-    """An agent that knows two games."""
+    """Makes an agent that knows two pixel games, with its caches on an in-memory store, for the time of the block."""
     store = InMemoryStore()
     with ExitStack() as stack:
         caches = []
@@ -49,7 +49,7 @@ def rollout_of(agent: Agent, game: str, generator: torch.Generator) -> Rollout:
 
 
 def parameters_of(agent: Agent) -> dict[tuple[int, int], torch.Tensor]:
-    """Of all experts, flat, by bank and id."""
+    """Returns, by (bank, expert), the parameters of all experts of the agent, each as one flat tensor."""
     found = {}
     for bank, cache in enumerate(agent.caches):
         for wave in cache.waves(range(cache.num_experts)):
@@ -61,7 +61,7 @@ def parameters_of(agent: Agent) -> dict[tuple[int, int], torch.Tensor]:
 
 @torch.no_grad()
 def restore(agent: Agent, dense: dict[str, torch.Tensor], experts: dict[tuple[int, int], torch.Tensor]) -> None:
-    """Puts all parameters back to what they were."""
+    """Sets all parameters of the agent: dense ones by name, and those of experts as `parameters_of` returned them."""
     for name, parameter in agent.named_parameters():
         parameter.copy_(dense[name])
     for (bank, expert), flat in experts.items():
@@ -74,7 +74,7 @@ def restore(agent: Agent, dense: dict[str, torch.Tensor], experts: dict[tuple[in
 
 
 def assert_resumes_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, agent: AgentConfig, protection: str) -> None:
-    """A run that stops in its second game goes on, from the end of the first one, as one that nothing happened to."""
+    """Asserts that a run that fails in its second game, and is resumed from the end of the first, ends like an undisturbed run."""
     undisturbed, stopped = (pixel_run(tmp_path / x / "run", updates=1, agent=agent, protection=protection) for x in "ab")
     stores = InMemoryStore(), InMemoryStore()
     play(undisturbed, stores[0])

@@ -1,4 +1,4 @@
-"""Headless Chromium through the DevTools protocol: opens a page as a reader would, and tells what went wrong in it.
+"""Headless Chromium, driven through the DevTools protocol: opens a page as a reader would, and tells what went wrong in it.
 
 Messages are JSON with a zero byte after each, over two pipes (`--remote-debugging-pipe`: descriptors 3 and 4).
 """
@@ -21,7 +21,11 @@ ANSWER_WITHIN_S = 60.0
 
 
 class Tab:
-    """One tab. `complaints` are console messages, uncaught exceptions and the browser's own; `requests`, every address asked for."""
+    """A tab of the browser.
+
+    `complaints` are the console messages, the uncaught exceptions and the browser's own log entries since the page was opened. `requests`
+    are the addresses that the page has asked for.
+    """
 
     def __init__(self, read: int, write: int) -> None:
         self._read, self._write, self._buffer, self._calls = read, write, b"", 0
@@ -33,7 +37,7 @@ class Tab:
             self._call(f"{domain}.enable")
 
     def open(self, page: Path, *, width: int) -> None:
-        """Loads a page in a window `width` pixels wide, pictures and all."""
+        """Loads the file `page` in a window `width` pixels wide, and waits until its pictures are loaded too."""
         self._call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
         self._call("Emulation.setScrollbarsHidden", hidden=True)
         self._events = []
@@ -42,13 +46,13 @@ class Tab:
             self._events.append(self._receive())
 
     def run(self, script: str) -> Any:
-        """The value of a JavaScript expression in the page."""
+        """Evaluates a JavaScript expression in the page and returns its value."""
         answer = self._call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
     def screenshot(self, path: Path) -> None:
-        """The whole page as PNG, not only what fits the window."""
+        """Saves a picture of the whole page as PNG, not only of what fits into the window."""
         answer = self._call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
         path.write_bytes(base64.b64decode(answer["data"]))
 
@@ -84,7 +88,7 @@ class Tab:
 
 @contextmanager
 def headless_chromium(profile: Path) -> Iterator[Tab]:
-    """A browser with an empty profile and one tab, for as long as the block runs."""
+    """Runs a browser with an empty profile during the block, and yields its one tab. `profile`: an empty directory for its files."""
     assert CHROMIUM is not None
     to_browser, from_browser = os.pipe(), os.pipe()
     # The sandbox refuses to run as root, as CI does; the pages are our own.

@@ -1,4 +1,4 @@
-"""A small study, and directories of runs of it as training leaves them, but with scores that a test chooses. Nothing is trained."""
+"""A small study, and directories that look like those of its finished runs, with scores that a test chooses. Nothing is trained."""
 
 import json
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ CONSTANT = {"pixel/catch": 0.0, "pixel/avoid": 2.0, "pixel/toward": 0.0}
 
 
 def small_study(**changes: object) -> Study:
-    """A study of three games, in two orders, with the variants that the verdicts need. `changes` overwrites its fields."""
+    """Returns a study of three games in two orders, with the variants that the verdicts need. `changes` overwrites its fields."""
     fields = {
         "name": "small",
         "asks": "Does it work?",
@@ -51,7 +51,10 @@ TINY = RunConfig(
 
 
 def write_run(config: RunConfig, *, with_checkpoint: bool, done: bool = False) -> RunConfig:
-    """Writes a run's directory after its first update, or after its end if `done`, and returns its configuration."""
+    """Writes the directory of a run that has done its first update, or all of it if `done`. Returns the run's configuration.
+
+    `with_checkpoint`: whether it looks as if the run had saved a checkpoint.
+    """
     config.run_dir.mkdir(parents=True)
     (config.run_dir / CONFIG_FILE).write_text(config.to_json())
     writer = MetricsWriter(config.run_dir, tensorboard=False)
@@ -69,15 +72,16 @@ def write_run(config: RunConfig, *, with_checkpoint: bool, done: bool = False) -
 def write_finished_runs(
     study: Study, directory: Path, final: Mapping[str, float], *, learned: float = 1.0, seeds: int = 5, usage: float = 0.0
 ) -> list[StudyRun]:
-    """Writes the directories of a study's finished runs, and returns these runs.
+    """Writes directories that look like those of a study's finished runs, and returns these runs.
 
     Args:
-        study: the runs are those of its variants in `final`, and of single.
+        study: the study. Runs are written for its variants in `final`, and for the variant single.
         directory: holds a directory for each study.
-        final: by variant, the share of a game's score right after its training that is left at the end of the run.
+        final: by variant, which share of the score right after a game's training is left at the end of the run.
         learned: the score right after a game's training; 1 is single-task.
         seeds: write only the runs of this many seeds.
-        usage: the share of its routed mass that an environment puts on an expert of its own game; the rest goes to one that all games use.
+        usage: the share of its routed mass that an environment puts on an expert of its own game. The rest goes to one expert that all
+            games use.
     """
     runs = [run for run in study.runs(directory) if run.config.seed < seeds and (run.variant in final or run.variant == "single")]
     for run in runs:
@@ -125,7 +129,7 @@ def mean(found: StudyScores, variant: str, name: str) -> float:
 
 
 def change_evaluations(runs: list[StudyRun], variant: str, game: str, **fields: object) -> None:
-    """Overwrites fields of the evaluations of one game in all runs of a variant."""
+    """Overwrites `fields` of all evaluations of one game, in the metrics of all runs of a variant."""
     for run in runs:
         if run.variant == variant:
             events = [event | (fields if event.get("evaluated") == game else {}) for event in read_metrics(run.config.run_dir)]
@@ -133,7 +137,7 @@ def change_evaluations(runs: list[StudyRun], variant: str, game: str, **fields: 
 
 
 def points(blocks: tuple[float, float], turns: tuple[float, float], *, hbm: int = 4) -> list[CachingPoint]:
-    """Makes caching points from (hit rate, stall) in blocks and in turns of one update, the same for trainer and simulator."""
+    """Makes caching points with the given (hit rate, stall) in blocks and in turns of one update, the same for trainer and simulator."""
     return [
         CachingPoint(
             way=way,
