@@ -61,12 +61,12 @@ class Spread:
 
 
 def warm_up(paths: Sequence[TimedPath], *, before_each: Callable[[], None]) -> None:
-    """Runs and checks each path once.
+    """Runs each path once before it is timed, and checks its result.
 
     Args:
         paths: what to run.
-        before_each: called before each path. Where the paths share a destination it must overwrite it; otherwise the bytes that an earlier
-            path left there could pass the check.
+        before_each: called before each path. Where the paths write to the same memory it must overwrite that memory; otherwise the bytes
+            that an earlier path left there could pass the check.
 
     Raises:
         WrongBytes: a check failed; the message names the path.

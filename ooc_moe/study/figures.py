@@ -32,7 +32,8 @@ def figures(found: StudyScores, points: Sequence[CachingPoint]) -> dict[str, Fig
 def learning_and_retention(found: StudyScores) -> Figure | None:
     """Draws learning, average and retention of each variant: a point for every run, the mean, and its 95 % interval.
 
-    Each order of the games has a colour. Returns None if no variant has an average.
+    Learning is the score right after a game's training, average the score at the end of the run, retention their ratio. Each order of the
+    games has a colour. Returns None if no variant has an average.
     """
     names = [name for name in found.variants if name != UNTRAINED and strata(found.cells(name, "average"))]
     if not names:

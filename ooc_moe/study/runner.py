@@ -33,7 +33,7 @@ _TAIL_BYTES = 1 << 16
 
 
 class State(Enum):
-    """How far a run has come."""
+    """How far a run has come: not started, begun, broken or done."""
 
     NEW = "new"
     BEGUN = "begun"

@@ -189,7 +189,7 @@ class StudyScores:
         return found
 
     def worst(self, variant: str, name: str = "forgetting") -> list[Cell]:
-        """Returns, for each finished run of a variant, the greatest value of a measure over all games, as cells with the game ""."""
+        """Returns, for each finished run of a variant, the greatest value of a measure over all games, as a Cell whose game is ""."""
         by_run: dict[tuple[str, int], list[float]] = {}
         for cell in self.cells(variant, name):
             if not np.isnan(cell.value):

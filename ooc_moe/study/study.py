@@ -31,7 +31,7 @@ class StudyRun:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Study:
-    """A question about the claim, and the runs that are to answer it."""
+    """A question about the claim, and the runs that are to answer it: which variants, in which orders of the games, with which seeds."""
 
     name: str
     asks: str

@@ -238,7 +238,7 @@ def _ambiguous_pairs(found: StudyScores) -> str:
 def separation_table(separated: Sequence[Separation]) -> Table:
     """Makes the table with one row per run with plain token routing: how much two environments use the same experts.
 
-    This is measured within a game and between games, as the routed mass that two environments have in common.
+    This is measured for environments of one game and of two games, as the share of their routing that goes to the same experts.
     """
     rows = [
         [each.run.variant, each.run.order, str(each.run.config.seed), *_apart(each.within, each.between), f"{each.p:.2g}"]

@@ -63,7 +63,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Separation:
-    """How much pairs of environments use the same experts in one run: the routed mass that they have in common, from 0 to 1."""
+    """How much pairs of environments use the same experts in one run: the share of their routing that they have in common, from 0 to 1."""
 
     run: StudyRun
     within: float
@@ -225,7 +225,7 @@ def _with_interval(gap: float, low: float, high: float) -> str:
 
 
 def _missing_runs(found: StudyScores) -> str:
-    """Says which runs the rule on protection needs and does not have; "" if it has all."""
+    """Returns a sentence that says which runs the rule on protection needs and does not have; "" if it has all."""
     study = found.study
     for name in (FULL, MOE, DENSE):
         seeds_of: dict[str, int] = {}

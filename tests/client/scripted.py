@@ -1,4 +1,4 @@
-"""Daemons that answer as a test's script says: over gRPC, or over the local plane with an arena that the test fills."""
+"""Daemons that answer as a test's script says: over gRPC, or over the local plane (shared memory) with an arena that the test fills."""
 
 from __future__ import annotations
 

@@ -119,9 +119,9 @@ def assert_same_run(first: Path, second: Path) -> None:
 
 
 def assert_same_end(first: Path, second: Path, name: str = "latest.pt") -> None:
-    """Asserts that two runs ended with equal checkpoint files `name`.
+    """Asserts that two runs have equal checkpoint files `name`, apart from the noted length of the metrics file.
 
-    These hold what is outside the store: progress, dense parameters and moments, the detector, and the state of the random generator.
+    These files hold what is outside the store: progress, dense parameters and moments, the detector, and the state of the random generator.
     """
     a, b = end_of(first, name), end_of(second, name)
     assert a.progress == b.progress

@@ -183,7 +183,7 @@ def connect() -> Iterator[Callable[..., Client]]:
 
 @pytest.fixture
 def client(shared_daemon: Any, connect: Callable[..., Client]) -> Client:
-    """A client of the daemon that all tests of the module share."""
+    """A new client of `shared_daemon`, the daemon that all tests of the module share."""
     return connect(shared_daemon.target)
 
 

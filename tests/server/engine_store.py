@@ -30,7 +30,7 @@ def body_of(number: int) -> bytes:
 
 
 class Session:
-    """Stands for a client on the local plane: has the staging memory that its pushes are copied from."""
+    """Stands for a client that pushes through shared memory: has the staging memory that its pushes are copied from."""
 
     def __init__(self, num_bytes: int) -> None:
         self.memory = mmap.mmap(-1, num_bytes)

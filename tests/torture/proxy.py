@@ -1,4 +1,4 @@
-"""A TCP proxy that loses answers: requests arrive at the server, its answers are dropped, and then the connection breaks."""
+"""A TCP proxy that can lose answers: requests reach the server, but its answers are dropped, until the connection is broken."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class LossyProxy:
             threading.Thread(target=self._pump, args=(server, client), daemon=True).start()
 
     def _pump(self, source: socket.socket, sink: socket.socket) -> None:
-        """Copies bytes in one direction until either end closes; then closes both."""
+        """Forwards bytes from `source` to `sink` until either end closes, then closes both. Drops them where answers are to be lost."""
         with contextlib.suppress(OSError):
             while data := source.recv(1 << 18):
                 if not (source in self._losing and self._is_server(source)):

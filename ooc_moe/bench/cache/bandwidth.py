@@ -149,7 +149,7 @@ def _copy(setting: Setting, records: Records) -> TimedPath:
 def _measure(
     setting: Setting, records: Records, paths: list[TimedPath], on_run: Callable[[], None], *, calls: int
 ) -> dict[str, list[float]]:
-    """Checks the bytes of each path, then measures the GB/s of all paths, one sample a round."""
+    """Checks the bytes of each path, then times all paths. Returns, by path, the GB/s of each round, averaged over `calls` runs."""
     for path in paths:
         warm_up([path], before_each=records.blank)
         on_run()

@@ -47,7 +47,7 @@ def switch(setting: Setting, on_run: Callable[[], None]) -> list[Row]:
 
 
 def _leave_game(cache: ExpertCache) -> None:
-    """Starts to write the old game's experts back, as `train` does when it leaves a game."""
+    """Tells the cache that the old game is left, as `train` does: it starts to write the old game's experts back."""
     cache.write_back()
     cache.new_working_set()
 

@@ -188,7 +188,7 @@ class SharedEnvs(VecEnv):  # type: ignore[misc]
         self._inner.close()
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        """Returns None for each environment. SB3 asks only for the render mode."""
+        """Returns None for each environment, whatever the attribute. SB3 asks only for the render mode."""
         return [None] * self.num_envs
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:

@@ -48,12 +48,12 @@ class Server(pyarrow.flight.FlightServerBase):  # type: ignore[misc]
         return pyarrow.flight.RecordBatchStream(self._served)
 
     def do_put(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
-        """Keeps the received table in memory until the next one arrives."""
+        """Receives a table and keeps it in memory until the next one arrives."""
         self._received = None
         self._received = reader.read_all()
 
     def do_action(self, context: Any, action: Any) -> list[bytes]:
-        """Returns the xxh3 checksum of each record of the last received table."""
+        """Returns the xxh3 checksum of each record of the last received table, whatever the action's name is."""
         return [str(xxhash.xxh3_64_intdigest(body)).encode() for body in record_bodies(self._received)]
 
 

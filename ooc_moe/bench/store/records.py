@@ -30,9 +30,10 @@ SAMPLE_BYTES = 256 << 20
 
 
 class Records:
-    """`count` records of `record_bytes` bytes, and memory of the same size to fetch them into.
+    """The records that every path moves: `count` records of `record_bytes` bytes each, and memory of the same size to fetch them into.
 
-    `source` is shared memory, read-only, that another process has filled. `destination` is page-aligned, and all its pages are allocated.
+    `source` has the records: shared memory, read-only, that another process has filled. `destination` is the memory for fetches:
+    page-aligned, with all its pages allocated.
     """
 
     def __init__(self, fd: int, record_bytes: int, count: int) -> None:
