@@ -21,7 +21,10 @@ AttentionOwner = Literal["per-game", "shared"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AgentConfig:
-    """All sizes of an agent. The defaults are those of the preset "full"; `PRESETS` has the other presets."""
+    """All sizes of an agent. The defaults are those of the preset "full"; `PRESETS` has the other presets.
+
+    A bank is a named set of experts in the store. A pool is the set of experts that a game may route to in a layer.
+    """
 
     num_games: int = 57
     """Games that the parameter estimate assumes. The agent can learn more games if its banks may grow."""

@@ -66,7 +66,7 @@ class PPOConfig:
     anneal: bool = True
     """Whether the learning rate falls linearly to zero within each game; otherwise it is constant."""
     gamma: float = 0.99
-    """Discount factor of a reward per step."""
+    """Discount: the factor that a reward is multiplied by for each step that it lies ahead."""
     gae_lambda: float = 0.95
     """Lambda of generalised advantage estimation: 0 is one-step, 1 is Monte Carlo."""
     clip: float = 0.2
@@ -112,17 +112,18 @@ class RunConfig:
     """How experts travel: over the connection (stream), through memory that a daemon on this host shares (local), or local where possible
     (auto)."""
     prefetch: PrefetchSource = "detector"
-    """What names the experts to prefetch: nothing (off), the detector, or the schedule, which knows the next game. Unless off, experts that
-    replayed routing needs are prefetched too."""
+    """What decides which experts to prefetch: nothing does (off), the detector, or the schedule, which knows the next game. Unless off,
+    experts that replayed routing needs are prefetched too."""
     prefetch_admission: AdmissionName = "enforce"
     """What happens to a prefetch without a free slot, or too late at the measured bandwidth: it is fetched (off), fetched and counted
     (observe), or dropped (enforce)."""
     switch_every: int = 0
-    """Updates in a game before the next game has its turn, in rounds until every game had all its steps; 0: all updates of a game at once;
-    1: close to joint training. Unless 0, the games are evaluated once, at the end."""
+    """Updates in a game before the next game has its turn; the games take turns until each had all its steps. 0: all updates of a game at
+    once; 1: close to joint training. Unless 0, the games are evaluated once, at the end."""
     protection: Protection = "replay"
     """How the parts that all games share are protected from later games: stored features of the stem are replayed (replay), the stem is
-    frozen after the first game (freeze), elastic weight consolidation (ewc), earlier games' outputs are cloned (clone), or not (none)."""
+    frozen after the first game (freeze), elastic weight consolidation (ewc), earlier games' outputs are cloned (clone), or not at all
+    (none)."""
     protection_weight: float | None = None
     """Weight of the protection's loss; by default each protection has its own."""
     recognise: Recogniser = "detector"
@@ -184,7 +185,10 @@ class RunConfig:
         require(stored >= 2 or not self.detect_unknown, "exemplars_per_game", stored, "at least 2, which detect_unknown compares with")
 
     def _check_room(self) -> None:
-        """Refuses games that would find no free pool in banks that may not grow, now instead of when the game's turn comes."""
+        """Raises InvalidRequest if the banks may not grow and are too small for the pools of all games.
+
+        Without this check, the run would stop only when the turn of the first game without room came.
+        """
         agent, num_games = self.agent, len(set(self.games))
         needed, each = agent.owned_experts(num_games), agent.owned_experts(1)
         want = f"at least {needed}, which {num_games} games need ({each} each, by pool_size {agent.pool_size}) where grow is off"

@@ -14,7 +14,10 @@ def derived_seed(seed: int, *purpose: str | int) -> int:
 
 
 def evaluation_seed(seed: int, game: str) -> int:
-    """Returns the seed of the environments in which a game is evaluated: never used in training, and the same in all evaluations of a run."""
+    """Returns the seed of the environments in which a game is evaluated.
+
+    Training never uses this seed. All evaluations of the game in a run use the same.
+    """
     return derived_seed(seed, "evaluation", game) % 2**31
 
 

@@ -48,7 +48,7 @@ class ElasticWeights:
 
     Args:
         agent: the agent whose shared parameters are protected.
-        weight: weight of the penalty. Each Fisher is scaled to a mean of 1 over the shared parameters that the game uses.
+        weight: weight of the penalty. Each game's Fisher is scaled to a mean of 1 over the shared parameters that the game uses.
     """
 
     def __init__(self, agent: Agent, *, weight: float = 1.0) -> None:
@@ -72,7 +72,7 @@ class ElasticWeights:
             self._agent.gradients[bank].flat(expert).add_(force.to(self._agent.caches[bank].device), alpha=self._weight)
 
     def leave(self, game: str, rollout: Rollout, generator: torch.Generator) -> None:
-        """Updates the springs of all shared parameters when a game ends.
+        """Updates the `fisher` and the `anchor` of all shared parameters when a game ends.
 
         The Fisher of the game's policy and value is added to those of earlier games, and the present values become the anchors.
         """

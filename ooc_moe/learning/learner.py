@@ -35,8 +35,8 @@ class Learner:
         config: the run's configuration.
         protection: protects ended games from changes of the parameters that they share with this one.
         generator: draws minibatches, and the router's noise where routing is not replayed.
-        sharing_with: the learner of a game that takes turns with this one. The new learner uses its optimizers of shared parameters and of
-            experts. None: it makes its own.
+        sharing_with: the learner of a game that takes turns with this one. Both learners then use the same optimizers for shared parameters
+            and experts. None: the learner makes its own.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Plays the agent in the environments of one game and returns the rollout that PPO learns from.
+"""Lets the agent play in the environments of one game, and returns the rollout that PPO learns from.
 
 A rollout consists of segments: `context` consecutive steps of every environment. Acting attends only to frames of the same segment, so that
 training can repeat exactly what acting computed.

@@ -10,8 +10,7 @@ from ooc_moe_wire.layout import Layout, TensorSpec
 
 
 def ffn_layout(dim: int, hidden: int) -> Layout:
-    """Describes the tensors in the record of one expert: the parameters of `gelu(x @ w1 + b1) @ w2 + b2`, Adam's moments and the step
-    count.
+    """Describes the record of one expert: the parameters of `gelu(x @ w1 + b1) @ w2 + b2`, Adam's moments and the step count.
 
     All tensors are float32, except the step count. Initial parameters are uniform within 1/sqrt(fan-in), as those of `torch.nn.Linear`.
 

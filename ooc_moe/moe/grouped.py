@@ -62,7 +62,7 @@ def backward(
 
 
 def _groups(counts: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Returns the position in the wave of each row's expert (M,), and the end of each expert's rows (G,), int32."""
+    """Returns, for each row, the position of its expert in the wave (M,); and for each expert, where its rows end (G,), int32."""
     counts_G = torch.tensor(counts, dtype=torch.int32).to(device, non_blocking=True)
     return torch.repeat_interleave(counts_G, output_size=sum(counts)), counts_G.cumsum(0, dtype=torch.int32)
 

@@ -131,8 +131,8 @@ class TieredExperts:
 class _MixedExperts(torch.autograd.Function):
     """Computes, from tokens (N, D), gates (N, K) and a routing, the weighted sums of the experts' outputs (N, D).
 
-    Undoing the sort and summing over k happen in this class and not in autograd, whose backward of an indexing adds up in an order that
-    depends on the number of threads.
+    Undoing the sort by expert and summing over k happen in this class and not in autograd, whose backward of an indexing adds up in an
+    order that depends on the number of threads.
     """
 
     @staticmethod

@@ -1,6 +1,6 @@
 """The arithmetic of one wave of experts: the interface that looped.py and grouped.py implement, each in its own way.
 
-A wave is a group of experts that fits the cache at once. An expert is the FFN `gelu(x @ w1 + b1) @ w2 + b2`.
+A wave is a group of experts that fits the cache at once. An expert is the feed-forward network `gelu(x @ w1 + b1) @ w2 + b2`.
 
 Letters: M rows (tokens) of a wave, sorted by expert; D width of a token; H width inside an expert.
 """

@@ -20,7 +20,10 @@ class RunEvents:
         self._fetched = [cache.fetches() for cache in session.caches]
 
     def switch(self, at: Progress, *, phase: int, previous: str | None, game: str) -> None:
-        """Logs that training changes from the game `previous` to `game`, which is number `phase` of the run's games. None: the run begins."""
+        """Logs that training changes from the game `previous` to `game`, which is number `phase` of the run's games.
+
+        `previous` is None when the run begins.
+        """
         self._writer.log("switch", step=at.step, update=at.update, game=game, phase=phase, **{"from": previous, "to": game})
 
     def update(
@@ -59,10 +62,10 @@ class RunEvents:
         self._writer.log("evaluation", step=at.step, update=at.update, game=game, phase=phase, **fields)
 
     def checksums(self, at: Progress, game: str) -> None:
-        """Logs the checksums (of parameters and of optimizer moments) of all experts in the store that were ever written, by bank and
-        expert.
+        """Logs the checksums of all experts in the store that were ever written, by bank and expert.
 
-        Two such events show which experts stayed equal bit for bit between them.
+        An expert has two checksums: of its parameters and of its optimizer moments. Two such events show which experts stayed equal bit for
+        bit between them.
         """
         written = {
             bank: {

@@ -16,8 +16,7 @@ from ooc_moe.session.session import Session
 
 
 class GamesInTraining:
-    """Makes the learner and the collector (with the environments) of a game when they are first needed, and keeps them between the game's
-    turns.
+    """Makes a game's learner and collector (with the environments) when they are first needed, and keeps them between its turns.
 
     Args:
         session: the agent and the configuration.

@@ -119,7 +119,10 @@ class Trainer:
         self._make_room()
 
     def _enter(self, game: str, turn: Turn) -> None:
-        """Logs the switch to this game and adds the game to the agent if it is new. Prefetches its experts if the schedule names what to prefetch."""
+        """Begins a game's turn: logs the switch, adds the game to the agent if it is new, and prefetches its experts.
+
+        It prefetches only if the configuration says that the schedule, and not the detector, decides what to prefetch.
+        """
         turns = self.config.turns
         previous = self.config.games[turns[self.at.turn - 1].phase] if self.at.turn else None
         self.events.switch(self.at, phase=turn.phase, previous=previous, game=game)

@@ -87,11 +87,10 @@ class Session:
             self.caches[bank].prefetch(list(share), sections=sections, within_s=within_s, probabilities=share)
 
     def useful_experts(self, frames_NSHW: Tensor) -> list[list[int]]:
-        """Chooses experts of known games that a new game could borrow. Returns ids by bank, the most useful first, as `Agent.add_game`
-        takes them.
+        """Chooses experts of known games that a new game could borrow. Returns their ids by bank, the most useful first.
 
         The detector, which does not know the new game yet, predicts how probable it is that frames of the new game use each expert. An
-        expert is as useful as its mean probability over the frames.
+        expert is as useful as its mean probability over the frames. `Agent.add_game` takes the result.
 
         Args:
             frames_NSHW: frames of the new game.
