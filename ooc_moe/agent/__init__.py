@@ -1,5 +1,6 @@
-"""The agent: frames go in, action logits and values come out.
+"""The agent: a network that turns frames of a game into action logits and values.
 
-A convolutional stem turns each frame into a token; causal transformer blocks with tiered mixture-of-experts layers follow. `Agent` gives
-each game its own dense parameters and its own pool of experts. The rooms above train it (`learning`) and play it (`evaluation`).
+A convolutional stem turns each frame into a token. Transformer blocks with causal attention follow; their feed-forward parts are mixtures
+of experts that live outside the GPU, in a store. `Agent` gives each game its own experts and its own dense parameters (all parameters that
+are not experts'). The package `ooc_moe.learning` trains an agent, `ooc_moe.evaluation` evaluates it.
 """

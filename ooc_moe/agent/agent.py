@@ -1,10 +1,10 @@
-"""The agent: frames in, action logits and values out, with its experts behind a cache.
+"""The agent: a network that turns frames into action logits and values, and reads its experts through a cache.
 
     frames -> stem (shared) -> + embedding -> [causal attention -> tiered MoE] x layers -> norm -> logits, value
 
-Each game has its own dense parameters, except for the stem and for what the configuration shares (attention, or the routers of token
-routing). `forward` sees whole segments, for training; `act` sees one frame at a time, for playing. outputs.py has their results,
-segment.py what acting remembers, checks.py the checks of the arguments.
+Each game has its own dense parameters (those that are not experts'), except for the stem and for what the configuration shares: attention,
+or the routers of token routing. `Agent.forward` computes whole segments, for training; `Agent.act` computes one frame at a time, for
+playing. outputs.py defines their results, segment.py what acting remembers of earlier frames, checks.py the checks of the arguments.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ from ooc_moe_wire.errors import InvalidRequest
 
 
 class Agent(nn.Module):
-    """Plays any of the games that were added to it, each with its own experts and dense parameters.
+    """A network that can play every game that was added to it. Each game has its own experts and its own dense parameters.
 
     Args:
-        config: all sizes.
-        caches: one cache for a shared bank, or one per layer, on the agent's device. The banks must exist (`config.bank_specs`).
+        config: all sizes of the network.
+        caches: the caches through which experts are read: one if all layers share a bank of experts, otherwise one per layer. They must be
+            on the agent's device. The banks must exist in the store; `config.bank_specs` describes them.
         seed: seed of all initial values. A game's initial values depend on the seed, the game's name and the number of experts that it
             borrows, but not on the order in which games are added.
 
@@ -72,23 +73,27 @@ class Agent(nn.Module):
 
     @property
     def games(self) -> list[str]:
-        """The known games, in the order in which they were added."""
+        """The names of the games that were added, in the order in which they were added."""
         return list(self._book.games)
 
     @property
     def gradients(self) -> list[ExpertGradients]:
-        """The gradients of the experts that backward computed, one entry per cache."""
+        """The experts' gradients as backward computed them, one entry per cache."""
         return [experts.gradients for experts in self._experts]
 
     @property
     def num_experts(self) -> int:
-        """Experts of all banks that this agent uses. A bank may hold more: it keeps its size when a run returns to an older checkpoint."""
+        """The number of experts that this agent uses, in all banks together.
+
+        A bank may hold more: a bank that has grown keeps its size when a run returns to an older checkpoint.
+        """
         return self.config.num_banks * self._book.num_experts
 
     def add_game(self, game: str, *, borrowed: Sequence[Sequence[int]] | None = None) -> GamePools:
-        """Gives a game its network and its pools of experts, and returns the pools. A known game stays as it is.
+        """Gives a new game its own network and its pools, and returns the pools. A game that was added before stays as it is.
 
-        The pools consist of experts that no game owns yet. Banks grow when there are too few of them.
+        A pool is the set of experts that the game may route to in a layer. Pools are filled with experts that no game owns yet. The banks
+        grow when there are too few of these.
 
         Args:
             game: its name.
@@ -96,32 +101,36 @@ class Agent(nn.Module):
                 to `shared_experts` of them: the new game reads them and never changes them. None: the game borrows none.
 
         Raises:
-            InvalidRequest: `borrowed` does not have one list for each bank, or names an expert that no game owns.
+            InvalidRequest: `borrowed` does not have one list for each bank, or names an expert that no game owns; or a bank is too small
+                and may not grow.
         """
         if game in self._book.games:
             return self._book.games[game]
         return self._build(self._book.propose(game, borrowed))
 
     def pools(self, game: str) -> GamePools:
-        """The experts that a game may route to. Raises InvalidRequest for an unknown game."""
+        """The pools of a game: the experts that it may route to, layer by layer. Raises InvalidRequest for an unknown game."""
         self._network(game)
         return self._book.games[game]
 
     def prefetch_set(self, game: str) -> list[int]:
-        """All experts of a game's pools, numbered across banks as the detector does: expert * num_banks + bank."""
+        """All experts of a game's pools: what to prefetch for this game.
+
+        Each expert is given as its number across banks, expert * num_banks + bank, which the detector uses too.
+        """
         return self.pools(game).numbered(self.config.num_banks)
 
     def read_only_set(self, game: str) -> list[int]:
-        """The part of `prefetch_set` that the game borrows. These experts are needed without their optimizer moments."""
+        """The experts in `prefetch_set` that the game borrows and only reads. They can be fetched without their optimizer moments."""
         return self.pools(game).borrowed_numbered(self.config.num_banks)
 
     def game_parameters(self, game: str) -> Iterator[nn.Parameter]:
-        """The dense parameters that belong to one game alone."""
+        """The dense parameters (those that are not experts') that belong to this game alone."""
         shared = set(self.shared_parameters())
         return (parameter for parameter in self._network(game).parameters() if parameter not in shared)
 
     def shared_parameters(self) -> Iterator[nn.Parameter]:
-        """The dense parameters that every game trains: the stem, shared attention, and the routers of token routing."""
+        """The dense parameters that all games share and train: the stem, and if they are shared, attention and the routers."""
         modules = cast("tuple[nn.Module, ...]", (self.stem, self.attentions, self.routers))
         return (parameter for module in modules for parameter in module.parameters())
 
@@ -136,14 +145,14 @@ class Agent(nn.Module):
         routing: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> AgentOutput:
-        """Computes logits and values of B whole segments of T frames.
+        """Computes action logits and values for B whole segments of T frames each.
 
         Args:
             frames_BTSHW: uint8; T is at most `context + 1`.
             game: the game of all these frames.
             starts_BT: True where a frame begins a new episode. Attention never crosses such a start. None: no frame does.
-            routing: expert ids (B, T, layers, top_k) of an earlier call, to be used again; their gate weights are computed anew from the
-                logits without noise. None: the routers choose.
+            routing: expert ids (B, T, layers, top_k) of an earlier call, to which the tokens are sent again. The weights of these experts
+                are computed anew, from the logits without noise. None: the routers choose the experts.
             generator: draws the router's noise, in training mode.
 
         Raises:
@@ -169,7 +178,7 @@ class Agent(nn.Module):
     # Frame by frame
 
     def segment(self, game: str, num_envs: int) -> Segment:
-        """An empty segment for `num_envs` environments of a game."""
+        """Makes an empty segment: `act` will remember in it the frames that `num_envs` environments of a game show from now on."""
         self._network(game)
         return Segment.empty(self.config, game, num_envs, device=self._device)
 
@@ -183,14 +192,14 @@ class Agent(nn.Module):
         deterministic: bool = False,
         generator: torch.Generator | None = None,
     ) -> ActOutput:
-        """Adds one frame of each environment to the segment and chooses actions.
+        """Adds one frame of each environment to the segment and chooses an action for each environment.
 
         Logits and values equal, up to rounding, those of `forward` for the same frames.
 
         Args:
             frames_NSHW: uint8, one stack of frames for each environment of the segment.
-            segment: the frames before; this call adds the new ones. It is full after `context + 1` frames.
-            starts_N: True where the frame begins a new episode.
+            segment: remembers the frames so far; this call adds the new ones. It is full after `context + 1` frames.
+            starts_N: True where the frame begins a new episode. None: no frame does.
             deterministic: take the most probable action and use no router noise. Otherwise actions are drawn, and the router's noise is on
                 in training mode.
             generator: draws actions and noise; may be on another device.
@@ -220,14 +229,24 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def values(self, tokens_ND: Tensor, segment: Segment, *, starts_N: Tensor) -> Tensor:
-        """Adds one frame of each environment to the segment, given as tokens of the stem, and returns its values (N,)."""
+        """Adds one frame of each environment to the segment, and returns the values (N,) of these frames.
+
+        Args:
+            tokens_ND: the frames as the stem's outputs, for example `ActOutput.tokens_ND`.
+            segment: remembers the frames so far.
+            starts_N: True where the frame begins a new episode.
+        """
         _, values_N, _ = self._step(tokens_ND, segment, starts_N, noisy=False, generator=None)
         return values_N
 
     def _step(
         self, tokens_ND: Tensor, segment: Segment, starts_N: Tensor | None, *, noisy: bool, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Adds one frame of each environment to the segment; returns logits (N, A), values (N,) and the chosen experts (N, L, K)."""
+        """Computes one frame of each environment and adds it to the segment.
+
+        Returns:
+            Action logits (N, A), values (N,), and the ids of the chosen experts (N, layers, top_k).
+        """
         network, mask = self._network(segment.game), segment.begin_episodes(starts_N)
         stepped = network.step(tokens_ND, segment.memories, segment.length, mask=mask, noisy=noisy, generator=generator)
         segment.length += 1
@@ -236,11 +255,14 @@ class Agent(nn.Module):
     # Checkpoints
 
     def get_extra_state(self) -> dict[str, dict[str, Layers]]:
-        """Games and pools, in order. `load_state_dict` builds the networks from them before it fills the parameters."""
+        """Returns the pools of all games, in the order in which the games were added. torch stores them in the state dict."""
         return {game: {"owned": pools.owned, "borrowed": pools.borrowed} for game, pools in self._book.games.items()}
 
     def set_extra_state(self, state: dict[str, dict[str, Layers]]) -> None:
-        """Builds the games of a saved state. torch calls this before it loads the submodules.
+        """Adds the games of a saved state with the pools that they had. torch calls this before it loads the parameters of their networks.
+
+        Args:
+            state: what `get_extra_state` returned.
 
         Raises:
             InvalidRequest: this agent knows one of the games already, with other pools.
@@ -259,7 +281,7 @@ class Agent(nn.Module):
         return self.caches[0].device
 
     def _build(self, pools: GamePools) -> GamePools:
-        """Grows the banks where the pools need it, makes the game's network and records the game."""
+        """Makes the network of the pools' game and adds the game to the agent. Grows the banks if a pool names experts beyond their end."""
         for cache, experts in zip(self.caches, pools.by_bank(len(self.caches)), strict=True):
             if experts[-1] >= cache.num_experts:
                 cache.grow(experts[-1] + 1)
@@ -281,7 +303,14 @@ class Agent(nn.Module):
 
 
 def routed_tokens(experts_LK: Tensor) -> dict[str, dict[str, int]]:
-    """Counts tokens by layer and expert in routings (..., layers, top_k). The keys are text, as JSON has them."""
+    """Counts, for each layer and expert, the tokens that a routing sends there.
+
+    Args:
+        experts_LK: the routing: expert ids of shape (..., layers, top_k).
+
+    Returns:
+        Counts by layer and then by expert id. Both keys are text, because JSON has no other keys.
+    """
     layers = [torch.unique(experts, return_counts=True) for experts in experts_LK.unbind(-2)]
     return {
         str(layer): {str(expert): count for expert, count in zip(ids.tolist(), counts.tolist(), strict=True)}
@@ -290,7 +319,7 @@ def routed_tokens(experts_LK: Tensor) -> dict[str, dict[str, int]]:
 
 
 def _draw(log_probs_NA: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Draws one action of each row, (N, 1)."""
+    """Draws one action for each row of log-probabilities. Returns their positions, (N, 1)."""
     device = log_probs_NA.device if generator is None else generator.device
     # As `torch.multinomial` draws one sample, without its checks.
     races_NA = torch.empty(log_probs_NA.shape, device=device).exponential_(generator=generator)
@@ -298,5 +327,5 @@ def _draw(log_probs_NA: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def _key(game: str) -> str:
-    """The name of a game's module: no dots, and no clash with ModuleDict's own attributes."""
+    """The key of a game's network in the ModuleDict. It has no dots, and cannot clash with ModuleDict's own attributes."""
     return "game:" + quote(game, safe="").replace(".", "%2E")

@@ -1,4 +1,4 @@
-"""Checks of the agent's arguments. Each raises InvalidRequest with what was given and what was expected."""
+"""Checks of the arguments of `Agent`. Each raises InvalidRequest that says what was given and what was expected."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def check_caches(config: AgentConfig, caches: Sequence[ExpertCache]) -> None:
 
 
 def check_segments(config: AgentConfig, frames_BTSHW: Tensor, starts_BT: Tensor | None, routing: Tensor | None) -> tuple[int, int]:
-    """Checks the arguments of a forward pass; returns the batch size and the number of frames of each segment."""
+    """Checks the arguments of `Agent.forward`. Returns the number of segments and the number of frames in each."""
     _check_frames(config, frames_BTSHW, "(batch, time, stack, height, width)", 5)
     batch, time = frames_BTSHW.shape[:2]
     if not 1 <= time <= config.context + 1:
@@ -34,7 +34,7 @@ def check_segments(config: AgentConfig, frames_BTSHW: Tensor, starts_BT: Tensor 
 
 
 def check_step(config: AgentConfig, frames_NSHW: Tensor, segment: Segment, starts_N: Tensor | None) -> None:
-    """Checks the arguments of one step of acting, and that the segment has room for one more frame."""
+    """Checks the arguments of `Agent.act`, and that the segment has room for one more frame."""
     _check_frames(config, frames_NSHW, "(envs, stack, height, width)", 4)
     if len(frames_NSHW) != segment.num_envs:
         raise InvalidRequest(f"frames: of {len(frames_NSHW)} environments, but the segment has {segment.num_envs}")

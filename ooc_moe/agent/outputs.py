@@ -1,6 +1,6 @@
-"""What a call of the agent returns.
+"""The results of the agent's calls: `AgentOutput` of `Agent.forward` and `ActOutput` of `Agent.act`.
 
-`cache_stats` and `prediction` are properties that do their work when they are read. A forward pass pays nothing for them.
+Their properties `cache_stats` and `prediction` are computed when they are read, so calls that do not read them pay nothing for them.
 
 Letters: B segments, T frames, N environments, A actions, L layers, K experts a token, D width of a token.
 """
@@ -19,16 +19,16 @@ from ooc_moe_client.hbm.stats import CacheStats
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgentOutput:
-    """The result of one forward pass over B segments of T frames."""
+    """The result of `Agent.forward` over B segments of T frames: logits, values, the load-balancing loss, and the experts used."""
 
     logits_BTA: Tensor
     value_BT: Tensor
     aux_loss: Tensor
     """The load-balancing loss, averaged over the layers and not yet weighted by `balance_weight`; 1 when the load is even."""
     experts_used: list[dict[int, int]]
-    """For each layer: the number of tokens of each expert that got any, by expert id."""
+    """For each layer: the number of tokens that each expert got, by expert id. Experts without tokens are left out."""
     routing_BTLK: Tensor
-    """The ids of the chosen experts, int32. `forward(routing=...)` repeats such a choice."""
+    """The ids of the chosen experts, int32. `forward(routing=...)` sends the tokens to the same experts again."""
     caches: Sequence[ExpertCache] = field(repr=False)
     """The agent's caches, which `cache_stats` reads."""
     predict: Callable[[], Any] = field(repr=False)
@@ -36,12 +36,17 @@ class AgentOutput:
 
     @property
     def cache_stats(self) -> list[CacheStats]:
-        """The counters of each cache at the moment of reading, which may include later work. Each read locks each cache briefly."""
+        """The counters of each expert cache at the moment of reading this property. They may include work that came after the forward pass.
+
+        Each read locks each cache briefly.
+        """
         return [cache.stats() for cache in self.caches]
 
     @property
     def prediction(self) -> Any:
-        """What the agent's predictor says about the last frame of each segment. Each read asks the predictor anew.
+        """What the agent's predictor (usually the detector, which recognises games) says about the last frame of each segment.
+
+        Each read runs the predictor again.
 
         Raises:
             InvalidRequest: the agent has no predictor.
@@ -51,7 +56,7 @@ class AgentOutput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActOutput:
-    """The result of acting on one frame of each of N environments."""
+    """The result of `Agent.act` for one frame of each of N environments: actions, their log-probabilities, values and experts."""
 
     actions_N: Tensor
     log_probs_N: Tensor
@@ -59,13 +64,15 @@ class ActOutput:
     experts_NLK: Tensor
     """The ids of the chosen experts, int32."""
     tokens_ND: Tensor
-    """The stem's outputs for the frames."""
+    """The stem's outputs for the frames. `Agent.values` takes them."""
     predict: Callable[[], Any] = field(repr=False)
     """Asks the agent's predictor about the frames; `prediction` calls it."""
 
     @property
     def prediction(self) -> Any:
-        """What the agent's predictor says about the frames. Each read asks the predictor anew.
+        """What the agent's predictor (usually the detector, which recognises games) says about these frames.
+
+        Each read runs the predictor again.
 
         Raises:
             InvalidRequest: the agent has no predictor.

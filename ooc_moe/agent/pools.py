@@ -1,4 +1,4 @@
-"""Which experts each game owns, and which experts of older games it borrows.
+"""Decides which experts each game owns, and which experts of older games it borrows.
 
 This module only assigns ids. The agent grows the banks when an assigned id lies beyond a bank's end.
 """
@@ -17,47 +17,47 @@ Layers = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True, slots=True)
 class GamePools:
-    """The experts that a game may route to, by layer, as ids in the layer's bank."""
+    """The pools of one game: for each layer, the experts that the game may route to, as ids in the layer's bank."""
 
     game: str
     owned: Layers
-    """The experts that the game trains, ascending."""
+    """For each layer, the experts that the game trains, ascending."""
     borrowed: Layers
-    """The experts that the game only reads, ascending. Older games own them."""
+    """For each layer, the experts that the game only reads, ascending. Older games own them."""
 
     @property
     def layers(self) -> Layers:
-        """Owned and borrowed experts together, ascending."""
+        """For each layer, the owned and the borrowed experts together, ascending."""
         return tuple(tuple(sorted(owned + borrowed)) for owned, borrowed in zip(self.owned, self.borrowed, strict=True))
 
     def by_bank(self, num_banks: int) -> list[list[int]]:
-        """The distinct experts of all layers in each bank, ascending. Layer `l` uses bank `l % num_banks`."""
+        """For each bank, the distinct experts that the pools take from it, ascending. Layer `l` uses bank `l % num_banks`."""
         return _by_bank(self.layers, num_banks)
 
     def borrowed_by_bank(self, num_banks: int) -> list[list[int]]:
-        """The distinct borrowed experts in each bank, ascending."""
+        """For each bank, the distinct experts that the game borrows from it, ascending."""
         return _by_bank(self.borrowed, num_banks)
 
     def numbered(self, num_banks: int) -> list[int]:
-        """All experts, numbered across banks: expert * num_banks + bank, ascending."""
+        """All experts of the pools in one list, each as its number across banks (expert * num_banks + bank), ascending."""
         return _numbered(self.by_bank(num_banks))
 
     def borrowed_numbered(self, num_banks: int) -> list[int]:
-        """The borrowed experts, numbered across banks: expert * num_banks + bank, ascending."""
+        """All borrowed experts in one list, each as its number across banks (expert * num_banks + bank), ascending."""
         return _numbered(self.borrowed_by_bank(num_banks))
 
 
 class PoolBook:
-    """Assigns experts to games. With pool routing, no expert is owned by two games."""
+    """Keeps the list of all games' pools, and proposes pools for new games. With pool routing, no expert is owned by two games."""
 
     def __init__(self, config: AgentConfig) -> None:
         self._config = config
         self.games: dict[str, GamePools] = {}
 
     def propose(self, game: str, borrowed: Sequence[Sequence[int]] | None = None) -> GamePools:
-        """Pools for a new game: the unowned experts with the lowest ids, which may lie beyond the bank's present size.
+        """Chooses pools for a new game: the unowned experts with the lowest ids, which may lie beyond the bank's present size.
 
-        Nothing is assigned before `record`. With token routing there are no owners, and every game gets whole banks.
+        The proposal has no effect before `record` is called with it. With token routing no game owns experts: every pool is a whole bank.
 
         Args:
             game: its name.
@@ -83,12 +83,12 @@ class PoolBook:
 
     @property
     def num_experts(self) -> int:
-        """Experts of each bank that are in use: the configured number, or more if ids beyond it were assigned."""
+        """The number of experts of each bank that are in use: the configured number, or more if ids beyond it were assigned."""
         assigned = (expert for pools in self.games.values() for layer in pools.owned for expert in layer)
         return max(self._config.num_experts, 1 + max(assigned, default=0))
 
     def record(self, pools: GamePools) -> None:
-        """Assigns the pools to their game."""
+        """Makes these pools final: their experts now belong to the pools' game."""
         self.games[pools.game] = pools
 
     def _unowned(self, bank: int) -> Iterator[int]:

@@ -19,19 +19,22 @@ from ooc_moe.config.agent import AgentConfig
 
 @dataclass(slots=True)
 class Segment:
-    """The frames of one segment so far, as keys and values of each layer."""
+    """The frames of one segment that acting has seen so far, kept as the attention keys and values of each layer."""
 
     game: str
     num_envs: int
     memories: list[KeysValues] = field(repr=False)
-    """One for each layer, with room for `context + 1` frames."""
+    """The keys and values of each layer, with room for `context + 1` frames."""
     length: int = 0
     """Number of frames seen."""
     episode_from_N: Tensor | None = None
     """For each environment, the frame at which its present episode began. None: no episode has begun inside this segment."""
 
     def begin_episodes(self, starts_N: Tensor | None) -> Tensor | None:
-        """Notes which environments begin an episode with the coming frame.
+        """Notes in which environments the coming frame begins a new episode, and makes the attention mask of that frame.
+
+        Args:
+            starts_N: True for these environments. None: no environment begins an episode.
 
         Returns:
             The attention mask (envs, 1, 1, frames) of the coming frame, or None where it may attend to all frames of the segment.
@@ -45,7 +48,7 @@ class Segment:
         return (frames_T >= self.episode_from_N.unsqueeze(1))[:, None, None].to(self.memories[0].keys.device)
 
     def of_environments(self, rows: list[int]) -> Segment:
-        """The same segment reduced to the environments in these rows."""
+        """Returns a segment that holds only the environments in these rows (their positions in this segment)."""
         if len(rows) == self.num_envs:
             return self
         memories = [KeysValues(memory.keys[rows], memory.values[rows]) for memory in self.memories]
@@ -54,14 +57,14 @@ class Segment:
 
     @staticmethod
     def empty(config: AgentConfig, game: str, num_envs: int, *, device: torch.device) -> Segment:
-        """A segment without frames."""
+        """Makes a segment that has seen no frame yet."""
         shape = (num_envs, config.num_heads, config.context + 1, config.dim // config.num_heads)
         memories = [KeysValues(torch.zeros(shape, device=device), torch.zeros(shape, device=device)) for _ in range(config.num_layers)]
         return Segment(game, num_envs, memories)
 
     @staticmethod
     def joined(segments: Sequence[Segment]) -> Segment:
-        """One segment with the environments of all `segments`, one after another. All must have the same game and length."""
+        """Joins segments into one that holds the environments of all of them, in order. All must have the same game and length."""
         memories = [
             KeysValues(torch.cat([memory.keys for memory in layer]), torch.cat([memory.values for memory in layer]))
             for layer in zip(*(segment.memories for segment in segments), strict=True)

@@ -13,7 +13,10 @@ Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 
 
 class Stem(nn.Module):
-    """Convolutions and one linear layer, initialised orthogonally with gain sqrt(2) as in CleanRL's `ppo_atari.py`."""
+    """Turns stacks of frames into tokens by convolutions and one linear layer.
+
+    Its weights are initialised orthogonally with gain sqrt(2), as in CleanRL's `ppo_atari.py`.
+    """
 
     def __init__(self, config: AgentConfig) -> None:
         super().__init__()
@@ -34,7 +37,7 @@ class Stem(nn.Module):
 
 
 def orthogonal(layer: Layer, *, gain: float) -> Layer:
-    """Initialises a layer in place with orthogonal weights of this gain and zero bias, and returns it."""
+    """Sets a layer's weights to a random orthogonal matrix times `gain` and its bias to zero. Changes and returns the layer itself."""
     nn.init.orthogonal_(layer.weight, gain)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)

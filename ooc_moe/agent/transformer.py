@@ -1,4 +1,4 @@
-"""The network of one game: embedding, blocks of causal attention and tiered mixture of experts, and heads.
+"""The network of one game: embedding, transformer blocks (causal attention and mixture of experts), and the heads for policy and value.
 
 Time is divided into segments of at most `context + 1` frames. `forward` computes a whole segment at once. `step` computes one more frame
 from the keys and values of the frames before it. Both give the same numbers up to rounding.
@@ -23,14 +23,14 @@ from ooc_moe.moe.router import Router
 
 @dataclass(frozen=True, slots=True)
 class KeysValues:
-    """The keys and values that one layer computed for a segment, each `(batch, heads, context + 1, dim / heads)`."""
+    """The attention keys and values that one layer computed for a segment, each `(batch, heads, context + 1, dim / heads)`."""
 
     keys: Tensor
     values: Tensor
 
 
 class CausalAttention(nn.Module):
-    """Multi-head self-attention (Vaswani et al. 2017) over the frames of a segment. It never crosses the start of an episode."""
+    """Multi-head self-attention (Vaswani et al. 2017) over the frames of a segment. No frame attends to later frames or other episodes."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -40,14 +40,26 @@ class CausalAttention(nn.Module):
         self.out = orthogonal(nn.Linear(dim, dim), gain=0.1)
 
     def forward(self, x_BTD: Tensor, *, mask: Tensor | None) -> Tensor:
-        """Attends from every frame to those that `mask` `(batch, 1, T, T)` allows. None allows the frame itself and all earlier ones."""
+        """Computes attention from every frame of a segment to the frames that it may see.
+
+        Args:
+            x_BTD: one token per frame.
+            mask: `(batch, 1, T, T)`, True where a frame may attend to another. None: each frame may attend to itself and all earlier ones.
+        """
         q, k, v = self._project(x_BTD)
         # A frame that attends only to itself gets its own value, whatever the scores are.
         y = v if v.shape[2] == 1 else scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self._merge(y)
 
     def step(self, x_BTD: Tensor, memory: KeysValues, position: int, *, mask: Tensor | None) -> Tensor:
-        """Attends from one frame `(batch, 1, dim)` to itself and the `position` frames before it, and adds it to `memory`."""
+        """Computes attention from one new frame `(batch, 1, dim)` to itself and the frames before it.
+
+        Args:
+            x_BTD: the frame's token.
+            memory: the keys and values of the frames before. This call adds those of the new frame.
+            position: the number of frames before.
+            mask: as for `GameNetwork.step`.
+        """
         q, k, v = self._project(x_BTD)
         memory.keys[:, :, position], memory.values[:, :, position] = k[:, :, 0], v[:, :, 0]
         if position == 0:
@@ -66,7 +78,7 @@ class CausalAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """Causal attention followed by tiered MoE. Both normalise their input and add a residual."""
+    """One transformer block: causal attention, then a mixture of experts. Each normalises its input and adds its output to that input."""
 
     def __init__(self, attention: CausalAttention, moe: TieredMoE, *, dim: int, dropout: float) -> None:
         super().__init__()
@@ -84,7 +96,15 @@ class Block(nn.Module):
         noisy: bool,
         generator: torch.Generator | None,
     ) -> MoEOutput:
-        """Computes a whole segment."""
+        """Computes the block for all frames of B segments.
+
+        Args:
+            x_BTD: one token per frame.
+            mask: which frames may attend to which, as `episode_mask` makes it.
+            experts_NK: expert ids for the N = B * T tokens, from an earlier call. None: the router chooses.
+            noisy: whether the router's noise is on, in training mode.
+            generator: draws the noise.
+        """
         x_BTD = x_BTD + self.dropout(self.attention(self.norm(x_BTD), mask=mask))
         output: MoEOutput = self.moe(x_BTD, experts_NK=experts_NK, noisy=noisy, generator=generator)
         return output
@@ -92,14 +112,17 @@ class Block(nn.Module):
     def step(
         self, x_BTD: Tensor, memory: KeysValues, position: int, *, mask: Tensor | None, noisy: bool, generator: torch.Generator | None
     ) -> MoEOutput:
-        """Computes one more frame `(batch, 1, dim)` of a segment."""
+        """Computes the block for one more frame `(batch, 1, dim)` of each segment. The arguments are those of `GameNetwork.step`."""
         x_BTD = x_BTD + self.dropout(self.attention.step(self.norm(x_BTD), memory, position, mask=mask))
         output: MoEOutput = self.moe(x_BTD, noisy=noisy, generator=generator)
         return output
 
 
 class GameNetwork(nn.Module):
-    """All dense parameters of one game, apart from what games share."""
+    """The network of one game: turns the stem's tokens into action logits and values.
+
+    It holds the game's dense parameters. Attention and routers may be modules that it shares with the networks of other games.
+    """
 
     def __init__(self, config: AgentConfig, blocks: Sequence[Block]) -> None:
         super().__init__()
@@ -113,12 +136,12 @@ class GameNetwork(nn.Module):
     def forward(
         self, tokens_BTD: Tensor, *, mask: Tensor | None, routing: Tensor | None, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor, list[MoEOutput]]:
-        """Computes a whole segment; returns logits (B, T, actions), values (B, T) and what each layer computed.
+        """Computes logits (B, T, actions) and values (B, T) for whole segments. Also returns what each layer's mixture of experts computed.
 
         Args:
             tokens_BTD: the stem's outputs.
-            mask: as `episode_mask` makes it.
-            routing: expert ids (B, T, layers, top_k) to be used again. None: the routers choose.
+            mask: which frames may attend to which, as `episode_mask` makes it.
+            routing: expert ids (B, T, layers, top_k) of an earlier call, to which the tokens are sent again. None: the routers choose.
             generator: draws the router's noise, in training mode.
         """
         x_BTD = tokens_BTD + self.embedding_TD[: tokens_BTD.shape[1]]
@@ -143,7 +166,7 @@ class GameNetwork(nn.Module):
 
         Args:
             tokens_ND: the stem's outputs.
-            memories: each layer's keys and values of the frames before, which this call extends.
+            memories: each layer's keys and values of the frames before. This call adds those of the new frame.
             position: the number of frames before.
             mask: (N, 1, 1, position + 1), True for the frames that may be attended to. None: all of them.
             noisy: whether the router's noise is on, in training mode.
@@ -158,7 +181,7 @@ class GameNetwork(nn.Module):
         return *self.heads(x_BTD.squeeze(1)), torch.stack(chosen, dim=1).to(torch.int32)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Computes action logits `(..., actions)` and values `(...)` of tokens `(..., dim)`."""
+        """Computes action logits `(..., actions)` and values `(...)` from the last block's outputs `(..., dim)`."""
         normal = self.norm(x)
         return self.policy(normal), self.value(normal).squeeze(-1)
 
@@ -171,14 +194,14 @@ def build_game_network(
     attentions: Sequence[CausalAttention],
     routers: Sequence[Router],
 ) -> GameNetwork:
-    """Makes the network of a new game. Its initial values come from torch's global generator.
+    """Makes the network of a new game. Its initial values are drawn from torch's global generator.
 
     Args:
         config: all sizes.
         pools: the experts that the game may route to.
         experts: the experts of each bank; layer `l` uses bank `l % len(experts)`.
-        attentions: attention that all games share, by layer. Empty: the game gets its own.
-        routers: routers that all games share, by layer. Empty: the game gets its own.
+        attentions: the attention modules that all games share, one per layer. Empty: the game gets its own.
+        routers: the routers that all games share, one per layer. Empty: the game gets its own.
     """
     blocks = []
     for layer in range(config.num_layers):
@@ -193,18 +216,19 @@ def build_game_network(
 
 
 def new_router(config: AgentConfig, experts: Sequence[int]) -> Router:
-    """A router that chooses among these experts."""
+    """Makes a router, of the configured sizes, that chooses among the experts with these ids."""
     return Router(config.dim, experts, top_k=config.top_k, noise=config.router_noise)
 
 
 def episode_mask(starts_BT: Tensor) -> Tensor | None:
-    """The attention mask `(batch, 1, T, T)`: a frame may attend to itself and to earlier frames of the same episode.
+    """Makes the attention mask `(batch, 1, T, T)` that lets a frame attend to itself and to earlier frames of the same episode.
 
     Args:
         starts_BT: True where a frame begins an episode. The first frame's value makes no difference.
 
     Returns:
-        None where no episode starts after a segment's first frame: plain causal attention does.
+        The mask, True where attention is allowed. None where no episode starts after a segment's first frame: plain causal attention is
+        right then.
     """
     if not starts_BT[:, 1:].any():
         return None

@@ -1,4 +1,5 @@
-"""The configurations: sizes of an agent (`agent.py`), a training run (`run.py`), and seeds (`seeds.py`).
+"""The configurations: the sizes of an agent (`agent.py`), a training run (`run.py`), and how seeds are derived (`seeds.py`).
 
-Frozen dataclasses that check their values when they are made. The rooms above read them; the command line is generated from their fields.
+They are frozen dataclasses that check their values when they are made. The rest of the package reads them. The options of the command line
+are made from their fields.
 """

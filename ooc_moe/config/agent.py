@@ -21,10 +21,13 @@ AttentionOwner = Literal["per-game", "shared"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AgentConfig:
-    """All sizes of an agent. The defaults are those of the preset "full"; `PRESETS` has the other presets."""
+    """All sizes of an agent. The defaults are those of the preset "full"; `PRESETS` has the other presets.
+
+    A bank is a named set of experts in the store. A pool is the set of experts that a game may route to in a layer.
+    """
 
     num_games: int = 57
-    """Games that the parameter estimate counts. The agent can learn more games if its banks may grow."""
+    """Games that the parameter estimate assumes. The agent can learn more games if its banks may grow."""
     frame_size: int = 84
     """Height and width of a frame in pixels."""
     frame_stack: int = 4
@@ -50,11 +53,11 @@ class AgentConfig:
     dropout: float = 0.0
     """Dropout on the two residual branches of a block. With a value above 0, PPO's ratios differ from 1 even before the first update."""
     num_experts: int = 256
-    """Experts of each bank at the start."""
+    """Experts that each bank has at the start."""
     grow: bool = True
     """Whether a bank grows when it has too few unowned experts for a new game; otherwise the game is refused."""
     banks: Scope = "shared"
-    """One bank for all layers, or one per layer."""
+    """Whether all layers share one bank of experts (shared), or each layer has its own (per-layer)."""
     routing: Routing = "pool"
     """The experts that a token may go to: those of its game's pool, or (token) all experts of the bank, with one router for all games."""
     pool_size: int = 4
@@ -62,7 +65,7 @@ class AgentConfig:
     shared_experts: int = 0
     """Experts of older games that a new game's pool also uses. The new game reads these experts and never changes them."""
     pools: Scope = "shared"
-    """One pool of a game for all layers, or one per layer. With one bank per layer, there is always one pool per layer."""
+    """Whether a game has one pool of experts for all layers (shared), or one per layer (per-layer; always so with one bank per layer)."""
     top_k: int = 2
     """Experts that each token is sent to."""
     router_noise: float = 1.0
@@ -70,7 +73,7 @@ class AgentConfig:
     balance_weight: float = 0.01
     """Weight of the load-balancing loss; 0: no such loss."""
     attention: AttentionOwner = "per-game"
-    """Whether each game has attention of its own, or all games train one (as ordinary networks do)."""
+    """Whether each game has attention of its own (per-game), or all games train the same attention, as in ordinary networks (shared)."""
     hbm_experts: int = 32
     """Experts that fit into the trainer's HBM cache, over all banks."""
     dram_experts: int = 128
@@ -116,21 +119,21 @@ class AgentConfig:
 
     @property
     def choices(self) -> int:
-        """Experts that the router of a token chooses from, without the borrowed ones."""
+        """The number of experts that the router chooses from for each token, not counting borrowed ones."""
         return self.pool_size if self.routing == "pool" else self.num_experts
 
     @property
     def num_banks(self) -> int:
-        """Number of banks: 1, or one per layer."""
+        """The number of banks: 1, or one per layer."""
         return 1 if self.banks == "shared" else self.num_layers
 
     @property
     def pools_per_game(self) -> int:
-        """Pools of each game: 1, or one per layer."""
+        """The number of pools of each game: 1, or one per layer."""
         return 1 if self.pools == "shared" and self.banks == "shared" else self.num_layers
 
     def owned_experts(self, num_games: int) -> int:
-        """Experts of each bank that `num_games` games own together; 0 with token routing, where no game owns experts."""
+        """The number of experts that `num_games` games own together in each bank; 0 with token routing, where no game owns experts."""
         pools = self.pools_per_game // self.num_banks
         return num_games * pools * self.pool_size if self.routing == "pool" else 0
 
@@ -144,11 +147,11 @@ class AgentConfig:
 
     @property
     def dram_bytes(self) -> int:
-        """Bytes of DRAM that `dram_experts` records take."""
+        """Bytes of DRAM that the daemon needs for `dram_experts` experts."""
         return self.dram_experts * self.expert_layout().record_bytes
 
     def expert_layout(self) -> Layout:
-        """The layout of one expert with its Adam state."""
+        """The layout of one expert's record: its parameters and its Adam state."""
         return ffn_layout(self.dim, self.hidden)
 
     def bank_names(self, run: str) -> list[str]:
@@ -156,7 +159,10 @@ class AgentConfig:
         return [f"{run}/experts"] if self.banks == "shared" else [f"{run}/layer{layer}" for layer in range(self.num_layers)]
 
     def bank_specs(self, run: str, seed: int) -> list[BankSpec]:
-        """The banks of a run. Initial values depend on the seed and on the bank's index, not on the run's name."""
+        """Describes the banks of a run, for their creation in the store.
+
+        Initial values depend on the seed and on the bank's index, not on the run's name.
+        """
         layout = self.expert_layout()
         return [
             BankSpec(name=name, num_experts=self.num_experts, layout=layout, seed=derived_seed(seed, "bank", index))
@@ -193,7 +199,10 @@ class AgentConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParamEstimate:
-    """Numbers of parameters by kind, and bytes by tier. `nvme_bytes` is the size when every expert is written once, with its Adam state."""
+    """Numbers of parameters by kind, and bytes by storage tier.
+
+    `nvme_bytes` is the size of the banks on disk when every expert is written once, with its Adam state.
+    """
 
     num_experts: int
     experts: int
@@ -209,12 +218,12 @@ class ParamEstimate:
 
     @property
     def dense(self) -> int:
-        """Parameters of the agent itself: all but the experts'."""
+        """The number of all parameters that are not experts'."""
         return self.attention + self.routers + self.stem + self.embeddings + self.norms + self.heads
 
     @property
     def total(self) -> int:
-        """All parameters, dense and experts'."""
+        """The number of all parameters, dense and experts'."""
         return self.experts + self.dense
 
 

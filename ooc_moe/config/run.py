@@ -40,25 +40,25 @@ _CHOICES: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """Consecutive updates in one game: the updates number `first` to `end - 1` of `games[phase]`."""
+    """A stretch of consecutive updates in one game, which is number `phase` of the run's games: the game's updates `first` to `end - 1`."""
 
     phase: int
     first: int
     end: int
     evaluated: bool
-    """Whether the games are evaluated after this turn, and a checkpoint is kept."""
+    """Whether the games are evaluated after this turn, and a checkpoint is kept for good."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PPOConfig:
-    """Proximal policy optimisation (Schulman et al. 2017). The defaults are values that are common for Atari."""
+    """Proximal policy optimisation (PPO, Schulman et al. 2017). The defaults are values that are common for Atari."""
 
     num_envs: int = 16
     """Environments that are played in parallel."""
     rollout_steps: int = 64
     """Steps of each environment between two updates; must be a multiple of the agent's context."""
     epochs: int = 3
-    """Passes over each rollout."""
+    """Times that each update goes through its rollout."""
     minibatch_segments: int = 16
     """Segments per optimizer step; a segment is `context` steps of one environment."""
     learning_rate: float = 1e-3
@@ -66,7 +66,7 @@ class PPOConfig:
     anneal: bool = True
     """Whether the learning rate falls linearly to zero within each game; otherwise it is constant."""
     gamma: float = 0.99
-    """Discount factor of a reward per step."""
+    """Discount: the factor that a reward is multiplied by for each step that it lies ahead."""
     gae_lambda: float = 0.95
     """Lambda of generalised advantage estimation: 0 is one-step, 1 is Monte Carlo."""
     clip: float = 0.2
@@ -94,7 +94,7 @@ class PPOConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
-    """One training run. `agent` and `ppo` hold the sizes of the agent and of its learning."""
+    """The configuration of one training run. `agent` has the sizes of the agent, `ppo` the numbers of its learning."""
 
     run_dir: Path
     """The directory that the run writes to; the last part of the path names the run and its banks."""
@@ -112,17 +112,18 @@ class RunConfig:
     """How experts travel: over the connection (stream), through memory that a daemon on this host shares (local), or local where possible
     (auto)."""
     prefetch: PrefetchSource = "detector"
-    """What names the experts to prefetch: nothing (off), the detector, or the schedule, which knows the next game. Unless off, experts that
-    replayed routing needs are prefetched too."""
+    """What decides which experts to prefetch: nothing does (off), the detector, or the schedule, which knows the next game. Unless off,
+    experts that replayed routing needs are prefetched too."""
     prefetch_admission: AdmissionName = "enforce"
     """What happens to a prefetch without a free slot, or too late at the measured bandwidth: it is fetched (off), fetched and counted
     (observe), or dropped (enforce)."""
     switch_every: int = 0
-    """Updates in a game before the next game has its turn, in rounds until every game had all its steps; 0: all updates of a game at once;
-    1: close to joint training. Unless 0, the games are evaluated once, at the end."""
+    """Updates in a game before the next game has its turn; the games take turns until each had all its steps. 0: all updates of a game at
+    once; 1: close to joint training. Unless 0, the games are evaluated once, at the end."""
     protection: Protection = "replay"
     """How the parts that all games share are protected from later games: stored features of the stem are replayed (replay), the stem is
-    frozen after the first game (freeze), elastic weight consolidation (ewc), earlier games' outputs are cloned (clone), or not (none)."""
+    frozen after the first game (freeze), elastic weight consolidation (ewc), earlier games' outputs are cloned (clone), or not at all
+    (none)."""
     protection_weight: float | None = None
     """Weight of the protection's loss; by default each protection has its own."""
     recognise: Recogniser = "detector"
@@ -140,18 +141,18 @@ class RunConfig:
     eval_episodes: int = 1
     """Episodes that evaluation plays one after another in each environment."""
     eval_steps: int = 1000
-    """Most steps of an evaluation in each environment, over all its episodes of a game; 0: no evaluation."""
+    """Largest number of evaluation steps in each environment, over all its episodes of a game; 0: no evaluation."""
     eval_unseen: bool = False
     """Whether games that are not learned yet are evaluated too. Forward transfer is measured by them."""
     checkpoint_every: int = 0
     """Updates between checkpoints; 0: only at the end of each game (of the run, if games take turns). A checkpoint resets the
     environments."""
     from_bank: str | None = None
-    """Name of a bank that the run's experts are forked from."""
+    """Name of a bank whose experts the run begins with. They are forked: the run never changes that bank."""
     device: str = "cpu"
     """Device of the agent: cpu, cuda or cuda:N."""
     threads: int = 1
-    """Threads of torch. Small agents gain little from more threads, and lose much if other work shares the cores."""
+    """CPU threads that torch computes with. Small agents gain little from more threads, and lose much if other work shares the cores."""
     env_threads: int = 2
     """Threads that emulate Atari; results do not depend on their number."""
     trace: str | None = None
@@ -184,7 +185,10 @@ class RunConfig:
         require(stored >= 2 or not self.detect_unknown, "exemplars_per_game", stored, "at least 2, which detect_unknown compares with")
 
     def _check_room(self) -> None:
-        """Refuses games that would find no free pool in banks that may not grow, now instead of when the game's turn comes."""
+        """Raises InvalidRequest if the banks may not grow and are too small for the pools of all games.
+
+        Without this check, the run would stop only when the turn of the first game without room came.
+        """
         agent, num_games = self.agent, len(set(self.games))
         needed, each = agent.owned_experts(num_games), agent.owned_experts(1)
         want = f"at least {needed}, which {num_games} games need ({each} each, by pool_size {agent.pool_size}) where grow is off"
@@ -192,22 +196,25 @@ class RunConfig:
 
     @property
     def name(self) -> str:
-        """The run's name: the last part of its directory. Its banks are named after it."""
+        """The run's name: the last part of its directory. The names of its banks begin with it."""
         return self.run_dir.resolve().name
 
     @property
     def steps_per_update(self) -> int:
-        """Environment steps of one rollout."""
+        """The number of environment steps in one rollout, over all environments."""
         return self.ppo.num_envs * self.ppo.rollout_steps
 
     @property
     def updates_per_game(self) -> int:
-        """PPO updates in each game: the steps rounded up to whole rollouts."""
+        """The number of PPO updates in each game: enough for `steps_per_game`, rounded up to whole rollouts."""
         return -(-self.steps_per_game // self.steps_per_update)
 
     @property
     def turns(self) -> tuple[Turn, ...]:
-        """The order of the updates: all updates of a game at once, or `switch_every` updates of each game, round after round."""
+        """The order in which the run's updates go through its games.
+
+        Either all updates of a game at once, or `switch_every` updates of each game, round after round.
+        """
         updates, games = self.updates_per_game, range(len(self.games))
         if not self.switch_every:
             return tuple(Turn(phase, 0, updates, evaluated=True) for phase in games)
@@ -215,7 +222,7 @@ class RunConfig:
         return tuple(Turn(phase, *span, evaluated=span == rounds[-1] and phase == games[-1]) for span in rounds for phase in games)
 
     def trace_info(self) -> TraceInfo:
-        """The header of a trace of this run."""
+        """Describes this run in the form that a trace file (the record of its expert uses) begins with."""
         agent = self.agent
         return TraceInfo(
             source=self.name,
@@ -240,7 +247,7 @@ class RunConfig:
 
     @staticmethod
     def from_json(text: str, run_dir: Path) -> RunConfig:
-        """Reads the text that `to_json` returned."""
+        """Makes a configuration from the text that `to_json` returned, with `run_dir` as the run's directory."""
         fields: dict[str, Any] = json.loads(text)
         agent: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.pop("agent").items()}
         if agent.get("attention") == "first-game":

@@ -1,4 +1,4 @@
-"""Seeds that are derived from the run's seed and a purpose, so that the draws for one game or bank never shift those for another."""
+"""Derives seeds from the run's seed and a purpose, so that random draws for one game or bank never change those for another."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ def derived_seed(seed: int, *purpose: str | int) -> int:
 
 
 def evaluation_seed(seed: int, game: str) -> int:
-    """Returns the seed of the environments that evaluation uses: never used in training, and the same after every phase."""
+    """Returns the seed of the environments in which a game is evaluated.
+
+    Training never uses this seed. All evaluations of the game in a run use the same.
+    """
     return derived_seed(seed, "evaluation", game) % 2**31
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Runs its body with torch's global CPU generator at `seed`, and puts the generator back afterwards."""
+    """Sets torch's global CPU generator to `seed` for as long as the `with` block runs, and restores its state afterwards."""
     import torch  # Imported here only: configurations use the other functions, also where torch is not installed.
 
     with torch.random.fork_rng(devices=[]):

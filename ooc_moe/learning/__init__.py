@@ -1,5 +1,5 @@
-"""Learning: rollouts, PPO updates, and the protection of what games share.
+"""Learning: playing the games, updating the agent by PPO, and protecting what the games share.
 
-`Collector` plays the agent and returns a `Rollout`, `Learner` updates the agent from it, and a `Protection` keeps later games from
-changing what earlier games need. lookahead.py tells the caches in advance which experts come next.
+`Collector` lets the agent play and returns a `Rollout`. `Learner` updates the agent from it. A `Protection` keeps later games from changing
+the shared parameters that earlier games need. lookahead.py tells the caches in advance which experts come next.
 """

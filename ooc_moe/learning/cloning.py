@@ -5,8 +5,8 @@ some segments of one such game and pulls the outputs back to the stored ones. Th
 al. 2019) without its off-policy reinforcement learning. It protects everything that games share; with token routing that includes the
 experts.
 
-Replaying a game needs its experts. With token routing all games use the same ones. With pools they are cold experts of another game, which
-are fetched in every step, only to be read. That is accepted, because measuring this cost is the purpose.
+Replaying a game needs its experts. With token routing all games use the same ones. With pools they are experts of another game, which are
+usually not in the cache, and which every step fetches only to read them. That is accepted, because measuring this cost is the purpose.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from ooc_moe.agent.agent import Agent
 from ooc_moe.learning.rollout import Rollout
 
 FRAMES_PER_GAME = 1500
-"""The most frames stored of a game, in whole segments. All come from one rollout."""
+"""The largest number of frames stored of a game, in whole segments. All come from one rollout."""
 FRAMES_PER_STEP = 256
 """Frames replayed in each optimizer step."""
 
 
 class OutputCloning:
-    """Adds a loss on stored segments: KL(old policy || new policy) + squared error of the value / variance of the old values.
+    """Protects ended games by a loss on stored segments of them, which keeps the agent's outputs near the old ones.
 
-    Each step replays one game, drawn at random from the ended games other than the one in training. Segments are routed anew, without
-    noise. They are stored on the CPU.
+    The loss is KL(old policy || new policy) + squared error of the value / variance of the old values. Each step replays one game, drawn at
+    random from the ended games other than the one in training. Segments are routed anew, without noise. They are stored on the CPU.
 
     Args:
         agent: the agent in training.
@@ -42,7 +42,10 @@ class OutputCloning:
         self._stored: dict[str, dict[str, Tensor]] = {}
 
     def loss(self, game: str, generator: torch.Generator) -> Tensor:
-        """The loss on some stored segments of one earlier game; zero while there is none."""
+        """Computes the weighted loss on some stored segments of one ended game other than `game`; zero while there is none.
+
+        `generator` draws the ended game and the segments.
+        """
         games = [name for name in self._stored if name != game]
         if not games:
             return torch.zeros(())
@@ -58,7 +61,10 @@ class OutputCloning:
         return self._weight * (kl + (value_BT - stored["values"][rows].to(device)).square().mean() / variance)
 
     def correct_gradients(self, game: str) -> None:
-        """Drops the gradients of parameters and experts that other games own."""
+        """Drops the gradients of parameters and experts that belong to other games than `game`.
+
+        Without this, replaying those games would change them.
+        """
         for name in self._stored:
             if name != game:
                 for parameter in self._agent.game_parameters(name):
@@ -71,7 +77,7 @@ class OutputCloning:
 
     @torch.no_grad()
     def leave(self, game: str, rollout: Rollout, generator: torch.Generator) -> None:
-        """Stores up to `FRAMES_PER_GAME` frames of a game's last rollout. They replace those of an earlier visit to the game."""
+        """Stores up to `FRAMES_PER_GAME` frames of the last rollout of a game that ends. They replace those of an earlier visit to it."""
         context = self._agent.config.context
         rows = torch.randperm(len(rollout.frames_BTSHW), generator=generator)[: max(1, FRAMES_PER_GAME // context)]
         frames_BTSHW, starts_BT = rollout.frames_BTSHW[rows], rollout.starts_BT[rows]
@@ -88,9 +94,9 @@ class OutputCloning:
         return output.logits_BTA, output.value_BT
 
     def state_dict(self) -> dict[str, Any]:
-        """The stored segments, by game."""
+        """Returns the stored segments, by game, for a checkpoint."""
         return self._stored
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Loads the result of `state_dict`."""
+        """Puts back the stored segments from what `state_dict` returned."""
         self._stored = dict(state)

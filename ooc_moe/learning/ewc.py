@@ -23,32 +23,32 @@ from ooc_moe.learning.rollout import Rollout
 from ooc_moe_client.store import Sections
 
 FISHER_SAMPLES = 256
-"""The most frames from which a Fisher is estimated."""
+"""The largest number of frames from which the Fisher information of a game is estimated."""
 DECAY = 0.95
-"""The factor for the older games' Fishers whenever a game ends."""
+"""The factor by which the Fisher information of the earlier games shrinks whenever another game ends."""
 
 
 @dataclass(frozen=True, slots=True)
 class Spring:
-    """Pulls a parameter towards `anchor`, in proportion to its `fisher`."""
+    """Pulls one parameter back towards `anchor`, its value when the last game ended, in proportion to `fisher`, its importance."""
 
     fisher: Tensor
     anchor: Tensor
 
     def force(self, parameter: Tensor) -> Tensor:
-        """The gradient of 1/2 * sum of fisher * (parameter - anchor)^2."""
+        """Computes the gradient of the spring's penalty, 1/2 * sum of fisher * (parameter - anchor)^2."""
         return self.fisher * (parameter - self.anchor)
 
 
 class ElasticWeights:
-    """Adds weight / 2 * sum of fisher * (parameter - anchor)^2 to the loss.
+    """Protects ended games by a penalty on changes of shared parameters: weight / 2 * sum of fisher * (parameter - anchor)^2.
 
-    For experts, the gradient of this penalty is added directly to their gradients, so the logged loss does not contain it. Experts are read
-    for it in addition to the reads that the caches' schedule announced.
+    The penalty of the dense parameters is added to the loss. For experts, the gradient of the penalty is added directly to their gradients,
+    so the logged loss does not contain it. For that the experts are read once more than the schedule of the caches (lookahead.py) says.
 
     Args:
         agent: the agent whose shared parameters are protected.
-        weight: weight of the penalty. Each Fisher is scaled to a mean of 1 over the shared parameters that the game uses.
+        weight: weight of the penalty. Each game's Fisher is scaled to a mean of 1 over the shared parameters that the game uses.
     """
 
     def __init__(self, agent: Agent, *, weight: float = 1.0) -> None:
@@ -58,21 +58,24 @@ class ElasticWeights:
         """The springs of experts, by (bank, expert)."""
 
     def loss(self, game: str, generator: torch.Generator) -> Tensor:
-        """The penalty of the dense parameters; zero before a game has ended."""
+        """Computes the weighted penalty of the dense parameters; zero before a game has ended. The arguments make no difference to it."""
         if not self._dense:
             return torch.zeros(())
         pairs = zip(self._agent.shared_parameters(), self._dense, strict=True)
         return self._weight / 2 * torch.stack([(spring.fisher * (p - spring.anchor).square()).sum() for p, spring in pairs]).sum()
 
     def correct_gradients(self, game: str) -> None:
-        """Adds the gradient of the penalty to those of the experts that the step touches."""
+        """Adds the gradient of the penalty to the gradients of the experts that the step trains."""
         touched = [(bank, expert) for bank, gradients in enumerate(self._agent.gradients) for expert in gradients.experts]
         for (bank, expert), flat in self._read(key for key in touched if key in self._experts):
             force = self._experts[bank, expert].force(flat)
             self._agent.gradients[bank].flat(expert).add_(force.to(self._agent.caches[bank].device), alpha=self._weight)
 
     def leave(self, game: str, rollout: Rollout, generator: torch.Generator) -> None:
-        """Adds the Fisher of the game's policy and value, and makes the present values the anchor of all protected parameters."""
+        """Updates the `fisher` and the `anchor` of all shared parameters when a game ends.
+
+        The Fisher of the game's policy and value is added to those of earlier games, and the present values become the anchors.
+        """
         dense, experts = self._fisher(game, rollout, generator)
         every = [*dense, *experts.values()]
         scale = sum(fisher.numel() for fisher in every) / sum(float(fisher.sum()) for fisher in every)
@@ -84,7 +87,7 @@ class ElasticWeights:
             self._experts[key] = Spring(fisher + DECAY * self._experts[key].fisher if key in self._experts else fisher, flat)
 
     def _fisher(self, game: str, rollout: Rollout, generator: torch.Generator) -> tuple[list[Tensor], dict[tuple[int, int], Tensor]]:
-        """Estimates the diagonal of the Fisher of a game: for the dense shared parameters, and by (bank, expert) for experts.
+        """Estimates the diagonal of a game's Fisher information: for the dense shared parameters, and by (bank, expert) for experts.
 
         It sums, over sampled frames, the squared gradients of the log-likelihood of an action and of a value that are drawn from the
         agent's own output. The value output counts as the mean of a normal distribution with variance 1.
@@ -113,7 +116,7 @@ class ElasticWeights:
         return dense, experts
 
     def _frames(self, rollout: Rollout, generator: torch.Generator) -> list[tuple[int, int]]:
-        """Draws frames that were played, as (segment, time)."""
+        """Draws frames of the rollout in which an action was played. Returns each as (segment, time)."""
         played_M2 = rollout.played_BT.nonzero()
         chosen = torch.randperm(len(played_M2), generator=generator)[:FISHER_SAMPLES]
         return [(row, time) for row, time in played_M2[chosen].tolist()]
@@ -125,7 +128,11 @@ class ElasticWeights:
             gradients.zero()
 
     def _read(self, experts: Iterable[tuple[int, int]]) -> Iterator[tuple[tuple[int, int], Tensor]]:
-        """Reads the present parameters of these (bank, expert); yields each as one vector on the host, in the order of its gradients."""
+        """Reads the present parameters of these experts, given as (bank, expert).
+
+        Yields:
+            Each expert with its parameters as one vector on the host, which has the order of the expert's gradients.
+        """
         wanted = list(experts)
         for bank, cache in enumerate(self._agent.caches):
             names = [tensor.name for tensor in cache.layout.parameters]
@@ -135,12 +142,12 @@ class ElasticWeights:
                         yield (bank, expert), torch.cat([cache.views[name][slot].flatten() for name in names]).cpu()
 
     def state_dict(self) -> dict[str, Any]:
-        """All Fishers and anchors."""
+        """Returns all Fishers and anchors, for a checkpoint."""
         dense = [(spring.fisher, spring.anchor) for spring in self._dense]
         return {"dense": dense, "experts": {key: (spring.fisher, spring.anchor) for key, spring in self._experts.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Loads the result of `state_dict`."""
+        """Puts back the Fishers and anchors from what `state_dict` returned."""
         device = next(self._agent.shared_parameters()).device
         self._dense = [Spring(fisher.to(device), anchor.to(device)) for fisher, anchor in state["dense"]]
         self._experts = {key: Spring(fisher, anchor) for key, (fisher, anchor) in state["experts"].items()}

@@ -1,7 +1,8 @@
 """PPO updates: epochs of minibatches over a rollout, for the dense parameters of one game and the experts that it used.
 
 There is one learner for each game in training. Every game begins with new Adam optimizers, for its experts too, so that no momentum of one
-game moves another game's parameters. The exception is games that take turns: they share the optimizers of the parameters that they share.
+game moves another game's parameters. The exception is games that take turns: they use the same optimizers for the parameters that they
+share.
 """
 
 from __future__ import annotations
@@ -26,15 +27,16 @@ ADAM_EPS = 1e-5
 
 
 class Learner:
-    """Updates the agent from rollouts of `game`.
+    """Updates the agent by PPO from rollouts of `game`.
 
     Args:
         agent: the agent in training.
         game: the game whose own parameters are trained together with the shared ones.
         config: the run's configuration.
-        protection: protects what earlier games share with this one.
+        protection: protects ended games from changes of the parameters that they share with this one.
         generator: draws minibatches, and the router's noise where routing is not replayed.
-        sharing_with: the learner of a game that takes turns with this one. Its optimizers of shared parameters and of experts are used.
+        sharing_with: the learner of a game that takes turns with this one. Both learners then use the same optimizers for shared parameters
+            and experts. None: the learner makes its own.
     """
 
     def __init__(
@@ -61,7 +63,7 @@ class Learner:
         self.dense_parameters = [parameter for dense in (self.own, self.shared) for parameter in dense.param_groups[0]["params"]]
 
     def update(self, rollout: Rollout, *, remaining: float) -> dict[str, float]:
-        """Learns from one rollout.
+        """Trains the agent on one rollout: several epochs of minibatches, with one optimizer step for each minibatch.
 
         Args:
             rollout: played with the present parameters.
@@ -86,12 +88,12 @@ class Learner:
         return {name: sum(values) / len(values) for name, values in measured.items()} | {"lr": learning_rate}
 
     def _minibatches(self, num_segments: int) -> list[Tensor]:
-        """Draws the segments of each optimizer step, for all epochs."""
+        """Draws which segments of the rollout each optimizer step uses, for all epochs."""
         orders = [torch.randperm(num_segments, generator=self._generator) for _ in range(self.config.ppo.epochs)]
         return [rows for order in orders for rows in torch.split(order, self.config.ppo.minibatch_segments)]
 
     def _uses(self, rollout: Rollout, minibatches: list[Tensor]) -> list[list[Use]]:
-        """The coming uses of each bank's experts, in order. Empty where the router chooses anew: then they are not known in advance."""
+        """Lists the coming uses of each bank's experts, in order. Empty where the router chooses anew: no use is known in advance then."""
         num_banks = len(self.agent.caches)
         if not self.config.ppo.replay_routing:
             return [[] for _ in range(num_banks)]

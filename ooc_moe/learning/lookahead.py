@@ -20,13 +20,16 @@ from ooc_moe_client.hbm.schedule import Use
 from ooc_moe_client.store import Sections
 
 STEPS_EXPECTED = 2
-"""Steps of acting that are scheduled ahead. With two, the schedule contains the next use of every expert at every moment of a step."""
+"""The number of acting steps that are scheduled ahead.
+
+With two, the schedule contains the next use of every expert at every moment of a step.
+"""
 
 
 def uses_of_update(
     experts_BTLK: Tensor, minibatches: Iterable[Tensor], *, num_banks: int, read_only: Sequence[Collection[int]] | None = None
 ) -> list[list[Use]]:
-    """The uses of each bank's experts in one update, in order.
+    """Lists when one update uses the experts of each bank: one entry for each use, in order, for the schedule of each cache.
 
     Args:
         experts_BTLK: the routing that is replayed (segments, time, layers, top_k).
@@ -48,7 +51,7 @@ def uses_of_update(
 
 
 def schedule_acting(caches: Sequence[ExpertCache], experts_NLK: Sequence[Tensor], *, ahead: bool) -> None:
-    """Tells each cache to expect the experts of this step of acting again in the next steps.
+    """Tells each cache to expect that the next steps of acting use the same experts as this step.
 
     A cache that has room for all of them needs no schedule and gets an empty one.
 
@@ -65,5 +68,5 @@ def schedule_acting(caches: Sequence[ExpertCache], experts_NLK: Sequence[Tensor]
 
 
 def _experts_of_layers(experts_xLK: Tensor) -> list[tuple[int, ...]]:
-    """The distinct experts of each layer, ascending."""
+    """Lists the distinct experts that each layer uses in a routing (..., layers, top_k), ascending."""
     return [tuple(torch.unique(experts).tolist()) for experts in experts_xLK.unbind(-2)]

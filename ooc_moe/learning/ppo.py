@@ -1,8 +1,8 @@
 """The arithmetic of PPO: advantages and the clipped loss.
 
 Sources: Schulman et al. 2017 (PPO), Schulman et al. 2016 (GAE). Details are as in CleanRL's `ppo_atari.py`, with three differences: steps
-in which an environment reset itself are masked, a truncated episode is bootstrapped and not treated as ended, and the value loss is not
-clipped.
+in which an environment reset itself are left out, the value of the next frame counts where a step limit cut an episode off, and the value
+loss is not clipped.
 
 Letters: T steps, N environments, B segments of T frames, A actions, M all steps in one vector.
 """
@@ -29,14 +29,14 @@ def advantages(
     gamma: float,
     gae_lambda: float,
 ) -> Tensor:
-    """Computes generalised advantage estimates (T, N), which are zero for steps that were not played.
+    """Computes generalised advantage estimates (T, N). They are zero for steps that were not played.
 
     Args:
         rewards_TN: the reward of step t, clipped if the learner clips.
         values_TN: the value of the observation before step t.
-        next_values_TN: the value of the observation after step t, in the context of step t.
-        terminated_TN: step t ended the episode or a life. Neither the next value nor later advantages count.
-        truncated_TN: the step limit cut the episode off after step t. The next value counts, later advantages do not.
+        next_values_TN: the value of the observation after step t, computed from the frames of step t's segment.
+        terminated_TN: True where step t ended the episode or a life. Neither the next value nor later advantages count.
+        truncated_TN: True where the step limit cut the episode off after step t. The next value counts, later advantages do not.
         played_TN: False where the environment ignored the action and reset itself.
         gamma: the discount.
         gae_lambda: GAE's lambda.
@@ -54,7 +54,10 @@ def advantages(
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """PPO's loss and its parts. All are scalars; only `total` carries a gradient."""
+    """PPO's loss (`total`), its three parts, and two measures of how far the new policy is from the old one.
+
+    All are scalars; only `total` carries a gradient.
+    """
 
     total: Tensor
     policy: Tensor
@@ -75,7 +78,20 @@ def clipped_loss(
     returns_BT: Tensor,
     played_BT: Tensor,
 ) -> Loss:
-    """Computes the clipped surrogate, value and entropy losses over the steps that were played. It normalises advantages over them."""
+    """Computes PPO's clipped policy loss, the value loss and the entropy, averaged over the steps that were played.
+
+    Advantages are normalised over these steps first.
+
+    Args:
+        config: the clipping range and the weights of the parts.
+        logits_BTA: the agent's action logits now.
+        value_BT: the agent's values now.
+        actions_BT: the actions that were taken.
+        old_log_probs_BT: their log-probabilities when they were taken.
+        advantages_BT: how much better each action was than expected.
+        returns_BT: the targets of the values.
+        played_BT: False where the environment ignored the action and reset itself.
+    """
     mask_M = played_BT.flatten().to(value_BT.dtype)
     weights_M = mask_M / mask_M.sum().clamp(min=1)
 

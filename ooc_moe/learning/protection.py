@@ -1,6 +1,6 @@
 """Protection keeps later games from changing the parameters that all games share: the interface, and its two simplest kinds.
 
-The other kinds are stem_replay.py, ewc.py and cloning.py.
+The simplest kinds are no protection and a frozen stem. The other kinds are in stem_replay.py, ewc.py and cloning.py.
 """
 
 from __future__ import annotations
@@ -19,25 +19,31 @@ from ooc_moe.learning.stem_replay import StemReplay
 
 
 class Protection(Protocol):
-    """The part of learning that looks after the games that have ended."""
+    """Keeps training in one game from damaging the shared parameters that ended games need.
+
+    The learner calls `loss` and `correct_gradients` in every optimizer step; the trainer calls `leave` when a game ends.
+    """
 
     def loss(self, game: str, generator: torch.Generator) -> Tensor:
-        """The weighted penalty that an optimizer step in `game` adds to its loss; zero before a game has ended.
+        """Computes the weighted penalty that an optimizer step in `game` adds to its loss; zero before a game has ended.
 
-        `generator` draws the stored samples.
+        `generator` draws the stored samples that the penalty uses.
         """
 
     def correct_gradients(self, game: str) -> None:
-        """Corrects the gradients after backward: autograd does not know the experts, nor which game owns a parameter."""
+        """Corrects the gradients after backward, before the optimizer step in `game`.
+
+        It adds or drops what autograd cannot: autograd does not know the experts, nor which game owns a parameter.
+        """
 
     def leave(self, game: str, rollout: Rollout, generator: torch.Generator) -> None:
-        """Stores what is needed to protect a game that has had all its updates. `rollout` is its last one."""
+        """Stores what is needed to protect `game` from now on. Call this when it has had all its updates; `rollout` is its last one."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state for a checkpoint."""
+        """Returns what the protection has stored, for a checkpoint."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Loads the result of `state_dict`."""
+        """Puts back what `state_dict` returned."""
 
 
 class Unprotected:
@@ -62,7 +68,7 @@ class Unprotected:
 
 
 class Freeze(Unprotected):
-    """Trains the stem in the first game only.
+    """Protects ended games by freezing the stem: only the first game trains it.
 
     Other shared parameters (attention, and the routers and experts of token routing) go on learning.
     """
@@ -72,7 +78,7 @@ class Freeze(Unprotected):
         self._frozen = False
 
     def leave(self, game: str, rollout: Rollout, generator: torch.Generator) -> None:
-        """Freezes the stem for good."""
+        """Freezes the stem for the rest of the run."""
         self._frozen = True
         self._stem.requires_grad_(False)
 
@@ -81,13 +87,13 @@ class Freeze(Unprotected):
         return {"frozen": self._frozen}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Freezes the stem if it was frozen in the saved state."""
+        """Freezes the stem if it was frozen in the saved state, and unfreezes it otherwise."""
         self._frozen = state["frozen"]
         self._stem.requires_grad_(not self._frozen)
 
 
 def make_protection(config: RunConfig, agent: Agent) -> Protection:
-    """Makes the protection that the configuration names."""
+    """Makes the protection that `config.protection` names, with the weight that the configuration gives."""
     weight = {} if config.protection_weight is None else {"weight": config.protection_weight}
     match config.protection:
         case "replay":

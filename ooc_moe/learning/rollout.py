@@ -1,4 +1,4 @@
-"""Plays the agent in the environments of one game and returns the rollout that PPO learns from.
+"""Lets the agent play in the environments of one game, and returns the rollout that PPO learns from.
 
 A rollout consists of segments: `context` consecutive steps of every environment. Acting attends only to frames of the same segment, so that
 training can repeat exactly what acting computed.
@@ -25,9 +25,10 @@ from ooc_moe.learning.ppo import advantages
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
-    """A rollout with one row for each segment of each environment: B = segments * environments, T = context.
+    """What the agent did in `rollout_steps` steps of all environments, with one row for each segment of each environment.
 
-    `experts_BTLK` is the routing with which the agent acted.
+    So B = segments * environments and T = context. All tensors describe the same steps: frames, whether an episode began, actions and their
+    log-probabilities, values, advantages, whether the action was played, and the experts to which the agent's routers sent the frame.
     """
 
     frames_BTSHW: Tensor
@@ -40,16 +41,16 @@ class Rollout:
     experts_BTLK: Tensor
     episode_returns: list[float]
     reward_per_step: float
-    """The mean raw reward of one step of one environment."""
+    """The mean of the unclipped reward over all steps of all environments."""
 
     @property
     def returns_BT(self) -> Tensor:
-        """The targets of the value function."""
+        """The targets that the value function learns: advantages plus the values at the time of acting."""
         return self.advantages_BT + self.values_BT
 
 
 class Collector:
-    """Plays rollouts in the environments of one game. `frames_NSHW` are the environments' present frames.
+    """Lets the agent play one game and collects rollouts. `frames_NSHW` are the frames that its environments show now.
 
     Args:
         agent: plays. Its `context` is the length of a segment.
@@ -57,7 +58,7 @@ class Collector:
         config: rollout length, discount and lambda.
         generator: draws actions and router noise.
         on_segment: called with the observations (N, S, H, W) at the start of each segment, before the agent acts on them.
-        ahead: whether the expected experts of the next step are fetched in advance, where HBM has no room for all experts.
+        ahead: whether the experts that the next step will probably use are fetched in advance, where HBM has no room for all experts.
     """
 
     def __init__(
@@ -74,13 +75,13 @@ class Collector:
         self._generator, self._on_segment, self._ahead = generator, on_segment, ahead
 
     def reset(self, seed: int) -> None:
-        """Begins new episodes in all environments, from `seed`."""
+        """Begins new episodes in all environments, which draw their randomness from `seed`."""
         self.frames_NSHW = torch.from_numpy(self.envs.reset(seed))
         self._starts_N = torch.ones(self.envs.num_envs, dtype=torch.bool)
 
     @torch.no_grad()
     def collect(self) -> Rollout:
-        """Plays `rollout_steps` steps of every environment."""
+        """Plays `rollout_steps` steps in every environment and returns them as a rollout."""
         segments: list[Segment] = []
         steps: list[dict[str, Tensor]] = []
         episode_returns: list[float] = []
@@ -116,7 +117,7 @@ class Collector:
         )
 
     def _step(self, segment: Segment, episode_returns: list[float]) -> dict[str, Tensor]:
-        """Plays one step; appends the raw returns of the episodes that ended with it to `episode_returns`."""
+        """Plays one step in every environment; adds the raw returns of the episodes that ended with it to `episode_returns`."""
         acted = self.agent.act(self.frames_NSHW, segment, starts_N=self._starts_N, generator=self._generator)
         experts_NLK = acted.experts_NLK.cpu()
         if any(cache.num_experts > cache.capacity_experts for cache in self.agent.caches):
@@ -141,7 +142,7 @@ class Collector:
         return now
 
     def _next_values(self, segments: list[Segment], values_TN: Tensor, starts_TN: Tensor, tokens_TND: Tensor) -> Tensor:
-        """The value of the observation after each step (T, N), in the context of the step's segment.
+        """Computes the value of the observation after each step (T, N), from the frames of that step's segment.
 
         Within a segment it is the value of the next step. After a segment's last step, the first frame of the next segment is added to the
         old segment and its value is computed there.
@@ -155,6 +156,6 @@ class Collector:
         return next_values_TN
 
     def _as_rows(self, x_TN: Tensor) -> Tensor:
-        """Reshapes (segments * T, N, ...) into (segments * N, T, ...)."""
+        """Turns time-first data (segments * T, N, ...) into one row for each segment of each environment: (segments * N, T, ...)."""
         context = self.agent.config.context
         return x_TN.reshape(-1, context, *x_TN.shape[1:]).transpose(1, 2).reshape(-1, context, *x_TN.shape[2:])

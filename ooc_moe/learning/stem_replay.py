@@ -17,15 +17,16 @@ from torch.utils.data import ConcatDataset, TensorDataset
 from ooc_moe.learning.rollout import Rollout
 
 FRAMES_PER_GAME = 1000
-"""The most frames stored of a game. All come from one rollout."""
+"""The largest number of frames stored of a game. All come from one rollout."""
 FRAMES_PER_STEP = 64
-"""Stored frames in the loss of each optimizer step."""
+"""The number of stored frames in the loss of each optimizer step."""
 
 
 class StemReplay:
-    """Stores frames (on the CPU) and features (on the stem's device) of ended games, and computes the loss on them.
+    """Protects ended games by a loss that keeps the stem's outputs (features) for stored frames of them as they were.
 
-    A game that is trained again is not held to its own stored features.
+    The frames are stored on the CPU, the features on the stem's device. A game that is trained again is not held to its own stored
+    features.
 
     Args:
         stem: turns frames (M, S, H, W) into features (M, D).
@@ -38,7 +39,7 @@ class StemReplay:
         self._stored: dict[str, TensorDataset] = {}
 
     def leave(self, game: str, rollout: Rollout, generator: torch.Generator) -> None:
-        """Stores some of the frames of a game's last rollout."""
+        """Stores some of the frames of a game's last rollout with their features, when the game ends."""
         frames_MSHW = rollout.frames_BTSHW.flatten(0, 1)
         chosen = torch.randperm(len(frames_MSHW), generator=generator)[:FRAMES_PER_GAME]
         self.store(game, frames_MSHW[chosen])
@@ -50,7 +51,11 @@ class StemReplay:
         self._set(self._stored | {game: TensorDataset(frames_MSHW, features_MD)})
 
     def loss(self, game: str, generator: torch.Generator) -> Tensor:
-        """The squared distance between present and stored features on a random batch, divided by the variance of all stored features."""
+        """Computes the weighted distance between the present and the stored features of random stored frames; zero while there are none.
+
+        It is the mean squared distance, divided by the variance of all stored features. Frames of `game` itself are left out. `generator`
+        draws the frames.
+        """
         others = [stored for name, stored in self._stored.items() if name != game]
         if not others:
             return torch.zeros((), device=self._device)
@@ -61,14 +66,14 @@ class StemReplay:
         return self._weight * (distance_MD / self._variance).mean()
 
     def correct_gradients(self, game: str) -> None:
-        """Does nothing: the loss uses no experts."""
+        """Does nothing: the loss uses no experts, so their gradients need no correction."""
 
     def state_dict(self) -> dict[str, tuple[Tensor, ...]]:
-        """The stored frames and features, by game."""
+        """Returns the stored frames and features, by game, for a checkpoint."""
         return {game: stored.tensors for game, stored in self._stored.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Loads the result of `state_dict`."""
+        """Puts back the stored frames and features from what `state_dict` returned."""
         self._set({game: TensorDataset(frames, features.to(self._device)) for game, (frames, features) in state.items()})
 
     def _set(self, stored: dict[str, TensorDataset]) -> None:

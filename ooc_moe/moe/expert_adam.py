@@ -1,7 +1,7 @@
-"""Adam for experts that live in a store. Moments and step count are part of each expert's record.
+"""Adam for experts that live in a store. Adam's moments and step count are part of each expert's record there.
 
-A step fetches and changes only the experts with gradients. All other experts stay the same, bit for bit. A new optimizer starts with zero
-moments: what an earlier one left in a record is dropped when the new one first updates the expert.
+A step fetches and changes only the experts that have gradients. All other experts stay the same, bit for bit. A new optimizer begins with
+zero moments: when it first updates an expert, it discards the moments that an earlier optimizer left in the expert's record.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from ooc_moe_client.hbm.cache import ExpertCache
 
 
 class ExpertAdam:
-    """Adam (Kingma and Ba 2015) as in `torch.optim.Adam`, but an expert's step count advances only when the expert gets tokens.
+    """Adam (Kingma and Ba 2015) for experts, as in `torch.optim.Adam`. An expert's step count advances only when the expert gets tokens.
 
     Args:
-        caches: the caches of the experts.
+        caches: the caches through which the experts are read and changed.
         gradients: the experts' gradients, one entry for each cache in the same order.
         lr: the learning rate. It may be changed at any time.
         betas: decay rates of the first and second moments.
@@ -42,7 +42,7 @@ class ExpertAdam:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Updates every expert that has gradients, wave by wave as the cache has room."""
+        """Updates every expert that has gradients, in waves: groups of experts that fit the cache at once."""
         for (cache, gradients), begun in zip(self._pairs, self._begun, strict=True):
             for wave in cache.waves(gradients.experts):
                 with cache.updating(wave) as slots:
@@ -51,16 +51,20 @@ class ExpertAdam:
                     self._update(cache.views, slots, [gradients.of(expert) for expert in wave])
 
     def zero_grad(self) -> None:
-        """Drops all gradients of experts."""
+        """Drops the gradients of all experts."""
         for _, gradients in self._pairs:
             gradients.zero()
 
     @torch.no_grad()
     def clip_grad_norm(self, dense: Iterable[Tensor], max_norm: float) -> float:
-        """Scales the gradients of dense parameters and experts together so that their global norm is at most `max_norm`.
+        """Scales all gradients down so that their global norm, over dense parameters and experts together, is at most `max_norm`.
 
         Squares are summed in float64, parameter by parameter and then expert by expert in order of ids, so that the sum does not depend on
-        which experts are resident.
+        which experts are in the cache.
+
+        Args:
+            dense: the parameters that are not experts'. Those without a gradient are ignored.
+            max_norm: the largest norm allowed.
 
         Returns:
             The global norm before scaling.
@@ -76,11 +80,11 @@ class ExpertAdam:
         return float(norm)
 
     def state_dict(self) -> list[list[int]]:
-        """For each cache, the experts whose records hold this optimizer's moments."""
+        """Lists, for each cache, the experts that this optimizer has updated. Their moments are in their records in the store."""
         return [sorted(begun) for begun in self._begun]
 
     def load_state_dict(self, state: list[list[int]]) -> None:
-        """Continues with the moments in the records of these experts."""
+        """Continues from a saved state: the experts that it lists keep the moments in their records; all others begin with zero moments."""
         self._begun = [set(experts) for experts in state]
 
     def _begin(self, views: dict[str, Tensor], slots: list[int]) -> None:
@@ -90,7 +94,10 @@ class ExpertAdam:
                 views[name][slots] = 0
 
     def _update(self, views: dict[str, Tensor], slots: list[int], gradients: list[dict[str, Tensor]]) -> None:
-        """Updates all tensors of all slots in one fused operation. No element depends on another, so waves do not change the result."""
+        """Updates all tensors of the experts in these slots in one fused operation.
+
+        No element of the result depends on another, so the division into waves does not change it.
+        """
         views["step"][slots] += 1
         # As floats, because CUDA's fused kernel reads step counts as floats.
         steps = views["step"][slots, 0].float().unbind()

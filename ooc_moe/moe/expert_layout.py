@@ -1,4 +1,7 @@
-"""The record layout of the experts that TieredMoE computes and ExpertAdam trains. No torch: a plan or a storage host can use it."""
+"""The record layout of the experts that TieredMoE computes and ExpertAdam trains.
+
+This module needs no torch, so that planning tools and storage hosts can use it.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,9 @@ from ooc_moe_wire.layout import Layout, TensorSpec
 
 
 def ffn_layout(dim: int, hidden: int) -> Layout:
-    """The layout of `gelu(x @ w1 + b1) @ w2 + b2`, with Adam's moments and step count.
+    """Describes the record of one expert: the parameters of `gelu(x @ w1 + b1) @ w2 + b2`, Adam's moments and the step count.
 
-    Everything is float32 but the step count. Initial parameters are uniform within 1/sqrt(fan-in), as those of `torch.nn.Linear`.
+    All tensors are float32, except the step count. Initial parameters are uniform within 1/sqrt(fan-in), as those of `torch.nn.Linear`.
 
     Args:
         dim: width of a token.

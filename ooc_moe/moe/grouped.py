@@ -1,8 +1,8 @@
-"""Computes all experts of a wave at once, in bfloat16, by grouped matrix multiplications. Autocast to bfloat16 selects it.
+"""Computes all experts of a wave at once, in bfloat16, by grouped matrix multiplications. The layer uses it under autocast to bfloat16.
 
 Parameters are cast wave by wave, as autocast casts those of a dense layer. Their gradients add up in float32. On CUDA torch has kernels for
-it from compute capability 8.0 on, for widths that are multiples of 8; on the CPU torch loops over the experts. Nothing here waits for the
-device.
+it from compute capability 8.0 on, for widths that are multiples of 8; on the CPU torch loops over the experts. No function of this module
+makes the host wait for the GPU.
 
 Letters: as in wave.py; G experts of the wave.
 """
@@ -19,7 +19,10 @@ from ooc_moe.moe.wave import Parameters, WaveRows
 
 
 def forward(parameters: Parameters, rows: WaveRows, out_MD: Tensor) -> None:
-    """See `WaveArithmetic.forward`. All rows are in bfloat16."""
+    """Fills `out_MD` with the outputs of all experts of the wave, and `rows` with their hidden units. All rows are in bfloat16.
+
+    Contract: `WaveArithmetic.forward`.
+    """
     group_M, ends_G = _groups(rows.counts, rows.x_MD.device)
     products_MH = functional.grouped_mm(rows.x_MD, _cast(parameters, "w1"), offs=ends_G)
     torch.add(products_MH, _cast(parameters, "b1").index_select(0, group_M), out=rows.before_MH)
@@ -31,7 +34,10 @@ def forward(parameters: Parameters, rows: WaveRows, out_MD: Tensor) -> None:
 def backward(
     parameters: Parameters, gradients: Iterable[dict[str, Tensor] | None], rows: WaveRows, grad_out_MD: Tensor, grad_x_MD: Tensor
 ) -> None:
-    """See `WaveArithmetic.backward`. All rows are in bfloat16, the gradients of parameters in float32."""
+    """Fills `grad_x_MD` with the gradients of the tokens, and adds to the gradients of the experts' parameters.
+
+    All rows are in bfloat16, the gradients of parameters in float32. Contract: `WaveArithmetic.backward`.
+    """
     counts, x_MD, after_MH = rows.counts, rows.x_MD, rows.after_MH
     group_M, ends_G = _groups(counts, x_MD.device)
     grad_after_MH = functional.grouped_mm(grad_out_MD, _cast(parameters, "w2").transpose(1, 2), offs=ends_G)
@@ -56,13 +62,13 @@ def backward(
 
 
 def _groups(counts: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The group (expert) of each row (M,), and where the rows of each group end (G,) int32."""
+    """Returns, for each row, the position of its expert in the wave (M,); and for each expert, where its rows end (G,), int32."""
     counts_G = torch.tensor(counts, dtype=torch.int32).to(device, non_blocking=True)
     return torch.repeat_interleave(counts_G, output_size=sum(counts)), counts_G.cumsum(0, dtype=torch.int32)
 
 
 def _cast(parameters: Parameters, name: str) -> Tensor:
-    """One tensor of all experts (G, *shape) in bfloat16, cast and gathered in one operation."""
+    """Returns the tensor `name` of all experts as one tensor (G, *shape) in bfloat16, cast and gathered in one operation."""
     sources = [p[name] for p in parameters]
     cast_G = sources[0].new_empty(len(sources), *sources[0].shape, dtype=torch.bfloat16)
     torch._foreach_copy_(list(cast_G.unbind()), sources)

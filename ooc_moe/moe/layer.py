@@ -1,9 +1,9 @@
 """The tiered mixture-of-experts layer: tokens pass through experts that live in a store and are read through a cache.
 
-Experts are read through `ExpertCache` in waves that fit it, once in forward and again in backward, so that none stays pinned in between.
-The results do not depend on the cache's capacity, not in a single bit: each expert is one pair of matrix products per call, its outputs are
-stored by (token, k), and sums over k and over calls run in an order that does not depend on which experts are resident. looped.py and
-grouped.py compute the experts of a wave.
+Experts are read through `ExpertCache` in waves (groups that fit the cache), once in forward and again in backward, so that none stays
+pinned in between. The results do not depend on the cache's capacity, not in a single bit: each expert is one pair of matrix products per
+call, its outputs are stored by (token, k), and sums over k and over calls run in an order that does not depend on which experts are in the
+cache. looped.py and grouped.py compute the experts of a wave.
 
 Letters: N tokens, K experts of a token, M = N * K assignments sorted by expert, D width of a token, H width inside an expert.
 """
@@ -34,8 +34,8 @@ PARAMETERS = ("w1", "b1", "w2", "b2")
 class ExpertGradients:
     """The gradients of the experts that got tokens since the last `zero`. Other experts have none.
 
-    All gradients of one expert lie in one flat tensor, so that its norm and its scaling are one operation each. Tensors are used again:
-    a step allocates memory only if it has more experts than any step before.
+    All gradients of one expert lie in one flat tensor, so that its norm and its scaling are one operation each. The memory of dropped
+    gradients is used again: a step allocates memory only if it has more experts than any step before.
     """
 
     def __init__(self, cache: ExpertCache) -> None:
@@ -51,7 +51,7 @@ class ExpertGradients:
         return sorted(self._rows)
 
     def of(self, expert: int) -> dict[str, Tensor]:
-        """The expert's gradients by tensor name, as views to add to. They are zero at first."""
+        """Returns the expert's gradients by tensor name, as views to which backward adds. They begin as zeros if it has none yet."""
         if expert not in self._rows:
             self._rows[expert] = self._spare.pop() if self._spare else self._new_row()
             self._rows[expert].flat.zero_()
@@ -62,7 +62,7 @@ class ExpertGradients:
         return self._rows[expert].flat
 
     def keep(self, experts: Collection[int]) -> None:
-        """Drops the gradients of all experts but these."""
+        """Drops the gradients of all experts except these."""
         for expert in [expert for expert in self._rows if expert not in experts]:
             self._spare.append(self._rows.pop(expert))
 
@@ -86,9 +86,10 @@ class _Row:
 
 
 class TieredExperts:
-    """The experts of one bank as a differentiable function of tokens.
+    """The experts of one bank as a function of tokens that autograd can differentiate.
 
-    Backward adds to `gradients`. This is no torch module, because its parameters live in the store and not in torch parameters.
+    Backward adds the gradients of the experts to `gradients`. This is no torch module, because the experts' parameters live in the store
+    and are not torch parameters.
     """
 
     def __init__(self, cache: ExpertCache) -> None:
@@ -99,10 +100,15 @@ class TieredExperts:
         self._anchor = torch.zeros((), requires_grad=True)
 
     def __call__(self, x_ND: Tensor, routed: Routed, *, read_only: Collection[int] = ()) -> Tensor:
-        """Computes each token's sum over its experts' outputs, weighted by the gates `(tokens, dim)`.
+        """Computes for each token the weighted sum of its experts' outputs. Returns (tokens, dim).
 
         The arithmetic is float32. Under autocast to bfloat16 it is bfloat16, by grouped matrix multiplications, with gradients that add up
-        in float32. Experts in `read_only` get no gradients, but gradients flow through them to the tokens.
+        in float32.
+
+        Args:
+            x_ND: the tokens.
+            routed: the experts of each token, and their weights in the sum (the gates).
+            read_only: experts that get no gradients. Gradients still flow through them to the tokens.
         """
         y_ND: Tensor = _MixedExperts.apply(x_ND, routed.gates_NK, self._anchor, self, routed, read_only)  # type: ignore[no-untyped-call]
         return y_ND
@@ -113,7 +119,7 @@ class TieredExperts:
         Args:
             experts: ascending ids.
             work: computes one wave. It gets the slice of `experts` that the wave consists of, and the parameters of these experts.
-            counted: as for `ExpertCache.reading`.
+            counted: whether the visit counts in the cache's accesses, hits and misses. False if another visit of the same step counted.
         """
         start = 0
         for wave in self.cache.waves(experts):
@@ -125,8 +131,8 @@ class TieredExperts:
 class _MixedExperts(torch.autograd.Function):
     """Computes, from tokens (N, D), gates (N, K) and a routing, the weighted sums of the experts' outputs (N, D).
 
-    Undoing the sort and summing over k happen here and not in autograd, whose backward of an indexing adds up in an order that depends on
-    the number of threads.
+    Undoing the sort by expert and summing over k happen in this class and not in autograd, whose backward of an indexing adds up in an
+    order that depends on the number of threads.
     """
 
     @staticmethod
@@ -178,7 +184,7 @@ def _arithmetic(is_grouped: bool) -> WaveArithmetic:
 
 
 def _ends(counts: list[int]) -> list[int]:
-    """The first row of each expert, and the number of all rows."""
+    """The position of each expert's first row, followed by the number of all rows."""
     return [0, *accumulate(counts)]
 
 
@@ -187,7 +193,7 @@ def _inverse(order_M: Tensor) -> Tensor:
 
 
 def _picked(rows_MD: Tensor, order_M: Tensor | None) -> Tensor:
-    """The rows in this order. None: as they are."""
+    """The rows in the order that `order_M` gives. None: in their present order."""
     return rows_MD if order_M is None else rows_MD.index_select(0, order_M)
 
 
@@ -198,7 +204,13 @@ def _sum_over_k(each_NKD: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class MoEOutput:
-    """A layer's output in the shape of its input, the routing of its tokens, and the number of tokens of each expert that got any."""
+    """The result of `TieredMoE`.
+
+    Attributes:
+        y: the output, in the shape of the layer's input.
+        routed: the experts that the router chose for each token.
+        tokens_by_expert: the number of tokens of each expert, without experts that got no token.
+    """
 
     y: Tensor
     routed: Routed
@@ -206,12 +218,12 @@ class MoEOutput:
 
 
 class TieredMoE(nn.Module):
-    """Pre-norm mixture of experts with a residual: `x + dropout(sum_k gate_k * expert_k(norm(x)))`.
+    """A mixture-of-experts layer with normalisation before and a residual around it: `x + dropout(sum_k gate_k * expert_k(norm(x)))`.
 
     Args:
         experts: the experts of a bank with the layout of `ffn_layout`.
-        router: chooses among them.
-        dropout: the probability that an element of the residual branch is dropped, in training.
+        router: chooses the experts of each token.
+        dropout: the probability, in training, that an element of the experts' weighted sum is dropped.
         read_only: ids of experts that are used and never trained.
     """
 
@@ -226,10 +238,10 @@ class TieredMoE(nn.Module):
     def forward(
         self, x: Tensor, *, experts_NK: Tensor | None = None, noisy: bool = False, generator: torch.Generator | None = None
     ) -> MoEOutput:
-        """Routes and transforms tokens.
+        """Routes each token to its experts, and adds the weighted sum of their outputs to the token.
 
         Args:
-            x: `(batch, dim)` or `(batch, seq, dim)`.
+            x: tokens, `(batch, dim)` or `(batch, seq, dim)`.
             experts_NK: expert ids `(tokens, k)` of an earlier call, with the tokens in the order of `x`. None: the router chooses.
             noisy: whether the router's noise is on. It needs training mode, too.
             generator: draws the noise.
@@ -241,7 +253,12 @@ class TieredMoE(nn.Module):
 
     @torch.no_grad()
     def activity(self, x: Tensor, routed: Routed) -> dict[int, Tensor]:
-        """The mean absolute activation `(hidden,)` of each expert's hidden units over its tokens of `x`, by expert id."""
+        """Measures how active the hidden units of each expert are: their mean absolute activation `(hidden,)`, by expert id.
+
+        Args:
+            x: the layer's input.
+            routed: the routing of its tokens. The mean of an expert is over the tokens that it got.
+        """
         rows_MD = routed.rows_of(self.norm(x).flatten(0, -2))
         experts, pieces = list(routed.tokens_by_expert), torch.split(rows_MD, list(routed.tokens_by_expert.values()))
         found: dict[int, Tensor] = {}

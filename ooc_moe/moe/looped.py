@@ -1,4 +1,4 @@
-"""Computes the experts of a wave one after another, in float32, on the cache's slots. It works on every device.
+"""Computes the experts of a wave one after another, in float32, directly on their parameters in the cache. It works on every device.
 
 No grouped matrix multiplication is faster in float32. An expert's results are the same bit for bit whichever other experts are in its wave,
 because the elementwise work, too, is done expert by expert. That is also faster: the hidden units are still in the CPU's caches.
@@ -15,7 +15,10 @@ from ooc_moe.moe.wave import Parameters, WaveRows
 
 
 def forward(parameters: Parameters, rows: WaveRows, out_MD: Tensor) -> None:
-    """See `WaveArithmetic.forward`."""
+    """Fills `out_MD` with the outputs of all experts of the wave, and `rows` with their hidden units.
+
+    Contract: `WaveArithmetic.forward`.
+    """
     pieces = (torch.split(tensor, rows.counts) for tensor in (rows.x_MD, rows.before_MH, rows.after_MH, out_MD))
     for p, x, before, after, out in zip(parameters, *pieces, strict=True):
         torch.addmm(p["b1"], x, p["w1"], out=before)
@@ -26,7 +29,10 @@ def forward(parameters: Parameters, rows: WaveRows, out_MD: Tensor) -> None:
 def backward(
     parameters: Parameters, gradients: Iterable[dict[str, Tensor] | None], rows: WaveRows, grad_out_MD: Tensor, grad_x_MD: Tensor
 ) -> None:
-    """See `WaveArithmetic.backward`."""
+    """Fills `grad_x_MD` with the gradients of the tokens, and adds to the gradients of the experts' parameters.
+
+    Contract: `WaveArithmetic.backward`.
+    """
     scratch_RH = rows.before_MH.new_empty(max(rows.counts), rows.before_MH.shape[1])
     pieces = (torch.split(tensor, rows.counts) for tensor in (rows.x_MD, rows.before_MH, rows.after_MH, grad_out_MD, grad_x_MD))
     for p, gradient, x, before, after, grad_out, grad_x in zip(parameters, gradients, *pieces, strict=True):

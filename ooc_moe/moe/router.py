@@ -1,6 +1,6 @@
-"""Routing: chooses each token's experts by noisy top-k, weighs them, and computes the loss that keeps the load even.
+"""Routing: chooses the experts of each token by noisy top-k, weighs them, and computes the loss that keeps the experts' load even.
 
-A router chooses among fixed experts: a game's pool, or a whole bank.
+A router chooses among a fixed set of experts: a game's pool, or a whole bank.
 
 Letters: N tokens, E experts to choose from, K chosen experts of a token, M = N * K assignments, D width of a token.
 """
@@ -18,16 +18,16 @@ from ooc_moe_wire.errors import InvalidRequest
 
 @dataclass(frozen=True, slots=True)
 class Routed:
-    """The experts that a router chose for N tokens.
+    """The experts that a router chose for N tokens. An assignment is one token together with one of its K experts.
 
     Attributes:
-        logits_NE: logits without noise of the experts to choose from.
-        chosen_NK: the chosen experts, as positions among the experts to choose from.
+        logits_NE: for each token, the logits, without noise, of the E experts that the router chooses from.
+        chosen_NK: the chosen experts, as positions among these E experts.
         experts_NK: the chosen experts, as ids in the bank.
         gates_NK: the weights of the chosen experts, which sum to 1 for each token.
         order_M: the permutation that sorts the M flat assignments (token, k) by expert, stably. None: they are sorted already, because
             there is only one expert.
-        counts_E: the number of assignments of each expert to choose from.
+        counts_E: the number of assignments of each of the E experts.
         tokens_by_expert: the same numbers by expert id, ascending, on the host, without experts that got no token.
     """
 
@@ -40,12 +40,12 @@ class Routed:
     tokens_by_expert: dict[int, int]
 
     def rows_of(self, x_ND: Tensor) -> Tensor:
-        """The token of each assignment (M, D), with the assignments sorted by expert."""
+        """Copies each token once for each of its experts, sorted by expert: the rows (M, D) on which the experts are computed."""
         return x_ND if self.order_M is None else x_ND.index_select(0, self.order_M // self.experts_NK.shape[1])
 
 
 class Router(nn.Module):
-    """Sends each token to `top_k` of the given experts.
+    """Chooses `top_k` of the given experts for each token, and weighs them.
 
     Noise changes the choice in training only (Shazeer et al. 2017, eq. 4, but with a fixed standard deviation). The weights are a softmax
     over the logits, without noise, of the chosen experts. So the weights of a choice can be computed again without the noise, and PPO's
@@ -73,7 +73,7 @@ class Router(nn.Module):
     def forward(
         self, x_ND: Tensor, *, experts_NK: Tensor | None = None, noisy: bool = False, generator: torch.Generator | None = None
     ) -> Routed:
-        """Chooses experts for tokens, or computes the weights of an earlier choice.
+        """Chooses experts for tokens and weighs them, or weighs the experts of an earlier choice.
 
         Args:
             x_ND: normalised tokens.
@@ -99,7 +99,7 @@ class Router(nn.Module):
         return Routed(logits_NE, chosen_NK, experts_NK, gates_NK, order_M, counts_E, tokens_by_expert)
 
     def _no_choice(self, x_ND: Tensor, experts_NK: Tensor | None) -> Routed:
-        """Sends all tokens, in their order, to the only expert with a weight of 1. There is nothing to learn here."""
+        """Sends all tokens, in their order, to the router's only expert with a weight of 1. A router of one expert learns nothing."""
         num_tokens, ones_N1 = len(x_ND), x_ND.new_ones(len(x_ND), 1)
         only_N1 = self.experts.expand(num_tokens, 1)
         if experts_NK is not None:
@@ -125,13 +125,13 @@ class Router(nn.Module):
         return logits_NE.topk(self.top_k, dim=1).indices
 
     def _places_of(self, experts_NK: Tensor, num_tokens: int) -> Tensor:
-        """The positions of these ids among this router's experts. An id that is not among them gets the position after the last."""
+        """The positions of these expert ids among the router's experts. An id that is not among them gets the position after the last."""
         self._check_shape(experts_NK, num_tokens)
         places_NK = torch.searchsorted(self.experts, experts_NK.to(self.experts.dtype).contiguous()).clamp_(max=len(self._ids) - 1)
         return places_NK.masked_fill_(self.experts[places_NK] != experts_NK, len(self._ids))
 
     def _on_host(self, counts_E: Tensor, order_M: Tensor, experts_NK: Tensor) -> dict[int, int]:
-        """The counts by expert id. Here the host waits for the device, once per layer: the cache must know which experts to fetch."""
+        """Copies the counts to the host, by expert id. Here the host waits for the GPU: the cache must know which experts to fetch."""
         counts = counts_E.tolist()
         if sum(counts) < len(order_M):
             raise self._unknown_expert(int(experts_NK.flatten()[order_M[sum(counts)]]))

@@ -1,6 +1,6 @@
-"""The arithmetic of one wave of experts: what looped.py and grouped.py both compute, each in its own way.
+"""The arithmetic of one wave of experts: the interface that looped.py and grouped.py implement, each in its own way.
 
-A wave is a group of experts that fits the cache at once. An expert is the FFN `gelu(x @ w1 + b1) @ w2 + b2`.
+A wave is a group of experts that fits the cache at once. An expert is the feed-forward network `gelu(x @ w1 + b1) @ w2 + b2`.
 
 Letters: M rows (tokens) of a wave, sorted by expert; D width of a token; H width inside an expert.
 """
@@ -19,7 +19,7 @@ Parameters = list[dict[str, Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class WaveRows:
-    """The rows of one wave, and what forward keeps of them for backward."""
+    """The rows (tokens) of one wave, sorted by expert, and the hidden units that forward stores for backward."""
 
     counts: list[int]
     """The number of rows of each expert, at least one."""
@@ -31,20 +31,25 @@ class WaveRows:
     """The hidden units after the GELU. Forward fills them."""
 
     def part(self, experts: slice, rows: slice) -> WaveRows:
-        """The part of a wave that consists of these experts and their rows."""
+        """Returns the part of the wave that consists of these experts and their rows, as views of the same memory."""
         return WaveRows(self.counts[experts], self.x_MD[rows], self.before_MH[rows], self.after_MH[rows])
 
 
 class WaveArithmetic(Protocol):
-    """Computes the experts of a wave, forward and backward."""
+    """Computes the outputs and the gradients of all experts of one wave. The modules looped.py and grouped.py implement it."""
 
     def forward(self, parameters: Parameters, rows: WaveRows, out_MD: Tensor) -> None:
-        """Fills `out_MD` with the experts' outputs, and the hidden units in `rows`."""
+        """Fills `out_MD` with the outputs of the experts for their rows, and stores their hidden units in `rows`."""
 
     def backward(
         self, parameters: Parameters, gradients: Iterable[dict[str, Tensor] | None], rows: WaveRows, grad_out_MD: Tensor, grad_x_MD: Tensor
     ) -> None:
-        """Fills `grad_x_MD`, and adds to the gradients of each expert's parameters.
+        """Fills `grad_x_MD` with the gradients of the tokens, and adds to the gradients of each expert's parameters.
 
-        `gradients` has one entry per expert, named like its parameters; None for an expert that is only read.
+        Args:
+            parameters: the experts' parameters, as in forward.
+            gradients: one entry per expert, named like its parameters. None for an expert that is only read: it gets no gradients.
+            rows: the rows, as forward left them.
+            grad_out_MD: the gradients of the experts' outputs.
+            grad_x_MD: the result.
         """

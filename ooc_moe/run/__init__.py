@@ -1,4 +1,5 @@
-"""Training runs: `train` begins one, `resume` continues it from a checkpoint, `branch` begins another run from its checkpoint.
+"""Training runs: `train` begins a run, `resume` continues it from a checkpoint, `branch` begins another run from one of its checkpoints.
 
-trainer.py has the loop over games and updates. The parts below it keep the games in training, write checkpoints and log events.
+trainer.py has the loop over games and updates. The other modules keep the learners and environments of the games in training, write
+checkpoints and log events.
 """

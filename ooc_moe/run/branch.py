@@ -1,6 +1,6 @@
-"""Returns a run to one of its checkpoints, or begins another run from there, with dense parameters, experts and events.
+"""Returns a run to one of its checkpoints, or begins another run from there. Dense parameters, experts and logged events are all included.
 
-Nothing here trains. Both functions leave a directory from which `train.resume` continues.
+These functions do not train. Each leaves a run directory from which `train.resume` continues.
 
 Run: ooc-moe branch runs/first runs/second --checkpoint 0-krull --games boxing
 """
@@ -21,7 +21,10 @@ from ooc_moe_wire.errors import InvalidRequest
 
 
 def go_back(run_dir: Path, name: str) -> None:
-    """Makes the named checkpoint the run's latest one and deletes all later checkpoints. The next resume deletes their snapshots."""
+    """Makes the named checkpoint the run's latest one and deletes all later checkpoints.
+
+    The snapshots of the deleted checkpoints stay in the store until the run is resumed.
+    """
     directory = run_dir / checkpoint.DIRECTORY
     chosen = checkpoint.load_named(directory, name)
     for file, saved in checkpoint.ends_of_games(directory).items():
@@ -31,14 +34,16 @@ def go_back(run_dir: Path, name: str) -> None:
 
 
 def branch(source: Path, run_dir: Path, name: str, *, games: Sequence[str] = (), store: str | None = None) -> None:
-    """Makes a new run in the state that `source` had at a checkpoint. Experts that neither run changes share their bytes.
+    """Makes a new run that begins in the state that `source` had at a checkpoint.
+
+    The new run's banks are forks of the source's: in the store, experts that neither run has changed since are not stored twice.
 
     Args:
         source: the directory of the run to begin from. It may be in training.
         run_dir: the new run's directory.
         name: one of the source's checkpoints.
         games: the games to learn after the checkpoint, instead of the source's.
-        store: the daemon's address, if it moved.
+        store: the daemon's address, if it changed.
 
     Raises:
         InvalidRequest: there is no such run or checkpoint; a game is unknown; run_dir holds a run already; the run has its own daemon and

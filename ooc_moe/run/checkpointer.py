@@ -1,4 +1,4 @@
-"""Writes a run's checkpoints and deletes the snapshots that no checkpoint names any more."""
+"""Writes a run's checkpoints, and deletes the snapshots of checkpoints that no longer exist."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from ooc_moe.session.session import Session
 
 
 class Checkpointer:
-    """Saves a run's state in its directory and its experts in snapshots of its banks.
+    """Saves checkpoints: the run's state as a file in its directory, and its experts as a snapshot of its banks in the store.
 
-    There is always one latest checkpoint. Those of the ends of games are kept beside it; any other is replaced by the next one.
+    Checkpoints at the ends of games can be kept for good. Of all others only the latest exists: each save replaces it.
     """
 
     def __init__(self, session: Session) -> None:
@@ -22,16 +22,16 @@ class Checkpointer:
         self._directory = session.config.run_dir / checkpoint.DIRECTORY
         self._snapshot_prefix = f"{session.config.name}/update-"
         self._replaceable_snapshot: int | None = None
-        """The latest checkpoint's snapshot, to be deleted after the next save. None: it is kept, or there is none."""
+        """The snapshot of the latest checkpoint, which the next save deletes. None: that snapshot is kept for good, or there is none."""
         self.saved_at: Progress | None = None
-        """Where the run stood at its last checkpoint."""
+        """Where the run stood at its last checkpoint. None: there is no checkpoint yet."""
 
     def save(self, at: Progress, state: Callable[[], dict[str, Any]], *, keep_as: str | None = None) -> None:
-        """Makes a checkpoint.
+        """Saves a checkpoint: writes back all changed experts, makes a snapshot of them, and writes the file that names the snapshot.
 
         Args:
             at: where the run stands.
-            state: makes the dense state, after all experts are written back.
+            state: makes the content of the file: the state of everything but the experts. It is called after all experts are written back.
             keep_as: a file name under which the checkpoint and its snapshot are kept for good.
         """
         store, config = self._session.store, self._session.config
@@ -49,7 +49,10 @@ class Checkpointer:
             store.delete_snapshot(older)
 
     def resume_from(self, saved: Checkpoint) -> None:
-        """Continues after `saved`, which is the run's latest checkpoint, and deletes the snapshots that a crash left over."""
+        """Continues after `saved`, which is the run's latest checkpoint.
+
+        Deletes the run's snapshots that no checkpoint names, for example because the process crashed between two steps of a save.
+        """
         self.saved_at = saved.progress
         kept = [each.snapshot_id for each in checkpoint.ends_of_games(self._directory).values()]
         self._replaceable_snapshot = None if saved.snapshot_id in kept else saved.snapshot_id

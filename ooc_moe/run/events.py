@@ -13,14 +13,17 @@ from ooc_moe.session.session import Session
 
 
 class RunEvents:
-    """Writes one event for each thing that happens in a run: a switch of games, an update, an evaluation, checksums, the end."""
+    """Logs the events of a run to its metrics file. Each method but `new_fetches` logs one kind of event."""
 
     def __init__(self, session: Session, writer: MetricsWriter) -> None:
         self._session, self._writer = session, writer
         self._fetched = [cache.fetches() for cache in session.caches]
 
     def switch(self, at: Progress, *, phase: int, previous: str | None, game: str) -> None:
-        """Logs that training changes from `previous` (None: the run begins) to `game`, the run's game number `phase`."""
+        """Logs that training changes from the game `previous` to `game`, which is number `phase` of the run's games.
+
+        `previous` is None when the run begins.
+        """
         self._writer.log("switch", step=at.step, update=at.update, game=game, phase=phase, **{"from": previous, "to": game})
 
     def update(
@@ -55,13 +58,14 @@ class RunEvents:
         )
 
     def evaluation(self, at: Progress, *, phase: int, game: str, fields: dict[str, Any]) -> None:
-        """Logs the evaluation of one game (`fields`) after training `game`, the run's game number `phase`."""
+        """Logs the result of evaluating one game (`fields`) after training `game`, which is number `phase` of the run's games."""
         self._writer.log("evaluation", step=at.step, update=at.update, game=game, phase=phase, **fields)
 
     def checksums(self, at: Progress, game: str) -> None:
-        """Logs the checksums (parameters, optimizer) of every expert in the store that was ever written, by bank.
+        """Logs the checksums of all experts in the store that were ever written, by bank and expert.
 
-        Two such events show which experts stayed equal bit for bit between them.
+        An expert has two checksums: of its parameters and of its optimizer moments. Two such events show which experts stayed equal bit for
+        bit between them.
         """
         written = {
             bank: {
@@ -79,6 +83,6 @@ class RunEvents:
         self._writer.log("done", step=at.step, update=at.update, cache=cache, store=store)
 
     def new_fetches(self) -> dict[int, Counter[int]]:
-        """How often each expert was fetched since the last call, by bank."""
+        """Counts how often each expert was fetched into the caches since the last call of this method, by bank and expert."""
         before, self._fetched = self._fetched, [cache.fetches() for cache in self._session.caches]
         return {bank: now - then for bank, (now, then) in enumerate(zip(self._fetched, before, strict=True))}

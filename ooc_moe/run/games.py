@@ -1,4 +1,4 @@
-"""The games that are in training: the learner and the environments of each, from its first turn to its last."""
+"""Keeps the learner and the environments of each game in training, from the game's first turn to its last."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ooc_moe.session.session import Session
 
 
 class GamesInTraining:
-    """Makes learners and collectors when a game needs them and keeps them between the game's turns.
+    """Makes a game's learner and collector (with the environments) when they are first needed, and keeps them between its turns.
 
     Args:
         session: the agent and the configuration.
@@ -35,7 +35,10 @@ class GamesInTraining:
         """The games whose environments were reset since the last checkpoint."""
 
     def learner(self, game: str) -> Learner:
-        """The game's learner, made if there is none. Games that take turns share the optimizers of what they share."""
+        """Returns the game's learner, and makes it first if the game has none.
+
+        If games take turns, their learners use the same optimizers for the parameters that the games share.
+        """
         if game not in self._learners:
             other = next(iter(self._learners.values()), None)
             self._learners[game] = Learner(
@@ -49,7 +52,7 @@ class GamesInTraining:
         return self._learners[game]
 
     def collector(self, game: str, *, seed: int) -> Collector:
-        """The collector with the game's environments, made if there is none.
+        """Returns the game's collector, and makes it and its environments first if the game has none.
 
         The environments are reset from `seed` if they were not reset since the last checkpoint.
         """
@@ -69,13 +72,16 @@ class GamesInTraining:
         return self._collectors[game]
 
     def end_episodes(self) -> None:
-        """Makes all environments begin anew when they are next used. A checkpoint does so, because it cannot store their state."""
+        """Makes all environments begin new episodes when they are next used.
+
+        Call this at every checkpoint, because a checkpoint cannot store the state of environments.
+        """
         self._playing.clear()
 
     def end(self, game: str) -> None:
-        """Closes the environments of a game that had all its updates.
+        """Closes the environments of a game that has had all its updates, and drops its collector and its learner.
 
-        Its learner goes too, unless games take turns: then the other games' learners share optimizers with it.
+        If games take turns, the learner is kept: the other games' learners use the same optimizers.
         """
         self._playing.discard(game)
         self._collectors.pop(game).envs.close()
@@ -83,7 +89,7 @@ class GamesInTraining:
             del self._learners[game]
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of all optimizers, for the checkpoint."""
+        """Returns the state of all optimizers, for a checkpoint."""
         learner = next(iter(self._learners.values()), None)  # Any of them: all have the same shared optimizers.
         return {
             "optimizers": {game: learner.own.state_dict() for game, learner in self._learners.items()},
@@ -91,7 +97,7 @@ class GamesInTraining:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Makes the learners of a state and loads their optimizers. The agent must know the games already."""
+        """Makes the learners that a saved state contains, and loads their optimizers. The agent must know the games already."""
         for game, optimizer in state["optimizers"].items():
             learner = self.learner(game)
             learner.own.load_state_dict(optimizer)

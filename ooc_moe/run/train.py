@@ -1,4 +1,4 @@
-"""Begins a training run, or resumes one: checks, the run's banks, the training itself, and its report.
+"""Begins a training run, or resumes one: checks the request, makes the run's banks, trains, and writes the report.
 
 trainer.py has the training loop.
 
@@ -32,7 +32,7 @@ __all__ = ["Interrupted", "resume", "train"]
 
 
 def train(config: RunConfig, console: Console) -> Path:
-    """Trains a new run, writes its report and returns the run's directory.
+    """Trains a new run from beginning to end, writes its report and returns the run's directory. `console` shows the progress.
 
     Raises:
         InvalidRequest: a game is unknown or needs ale-py, the device does not exist, the directory holds a run already or cannot be made,
@@ -56,7 +56,7 @@ def train(config: RunConfig, console: Console) -> Path:
 
 
 def resume(run_dir: Path, console: Console, *, store: str | None = None, plane: PlaneName | None = None, name: str | None = None) -> Path:
-    """Continues a run from a checkpoint and returns the run's directory. The result equals that of a run without a break.
+    """Continues a run from a checkpoint to its end and returns the run's directory. The result equals that of a run without a break.
 
     Args:
         run_dir: the run's directory.
@@ -105,7 +105,7 @@ def _create_banks(config: RunConfig, store: ExpertStore) -> None:
 
 
 def _run(config: RunConfig, store: ExpertStore, console: Console, saved: checkpoint.Checkpoint | None = None) -> None:
-    """Trains from the beginning, or from `saved`, to the end; then writes the report and prints its tables."""
+    """Trains to the end, from the beginning or from the checkpoint `saved`. Then writes the report and prints its tables."""
     with ExitStack() as stack:
         trace = None if config.trace is None else stack.enter_context(closing(TraceWriter(Path(config.trace), config.trace_info())))
         banks = config.agent.bank_names(config.name)

@@ -1,7 +1,7 @@
 """The training loop of a run: learn a game, end it, evaluate, save a checkpoint, go on with the next game.
 
 Read `Trainer.run` first. learner.py has what one update computes, `RunConfig.turns` the order of the updates, checkpoint.py what a
-checkpoint holds.
+checkpoint contains.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from ooc_moe.session.interrupts import interruptible
 from ooc_moe.session.session import Session
 
 DETECTOR_FRAMES = 64
-"""Frames of each rollout that the detector learns from."""
+"""The number of frames of each rollout that the detector learns from."""
 
 
 class Interrupted(Exception):
-    """Ctrl-C: the run saved a checkpoint and stopped. `ooc-moe train --resume` continues it."""
+    """Raised when Ctrl-C has stopped a run, after a checkpoint was saved. `ooc-moe train --resume` continues the run."""
 
 
 class Trainer:
-    """Trains one run from its first update, or from a checkpoint (`load`), to its end."""
+    """Trains one run to its end, from its first update or from a checkpoint that `load` has loaded."""
 
     def __init__(self, session: Session, writer: MetricsWriter, console: Console) -> None:
         self.session, self.config, self.agent = session, session.config, session.agent
@@ -53,7 +53,7 @@ class Trainer:
         self._bars: dict[int, TaskID] = {}
 
     def run(self) -> None:
-        """Trains until the schedule ends.
+        """Trains until every turn of the run's schedule (`RunConfig.turns`) is done.
 
         Raises:
             Interrupted: after Ctrl-C, once a checkpoint is saved.
@@ -78,7 +78,7 @@ class Trainer:
         self.events.done(self.at)
 
     def resume_hint(self) -> str:
-        """Says where the run stopped and how to continue it; for the message of the error that stopped it."""
+        """Returns a sentence that says where the run stopped and how to continue it, for the message of the error that stopped it."""
         saved_at = self._checkpointer.saved_at
         if saved_at is None:
             return "the run has no checkpoint yet: begin it again under another --name"
@@ -119,7 +119,10 @@ class Trainer:
         self._make_room()
 
     def _enter(self, game: str, turn: Turn) -> None:
-        """Logs the switch to this game, adds the game if it is new, and prefetches its pools where the schedule may do so."""
+        """Begins a game's turn: logs the switch, adds the game to the agent if it is new, and prefetches its experts.
+
+        It prefetches only if the configuration says that the schedule, and not the detector, decides what to prefetch.
+        """
         turns = self.config.turns
         previous = self.config.games[turns[self.at.turn - 1].phase] if self.at.turn else None
         self.events.switch(self.at, phase=turn.phase, previous=previous, game=game)
@@ -137,20 +140,23 @@ class Trainer:
         return self.games.collector(game, seed=self.config.seed * 1_000_003 + self.at.update)
 
     def _make_room(self) -> None:
-        """Starts to write back the game's experts in the background, so that the next game's experts can replace them."""
+        """Starts to write back the game's experts in the background, so that the next game's experts can replace them in the caches."""
         for cache in self.session.caches:
             cache.write_back()
             cache.new_working_set()
 
     def _on_segment(self, game: str, frames_NSHW: torch.Tensor) -> None:
-        """Lets the detector prefetch the experts that it expects to be needed for these frames."""
+        """Predicts from these frames which experts will be needed, and prefetches them, if prefetching follows the detector."""
         if self.config.prefetch == "detector":
             prediction = self.session.detector.predict(frames_NSHW)
             read_only = self.agent.read_only_set(game)
             self.session.prefetch(prediction.experts, probabilities=prediction.expert_probabilities, read_only=read_only)
 
     def _teach_detector(self, game: str, rollout: Rollout) -> dict[str, float]:
-        """Trains the detector and its baseline on some frames of the rollout and the experts that these frames were routed to."""
+        """Trains the detector and its baseline on some frames of the rollout and the experts that these frames were routed to.
+
+        Returns what the detector measured.
+        """
         frames_MSHW, experts_MLK = rollout.frames_BTSHW.flatten(0, 1), rollout.experts_BTLK.flatten(0, 1)
         chosen = torch.randperm(len(frames_MSHW), generator=self.generator)[:DETECTOR_FRAMES]
         used_E = self.session.usage_of(experts_MLK[chosen])
@@ -182,16 +188,16 @@ class Trainer:
     # Checkpoints
 
     def save(self, *, keep_as: str | None = None) -> None:
-        """Saves a checkpoint. All environments begin new episodes after it.
+        """Saves a checkpoint, after which all environments begin new episodes.
 
         Args:
-            keep_as: a file name under which the checkpoint is kept for good.
+            keep_as: a file name under which the checkpoint is kept for good. None: the next checkpoint replaces it.
         """
         self.games.end_episodes()
         self._checkpointer.save(self.at, self._state, keep_as=keep_as)
 
     def load(self, saved: checkpoint.Checkpoint) -> None:
-        """Continues from a checkpoint. The banks must have been restored to its snapshot already."""
+        """Puts the run into the state of a checkpoint. The banks must have been restored to the checkpoint's snapshot already."""
         self.at = saved.progress
         state = saved.state
         self.agent.load_state_dict(state["agent"])
@@ -223,7 +229,7 @@ class Trainer:
     # Progress
 
     def _bar(self, progress: Progress, turn: Turn) -> TaskID:
-        """The phase's bar: one for all its turns."""
+        """Returns the progress bar of the turn's game. All turns of a game share one bar."""
         if turn.phase not in self._bars:
             done = turn.first + self.at.update_in_turn
             self._bars[turn.phase] = progress.add_task(

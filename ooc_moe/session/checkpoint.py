@@ -1,6 +1,6 @@
-"""A checkpoint: a dense file and a snapshot of the banks, which together are the whole state of a run.
+"""A checkpoint: a file and a snapshot of the banks, which together are the whole state of a run.
 
-Saving goes in this order:
+The file is called the dense file: it holds everything but the experts, which are in the snapshot. Saving goes in this order:
 
     flush the experts -> create the snapshot -> write the dense file to a new file -> rename it over the old one -> delete the old snapshot
 
@@ -28,7 +28,14 @@ FORMAT = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """How far a run has come. Its next step is update `update_in_turn` of turn number `turn` (see `RunConfig.turns`)."""
+    """How far a run has come.
+
+    Attributes:
+        turn: number of the present turn (see `RunConfig.turns`), from 0.
+        update_in_turn: updates done in this turn.
+        update: updates done since the run began.
+        step: environment steps done since the run began, over all environments.
+    """
 
     turn: int = 0
     update_in_turn: int = 0
@@ -38,7 +45,10 @@ class Progress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """The content of a dense file: tensors and plain values only, so that it loads with `weights_only`."""
+    """The content of a dense file (everything but the experts), and the id of the snapshot that holds the experts.
+
+    `state` contains only tensors and plain values, so that the file loads with torch's `weights_only`.
+    """
 
     progress: Progress
     snapshot_id: int
@@ -46,7 +56,7 @@ class Checkpoint:
 
 
 def save(path: Path, saved: Checkpoint) -> None:
-    """Writes a dense file durably. After a crash either the old file or the new one is there, and it is complete.
+    """Writes a checkpoint's dense file to `path`, durably. After a crash either the old file or the new one is there, and it is complete.
 
     Raises:
         TierFull: the disk has no room. The old file is still there.
@@ -70,7 +80,7 @@ def save(path: Path, saved: Checkpoint) -> None:
 
 
 def load(path: Path) -> Checkpoint:
-    """Reads a dense file.
+    """Reads a checkpoint from its dense file.
 
     Raises:
         InvalidRequest: the file does not exist, or has an unknown format.
@@ -86,7 +96,7 @@ def load(path: Path) -> Checkpoint:
 
 
 def load_named(directory: Path, name: str) -> Checkpoint:
-    """Reads the dense file `name`.pt.
+    """Reads the checkpoint with this name, from the file `name`.pt in `directory`.
 
     Raises:
         InvalidRequest: there is no such file; the message names those that exist. Or the file has an unknown format.
@@ -98,15 +108,15 @@ def load_named(directory: Path, name: str) -> Checkpoint:
 
 
 def end_of_game_file(phase: int, game: str) -> str:
-    """The file name of the checkpoint that a run keeps of the end of its game number `phase`."""
+    """Returns the file name of the checkpoint that a run keeps when a game has ended. `phase` is the game's number in the run."""
     return f"{phase}-{game.replace('/', '-')}.pt"
 
 
 def ends_of_games(directory: Path) -> dict[str, Checkpoint]:
-    """The checkpoints that a run keeps of the ends of its games, by file name."""
+    """Reads the checkpoints in `directory` that a run has kept of the ends of its games. Returns them by file name."""
     return {path.name: load(path) for path in sorted(directory.glob("*.pt")) if path.name != LATEST}
 
 
 def referenced_snapshots(directory: Path) -> set[int]:
-    """The ids of all snapshots that the dense files of a directory name."""
+    """The ids of all snapshots that are mentioned in the checkpoint files in `directory`."""
     return {load(path).snapshot_id for path in directory.glob("*.pt")}

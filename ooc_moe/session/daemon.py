@@ -27,15 +27,18 @@ _PR_SET_PDEATHSIG = 1
 
 @contextmanager
 def embedded_daemon(data_dir: Path, *, dram_bytes: int, also_listen: Sequence[str] = ()) -> Iterator[str]:
-    """Starts a daemon on `data_dir`, yields its TCP address, and stops it at the end. On SIGTERM the daemon drains and flushes.
+    """Runs a storage daemon on `data_dir` for as long as the `with` block runs.
 
-    The daemon runs in its own process session, so that Ctrl-C reaches only the trainer, which can then still save. If the trainer is
-    killed, the kernel sends SIGTERM to the daemon.
+    At the end the daemon gets SIGTERM: it finishes open calls, writes its data to disk and stops. It runs in its own process session, so
+    that Ctrl-C reaches only the trainer, which can then still save. If the trainer is killed, the kernel sends SIGTERM to the daemon.
 
     Args:
         data_dir: the daemon's directory, made if it does not exist.
         dram_bytes: size of the daemon's DRAM tier.
         also_listen: further addresses to listen on.
+
+    Yields:
+        The daemon's TCP address.
 
     Raises:
         Unavailable: the daemon did not start. The message ends with the last line of its log.
@@ -62,7 +65,7 @@ def embedded_daemon(data_dir: Path, *, dram_bytes: int, also_listen: Sequence[st
     reraise=True,
 )
 def _start(data_dir: Path, dram_bytes: int, also_listen: Sequence[str]) -> tuple[subprocess.Popen[bytes], str]:
-    """Starts a daemon; returns its process and its address once it listens."""
+    """Starts a daemon and waits until it listens. Returns its process and its address."""
     log_path = data_dir.with_suffix(".log")
     address_file = data_dir / "daemon.json"
     address_file.unlink(missing_ok=True)
@@ -80,7 +83,7 @@ def _start(data_dir: Path, dram_bytes: int, also_listen: Sequence[str]) -> tuple
 
 
 def _wait_until_listening(process: subprocess.Popen[bytes], address_file: Path, log_path: Path) -> str:
-    """Waits for the file in which the daemon writes its address once it listens; returns the address."""
+    """Waits until the daemon has written its address to `address_file`, which it does once it listens. Returns the address."""
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline and process.poll() is None:
         if address_file.exists():
@@ -91,6 +94,6 @@ def _wait_until_listening(process: subprocess.Popen[bytes], address_file: Path, 
 
 
 def stop_with_parent() -> None:
-    """Asks the kernel to send this process a SIGTERM when its parent dies (Linux prctl(2)). The child process calls it."""
+    """Asks the kernel to send the calling process a SIGTERM when its parent dies (Linux prctl(2)). The daemon's process calls it."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

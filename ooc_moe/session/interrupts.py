@@ -1,4 +1,4 @@
-"""Turns Ctrl-C into a request to stop, so that long work can end where it can be resumed."""
+"""Turns Ctrl-C into a request to stop, so that long work can end at a point from which it can be resumed."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ INTERRUPTED_EXIT = 130
 
 @contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Yields a function that says whether Ctrl-C (or SIGTERM) has asked the loop to stop.
+    """Catches Ctrl-C (and SIGTERM) in the `with` block. Yields a function that says whether a signal has come.
 
-    The loop asks at its safe points and stops there. A second signal raises KeyboardInterrupt at once. Outside the main thread Python
-    handles no signals, and the function always says False.
+    A long loop calls that function wherever it can stop without loss, and stops if it returns True. A second signal raises
+    KeyboardInterrupt at once. Outside the main thread Python handles no signals, and the function always returns False.
     """
     requested = False
 

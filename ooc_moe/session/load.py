@@ -1,4 +1,4 @@
-"""Opens a trained run as a library: its agent and detector as they were at a checkpoint, without changing the run.
+"""Opens a trained run for use in Python: its agent and detector as they were at a checkpoint. The run is not changed.
 
 with load("runs/first") as run:
     envs = run.make_envs("krull", 4)
@@ -24,7 +24,7 @@ from ooc_moe_client.store import ExpertStore
 
 @contextmanager
 def load(run_dir: Path | str, *, checkpoint: str = LATEST_NAME, **changes: Any) -> Iterator[Session]:
-    """Opens a run as one of its checkpoints has it, for as long as the `with` block runs.
+    """Opens a run as it was at one of its checkpoints, for as long as the `with` block runs. Yields the open session.
 
     The agent is in evaluation mode. Experts are read from a fork of the run's banks, which shares their bytes and is deleted at the end:
     the run stays as it is, even if the agent is trained in the block, and a trainer may continue the run meanwhile.
@@ -44,7 +44,10 @@ def load(run_dir: Path | str, *, checkpoint: str = LATEST_NAME, **changes: Any) 
 
 @contextmanager
 def open_checkpoint(config: RunConfig, name: str = LATEST_NAME) -> Iterator[Session]:
-    """Like `load`, for a configuration that was read already."""
+    """Opens the run of `config` as it was at its checkpoint `name`, for as long as the `with` block runs. Yields the open session.
+
+    This is `load` for callers that have read the run's configuration already.
+    """
     check_device(config.device)
     saved = load_named(config.run_dir / DIRECTORY, name)
     with (
@@ -61,7 +64,7 @@ def open_checkpoint(config: RunConfig, name: str = LATEST_NAME) -> Iterator[Sess
 
 @contextmanager
 def _forked_banks(config: RunConfig, store: ExpertStore, snapshot_id: int) -> Iterator[list[str]]:
-    """Forks the run's banks from a snapshot, without copying bytes; yields the forks' names and deletes the forks at the end."""
+    """Forks the run's banks from a snapshot, without copying bytes. Yields the forks' names, and deletes the forks at the end."""
     forks: list[str] = []
     try:
         for bank in config.agent.bank_names(config.name):

@@ -1,4 +1,4 @@
-"""Opens the parts of a run and connects them: store, HBM caches, agent, detector, and the prefetching between detector and caches.
+"""Opens the parts of a run and connects them: store, expert caches, agent, detector, and the prefetching of what the detector expects.
 
 Training and evaluation both open a session.
 """
@@ -43,7 +43,7 @@ LEAST_USEFUL = 0.1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Session:
-    """The open parts of a run while it trains or is evaluated."""
+    """The open parts of a run while it trains or is evaluated: connected to each other, ready to use."""
 
     config: RunConfig
     store: ExpertStore
@@ -55,7 +55,10 @@ class Session:
     trace: TraceWriter | None = None
 
     def mark_game(self, game: str, *, evaluating: bool = False) -> None:
-        """Records in the trace that `game` is on the screen from now on."""
+        """Writes to the trace (the record of expert uses, if the run makes one) that `game` is played from now on.
+
+        `evaluating` tells whether it is played for evaluation, not for training.
+        """
         if self.trace is not None:
             self.trace.mark(game, evaluating=evaluating)
 
@@ -67,7 +70,7 @@ class Session:
         probabilities: Mapping[int, float] | None = None,
         read_only: Collection[int] = (),
     ) -> None:
-        """Asks the caches to prefetch experts.
+        """Asks the caches to fetch experts that will probably be needed. Returns at once.
 
         Args:
             experts: numbers across banks (expert * num_banks + bank), the most urgent first.
@@ -84,10 +87,13 @@ class Session:
             self.caches[bank].prefetch(list(share), sections=sections, within_s=within_s, probabilities=share)
 
     def useful_experts(self, frames_NSHW: Tensor) -> list[list[int]]:
-        """Chooses experts of known games that a new game could borrow: ids by bank, the most useful first, as `Agent.add_game` takes them.
+        """Chooses experts of known games that a new game could borrow. Returns their ids by bank, the most useful first.
 
-        The detector, which does not know the new game yet, predicts how probable each expert is for frames of the new game. An expert is
-        as useful as its mean probability over the frames.
+        The detector, which does not know the new game yet, predicts how probable it is that frames of the new game use each expert. An
+        expert is as useful as its mean probability over the frames. `Agent.add_game` takes the result.
+
+        Args:
+            frames_NSHW: frames of the new game.
         """
         num_banks, agent = len(self.caches), self.agent
         older = sorted({number for game in agent.games for number in agent.prefetch_set(game)})
@@ -99,44 +105,48 @@ class Session:
         return [[number // num_banks for number in useful if number % num_banks == bank] for bank in range(num_banks)]
 
     def usage_of(self, experts_BTLK: Tensor) -> Tensor:
-        """Counts how often each expert was used in these routings: one count per expert of all banks, by its number across banks."""
+        """Counts how often each expert is chosen in a routing. The counts are in the order of the experts' numbers across banks.
+
+        Args:
+            experts_BTLK: the routing: ids of the chosen experts, (..., layers, top_k).
+        """
         num_banks = len(self.caches)
         layers = torch.arange(experts_BTLK.shape[-2]) % num_banks
         numbered = experts_BTLK.long() * num_banks + layers[:, None]
         return torch.bincount(numbered.flatten(), minlength=self.num_experts)
 
     def make_envs(self, game: str, num_envs: int) -> GameEnvs:
-        """Makes environments of a game whose frames have the agent's sizes."""
+        """Makes `num_envs` environments of a game, whose frames have the sizes that the agent expects."""
         agent = self.config.agent
         return envs.make(game, num_envs, frame_size=agent.frame_size, frame_stack=agent.frame_stack, num_threads=self.config.env_threads)
 
     def new_belief(self, num_envs: int) -> Belief:
-        """A belief about the game of each of `num_envs` environments, with the run's smoothing and hysteresis."""
+        """Makes a belief: which game each of `num_envs` environments probably shows, smoothed over frames as the configuration says."""
         return Belief(num_envs, smoothing=self.config.belief_smoothing, switch_at=self.config.belief_switch_at)
 
     @property
     def num_experts(self) -> int:
-        """Number of experts of all banks together."""
+        """The number of experts in all banks together."""
         return self.agent.num_experts
 
     def cache_stats(self) -> CacheStats:
-        """The counters of all HBM caches, added up."""
+        """The counters of all expert caches, added up."""
         first, *rest = (cache.stats() for cache in self.caches)
         return sum(rest, start=first)
 
     def store_stats(self) -> dict[str, Any]:
-        """The counters of the daemon's tiers, as `ooc-moe stats --json` prints them under dram, nvme and total."""
+        """The counters of the daemon's storage tiers: those that `ooc-moe stats --json` prints under dram, nvme and total."""
         stats = MessageToDict(self.store.stats(), preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
         return {name: {key: _number(value) for key, value in stats.get(name, {}).items()} for name in ("dram", "nvme", "total")}
 
     def flush(self) -> None:
-        """Writes back every changed expert and returns when all of them are durable."""
+        """Writes every changed expert back to the store, and returns when all of them are on disk."""
         for cache in self.caches:
             cache.flush()
 
 
 def check_device(device: str) -> None:
-    """Raises InvalidRequest unless `device` is cpu or cuda and torch can make tensors on it."""
+    """Raises InvalidRequest unless `device` is a cpu or cuda device on which torch can make tensors."""
     if device.partition(":")[0] not in ("cpu", "cuda"):
         raise InvalidRequest(f"device: {device!r} is neither cpu nor cuda")
     try:
@@ -149,13 +159,15 @@ def check_device(device: str) -> None:
 def open_session(
     config: RunConfig, store: ExpertStore, bank_names: Sequence[str], *, trace: TraceWriter | None = None
 ) -> Iterator[Session]:
-    """Opens caches on existing banks, with a new agent, detector and nearest-mean baseline that know no game yet.
+    """Opens the parts of a run on existing banks, for as long as the `with` block runs. Yields the session.
+
+    The agent, the detector and its baseline are new and know no game yet; a caller may load their states.
 
     Args:
         config: the run's configuration.
         store: where the banks are.
         bank_names: the banks, in the order of the agent's caches.
-        trace: records which experts are asked for. None: nothing is recorded.
+        trace: records which experts are used. None: nothing is recorded.
     """
     torch.set_num_threads(config.threads)
     agent_config = config.agent
@@ -199,7 +211,9 @@ def open_session(
 
 @contextmanager
 def open_store(config: RunConfig) -> Iterator[ExpertStore]:
-    """Connects to the run's daemon, or runs an embedded one on run_dir/store for as long as the store is open.
+    """Connects to the run's storage daemon for as long as the `with` block runs. Yields the connection.
+
+    If the configuration names no daemon, an embedded one on run_dir/store is started, and stopped at the end.
 
     Raises:
         InvalidRequest: the daemon cannot be reached on the configured plane.
@@ -214,5 +228,5 @@ def open_store(config: RunConfig) -> Iterator[ExpertStore]:
 
 
 def _number(value: Any) -> Any:
-    """Undoes protobuf's JSON, which turns 64-bit integers into strings."""
+    """Turns a 64-bit integer, which protobuf's JSON writes as text, back into an integer. Other values stay as they are."""
     return int(value) if isinstance(value, str) and value.isdigit() else value
