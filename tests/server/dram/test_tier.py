@@ -2,13 +2,14 @@
 
 import asyncio
 import contextlib
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ooc_moe_server.catalog.catalog import Seed, Slot
-from ooc_moe_server.daemon.config import DRAM_POLICIES
+from ooc_moe_server.daemon.config import DramPolicy
 from ooc_moe_server.dram import arena as arena_module
 from ooc_moe_server.dram.arena import Arena, check_dram_bytes
 from ooc_moe_server.dram.tier import DramTier
@@ -377,7 +378,7 @@ def test_random_use_keeps_the_accounts_and_never_overlaps_records(steps):
         assert stats.used_bytes + stats.free_bytes == 8 * BLOCK
 
 
-@pytest.mark.parametrize("policy", DRAM_POLICIES)
+@pytest.mark.parametrize("policy", get_args(DramPolicy))
 def test_the_daemons_tier_runs_by_the_policy_it_was_told(tmp_path, policy):
     async def scenario():
         engine = await Engine.open(tmp_path, 4 * BLOCK, dram_policy=policy)
