@@ -1,4 +1,4 @@
-"""The games: Atari games and small pixel games behind one interface, made by name.
+"""Makes environments of games by name: Atari games and small pixel games, with one interface for both.
 
     envs = make("krull", 16, frame_size=42)
     observations = envs.reset(seed=1)
@@ -64,7 +64,7 @@ def make(
 
 
 def check_playable(game: str) -> None:
-    """Raises InvalidRequest if the game is unknown, or if it needs ale-py and that is not installed."""
+    """Raises InvalidRequest if the game is unknown, or if it is an Atari game and the package ale-py is not installed."""
     check_name(game)
     if game in ATARI_GAMES:
         try:
@@ -74,7 +74,7 @@ def check_playable(game: str) -> None:
 
 
 def check_name(game: str) -> None:
-    """Raises InvalidRequest if the game is unknown. The message names the most similar games."""
+    """Raises InvalidRequest if no game has this name. The message names the games with the most similar names."""
     if game in ATARI_GAMES:
         return
     if game.startswith("pixel/"):
