@@ -152,7 +152,7 @@ class AtariEnvs:
         )
 
     def close(self) -> None:
-        """Stops the emulators and their threads, by dropping the only reference to them. ale-py's own close() leaves the threads running."""
+        """Stops the emulators and their threads, by dropping the only reference. ale-py's own close() leaves the threads running."""
         if hasattr(self, "_ale"):
             del self._ale
 

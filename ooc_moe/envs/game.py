@@ -37,8 +37,8 @@ class Step:
     truncated: Array
     """(N,) bool: the step limit cut the episode off. In place of the missing rewards, the learner takes its value of `observations`."""
     played: Array
-    """(N,) bool: whether the action was played. False where the step began an episode instead: there the action was ignored, the reward is 0,
-    and the observation is the episode's first."""
+    """(N,) bool: whether the action was played. False where the step began an episode instead: there the action was ignored, the reward is
+    0, and the observation is the episode's first."""
     episode_returns: list[float]
     """The sum of rewards of each episode that ended at this step, in the order of the environments. A lost life does not end an episode."""
     episode_lengths: list[int]

@@ -119,7 +119,10 @@ class _Falling:
 
 
 class _Lamp:
-    """In each step a lamp lights up in the left or the right half. The reward is `sign` for the stick to that side, -`sign` for the other."""
+    """In each step a lamp lights up in the left or the right half.
+
+    The reward is `sign` for moving the joystick to that side, and -`sign` for the other side.
+    """
 
     LAMPS = 20
 
@@ -195,7 +198,7 @@ class _Crossing:
         canvas_NYX[rows, self._y_N, self._x_N] = BRIGHT
 
     def best_actions(self) -> Array:
-        """Goes up into the next lane if that is free in the next step, else waits; and leaves a lane at once, onto the pavement behind it."""
+        """Goes up into the next lane if it is free in the next step, else waits; and leaves a lane at once, onto the pavement above it."""
         return np.where(self._car_at(self._y_N - 1, ahead=1), _NOOP, _UP)
 
 
@@ -337,7 +340,7 @@ class PixelEnvs:
 
 
 def _background(number: int, cue_x: int | None) -> Array:
-    """The picture before anything moves in it: faint noise that depends on `number` (black for 0), and a lit cell in column `cue_x`, if any."""
+    """The picture without anything that moves: faint noise that depends on `number` (black for 0), and a lit cell in column `cue_x`, if any."""
     screen_YX = np.zeros((GRID, GRID), dtype=np.uint8)
     if number:
         screen_YX[1:] = np.random.default_rng(number).integers(0, BACKGROUND_MAX + 1, (GRID - 1, GRID))

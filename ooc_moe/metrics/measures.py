@@ -152,7 +152,7 @@ def standard_error(values: Sequence[float]) -> float:
 
 
 def usage_shares(counts: ArrayLike) -> Floats:
-    """Turns counts of tokens by expert, (..., E), into each expert's share of the tokens. Shares sum to 1; NaN where there are no tokens."""
+    """Turns counts of tokens by expert, (..., E), into each expert's share of the tokens. Shares sum to 1; NaN if there are no tokens."""
     values = np.asarray(counts, float)
     total = values.sum(axis=-1, keepdims=True)
     return np.asarray(values / np.where(total > 0, total, np.nan))
