@@ -1,7 +1,7 @@
 """A detector's prediction for frames (`Prediction`), and the game that each environment is believed to show over time (`Belief`).
 
-A frame is weak evidence, and a wrong switch costs a fetch of experts. So a belief is smoothed over frames and has hysteresis. Prefetching
-starts earlier, as soon as an environment is in doubt.
+A frame is weak evidence, and a wrong switch to another game costs a fetch of experts. So a belief is smoothed over frames, and changes only
+when another game has become clearly more probable. Prefetching starts earlier, as soon as an environment is in doubt.
 
 Letters: N frames or environments, G games, E experts.
 """
@@ -37,7 +37,7 @@ class Prediction:
     expert_probabilities_NE: Tensor
     """The probability that each expert is used for the frame. Rows do not sum to 1."""
     experts: list[int]
-    """The experts to prefetch for the N frames, the most probable first: those that some frame of a known game makes probable enough."""
+    """The experts to prefetch for the N frames, the most probable first: those that are probable enough for a frame of a known game."""
 
     @staticmethod
     def of(

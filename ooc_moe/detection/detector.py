@@ -2,8 +2,8 @@
 
 `Detector` is a small network over the newest frame, with one output per game and one per expert. It learns online while a game is trained,
 from that game's frames and from a few stored frames of every other game. Without stored frames it would forget: it too meets the games one
-after another. belief.py has its result (`Prediction`) and smooths results over time (`Belief`), screens.py has the network's parts, and
-nearest_mean.py is the baseline. It runs on the CPU, because frames are made there.
+after another. It runs on the CPU, because frames are made there. belief.py holds its results (`Prediction`) and smooths them over time
+(`Belief`), screens.py holds the network's parts, and nearest_mean.py a baseline to compare with.
 
 Letters: N frames or environments, S stacked frames, H height, W width, G games, E experts, M stored frames, D features.
 """
@@ -31,7 +31,7 @@ FEATURES_LR, HEADS_LR = 1e-3, 1e-2
 REPLAY = 64
 """Stored frames of other games in each gradient step."""
 USAGE_DECAY = 0.8
-"""The share of an expert's recorded usage that one call of `learn` keeps."""
+"""The weight of an expert's recorded usage when a call of `learn` averages it with the new usage."""
 UNUSED_LOGIT = -4.0
 """The initial logit of an expert. It is so low that an expert which was never seen in use is not prefetched."""
 
@@ -256,9 +256,9 @@ class Detector(nn.Module):
 
 
 class _GrowingHead(nn.Module):
-    """A linear layer to which outputs can be added.
+    """A linear layer to which outputs can be added later.
 
-    Each addition is a block with parameters of its own, so that the optimizer keeps its moments of the older outputs.
+    The outputs of each addition have parameters of their own, so that the optimizer's moments for the older outputs stay valid.
     """
 
     def __init__(self, *, bias: float) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from ooc_moe.detection.belief import Prediction
 
 AMBIGUOUS = 0.5
-"""A pair of games with a higher confusion is called ambiguous."""
+"""The confusion (see `ambiguous_pairs`) above which a pair of games is called ambiguous."""
 
 
 class Recognition:

@@ -46,7 +46,7 @@ def format_count(count: float) -> str:
 
 
 def format_count_short(count: int) -> str:
-    """A count in at most seven characters: "999,999", then "1.00M"."""
+    """A count in at most seven characters: "999,999", or from a million on "1.00M"."""
     return f"{count:,}" if count < 1_000_000 else humanize.metric(count).replace(" ", "")
 
 

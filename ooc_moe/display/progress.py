@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressC
 
 BAR_WIDTH = 30
 NOTED_BAR_WIDTH = 12
-"""Leaves most of a line of 80 characters to the notes."""
+"""The width of a bar with a note. It leaves most of a line of 80 characters to the note."""
 
 
 def passing_bar(console: Console) -> Progress:

@@ -39,7 +39,7 @@ class Table:
     note: str = ""
     """How to read the table, in full sentences."""
     caption: str = ""
-    """What a reader must know before believing the table; "" if nothing."""
+    """What a reader must know before relying on the table; "" if nothing."""
     alignment: str = ""
     """A letter for each column, l (left) or r (right). By default the first column is left, because it names the row, and the others are
     right, because they are numbers."""
@@ -54,7 +54,7 @@ class Table:
 
 
 def print_table(table: Table, console: Console) -> None:
-    """Prints a table. A terminal gets it as `rich_table` draws it, a file or pipe as `plain_table` does: without wrapped lines or cut names."""
+    """Prints a table: on a terminal as `rich_table` draws it; to a file or pipe as `plain_table` does, so that no line is wrapped."""
     if console.is_terminal:
         console.print(rich_table(table))
     else:

@@ -33,13 +33,13 @@ def make(
     num_threads: int = 2,
     max_episode_steps: int | None = None,
 ) -> GameEnvs:
-    """Makes environments of a game. Call `reset(seed)` before the first step.
+    """Makes a batch of environments of one game. Call its `reset(seed)` before the first step.
 
     Args:
         game: a name of `ATARI_GAMES` or `PIXEL_GAMES`. A pixel game's picture changes with a suffix: @1, @2, ..., @flip or @turn.
         num_envs: the number of environments.
         frame_size: height and width of a frame, in pixels.
-        frame_stack: frames in an observation.
+        frame_stack: the number of frames in an observation: the newest and those before it.
         num_threads: threads that emulate Atari. Results do not depend on their number.
         max_episode_steps: the step limit of an episode, in the agent's steps. None: the game's own limit.
 

@@ -1,4 +1,4 @@
-"""Atari games, on ale-py's native vector environment.
+"""Makes environments of Atari games with ale-py's native vector environment, which steps many games at once.
 
 `AtariEnvs` passes every setting explicitly, because ale-py's defaults clip rewards and have no sticky actions. It also replaces actions
 that would hang the emulator. ale-py is an optional dependency, imported when the first game is made.

@@ -1,7 +1,7 @@
 """Small games with known best play on a grid of 10 x 10 cells: fast stand-ins for Atari in tests and studies.
 
-The two games of a conflicting pair have the same layout, dynamics and actions, but opposite rewards. The frames differ in one lit cell in
-the top row:
+Most games come in conflicting pairs: both games of a pair have the same layout, dynamics and actions, but opposite rewards. Their frames
+differ in one lit cell in the top row:
 
     catch / avoid      balls fall near a paddle; catch them, or let them pass
     toward / away      a lamp lights up on the left or on the right; push the stick toward it, or away from it
@@ -9,7 +9,7 @@ the top row:
 
 blind-toward and blind-away are a pair without the lit cell: no frame shows which of them is played, so no agent can play both well.
 
-A suffix of the name changes the picture, but not what the stick does:
+A suffix of the name changes the picture, but not what the joystick does:
 
     @1, @2, ...        a faint background, different for each number
     @flip              the picture upside down
@@ -43,11 +43,11 @@ _VIEWS: dict[str, Callable[[Array], Array]] = {
     "flip": lambda canvas_NYX: canvas_NYX[:, ::-1],
     "turn": lambda canvas_NYX: canvas_NYX.swapaxes(1, 2),
 }
-"""By suffix of the name: turns the drawn cells into those that are shown."""
+"""Suffix of a game's name -> function that turns the cells as the rules draw them into the cells that are shown."""
 
 
 class _Rules(Protocol):
-    """The rules of one game, for N environments at once."""
+    """The rules of one pixel game: its state in N environments, how actions change it, and how it is drawn."""
 
     def begin(self, rng: np.random.Generator, new_N: Array) -> None:
         """Begins a new episode in the environments where `new_N` is True."""
@@ -66,7 +66,10 @@ class _Rules(Protocol):
 
 
 class _Falling:
-    """Balls fall within reach of a paddle three cells wide. The reward is `sign` for a caught ball and -`sign` for a missed one."""
+    """The rules of catch and avoid: balls fall within reach of a paddle that is three cells wide.
+
+    The reward is `sign` for a caught ball and -`sign` for a missed one.
+    """
 
     BALLS = 5
     REACH = 7
@@ -119,7 +122,7 @@ class _Falling:
 
 
 class _Lamp:
-    """In each step a lamp lights up in the left or the right half.
+    """The rules of toward and away: in each step a lamp lights up in the left or the right half.
 
     The reward is `sign` for moving the joystick to that side, and -`sign` for the other side.
     """
@@ -153,7 +156,7 @@ class _Lamp:
 
 
 class _Crossing:
-    """A walker starts at the bottom and gets a reward of 1 for each lane that it crosses. A car that hits it ends the episode.
+    """The rules of cross: a walker starts at the bottom, and the reward is 1 for each lane that it crosses. A car ends the episode.
 
     Cars fill half of each lane and move one cell a step.
     """
@@ -208,7 +211,7 @@ class PixelGame:
 
     name: str
     cue_x: int | None
-    """The column of the lit cell in the top row that identifies the game. None: there is none."""
+    """The column of the lit cell in the top row that identifies the game. None: the game has no such cell."""
     rules: Callable[[int], _Rules]
     """Makes the rules for a given number of environments."""
     optimal_return: float
@@ -230,7 +233,7 @@ _GAMES = {
     )
 }
 PIXEL_GAMES: tuple[str, ...] = tuple(_GAMES)
-"""The names without suffixes."""
+"""The names of all pixel games, without suffixes."""
 
 
 def pixel_game(name: str) -> tuple[PixelGame, int, str]:
@@ -313,7 +316,7 @@ class PixelEnvs:
         return self._rules.best_actions()
 
     def close(self) -> None:
-        """Does nothing: there is nothing to free."""
+        """Does nothing, because pixel games hold no resources that must be freed."""
 
     def _observe(self, played_N: Array) -> None:
         """Draws the newest frames and puts them at the end of the stacks.
@@ -340,7 +343,7 @@ class PixelEnvs:
 
 
 def _background(number: int, cue_x: int | None) -> Array:
-    """The picture without anything that moves: faint noise that depends on `number` (black for 0), and a lit cell in column `cue_x`, if any."""
+    """The picture without anything that moves: faint noise that depends on `number` (black for 0), and the lit cell in column `cue_x`."""
     screen_YX = np.zeros((GRID, GRID), dtype=np.uint8)
     if number:
         screen_YX[1:] = np.random.default_rng(number).integers(0, BACKGROUND_MAX + 1, (GRID - 1, GRID))

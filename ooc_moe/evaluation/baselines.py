@@ -21,7 +21,7 @@ from ooc_moe.evaluation.episodes import Choose, always, play, uniformly_random
 from ooc_moe.metrics.baselines import Baselines, Protocol, read_baselines, write_baselines
 
 NUM_SCORES = envs.NUM_ACTIONS + 2
-"""Scores of one game: each constant action, the best of them again in other environments, and random play."""
+"""How many scores are measured in one game: each constant action, the best of them again in other environments, and random play."""
 
 
 def play_baselines(

@@ -1,4 +1,4 @@
-"""Dormant units (Sokar et al. 2023, definition 3.1): hidden units of experts that hardly respond to a game's frames any more.
+"""Measures dormant units (Sokar et al. 2023, definition 3.1): hidden units of experts that hardly respond to a game's frames any more.
 
 A unit's score is its mean absolute activation over the expert's tokens, divided by the mean of the same over all units of the expert. A
 unit is dormant if its score is at most `DORMANT`. Every evaluation logs the share of dormant units.
@@ -15,7 +15,7 @@ from ooc_moe.agent.agent import Agent
 from ooc_moe.moe.layer import MoEOutput, TieredMoE
 
 DORMANT = 0.025
-"""The highest score of a dormant unit."""
+"""The highest score, as the module's docstring defines it, at which a unit counts as dormant."""
 
 
 @torch.no_grad()

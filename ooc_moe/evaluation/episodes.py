@@ -18,7 +18,7 @@ from ooc_moe.envs import GameEnvs
 from ooc_moe.envs.game import Array
 
 Choose = Callable[[Tensor, Tensor], Array]
-"""Chooses actions (N,) from frames (N, S, H, W) and from marks (N,) of the frames that begin an episode."""
+"""A function that chooses actions (N,) from frames (N, S, H, W) and from a bool tensor (N,) that marks frames which begin an episode."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,7 +32,7 @@ class Played:
 
     @property
     def return_mean(self) -> float:
-        """The score: the mean of `returns`."""
+        """The score that the episodes give: the mean of `returns`."""
         return float(np.mean(self.returns))
 
 

@@ -2,8 +2,8 @@
 
 Each environment acts with the experts of the game that the detector recognises in its frames. The agent is not told when one game ends and
 the next begins: each environment's belief is carried over, so the first steps of a game are played with the experts of the game before,
-until the detector notices the change. A score is the mean raw return of whole episodes (episodes.py). player.py acts; detection/tally.py
-counts how well games are recognised.
+until the detector notices the change. A score is the mean raw return of whole episodes (episodes.py). player.py chooses the actions;
+detection/tally.py counts how well games are recognised.
 """
 
 from __future__ import annotations

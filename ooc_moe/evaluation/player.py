@@ -22,7 +22,7 @@ from ooc_moe.learning.lookahead import schedule_acting
 from ooc_moe.session.session import Session
 
 SAMPLED_FRAMES = 512
-"""About how many frames of a game are kept, at most, for later measurements."""
+"""About how many frames of a game the player keeps, at most, for measurements after the game."""
 Usage = dict[str, dict[str, int]]
 """Layer -> expert -> number of tokens, without the experts that got none. The keys are text, as JSON has them."""
 
@@ -55,7 +55,10 @@ class Player:
         self.recognition = Recognition(game, num_envs)
 
     def __call__(self, frames_NSHW: Tensor, starts_N: Tensor) -> Array:
-        """Chooses actions (N,) for frames (N, S, H, W). `starts_N` marks the frames that begin an episode."""
+        """Chooses an action for each environment, (N,), from the frames (N, S, H, W) of one step. Call it once for each step.
+
+        `starts_N` is True where a frame begins an episode.
+        """
         session = self._session
         if self._step % self._frames_every == 0:
             self._frames.append(frames_NSHW)

@@ -30,7 +30,7 @@ class Protocol:
     eval_steps: int
     """The most steps of each environment."""
     seed: int
-    """The seed of the run that is compared."""
+    """The seed of the run whose scores are compared with these."""
 
     @staticmethod
     def of(config: Mapping[str, Any]) -> Protocol | None:
@@ -41,7 +41,7 @@ class Protocol:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Baselines:
-    """Mean raw returns of random play and of constant actions in one game."""
+    """The mean raw returns (scores) of random play and of constant actions in one game. A constant action is played in every step."""
 
     game: str
     random_mean: float

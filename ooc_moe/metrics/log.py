@@ -133,7 +133,7 @@ def _parsed(line: bytes, where: str) -> Event:
 
 
 def _end_torn_line(path: Path) -> None:
-    """Removes an unfinished last line, so that the next event starts on a line of its own."""
+    """Removes an incomplete last line, left by a writer that was killed, so that the next event starts on a line of its own."""
     content = path.read_bytes() if path.exists() else b""
     if content and not content.endswith(b"\n"):
         os.truncate(path, content.rfind(b"\n") + 1)

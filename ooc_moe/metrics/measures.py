@@ -230,7 +230,7 @@ def confusion(believed: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> 
 
 
 def mean(values: ArrayLike) -> float:
-    """The mean of the values that are not NaN; NaN if all are."""
+    """The mean of the values that are not NaN. NaN if all of them are."""
     known = np.asarray(values, float)
     known = known[~np.isnan(known)]
     return float(known.mean()) if known.size else float("nan")

@@ -31,11 +31,11 @@ class Scores:
 
     games: tuple[str, ...]
     trained_P: tuple[int, ...]
-    """The column of the game that each phase trained."""
+    """For each phase, the column of the game that it trained."""
     mean_PG: Floats
-    """Mean raw return."""
+    """The mean raw return (score) of each game after each phase."""
     random_G: Floats
-    """Mean raw return of random play."""
+    """The mean raw return of random play in each game."""
     untrained_G: Floats
     """The agent's score before any training, if it was evaluated then. Else the score of random play, because an untrained agent acts at
     random."""
@@ -92,7 +92,7 @@ class RunRecord:
 
     @cached_property
     def evaluations(self) -> list[Event]:
-        """The "evaluation" events, one for each phase and evaluated game."""
+        """The "evaluation" events, one for each game that was evaluated after each phase."""
         return self._of("evaluation")
 
     @property

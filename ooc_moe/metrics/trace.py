@@ -141,7 +141,7 @@ class TraceWriter:
             self._append(_INFO, _json(asdict(info)))
 
     def access(self, bank: int, experts: Sequence[int]) -> None:
-        """Records that the cache of `bank` was asked for these experts."""
+        """Records that the cache of bank number `bank` was asked for these experts: one access for each."""
         num_banks = self._num_banks
         self._buffer.extend([expert * num_banks + bank for expert in experts])
         if len(self._buffer) >= CHUNK_ACCESSES:
@@ -228,7 +228,7 @@ def read_trace(path: Path) -> Trace:
 
 
 def write_trace(path: Path, trace: Trace) -> None:
-    """Writes a whole trace to a new file. Raises InvalidRequest if the file exists."""
+    """Writes a whole trace to a new file. Raises InvalidRequest if the file exists already."""
     check_new(path)
     writer = TraceWriter(path, trace.info)
     for span in trace.spans():
