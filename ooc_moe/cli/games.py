@@ -24,7 +24,7 @@ COLUMNS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Games(JsonOption):
-    """List the games that can be played, what each needs, and the scores that it is measured by.
+    """List the games that can be played, what each needs, and the reference scores with which its scores are compared.
 
     A pixel game may be played in another look: pixel/catch@1, @2, ... has another background, @flip is upside down, @turn has rows for
     columns.

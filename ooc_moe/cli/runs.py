@@ -19,7 +19,7 @@ RunDir = Annotated[Path, Flag(positional=True)]
 
 @dataclass(frozen=True, kw_only=True)
 class Branch(OldRunOptions):
-    """Make a new run from a checkpoint of a run, with its dense parameters and experts. The experts' bytes are shared, not copied.
+    """Make a new run that begins from a checkpoint of another run, with its dense parameters and experts. Experts' bytes are not copied.
 
     Another second game after the first one:
 
@@ -81,7 +81,7 @@ class Evaluate(OldRunOptions, PlaneOption):
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Write the report of a run: one HTML file that needs nothing else, and its pictures.
+    """Write the report of a run: one HTML file that needs no other file, and its charts as PNG files.
 
     $ ooc-moe report runs/first --open
     $ ooc-moe report runs/first --single-task runs/only-krull --single-task runs/only-boxing

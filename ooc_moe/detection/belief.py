@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ooc_moe_wire.errors import InvalidRequest
 
 PREFETCH_PROBABILITY_MIN = 0.1
-"""An expert with a lower probability is not worth a prefetch."""
+"""The lowest predicted probability of use at which an expert is worth a prefetch."""
 UNKNOWN_WEIGHT = 0.25
 """The weight in a belief of a frame that looks like no known game. It is not 0, because known games also show screens never stored."""
 

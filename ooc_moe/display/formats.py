@@ -13,7 +13,10 @@ DASH = "–"
 
 
 def format_score(score: float, *, sign: bool = False) -> str:
-    """A score: "1,234", "12.3" or "1.23", with fewer decimals the larger it is. `sign` puts a plus before a positive one."""
+    """A score without decimals from 100 on ("1,234"), with one from 10 on ("12.3"), else with two ("1.23").
+
+    With `sign`, a positive score has a plus before it.
+    """
     if math.isnan(score):
         return DASH
     digits = 0 if abs(score) >= 100 or score == 0 else 1 if abs(score) >= 10 else 2

@@ -20,7 +20,10 @@ NOTED_BAR_WIDTH = 12
 
 
 def passing_bar(console: Console) -> Progress:
-    """Makes a progress display that is erased when the work is done. Each task has a bar with its percentage and remaining time."""
+    """Makes a progress display that is erased when the work is done. Each task has a bar with its percentage and remaining time.
+
+    The description of a task may be changed while it is in progress.
+    """
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(BAR_WIDTH),

@@ -3,7 +3,7 @@
 They are the baselines: scores that need no look at the screen.
 
 Learning and forgetting can only show where an agent beats the best constant action. In some games one button held for ever is nearly the
-best play: in Freeway it is "up". The scores are kept on disk by metrics/baselines.py and played only once.
+best play: in Freeway it is "up". Each score is measured only once, because metrics/baselines.py stores it on disk.
 """
 
 from __future__ import annotations

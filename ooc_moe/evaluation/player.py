@@ -1,8 +1,8 @@
 """Plays one game without being told which one: each environment acts with the experts of the game that it is believed to show.
 
-An environment changes to another game's experts only where a segment begins (the steps that the agent's attention looks back over). All
-environments begin a segment every `context` steps. An environment whose believed game changes begins one at once. Prefetching starts
-earlier, as soon as an environment is in doubt.
+An environment changes to another game's experts only where a segment begins. (A segment is a run of at most `context` steps, over which the
+agent's attention looks back.) All environments begin a segment every `context` steps. An environment whose believed game changes begins one
+at once. Prefetching starts earlier, as soon as an environment is in doubt.
 
 Letters: N environments, M frames, S stacked frames, H height, W width, L layers, K top_k, E experts.
 """

@@ -41,7 +41,7 @@ def facts(data_dir: Path, *, command: str) -> dict[str, str]:
 
 
 def command_given() -> str:
-    """The command line that started this process, with absolute paths cut to their last part."""
+    """The command line that started this process, as text. Absolute paths in it are cut to their last part."""
     arguments = [Path(argument).name if Path(argument).is_absolute() else argument for argument in sys.argv[1:]]
     return shlex.join(["ooc-moe", *arguments])
 

@@ -98,7 +98,10 @@ class Trace:
         return len(np.unique(self.keys_A))
 
     def spans(self) -> list[Span]:
-        """Splits the trace into spans, each of one game in training or in evaluation, in order. No span is empty."""
+        """Splits the trace into spans, each of one game in training or in evaluation, in order.
+
+        No span is empty. A mark that repeats the game and kind of the mark before it begins no new span.
+        """
         ends = [*self.marks, Mark(len(self.keys_A), "", False)]
         if ends[0].position:
             ends.insert(0, Mark(0, "", False))
@@ -163,7 +166,9 @@ class TraceWriter:
         return self._file.tell()
 
     def truncate(self, position: int) -> None:
-        """Removes what was recorded after a checkpoint: all bytes after `position`, which `position()` returned for the checkpoint.
+        """Removes what was recorded after a checkpoint, incomplete chunks included.
+
+        These are all bytes after `position`, the length of the file that `position()` returned for the checkpoint.
 
         Raises:
             InvalidRequest: the file is shorter than `position`.
@@ -196,7 +201,9 @@ def check_new(path: Path) -> None:
 
 
 def read_trace(path: Path) -> Trace:
-    """Reads a whole trace from a file. An incomplete end, left by a writer that was killed, is skipped with a warning in the log.
+    """Reads a whole trace from a file.
+
+    An incomplete end, left by a writer that was killed, is skipped with a warning in the log; `Trace.torn_bytes` is its length.
 
     Raises:
         InvalidRequest: the file does not exist, is not a trace, has another version, or is damaged before its end.
