@@ -1,5 +1,5 @@
 """The command `ooc-moe`: turns flags, the environment and files into configurations, and calls the functions that do the work.
 
-`main.py` lists the commands; every other module holds the commands of one kind. Only this room reads flags, the environment and
-configuration files. It offers nothing to the other rooms.
+`main.py` lists the commands; every other module holds the commands of one kind. In ooc_moe, only this package reads flags, the environment
+and configuration files. No other package of ooc_moe imports it.
 """

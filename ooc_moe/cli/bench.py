@@ -1,4 +1,4 @@
-"""The commands `ooc-moe bench ...`. Nothing here needs torch; what each benchmark needs is imported when it runs."""
+"""The commands `ooc-moe bench ...`, which run benchmarks. This module needs no torch: a benchmark's imports are made when it runs."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ Results = Annotated[Path | None, Flag(metavar="PATH")]
 
 @dataclass(frozen=True, kw_only=True)
 class StoreCommand(JsonOption):
-    """Measure both planes of the daemon beside memcpy, TCP, Arrow Flight, Ray, O_DIRECT, fio, LMDB and RocksDB.
+    """Measure how fast the daemon moves experts, beside memcpy, TCP, Arrow Flight, Ray, O_DIRECT, fio, LMDB and RocksDB.
 
-    All are measured in one run, interleaved, and the bytes of each path are checked first. Peers that are not installed are named and left
-    out (pip install 'ooc-moe[bench]', apt install fio). The benchmark starts and stops a daemon of its own.
+    Both planes are measured: the connection, and memory shared on this host. All are measured in one run, interleaved, and the bytes of
+    each path are checked first. Peers that are not installed are named and left out (pip install 'ooc-moe[bench]', apt install fio). The
+    benchmark starts and stops a daemon of its own.
 
     $ ooc-moe bench store --data-dir /mnt/nvme --results store.md
     $ ooc-moe bench store --quick --sizes 8MiB --paths fetch/local,fetch/memcpy
@@ -49,7 +50,7 @@ class StoreCommand(JsonOption):
     """A first look: few records, 3 rounds. Do not quote its figures."""
 
     def run(self) -> None:
-        """Measures, prints and saves."""
+        """Runs the benchmark of the store, prints its table, and saves it if `results` is given."""
         from ooc_moe.bench.store import benchmark
         from ooc_moe.bench.store.results import save, table
 
@@ -66,7 +67,7 @@ class StoreCommand(JsonOption):
 
 @dataclass(frozen=True, kw_only=True)
 class CacheCommand(JsonOption):
-    """Measure what training with experts in a cache costs: the MoE layer beside a dense FFN, and steps beside everything resident.
+    """Measure what training with experts in a cache costs: the layer beside a dense FFN, and steps beside steps with all experts in HBM.
 
     Each part except the layer starts and stops a daemon of its own. On a GPU the layer is measured in bfloat16.
 
@@ -97,7 +98,7 @@ class CacheCommand(JsonOption):
     """A first look: few rounds. Do not quote its figures."""
 
     def run(self) -> None:
-        """Measures, prints and saves."""
+        """Runs the chosen parts of the benchmark, prints their tables, and saves them if `results` is given."""
         from ooc_moe.bench.cache import benchmark, layer
         from ooc_moe.bench.cache import results as tables
 
@@ -146,7 +147,7 @@ class CacheCommand(JsonOption):
 
 @dataclass(frozen=True, kw_only=True)
 class LearningCommand(JsonOption):
-    """Measure our PPO with a dense network beside Stable-Baselines3's with the same network: steps per second, returns at equal steps.
+    """Measure the steps per second and the returns of our PPO with a dense network, beside Stable-Baselines3's with the same network.
 
     $ ooc-moe bench learning --results tests/bench/results
     $ ooc-moe bench learning --games pixel/catch --returns none --rounds 3
@@ -174,7 +175,7 @@ class LearningCommand(JsonOption):
     """Measure the returns of Atari games, which takes hours on a CPU."""
 
     def run(self) -> None:
-        """Measures, prints and saves."""
+        """Runs the benchmark of learning, prints its tables, and saves them if `results` is given."""
         from ooc_moe.bench.learning import benchmark
         from ooc_moe.bench.learning import results as tables
 
@@ -208,14 +209,14 @@ class PoliciesCommand:
     """Save the table to this file."""
 
     def run(self) -> None:
-        """Compares, prints and saves."""
+        """Compares the policies, prints a table, and saves it if `results` is given."""
         from ooc_moe.bench import policies
 
         policies.main(self.seed, self.results)
 
 
 def _show(document: object, tables: Sequence[Table], *, as_json: bool) -> None:
-    """Prints results as one JSON document or as tables."""
+    """Prints the results of a benchmark: `document` as JSON if `as_json`, else the tables."""
     if as_json:
         print(json.dumps(document, indent=2))
         return

@@ -1,4 +1,4 @@
-"""Renders the daemon's statistics: the three tiers, trainers with their HBM caches, latencies, queues and banks.
+"""Draws the dashboard of `ooc-moe stats`: the daemon's three tiers, trainers with their HBM caches, latencies, queues and banks.
 
 `render` turns one Stats message (and an earlier one, for rates) into Rich tables that fit into 80 columns: bars and names are shortened,
 numbers are never folded. It shows the most useful counters; `ooc-moe stats --json` has all of them. Names that users chose are printed as
@@ -24,7 +24,7 @@ _BAR_WIDTH_IN_A_PIPE = 20
 
 
 def print_once(stats: stats_pb2.Stats) -> None:
-    """Prints the dashboard once: fitted to the terminal, or one line for each row with whole names where the output is a pipe."""
+    """Prints the dashboard once. On a terminal it is fitted to the width; in a pipe each row is one line, and names are not shortened."""
     if sys.stdout.isatty():
         Console().print(render(stats))
         return
@@ -35,12 +35,12 @@ def print_once(stats: stats_pb2.Stats) -> None:
 
 
 def render(stats: stats_pb2.Stats, before: stats_pb2.Stats | None = None, *, whole_names: bool = False) -> RenderableType:
-    """Renders the whole dashboard.
+    """Draws the whole dashboard as something that Rich can print.
 
     Args:
-        stats: the statistics to show.
-        before: an earlier message of the same daemon. With it, traffic is shown per second; without it, since the daemon's start.
-        whole_names: never shorten a name.
+        stats: the daemon's statistics to show.
+        before: earlier statistics of the same daemon. With them, traffic is shown per second; without them, since the daemon's start.
+        whole_names: whether to print names in full, however wide the table becomes.
     """
     parts: list[RenderableType] = [_headline(stats)]
     # The banks come last, because a terminal with few lines cuts off the last lines.
@@ -53,7 +53,7 @@ def render(stats: stats_pb2.Stats, before: stats_pb2.Stats | None = None, *, who
 
 
 def _unshortened(table: Table) -> Table:
-    """The table with columns as wide as their names, and with bars of a fixed width."""
+    """Makes a table's columns as wide as their longest cells, and its bars of a fixed width. Returns the same table."""
     for column in table.columns:
         column.max_width = None
         column.no_wrap = True
@@ -102,7 +102,7 @@ def _tiers(stats: stats_pb2.Stats, before: stats_pb2.Stats | None) -> Table:
 
 
 def _sum_of_hbm(stats: stats_pb2.Stats) -> stats_pb2.TierStats:
-    """Adds the trainers' HBM caches up to one tier: hits count as reads, misses as writes."""
+    """Adds up the HBM caches of all trainers to the statistics of one tier, in which hits count as reads and misses as writes."""
     caches = [hbm for trainer in stats.trainers for hbm in trainer.hbm]
     return stats_pb2.TierStats(
         capacity_bytes=sum(hbm.capacity_experts * hbm.expert_bytes for hbm in caches),
@@ -144,7 +144,7 @@ def _hbm(stats: stats_pb2.Stats) -> Table:
 
 
 def _latencies(stats: stats_pb2.Stats) -> Table:
-    """Renders a column for each operation that happened at least once."""
+    """Makes the table of latencies, with a column for each operation that happened at least once."""
     seen = {name: latency for name, latency in sorted(stats.latency.items()) if latency.count}
     table = _table("Latency in ms", *seen)
     if seen:
@@ -177,9 +177,10 @@ def _banks(stats: stats_pb2.Stats) -> Table:
 
 
 def _table(title: str, *columns: str) -> Table:
-    """Makes a section, with its title above the first column.
+    """Makes the empty table of one section of the dashboard, with the section's title above the first column.
 
-    A column whose name begins with | is aligned to the left and may be shortened, like the first column. All others hold numbers.
+    `columns` names the other columns. One whose name begins with | is aligned to the left, and its cells may be shortened. All others
+    hold numbers.
     """
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column(Text(title, style="not dim bold"))
@@ -200,7 +201,10 @@ def _share(hits: int, misses: int) -> str:
 
 
 def _flow(total: int, earlier: int | None, seconds: float) -> str:
-    """Writes bytes since the start, or, with an earlier figure, bytes per second. No traffic, or a daemon that restarted, is left blank."""
+    """Writes the traffic of a tier: the `total` bytes since the daemon's start, or bytes per second if an `earlier` total is given.
+
+    The rate is left blank where there was no traffic, or where the daemon has restarted in between.
+    """
     if earlier is None:
         return format_bytes_short(total)
     rate = round((total - earlier) / seconds) if seconds > 0 else 0

@@ -24,7 +24,7 @@ COLUMNS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Games(JsonOption):
-    """List the games that can be played, what each needs, and the scores that it is measured by.
+    """List the games that can be played, what each needs, and the reference scores with which its scores are compared.
 
     A pixel game may be played in another look: pixel/catch@1, @2, ... has another background, @flip is upside down, @turn has rows for
     columns.
@@ -38,7 +38,7 @@ class Games(JsonOption):
     """Only games whose name contains this text, or matches it if it has * or ?."""
 
     def run(self) -> None:
-        """Prints the list."""
+        """Prints the list of games whose name matches the pattern."""
         games = matching_games(self.pattern)
         print_records(COLUMNS, games, as_json=self.as_json)
         if not self.as_json and any(game["looks"] for game in games):
@@ -46,7 +46,10 @@ class Games(JsonOption):
 
 
 def matching_games(pattern: str) -> list[dict[str, Any]]:
-    """Returns a record for each game whose name matches. Raises InvalidRequest if no name matches."""
+    """Returns a record for each game whose name contains `pattern`, or matches it if it has * or ?.
+
+    A record holds the game's name, what it needs, and its reference scores. Raises InvalidRequest if no name matches.
+    """
     from ooc_moe.envs import ATARI_GAMES, PIXEL_GAMES
 
     names = [*ATARI_GAMES, *PIXEL_GAMES]

@@ -1,4 +1,4 @@
-"""The command `ooc-moe`: the list of all commands, and what an error looks like.
+"""Runs the program `ooc-moe`: lists all its commands, and prints errors.
 
 torch and the packages that need it are imported inside the commands that use them, so that help and statistics start at once.
 
@@ -67,7 +67,7 @@ PROGRAM = Program(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the console script and exits.
+    """Runs the command that the arguments name (by default those of the process), and exits with its exit code.
 
     An error of the caller, a missing extra, or a failure of the daemon or the disk is printed as one line, with exit code 2. An error of
     this program keeps its traceback.

@@ -1,4 +1,4 @@
-"""Options that several commands share. A command inherits the dataclasses whose options it has."""
+"""The options that several commands share, as dataclasses. A command has the options of a dataclass by inheriting from it."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ STORE_VARIABLE = "OOC_MOE_STORE"
 
 @dataclass(frozen=True, kw_only=True)
 class DaemonOptions:
-    """The option that names the daemon to ask."""
+    """The option `--store`, for commands that connect to a storage daemon."""
 
     store: Annotated[str | None, Flag(metavar="ADDRESS", default=f"{STORE_VARIABLE}, or {DEFAULT_STORE}")] = None
     """Address of the storage daemon: HOST:PORT or unix:PATH."""
 
     @property
     def target(self) -> str:
-        """The daemon's address: from the flag, else from the environment variable, else the default."""
+        """The address of the daemon: that of --store, else that in the environment variable OOC_MOE_STORE, else the default."""
         return self.store or os.environ.get(STORE_VARIABLE) or DEFAULT_STORE
 
 
 @dataclass(frozen=True, kw_only=True)
 class JsonOption:
-    """The option for output that programs read."""
+    """The option `--json`, for commands whose output programs may read."""
 
     as_json: Annotated[bool, Flag(name="json")] = False
     """Print one JSON document, with numbers as numbers."""
@@ -36,7 +36,7 @@ class JsonOption:
 
 @dataclass(frozen=True, kw_only=True)
 class OldRunOptions:
-    """The option for a run whose daemon has a new address."""
+    """The option `--store` of commands on a run that exists, for a run whose daemon has a new address."""
 
     store: Annotated[str | None, Flag(metavar="ADDRESS")] = None
     """New address of the daemon, if it moved since the run was made."""
@@ -44,7 +44,7 @@ class OldRunOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class PlaneOption:
-    """The option that chooses how experts travel between the daemon and an existing run."""
+    """The option `--plane`, which chooses how experts travel between the daemon and a command on a run that exists."""
 
     plane: PlaneName | None = None
     """How experts travel: over the connection, through memory shared with a daemon on this host, or local where possible. By default as in

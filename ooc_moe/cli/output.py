@@ -1,4 +1,4 @@
-"""Prints listings: as a table on a terminal, as plain rows in a pipe, or as JSON."""
+"""Prints lists of records, such as banks or games: as a table on a terminal, as plain rows in a pipe, or as JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ooc_moe.display import table
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column of a listing: the key of its value in each record, its heading, and how the value is written for people."""
+    """A column of a printed list: the key of its value in each record, its heading, and how the value is written as text."""
 
     key: str
     heading: str
@@ -23,13 +23,13 @@ class Column:
 
 
 def print_records(columns: Sequence[Column], records: Sequence[Mapping[str, Any]], *, as_json: bool = False, empty: str = "") -> None:
-    """Prints a listing.
+    """Prints records, one a row, as a table; or all of them as one JSON document.
 
     Args:
-        columns: what people see of each record.
-        records: what programs see. The values are what JSON can hold, with numbers as numbers.
-        as_json: print one JSON document, with all keys of the records.
-        empty: what people see if there are no records.
+        columns: the columns of the table. Keys of the records without a column are not in the table.
+        records: the records. Their values are what JSON can hold, with numbers as numbers.
+        as_json: print the JSON document, with all keys of the records, instead of the table.
+        empty: the text to print, instead of an empty table, if there are no records.
     """
     if as_json:
         print(json.dumps(list(records), indent=2))
@@ -43,5 +43,5 @@ def print_records(columns: Sequence[Column], records: Sequence[Mapping[str, Any]
 
 
 def say(message: str) -> None:
-    """Prints one line as it is: it is not folded, and nothing in it is Rich markup."""
+    """Prints a message on one line, exactly as it is: a long line is not wrapped, and brackets are not taken for Rich markup."""
     Console().print(message, soft_wrap=True, markup=False, highlight=False)

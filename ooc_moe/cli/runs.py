@@ -1,4 +1,4 @@
-"""The commands on a run that exists: `branch`, `eval` and `report`."""
+"""The commands on a run that exists: `branch` begins another run from it, `eval` plays its games, and `report` writes its report."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RunDir = Annotated[Path, Flag(positional=True)]
 
 @dataclass(frozen=True, kw_only=True)
 class Branch(OldRunOptions):
-    """Make a new run from a checkpoint of a run, with its dense parameters and experts. The experts' bytes are shared, not copied.
+    """Make a new run that begins from a checkpoint of another run, with its dense parameters and experts. Experts' bytes are not copied.
 
     Another second game after the first one:
 
@@ -37,7 +37,7 @@ class Branch(OldRunOptions):
     """Games to learn from there on; by default those of the old run."""
 
     def run(self) -> None:
-        """Makes the run."""
+        """Makes the new run, and prints how to continue it."""
         from ooc_moe.run.branch import branch
 
         branch(self.run_dir, self.new_dir, self.checkpoint, games=self.games, store=self.store)
@@ -69,7 +69,7 @@ class Evaluate(OldRunOptions, PlaneOption):
     evaluations of each game, once."""
 
     def run(self) -> None:
-        """Plays the games."""
+        """Plays the games of the run and prints the results."""
         from ooc_moe.evaluation.evaluate import evaluate_run
 
         optional: dict[str, Any] = {name: getattr(self, name) for name in ("eval_envs", "eval_episodes", "eval_steps", "recognise")}
@@ -81,7 +81,7 @@ class Evaluate(OldRunOptions, PlaneOption):
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Write the report of a run: one HTML file that needs nothing else, and its pictures.
+    """Write the report of a run: one HTML file that needs no other file, and its charts as PNG files.
 
     $ ooc-moe report runs/first --open
     $ ooc-moe report runs/first --single-task runs/only-krull --single-task runs/only-boxing
@@ -96,7 +96,7 @@ class Report:
     best. May be repeated."""
 
     def run(self) -> None:
-        """Writes the report."""
+        """Writes the report, prints its path, and opens it in the browser with --open."""
         from ooc_moe.report.report import write_report
 
         path = write_report(self.run_dir, self.single_task)

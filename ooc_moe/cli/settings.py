@@ -44,7 +44,7 @@ GAMES_REQUIRED = "--games is required, for example --games krull,road_runner. `o
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """The options of `train` that are not fields of a configuration."""
+    """The options of `train` that are not fields of `RunConfig`, `AgentConfig` or `PPOConfig`."""
 
     preset: Preset = DEFAULT_PRESET
     """Preset of the agent's sizes; other flags override single sizes."""
@@ -61,14 +61,14 @@ class RunOptions:
 
 
 def configurable() -> tuple[Option, ...]:
-    """Returns the options that may also be set in a file or by the environment: the preset, and all fields of the configurations."""
+    """Returns the options of `train` that a file or the environment may set, too: the preset, and all fields of the configurations."""
     preset = tuple(option for option in options_of(RunOptions) if option.name == "preset")
     return (*preset, *(option for group in run_groups()[1:] for option in group.options))
 
 
 @cache
 def run_groups() -> tuple[Group, ...]:
-    """Returns the options of `train`, grouped as in its help."""
+    """Returns all options of `train`, in the groups of its help text."""
     run = options_of(RunConfig, skip=("agent", "ppo"), paired=True)
     run = with_defaults(run, {"run_dir": None, "games": ()})
     run = with_metavars(run, {"run_dir": "DIR", "store": "ADDRESS", "trace": "FILE", "from_bank": "BANK"})
@@ -82,7 +82,11 @@ def run_groups() -> tuple[Group, ...]:
 
 
 def settings_of(parsed: Parsed, environ: Mapping[str, str]) -> dict[str, Setting]:
-    """Returns the value of every configurable option, and where it comes from.
+    """Returns the value of every option in `configurable`, and its source: flag, environment, file, preset or default.
+
+    Args:
+        parsed: the options of the command line.
+        environ: the environment variables.
 
     Raises:
         InvalidRequest: the file or the environment names an unknown setting, or has an invalid value.
@@ -108,9 +112,10 @@ def _config_file(path: Path) -> Path:
 
 
 def _with_run_dir(settings: dict[str, Setting], parsed: Parsed) -> dict[str, Setting]:
-    """Returns the settings with the run's directory.
+    """Returns the settings with the run's directory filled in.
 
-    --name decides; then --run-dir, the environment or the file; otherwise the directory is made of the preset and the time.
+    It is the directory of --name if that is given; else that of --run-dir, the environment or the file; else a new one that is named after
+    the preset and the time.
     """
     name, found = parsed.values["name"], settings["run_dir"]
     if name is not None:
@@ -124,14 +129,14 @@ def _with_run_dir(settings: dict[str, Setting], parsed: Parsed) -> dict[str, Set
 
 
 def directory_of(name: str) -> Path:
-    """Returns the directory of the run with this name, runs/NAME. Raises InvalidRequest if the name is not one part of a path."""
+    """Returns the directory of the run with this name: runs/NAME. Raises InvalidRequest if the name is not a single part of a path."""
     if Path(name).parts != (name,) or name == "..":
         raise InvalidRequest(f"name: {name!r} is not the name of one directory below runs; --run-dir takes a path")
     return Path("runs") / name
 
 
 def run_config(settings: Mapping[str, Setting]) -> RunConfig:
-    """Makes the configuration of the run. Raises InvalidRequest if no game is given, or a value is invalid."""
+    """Makes the configuration of a run from its settings. Raises InvalidRequest if no game is given, or a value is invalid."""
     if not settings["games"].value:
         raise InvalidRequest(GAMES_REQUIRED)
     run = _values(RunConfig, settings)
@@ -145,7 +150,7 @@ def _values(config: type[Any], settings: Mapping[str, Setting]) -> dict[str, Any
 
 
 def sources(settings: Mapping[str, Setting]) -> list[dict[str, Any]]:
-    """Returns a record of name, value and source for each setting, in the order of the options."""
+    """Returns a record with the name, value and source of each setting, for `ooc-moe config show`, in the order of the options."""
     return [
         {"setting": option.name, "value": _plain(settings[option.name].value), "source": settings[option.name].source}
         for option in configurable()
@@ -153,7 +158,7 @@ def sources(settings: Mapping[str, Setting]) -> list[dict[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """Converts a value to what JSON can hold."""
+    """Converts the value of a setting to a type that JSON has."""
     if isinstance(value, Path):
         return str(value)
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value

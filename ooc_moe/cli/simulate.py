@@ -1,4 +1,4 @@
-"""The commands `simulate` and `plan`: predict what a run would ask of its tiers. Neither touches a GPU."""
+"""The commands `simulate`, which replays recorded accesses to experts through tiers of other sizes, and `plan`, which predicts a run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LATENCY = "dram=20us+12GB/s,nvme=80us+3GB/s"
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayOptions(JsonOption):
-    """The trace, the capacities and the policies of a replay, and where its results go."""
+    """The options of `simulate` about the trace, the capacities and eviction policies of the tiers, and where results go."""
 
     file: Annotated[Path | None, Flag(positional=True, metavar="FILE")] = None
     """A trace that ooc-moe train --trace recorded."""
@@ -55,7 +55,7 @@ class ReplayOptions(JsonOption):
 
 @dataclass(frozen=True, kw_only=True)
 class PrefetchOptions:
-    """The prefetch sources that are tried, and how good the simulated detector is."""
+    """The options of `simulate` about prefetching: which sources are tried, and how good the simulated detector is."""
 
     prefetch: tuple[str, ...] = ("perfect", "detector", "random")
     """Prefetch sources to try with the first policy, beside no prefetch."""
@@ -69,7 +69,7 @@ class PrefetchOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TimeOptions:
-    """How long loads and computation take."""
+    """The options of `simulate` about time: how long loads and computation take."""
 
     latency: Annotated[str, Flag(metavar="TIER=T[+B/s],...")] = LATENCY
     """Time of a load from each tier: latency and bandwidth. A bandwidth that is not given is the default's."""
@@ -81,7 +81,7 @@ class TimeOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class MakeOptions:
-    """What a synthetic trace is like, if one is made instead of replaying a recorded one."""
+    """The options of `simulate` about a synthetic trace, which can be made and replayed in place of a recorded one."""
 
     make: Annotated[Path | None, Flag(metavar="FILE")] = None
     """Make a trace, write it to this new file, and replay it."""
@@ -122,7 +122,7 @@ Belady knows the future but does not prefetch, so a prefetch can beat it.
 
 
 def simulate_groups() -> list[Group]:
-    """Returns the options of `simulate`, grouped as in its help."""
+    """Returns all options of `simulate`, in the groups of its help text."""
     return [
         Group(title="", options=options_of(ReplayOptions)),
         Group(title="Prefetch", options=options_of(PrefetchOptions)),
@@ -132,7 +132,7 @@ def simulate_groups() -> list[Group]:
 
 
 def simulate(parsed: Parsed) -> None:
-    """Replays a trace, prints a row for each replay, and saves what was asked for."""
+    """Carries out the command `simulate`: replays a trace, prints a row for each replay, and saves table and chart if asked to."""
     chosen = parsed.part(ReplayOptions)
     making = parsed.part(MakeOptions)
     if (chosen.file is None) == (making.make is None):
@@ -174,7 +174,7 @@ def _sweep(chosen: ReplayOptions, ahead: PrefetchOptions, times: TimeOptions, *,
 
 
 def _trace(chosen: ReplayOptions, making: MakeOptions) -> Trace:
-    """Reads the trace of the file, or makes a new trace and writes it."""
+    """Reads the trace that FILE names; or, with --make, makes a new trace and writes it to a file."""
     if chosen.file is not None:
         return read_trace(chosen.file)
     assert making.make is not None
@@ -210,7 +210,7 @@ SIMULATE = Command(description=SIMULATE_HELP, groups=simulate_groups, run=simula
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(JsonOption):
-    """Predict a run's bytes in each tier, its loads and its stalls; and say when out-of-core will not work, or is not worth it.
+    """Predict a run's bytes in each tier, its loads and its stalls; and say if experts outside the GPU will not work, or are not worth it.
 
     $ ooc-moe plan --config full --gpu-bytes 24GB --dram-bytes 16GiB --nvme-bytes 200GB --steps-per-s 2000
     $ ooc-moe plan --config demo --hbm-experts 6 --measure --steps-per-s 900
@@ -243,7 +243,7 @@ class Plan(JsonOption):
     """With --measure: the device that holds HBM, cpu or cuda."""
 
     def run(self) -> None:
-        """Prints the plan."""
+        """Prints the prediction and what it finds against the run."""
         from ooc_moe.simulate import plan as planning
 
         config = planned_run(self.config, self.num_games, self.hbm_experts)
@@ -270,9 +270,15 @@ class Plan(JsonOption):
 
 
 def planned_run(config: str, num_games: int | None, hbm_experts: int | None) -> RunConfig:
-    """Returns the configuration of a preset or of a run, with another number of games or of experts in HBM if one is given.
+    """Returns the configuration of the run that `plan` predicts.
 
-    Raises InvalidRequest if `config` is neither a preset nor the directory of a run.
+    Args:
+        config: the name of a preset, or the directory of a run.
+        num_games: replaces the number of games; None keeps the configuration's.
+        hbm_experts: replaces the number of experts in HBM; None keeps the configuration's.
+
+    Raises:
+        InvalidRequest: `config` is neither a preset nor the directory of a run.
     """
     from ooc_moe.config.agent import PRESETS
     from ooc_moe.config.run import RunConfig

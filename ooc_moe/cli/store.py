@@ -1,6 +1,6 @@
-"""The commands that ask a storage daemon: `stats`, `bank ...` and `snapshot ...`.
+"""The commands that only need a storage daemon: `stats`, `bank ...` and `snapshot ...`.
 
-They use `RemoteStore` alone, and need no torch.
+They connect to the daemon by `RemoteStore`, and need no torch.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ _WHERE = {Tier.DRAM: "in DRAM", Tier.NVME: "on NVMe", Tier.SEED: "made from the 
 
 @dataclass(frozen=True, kw_only=True)
 class ConfirmOption:
-    """The option that skips the question before data is deleted."""
+    """The option `--yes`, for commands that ask before they delete data."""
 
     yes: Annotated[bool, Flag(aliases=("-y",))] = False
     """Do not ask for confirmation."""
 
     def confirm(self, question: str) -> None:
-        """Asks on the terminal, unless --yes was given. Exits with code 1 if the answer is not yes."""
+        """Asks `question` on the terminal, unless --yes was given. Exits the program with code 1 if the answer is not yes."""
         if self.yes:
             return
         try:
@@ -62,7 +62,7 @@ class ConfirmOption:
 
 @dataclass(frozen=True, kw_only=True)
 class Stats(DaemonOptions, JsonOption):
-    """Show what the daemon's tiers, banks and trainers are doing.
+    """Show the daemon's statistics: what its tiers, banks and trainers hold and do.
 
     A dashboard beside a training run, and the same numbers for a program:
 
@@ -76,7 +76,7 @@ class Stats(DaemonOptions, JsonOption):
     """Seconds between two updates of --watch; at least 0.1."""
 
     def run(self) -> None:
-        """Prints the statistics once, or repeatedly with --watch."""
+        """Prints the daemon's statistics once, or again and again with --watch."""
         if not 0.1 <= self.interval <= 3600:
             raise InvalidRequest(f"interval: {self.interval} is not 0.1 to 3600 seconds")
         with _connected(self.target, patience_s=WATCH_PATIENCE_S if self.watch else PATIENCE_S) as daemon:
@@ -100,14 +100,14 @@ def _watch(daemon: RemoteStore, interval: float) -> None:
 
 
 def plain(stats: stats_pb2.Stats) -> dict[str, Any]:
-    """Returns the statistics as a JSON document with the field names of the .proto file, and with numbers as numbers."""
+    """Turns the daemon's statistics into a document for JSON, with the field names of the .proto file. Numbers stay numbers."""
     document: dict[str, Any] = MessageToDict(stats, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
     _numbers(stats, document)
     return document
 
 
 def _numbers(message: Message, document: dict[str, Any]) -> None:
-    """Converts 64-bit integers, which protobuf's JSON writes as strings, to numbers, in place."""
+    """Replaces, in a message's `document`, the strings as which protobuf's JSON writes 64-bit integers by numbers."""
     for field in message.DESCRIPTOR.fields:
         value, found = getattr(message, field.name), document.get(field.name)
         if found is None:
@@ -128,14 +128,14 @@ def _numbers(message: Message, document: dict[str, Any]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class BankList(DaemonOptions, JsonOption):
-    """List the banks of a daemon.
+    """List the banks (named sets of experts) of a daemon.
 
     $ ooc-moe bank ls --store storage-host:50051
     $ ooc-moe bank ls | grep first/
     """
 
     def run(self) -> None:
-        """Prints the list."""
+        """Prints the list of banks."""
         with _connected(self.target) as daemon:
             banks = daemon.list_banks()
         columns = (
@@ -161,7 +161,7 @@ class BankShow(DaemonOptions, JsonOption):
     """Name of the bank."""
 
     def run(self) -> None:
-        """Prints the bank."""
+        """Prints what the daemon knows of the bank, and its experts' tensors."""
         with _connected(self.target) as daemon:
             bank = daemon.get_bank(self.name)
             tiers = Counter(tier for expert in daemon.list_experts(self.name) for tier in expert.tiers)
@@ -199,7 +199,7 @@ class BankRemove(DaemonOptions, ConfirmOption):
     """Name of the bank."""
 
     def run(self) -> None:
-        """Asks, and removes the bank."""
+        """Asks for confirmation, and removes the bank."""
         with _connected(self.target) as daemon:
             bank = daemon.get_bank(self.name)
             self.confirm(f"Remove bank {self.name} with {bank.num_written} written experts, also from all snapshots?")
@@ -211,7 +211,7 @@ class BankRemove(DaemonOptions, ConfirmOption):
 class BankFork(DaemonOptions):
     """Make a new bank that begins with the experts of another bank, without copying their bytes.
 
-    The experts alone, for `ooc-moe train --from-bank`; `ooc-moe branch` takes a run's dense parameters too.
+    The new bank has the experts alone, for `ooc-moe train --from-bank`. `ooc-moe branch` takes a run's dense parameters, too.
 
     $ ooc-moe bank fork first/experts second/experts --snapshot 3
     """
@@ -224,7 +224,7 @@ class BankFork(DaemonOptions):
     """Fork the bank as it was in this snapshot; by default as it is now."""
 
     def run(self) -> None:
-        """Makes the bank."""
+        """Makes the new bank, and prints how many experts it has."""
         with _connected(self.target) as daemon:
             bank = daemon.fork_bank(self.source, self.name, snapshot_id=self.snapshot)
         say(f"made {bank.spec.name} with {bank.spec.num_experts} experts, {bank.num_written} of them written")
@@ -277,7 +277,7 @@ def _bank_facts(bank: Bank, tiers: Counter[Tier]) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True, kw_only=True)
 class SnapshotList(DaemonOptions, JsonOption):
-    """List snapshots, newest first.
+    """List the snapshots (kept states of banks) of a daemon, newest first.
 
     $ ooc-moe snapshot ls --bank first/experts
     """
@@ -286,7 +286,7 @@ class SnapshotList(DaemonOptions, JsonOption):
     """List only the snapshots of this bank."""
 
     def run(self) -> None:
-        """Prints the list."""
+        """Prints the list of snapshots."""
         with _connected(self.target) as daemon:
             if self.bank:
                 daemon.get_bank(self.bank)  # Refuses an unknown name, for which the list would be empty.
@@ -304,7 +304,7 @@ class SnapshotList(DaemonOptions, JsonOption):
 
 @dataclass(frozen=True, kw_only=True)
 class SnapshotCreate(DaemonOptions):
-    """Keep the present state of banks; nothing is copied.
+    """Make a snapshot of banks: keep their present state, so that they can be brought back to it. Nothing is copied.
 
     $ ooc-moe snapshot create first/experts --name before-the-experiment
     $ ooc-moe snapshot create first/layer0,first/layer1
@@ -316,7 +316,7 @@ class SnapshotCreate(DaemonOptions):
     """Name of the snapshot; by default snapshot-ID."""
 
     def run(self) -> None:
-        """Makes the snapshot."""
+        """Makes the snapshot, and prints its id."""
         with _connected(self.target) as daemon:
             _report("created", daemon.create_snapshot(list(self.banks), name=self.name))
 
@@ -325,7 +325,7 @@ class SnapshotCreate(DaemonOptions):
 class SnapshotRestore(DaemonOptions, ConfirmOption):
     """Bring the banks of a snapshot back to its state. What they hold now is lost unless another snapshot has it.
 
-    The experts alone: `ooc-moe train --resume --checkpoint` takes a run back with its dense parameters.
+    Only the experts are restored. `ooc-moe train --resume --checkpoint` takes a run back with its dense parameters, too.
 
     $ ooc-moe snapshot restore 3
     """
@@ -334,7 +334,7 @@ class SnapshotRestore(DaemonOptions, ConfirmOption):
     """The snapshot's id."""
 
     def run(self) -> None:
-        """Asks, and restores the snapshot."""
+        """Asks for confirmation, and restores the snapshot."""
         with _connected(self.target) as daemon:
             self.confirm(f"Bring the banks of snapshot {self.snapshot_id} back to it?")
             _report("restored", daemon.restore_snapshot(self.snapshot_id))
@@ -342,7 +342,7 @@ class SnapshotRestore(DaemonOptions, ConfirmOption):
 
 @dataclass(frozen=True, kw_only=True)
 class SnapshotRemove(DaemonOptions, ConfirmOption):
-    """Remove a snapshot.
+    """Remove a snapshot. The banks stay as they are.
 
     $ ooc-moe snapshot rm 3
     """
@@ -351,7 +351,7 @@ class SnapshotRemove(DaemonOptions, ConfirmOption):
     """The snapshot's id."""
 
     def run(self) -> None:
-        """Asks, and removes the snapshot."""
+        """Asks for confirmation, and removes the snapshot."""
         with _connected(self.target) as daemon:
             self.confirm(f"Remove snapshot {self.snapshot_id}?")
             daemon.delete_snapshot(self.snapshot_id)

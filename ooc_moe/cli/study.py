@@ -1,4 +1,4 @@
-"""The command `study`: many runs and what they show. Listing studies and variants needs no torch."""
+"""The command `study`: makes the many runs of a study, and writes what they show. Listing studies and variants needs no torch."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ RUN_COLUMNS = (
 class StudyCommand(JsonOption):
     """Test what this project claims: games separate into experts of their own, which cache well and are not forgotten.
 
-    A study is a list of runs: variants of the recipe, orders of the games, seeds. ooc-moe report works on each of the runs.
+    A study is a list of runs that differ in the variant of the recipe, the order of the games, and the seed. ooc-moe report works on each
+    of the runs.
 
     The results are written to NAME.md (tables, and verdicts whose rules are in the code), NAME_*.png and NAME.json, also while some runs
     are missing.
@@ -80,7 +81,10 @@ class StudyCommand(JsonOption):
     """Make no run; only write the results of the runs that exist."""
 
     def run(self) -> int:
-        """Lists studies, lists runs, or makes runs and writes their results. Returns the exit code."""
+        """Carries out the command: lists the studies, lists the runs of one, or makes its runs and writes their results.
+
+        Returns the exit code.
+        """
         from ooc_moe.study.studies import find_study
 
         if self.name is None:
@@ -107,7 +111,7 @@ class StudyCommand(JsonOption):
 
 
 def list_studies(*, as_json: bool) -> None:
-    """Prints all studies and variants."""
+    """Prints all studies, and all variants of the training recipe that they compare: as JSON or as two tables."""
     from ooc_moe.study.studies import STUDIES
     from ooc_moe.study.variants import VARIANTS
 
@@ -157,7 +161,7 @@ def _make(study: Study, wanted: list[StudyRun], jobs: int, console: Console) -> 
 
 
 class _Bars:
-    """A progress bar for the whole study, and one for each run in progress."""
+    """The progress bars of a study: one for the whole study, and one for each run in progress."""
 
     def __init__(self, progress: Progress, name: str, wanted: list[StudyRun]) -> None:
         self._progress = progress
@@ -166,7 +170,7 @@ class _Bars:
         self._bars: dict[Path, TaskID] = {}
 
     def show(self, status: Status) -> None:
-        """Brings the bars up to date."""
+        """Brings the bars up to date with `status`, which says how far each run has come."""
         from ooc_moe.study.runner import steps_of
 
         failed = f", {status.failed} failed" if status.failed else ""
@@ -182,7 +186,7 @@ class _Bars:
 
 
 def _report(outcome: Outcome, console: Console) -> int:
-    """Prints what failed, and how to continue. Returns the exit code."""
+    """Prints which runs of a study failed, and, if it was interrupted, how to continue. Returns the exit code."""
     from ooc_moe.study.runner import LOG_FILE
 
     for run_dir, message in outcome.failed.items():
@@ -194,7 +198,7 @@ def _report(outcome: Outcome, console: Console) -> int:
 
 
 def _write_results(study: Study, runs: list[StudyRun], study_dir: Path, results: Path, console: Console) -> None:
-    """Prints the first tables and the verdicts of a study, and writes its page, pictures and numbers."""
+    """Writes the results of a study, from the runs that exist: its page, charts and numbers. Prints the first tables and the verdicts."""
     from ooc_moe.evaluation.baselines import play_constants
     from ooc_moe.metrics import baselines
     from ooc_moe.study.result_files import write

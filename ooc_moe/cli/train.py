@@ -53,7 +53,7 @@ $ ooc-moe config show --config run.toml --json
 
 
 def train(parsed: Parsed) -> int:
-    """Trains a new run, or resumes one. Returns the exit code."""
+    """Carries out the command `train`: trains a new run, or resumes one. Returns the exit code."""
     from ooc_moe.run import train as training
 
     console = Console(quiet=parsed.values["quiet"])
@@ -89,14 +89,17 @@ def _resumed_dir(values: dict[str, Any]) -> Path:
 
 
 def _refuse_ignored(parsed: Parsed) -> None:
-    """Refuses the flags that a resumed run would ignore."""
+    """Raises InvalidRequest if a flag was given that a resumed run would ignore."""
     for name in parsed.given:
         if name not in RESUME_OPTIONS:
             raise InvalidRequest(f"resume: a run continues with its own configuration; leave out --{name.replace('_', '-')}")
 
 
 def show(parsed: Parsed) -> int:
-    """Prints the settings that `train` would use. Refuses invalid settings with the same error as `train`."""
+    """Carries out the command `config show`: prints the settings that `train` would use with the same flags. Returns the exit code.
+
+    Invalid settings raise the same errors as in `train`.
+    """
     settings = _resumed_settings(parsed) if parsed.values["resume"] else settings_of(parsed, os.environ)
     if settings["games"].value:
         run_config(settings)
@@ -115,7 +118,7 @@ def _resumed_settings(parsed: Parsed) -> dict[str, Setting]:
 
 
 def _text(value: Any) -> str:
-    """Writes a value as on the command line."""
+    """Writes the value of a setting as it is written on the command line."""
     if value is None:
         return "none"
     if isinstance(value, bool):

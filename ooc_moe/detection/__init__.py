@@ -1,5 +1,5 @@
-"""Recognises which game is on the screen, and which experts it will need.
+"""Recognises which game is on the screen, and predicts which experts that game will need.
 
-`Detector` learns to predict both from frames, `NearestClassMean` is its baseline, and `Belief` smooths predictions over time. Sessions
-prefetch by them, and evaluation chooses each environment's experts by them.
+`Detector` learns to predict both from frames, `NearestClassMean` is a simpler predictor to compare it with, and `Belief` smooths the
+predictions over time. By these predictions experts are prefetched, and evaluation chooses the experts of each environment.
 """

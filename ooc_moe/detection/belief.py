@@ -1,7 +1,7 @@
 """A detector's prediction for frames (`Prediction`), and the game that each environment is believed to show over time (`Belief`).
 
-A frame is weak evidence, and a wrong switch costs a fetch of experts. So a belief is smoothed over frames and has hysteresis. Prefetching
-starts earlier, as soon as an environment is in doubt.
+A frame is weak evidence, and a wrong switch to another game costs a fetch of experts. So a belief is smoothed over frames, and changes only
+when another game has become clearly more probable. Prefetching starts earlier, as soon as an environment is in doubt.
 
 Letters: N frames or environments, G games, E experts.
 """
@@ -19,14 +19,14 @@ from torch.nn import functional as F
 from ooc_moe_wire.errors import InvalidRequest
 
 PREFETCH_PROBABILITY_MIN = 0.1
-"""An expert with a lower probability is not worth a prefetch."""
+"""The lowest predicted probability of use at which an expert is worth a prefetch."""
 UNKNOWN_WEIGHT = 0.25
 """The weight in a belief of a frame that looks like no known game. It is not 0, because known games also show screens never stored."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prediction:
-    """A detector's prediction for N frames."""
+    """What a detector predicts for N frames: the game that each shows, and the experts that will be used for it."""
 
     games: tuple[str, ...]
     """The known games: the columns of `probabilities_NG`."""
@@ -37,13 +37,21 @@ class Prediction:
     expert_probabilities_NE: Tensor
     """The probability that each expert is used for the frame. Rows do not sum to 1."""
     experts: list[int]
-    """The experts to prefetch for the N frames, the most probable first: those that some frame of a known game makes probable enough."""
+    """The experts to prefetch for the N frames, the most probable first: those that are probable enough for a frame of a known game."""
 
     @staticmethod
     def of(
         games: Sequence[str], probabilities_NG: Tensor, unknown_N: Tensor, expert_probabilities_NE: Tensor, *, prefetch_experts: int
     ) -> Prediction:
-        """The prediction with these probabilities. It names at most `prefetch_experts` experts."""
+        """Makes a prediction from these probabilities, and chooses its `experts`: at most `prefetch_experts` of them.
+
+        Args:
+            games: the known games, one for each column of `probabilities_NG`.
+            probabilities_NG: the probability that frame n shows game g.
+            unknown_N: True where frame n looks like no known game. Such frames have no part in the choice of experts.
+            expert_probabilities_NE: the probability that expert e is used for frame n.
+            prefetch_experts: the most experts to choose.
+        """
         return Prediction(
             games=tuple(games),
             probabilities_NG=probabilities_NG,
@@ -54,7 +62,7 @@ class Prediction:
 
     @property
     def expert_probabilities(self) -> dict[int, float]:
-        """For each of `experts`, its highest probability in any frame of a known game."""
+        """The highest probability of each of `experts` over the frames that show a known game: expert -> probability."""
         if not self.experts:
             return {}
         best_E = self.expert_probabilities_NE[~self.unknown_N].amax(0)
@@ -62,17 +70,22 @@ class Prediction:
 
     @property
     def names(self) -> list[str]:
-        """The most probable game of each frame, even where the frame looks like no known game."""
+        """The name of each frame's most probable game, even where the frame looks like no known game."""
         return [self.games[game] for game in self.probabilities_NG.argmax(1).tolist()]
 
     @property
     def confidence_N(self) -> Tensor:
-        """The probability of the most probable game of each frame."""
+        """How sure the detector is of each frame: the probability of the frame's most probable game."""
         return self.probabilities_NG.amax(1)
 
 
 def prefetch_set(expert_probabilities_NE: Tensor, prefetch_experts: int) -> list[int]:
-    """The experts that some frame makes probable enough to be worth a prefetch, the most probable first; at most `prefetch_experts`."""
+    """Chooses the experts to prefetch: those that are probable enough for at least one of the N frames, the most probable first.
+
+    Args:
+        expert_probabilities_NE: the probability that expert e is used for frame n.
+        prefetch_experts: the most experts to return.
+    """
     if not len(expert_probabilities_NE):
         return []
     best_E, experts_E = expert_probabilities_NE.amax(0).sort(descending=True, stable=True)
@@ -80,15 +93,16 @@ def prefetch_set(expert_probabilities_NE: Tensor, prefetch_experts: int) -> list
 
 
 class Belief:
-    """The game that each environment is believed to show. Each environment is judged by its own frames only.
+    """Follows, over time, which game each environment is believed to show. Each environment is judged by its own frames only.
 
-    After each prediction, belief = smoothing * belief + (1 - smoothing) * prediction. Another game is believed once its smoothed
+    The belief about an environment is a smoothed probability of each game. After each prediction, it is
+    smoothing * belief + (1 - smoothing) * prediction. The environment changes to another believed game once that game's smoothed
     probability is the highest and at least `switch_at`. With 0.7 for both, that takes four certain frames in a row.
 
     Args:
         num_envs: the number of environments. Every prediction has one row for each.
-        smoothing: the share of the old belief that a prediction keeps. A frame of an unknown game keeps more of it (`UNKNOWN_WEIGHT`).
-        switch_at: the smoothed probability that another game needs. 0: being the most probable is enough.
+        smoothing: the weight of the old belief when a prediction is added. It is higher for a frame of an unknown game (`UNKNOWN_WEIGHT`).
+        switch_at: the smoothed probability at which another game is believed. 0: being the most probable is enough.
     """
 
     def __init__(self, num_envs: int, *, smoothing: float, switch_at: float) -> None:
@@ -98,18 +112,21 @@ class Belief:
 
     @property
     def steps_to_switch(self) -> int:
-        """How many more predictions, all certain of another game, it takes after the first one until that game is believed."""
+        """How many further predictions it takes, after the first one of another game, until that game is believed.
+
+        All these predictions are assumed to be certain of the other game.
+        """
         switch_at = max(self._switch_at, 0.5)  # The more probable of two games has at least 0.5.
         return math.ceil(math.log(1 - switch_at) / math.log(self._smoothing)) - 1 if self._smoothing else 0
 
     def update(self, prediction: Prediction) -> tuple[list[str], list[bool]]:
-        """Updates the beliefs with one prediction.
+        """Updates the beliefs with a prediction for one frame of each environment.
 
         An environment is in doubt when its frame's most probable game is not its believed game, or when the frame looks like no known
         game. The first prediction is believed at once, and leaves every environment in doubt.
 
         Returns:
-            For each environment, the believed game, and whether the environment is in doubt.
+            Two lists with a value for each environment: its believed game, and whether it is in doubt.
 
         Raises:
             InvalidRequest: the prediction does not have one row for each environment.

@@ -2,8 +2,8 @@
 
 `Detector` is a small network over the newest frame, with one output per game and one per expert. It learns online while a game is trained,
 from that game's frames and from a few stored frames of every other game. Without stored frames it would forget: it too meets the games one
-after another. belief.py has its result (`Prediction`) and smooths results over time (`Belief`), screens.py has the network's parts, and
-nearest_mean.py is the baseline. It runs on the CPU, because frames are made there.
+after another. It runs on the CPU, because frames are made there. belief.py holds its results (`Prediction`) and smooths them over time
+(`Belief`), screens.py holds the network's parts, and nearest_mean.py a baseline to compare with.
 
 Letters: N frames or environments, S stacked frames, H height, W width, G games, E experts, M stored frames, D features.
 """
@@ -31,22 +31,24 @@ FEATURES_LR, HEADS_LR = 1e-3, 1e-2
 REPLAY = 64
 """Stored frames of other games in each gradient step."""
 USAGE_DECAY = 0.8
-"""The share of an expert's recorded usage that one call of `learn` keeps."""
+"""The weight of an expert's recorded usage when a call of `learn` averages it with the new usage."""
 UNUSED_LOGIT = -4.0
 """The initial logit of an expert. It is so low that an expert which was never seen in use is not prefetched."""
 
 
 class Detector(nn.Module):
-    """Predicts the game and the experts' use from the newest frame of an observation. It learns online.
+    """Predicts which game an observation shows, and which experts will be used for it. It learns online, while the games are trained.
 
     Args:
         frame_stack: frames in an observation. Only the newest is used, because the older ones are empty just when a game begins.
         frame_size: height and width of a frame.
         num_experts: number of experts of all banks together; `grow_experts` adds more.
         prefetch_experts: the most experts that a prediction names.
-        exemplars_per_game: stored frames per game, a uniform sample of all frames learned from (reservoir sampling, Vitter 1985).
-        detect_unknown: whether a frame can count as of no known game. A game needs two stored frames for such a comparison.
-        seed: seed of the initial weights, the samples and the replay.
+        exemplars_per_game: how many frames of each game are stored. They are a uniform random sample of all the game's frames that were
+            learned (reservoir sampling, Vitter 1985), and are replayed while other games are learned.
+        detect_unknown: whether a prediction may mark a frame as showing no known game. It is then compared with the stored frames of its
+            most probable game, which needs two of them.
+        seed: decides the initial weights, which frames are stored, and which are replayed.
     """
 
     def __init__(
@@ -71,7 +73,7 @@ class Detector(nn.Module):
         self.grow_experts(num_experts)
 
     def _reset(self) -> None:
-        """Goes back to knowing no game and no expert."""
+        """Forgets all games and experts: heads without outputs, a new optimizer, no stored frames. The features keep their weights."""
         self.game_head = _GrowingHead(bias=0.0)
         self.expert_head = _GrowingHead(bias=UNUSED_LOGIT)
         self._growth: list[tuple[str, int]] = []
@@ -88,11 +90,11 @@ class Detector(nn.Module):
 
     @property
     def num_experts(self) -> int:
-        """The number of experts that predictions cover."""
+        """The number of experts for which a prediction has a probability."""
         return self.expert_head.num_outputs
 
     def add_game(self, name: str) -> None:
-        """Adds a game. Adding a known game changes nothing."""
+        """Adds a game to those that can be recognised. Adding a known game changes nothing."""
         if name in self._games:
             return
         self._games.append(name)
@@ -101,7 +103,7 @@ class Detector(nn.Module):
         self._grow("game_head", 1)
 
     def grow_experts(self, num_experts: int) -> None:
-        """Adds experts until there are `num_experts`. A smaller number than the present one changes nothing."""
+        """Adds outputs for new experts until predictions cover `num_experts`. If they cover as many already, nothing changes."""
         added = num_experts - self.num_experts
         if added > 0:
             self._usage_GE = F.pad(self._usage_GE, (0, added))
@@ -116,7 +118,9 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def predict(self, frames_NSHW: Tensor) -> Prediction:
-        """Recognises uint8 frames (N, S, H, W). Changes nothing, keeps no gradients, and does not depend on the training mode.
+        """Predicts the game and the experts of each of these uint8 frames (N, S, H, W).
+
+        The detector is not changed, no gradients are kept, and the result does not depend on the training mode (`train` or `eval`).
 
         Raises:
             InvalidRequest: the frames have another shape or dtype, or no game was added yet.
@@ -130,9 +134,10 @@ class Detector(nn.Module):
         return Prediction.of(self._games, probabilities_NG, unknown_N, expert_probabilities_NE, prefetch_experts=self._prefetch_experts)
 
     def _unknown(self, features_ND: Tensor, games_N: Tensor) -> Tensor:
-        """Marks the frames whose features are far from those of all stored frames of their most probable game.
+        """Marks, in a bool tensor (N,), the frames that show no known game: their features are far from all stored frames of `games_N`.
 
-        The probabilities cannot tell, because they are near 1 for most frames of games that were never seen (Hein et al. 2019).
+        `games_N` is the number of each frame's most probable game. The probabilities themselves cannot tell an unknown game, because they
+        are near 1 for most frames of games that were never seen (Hein et al. 2019).
         """
         unknown_N = torch.ones(len(games_N), dtype=torch.bool)
         for game in sorted(set(games_N.tolist())):
@@ -147,16 +152,16 @@ class Detector(nn.Module):
 
     @torch.enable_grad()
     def learn(self, frames_NSHW: Tensor, game: str, expert_usage_E: Tensor) -> dict[str, float]:
-        """Learns that these uint8 frames (N, S, H, W) show `game`, and which experts they used.
+        """Learns that these uint8 frames (N, S, H, W) show `game`, and which experts were used for them.
 
         Args:
             frames_NSHW: frames of one game.
-            game: the game's name.
+            game: the name of a game that was added before.
             expert_usage_E: how often each expert was used for these frames, summed over the layers.
 
         Returns:
-            `accuracy` and `confidence` on these frames before learning from them; `loss`, `game_loss` and `expert_loss` of the last
-            gradient step.
+            Five figures. `accuracy` (share of right games) and `confidence` (mean probability of the most probable game) are measured on
+            these frames before learning from them. `loss`, the sum of `game_loss` and `expert_loss`, is that of the last gradient step.
 
         Raises:
             InvalidRequest: the game is unknown, or frames or usage have another shape.
@@ -174,16 +179,19 @@ class Detector(nn.Module):
         return {"accuracy": (before.indices == index).float().mean().item(), "confidence": before.values.mean().item(), **losses}
 
     def _record_usage(self, index: int, uses_E: Tensor) -> None:
-        """Records the share of a game's frames that used each expert, averaged over calls.
+        """Updates, for game number `index`, the share of its frames for which each expert was used: a moving average over calls.
 
-        Several layers may use an expert for the same frame, so the share is cut at 1.
+        `uses_E` is the uses of each expert per frame. It is cut at 1, because several layers may use an expert for the same frame.
         """
         share_E = uses_E.clamp(max=1.0)
         first = not self._stored[index].num_seen
         self._usage_GE[index] = share_E if first else USAGE_DECAY * self._usage_GE[index] + (1 - USAGE_DECAY) * share_E
 
     def _gradient_step(self, screens_NHW: Tensor, index: int) -> dict[str, float]:
-        """One gradient step on the present frames and on stored frames of the other games. All games have the same weight."""
+        """Takes one gradient step on these screens of game number `index` and on stored screens of the other games; returns the losses.
+
+        All games have the same weight in the loss.
+        """
         others = [game for game, stored in enumerate(self._stored) if game != index and len(stored.screens_MHW)]
         replayed_NHW, replayed_games_N = self._replay(others)
         games_N = torch.cat([torch.full((len(screens_NHW),), index), replayed_games_N])
@@ -201,7 +209,11 @@ class Detector(nn.Module):
         return {"loss": loss.item(), "game_loss": game_loss.item(), "expert_loss": expert_loss.item()}
 
     def _replay(self, others: list[int]) -> tuple[Tensor, Tensor]:
-        """Draws stored screens of these games, each game with equal probability, and returns them with their games."""
+        """Draws `REPLAY` stored screens of the games numbered `others`, each game with equal probability.
+
+        Returns:
+            The screens, and the number of each screen's game.
+        """
         if not others:
             return torch.zeros(0, SCREEN, SCREEN, dtype=torch.uint8), torch.zeros(0, dtype=torch.long)
         draws_N = torch.randint(len(others), (REPLAY,), generator=self._generator)
@@ -212,7 +224,10 @@ class Detector(nn.Module):
     # Checkpoints
 
     def get_extra_state(self) -> dict[str, Any]:
-        """The part of `state_dict` that is no parameter: games, stored frames, usage, optimizer, generator. Loads with weights_only."""
+        """What `state_dict` saves besides the parameters: games, stored frames, experts' usage, optimizer, random generator.
+
+        `torch.load` can read it with weights_only=True.
+        """
         return {
             "games": list(self._games),
             "growth": list(self._growth),
@@ -223,7 +238,10 @@ class Detector(nn.Module):
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Loads the result of `get_extra_state` and grows the heads to its sizes. `load_state_dict` then loads the heads' parameters."""
+        """Restores what `get_extra_state` returned. It also makes the heads as large as they were when the state was saved.
+
+        `load_state_dict` calls this and loads the heads' parameters.
+        """
         state = copy.deepcopy(state)
         self._reset()
         for head, outputs in state["growth"]:
@@ -238,9 +256,9 @@ class Detector(nn.Module):
 
 
 class _GrowingHead(nn.Module):
-    """A linear layer to which outputs can be added.
+    """A linear layer to which outputs can be added later.
 
-    Each addition is a block with parameters of its own, so that the optimizer keeps its moments of the older outputs.
+    The outputs of each addition have parameters of their own, so that the optimizer's moments for the older outputs stay valid.
     """
 
     def __init__(self, *, bias: float) -> None:
@@ -253,7 +271,7 @@ class _GrowingHead(nn.Module):
         return sum(len(block.bias) for block in self.blocks)
 
     def grow(self, outputs: int) -> Iterator[nn.Parameter]:
-        """Adds outputs whose weights are zero, and returns their parameters."""
+        """Adds this many outputs, whose weights begin at zero, and returns their parameters for the optimizer."""
         # Without `skip_init` the layer would draw initial weights from torch's global generator.
         block: nn.Linear = nn.utils.skip_init(nn.Linear, ScreenFeatures.DIM, outputs)  # type: ignore[no-untyped-call]
         nn.init.zeros_(block.weight)

@@ -1,6 +1,7 @@
 """`NearestClassMean`, the detector's baseline: it recognises a game by the mean of random features of its frames.
 
-It has the same methods and results as `Detector`. Means cannot forget, so a comparison shows what the detector forgets.
+It has the same methods and results as `Detector`. The mean of one game is not changed by learning others, so this baseline cannot forget,
+and a comparison shows what the detector forgets.
 
 Letters: N frames, S stacked frames, H height, W width, G games, E experts, D features.
 """
@@ -21,15 +22,18 @@ from ooc_moe.detection.screens import UNKNOWN_RADIUS, ScreenFeatures, screens_of
 
 
 class NearestClassMean:
-    """Recognises a frame by the nearest mean of random convolutional features. An expert is as probable as its game used it.
+    """Recognises the game of a frame: the one whose mean features are nearest to the frame's. It is the detector's baseline.
+
+    The features are those of a convolutional network with random weights, which are never trained. The predicted probability of an expert
+    is the share of the recognised game's frames for which it was used.
 
     Args:
-        frame_stack: frames in an observation. Only the newest is used.
+        frame_stack: frames in an observation. Only the newest of them is used.
         frame_size: height and width of a frame.
         num_experts: number of experts of all banks together; `grow_experts` adds more.
         prefetch_experts: the most experts that a prediction names.
-        detect_unknown: whether a frame can count as of no known game.
-        seed: seed of the random features.
+        detect_unknown: whether a prediction may mark a frame as showing no known game, because it is far from every game's mean.
+        seed: decides the random weights of the features.
     """
 
     def __init__(
@@ -52,11 +56,11 @@ class NearestClassMean:
 
     @property
     def num_experts(self) -> int:
-        """The number of experts that predictions cover."""
+        """The number of experts for which a prediction has a probability."""
         return self._uses_GE.shape[1]
 
     def add_game(self, name: str) -> None:
-        """Adds a game. Adding a known game changes nothing."""
+        """Adds a game to those that can be recognised. Adding a known game changes nothing."""
         if name not in self._games:
             self._games.append(name)
             self._counts_G = F.pad(self._counts_G, (0, 1))
@@ -65,14 +69,20 @@ class NearestClassMean:
             )
 
     def grow_experts(self, num_experts: int) -> None:
-        """Adds experts until there are `num_experts`. A smaller number than the present one changes nothing."""
+        """Adds new experts until predictions cover `num_experts`. If they cover as many already, nothing changes."""
         self._uses_GE = F.pad(self._uses_GE, (0, max(0, num_experts - self.num_experts)))
 
     def learn(self, frames_NSHW: Tensor, game: str, expert_usage_E: Tensor) -> dict[str, float]:
-        """Adds frames of a game to the game's mean.
+        """Adds the features of these uint8 frames (N, S, H, W) to the mean of `game`, and the uses of experts to the game's counts.
+
+        Args:
+            frames_NSHW: frames of one game.
+            game: the name of a game that was added before.
+            expert_usage_E: how often each expert was used for these frames, summed over the layers.
 
         Returns:
-            `accuracy` and `confidence` on these frames before they were added.
+            `accuracy` (share of right games) and `confidence` (mean probability of the most probable game) on these frames before they
+            were added.
 
         Raises:
             InvalidRequest: the game is unknown, or frames or usage have another shape.
@@ -89,10 +99,10 @@ class NearestClassMean:
         return {"accuracy": float(right_N.float().mean()), "confidence": float(before.confidence_N.mean())}
 
     def predict(self, frames_NSHW: Tensor) -> Prediction:
-        """Recognises uint8 frames (N, S, H, W).
+        """Predicts the game and the experts of each of these uint8 frames (N, S, H, W).
 
-        A game's probability assumes that its features are normally distributed around their mean, with the same variance for all games. A
-        game without frames is recognised only where no other game has any.
+        The probabilities assume that the features of each game are normally distributed around the game's mean, with the same variance for
+        all games. A game of which no frame was learned is named only while this is so for all games.
 
         Raises:
             InvalidRequest: the frames have another shape or dtype, or no game was added yet.
@@ -114,7 +124,11 @@ class NearestClassMean:
     # Checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """The games and the sums of each. The random features are not in it, because the seed makes them. Loads with weights_only."""
+        """The state for a checkpoint: the games' names, and the counts and sums from which each game's mean is computed.
+
+        The weights of the random features are left out, because the seed decides them. `torch.load` can read the state with
+        weights_only=True.
+        """
         return {
             "games": list(self._games),
             "counts": self._counts_G.clone(),
@@ -124,7 +138,7 @@ class NearestClassMean:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Loads a state. Both objects must have been made with the same seed."""
+        """Restores what `state_dict` returned, in an object that was made with the same seed."""
         self._games = list(state["games"])
         self._counts_G, self._sums_GD = state["counts"].clone(), state["sums"].clone()
         self._squares_GD, self._uses_GE = state["squares"].clone(), state["uses"].clone()

@@ -1,6 +1,7 @@
-"""Small screens by which games are recognised: made from frames, turned into features, sampled, and compared with earlier ones.
+"""The parts of which the detector (detector.py) and its baseline (nearest_mean.py) are made.
 
-The detector (detector.py) and its baseline (nearest_mean.py) are made of these parts.
+Both recognise games by screens: single frames in a small size. The parts make screens from frames, turn them into features, keep a sample
+of them, and compare them with earlier screens.
 
 Letters: N frames, S stacked frames, H height, W width, M stored screens, P patches, C their pixels, D features.
 """
@@ -23,7 +24,11 @@ USUAL = 0.95
 
 
 def screens_of(frames_NSHW: Tensor, frame_shape: tuple[int, int, int]) -> Tensor:
-    """The newest frame of each stack as a uint8 screen (N, SCREEN, SCREEN).
+    """Reduces the newest frame of each stack to a small uint8 screen: (N, SCREEN, SCREEN).
+
+    Args:
+        frames_NSHW: uint8 observations.
+        frame_shape: the (S, H, W) that they must have.
 
     Raises:
         InvalidRequest: the frames are not uint8 (N, *frame_shape), or there are none.
@@ -38,7 +43,10 @@ def screens_of(frames_NSHW: Tensor, frame_shape: tuple[int, int, int]) -> Tensor
 
 
 class ScreenFeatures(nn.Module):
-    """A small convolutional network that turns uint8 screens (N, SCREEN, SCREEN) into features (N, DIM), in every mode alike."""
+    """A small convolutional network that turns uint8 screens (N, SCREEN, SCREEN) into features (N, DIM).
+
+    It computes the same in training and evaluation mode.
+    """
 
     DIM = 64
     PATCH, CHANNELS = 6, 16
@@ -49,7 +57,7 @@ class ScreenFeatures(nn.Module):
         self.whole = nn.Linear(self.CHANNELS * (SCREEN // self.PATCH) ** 2, self.DIM)
 
     def forward(self, screens_NHW: Tensor) -> Tensor:
-        """Computes the features of screens. None is negative."""
+        """Computes the features (N, DIM) of screens. No feature is negative."""
         # A convolution whose kernels do not overlap is one matrix product. The backward pass of `nn.Conv2d` took most of the learning time.
         side = SCREEN // self.PATCH
         patches_NPC = screens_NHW.reshape(-1, side, self.PATCH, side, self.PATCH).transpose(2, 3).reshape(-1, side**2, self.PATCH**2)
@@ -57,10 +65,10 @@ class ScreenFeatures(nn.Module):
 
 
 class Reservoir:
-    """A uniform random sample of all screens that were added (algorithm R of Vitter 1985).
+    """Keeps a uniform random sample, of at most `capacity` screens, of all screens that were added (algorithm R of Vitter 1985).
 
     Attributes:
-        screens_MHW: the sample, uint8.
+        screens_MHW: the screens in the sample, uint8.
         num_seen: the number of screens added so far.
     """
 
@@ -70,7 +78,7 @@ class Reservoir:
         self.num_seen = 0
 
     def add(self, screens_NHW: Tensor, generator: torch.Generator) -> None:
-        """Adds screens one after another. Each may replace one of the sample."""
+        """Adds screens one after another. Once the sample is full, each takes the place of an earlier screen or is dropped, at random."""
         free = self._capacity - len(self.screens_MHW)
         self.screens_MHW = torch.cat([self.screens_MHW, screens_NHW[:free]])
         self.num_seen += len(screens_NHW[:free])
@@ -83,15 +91,15 @@ class Reservoir:
         self.num_seen += len(late_NHW)
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """Draws `count` screens of the sample, with replacement."""
+        """Draws `count` screens from the sample, with replacement."""
         return self.screens_MHW[torch.randint(len(self.screens_MHW), (count,), generator=generator)]
 
 
 class Neighbourhood:
-    """The features of one game's stored screens, and how far from them a screen may be.
+    """Tells whether a screen is too far from one game's stored screens to belong to that game.
 
-    Features are far when their distance to the nearest stored screen is more than UNKNOWN_RADIUS times the usual distance of a stored
-    screen to its nearest neighbour.
+    A screen is far when the distance of its features to those of the nearest stored screen is more than UNKNOWN_RADIUS times the usual
+    distance between a stored screen and its nearest neighbour. `features_MD` are the features of the M stored screens.
     """
 
     def __init__(self, features_MD: Tensor) -> None:
@@ -100,5 +108,5 @@ class Neighbourhood:
         self._radius = UNKNOWN_RADIUS * float(distances_MM.amin(1).quantile(USUAL))
 
     def is_far(self, features_ND: Tensor) -> Tensor:
-        """Marks, in a bool tensor (N,), the features that are far."""
+        """Marks, in a bool tensor (N,), the screens that are far from all stored ones. A screen is given by its features."""
         return torch.cdist(features_ND, self._features_MD).amin(1) > self._radius

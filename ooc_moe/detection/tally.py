@@ -1,4 +1,4 @@
-"""Counts how well games are recognised while they are played: by the detector, by its baseline, and by the belief that the agent acts on.
+"""Measures how well a game is recognised while it is played: by the detector, by its baseline, and by the belief that the agent acts on.
 
 Letters: N environments, G games.
 """
@@ -15,13 +15,14 @@ import numpy as np
 from ooc_moe.detection.belief import Prediction
 
 AMBIGUOUS = 0.5
-"""A pair of games with a higher confusion is called ambiguous."""
+"""The confusion (see `ambiguous_pairs`) above which a pair of games is called ambiguous."""
 
 
 class Recognition:
-    """Counts over the frames of one game, played in `num_envs` environments.
+    """Counts, while one game is played in `num_envs` environments, in how many frames it is recognised.
 
-    The detector and its baseline both predict every frame, whichever of them the agent acts on.
+    The detector and its baseline are both counted on every frame, whichever of them the agent acts on. Call `add` after each step, and
+    `fields` at the end.
     """
 
     def __init__(self, game: str, num_envs: int) -> None:
@@ -33,7 +34,13 @@ class Recognition:
         self._num_envs = num_envs
 
     def add(self, by_detector: Prediction, by_mean: Prediction, believed: list[str]) -> None:
-        """Counts the predictions for one frame of each environment, and the game that each environment acts as."""
+        """Counts the predictions for one frame of each environment.
+
+        Args:
+            by_detector: the detector's prediction.
+            by_mean: the prediction of the nearest-mean baseline.
+            believed: for each environment, the game that the agent takes it for, and with whose experts it acts.
+        """
         for name, prediction in (("detector", by_detector), ("nearest_mean", by_mean)):
             self._right[name] += prediction.names.count(self._game)
             self._unknown[name] += int(prediction.unknown_N.sum())
@@ -42,15 +49,15 @@ class Recognition:
         self._believed_TN.append(believed)
 
     def fields(self) -> dict[str, Any]:
-        """The measures, as values for JSON. Measures that need the game to be known are None where it is not.
+        """The measures of recognition so far, as values for JSON. Those that make sense only for a game that the agent knows may be None.
 
-        - believed: the share of the frames in which an environment acted as each game.
+        - believed: for each game, the share of the frames in which the agent took the environment for it.
         - detector_accuracy, nearest_mean_accuracy: the share of the frames whose most probable game is the right one.
-        - unknown, nearest_mean_unknown: the share of the frames that look like no known game.
-        - probabilities: the detector's mean probability of each game (see `ambiguous_pairs`).
-        - steps_to_detect_by_env: for each environment, the steps before it first acted as the right game; None where it never did.
-          steps_to_detect: the mean over the environments that did. For the first game of an evaluation both mean little, because no other
-          game was played before.
+        - unknown, nearest_mean_unknown: the share of the frames that look like no known game to the detector, and to the baseline.
+        - probabilities: for each game, the mean probability that the detector gave it (see `ambiguous_pairs`).
+        - steps_to_detect_by_env: for each environment, the steps before the agent first took it for the right game; None where it never
+          did. steps_to_detect: the mean over the other environments. For the first game of an evaluation both mean little, because no
+          other game was played before.
         - false_switches: how often a belief changed from the right game to another one, per 1000 frames.
         """
         frames = len(self._believed_TN) * self._num_envs
@@ -74,15 +81,15 @@ class Recognition:
 
 
 def ambiguous_pairs(probabilities: Mapping[str, Mapping[str, float]], *, above: float = AMBIGUOUS) -> list[tuple[str, str, float]]:
-    """The pairs of games that the detector confuses, each with its confusion.
+    """The pairs of games that the detector confuses: (one game, the other game, their confusion).
 
     The confusion of games A and B is the mean probability of B while A is played plus that of A while B is played. It is 0 for games that
-    are told apart with certainty. For two games that look the same it is 1, however the detector divides the probability between them, as
+    are told apart with certainty. For two games that look the same it is 1, however the detector splits the probability between them, as
     long as no third game gets any.
 
     Args:
-        probabilities: game played -> game -> mean probability, as in `Recognition.fields`.
-        above: only pairs with a higher confusion are returned.
+        probabilities: for each game played, the mean probability that the detector gave each game, as in `Recognition.fields`.
+        above: only pairs with a higher confusion than this are returned.
     """
     pairs = []
     for one, other in combinations(probabilities, 2):

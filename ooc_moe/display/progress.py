@@ -1,4 +1,4 @@
-"""Progress bars. One kind disappears when the work is done; the other stays, with counts and a note that the work changes.
+"""Makes progress bars of two kinds: one disappears when the work is done; the other stays, with counts and a note that can be changed.
 
 with passing_bar(console) as progress:       # fetch 8 MiB  ━━━━━━━╸━━━━  63% 0:00:12
     task = progress.add_task("fetch 8 MiB", total=100)
@@ -16,11 +16,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressC
 
 BAR_WIDTH = 30
 NOTED_BAR_WIDTH = 12
-"""Leaves most of a line of 80 characters to the notes."""
+"""The width of a bar with a note. It leaves most of a line of 80 characters to the note."""
 
 
 def passing_bar(console: Console) -> Progress:
-    """A bar in percent that is erased when the work is done. Its description may change on the way."""
+    """Makes a progress display that is erased when the work is done. Each task has a bar with its percentage and remaining time.
+
+    The description of a task may be changed while it is in progress.
+    """
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(BAR_WIDTH),
@@ -32,7 +35,10 @@ def passing_bar(console: Console) -> Progress:
 
 
 def lasting_bars(console: Console) -> Progress:
-    """Bars with counts, elapsed and remaining time, and a note; they stay on the screen. Every `add_task` gives a `note`, "" for none."""
+    """Makes a progress display that stays on the screen. Each task has a bar with counts, elapsed and remaining time, and a note.
+
+    Give a `note` in every call of `add_task`, "" for none.
+    """
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(NOTED_BAR_WIDTH),

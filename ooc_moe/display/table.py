@@ -1,4 +1,4 @@
-"""One table, drawn for a terminal, a pipe, a web page or a Markdown page.
+"""A table of text (`Table`), and functions that draw it for a terminal, a pipe, a web page or a Markdown page.
 
     table = Table("Banks", ["bank", "experts"], [["first/experts", "1,024"]])
     print_table(table, Console())      # a terminal: Rich; a pipe: one row a line, nothing cut
@@ -26,7 +26,7 @@ HEADING_WIDTH = 12
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A table of text. Title and caption are shown wherever the table is; the note only on pages, for a terminal has no room for it.
+    """A table of text. Its title and caption are always shown with it; its note only on web pages, because a terminal has no room for it.
 
     Raises:
         ValueError: `alignment` has another length than `columns`, or another letter than l and r.
@@ -39,7 +39,7 @@ class Table:
     note: str = ""
     """How to read the table, in full sentences."""
     caption: str = ""
-    """What a reader must know before believing the table; "" if nothing."""
+    """What a reader must know before relying on the table; "" if nothing."""
     alignment: str = ""
     """A letter for each column, l (left) or r (right). By default the first column is left, because it names the row, and the others are
     right, because they are numbers."""
@@ -54,7 +54,7 @@ class Table:
 
 
 def print_table(table: Table, console: Console) -> None:
-    """Prints the table on a terminal; elsewhere as `plain_table`, so that no line is wrapped and no name is cut."""
+    """Prints a table: on a terminal as `rich_table` draws it; to a file or pipe as `plain_table` does, so that no line is wrapped."""
     if console.is_terminal:
         console.print(rich_table(table))
     else:
@@ -62,7 +62,7 @@ def print_table(table: Table, console: Console) -> None:
 
 
 def rich_table(table: Table) -> rich_tables.Table:
-    """The table as Rich draws it on a terminal. On a narrow terminal the widest columns are folded first."""
+    """Turns a table into one of the package Rich, for a terminal. If the terminal is too narrow, the widest columns are folded first."""
     drawn = rich_tables.Table(
         title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0)
     )
@@ -80,7 +80,7 @@ def rich_table(table: Table) -> rich_tables.Table:
 
 
 def plain_table(table: Table) -> str:
-    """The table for a pipe: title, headings, one row a line, caption. Columns are padded with spaces, and at least two part them."""
+    """Turns a table into plain text for a file or pipe: title, headings, each row on one line, caption. Spaces align the columns."""
     lines = [[cell.replace("\n", "; ") for cell in row] for row in (table.columns, *table.rows)]
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     padded = (
@@ -95,7 +95,7 @@ def plain_table(table: Table) -> str:
 
 
 def markdown_table(table: Table) -> str:
-    """The headings and rows in Markdown. Title, note and caption are left to the page, which puts them where it wants them."""
+    """Turns a table's headings and rows into Markdown. Title, note and caption are left out: the page puts them where it wants them."""
     lines = [[cell.replace("|", "\\|").replace("\n", "<br>") for cell in row] for row in (table.columns, *table.rows)]
     rule = "".join({"l": "---|", "r": "---:|"}[side] for side in table.alignment)
     headings, *rows = (f"| {' | '.join(row)} |" for row in lines)
@@ -103,7 +103,7 @@ def markdown_table(table: Table) -> str:
 
 
 def html_table(table: Table) -> str:
-    """The headings and rows as an HTML `<table>`. Left-aligned columns have the class "left"; the page's style sheet aligns them."""
+    """Turns a table's headings and rows into an HTML `<table>`. Cells of left-aligned columns have the class "left" for the style sheet."""
 
     def row(tag: str, cells: Sequence[str]) -> str:
         sides = (' class="left"' if side == "l" else "" for side in table.alignment)

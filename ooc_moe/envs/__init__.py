@@ -1,4 +1,4 @@
-"""The games: Atari games and small pixel games behind one interface, made by name.
+"""Makes environments of games by name: Atari games and small pixel games, with one interface for both.
 
     envs = make("krull", 16, frame_size=42)
     observations = envs.reset(seed=1)
@@ -33,13 +33,13 @@ def make(
     num_threads: int = 2,
     max_episode_steps: int | None = None,
 ) -> GameEnvs:
-    """Makes environments of a game. Call `reset(seed)` before the first step.
+    """Makes a batch of environments of one game. Call its `reset(seed)` before the first step.
 
     Args:
         game: a name of `ATARI_GAMES` or `PIXEL_GAMES`. A pixel game's picture changes with a suffix: @1, @2, ..., @flip or @turn.
         num_envs: the number of environments.
         frame_size: height and width of a frame, in pixels.
-        frame_stack: frames in an observation.
+        frame_stack: the number of frames in an observation: the newest and those before it.
         num_threads: threads that emulate Atari. Results do not depend on their number.
         max_episode_steps: the step limit of an episode, in the agent's steps. None: the game's own limit.
 
@@ -64,7 +64,7 @@ def make(
 
 
 def check_playable(game: str) -> None:
-    """Raises InvalidRequest if the game is unknown, or if it needs ale-py and that is not installed."""
+    """Raises InvalidRequest if the game is unknown, or if it is an Atari game and the package ale-py is not installed."""
     check_name(game)
     if game in ATARI_GAMES:
         try:
@@ -74,7 +74,7 @@ def check_playable(game: str) -> None:
 
 
 def check_name(game: str) -> None:
-    """Raises InvalidRequest if the game is unknown. The message names the most similar games."""
+    """Raises InvalidRequest if no game has this name. The message names the games with the most similar names."""
     if game in ATARI_GAMES:
         return
     if game.startswith("pixel/"):

@@ -1,4 +1,4 @@
-"""Atari games, on ale-py's native vector environment.
+"""Makes environments of Atari games with ale-py's native vector environment, which steps many games at once.
 
 `AtariEnvs` passes every setting explicitly, because ale-py's defaults clip rewards and have no sticky actions. It also replaces actions
 that would hang the emulator. ale-py is an optional dependency, imported when the first game is made.
@@ -82,7 +82,9 @@ STEPS_MAX = 108_000 // FRAMES_PER_STEP
 
 
 class AtariEnvs:
-    """A batch of environments of one Atari game, with sticky actions, all 18 actions and raw rewards.
+    """A batch of environments of one Atari game. All 18 actions are offered, and rewards are the game's own points.
+
+    Actions are sticky: in each emulated frame, the emulator repeats the previous action with probability 0.25.
 
     Args:
         game: one of `ATARI_GAMES`.
@@ -124,7 +126,7 @@ class AtariEnvs:
         self._episodes = Episodes(num_envs)
 
     def reset(self, seed: int) -> Array:
-        """Begins new episodes, each from its own seed, which is derived from `seed`."""
+        """Begins a new episode in each environment and returns the first observations. Each environment's seed is derived from `seed`."""
         # Given one integer, ale-py counts up from it, and calls with neighbouring seeds would share episodes.
         seeds_N = np.random.SeedSequence(seed).generate_state(self.num_envs) >> 1
         observations, _ = self._ale.reset(seed=seeds_N.astype(np.int32))
@@ -133,7 +135,7 @@ class AtariEnvs:
         return np.asarray(observations)
 
     def step(self, actions: Array) -> Step:
-        """Plays one action in each environment."""
+        """Plays one action, an integer in 0..17, in each environment and returns the results."""
         check_actions(actions, self.num_envs)
         observations, rewards, terminated, truncated, info = self._ale.step(self._legal_A[actions])
         rewards = rewards.astype(np.float32)
@@ -150,15 +152,17 @@ class AtariEnvs:
         )
 
     def close(self) -> None:
-        """Stops the emulators. Dropping the last reference joins their threads, which ale-py's own close() does not."""
+        """Stops the emulators and their threads, by dropping the only reference. ale-py's own close() leaves the threads running."""
         if hasattr(self, "_ale"):
             del self._ale
 
 
 def _legal_actions(legal: list[int]) -> Array:
-    """For each of the 18 actions, its index among the legal ones. An illegal action is replaced by the same one without the button.
+    """For each of the 18 actions, its index in `legal`, the list of the actions that the game accepts.
 
-    Skiing has only 9 legal actions even if all 18 are requested, and an index beyond them hangs the emulator for ever.
+    An action that is not in the list gets the index of the same movement without the button, or that of doing nothing.
+
+    Skiing accepts only 9 actions even if all 18 are requested, and an index beyond them hangs the emulator for ever.
     """
     first_with_button = 10
     index_A = np.zeros(NUM_ACTIONS, dtype=np.int32)

@@ -1,4 +1,4 @@
-"""The interface of every game: `GameEnvs` is a batch of environments of one game, `Step` the result of one action in each.
+"""The interface of every game: `GameEnvs` is a batch of environments of one game, `Step` holds the results of one action in each of them.
 
 Atari games (atari.py) and pixel games (pixel.py) both have this interface. Environments reset themselves: the step after the end of an
 episode ignores its action and returns the first observation of the next episode.
@@ -25,26 +25,28 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
-    """The result of one action in each environment. The caller may keep the arrays: later steps do not change them."""
+    """The results of playing one action in each of the N environments. The caller may keep the arrays: later steps do not change them."""
 
     observations: Array
     """(N, S, H, W) uint8, the newest frame last. After a reset the older frames of the stack are zero."""
     rewards: Array
     """(N,) float32, not clipped."""
     terminated: Array
-    """(N,) bool: the episode ended, or a life was lost and it goes on. Either way, later rewards do not count for this step."""
+    """(N,) bool: the episode ended; or a life was lost, and the episode goes on. Either way, a learner must not credit this step with later
+    rewards."""
     truncated: Array
-    """(N,) bool: the step limit cut the episode off. The learner bootstraps from the value of `observations`."""
+    """(N,) bool: the step limit cut the episode off. In place of the missing rewards, the learner takes its value of `observations`."""
     played: Array
-    """(N,) bool: False where the step began an episode. Then the action was ignored, the reward is 0, the observation is the first."""
+    """(N,) bool: whether the action was played. False where the step began an episode instead: there the action was ignored, the reward is
+    0, and the observation is the episode's first."""
     episode_returns: list[float]
-    """Raw returns of the episodes that ended at this step, in the order of the environments. A lost life does not end an episode."""
+    """The sum of rewards of each episode that ended at this step, in the order of the environments. A lost life does not end an episode."""
     episode_lengths: list[int]
     """The lengths of these episodes, in actions played."""
 
 
 class GameEnvs(Protocol):
-    """A batch of environments of one game. Only one thread may use it."""
+    """A batch of environments of one game, which are stepped together. Only one thread may use it."""
 
     @property
     def game(self) -> str:
@@ -63,35 +65,42 @@ class GameEnvs(Protocol):
         """The shape (S, H, W) of one environment's observation."""
 
     def reset(self, seed: int) -> Array:
-        """Begins new episodes and returns their first observations. Equal seeds and equal actions give equal steps, bit for bit."""
+        """Begins a new episode in each environment and returns the first observations, (N, S, H, W) uint8.
+
+        Equal seeds and equal actions give equal steps, bit for bit.
+        """
 
     def step(self, actions: Array) -> Step:
-        """Plays one action, an integer in 0..17, in each environment.
+        """Plays one action, an integer in 0..17, in each environment and returns the results.
 
         Raises:
-            InvalidRequest: the actions have another shape or dtype, or one is out of range; nothing was played.
+            InvalidRequest: `actions` has not the shape (N,) or no integer dtype, or an action is out of range. No action was played then.
         """
 
     def close(self) -> None:
-        """Frees the environments' resources. They cannot be used afterwards."""
+        """Frees the memory and threads of the environments. They cannot be used afterwards."""
 
 
 class Episodes:
-    """Adds up the rewards and the length of the present episode of each environment."""
+    """Adds up the rewards and the steps of the episode that each environment is playing, to report both when the episode ends."""
 
     def __init__(self, num_envs: int) -> None:
         self._returns_N = np.zeros(num_envs)
         self._lengths_N = np.zeros(num_envs, dtype=np.int64)
 
     def reset(self) -> None:
-        """Begins all sums anew."""
+        """Sets the sums of rewards and steps of all environments to 0."""
         self._returns_N[:] = 0
         self._lengths_N[:] = 0
 
     def step(
         self, observations: Array, *, rewards_N: Array, terminated_N: Array, truncated_N: Array, played_N: Array, ended_N: Array
     ) -> Step:
-        """Adds one action in each environment to the sums and makes the `Step`, with the episodes that `ended_N` marks as ended."""
+        """Adds the rewards of one action in each environment to the sums, and makes the `Step` that the environments return.
+
+        Where `ended_N` is True, an episode has ended: its return and length go into the `Step`, and its sums begin again at 0. The other
+        arguments are the fields of the `Step`.
+        """
         self._returns_N += rewards_N
         self._lengths_N += played_N
         returns, lengths = self._returns_N[ended_N].tolist(), self._lengths_N[ended_N].tolist()
@@ -109,7 +118,7 @@ class Episodes:
 
 
 def check_actions(actions: Array, num_envs: int) -> None:
-    """Raises InvalidRequest unless there is one integer in 0..17 for each environment."""
+    """Raises InvalidRequest unless `actions` has one integer in 0..17 for each of `num_envs` environments."""
     if actions.shape != (num_envs,):
         raise InvalidRequest(f"actions: shape {actions.shape}, but there are {num_envs} environments")
     if not np.issubdtype(actions.dtype, np.integer):

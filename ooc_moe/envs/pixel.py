@@ -1,7 +1,7 @@
 """Small games with known best play on a grid of 10 x 10 cells: fast stand-ins for Atari in tests and studies.
 
-The two games of a conflicting pair have the same layout, dynamics and actions, but opposite rewards. The frames differ in one lit cell in
-the top row:
+Most games come in conflicting pairs: both games of a pair have the same layout, dynamics and actions, but opposite rewards. Their frames
+differ in one lit cell in the top row:
 
     catch / avoid      balls fall near a paddle; catch them, or let them pass
     toward / away      a lamp lights up on the left or on the right; push the stick toward it, or away from it
@@ -9,7 +9,7 @@ the top row:
 
 blind-toward and blind-away are a pair without the lit cell: no frame shows which of them is played, so no agent can play both well.
 
-A suffix of the name changes the picture, but not what the stick does:
+A suffix of the name changes the picture, but not what the joystick does:
 
     @1, @2, ...        a faint background, different for each number
     @flip              the picture upside down
@@ -43,27 +43,33 @@ _VIEWS: dict[str, Callable[[Array], Array]] = {
     "flip": lambda canvas_NYX: canvas_NYX[:, ::-1],
     "turn": lambda canvas_NYX: canvas_NYX.swapaxes(1, 2),
 }
-"""By suffix of the name: turns the drawn cells into those that are shown."""
+"""Suffix of a game's name -> function that turns the cells as the rules draw them into the cells that are shown."""
 
 
 class _Rules(Protocol):
-    """The rules of one game, for N environments at once."""
+    """The rules of one pixel game: its state in N environments, how actions change it, and how it is drawn."""
 
     def begin(self, rng: np.random.Generator, new_N: Array) -> None:
-        """Begins an episode in the environments that `new_N` marks."""
+        """Begins a new episode in the environments where `new_N` is True."""
 
     def advance(self, rng: np.random.Generator, right_N: Array, up_N: Array) -> tuple[Array, Array, Array]:
-        """Moves every environment by the stick; returns rewards, terminated and truncated, each (N,)."""
+        """Moves every game on by one step with its joystick's position; returns rewards, terminated and truncated, each (N,).
+
+        The position is -1, 0 or 1 in each direction: `right_N` (-1 is left) and `up_N` (-1 is down).
+        """
 
     def draw(self, canvas_NYX: Array) -> None:
-        """Draws the game over a background."""
+        """Draws the N games into `canvas_NYX` (rows Y, columns X), which holds the background."""
 
     def best_actions(self) -> Array:
-        """The best action in each environment, (N,)."""
+        """The best action (0..17) in each environment, (N,)."""
 
 
 class _Falling:
-    """Balls fall within reach of a paddle three cells wide. The reward is `sign` for a caught ball and -`sign` for a missed one."""
+    """The rules of catch and avoid: balls fall within reach of a paddle that is three cells wide.
+
+    The reward is `sign` for a caught ball and -`sign` for a missed one.
+    """
 
     BALLS = 5
     REACH = 7
@@ -79,7 +85,10 @@ class _Falling:
         self._drop(rng, new_N)
 
     def _drop(self, rng: np.random.Generator, new_N: Array) -> None:
-        """Drops a ball. It hits a resting paddle 3 times out of 7, wherever the paddle is, so that resting in a corner gains nothing."""
+        """Drops a new ball in the environments where `new_N` is True.
+
+        The ball hits a resting paddle 3 times out of 7, wherever the paddle is, so that resting in a corner gains nothing.
+        """
         first_N = np.clip(self._paddle_N - self.REACH // 2, 0, GRID - self.REACH)
         self._x_N = np.where(new_N, first_N + rng.integers(0, self.REACH, len(new_N)), self._x_N)
         self._y_N = np.where(new_N, self.TOP, self._y_N)
@@ -113,7 +122,10 @@ class _Falling:
 
 
 class _Lamp:
-    """Each step a lamp lights up in the left or the right half. The reward is `sign` for the stick to that side, -`sign` for the other."""
+    """The rules of toward and away: in each step a lamp lights up in the left or the right half.
+
+    The reward is `sign` for moving the joystick to that side, and -`sign` for the other side.
+    """
 
     LAMPS = 20
 
@@ -144,7 +156,7 @@ class _Lamp:
 
 
 class _Crossing:
-    """A walker starts at the bottom and gets 1 for each lane crossed; a car ends the episode.
+    """The rules of cross: a walker starts at the bottom, and the reward is 1 for each lane that it crosses. A car ends the episode.
 
     Cars fill half of each lane and move one cell a step.
     """
@@ -177,7 +189,7 @@ class _Crossing:
         return crossed_N.astype(np.int64), terminated_N, ~terminated_N & (self._steps_N == self.STEPS_MAX)
 
     def _car_at(self, y_N: Array, ahead: int = 0) -> Array:
-        """Whether a car is at row `y_N` of the walker's column, now or `ahead` steps later."""
+        """Whether, in each environment, a car is at row `y_N` of the walker's column, `ahead` steps from now."""
         lane_N = np.clip((GRID - 2 - y_N) // 2, 0, len(self.LANES_Y) - 1)
         first_N = self._cars_NL[np.arange(len(y_N)), lane_N] + ahead * self.DIRECTIONS[lane_N]
         return np.asarray((y_N % 2 == 0) & ((self._x_N - first_N) % GRID < self.CAR_LENGTH))
@@ -189,17 +201,17 @@ class _Crossing:
         canvas_NYX[rows, self._y_N, self._x_N] = BRIGHT
 
     def best_actions(self) -> Array:
-        """Steps into a lane when it is free in the next step, and out of it in the step after, onto the pavement."""
+        """Goes up into the next lane if it is free in the next step, else waits; and leaves a lane at once, onto the pavement above it."""
         return np.where(self._car_at(self._y_N - 1, ahead=1), _NOOP, _UP)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PixelGame:
-    """One game: its rules, its lit cell, and the returns of best and of random play."""
+    """The definition of one pixel game: its rules, the lit cell that identifies it, and the returns of best and of random play."""
 
     name: str
     cue_x: int | None
-    """The column of the lit cell in the top row that identifies the game. None: there is none."""
+    """The column of the lit cell in the top row that identifies the game. None: the game has no such cell."""
     rules: Callable[[int], _Rules]
     """Makes the rules for a given number of environments."""
     optimal_return: float
@@ -221,11 +233,14 @@ _GAMES = {
     )
 }
 PIXEL_GAMES: tuple[str, ...] = tuple(_GAMES)
-"""The names without suffixes."""
+"""The names of all pixel games, without suffixes."""
 
 
 def pixel_game(name: str) -> tuple[PixelGame, int, str]:
-    """Splits a name into the game, the number of its background (0: plain), and its view ("flip", "turn", or "" for neither).
+    """Looks up a pixel game by its name, and splits off the name's suffix.
+
+    Returns:
+        The game; the number of its background (0: plain black); and how its picture is turned: "flip", "turn", or "" for neither.
 
     Raises:
         InvalidRequest: there is no such game.
@@ -246,7 +261,7 @@ class PixelEnvs:
         num_envs: the number of environments.
         frame_size: height and width of a frame, in pixels. A cell becomes a square of frame_size // 10 pixels; the rest is a black margin.
         frame_stack: frames in an observation.
-        max_episode_steps: a step limit in addition to the game's own. None: there is none.
+        max_episode_steps: a limit for the steps of an episode, in addition to the game's own end. None: there is no such limit.
     """
 
     def __init__(self, game: str, num_envs: int, *, frame_size: int, frame_stack: int, max_episode_steps: int | None) -> None:
@@ -263,7 +278,7 @@ class PixelEnvs:
         self._episodes = Episodes(num_envs)
 
     def reset(self, seed: int) -> Array:
-        """Begins new episodes and returns their first observations."""
+        """Begins a new episode in each environment and returns the first observations, (N, S, H, W) uint8."""
         self._rng = np.random.default_rng(seed)
         self._rules = self._game.rules(self.num_envs)
         self._rules.begin(self._rng, np.ones(self.num_envs, dtype=bool))
@@ -275,7 +290,7 @@ class PixelEnvs:
         return self._stack_NSHW
 
     def step(self, actions: Array) -> Step:
-        """Plays one action in each environment."""
+        """Plays one action, an integer in 0..17, in each environment and returns the results."""
         check_actions(actions, self.num_envs)
         played = ~self._ended_N
         rewards, terminated, truncated = self._rules.advance(self._rng, _RIGHT_A[actions], _UP_A[actions])
@@ -301,10 +316,14 @@ class PixelEnvs:
         return self._rules.best_actions()
 
     def close(self) -> None:
-        """Does nothing: there is nothing to free."""
+        """Does nothing, because pixel games hold no resources that must be freed."""
 
     def _observe(self, played_N: Array) -> None:
-        """Makes the next stack of frames. It is a new array, so that the caller may keep the old one."""
+        """Draws the newest frames and puts them at the end of the stacks.
+
+        Where `played_N` is False, an episode has begun, and the older frames become zero. The stacks are a new array, so that the caller
+        may keep the old one.
+        """
         stack_NSHW = np.empty_like(self._stack_NSHW)
         stack_NSHW[:, :-1] = self._stack_NSHW[:, 1:]
         stack_NSHW[~played_N] = 0
@@ -312,7 +331,7 @@ class PixelEnvs:
         self._stack_NSHW = stack_NSHW
 
     def _frames(self) -> Array:
-        """Draws the present frames, (N, H, W)."""
+        """Draws a frame of the present state of each environment, (N, H, W)."""
         canvas_NYX = np.repeat(self._background_YX[None], self.num_envs, axis=0)
         self._rules.draw(canvas_NYX)
         height, cell = self.observation_shape[1], self.observation_shape[1] // GRID
@@ -324,7 +343,7 @@ class PixelEnvs:
 
 
 def _background(number: int, cue_x: int | None) -> Array:
-    """The empty screen: faint noise that depends on the number (black for 0), and the game's lit cell if it has one."""
+    """The picture without anything that moves: faint noise that depends on `number` (black for 0), and the lit cell in column `cue_x`."""
     screen_YX = np.zeros((GRID, GRID), dtype=np.uint8)
     if number:
         screen_YX[1:] = np.random.default_rng(number).integers(0, BACKGROUND_MAX + 1, (GRID - 1, GRID))

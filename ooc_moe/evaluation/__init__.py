@@ -1,5 +1,5 @@
-"""Evaluation: plays games without telling the agent which one is on the screen, and measures what it scores.
+"""Evaluation: lets the agent play games without telling it which one is on the screen, and measures its scores.
 
-`Evaluator` serves a run in training, `evaluate_run` a finished one. Random play and constant actions, played by the same protocol, are the
-baselines.
+`Evaluator` evaluates a run during its training, `evaluate_run` a run from its last checkpoint. The baselines, random play and constant
+actions, are measured in the same way.
 """

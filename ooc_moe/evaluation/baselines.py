@@ -1,7 +1,9 @@
-"""Plays random and constant actions by the protocol of evaluation, to show what a game is worth without looking at it.
+"""Measures the scores of random play and of constant actions in a game, in the same way as the agent is evaluated.
+
+They are the baselines: scores that need no look at the screen.
 
 Learning and forgetting can only show where an agent beats the best constant action. In some games one button held for ever is nearly the
-best play: in Freeway it is "up". The scores are kept on disk by metrics/baselines.py and played only once.
+best play: in Freeway it is "up". Each score is measured only once, because metrics/baselines.py stores it on disk.
 """
 
 from __future__ import annotations
@@ -19,19 +21,19 @@ from ooc_moe.evaluation.episodes import Choose, always, play, uniformly_random
 from ooc_moe.metrics.baselines import Baselines, Protocol, read_baselines, write_baselines
 
 NUM_SCORES = envs.NUM_ACTIONS + 2
-"""Scores of one game: each constant action, the best of them again in other environments, and random play."""
+"""How many scores are measured in one game: each constant action, the best of them again in other environments, and random play."""
 
 
 def play_baselines(
     game: str, directory: Path, protocol: Protocol, *, on_progress: Callable[[int, int], object] = lambda done, of: None
 ) -> Baselines:
-    """Plays random and constant actions in a game, or reads their scores if `directory` has them for this protocol.
+    """Measures what random play and each constant action score in a game. Scores that `directory` already has are read instead.
 
     Args:
         game: a name as `envs.make` takes it.
-        directory: where the scores are kept, one JSON file for each game and protocol.
-        protocol: how the game is played.
-        on_progress: called after each score with the number of scores known and the number of all.
+        directory: where the scores are stored, one JSON file for each game and protocol.
+        protocol: how the game is played: environments, episodes, step limit and seed.
+        on_progress: called after each score with two numbers: how many scores are done, and how many there are in all.
 
     Raises:
         InvalidRequest: the game is unknown, or ale-py is missing.
@@ -77,9 +79,16 @@ def _play(game_envs: GameEnvs, protocol: Protocol, on_progress: Callable[[int, i
 def play_constants(
     games: Sequence[str], config: RunConfig, directory: Path, on_progress: Callable[[str, int, int], object] = lambda game, done, of: None
 ) -> dict[str, float]:
-    """The best constant action's mean return in each game, by the protocol of the run's evaluations; kept in `directory`.
+    """Measures the mean return of the best constant action in each game, in the same way as the run's evaluations.
 
-    Empty where the run is not evaluated. `on_progress` is called with the game, the number of its scores known and the number of all.
+    Args:
+        games: names as `envs.make` takes them.
+        config: the run's configuration, which says how games are evaluated.
+        directory: where the scores are stored, so that each is measured only once.
+        on_progress: called after each score with the game, how many of its scores are done, and how many there are.
+
+    Returns:
+        Game -> mean return. Empty if the configuration turns evaluations off.
     """
     protocol = Protocol.of({field.name: getattr(config, field.name) for field in dataclasses.fields(config)})
     if protocol is None or not config.eval_steps:

@@ -1,4 +1,4 @@
-"""Dormant units (Sokar et al. 2023, definition 3.1): hidden units of experts that hardly respond to a game's frames any more.
+"""Measures dormant units (Sokar et al. 2023, definition 3.1): hidden units of experts that hardly respond to a game's frames any more.
 
 A unit's score is its mean absolute activation over the expert's tokens, divided by the mean of the same over all units of the expert. A
 unit is dormant if its score is at most `DORMANT`. Every evaluation logs the share of dormant units.
@@ -15,18 +15,19 @@ from ooc_moe.agent.agent import Agent
 from ooc_moe.moe.layer import MoEOutput, TieredMoE
 
 DORMANT = 0.025
-"""The highest score of a dormant unit."""
+"""The highest score, as the module's docstring defines it, at which a unit counts as dormant."""
 
 
 @torch.no_grad()
 def dormant_share(agent: Agent, frames_NSHW: Tensor, game: str) -> float:
-    """The share of dormant units, 0 to 1, among the hidden units of all experts that these frames are routed to, in all layers.
+    """Computes the share of dormant units, 0 to 1, among the hidden units of all experts to which these frames are routed.
 
-    An expert that serves two layers counts in both. Each frame is a segment of its own, without router noise. A few hundred frames are
-    enough. With only a few frames, units whose inputs happen not to occur in them are counted as dormant, too.
+    A dormant unit hardly responds to any of the frames (module docstring). An expert that serves two layers counts in both. Each frame is
+    given to the agent alone, without the frames before it, and without router noise. A few hundred frames are enough. With only a few
+    frames, units whose inputs happen not to occur in them are counted as dormant, too.
 
     Args:
-        agent: the agent with the experts. Its training mode is restored afterwards.
+        agent: the agent with the experts. It runs in evaluation mode, and goes back to the mode that it was in.
         frames_NSHW: uint8 frames of the game.
         game: the game in whose pools the frames are routed.
 

@@ -1,6 +1,6 @@
-"""The protocol behind every score: each environment plays a fixed number of whole episodes, within a limit of steps.
+"""Plays the episodes from which every score is computed: a fixed number of whole episodes in each environment, within a limit of steps.
 
-The agent, random play and constant actions are all measured by it.
+The agent, random play and constant actions are all measured in this way.
 
 Letters: N environments, S stacked frames, H height, W width.
 """
@@ -18,12 +18,12 @@ from ooc_moe.envs import GameEnvs
 from ooc_moe.envs.game import Array
 
 Choose = Callable[[Tensor, Tensor], Array]
-"""Chooses actions (N,) from frames (N, S, H, W) and from marks (N,) of the frames that begin an episode."""
+"""A function that chooses actions (N,) from frames (N, S, H, W) and from a bool tensor (N,) that marks frames which begin an episode."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Played:
-    """The episodes that were played for a score."""
+    """The returns of the episodes that were played for one score."""
 
     returns: list[float]
     """Raw returns, environment after environment. An environment that ended too few episodes adds its unfinished one."""
@@ -32,16 +32,23 @@ class Played:
 
     @property
     def return_mean(self) -> float:
-        """The score: the mean of `returns`."""
+        """The score that the episodes give: the mean of `returns`."""
         return float(np.mean(self.returns))
 
 
 def play(envs: GameEnvs, choose: Choose, *, episodes: int, steps: int, seed: int) -> Played:
-    """Plays `episodes` whole episodes in each environment, in at most `steps` steps.
+    """Plays `episodes` whole episodes in each environment, in at most `steps` steps, and returns their returns.
 
     An environment that has played its episodes goes on until all have, but its further episodes do not count. If `steps` cuts episodes
     off, the score favours short ones. So `steps` should leave room for all episodes and one step more, because the end of an episode only
     shows in the step after it.
+
+    Args:
+        envs: the environments. They are reset first.
+        choose: chooses the actions of each step.
+        episodes: how many episodes each environment plays.
+        steps: the most steps in each environment.
+        seed: seed of the reset.
     """
     frames_NSHW = torch.from_numpy(envs.reset(seed))
     starts_N = torch.ones(envs.num_envs, dtype=torch.bool)
@@ -64,12 +71,12 @@ def play(envs: GameEnvs, choose: Choose, *, episodes: int, steps: int, seed: int
 
 
 def uniformly_random(envs: GameEnvs, seed: int) -> Choose:
-    """Chooses each of the 18 actions with equal probability, whatever the frames show."""
+    """Returns a function for `play` that chooses each of the 18 actions with equal probability, whatever the frames show."""
     rng = np.random.default_rng(seed)
     return lambda frames_NSHW, starts_N: rng.integers(0, envs.num_actions, envs.num_envs)
 
 
 def always(envs: GameEnvs, action: int) -> Choose:
-    """Always chooses the same action."""
+    """Returns a function for `play` that chooses `action` in every step, whatever the frames show."""
     actions_N = np.full(envs.num_envs, action)
     return lambda frames_NSHW, starts_N: actions_N

@@ -2,8 +2,8 @@
 
 Each environment acts with the experts of the game that the detector recognises in its frames. The agent is not told when one game ends and
 the next begins: each environment's belief is carried over, so the first steps of a game are played with the experts of the game before,
-until the detector notices the change. A score is the mean raw return of whole episodes (episodes.py). player.py acts; detection/tally.py
-counts how well games are recognised.
+until the detector notices the change. A score is the mean raw return of whole episodes (episodes.py). player.py chooses the actions;
+detection/tally.py counts how well games are recognised.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ from ooc_moe_wire.errors import InvalidRequest
 
 
 class Evaluator:
-    """Evaluates the agent of a session. It keeps environments and random scores between calls, because both are slow to make."""
+    """Evaluates the agent of a session: measures its scores in games whose names it is not told.
+
+    Environments and the scores of random play are kept from one call to the next, because both take long to make.
+    """
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -44,11 +47,11 @@ class Evaluator:
         self._random: dict[str, Played] = {}
 
     def evaluate(self, games: Sequence[str]) -> Iterator[dict[str, Any]]:
-        """Plays `games` one after another and yields, after each, the fields that metrics.jsonl records about it.
+        """Plays `games` one after another. After each, yields the game's results: the fields of its "evaluation" event in metrics.jsonl.
 
-        The fields hold the score, the score of random play, what was recognised, and the caches' counters. The agent is told neither the
-        games' names nor when they change. It plays an unknown game as the known game that the detector takes it for. While it knows no
-        game, nothing is played.
+        The fields hold the score, the score of random play, how well the game was recognised, and the caches' counters. The agent is told
+        neither the games' names nor when they change. A game that it has not learned is played with the experts of the known game that
+        the detector takes it for. While the agent knows no game, nothing is played and nothing is yielded.
         """
         session = self._session
         if not session.agent.games:
@@ -114,11 +117,11 @@ def evaluate_run(
         run_dir: the run's directory.
         console: where the results are printed.
         eval_unseen: also play the run's games that the agent has not learned yet, even if the run does not do so itself.
-        constants: also play the constant actions by the same protocol. `ooc-moe report` then shows the best of them.
-        options: fields of `RunConfig` with other values than the run has, for example `eval_envs` or `store`. None keeps the run's value.
+        constants: also measure the constant actions in the same way. `ooc-moe report` then shows the best of them.
+        options: values that replace the run's own fields of `RunConfig`, for example `eval_envs` or `store`. None keeps the run's value.
 
     Returns:
-        The fields of `Evaluator.evaluate` for each game.
+        The results of each game: the fields that `Evaluator.evaluate` yields.
 
     Raises:
         InvalidRequest: there is no run, it has no checkpoint, or `eval_steps` is 0.
@@ -138,10 +141,10 @@ def evaluate_run(
 
 
 def _evaluate_all(session: Session, console: Console) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Evaluates all games that the agent knows, and the unseen ones if the configuration says so.
+    """Evaluates all games that the agent knows, and prints a sentence for each. With `eval_unseen`, the run's other games follow.
 
     Returns:
-        The fields of each game, and the sizes of the caches with the store's counters.
+        The results of each game; and the sizes of the caches together with the store's counters.
     """
     config, known = session.config, session.agent.games
     unseen = [game for game in config.games if config.eval_unseen and game not in known]
@@ -165,13 +168,13 @@ def _play_constants(games: Sequence[str], config: RunConfig, console: Console) -
 
 
 def _record(config: RunConfig, found: Sequence[dict[str, Any]], counters: dict[str, Any]) -> RunRecord:
-    """The record of a run that consists of this evaluation alone, for the report's tables."""
+    """Makes a record that holds this evaluation alone, so that the report's tables, which take a run's record, can show it."""
     events = [{"event": "evaluation", "phase": 0, **fields} for fields in found]
     return RunRecord(run_dir=config.run_dir, config=json.loads(config.to_json()), events=[*events, {"event": "done", **counters}])
 
 
 def _sentence(fields: dict[str, Any]) -> str:
-    """The result of one game in one sentence."""
+    """One game's result in one sentence, for the terminal."""
     believed = max(fields["believed"], key=fields["believed"].__getitem__)
     return (
         f"{fields['evaluated']}: mean return {fields['return_mean']:.1f} (random {fields['random_mean']:.1f}) over "

@@ -1,7 +1,8 @@
-"""Plays one game without being told which one: each environment acts as the game that it is believed to show.
+"""Plays one game without being told which one: each environment acts with the experts of the game that it is believed to show.
 
-An environment changes to another game's experts only where a segment begins. All environments begin a segment every `context` steps. An
-environment whose belief changes begins one at once. Prefetching starts earlier, as soon as an environment is in doubt.
+An environment changes to another game's experts only where a segment begins. (A segment is a run of at most `context` steps, over which the
+agent's attention looks back.) All environments begin a segment every `context` steps. An environment whose believed game changes begins one
+at once. Prefetching starts earlier, as soon as an environment is in doubt.
 
 Letters: N environments, M frames, S stacked frames, H height, W width, L layers, K top_k, E experts.
 """
@@ -21,19 +22,20 @@ from ooc_moe.learning.lookahead import schedule_acting
 from ooc_moe.session.session import Session
 
 SAMPLED_FRAMES = 512
-"""About how many frames of a game are kept, at most, for later measurements."""
+"""About how many frames of a game the player keeps, at most, for measurements after the game."""
 Usage = dict[str, dict[str, int]]
 """Layer -> expert -> number of tokens, without the experts that got none. The keys are text, as JSON has them."""
 
 
 class Player:
-    """Chooses actions in the environments of one game, and counts what was recognised, routed and prefetched.
+    """Chooses the agent's actions in the environments of one game. It also counts what was recognised, routed and prefetched.
 
     Args:
-        session: the agent and the detectors. `recognise` in its configuration chooses the recogniser: the detector, the nearest-mean
-            baseline, or the true game (oracle).
-        belief: the belief about each environment, carried over from the game before.
-        game: the true game. The player counts against it; it acts by it only where `recognise` is "oracle" and the agent knows the game.
+        session: holds the agent and the detectors. `recognise` in its configuration says what decides the believed game: the detector,
+            the nearest-mean baseline, or the true game (oracle).
+        belief: the belief about each environment, carried over from the game that was played before.
+        game: the name of the game that is played. It is used to count how often the belief is right. The agent is told it only where
+            `recognise` is "oracle" and the agent knows the game.
         generator: draws the actions.
     """
 
@@ -42,7 +44,7 @@ class Player:
         num_envs, agent = session.config.eval_envs, session.config.agent
         self._step, self._began = 0, time.monotonic()
         self._groups: list[tuple[Segment, list[int]]] = []
-        """The current segments, each with the environments that play it."""
+        """The segments that are being played, each with the numbers of the environments that play it."""
         self._acting_as: list[str] = []
         self._frames: list[Tensor] = []
         self._frames_every = max(1, num_envs * session.config.eval_steps // SAMPLED_FRAMES)
@@ -53,7 +55,10 @@ class Player:
         self.recognition = Recognition(game, num_envs)
 
     def __call__(self, frames_NSHW: Tensor, starts_N: Tensor) -> Array:
-        """Chooses actions (N,) for frames (N, S, H, W). `starts_N` marks the frames that begin an episode."""
+        """Chooses an action for each environment, (N,), from the frames (N, S, H, W) of one step. Call it once for each step.
+
+        `starts_N` is True where a frame begins an episode.
+        """
         session = self._session
         if self._step % self._frames_every == 0:
             self._frames.append(frames_NSHW)
@@ -71,7 +76,7 @@ class Player:
         return actions_N.numpy()
 
     def _recognise(self, frames_NSHW: Tensor) -> list[str]:
-        """Chooses the game that each environment acts as, and prefetches experts for environments in doubt."""
+        """Decides with which game's experts each environment acts, and prefetches the predicted experts if an environment is in doubt."""
         session, recognise = self._session, self._session.config.recognise
         by_detector, by_mean = session.detector.predict(frames_NSHW), session.nearest_mean.predict(frames_NSHW)
         prediction = by_mean if recognise == "nearest-mean" else by_detector
@@ -84,7 +89,10 @@ class Player:
         return games
 
     def _prefetch(self, prediction: Prediction) -> None:
-        """Prefetches the predicted experts. They are needed, at the pace so far, when the belief can first change to another game."""
+        """Asks for the predicted experts ahead of their use.
+
+        The prefetch's deadline is the earliest time at which the belief can change to another game, at the pace of the steps so far.
+        """
         step_s = (time.monotonic() - self._began) / self._step if self._step else None
         within_s = None if step_s is None else step_s * self._belief.steps_to_switch
         named = prediction.experts
@@ -92,7 +100,10 @@ class Player:
         self._named.update(named)
 
     def _begin_segments(self, games: list[str]) -> None:
-        """Groups the environments whose segment begins by the game they act as, and begins a segment for each group."""
+        """Begins new segments where they are due: everywhere after `context` steps, else where the believed game changed.
+
+        Environments that begin one with the same game share a segment. `games` is the game that each environment acts as.
+        """
         everyone = self._step % self._session.config.agent.context == 0
         begins = {row for row, game in enumerate(games) if everyone or game != self._acting_as[row]}
         if not begins:
@@ -105,7 +116,7 @@ class Player:
         self._acting_as = games
 
     def _count(self, experts_NLK: Tensor, game: str, rows: list[int]) -> None:
-        """Counts the experts that these environments, acting as `game`, were routed to."""
+        """Adds up the experts to which one step of the environments `rows`, acting as `game`, was routed."""
         one_NLK = torch.ones_like(experts_NLK, dtype=torch.long)
         self._tokens_NLE[rows] += torch.zeros_like(self._tokens_NLE[rows]).scatter_add_(2, experts_NLK.long(), one_NLK)
         if game == self._game:
@@ -116,9 +127,10 @@ class Player:
 
     @property
     def prefetch_recall(self) -> float | None:
-        """The share of the experts used while acting as the true game that a prefetch had named before their first use.
+        """The share of the needed experts that a prefetch had named before their first use.
 
-        None where the detector does not prefetch, or where no environment ever acted as the true game.
+        Needed experts are those used by environments that acted as the true game. None where the detector does not prefetch, or where no
+        environment ever acted as the true game.
         """
         if self._session.config.prefetch != "detector" or not self._needed:
             return None
@@ -126,15 +138,15 @@ class Player:
 
     @property
     def frames_MSHW(self) -> Tensor:
-        """A sample of the frames (M, S, H, W), spread evenly over the steps."""
+        """A sample of the frames that were played, (M, S, H, W), spread evenly over the steps."""
         return torch.cat(self._frames)
 
     def usage(self) -> Usage:
-        """The number of tokens of each expert in each layer."""
+        """How many tokens were routed to each expert in each layer, over all environments."""
         return _as_usage(self._tokens_NLE.sum(0))
 
     def usage_by_env(self) -> list[Usage]:
-        """The number of tokens of each expert in each layer, for each environment."""
+        """How many tokens were routed to each expert in each layer, for each environment apart."""
         return [_as_usage(tokens_LE) for tokens_LE in self._tokens_NLE]
 
 

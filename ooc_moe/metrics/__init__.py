@@ -1,5 +1,6 @@
-"""What a run writes about itself, how it is read back, and what is computed from it.
+"""Writes what happens in a run to files, reads the files back, and computes measures from them.
 
-Offers `log` (the events of a run), `trace` (the experts that it asked for), `run` (a run's directory as arrays), `measures` and
-`statistics` (what the numbers mean), `single_task` (scores of agents that learned one game) and `provenance` (machine, versions, commit).
+Offers `log` (the events of a run), `trace` (the experts that it asked its caches for, in order), `run` (a run's files as arrays),
+`measures` (of learning, forgetting and sharing), `statistics` (of several runs), `baselines` (scores of random play and of constant
+actions), `single_task` (scores of agents that learned only one game) and `provenance` (machine, versions, commit).
 """

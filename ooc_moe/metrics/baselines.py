@@ -1,7 +1,7 @@
-"""The scores of random play and of constant actions, as they are kept on disk.
+"""Stores the scores of random play and of constant actions in files, and reads them back.
 
-`evaluation/baselines.py` plays them and writes them here; reports and studies read them. Each file holds one game's scores under one
-protocol, below `DIRECTORY` in the directory of a run or of a study.
+`evaluation/baselines.py` measures the scores and writes them by this module. Reports and studies read them. Each file holds one game's
+scores under one protocol (how it was played), below `DIRECTORY` in the directory of a run or of a study.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DIRECTORY = "baselines"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Protocol:
-    """How a game is evaluated. Scores can be compared where all of these are equal."""
+    """How a game is played to measure a score. Two scores can be compared where all these settings are equal."""
 
     eval_envs: int
     """Environments played side by side."""
@@ -30,41 +30,41 @@ class Protocol:
     eval_steps: int
     """The most steps of each environment."""
     seed: int
-    """The seed of the run that is compared."""
+    """The seed of the run whose scores are compared with these."""
 
     @staticmethod
     def of(config: Mapping[str, Any]) -> Protocol | None:
-        """The protocol of a run with this configuration; None where an old configuration lacks a part of it."""
+        """Takes the protocol out of a run's configuration. None where the configuration is an old one that lacks some of the settings."""
         names = [field.name for field in fields(Protocol)]
         return Protocol(**{name: config[name] for name in names}) if config.keys() >= set(names) else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Baselines:
-    """Mean raw returns of random play and of constant actions in one game."""
+    """The mean raw returns (scores) of random play and of constant actions in one game. A constant action is played in every step."""
 
     game: str
     random_mean: float
     """Mean return of uniformly random actions, in the environments that a run with the same seed is evaluated in."""
     constant_means: list[float]
-    """Mean return of each action held for ever, by action number, in the same environments."""
+    """Mean return of playing only one action, for each action by number, in the same environments as `random_mean`."""
     best_action: int
     """The action with the highest mean in `constant_means`."""
     best_constant_mean: float
     """Mean return of `best_action` in other environments of the game. Its mean in `constant_means` is biased upwards, because it is the
     maximum of 18 noisy means."""
     best_constant_returns: list[float]
-    """The returns behind `best_constant_mean`."""
+    """The returns of the episodes whose mean is `best_constant_mean`."""
 
 
 def read_baselines(game: str, directory: Path, protocol: Protocol) -> Baselines | None:
-    """The scores in `directory` for exactly this game and protocol; None where there are none."""
+    """Reads a game's scores from `directory`. None where no file there has exactly this game and protocol."""
     path = _path(game, directory, protocol)
     return Baselines(**json.loads(path.read_text())) if path.exists() else None
 
 
 def write_baselines(found: Baselines, directory: Path, protocol: Protocol) -> None:
-    """Writes scores to `directory`, which is made if it does not exist."""
+    """Writes a game's scores to a file in `directory`, for `read_baselines`. The directory is made if it does not exist."""
     directory.mkdir(parents=True, exist_ok=True)
     path = _path(found.game, directory, protocol)
     unfinished = path.with_suffix(f".{os.getpid()}")  # A name per process: two runs with different seeds may write at the same time.
@@ -73,7 +73,10 @@ def write_baselines(found: Baselines, directory: Path, protocol: Protocol) -> No
 
 
 def best_constants(record: RunRecord) -> dict[str, float]:
-    """The best constant action's mean return by game, for the games that `ooc-moe eval --constants` played by this record's protocol."""
+    """Reads the mean return of the best constant action in each of a run's games: game -> return.
+
+    Only games are included for which `ooc-moe eval --constants` measured it, in the same way as the run is evaluated.
+    """
     protocol = Protocol.of(record.config)
     if protocol is None:
         return {}

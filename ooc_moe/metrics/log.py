@@ -33,7 +33,10 @@ Event = dict[str, Any]
 
 
 class MetricsWriter:
-    """Appends a run's events to `run_dir/metrics.jsonl` and, with `tensorboard`, to `run_dir/tensorboard`. Only one thread may use it."""
+    """Appends a run's events to `run_dir/metrics.jsonl` and, with `tensorboard`, their numbers to `run_dir/tensorboard`.
+
+    Only one thread may use it.
+    """
 
     def __init__(self, run_dir: Path, *, tensorboard: bool = True) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -45,14 +48,16 @@ class MetricsWriter:
         self._file = (run_dir / METRICS_FILE).open("ab")
 
     def log(self, event: str, *, step: int, update: int, game: str | None = None, **fields: Any) -> None:
-        """Writes one event; its line is in the file when this returns. NaN and infinity become null; enum keys become lower-case names.
+        """Writes one event. Its line is in the file when this returns.
+
+        NaN and infinity are written as null, and keys that are members of an enum as their names in lower case.
 
         Args:
             event: the kind of event, for example "update".
             step: environment steps of the whole run so far; the x axis of every curve.
             update: PPO updates so far.
             game: the game in training, or None.
-            fields: values made of dicts, lists, numbers and strings; numpy scalars and arrays are allowed, too.
+            fields: what else the event says: dicts, lists, numbers and strings. Numpy scalars and arrays are allowed, too.
         """
         line: Event = {"event": event, "time": time.time(), "step": step, "update": update, "game": game, **fields}
         line = {key: _plain(value) for key, value in line.items()}
@@ -62,13 +67,13 @@ class MetricsWriter:
             self._log_scalars(line)
 
     def position(self) -> int:
-        """The file's length in bytes; a checkpoint keeps it for `truncate`."""
+        """The length of metrics.jsonl so far, in bytes. A checkpoint stores it, so that a resumed run can `truncate` the file to it."""
         return self._file.tell()
 
     def truncate(self, position: int) -> None:
-        """Removes every event after `position` (from a checkpoint), here and in TensorBoard, and logs a "resumed" event.
+        """Removes the events that were logged after a checkpoint, from metrics.jsonl and from TensorBoard, and logs a "resumed" event.
 
-        Call it before the first `log`.
+        Call it in a resumed run, before the first `log`. `position` is the length that `position()` returned for the checkpoint.
 
         Raises:
             InvalidRequest: the file is shorter than `position`.
@@ -85,7 +90,7 @@ class MetricsWriter:
         self.log("resumed", step=max(last["step"], 0), update=last["update"], game=last["game"])
 
     def close(self) -> None:
-        """Flushes and closes both files."""
+        """Makes metrics.jsonl durable on disk, and closes it and TensorBoard's file."""
         os.fsync(self._file.fileno())
         self._file.close()
         if self._scalars is not None:
@@ -103,10 +108,12 @@ class MetricsWriter:
 
 
 def read_metrics(run_dir: Path) -> list[Event]:
-    """The events of a run in order; none if the run has not begun. A torn last line, left by a killed writer, is skipped.
+    """Reads the events of a run from its metrics.jsonl, in order. The list is empty if the run has not begun.
+
+    An incomplete last line, left by a writer that was killed, is skipped.
 
     Raises:
-        InvalidRequest: any other line is not a JSON event; the message names the line.
+        InvalidRequest: another line is not a JSON event; the message names the line.
     """
     path = run_dir / METRICS_FILE
     if not path.exists():
@@ -126,14 +133,14 @@ def _parsed(line: bytes, where: str) -> Event:
 
 
 def _end_torn_line(path: Path) -> None:
-    """Removes an unfinished last line, so that the next event starts on a line of its own."""
+    """Removes an incomplete last line, left by a writer that was killed, so that the next event starts on a line of its own."""
     content = path.read_bytes() if path.exists() else b""
     if content and not content.endswith(b"\n"):
         os.truncate(path, content.rfind(b"\n") + 1)
 
 
 def _plain(value: Any) -> Any:
-    """`value` converted to types that JSON has."""
+    """Converts a value, and all values in it, to types that JSON has. NaN and infinity become None."""
     if isinstance(value, Mapping):
         return {_key(key): _plain(item) for key, item in value.items()}
     if isinstance(value, np.ndarray):
@@ -152,7 +159,7 @@ def _key(key: Any) -> str:
 
 
 def _numbers(prefix: str, value: Any) -> Iterator[tuple[str, float]]:
-    """(tag, number) of every number in nested dicts; lists are skipped."""
+    """Yields every number in nested dicts as (TensorBoard tag, number). The tag is the path of keys after `prefix`. Lists are skipped."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             if key != "usage":

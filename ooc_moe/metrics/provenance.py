@@ -1,4 +1,7 @@
-"""Where a result comes from: command, commit, date, machine and versions. No path of the machine is named, so results can be published."""
+"""Tells where a result comes from: command, commit, date, machine and versions.
+
+The texts name no path of the machine, so that results can be published.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,12 @@ PACKAGES = (
 
 
 def facts(data_dir: Path, *, command: str) -> dict[str, str]:
-    """Name -> value of what a reader needs to judge or repeat a result. `data_dir` is on the disk that was used."""
+    """What a reader needs to judge or repeat a result: the command, commit, date, machine and versions, each as name -> text.
+
+    Args:
+        data_dir: a directory on the disk that was used, whose file system and device are named.
+        command: the command line that made the result.
+    """
     return {
         "command": f"`{command}`",
         "commit": commit(),
@@ -33,13 +41,13 @@ def facts(data_dir: Path, *, command: str) -> dict[str, str]:
 
 
 def command_given() -> str:
-    """The command line that started this process, with absolute paths cut to their last part."""
+    """The command line that started this process, as text. Absolute paths in it are cut to their last part."""
     arguments = [Path(argument).name if Path(argument).is_absolute() else argument for argument in sys.argv[1:]]
     return shlex.join(["ooc-moe", *arguments])
 
 
 def commit() -> str:
-    """The commit of this checkout, and whether it has uncommitted changes; "unknown" if the code is not in a checkout."""
+    """The git commit of the running code, and whether files were changed since it. "unknown" if the code is not in a git checkout."""
     if shutil.which("git") is None:
         return "unknown"
     here = Path(__file__).resolve()
@@ -53,7 +61,7 @@ def commit() -> str:
 
 
 def available_memory_bytes() -> int:
-    """Memory that can be allocated without swapping, as the kernel estimates it."""
+    """The bytes of memory that can be allocated without swapping, as the kernel estimates them."""
     return _meminfo("MemAvailable")
 
 
@@ -78,7 +86,7 @@ def _processor() -> str:
 
 
 def _disk(data_dir: Path) -> str:
-    """File system and device of `data_dir`."""
+    """The kind of file system and the device on which `data_dir` lies."""
     found = ("", "unknown", "unknown")
     for line in Path("/proc/self/mounts").read_text().splitlines():
         device, mount, kind, *_ = line.split()

@@ -1,6 +1,8 @@
-"""Reads a run's directory (config.json and metrics.jsonl) into arrays, from which figures and tables are made. The run may be unfinished.
+"""Reads a run's directory (config.json and metrics.jsonl) into arrays, from which charts and tables are made. The run may be unfinished.
 
-This module computes only differences and sums; measures.py computes what they mean.
+This module computes only differences and sums; measures.py computes measures such as forgetting from them.
+
+Letters of shapes: P phases (a phase is the time in which one game is trained), G games, U PPO updates, E experts, N environments.
 """
 
 from __future__ import annotations
@@ -25,24 +27,25 @@ _Usage = Mapping[str, Mapping[str, int]]
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """Evaluation scores by phase (rows) and game (columns); NaN if the game was not evaluated then."""
+    """The scores of a run's evaluations, by phase (rows, P) and game (columns, G). NaN where a game was not evaluated after a phase."""
 
     games: tuple[str, ...]
     trained_P: tuple[int, ...]
-    """The column of the game that each phase trained."""
+    """For each phase, the column of the game that it trained."""
     mean_PG: Floats
-    """Mean raw return."""
+    """The mean raw return (score) of each game after each phase."""
     random_G: Floats
-    """Mean raw return of random play."""
+    """The mean raw return of random play in each game."""
     untrained_G: Floats
-    """The agent's own score before any training, if evaluated; else random play's, because an agent that knows no game acts at random."""
+    """The agent's score before any training, if it was evaluated then. Else the score of random play, because an untrained agent acts at
+    random."""
     returns: dict[tuple[int, int], list[float]]
     """(phase, game) -> the returns of single episodes, whose mean is `mean_PG[phase, game]`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """A run's configuration and events."""
+    """A run as its files tell it: its configuration and its logged events, and the figures that are computed from them."""
 
     run_dir: Path
     config: dict[str, Any]
@@ -52,7 +55,7 @@ class RunRecord:
 
     @staticmethod
     def read(run_dir: Path) -> RunRecord:
-        """Reads a run. Raises InvalidRequest if the directory holds no run, or a damaged one."""
+        """Reads a run from its directory. Raises InvalidRequest if the directory holds no run, or a damaged one."""
         config_file = run_dir / CONFIG_FILE
         if not config_file.exists() and not (run_dir / METRICS_FILE).exists():
             raise InvalidRequest(f"run_dir: {run_dir} holds no run (neither {CONFIG_FILE} nor {METRICS_FILE})")
@@ -64,22 +67,22 @@ class RunRecord:
 
     @property
     def name(self) -> str:
-        """The run's name."""
+        """The run's name: that of its directory."""
         return self.run_dir.resolve().name
 
     @cached_property
     def schedule(self) -> tuple[str, ...]:
-        """The games in order of training; a game may come back."""
+        """The games in the order in which they are trained. A game that is trained again later appears again."""
         return tuple(self.config.get("games") or [event["to"] for event in self.switches])
 
     @cached_property
     def games(self) -> tuple[str, ...]:
-        """The distinct games, in order of first training."""
+        """The games of the run, each once, in the order of their first training."""
         return tuple(dict.fromkeys(self.schedule))
 
     @cached_property
     def updates(self) -> list[Event]:
-        """The PPO updates."""
+        """The "update" events, one for each PPO update."""
         return self._of("update")
 
     @cached_property
@@ -89,12 +92,12 @@ class RunRecord:
 
     @cached_property
     def evaluations(self) -> list[Event]:
-        """The "evaluation" events, one for each phase and evaluated game."""
+        """The "evaluation" events, one for each game that was evaluated after each phase."""
         return self._of("evaluation")
 
     @property
     def made_by(self) -> str:
-        """Version and commit of the program that began the run; "" if they were not logged."""
+        """The version and commit of the program that began the run. "" if they were not logged."""
         return next((f"{event['version']}, commit {event['commit']}" for event in self._of("begun")), "")
 
     @property
@@ -104,24 +107,27 @@ class RunRecord:
 
     @cached_property
     def steps_U(self) -> Floats:
-        """Environment steps at each update."""
+        """The environment steps that the run had made at each update, (U,)."""
         return np.array([event["step"] for event in self.updates], float)
 
     @cached_property
     def spans(self) -> list[tuple[str, float, float]]:
-        """(game, first step, last step) of each phase begun, up to the newest update."""
+        """The steps of each phase that has begun: (game, first step, last step). The newest phase ends at the newest update."""
         starts = [float(event["step"]) for event in self.switches]
         ends = [*starts[1:], float(self.steps_U[-1]) if len(self.steps_U) else 0.0]
         return [(event["to"], start, max(start, end)) for event, start, end in zip(self.switches, starts, ends, strict=False)]
 
     def series(self, *path: str) -> Floats:
-        """(U,) the number at `path` in each update's event, for example ("cache", "hits"); NaN where there is none."""
+        """One number from each update's event, (U,), for example `series("cache", "hits")`. NaN where the event lacks it.
+
+        `path` holds the keys that lead to the number in the event's nested dicts.
+        """
         return np.array([_number(event, path) for event in self.updates], float)
 
     def increments(self, *path: str, evaluations: bool = False) -> Floats:
-        """(U,) how much the counter at `path` grew in each update.
+        """How much a counter grew in each update, (U,). `path` holds the keys that lead to it in an event, as in `series`.
 
-        What an evaluation between two updates counted is left out; with `evaluations`, it is added to the update after the evaluation.
+        What an evaluation between two updates counted is left out. With `evaluations`, it is added to the update after the evaluation.
         """
         grown, between = [], 0.0
         for kind, growth in self._growth(path):
@@ -133,12 +139,12 @@ class RunRecord:
         return np.array(grown, float)
 
     def total(self, *path: str) -> float:
-        """How much the counter at `path` grew over the run, evaluations included; NaN if it was never logged."""
+        """How much a counter grew over the whole run, evaluations included. NaN if it was never logged. `path` is as in `series`."""
         known = [growth for _, growth in self._growth(path) if not np.isnan(growth)]
         return float(sum(known)) if known else UNKNOWN
 
     def _growth(self, path: Sequence[str]) -> Iterator[tuple[str, float]]:
-        """(kind of event, growth of the counter since the event before) for each event that logged the counter.
+        """How much a counter grew from each event that logged it to the next: yields (kind of event, growth) for each such event.
 
         - Counters of the trainer, and of a daemon that the run started itself, start at zero, and again when the run is resumed.
         - Counters of another daemon may be older than the run. Their first growth is not known: NaN.
@@ -164,13 +170,13 @@ class RunRecord:
                 before = value
 
     def last(self, *path: str) -> float:
-        """The newest value at `path`; NaN if there is none."""
+        """The newest value of one number in the events, for example `last("cache", "capacity")`. NaN if it was never logged."""
         values = (_number(event, path) for event in reversed(self.events) if event["event"] in ("update", "done"))
         return next((value for value in values if not np.isnan(value)), UNKNOWN)
 
     @cached_property
     def scores(self) -> Scores:
-        """The evaluations as matrices."""
+        """The scores of all evaluations, as a matrix of phases and games."""
         phases = max((int(event["phase"]) for event in self.evaluations), default=-1) + 1
         column = {game: index for index, game in enumerate(self.games)}
         mean_PG = np.full((phases, len(column)), UNKNOWN)
@@ -197,16 +203,16 @@ class RunRecord:
 
     @cached_property
     def num_experts(self) -> int:
-        """Experts of each bank: as configured, or more if the bank grew."""
+        """The number of experts of each bank: as configured, or more if the bank has grown."""
         counted = (counts for event in self.updates for name in ("usage", "fetches") for counts in (event.get(name) or {}).values())
         seen = (int(expert) for counts in counted for expert in counts)
         return max(int(self.config.get("agent", {}).get("num_experts", 1)), max(seen, default=0) + 1)
 
     @cached_property
     def cold_unchanged(self) -> tuple[int, int]:
-        """(number unchanged bit for bit, number of all) of the cold experts of all phases; (0, 0) if no checksums were logged.
+        """Counts the cold experts of all phases: (number that stayed unchanged bit for bit, number of all).
 
-        `measures.cold_unchanged` says what a cold expert is.
+        A cold expert of a phase was trained before it and is not trained in it. (0, 0) if no checksums were logged.
         """
         found = []
         before: dict[tuple[int, str], list[str]] = {}
@@ -224,33 +230,43 @@ class RunRecord:
         return sum(equal for equal, _ in found), sum(cold for _, cold in found)
 
     def training_fetches(self) -> Floats:
-        """(G, E) how often each expert was fetched while each game was trained, on demand or ahead; all zero if fetches were not logged."""
+        """How often each expert was fetched into HBM while each game was trained, (G, E), on demand or ahead of its use.
+
+        All zero if fetches were not logged. The columns are those of `training_usage`.
+        """
         return self._usage([(event["game"], event.get("fetches") or {}) for event in self.updates])
 
     def training_usage(self) -> Floats:
-        """(G, E) tokens of each game that went to each expert in training.
+        """How many tokens of each game went to each expert in training, (G, E).
 
-        Layers that share a bank are added up. If each layer has its own bank, the banks' experts stand side by side.
+        Layers that share a bank are added up. If each layer has its own bank, the banks' experts stand side by side in the columns.
         """
         return self._usage([(event["game"], event.get("usage") or {}) for event in self.updates])
 
     def evaluation_usage(self) -> Floats:
-        """(G, E) tokens of each game that went to each expert in the evaluations after the last phase; columns as in `training_usage`."""
+        """How many tokens of each game went to each expert in the evaluations after the last phase, (G, E).
+
+        The columns are those of `training_usage`.
+        """
         return self._usage([(event["evaluated"], event.get("usage") or {}) for event in self.last_evaluations])
 
     @property
     def last_evaluations(self) -> list[Event]:
-        """The evaluations after the last evaluated phase."""
+        """The "evaluation" events of the last phase after which games were evaluated, one for each game."""
         newest = max((event["phase"] for event in self.evaluations), default=None)
         return [event for event in self.evaluations if event["phase"] == newest]
 
     def usage_by_environment(self) -> tuple[list[str], Floats]:
-        """(game of each environment, (N, E) tokens) in the evaluations after the last phase; empty if this was not logged."""
+        """Which experts each environment used in the evaluations after the last phase. Empty if this was not logged.
+
+        Returns:
+            The game of each environment, and how many of its tokens went to each expert, (N, E); columns as in `training_usage`.
+        """
         rows = [(event["evaluated"], usage) for event in self.last_evaluations for usage in event.get("usage_by_env") or ()]
         return [game for game, _ in rows], self._counts([usage for _, usage in rows])
 
     def _usage(self, rows: Sequence[tuple[str, _Usage]]) -> Floats:
-        """(G, E) token counts by game and expert."""
+        """Adds up logged counts, given as (game, layer -> expert -> count), to a matrix by game and expert, (G, E)."""
         rows = [(game, usage) for game, usage in rows if usage]
         counts_RE = self._counts([usage for _, usage in rows])
         counts_GE = np.zeros((len(self.games), counts_RE.shape[1]))
@@ -258,7 +274,7 @@ class RunRecord:
         return counts_GE
 
     def _counts(self, usages: Sequence[_Usage]) -> Floats:
-        """(R, E) token counts of each row; see `training_usage` for the columns."""
+        """Turns R logged counts, layer -> expert -> count, into the rows of a matrix (R, E); columns as in `training_usage`."""
         banks = max((self._bank_of(layer) + 1 for usage in usages for layer in usage), default=1)
         counts_RE = np.zeros((len(usages), banks * self.num_experts))
         for row, usage in enumerate(usages):
@@ -268,7 +284,7 @@ class RunRecord:
         return counts_RE
 
     def _bank_of(self, layer: str) -> int:
-        """The bank of a layer: 0 if all layers share one bank, else the layer's own number."""
+        """The number of the bank that a layer uses: 0 if all layers share one bank, else the layer's own number."""
         return 0 if self.config.get("agent", {}).get("banks", "shared") == "shared" else int(layer)
 
     def _of(self, kind: str) -> list[Event]:

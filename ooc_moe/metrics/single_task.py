@@ -1,4 +1,4 @@
-"""Reads single-task scores: what an agent reaches that learns one game alone. Reports show scores as shares of them.
+"""Reads single-task scores: those that an agent reaches when it learns one game alone. Reports show other scores as shares of them.
 
 A study computes the same scale from its own runs (study/scores.py).
 """
@@ -18,7 +18,9 @@ _PROTOCOL = ("steps_per_game", "eval_envs", "eval_episodes", "eval_steps")
 
 
 def with_single_task(record: RunRecord, run_dirs: Sequence[Path]) -> RunRecord:
-    """A copy of `record` with the mean final return of each game that a run in `run_dirs` learned alone.
+    """Adds single-task scores to a run's record: returns a copy of `record` with its field `single_task` filled.
+
+    The score of a game is the mean final return of the runs in `run_dirs` that learned this game alone.
 
     Raises:
         InvalidRequest: a run learned several games, or a game that `record` lacks; is not finished or not evaluated; or was trained or

@@ -1,11 +1,14 @@
 """Statistics of a few runs: interquartile mean, stratified bootstrap, permutation test.
 
-The method is rliable's (Agarwal et al. 2021, "Deep RL at the Edge of the Statistical Precipice"), by scipy.stats instead of rliable, which
-wants strata of one size, and brings arch and numba.
+The method is that of the package rliable (Agarwal et al. 2021, "Deep RL at the Edge of the Statistical Precipice"), computed with
+scipy.stats: rliable itself wants strata of one size, and needs the packages arch and numba.
 
-- A stratum is the runs of one order of the games. A resample draws from each stratum as many runs as it has.
+- A stratum is a group of runs that learn the games in the same order. The bootstrap draws resamples: from each stratum, as many runs as
+  it has, with replacement.
 - A run is drawn whole, with all its games: they share one network, so they are not independent.
-- NaN stands for a value that is not known. Every function leaves it out.
+- NaN stands for a value that is not known. Every function leaves such values out.
+
+Letters of shapes: R runs, G games; N members of groups, in the functions about similarity.
 """
 
 from __future__ import annotations
@@ -25,7 +28,9 @@ _DEALS_AT_ONCE = 500
 
 
 def iqm(values: ArrayLike) -> Any:
-    """Interquartile mean over the last axis: the mean without the lowest and the highest quarter, each rounded down.
+    """The interquartile mean over the last axis: the mean without the lowest and the highest quarter of the values.
+
+    A quarter is rounded down to whole values.
 
     The same as scipy.stats.trim_mean(values, 0.25, nan_policy="omit"), which takes 100 times as long where values are missing: it then
     goes through the rows of all resamples one by one.
@@ -37,7 +42,7 @@ def iqm(values: ArrayLike) -> Any:
 
 
 def mean(values: ArrayLike) -> Any:
-    """The mean over the last axis; NaN where every value is."""
+    """The mean of the known values (not NaN) over the last axis. NaN where no value is known."""
     array = np.asarray(values, float)
     known = ~np.isnan(array)
     count = known.sum(axis=-1)
@@ -47,13 +52,15 @@ def mean(values: ArrayLike) -> Any:
 def bootstrap(
     strata: Sequence[ArrayLike], statistic: Callable[[Floats], Any] = mean, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> Floats:
-    """(resamples,) the statistic of each resample; all NaN where no run has a value.
+    """Draws stratified bootstrap samples of runs, and returns the statistic of each sample, (resamples,).
+
+    All are NaN if no run has a value.
 
     Args:
-        strata: the values of each stratum, (runs,) or (runs, games). A run without any value is not drawn.
-        statistic: computed over the last axis of an array; must leave NaN out.
-        resamples: how many.
-        seed: of the draws.
+        strata: the values of each stratum (group of runs), (runs,) or (runs, games). A run without any value is not drawn.
+        statistic: computes a number over the last axis of an array; must leave NaN out.
+        resamples: the number of samples.
+        seed: seed of the random draws.
     """
     strata_RG = [_known_runs(stratum) for stratum in strata]
     strata_RG = [runs_RG for runs_RG in strata_RG if len(runs_RG)]
@@ -74,17 +81,18 @@ def bootstrap(
 
 
 def _known_runs(stratum: ArrayLike) -> Floats:
-    """(R, G) the runs of a stratum that have a value."""
+    """The values of those runs of a stratum that have at least one known value, (R, G)."""
     values = np.asarray(stratum, float)
     runs_RG = values.reshape(len(values), -1)
     return np.asarray(runs_RG[~np.isnan(runs_RG).all(axis=1)])
 
 
 def interval(samples: ArrayLike, level: float = 0.95) -> tuple[float, float]:
-    """The percentile interval of bootstrap samples; NaN if a sample is.
+    """The confidence interval (low, high) from the samples of `bootstrap`: the middle `level` of them, by percentiles.
 
-    The interval of a few runs is too narrow. Of normal values, the interval for 95 % covered the true mean 75 times in 100 for 3 runs, 81
-    times for two strata of 3, 83 times for 5, 87 times for two strata of 5, and 91 times for 10.
+    Both ends are NaN if a sample is NaN. The interval from a few runs is too narrow. With normally distributed values, the interval for
+    95 % covered the true mean 75 times in 100 for 3 runs, 81 times for two strata of 3, 83 times for 5, 87 times for two strata of 5, and
+    91 times for 10.
     """
     tail = 50 * (1 - level)
     low, high = np.percentile(np.asarray(samples, float), [tail, 100 - tail])
@@ -94,19 +102,30 @@ def interval(samples: ArrayLike, level: float = 0.95) -> tuple[float, float]:
 def difference(
     first: Sequence[ArrayLike], second: Sequence[ArrayLike], *, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[float, float, float]:
-    """(mean of the first strata - mean of the second, low, high): the ends are the 95 % interval of two independent bootstraps."""
+    """The difference between two methods: (mean of the first strata - mean of the second, low, high).
+
+    low and high are the ends of the difference's 95 % confidence interval, from an independent bootstrap of each method. The arguments
+    are those of `bootstrap`.
+    """
     firsts, seconds = bootstrap(first, resamples=resamples, seed=seed), bootstrap(second, resamples=resamples, seed=seed + 1)
     return mean(pooled(first)) - mean(pooled(second)), *interval(firsts - seconds)
 
 
 def pooled(strata: Sequence[ArrayLike]) -> Floats:
-    """All known values of all strata."""
+    """All known values (not NaN) of all strata, as one flat array."""
     values = np.concatenate([np.asarray(stratum, float).ravel() for stratum in strata]) if strata else np.empty(0)
     return np.asarray(values[~np.isnan(values)])
 
 
 def within_and_between(similarity_NN: ArrayLike, labels_N: Sequence[Hashable]) -> tuple[float, float]:
-    """(mean similarity of two members of one group, mean similarity of members of two groups); NaN where there is no such pair."""
+    """The mean similarity within groups and between groups: of two members of the same group, and of two members of different groups.
+
+    NaN where there is no such pair.
+
+    Args:
+        similarity_NN: the similarity of every two of N members.
+        labels_N: the group of each member.
+    """
     similarity, labels = np.asarray(similarity_NN, float), _numbered(labels_N)
     first, second = np.triu_indices(len(labels), 1)
     same = labels[first] == labels[second]
@@ -114,17 +133,22 @@ def within_and_between(similarity_NN: ArrayLike, labels_N: Sequence[Hashable]) -
 
 
 def by_pair(similarity_NN: ArrayLike, labels_N: Sequence[str]) -> dict[tuple[str, str], tuple[float, float]]:
-    """`within_and_between` of every two groups alone; the names of a pair are in alphabetical order."""
+    """The similarities of `within_and_between`, computed for every pair of groups from the members of these two groups alone.
+
+    Returns:
+        Pair of labels, in alphabetical order -> (mean similarity within groups, mean similarity between the groups).
+    """
     similarity, labels = np.asarray(similarity_NN, float), np.asarray(labels_N)
     chosen = {pair: np.flatnonzero(np.isin(labels, pair)) for pair in combinations(sorted(set(labels_N)), 2)}
     return {pair: within_and_between(similarity[np.ix_(rows, rows)], labels[rows].tolist()) for pair, rows in chosen.items()}
 
 
 def separation_p(similarity_NN: ArrayLike, labels_N: Sequence[Hashable], *, resamples: int = RESAMPLES, seed: int = 0) -> float:
-    """The p-value of "groups differ", by a permutation test: how often do shuffled labels separate the members as well as the true ones?
+    """The p-value of a permutation test for whether groups are separated: how often random labels separate the members as well as theirs.
 
-    One-sided, for the gap (mean similarity within groups - mean similarity between groups). Exact if the members have at most `resamples`
-    orders; otherwise (1 + shuffles that are as good) / (1 + resamples) (Phipson & Smyth 2010). NaN where either mean is not known.
+    The test is one-sided. It compares gaps: (mean similarity within groups - mean similarity between groups). It is exact if the members
+    have at most `resamples` orders. Otherwise the p-value is (1 + shuffles whose gap is as large) / (1 + resamples) (Phipson & Smyth 2010).
+    NaN where either mean is not known. The first two arguments are those of `within_and_between`.
     """
     similarity, labels = np.asarray(similarity_NN, float), _numbered(labels_N)
     first, second = np.triu_indices(len(labels), 1)
@@ -154,6 +178,6 @@ def separation_p(similarity_NN: ArrayLike, labels_N: Sequence[Hashable], *, resa
 
 
 def _numbered(labels_N: Sequence[Hashable]) -> NDArray[np.int64]:
-    """(N,) a number for each label; equal labels have equal numbers."""
+    """Replaces each label by a number, (N,), so that equal labels have equal numbers."""
     numbers = {label: number for number, label in enumerate(dict.fromkeys(labels_N))}
     return np.array([numbers[label] for label in labels_N], dtype=np.int64)

@@ -1,4 +1,4 @@
-"""A trace: which experts a run asked its caches for, in order, and which game was played.
+"""Writes and reads traces. A trace records which experts a run asked its caches for, in order, and which game was played.
 
     ooc-moe train --games krull,boxing --trace krull.trace         # records one
     ooc-moe simulate krull.trace --hbm 8,16                        # replays it
@@ -46,7 +46,7 @@ _INFO, _ACCESSES, _MARK = range(3)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TraceInfo:
-    """Describes the recorded run."""
+    """Describes the run whose accesses a trace records: its name, its banks, and the sizes of its experts and caches."""
 
     source: str
     """The run's name, or how the trace was made."""
@@ -59,7 +59,7 @@ class TraceInfo:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """This game is played from access number `position` on."""
+    """A mark in a trace: from access number `position` on, `game` is played, in training or, if `evaluating`, in evaluation."""
 
     position: int
     game: str
@@ -68,7 +68,7 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A stretch of accesses that belong to one game, and all to training or all to evaluation."""
+    """A stretch of a trace in which one game is trained, or evaluated: the accesses from number `start` to before number `stop`."""
 
     game: str
     evaluating: bool
@@ -78,11 +78,12 @@ class Span:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trace:
-    """Accesses in order, and the marks between them.
+    """A whole trace in memory: the accesses to experts in order, and the marks that say which game they belong to.
 
     Attributes:
-        keys_A: (accesses,) uint32, expert x banks + bank.
-        marks: in order of position; accesses before the first mark belong to no game.
+        info: describes the recorded run.
+        keys_A: the expert of each access as a key, expert x banks + bank, (accesses,) uint32.
+        marks: the beginnings of games, in order of position. Accesses before the first mark belong to no game.
         torn_bytes: bytes at the end of the file that were skipped, because the writer was stopped while it wrote them.
     """
 
@@ -93,11 +94,14 @@ class Trace:
 
     @property
     def num_experts(self) -> int:
-        """Number of different experts in the trace."""
+        """The number of different experts in the trace."""
         return len(np.unique(self.keys_A))
 
     def spans(self) -> list[Span]:
-        """The spans in order. Neighbours of one game and kind are joined; empty spans are left out."""
+        """Splits the trace into spans, each of one game in training or in evaluation, in order.
+
+        No span is empty. A mark that repeats the game and kind of the mark before it begins no new span.
+        """
         ends = [*self.marks, Mark(len(self.keys_A), "", False)]
         if ends[0].position:
             ends.insert(0, Mark(0, "", False))
@@ -113,7 +117,7 @@ class Trace:
 
 
 class TraceWriter:
-    """Appends to a trace file. Only one thread may use it.
+    """Appends accesses and marks to a trace file. Only one thread may use it.
 
     Args:
         path: a new file, or an existing trace to be continued (see `truncate`).
@@ -140,29 +144,34 @@ class TraceWriter:
             self._append(_INFO, _json(asdict(info)))
 
     def access(self, bank: int, experts: Sequence[int]) -> None:
-        """Records that the cache of `bank` was asked for these experts."""
+        """Records that the cache of bank number `bank` was asked for these experts: one access for each."""
         num_banks = self._num_banks
         self._buffer.extend([expert * num_banks + bank for expert in experts])
         if len(self._buffer) >= CHUNK_ACCESSES:
             self._write_accesses()
 
     def mark(self, game: str, *, evaluating: bool) -> None:
-        """Records that this game is played from here on."""
+        """Records that `game` is played from here on: in evaluation if `evaluating`, else in training."""
         self._write_accesses()
         self._append(_MARK, _json({"game": game, "evaluating": evaluating}))
 
     def position(self) -> int:
-        """Makes all accesses so far durable and returns the file's length in bytes; a checkpoint keeps it for `truncate`."""
+        """Makes all accesses so far durable on disk, and returns the file's length in bytes.
+
+        A checkpoint stores this length, so that a resumed run can `truncate` the file to it.
+        """
         self._write_accesses()
         self._file.flush()
         os.fsync(self._file.fileno())
         return self._file.tell()
 
     def truncate(self, position: int) -> None:
-        """Removes everything after `position` (from a checkpoint), whole chunks and torn ones.
+        """Removes what was recorded after a checkpoint, incomplete chunks included.
+
+        These are all bytes after `position`, the length of the file that `position()` returned for the checkpoint.
 
         Raises:
-            InvalidRequest: the file is shorter.
+            InvalidRequest: the file is shorter than `position`.
         """
         if (length := self._file.seek(0, os.SEEK_END)) < position:
             raise InvalidRequest(f"trace: {self._path} has {length} bytes, but the checkpoint was made at {position}; it was cut or moved")
@@ -186,13 +195,15 @@ class TraceWriter:
 
 
 def check_new(path: Path) -> None:
-    """Raises InvalidRequest if the file exists."""
+    """Raises InvalidRequest if the file `path` exists already, so that a new trace does not continue an old one."""
     if path.exists():
         raise InvalidRequest(f"trace: {path} exists; name a new file, or delete it first")
 
 
 def read_trace(path: Path) -> Trace:
-    """Reads a whole trace. A torn end is skipped, with a warning in the log; `torn_bytes` says how long it was.
+    """Reads a whole trace from a file.
+
+    An incomplete end, left by a writer that was killed, is skipped with a warning in the log; `Trace.torn_bytes` is its length.
 
     Raises:
         InvalidRequest: the file does not exist, is not a trace, has another version, or is damaged before its end.
@@ -224,7 +235,7 @@ def read_trace(path: Path) -> Trace:
 
 
 def write_trace(path: Path, trace: Trace) -> None:
-    """Writes a whole trace to a new file. Raises InvalidRequest if the file exists."""
+    """Writes a whole trace to a new file. Raises InvalidRequest if the file exists already."""
     check_new(path)
     writer = TraceWriter(path, trace.info)
     for span in trace.spans():
@@ -235,7 +246,7 @@ def write_trace(path: Path, trace: Trace) -> None:
 
 
 def _chunks(content: memoryview, path: Path) -> Iterator[tuple[int, memoryview]]:
-    """Kind and payload of each chunk, up to the end of the file or a torn last chunk."""
+    """Yields the kind and payload of each chunk of a trace file, up to its end or to an incomplete last chunk."""
     start = len(MAGIC)
     while start + _HEAD.size <= len(content):
         kind, length, checksum = _HEAD.unpack_from(content, start)

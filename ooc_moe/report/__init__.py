@@ -1,5 +1,5 @@
-"""Shows a run to people: an HTML page with charts, and tables for the terminal.
+"""Shows the results of a run: as an HTML page with charts and tables, and as tables on the terminal.
 
-Offers `report.write_report` and `report.print_summary`; `summary` and `tier_tables` (a run's numbers as tables), `charts` (its pictures)
-and `drawing` (the style that all charts of the package share).
+Offers `report.write_report` (the page) and `report.print_summary` (the tables on the terminal); `summary` and `tier_tables` (a run's
+numbers as tables), `charts` (a run's charts) and `drawing` (the style that all charts of the package share).
 """

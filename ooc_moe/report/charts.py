@@ -1,6 +1,6 @@
-"""The list of a report's charts in reading order, each with a title and a text on how to read it.
+"""Lists the charts of a report in reading order, each with a title, a text on how to read it, and the function that draws it.
 
-learning_charts.py and tier_charts.py draw them.
+The functions are in learning_charts.py and tier_charts.py.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from ooc_moe.report.tier_charts import expert_usage, hit_rate, overlap, prefetch
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """One chart of the report."""
+    """One chart of the report: its texts, and the function that draws it."""
 
     name: str
     """Name of its PNG file, without the ending."""
     title: str
     reading: str
-    """How to read it."""
+    """The text that tells how to read the chart."""
     needs: str
-    """What a run must have logged for it."""
+    """What a run must have logged, so that the chart can be drawn."""
     draw: Callable[[RunRecord], Figure | None]
-    """Returns None if the run has not logged what the chart needs."""
+    """Draws the chart for a run. Returns None if the run has not logged what the chart needs."""
 
 
 CHARTS = (

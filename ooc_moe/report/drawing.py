@@ -1,6 +1,6 @@
-"""What all charts share: one style, a colour for each game and tier, and a few kinds of axes.
+"""The parts that all charts share: one style, a colour for each game and tier, and functions that draw grids, axes and legends.
 
-Charts use matplotlib's object-oriented interface on Agg, so that figures share no state and need not be closed.
+Charts are drawn with matplotlib's `Figure` objects instead of pyplot, so that figures share no state and need not be closed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ooc_moe.metrics.measures import Floats
 
 WIDTH = 9.0
-"""Inches; every figure is as wide."""
+"""The width of every figure, in inches."""
 INK, FAINT, ACCENT = "#1F2933", "#9AA5B1", "#E8A33D"
 TIERS = {"hbm": ("HBM", "#B3261E"), "dram": ("DRAM", "#E8A33D"), "nvme": ("NVMe", "#3B6FB6"), "seed": ("seed", "#B8BEC9")}
 FATES = {"useful": "#2E8B57", "late": "#E8A33D", "wasted": "#B3261E"}
@@ -53,20 +53,23 @@ PERCENT = PercentFormatter(1.0)
 
 
 def game_colours(games: Sequence[str]) -> dict[str, str]:
-    """A colour for each game, by its place in the run. With more than seven games, hues are spread evenly and every other one is dark."""
+    """Chooses a colour for each game, by its place in the list: game -> "#RRGGBB".
+
+    With more than seven games, their hues are spread evenly, and every other colour is dark.
+    """
     if len(games) <= len(_GAME_COLOURS):
         return dict(zip(games, _GAME_COLOURS, strict=False))
     return {game: to_hex(tuple(hsv_to_rgb((rank / len(games), 0.75, (0.85, 0.5)[rank % 2])))) for rank, game in enumerate(games)}
 
 
 def mark_games(ax: Axes, spans: Iterable[tuple[str, float, float]], colours: dict[str, str], *, named: bool) -> None:
-    """Shades the steps of each game in its colour, and draws a line at each switch.
+    """Marks on a chart which game was trained when: shades the steps of each game in its colour, with a line at each switch of the game.
 
     Args:
-        ax: has environment steps on its x axis.
-        spans: (game, first step, last step) in order.
-        colours: game -> colour.
-        named: writes the games' names above the axes, but for names that would run into each other.
+        ax: the axes of the chart, with environment steps on the x axis.
+        spans: (game, first step, last step) of each stretch of training, in order.
+        colours: the colour of each game.
+        named: whether to write the games' names above the axes. A name that would run into the next one is left out.
     """
     spans = list(spans)
     width = spans[-1][2] if spans else 0.0
@@ -96,7 +99,15 @@ def mark_games(ax: Axes, spans: Iterable[tuple[str, float, float]], colours: dic
 
 
 def heatmap(ax: Axes, values_RC: Floats, rows: Sequence[str], columns: Sequence[str], texts: Sequence[Sequence[str]] | None = None) -> None:
-    """Draws shares from 0 (white) to 1 (dark) as a grid with names; NaN is grey. `texts` replaces the percentages in the cells."""
+    """Draws a matrix of shares as a grid of cells, from 0 (white) to 1 (dark); NaN is grey.
+
+    Args:
+        ax: the axes to draw on.
+        values_RC: the shares, by row and column.
+        rows: the names of the rows.
+        columns: the names of the columns.
+        texts: what to write into the cells in place of the shares in percent.
+    """
     colours = np.full((*values_RC.shape, 3), 0.955)
     known = ~np.isnan(values_RC)
     strength = np.clip(values_RC[known], 0, 1)[:, None]
@@ -120,7 +131,10 @@ def heatmap(ax: Axes, values_RC: Floats, rows: Sequence[str], columns: Sequence[
 
 
 def byte_axis(ax: Axes) -> None:
-    """Labels the y axis with bytes from zero up, in round numbers of the largest binary unit that fits. Call it when all is drawn."""
+    """Labels the y axis with bytes from zero up, in round numbers of the largest binary unit that fits, such as MiB.
+
+    Call it after everything was drawn on the axes, because it reads how high they reach.
+    """
     ax.set_ylim(0, None)
     top = ax.get_ylim()[1]
     power = int(np.clip(np.log2(max(top, 1)) // 10, 0, len(_UNITS) - 1))
@@ -135,12 +149,18 @@ def legend(ax: Axes) -> None:
 
 
 def bar_widths(steps_U: Floats) -> Floats:
-    """Widths that make the bar of each update touch the bar before it; draw with align="edge" and negative widths."""
+    """The widths of bars at the steps of each update, (U,), so that each bar begins where the bar before it ends.
+
+    Draw them with align="edge" and with negated widths, so that each bar reaches to the left.
+    """
     return np.asarray(np.diff(steps_U, prepend=0.0))
 
 
 def running_mean(values: Floats, window: int = 5) -> Floats:
-    """The mean of the `window` values around each place, without NaN; fewer values at the ends. `window` must be odd."""
+    """Smooths values: each becomes the mean of the `window` values around it. `window` must be odd.
+
+    NaN values are left out of a mean, and at both ends it has fewer values.
+    """
     if not len(values):
         return values
     padded = np.pad(np.asarray(values, float), window // 2, constant_values=np.nan)
@@ -151,6 +171,9 @@ def running_mean(values: Floats, window: int = 5) -> Floats:
 
 
 def shaded(shares_RC: Floats, colours_R3: NDArray[np.float64]) -> Floats:
-    """(R, C, 3) colours: a row goes from white to its own colour as the share grows. The square root keeps small shares visible."""
+    """Turns a matrix of shares (R, C) into the colours of its cells (R, C, 3), from white to the row's own colour as the share grows.
+
+    The strength of a colour is the square root of the share, so that small shares stay visible.
+    """
     strength = np.sqrt(shares_RC / max(float(shares_RC.max()), 1e-12))
     return np.asarray(1 - strength[..., None] * (1 - colours_R3[:, None, :]))

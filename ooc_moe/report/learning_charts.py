@@ -1,6 +1,7 @@
 """Draws the charts of learning: learning curves, scores after each phase, forgetting, and the detector's beliefs.
 
-Each function draws one figure of a run, or returns None if the run has not logged what it needs. charts.py says how to read the charts.
+Each public function draws one figure of a run, or returns None if the run has not logged what the figure needs. charts.py says how to read
+the charts.
 """
 
 from __future__ import annotations
@@ -35,13 +36,16 @@ _PANELS_MAX = 8
 
 
 def _grid(panels: int) -> tuple[int, int]:
-    """(rows, columns) with as few empty places as possible: five panels stand in rows of three and two."""
+    """Arranges panels in a grid, (rows, columns), with as few empty places as possible: five panels stand in rows of three and two."""
     rows = -(-panels // _COLUMNS_MAX)
     return rows, max(-(-panels // rows), 2)
 
 
 def learning_curves(record: RunRecord) -> Figure | None:
-    """Points per 1000 steps, and returns of finished episodes, while each game was trained."""
+    """Draws the learning curve of each game: points per 1000 steps and returns of finished episodes while it was trained.
+
+    None if the run logged neither.
+    """
     curves = {
         "points per 1000 steps": 1000 * record.series("reward_per_step"),
         "return of ended episodes": record.series("episode_return_mean"),
@@ -94,7 +98,7 @@ def _many_learning_curves(record: RunRecord, title: str, values: measures.Floats
 
 
 def score_matrix(record: RunRecord) -> Figure | None:
-    """Every game's score after every phase, as a grid."""
+    """Draws the score matrix: a grid of every game's score after every phase (training of one game). None without evaluations."""
     scores = record.scores
     if np.isnan(scores.mean_PG).all():
         return None
@@ -116,7 +120,10 @@ def score_matrix(record: RunRecord) -> Figure | None:
 
 
 def forgetting(record: RunRecord) -> Figure | None:
-    """For each game, bars of random play, of the score right after its own training, and of the score at the end."""
+    """Draws how much of each game was learned and forgotten, as bars: random play, the score right after its training, and at the end.
+
+    None if no game was evaluated after its training.
+    """
     scores = record.scores
     own_G = measures.learning(scores.mean_PG, scores.trained_P)
     shown = [game for game in range(len(scores.games)) if not np.isnan(own_G[game])]
@@ -159,7 +166,7 @@ def _learned_and_kept(ax: Axes, record: RunRecord, game: int) -> None:
 
 
 def _many_learned_and_kept(record: RunRecord, shown: list[int]) -> Figure:
-    """One row for each game, on a scale from random play (0) to the best of this run (1)."""
+    """Draws what `forgetting` shows for many games: a row for each, on a scale from random play (0) to the best score of this run (1)."""
     scores = record.scores
     ceiling_G = measures.best_own(scores.mean_PG, scores.trained_P)
     own_G, end_G = (
@@ -179,7 +186,10 @@ def _many_learned_and_kept(record: RunRecord, shown: list[int]) -> Figure:
 
 
 def detector(record: RunRecord) -> Figure | None:
-    """The detector's beliefs while each game was played without its name, and its accuracy in training."""
+    """Draws how well the detector recognised games: what it believed in the last evaluation, and its accuracy in training.
+
+    None if the run logged neither.
+    """
     believed = [event for event in record.last_evaluations if event.get("believed")]
     accuracy = record.series("detector", "accuracy")
     if not believed and np.isnan(accuracy).all():

@@ -3,7 +3,7 @@
     ooc-moe report runs/NAME
 
 Everything is read from the run's directory (config.json, metrics.jsonl), so a report can be written at any time, even while the run is in
-progress. charts.py draws and summary.py computes; this module puts both on a page.
+progress. charts.py draws the charts, summary.py and tier_tables.py make the texts and tables, and this module puts all on a page.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ooc_moe.report.drawing import STYLE
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A part of the page: a question, and the tables and the names of the charts that answer it."""
+    """A part of the page: a question about the run, and the tables and charts (by name) that answer it."""
 
     question: str
     tables: tuple[Callable[[RunRecord], Table], ...]
@@ -75,18 +75,19 @@ _GLOSSARY = (
 
 @dataclass(frozen=True, slots=True)
 class _Picture:
-    """A chart on the page. `png_base64` is "" if the run has not logged what the chart needs."""
+    """A chart of the page and its picture as PNG in base64, which is "" if the run has not logged what the chart needs."""
 
     chart: Chart
     png_base64: str
 
 
 def write_report(run_dir: Path, single_task: Sequence[Path] = ()) -> Path:
-    """Writes `run_dir/report/index.html` and a PNG for each chart next to it; returns the path of the HTML file.
+    """Writes a run's report: `run_dir/report/index.html` and a PNG file for each chart next to it. Returns the path of the HTML file.
 
     Args:
         run_dir: the run's directory.
-        single_task: directories of runs that learned one of the run's games alone; scores are shown as shares of theirs.
+        single_task: directories of runs that each learned one of the run's games alone. The report shows the run's scores as shares of
+            theirs.
 
     Raises:
         InvalidRequest: the directory holds no run, or a damaged one; or a run in `single_task` cannot be compared with it.
@@ -120,7 +121,7 @@ def write_report(run_dir: Path, single_task: Sequence[Path] = ()) -> Path:
 
 
 def print_summary(run_dir: Path, console: Console) -> None:
-    """Prints a run's tables, and before them what is missing if the run is not finished.
+    """Prints the tables that summarise a run. Before them, prints what is missing if the run is not finished.
 
     Raises:
         InvalidRequest: the directory holds no run, or a damaged one.
@@ -135,7 +136,7 @@ def print_summary(run_dir: Path, console: Console) -> None:
 
 
 def _picture(chart: Chart, record: RunRecord, directory: Path) -> _Picture:
-    """Draws a chart into the directory. If it cannot be drawn, removes the file that an older report left."""
+    """Draws a chart of the run and writes it as a PNG file to `directory`. If the run lacks what the chart needs, removes an older file."""
     path = directory / f"{chart.name}.png"
     with mpl.rc_context(STYLE):
         figure = chart.draw(record)
@@ -158,7 +159,7 @@ def _template() -> Any:
 
 
 def _flattened(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted name, value) of every setting."""
+    """Yields every setting of a nested configuration as (dotted name, value as text), for example ("ppo.epochs", "4")."""
     for key, value in config.items():
         if isinstance(value, dict):
             yield from _flattened(value, f"{prefix}{key}.")

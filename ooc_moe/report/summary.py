@@ -1,4 +1,4 @@
-"""A run in sentences and tables, which the terminal and the HTML report share; tier_tables.py has the tables of the memory tiers.
+"""Summarises a run in sentences and tables, for the terminal and the HTML report. tier_tables.py has the tables of the memory tiers.
 
 A dash stands for a value that was not logged or is not defined.
 """
@@ -29,7 +29,7 @@ _PHASE_LETTERS_MAX = 40
 
 
 def tables(record: RunRecord) -> list[Table]:
-    """All tables of a run, in reading order."""
+    """Makes all tables of a run, in reading order: scores, measures, tiers, prefetches, overlap, detector."""
     return [
         score_table(record),
         measures_table(record),
@@ -41,12 +41,12 @@ def tables(record: RunRecord) -> list[Table]:
 
 
 def evaluation_tables(record: RunRecord) -> list[Table]:
-    """All tables of a record that holds a single evaluation and no training."""
+    """Makes all tables of a single evaluation. `record` holds that evaluation alone, and no training."""
     return [evaluation_table(record), tier_table(record), prefetch_table(record), overlap_table(record), detector_table(record)]
 
 
 def headline(record: RunRecord) -> str:
-    """A few sentences that describe the run."""
+    """Describes in a few sentences what the run learns, with how many experts, and how it is evaluated."""
     agent = record.config.get("agent", {})
     games = f"learns {listed(record.schedule)}" if record.schedule else "learns games"
     budget = f", {record.config['steps_per_game']:,} steps each" if "steps_per_game" in record.config else ""
@@ -63,7 +63,7 @@ def headline(record: RunRecord) -> str:
 
 
 def facts(record: RunRecord) -> list[tuple[str, str]]:
-    """(name, value) of the numbers that describe the run as a whole; empty before its first update."""
+    """The figures of the whole run, such as games learned, hit rate and speed: (name, value as text). Empty before the first update."""
     if not record.updates:
         return []
     first, last, scores = record.events[0], record.events[-1], record.scores
@@ -85,7 +85,7 @@ def facts(record: RunRecord) -> list[tuple[str, str]]:
 
 
 def missing(record: RunRecord) -> list[str]:
-    """Sentences that say what is missing from an unfinished run; empty for a finished one."""
+    """Says, in sentences, what is missing from the results of an unfinished run. Empty for a finished run."""
     if record.done:
         return []
     begun = [event["to"] for event in record.switches]
@@ -99,7 +99,10 @@ def missing(record: RunRecord) -> list[str]:
 
 
 def score_table(record: RunRecord) -> Table:
-    """Mean returns by game: of random play and after each phase; then what the game learned, and which share of it is left."""
+    """Makes the table of scores: for each game the mean return of random play and after each phase, what was learned, and what is left.
+
+    A phase is the training of one game. Scores of constant actions and of people are added where they are known.
+    """
     scores, constants = record.scores, best_constants(record)
     names, shown_SG = _phase_columns(record, scores.mean_PG)
     own_G = measures.learning(scores.mean_PG, scores.trained_P)
@@ -133,7 +136,7 @@ def score_table(record: RunRecord) -> Table:
 
 
 def evaluation_table(record: RunRecord) -> Table:
-    """Mean returns by game in a single evaluation."""
+    """Makes the table of a single evaluation: for each game the mean return, beside that of random play."""
     events, constants = record.last_evaluations, best_constants(record)
     reference = [of_reference(record, event["evaluated"], event["return_mean"]) for event in events]
     has_reference = not np.isnan(reference).all()
@@ -167,7 +170,10 @@ def _columns(first: list[str], constants: Mapping[str, float], then: list[str], 
 
 
 def single_task_table(record: RunRecord) -> Table:
-    """The score matrix as shares of single-task training: 0 % is random play; without rows if no single-task score is known."""
+    """Makes the table of scores as shares of single-task scores, which agents reached that learned one game alone.
+
+    0 % is random play. The table has no rows if no single-task score is known.
+    """
     scores, constants = record.scores, best_constants(record)
     single_G = _single_task(record)
     names, normal_SG = _phase_columns(record, measures.normalise(scores.mean_PG, scores.random_G, single_G))
@@ -192,12 +198,16 @@ def single_task_table(record: RunRecord) -> Table:
 
 
 def _single_task(record: RunRecord) -> measures.Floats:
-    """(G,) single-task scores; NaN for games without a single-task run."""
+    """The single-task score of each game, (G,). NaN for games without a single-task run."""
     return np.array([record.single_task.get(game, np.nan) for game in record.games])
 
 
 def _phase_columns(record: RunRecord, scores_PG: measures.Floats) -> tuple[list[str], measures.Floats]:
-    """Names of S columns, and the scores (S, G) in them: one for each phase, or two if the phases' names are too long."""
+    """Chooses the columns of a table of scores: one for each phase, or only two if the phases' names are too long for a terminal.
+
+    Returns:
+        The names of the S columns, and the scores in them, (S, G).
+    """
     trained = record.schedule[: len(scores_PG)]
     if sum(3 + len(game) for game in trained) <= _PHASE_LETTERS_MAX:
         return [f"after {game}" for game in trained], scores_PG
@@ -206,7 +216,7 @@ def _phase_columns(record: RunRecord, scores_PG: measures.Floats) -> tuple[list[
 
 
 def detector_table(record: RunRecord) -> Table:
-    """How well the agent recognised games that were not named to it."""
+    """Makes the table of how well the agent recognised each game in the last evaluation, where games are not named to it."""
     rows = []
     for index, event in enumerate(record.last_evaluations):
         shares = [_number(event, name) for name in ("detector_accuracy", "nearest_mean_accuracy", "prefetch_recall")]
@@ -238,7 +248,10 @@ def detector_table(record: RunRecord) -> Table:
 
 
 def ambiguous(record: RunRecord) -> list[tuple[str, str, float]]:
-    """(game, other game, confusion) of games that the detector mixed up in the last evaluation; 1: it cannot tell them apart."""
+    """The pairs of games that the detector mixed up in the last evaluation: (game, other game, confusion).
+
+    A confusion of 1 means that it cannot tell them apart.
+    """
     from ooc_moe.detection.tally import ambiguous_pairs  # Needs torch, which most tables do not.
 
     probabilities = {event["evaluated"]: event["probabilities"] for event in record.last_evaluations if event.get("probabilities")}
@@ -246,13 +259,16 @@ def ambiguous(record: RunRecord) -> list[tuple[str, str, float]]:
 
 
 def _unknown(record: RunRecord) -> list[tuple[str, float]]:
-    """(game, share of frames) of the games that the detector took for unknown in most frames of the last evaluation."""
+    """The games that the detector took for unknown in most frames of the last evaluation: (game, share of its frames)."""
     shares = [(event["evaluated"], _number(event, "unknown")) for event in record.last_evaluations]
     return [(game, share) for game, share in shares if share > 0.5]
 
 
 def measures_table(record: RunRecord) -> Table:
-    """The measures of continual learning, as shares of single-task training if it is known, else of this run's own best."""
+    """Makes the table of measures of learning, forgetting and transfer, as means over games.
+
+    Scores are given as shares of single-task scores where these are known, else of the run's own best scores.
+    """
     scores = record.scores
     trained = scores.trained_P
     ceiling_G = _single_task(record) if record.single_task else measures.best_own(scores.mean_PG, trained)
@@ -298,13 +314,16 @@ def measures_table(record: RunRecord) -> Table:
 
 
 def learned_clearly(scores: Scores, game: int) -> bool:
-    """Whether the mean return right after a game's own training lies more than two standard errors above random play."""
+    """Whether a game, given by its column, was clearly learned: right after its training, its mean return is well above random play.
+
+    Well above means by more than two standard errors.
+    """
     phases = [phase for phase, trained in enumerate(scores.trained_P) if trained == game]
     return bool(phases) and measures.clearly_above(scores.returns.get((phases[-1], game), []), float(scores.random_G[game]))
 
 
 def verdict(scores: Scores, game: int) -> str:
-    """What became of a game, in a few words: "learned +1,600, kept 75.0 %"."""
+    """Says in a few words how much of a game, given by its column, was learned and kept: "learned +1,600, kept 75.0 %"."""
     if not learned_clearly(scores, game):
         return "not clearly learned"
     gain = measures.learning(scores.mean_PG, scores.trained_P)[game] - scores.random_G[game]
@@ -313,7 +332,10 @@ def verdict(scores: Scores, game: int) -> str:
 
 
 def of_reference(record: RunRecord, game: str, score: float) -> float:
-    """The human-normalised score; NaN if an episode was cut, or if no reference score is known for the game."""
+    """Normalises a score by the game's reference scores: 0 is random play, 1 is a human (in pixel games the best possible play).
+
+    NaN if the game was not evaluated, if an evaluation cut an episode of it at the step limit, or if it has no reference scores.
+    """
     from ooc_moe.envs import REFERENCE_SCORES  # Needs gymnasium, which most tables do not.
 
     cut = [event.get("episodes_truncated") for event in record.evaluations if event["evaluated"] == game]
@@ -324,11 +346,11 @@ def of_reference(record: RunRecord, game: str, score: float) -> float:
 
 
 def _recognised(event: Event) -> float:
-    """The share of an evaluation's steps that were played as the right game; NaN if this was not logged."""
+    """The share of an evaluation's steps in which the agent took the game for the right one. NaN if this was not logged."""
     return float(event["believed"].get(event["evaluated"], 0.0)) if event.get("believed") else float("nan")
 
 
 def _number(event: Event, name: str) -> float:
-    """The number `name` of an event; NaN if it is missing or null."""
+    """The number in the event's field `name`. NaN if the field is missing or null."""
     value = event.get(name)
     return float("nan") if value is None else float(value)

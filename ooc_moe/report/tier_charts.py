@@ -1,6 +1,7 @@
 """Draws the charts of the memory tiers: hits, bytes, prefetching, and which experts the games use and share.
 
-Each function draws one figure of a run, or returns None if the run has not logged what it needs. charts.py says how to read the charts.
+Each public function draws one figure of a run, or returns None if the run has not logged what the figure needs. charts.py says how to read
+the charts.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ from ooc_moe.report.drawing import (
 
 
 def hit_rate(record: RunRecord) -> Figure | None:
-    """The HBM cache's hit rate at each update, and where the missing experts came from."""
+    """Draws the hit rate of the HBM cache at each update, and from which tier the missing experts were fetched.
+
+    None if the run logged no accesses.
+    """
     accesses, hits = record.increments("cache", "accesses"), record.increments("cache", "hits")
     if not np.nansum(accesses):
         return None
@@ -52,7 +56,7 @@ def hit_rate(record: RunRecord) -> Figure | None:
 
 
 def tier_bytes(record: RunRecord) -> Figure | None:
-    """The bytes that each tier holds, with its capacity, and the bytes that moved between tiers."""
+    """Draws the bytes that each tier holds, beside its capacity, and the bytes that were moved between tiers. None if none were logged."""
     held = {
         "hbm": record.series("cache", "resident") * record.series("cache", "expert_bytes"),
         "dram": record.series("store", "dram", "used_bytes"),
@@ -98,7 +102,7 @@ def tier_bytes(record: RunRecord) -> Figure | None:
 
 
 def prefetching(record: RunRecord) -> Figure | None:
-    """What became of the prefetched experts, update by update."""
+    """Draws how many prefetched experts were useful, late or wasted in each update. None if nothing was prefetched."""
     if not np.nansum(record.increments("cache", "prefetch_issued", evaluations=True)):
         return None
     figure = Figure(figsize=(WIDTH, 2.7))
@@ -110,7 +114,10 @@ def prefetching(record: RunRecord) -> Figure | None:
 
 
 def expert_usage(record: RunRecord) -> Figure | None:
-    """The experts that computed each game's tokens in training."""
+    """Draws the use of experts in training: a row for each game, and a column for each expert.
+
+    A cell is the darker, the more of the game's tokens the expert computed. None if the use was not logged.
+    """
     counts_GE = record.training_usage()
     if not counts_GE.sum():
         return None
@@ -131,7 +138,10 @@ def expert_usage(record: RunRecord) -> Figure | None:
 
 
 def overlap(record: RunRecord) -> Figure | None:
-    """How much two games share experts, in training and in the last evaluation."""
+    """Draws the overlap of every two games: how much they use the same experts, in training and in the last evaluation.
+
+    None if the use of experts was not logged, or for a run of one game.
+    """
     usages = [("training", record.training_usage()), ("last evaluation", record.evaluation_usage())]
     usages = [(name, counts) for name, counts in usages if counts.sum()]
     if not usages or len(record.games) < 2:
@@ -150,7 +160,7 @@ def overlap(record: RunRecord) -> Figure | None:
 
 
 def _stacked(ax: Axes, record: RunRecord, counts: dict[tuple[str, str], measures.Floats], title: str) -> None:
-    """Draws a stacked bar for each update; `counts` maps (name, colour) to the count in each update."""
+    """Draws a stacked bar for each update. `counts` holds the parts of the bars: (name, colour) -> the count in each update."""
     below = np.zeros(len(record.steps_U))
     for (name, colour), values in counts.items():
         ax.bar(record.steps_U, np.nan_to_num(values), -bar_widths(record.steps_U), bottom=below, color=colour, label=name, align="edge")
@@ -163,7 +173,10 @@ def _stacked(ax: Axes, record: RunRecord, counts: dict[tuple[str, str], measures
 
 
 def _over_steps(axes: tuple[Axes, ...], record: RunRecord) -> None:
-    """Marks the games on panels that share their x axis. Their names are on the first panel, the axis label is on the last."""
+    """Marks on panels, one below the other, which game was trained when.
+
+    The games' names are written above the first panel, and the label of the x axis below the last.
+    """
     for ax in axes:
         mark_games(ax, record.spans, game_colours(record.games), named=ax is axes[0])
     axes[-1].set_xlabel("environment steps")

@@ -1,4 +1,4 @@
-"""Tables of the memory tiers: what each tier held and moved, what became of prefetched experts, and how much games share experts."""
+"""Makes the tables of the memory tiers: what each tier held and moved, what became of prefetched experts, how much games share experts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ooc_moe.metrics.run import RunRecord
 
 
 def tier_table(record: RunRecord) -> Table:
-    """What each tier holds, serves and moves."""
+    """Makes the table of tiers (HBM, DRAM, NVMe): what each holds, how many accesses it served, and the bytes that went in and out."""
     accesses, hits = record.total("cache", "accesses"), record.total("cache", "hits")
     fetched = {tier: record.total("cache", "fetched_from", tier) for tier in ("dram", "nvme", "seed")}
     fetches = float(np.nansum(list(fetched.values())))
@@ -52,7 +52,7 @@ def tier_table(record: RunRecord) -> Table:
 
 
 def prefetch_table(record: RunRecord) -> Table:
-    """What became of prefetched experts."""
+    """Makes the table of prefetches into HBM: how many were useful, late, wasted, cancelled or refused."""
     count, size = _prefetched(record, ""), _prefetched(record, "_bytes")
     scheduled, scheduled_size = _prefetched(record, "", scheduled=True), _prefetched(record, "_bytes", scheduled=True)
     rows = [
@@ -81,9 +81,10 @@ def prefetch_table(record: RunRecord) -> Table:
 
 
 def _prefetched(record: RunRecord, unit: str, *, scheduled: bool = False) -> dict[str, float]:
-    """Prefetched experts by what became of them, in experts (unit "") or in bytes (unit "_bytes").
+    """Counts the prefetches by what became of them (issued, useful, late, ...), in experts (unit "") or in bytes (unit "_bytes").
 
-    `scheduled` counts the fetches that the schedule made, instead of those that a prefetch source made.
+    With `scheduled`, counts the fetches ahead of an update or an acting step whose experts were known, instead of the prefetches that
+    the detector or another source asked for.
     """
 
     def total(what: str) -> float:
@@ -95,7 +96,7 @@ def _prefetched(record: RunRecord, unit: str, *, scheduled: bool = False) -> dic
 
 
 def overlap_table(record: RunRecord) -> Table:
-    """How much the games share experts, as means over pairs."""
+    """Makes the table of how much games share experts, as means over pairs of games."""
     usages = (record.training_usage(), record.evaluation_usage())
     kinds = (("top-10 experts in common", measures.top_overlap), ("routed mass in common", measures.mass_overlap))
     rows = [[name, *(format_share(measures.mean_off_diagonal(measure(usage))) for usage in usages)] for name, measure in kinds]

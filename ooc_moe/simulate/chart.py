@@ -1,4 +1,7 @@
-"""The chart of a sweep: hit rate against the share of experts that HBM holds, and against the interval between switches of the game."""
+"""Draws the chart of a sweep (many replays of one trace).
+
+It shows the hit rate over the share of experts that HBM holds, and over the interval between switches of the game.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,11 @@ _NAMES = {"lru": "LRU", "s3fifo": "S3-FIFO", "random": "random", "belady": "Bela
 
 
 def save_chart(path: Path, rows: Sequence[Row]) -> None:
-    """Draws the chart and writes it, in the format that the file name ends in. Raises InvalidRequest if matplotlib does not know it."""
+    """Draws the chart of a sweep's results and writes it to a file. The end of the file's name chooses the format, for example .png.
+
+    Raises:
+        InvalidRequest: matplotlib does not know the format.
+    """
     with rc_context(STYLE):
         figure = draw(rows)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,9 +38,10 @@ def save_chart(path: Path, rows: Sequence[Row]) -> None:
 
 
 def draw(rows: Sequence[Row]) -> Figure:
-    """Draws hit rates against the capacity (left, at the shortest interval) and against the interval (right, at the smallest capacity).
+    """Draws the hit rates of a sweep in up to two panels.
 
-    A sweep over one capacity has no left panel, and a sweep over one interval no right panel; a sweep over one of each has the left one.
+    The left panel shows them over the capacity of HBM, at the shortest interval between switches; the right panel over the interval, at
+    the smallest capacity. A panel with only one place on its x axis is left out; if both have only one, the left one is drawn.
     """
     capacities = sorted({row.replayed.setup.hbm_experts for row in rows})
     intervals = sorted({row.switch_every for row in rows if row.switch_every is not None})
@@ -70,7 +78,7 @@ def _over_interval(ax: Axes, rows: Sequence[Row]) -> None:
 
 
 def _lines(ax: Axes, rows: Sequence[Row], at: Callable[[Row], float]) -> None:
-    """Draws a line for each policy and prefetch source; `at` gives a row's place on the x axis."""
+    """Draws the rows' hit rates as a line for each policy and prefetch source. `at` returns a row's place on the x axis."""
     series: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for row in rows:
         setup = row.replayed.setup

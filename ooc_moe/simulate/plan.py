@@ -2,7 +2,7 @@
 
     ooc-moe plan --config full --gpu-bytes 80GB --dram-bytes 64GB --nvme-bytes 1TB --steps-per-s 2000
 
-Bytes are arithmetic on the configuration. The loads of an update are counted by replaying the order in which it asks for experts:
+Bytes are computed from the configuration. The loads of an update are counted by replaying the order in which it asks for experts:
 
 - Acting is replayed with LRU, because the cache cannot know what a player will need next.
 - Learning is replayed with Belady's optimum, because the routing is recorded, so the cache knows its next uses.
@@ -37,21 +37,21 @@ PROBE_BYTES = 256 << 20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rates:
-    """Seconds to move one expert between HBM and another place."""
+    """How long it takes to move one expert between HBM and each other place, in seconds per expert."""
 
     dram: float
-    """From the daemon's DRAM."""
+    """Seconds to fetch an expert from the daemon's DRAM."""
     nvme: float
-    """From the daemon's NVMe."""
+    """Seconds to fetch an expert from the daemon's NVMe."""
     seed: float
-    """The first read of an expert that was never written: the daemon computes its initial value."""
+    """Seconds to fetch an expert that was never written, for which the daemon computes the initial value."""
     push: float
-    """From HBM back to the daemon."""
+    """Seconds to write an expert from HBM back to the daemon."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """The prediction. Bytes and experts are those at the end of the run, when every game was learned once."""
+    """What `plan` predicts of a run. Bytes and experts are those at the end of the run, when every game was learned once."""
 
     num_games: int
     num_experts: int
@@ -70,7 +70,7 @@ class Plan:
     """Bytes of the dense part on the GPU: parameters for all games; gradients and moments for the game in training."""
     dram_bytes: int
     dram_bytes_for_all: int
-    """DRAM that would hold every expert."""
+    """The bytes of DRAM that would hold every expert."""
     nvme_bytes: int
     nvme_spare_bytes: int
     """Bytes of older versions on NVMe: the last checkpoint keeps them while the run writes new ones (copy on write)."""
@@ -79,7 +79,7 @@ class Plan:
     switch_s: dict[str, float]
     """Seconds to load a working set if no load overlaps with compute, by the tier that holds it."""
     loads_per_update: int
-    """Experts that an update loads although HBM held them before: 0 if HBM holds the working set."""
+    """How many experts an update loads again after HBM evicted them: 0 if HBM has room for the working set."""
     update_compute_s: float | None
     update_load_s: float
     game_compute_s: float | None
@@ -88,7 +88,7 @@ class Plan:
 
     @property
     def update_stall_s(self) -> tuple[float, float]:
-        """(least, most) seconds that an update waits: if loads overlap with compute as far as they can, and if none does."""
+        """How long an update waits for experts, in seconds: (if loads overlap with compute as far as they can, if no load does)."""
         return max(0.0, self.update_load_s - (self.update_compute_s or 0.0)), self.update_load_s
 
 
@@ -101,13 +101,13 @@ def plan(
     nvme_bytes: int | None = None,
     steps_per_s: float | None = None,
 ) -> Plan:
-    """Predicts a run.
+    """Predicts what a run will demand of its memory tiers: bytes in each, loads, stalls; and finds what speaks against the run.
 
     Args:
-        config: the run.
-        rates: seconds to move one expert.
+        config: the configuration of the run.
+        rates: seconds to move one expert between tiers.
         gpu_bytes: memory of the trainer's device; None: the plan does not judge whether it is enough.
-        dram_bytes: memory of the daemon's DRAM tier; None: as the configuration has it.
+        dram_bytes: memory of the daemon's DRAM tier; None: as the configuration says.
         nvme_bytes: size of the daemon's disk; None: the plan does not judge whether it is enough.
         steps_per_s: environment steps a second, acting and learning together, with every expert in HBM; None: no compute times.
 
@@ -123,7 +123,7 @@ def plan(
 
 
 def _predicted(config: RunConfig, rates: Rates, dram_bytes: int, steps_per_s: float | None) -> Plan:
-    """The plan without findings."""
+    """Predicts all figures of the plan, but leaves its findings empty."""
     agent, num_games = config.agent, len(set(config.games))
     layout = agent.expert_layout()
     capacity = agent.hbm_experts // agent.num_banks * agent.num_banks
@@ -199,13 +199,22 @@ def _loads_finding(plan: Plan) -> str | None:
 
 
 def _dense_bytes(agent: AgentConfig, num_games: int) -> int:
-    """float32 parameters of all games; a gradient and two moments for the parameters of one game and of the stem."""
+    """The bytes of the dense part of the agent, all that is not in experts.
+
+    They are the float32 parameters of all games, and a gradient and two moments for the parameters of one game and of the stem.
+    """
     everything, one = (replace(agent, num_games=count).estimate_params().dense for count in (num_games, 1))
     return 4 * everything + 12 * one
 
 
 def _loads_per_update(config: RunConfig, capacity: int, shared: int) -> int:
-    """Repeated loads of one update, in the middle of a game whose pools borrow `shared` experts; an expert's first load is not counted."""
+    """Counts the repeated loads of one update: those of experts that it had loaded before, and that HBM has evicted since.
+
+    Args:
+        config: the configuration of the run.
+        capacity: how many experts HBM holds.
+        shared: how many experts of older games each pool borrows.
+    """
     agent, ppo = config.agent, config.ppo
     own = [_pool(agent, layer) for layer in range(agent.num_layers)]
     layers = [pool + _borrowed(agent, layer, shared) for layer, pool in enumerate(own)]
@@ -226,7 +235,7 @@ def _loads_per_update(config: RunConfig, capacity: int, shared: int) -> int:
 
 
 def _pool(agent: AgentConfig, layer: int) -> list[int]:
-    """The keys (as in a trace) of the first game's experts in a layer. An update's tokens together use nearly all of them."""
+    """The keys (as in a trace) of the experts that the first game owns in a layer. An update is assumed to use them all."""
     bank = layer % agent.num_banks
     if agent.routing == "token":
         return [expert * agent.num_banks + bank for expert in range(agent.num_experts)]
@@ -235,13 +244,13 @@ def _pool(agent: AgentConfig, layer: int) -> list[int]:
 
 
 def _borrowed(agent: AgentConfig, layer: int, shared: int) -> list[int]:
-    """Keys of `shared` experts that other games own in a layer. Any such experts would do: each is used equally often."""
+    """The keys of `shared` experts that the game borrows in a layer. Which ones does not matter: all are used equally often."""
     first = agent.pools_per_game * agent.pool_size + layer % agent.pools_per_game * shared
     return [(first + expert) * agent.num_banks + layer % agent.num_banks for expert in range(shared)]
 
 
 def table(plan: Plan, rates: Rates) -> Table:
-    """The prediction as a table: a quantity, its value and a remark in each row."""
+    """Makes a table of a plan: in each row a quantity, its predicted value and a remark."""
     return Table("", ("", "predicted", ""), [*_size_rows(plan), *_switch_rows(plan, rates), *_update_rows(plan)], alignment="lrl")
 
 
@@ -288,15 +297,17 @@ def _update_rows(plan: Plan) -> list[tuple[str, str, str]]:
 
 
 def measure(agent: AgentConfig, data_dir: Path, *, device: str = "cpu") -> Rates:
-    """Measures the rates through a daemon that is started for it; takes some seconds and at most 2 GiB of disk.
+    """Measures how long it takes to move one expert between HBM and each other place, through a daemon that is started for it.
+
+    This takes some seconds and at most 2 GiB of disk.
 
     Args:
-        agent: gives the experts' layout, and how many are moved in one call.
-        data_dir: the daemon's data is kept here meanwhile, so it must be on the disk to be measured.
-        device: the cache's device.
+        agent: the configuration whose experts are measured; it also decides how many are moved in one call.
+        data_dir: a directory on the disk to be measured. The daemon keeps its data in it meanwhile.
+        device: the device that stands for HBM: the GPU, or the CPU's memory.
 
     Raises:
-        InvalidRequest: one expert is larger than the probe reads in a call.
+        InvalidRequest: one expert is larger than `PROBE_BYTES`, the most that one call reads.
     """
     from ooc_moe.session.daemon import embedded_daemon
     from ooc_moe_client.hbm.cache import ExpertCache

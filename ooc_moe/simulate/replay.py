@@ -1,4 +1,4 @@
-"""Replays a trace through HBM, DRAM and NVMe, with the policy classes that the product runs (ooc_moe_wire.policy).
+"""Replays a trace through simulated HBM, DRAM and NVMe, with the same eviction policies as cache and daemon (ooc_moe_wire.policy).
 
     replayed = replay(trace, Setup(hbm_experts=16, policy="lru", prefetch=Prefetch(source="perfect")))
     replayed.training.hit_rate, replayed.training.stall_s
@@ -40,31 +40,31 @@ PIECE_ACCESSES = 1 << 18
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Link:
-    """The cost of a load: a fixed latency, and time for its bytes."""
+    """How long a load over one link between two tiers takes: a fixed latency, and time for its bytes."""
 
     latency_s: float
     bytes_per_s: float
 
     def seconds(self, num_bytes: int) -> float:
-        """Seconds to load `num_bytes`."""
+        """How many seconds it takes to load `num_bytes` over this link."""
         return self.latency_s + num_bytes / self.bytes_per_s
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Latency:
-    """The times of loads and of compute. Defaults: PCIe 4 from pinned memory, and one NVMe disk."""
+    """The times that a replay assumes for loads and for compute. Defaults: PCIe 4 from pinned memory, and one NVMe disk."""
 
     dram: Link = Link(latency_s=20e-6, bytes_per_s=12e9)
-    """From DRAM to HBM."""
+    """The time of a load from DRAM to HBM."""
     nvme: Link = Link(latency_s=80e-6, bytes_per_s=3e9)
-    """From NVMe to DRAM. An expert from NVMe takes both links."""
+    """The time of a load from NVMe to DRAM. An expert that is on NVMe only needs both loads."""
     compute_s: float = 100e-6
-    """Compute of one access."""
+    """Seconds of compute for each access."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prefetch:
-    """What names experts to prefetch when the game switches.
+    """How a replay prefetches: which source names experts to prefetch when the game switches, and how well.
 
     A game's experts are those that it uses anywhere in the trace, the most used first. The sources:
 
@@ -93,7 +93,7 @@ class Prefetch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setup:
-    """The tiers, policies and times of one replay."""
+    """The settings of one replay: sizes of the tiers, eviction policies, prefetching and times."""
 
     hbm_experts: int
     """Capacity of HBM, in experts."""
@@ -106,23 +106,23 @@ class Setup:
     latency: Latency = Latency()
     prefetch: Prefetch = Prefetch()
     seed: int = 0
-    """Of the prefetch source's random choices."""
+    """Seed of the prefetch source's random choices."""
 
 
 @dataclass(slots=True)
 class Counts:
-    """Counters of all training, or of all evaluation."""
+    """What a replay counted: accesses, hits, loads, times, and what became of prefetches. One for all training, one for all evaluation."""
 
     accesses: int = 0
     hits: int = 0
     from_dram: int = 0
-    """Loads from DRAM, on demand and by prefetch."""
+    """Loads of experts that DRAM held, on demand and by prefetch."""
     from_nvme: int = 0
-    """Loads from NVMe, on demand and by prefetch."""
+    """Loads of experts that only NVMe held, on demand and by prefetch."""
     compute_s: float = 0.0
     stall_s: float = 0.0
     prefetched: int = 0
-    """Experts that a source named and HBM did not hold. Each of them is useful, late, wasted or cancelled."""
+    """Experts that the prefetch source named and HBM did not hold. Each of them becomes useful, late, wasted or cancelled."""
     useful: int = 0
     """Prefetched experts that were in HBM when the game asked for them."""
     late: int = 0
@@ -134,13 +134,13 @@ class Counts:
 
     @property
     def hit_rate(self) -> float:
-        """Hits per access; NaN where there were none."""
+        """The share of accesses that were hits. NaN if there were no accesses."""
         return self.hits / self.accesses if self.accesses else float("nan")
 
 
 @dataclass(frozen=True, slots=True)
 class Replayed:
-    """The result of a replay."""
+    """The result of a replay: its settings, and what it counted in training and in evaluation."""
 
     setup: Setup
     training: Counts = field(default_factory=Counts)
@@ -148,15 +148,16 @@ class Replayed:
 
 
 def replay(trace: Trace, setup: Setup, *, progress: Callable[[int], object] = lambda accesses: None) -> Replayed:
-    """Replays the whole trace.
+    """Replays a whole trace through tiers of given sizes, and counts hits, loads and times.
 
     Args:
-        trace: the accesses.
-        setup: tiers, policies and times.
+        trace: the accesses to experts, in order.
+        setup: sizes of the tiers, eviction policies, prefetching and times.
         progress: called now and then with the number of accesses done since the last call.
 
     Raises:
-        InvalidRequest: no such policy; fewer HBM slots than banks; prefetching together with Belady.
+        InvalidRequest: no policy has the name given; HBM has fewer slots than there are banks; or prefetching is combined with the policy
+            Belady.
     """
     run = _Replay(trace, setup)
     game = ""
@@ -168,13 +169,16 @@ def replay(trace: Trace, setup: Setup, *, progress: Callable[[int], object] = la
 
 
 class _Tier:
-    """A number of slots, and the policy that chooses what to evict from them."""
+    """A simulated tier: its number of slots for experts, and the policy that chooses which expert to evict from them."""
 
     def __init__(self, policy: EvictionPolicy[int], capacity: int) -> None:
         self.policy, self.capacity, self.used = policy, capacity, 0
 
     def admit(self, key: int, keep: Collection[int] = ()) -> int | None:
-        """Admits a key and returns the key that was evicted for it, if any. The slots must not all hold keys in `keep`."""
+        """Puts an expert, given by its key, into a slot. Returns the key that was evicted for it, if any.
+
+        Keys in `keep` are not evicted. They must not fill all slots.
+        """
         victim = None
         if self.used == self.capacity:
             victims = self.policy.victims()
@@ -187,7 +191,10 @@ class _Tier:
 
 
 class _Prefetching:
-    """The prefetches after one switch. One is loading, until `ready_at`; the others wait, and have no slot yet."""
+    """The state of the prefetches after one switch of the game.
+
+    One prefetch is loading, until the time `ready_at`. The others wait, and have no slot yet.
+    """
 
     def __init__(self, named: Sequence[int], asked: set[int]) -> None:
         self.waiting = dict.fromkeys(named, True)
@@ -198,12 +205,12 @@ class _Prefetching:
 
     @property
     def idle(self) -> bool:
-        """Whether every prefetch has ended and was used."""
+        """Whether no prefetch is waiting or loading, and every prefetched expert was used or evicted."""
         return not (self.waiting or self.unused)
 
 
 class _Replay:
-    """One replay in progress."""
+    """A replay in progress: the simulated tiers and the counters, to which `play` adds one span after another."""
 
     def __init__(self, trace: Trace, setup: Setup) -> None:
         self.replayed = Replayed(setup)
@@ -226,7 +233,10 @@ class _Replay:
         self._pools = _pools(trace) if setup.prefetch.source != "none" else {}
 
     def play(self, span: Span, switched: bool, progress: Callable[[int], object]) -> None:
-        """Plays one span. After a switch, its first part may run with prefetches; the rest is on demand only."""
+        """Plays the accesses of one span, which belong to one game.
+
+        After a switch of the game, the first accesses are played with prefetches, as long as any is unused. The rest are played without.
+        """
         self._counts = counts = self.replayed.evaluation if span.evaluating else self.replayed.training
         counts.accesses += span.stop - span.start
         counts.compute_s += (span.stop - span.start) * self._setup.latency.compute_s
@@ -244,7 +254,7 @@ class _Replay:
             progress(len(keys))
 
     def _on_demand(self, keys: Sequence[int]) -> None:
-        """Plays accesses without prefetches. This is the hot loop: a hit costs one touch, a miss a load and perhaps an eviction."""
+        """Plays accesses without prefetches: each miss loads its expert. This loop decides how fast a replay is."""
         touches, tiers = self._touches, self._tiers
         misses, stall_s = 0, 0.0
         for key in keys:
@@ -258,7 +268,16 @@ class _Replay:
         self._counts.stall_s += stall_s
 
     def _with_prefetch(self, keys: Sequence[int], named: Sequence[int], asked: set[int]) -> int:
-        """Plays accesses until every prefetched expert was used, or to the end. Returns the number of accesses done."""
+        """Plays accesses with prefetches, until every prefetched expert was used or evicted, or to the end of `keys`.
+
+        Args:
+            keys: the accesses.
+            named: the experts that the prefetch source names, in order.
+            asked: the experts that the game has asked for since the switch; they are not evicted by a prefetch.
+
+        Returns:
+            The number of accesses that were played.
+        """
         counts, now = self._counts, 0.0
         prefetching = _Prefetching(self._limited(named), asked)
         counts.prefetched += len(prefetching.waiting)
@@ -291,7 +310,7 @@ class _Replay:
         return len(keys)
 
     def _advance(self, prefetching: _Prefetching, now: float) -> None:
-        """Loads waiting prefetches, one after another, until the time `now`."""
+        """Brings the prefetches up to the time `now`: loads those that wait, one after another."""
         while prefetching.loading is None or prefetching.ready_at <= now:
             prefetching.loading = None
             if not prefetching.waiting:
@@ -309,7 +328,10 @@ class _Replay:
                 prefetching.waiting = elsewhere
 
     def _claim(self, key: int, prefetching: _Prefetching) -> bool:
-        """Admits a prefetch if a slot is free or holds a key that this game has not asked for. A tier of one slot leaves it to demand."""
+        """Claims a slot in HBM for a prefetched expert, if one is free or holds an expert that this game has not asked for.
+
+        Returns whether it got a slot. A tier of one slot gives none to prefetches.
+        """
         tier = self._tiers[key]
         if tier.capacity == 1:
             return False
@@ -331,7 +353,7 @@ class _Replay:
         return True
 
     def _named(self, game: str) -> list[int]:
-        """The experts that the prefetch source names when the game switches to `game`."""
+        """The experts that the prefetch source names when `game` begins. By chance they may be those of another game."""
         source, others = self._setup.prefetch.source, [name for name in self._pools if name != game]
         if source == "random":
             return self._pools[list(self._pools)[int(self._rng.integers(len(self._pools)))]]
@@ -340,7 +362,7 @@ class _Replay:
         return self._pools[game]
 
     def _load_s(self, key: int) -> float:
-        """Loads an expert from its tier, counts the load, and returns the seconds that it takes."""
+        """Loads an expert into HBM from DRAM, or from NVMe through DRAM. Counts the load, and returns the seconds that it takes."""
         try:
             self._dram.policy.touch(key)
         except KeyError:
@@ -359,7 +381,7 @@ def _policy(setup: Setup, trace: Trace, bank: int) -> EvictionPolicy[Any]:
 
 
 def _pools(trace: Trace) -> dict[str, list[int]]:
-    """The experts that each game uses, the most used first."""
+    """Finds the experts that each game uses anywhere in the trace: game -> keys, the most used first."""
     used: dict[str, np.ndarray[Any, Any]] = {}
     num_keys = int(trace.keys_A.max(initial=0)) + 1
     for span in trace.spans():

@@ -1,6 +1,6 @@
-"""Replays one trace many times: with each HBM capacity, switch interval, policy and prefetch source; and tabulates the results.
+"""Replays one trace many times, with each HBM capacity, switch interval, policy and prefetch source, and makes a table of the results.
 
-Values that a person writes are parsed here, too: capacities ("16", "25%"), times ("80us") and latencies ("nvme=80us+3GB/s").
+The module also reads the values that a person writes: capacities ("16", "25%"), times ("80us") and latencies ("nvme=80us+3GB/s").
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LEGEND = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sweep:
-    """The replays to make of one trace: each combination of capacity, interval and policy."""
+    """Which replays to make of one trace: each combination of these capacities, policies and switch intervals."""
 
     hbm: tuple[str, ...] = ("25%", "50%")
     """HBM capacities: numbers of experts, or shares of the trace's experts such as 25%."""
@@ -51,11 +51,11 @@ class Sweep:
     switch_every: tuple[int, ...] = ()
     """Accesses of a game before the next game's turn: the trace is reordered for each. Empty: the trace is replayed as it is."""
     latency: Latency = Latency()
-    """What loads and compute cost."""
+    """How long loads and compute take."""
     expert_bytes: int | None = None
     """Bytes of an expert; None: as the trace says."""
     seed: int = 0
-    """Of the random choices of policies and prefetch sources."""
+    """Seed of the random choices of policies and prefetch sources."""
 
     def __post_init__(self) -> None:
         if not self.policies:
@@ -72,7 +72,7 @@ class Sweep:
                 raise InvalidRequest(f"switch_every: {every} accesses are less than one")
 
     def setups(self, num_experts: int) -> Iterator[Setup]:
-        """All replays of a trace that has `num_experts` experts."""
+        """Yields the settings of each replay, for a trace with `num_experts` experts and one switch interval."""
         online = [policy for policy in self.policies if policy != Belady.name]
         prefetches = self.prefetches if online else ()
         dram = None if self.dram is None else capacity("dram", self.dram, num_experts)
@@ -92,12 +92,12 @@ class Sweep:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """The result of one replay."""
+    """The result of one replay of a sweep, which becomes one row of the table."""
 
     switch_every: int | None
-    """None: the trace was not reordered."""
+    """Accesses of a game before the next game's turn; None: the trace was not reordered."""
     num_experts: int
-    """Different experts in the trace."""
+    """The number of different experts in the trace."""
     replayed: Replayed
     wall_s: float
     """Seconds that the replay itself took."""
@@ -112,16 +112,16 @@ def run(
     begin: Callable[[str, int], object] = lambda description, accesses: None,
     advance: Callable[[int], object] = lambda accesses: None,
 ) -> list[Row]:
-    """Makes all replays of a sweep, in order.
+    """Makes all replays of a sweep, one after another, and returns their results.
 
     Args:
         trace: the trace to replay.
-        sweep: the replays to make.
+        sweep: which replays to make.
         begin: called before each replay with its description and its number of accesses.
         advance: called during a replay with the number of accesses done since the last call.
 
     Raises:
-        InvalidRequest: an impossible capacity, policy or interval; an empty trace.
+        InvalidRequest: a capacity, policy or interval is not possible, or the trace is empty.
     """
     if not len(trace.keys_A):
         raise InvalidRequest(f"trace: {trace.info.source} recorded no access")
@@ -143,7 +143,7 @@ def run(
 
 
 def _with_belady(rows: Sequence[Row]) -> list[Row]:
-    """The rows of one switch interval, with `of_belady` filled in."""
+    """Fills in `of_belady` (training hit rate divided by that of Belady's optimum) in the rows of one switch interval."""
     best = {row.replayed.setup.hbm_experts: row.replayed.training.hit_rate for row in rows if row.replayed.setup.policy == Belady.name}
     return [replace(row, of_belady=_ratio(row, best.get(row.replayed.setup.hbm_experts))) for row in rows]
 
@@ -153,13 +153,13 @@ def _ratio(row: Row, best: float | None) -> float | None:
 
 
 def table(trace: Trace, rows: Sequence[Row]) -> Table:
-    """All replays, a row each; a section for each interval and capacity."""
+    """Makes the table of a sweep's results: a row for each replay, and a section for each interval and capacity."""
     sections = [index for index in range(1, len(rows)) if _group(rows[index]) != _group(rows[index - 1])]
     return Table(_title(trace), HEADINGS, [_cells(row) for row in rows], caption=LEGEND, alignment=_ALIGNMENT, sections=sections)
 
 
 def markdown(trace: Trace, rows: Sequence[Row], *, command: str) -> str:
-    """The result page: the command and the machine, the time taken, and the table."""
+    """Writes a sweep's results as a page in Markdown: the command, the machine, the time taken, and the table."""
     num_accesses, wall_s = len(trace.keys_A) * len(rows), sum(row.wall_s for row in rows)
     lines = ["# ooc-moe simulate", "", f"{_title(trace)}. {LEGEND}", ""]
     lines += [f"- {name}: {value}" for name, value in facts(Path(), command=command).items()]
@@ -205,7 +205,10 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def capacity(name: str, text: str, num_experts: int) -> int:
-    """Reads a capacity in experts: a number, or a share such as 25% of `num_experts` (at least one expert). Raises InvalidRequest."""
+    """Reads a capacity in experts from text: a number, or a share such as 25% of `num_experts`. The result is at least 1.
+
+    Raises InvalidRequest, beginning with `name`, if the text is neither.
+    """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%?)\s*", text)
     if match is None or (not match[2] and "." in match[1]) or float(match[1]) == 0:
         raise InvalidRequest(f"{name}: {text!r} is not a number of experts; write for example 16 or 25%")
@@ -213,7 +216,7 @@ def capacity(name: str, text: str, num_experts: int) -> int:
 
 
 def seconds(name: str, text: str) -> float:
-    """Reads a time such as 80us, in seconds. Raises InvalidRequest."""
+    """Reads a time such as "80us" and returns it in seconds. Raises InvalidRequest, beginning with `name`, if the text is not a time."""
     match = _TIME.fullmatch(text)
     if match is None:
         raise InvalidRequest(f"{name}: {text!r} is not a time; write for example 80us, 1.5ms or 2s")
@@ -221,7 +224,10 @@ def seconds(name: str, text: str) -> float:
 
 
 def latency(text: str) -> Latency:
-    """Reads latencies by tier, "nvme=80us+3GB/s,dram=20us". What is not given is as in the default. Raises InvalidRequest."""
+    """Reads the latency and bandwidth of loads from text such as "nvme=80us+3GB/s,dram=20us". What is not given is as in the default.
+
+    Raises InvalidRequest if the text has another form.
+    """
     default = Latency()
     links = {"dram": default.dram, "nvme": default.nvme}
     for word in text.split(","):

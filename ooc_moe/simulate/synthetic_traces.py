@@ -1,9 +1,8 @@
-"""Makes traces without a run: synthetic ones, in which games take turns, and recorded ones whose games take turns in another order.
+"""Makes traces (sequences of accesses to experts) without a run: synthetic ones, and recorded ones whose games take turns in another order.
 
-In a synthetic trace each game has a pool of its own, split over the layers. An access draws an expert from the part of the pool that
-belongs to the layer whose turn it is, independently of other accesses; the n-th most popular expert has weight n^-zipf. In a real run,
-training asks for nearly the whole pool in each call of a layer, and acting for a few experts: a small `zipf` is like training, a large one
-like acting.
+In a synthetic trace each game has a pool of experts of its own, split over the layers. Each access draws an expert at random, from the part
+of the pool that belongs to the layer whose turn it is; the n-th most popular expert has weight n^-zipf. In a real run, training asks for
+nearly the whole pool in each call of a layer, and acting for a few experts: a small `zipf` is like training, a large one like acting.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from ooc_moe_wire.errors import InvalidRequest
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SyntheticTraceConfig:
-    """The size and shape of a synthetic trace."""
+    """What a synthetic trace is like: its length, its games and experts, and how games and layers take turns."""
 
     games: int = 57
     """Number of games. They take turns, in rounds of random order."""
@@ -31,7 +30,7 @@ class SyntheticTraceConfig:
     switch_every: int = 20_000
     """Accesses of one game before the next game's turn."""
     layers: int = 6
-    """Layers that the agent is thought to have. Each has its part of a game's pool, and they are called in turn."""
+    """Number of layers of the agent. Each uses its own part of a game's pool, and they are called in turn."""
     per_call: int = 2
     """Accesses of one layer before the next layer's turn."""
     zipf: float = 1.0
@@ -41,7 +40,7 @@ class SyntheticTraceConfig:
     expert_bytes: int = 25 * 10**6
     """Bytes of one expert."""
     seed: int = 0
-    """Of the random draws."""
+    """Seed of the random draws."""
 
     def __post_init__(self) -> None:
         for name in ("games", "experts", "accesses", "switch_every", "layers", "per_call", "expert_bytes"):
@@ -59,7 +58,7 @@ class SyntheticTraceConfig:
 
 
 def make_trace(config: SyntheticTraceConfig) -> Trace:
-    """Makes a synthetic trace. Equal configurations give equal traces."""
+    """Makes a synthetic trace: random accesses to experts by games that take turns. Equal configurations give equal traces."""
     rng = np.random.default_rng(config.seed)
     pools = _pools(config, rng)
     pieces: list[NDArray[np.uint32]] = []
@@ -82,7 +81,7 @@ def make_trace(config: SyntheticTraceConfig) -> Trace:
 
 
 def _pools(config: SyntheticTraceConfig, rng: np.random.Generator) -> list[list[NDArray[np.uint32]]]:
-    """The experts of each game in each layer, the most popular first. No expert is in two of them."""
+    """Splits the experts at random into pools: for each game, its experts in each layer, the most popular first. No two pools overlap."""
     games = np.array_split(rng.permutation(config.experts).astype(np.uint32), config.games)
     return [np.array_split(game, config.layers) for game in games]
 
