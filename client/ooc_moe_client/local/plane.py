@@ -113,7 +113,7 @@ class LocalPlane:
                 self._staging.wake()
 
     def close(self) -> None:
-        """Closes all sessions. A session with a running fetch is closed when that fetch ends.
+        """Closes the plane and its sessions. A session with a running fetch is closed when that fetch ends.
         The arena is unmapped when nobody reads it any more.
         """
         self._session.close()

@@ -97,7 +97,9 @@ class Connection:
 
     @property
     def patience_s(self) -> float:
-        """For how many seconds a call that meets Unavailable is retried now. It is shorter while the daemon has never answered."""
+        """For how many seconds a call that meets Unavailable is retried now.
+        It is shorter while the daemon has never answered, and after retries have ended without success.
+        """
         return self._patience_s if self._has_answered else min(self._patience_s, FIRST_CONTACT_S)
 
     def note_answer(self) -> None:

@@ -153,7 +153,10 @@ class BankWriter:
                 self._wait()
 
     def release(self) -> None:
-        """Gives up the right to write the bank, after all queued pushes, and returns when the daemon has confirmed that."""
+        """Gives up the right to write the bank, after all queued pushes.
+
+        Returns when the daemon has confirmed that, or the deadline is over.
+        """
         with self._changed:
             self._releasing = True
             self._changed.notify_all()

@@ -1,9 +1,8 @@
-"""`RemoteStore`: the store of a daemon.
-
+"""`RemoteStore`: the store of experts that a daemon keeps, reached over gRPC.
     store = RemoteStore("127.0.0.1:50051", trainer="mine")
 
-Every call but WatchStats and PushExperts has a deadline. Unavailable is retried with jitter, so that a restart of the daemon in the middle
-is only a pause.
+Every call but WatchStats and PushExperts has a deadline. Unavailable is retried after random pauses, so that a restart of the daemon in the
+middle of a run only costs time.
 """
 
 from __future__ import annotations
