@@ -4,8 +4,8 @@
     store.create_bank(BankSpec(name="ffn", num_experts=8, layout=layout))
     other = store.connect()                       # a second writer on the same banks
 
-Outcomes and errors are the daemon's, because both follow `ooc_moe_wire.rules`. Tiers, durability and time are not modelled: an expert that
-was touched once counts as being in DRAM, and a write is as durable as the process.
+Calls have the same outcomes and errors as with a daemon, because both follow `ooc_moe_wire.rules`. Tiers, durability and time are not
+modelled: an expert that was read once counts as being in DRAM, and a write lasts as long as the process.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
 """`ExpertStore`: the interface of every store of experts, and the types of its arguments and results.
+
 `RemoteStore` (remote/store.py) uses a daemon's store over gRPC; `InMemoryStore` (in_memory.py) keeps all experts in this process. Both give
 the same outcomes and raise the same errors (`ooc_moe_wire.errors`); one test suite checks that for both. The methods are fully documented
 in this file only.
@@ -54,6 +55,7 @@ class Priority(Enum):
 
 class Tier(Enum):
     """The place where the daemon found an expert: its DRAM, its NVMe files, or (SEED) none.
+
     A SEED expert was never written; its bytes were computed from its bank's seed.
     """
 
@@ -73,6 +75,7 @@ class PrefetchState(Enum):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bank:
     """A description of a bank at the time of the call.
+
     Attributes:
         spec: its name, layout and seed, and its number of experts.
         num_written: how many experts no longer have their initial value, which is computed from the seed.
@@ -95,6 +98,7 @@ class Bank:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fetched:
     """The result of fetching one expert. The expert's bytes are not in it: they are in the memory that the `into` of the fetch returned.
+
     Attributes:
         expert: its id.
         version: the version that the store has.
@@ -111,6 +115,7 @@ class Fetched:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Push:
     """One expert to write to the store.
+
     Attributes:
         expert: its id.
         base_version: the version that the caller read and then updated.
@@ -137,6 +142,7 @@ class ExpertInfo:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Snapshot:
     """A saved state of one or more banks, with an id and a name.
+
     `num_experts` counts the written experts that the snapshot keeps, and `bytes` the size of their records. Both include records that other
     snapshots, or the banks as they are now, also use.
     """
@@ -151,19 +157,22 @@ class Snapshot:
 
 class ExpertStore(Protocol):
     """A store of experts. Every method blocks, may be called from several threads, and may raise Unavailable or DeadlineExceeded.
+
     Each store object counts as one writer. Its first push to a bank takes the bank's lease, the sole right to write the bank. Other writers
     are then refused until this store calls `release` or `close`.
     """
 
     def create_bank(self, spec: BankSpec) -> Bank:
         """Creates a bank, or returns the existing bank when that has an equal spec (it may have grown since).
+
         Raises:
             BankExists: a bank of that name has another layout or seed.
         """
 
     def grow_bank(self, name: str, num_experts: int) -> Bank:
-        """Raises the bank's number of experts to `num_experts`, if it has fewer. A bank never shrinks. Raises UnknownBank,
-        InvalidRequest.
+        """Raises the bank's number of experts to `num_experts`, if it has fewer. A bank never shrinks.
+
+        Raises UnknownBank, InvalidRequest.
         """
 
     def get_bank(self, name: str) -> Bank:
@@ -177,6 +186,7 @@ class ExpertStore(Protocol):
 
     def fork_bank(self, source: str, name: str, *, snapshot_id: int | None = None) -> Bank:
         """Creates a bank called `name` as a copy of the bank `source`: as that is now, or as it was in the snapshot `snapshot_id`.
+
         Raises UnknownBank, BankExists, UnknownSnapshot, and InvalidRequest when `name` is not allowed as a bank's name.
         """
 
@@ -191,6 +201,7 @@ class ExpertStore(Protocol):
         known_versions: Sequence[int | None] | None = None,
     ) -> Iterator[Fetched]:
         """Fetches experts into the caller's memory. Yields each expert once, when its bytes have arrived and were verified, in any order.
+
         Args:
             bank: the bank's name.
             experts: distinct ids, at least one.
@@ -210,6 +221,7 @@ class ExpertStore(Protocol):
 
     def push(self, bank: str, pushes: Sequence[Push], *, durability: Durability = Durability.DURABLE) -> list[int | Exception]:
         """Writes experts to the store. Returns one outcome per push, in the order of `pushes`.
+
         An outcome is the new version, or the error that refused the push. StaleVersion: `base_version` is older than the store's version.
         LostUpdate: `base_version` is newer than the store's version, so the store has lost it.
 
@@ -231,17 +243,17 @@ class ExpertStore(Protocol):
         """Takes the bank's lease (the sole right to write) now; otherwise the first push takes it. Raises UnknownBank, NotTheWriter."""
 
     def release(self, bank: str) -> None:
-        """Gives back the bank's lease (the sole right to write), so that others may write. Does nothing when this store does not hold
-        it.
-        """
+        """Gives back the bank's lease (the sole right to write). Does nothing when this store does not hold it."""
 
     def prefetch(self, bank: str, experts: Sequence[int]) -> list[PrefetchState]:
         """Asks the daemon to copy experts from its NVMe to its DRAM, and returns before that is done, with one answer per expert.
+
         Raises UnknownBank, UnknownExpert.
         """
 
     def cancel_prefetch(self, bank: str, experts: Sequence[int] = ()) -> int:
         """Cancels prefetches of these experts that the daemon has queued but not begun. Returns the number of cancelled prefetches.
+
         When `experts` is empty, those of the whole bank are cancelled.
         """
 
@@ -250,6 +262,7 @@ class ExpertStore(Protocol):
 
     def create_snapshot(self, banks: Sequence[str], *, name: str = "") -> Snapshot:
         """Takes a snapshot: saves the committed state that all these banks have at one common moment.
+
         Without a name, the snapshot is called "snapshot-ID". When a snapshot of the same banks already has the name, that one is returned.
 
         Raises UnknownBank, SnapshotExists (a snapshot of other banks has the name), InvalidRequest.
@@ -260,6 +273,7 @@ class ExpertStore(Protocol):
 
     def restore_snapshot(self, snapshot_id: int) -> Snapshot:
         """Gives every expert of the snapshot's banks the bytes it had in the snapshot, under a new version. Returns the snapshot.
+
         Experts that were not written then go back to their initial values. The banks keep their number of experts, even if they have grown.
 
         Raises UnknownSnapshot, NotTheWriter.
@@ -276,6 +290,7 @@ class ExpertStore(Protocol):
 
     def report_trainer(self, hbm: Sequence[stats_pb2.HbmStats], activity: str) -> None:
         """Sends the counters of this trainer's HBM caches to the daemon, which shows them in its statistics.
+
         Args:
             hbm: the counters, one message per cache.
             activity: a short text that says what the trainer is doing, for example "training krull".

@@ -1,4 +1,5 @@
 """Checks of the arguments of fetches and pushes, which every store makes before it sends or stores anything.
+
 All stores share them, so a mistake gives the same error in each.
 """
 
@@ -34,6 +35,7 @@ def check_known_versions(bank: str, experts: Sequence[int], known_versions: Sequ
 
 def checked_bodies(bank: str, layout: Layout, pushes: Sequence[Push]) -> list[memoryview]:
     """Checks the arguments of a push. Returns the body of each expert to push as flat bytes, without a copy, in order.
+
     Raises:
         InvalidRequest: there is no push, an expert is repeated, a body has the wrong length, or a tensor, which the message names, holds
             NaN or infinity.

@@ -13,9 +13,7 @@ _TRIM_THRESHOLD_BYTES = 256 << 20
 
 
 def keep_large_buffers() -> None:
-    """Tells the C library to keep freed buffers of megabytes for reuse, instead of returning them to the system. Affects the whole
-    process.
-    """
+    """Tells the C library to keep freed buffers of megabytes for reuse, in the whole process, instead of returning them to the system."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):

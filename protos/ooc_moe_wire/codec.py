@@ -1,4 +1,5 @@
 """How records (the stored form of an expert) look as bytes: the header block on disk, the sections' checksums, and the chunks on the wire.
+
     on disk      | header block | parameter section | optimizer section |
     on the wire  ExpertHeader or PushHeader with the checksums, then chunks of the two sections: | 1 MiB | 1 MiB | ...
 
@@ -43,6 +44,7 @@ _CHECK = struct.Struct("<Q")
 @dataclass(frozen=True, slots=True)
 class Checksums:
     """The checksums of an expert's two sections: the xxh3_64 hash (seed 0) of each, padding included.
+
     `optimizer` is 0 when there is no optimizer section.
     """
 
@@ -58,6 +60,7 @@ class Checksums:
 
 def copy_hashed(source: NDArray[np.uint8], into: NDArray[np.uint8], parameter_bytes: int) -> Checksums:
     """Copies a body (both sections, or the parameter section alone) to `into`, and returns the checksums of the copy.
+
     `parameter_bytes` says where the parameter section ends.
     """
     parameters = _copy_section(source[:parameter_bytes], into[:parameter_bytes])
@@ -79,6 +82,7 @@ def _copy_section(source: NDArray[np.uint8], into: NDArray[np.uint8]) -> int:
 
 def verify(layout: Layout, body: memoryview, expected: Checksums, *, what: str) -> None:
     """Checks that a body (both sections, or the parameter section alone) has the expected checksums.
+
     Raises:
         CorruptRecord: it has others; the message begins with `what` and names the section.
     """
@@ -87,6 +91,7 @@ def verify(layout: Layout, body: memoryview, expected: Checksums, *, what: str) 
 
 def compare(actual: Checksums, expected: Checksums, *, whole: bool, what: str) -> None:
     """Checks that the checksums `actual` of a body are the expected ones. Raises CorruptRecord, as `verify` does.
+
     `whole`: compare the checksums of both sections; otherwise only those of the parameter sections.
     """
     if actual.parameters != expected.parameters:
@@ -98,6 +103,7 @@ def compare(actual: Checksums, expected: Checksums, *, whole: bool, what: str) -
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordHeader:
     """The content of a record's header block: which expert it is, the push that wrote it, the sections' lengths and their checksums.
+
     Forks and restores reuse records without writing them anew. So the bank and the version in a header are those that the record was first
     written for.
     """
@@ -134,6 +140,7 @@ class RecordHeader:
     @staticmethod
     def unpack(block: memoryview, *, what: str) -> RecordHeader:
         """Reads a header from its block.
+
         Raises:
             CorruptRecord: it is no header block, is damaged, or has another format. The message begins with `what`.
         """
@@ -166,6 +173,7 @@ def chunks(body: memoryview) -> Iterator[expert_pb2.Chunk]:
 
 def encoded_chunks(body: memoryview, *, field: int, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
     """Splits a body into chunks, and yields each as a serialized message, ready to send.
+
     The messages are written by hand, which takes one copy of the bytes instead of protobuf's three. Copies are not the main cost: fresh
     memory costs more, in page faults. On a virtual machine with 2 cores, a daemon spent 6 ms of CPU on each chunk of 1 MiB that protobuf
     made, and 0.6 ms on one of these, in memory that its allocator had kept.
@@ -191,6 +199,7 @@ class ChunkView(NamedTuple):
 
 def decode_fetch_response(data: bytes) -> expert_pb2.FetchExpertsResponse | ChunkView:
     """Parses a serialized FetchExpertsResponse. If it carries a chunk, returns a `ChunkView`, without a copy. Raises DecodeError.
+
     A chunk that is encoded in an unusual way, which no serializer writes, is returned as a message.
     """
     return _decode_chunk(data, _FETCH_CHUNK_TAG) or expert_pb2.FetchExpertsResponse.FromString(data)
@@ -209,6 +218,7 @@ _PAYLOAD_TAG = expert_pb2.Chunk.PAYLOAD_FIELD_NUMBER << 3 | 2
 
 def _decode_chunk(data: bytes, tag: int) -> ChunkView | None:
     """Reads the chunk of a message that has nothing else, with the offset (if any) before the payload.
+
     None: the message is of another form, and protobuf must parse it.
     """
     try:
@@ -254,6 +264,7 @@ def _varint(number: int) -> bytes:
 
 class Assembler:
     """Copies the chunks of one body into the receiver's memory. They must come in order and without gaps.
+
     Args:
         body: the memory to fill; its length says how many bytes must come.
         what: what the body is, for error messages.
@@ -271,6 +282,7 @@ class Assembler:
 
     def add(self, chunk: expert_pb2.Chunk | ChunkView) -> None:
         """Copies the next chunk to its place in the body.
+
         Raises:
             InvalidRequest: the chunk is empty, out of order, or longer than the rest of the body.
         """

@@ -1,4 +1,4 @@
-"""Every error of the project, and the one table that carries them over gRPC.
+"""All errors of this project, and the table that gives each its gRPC status code.
 
     OocMoeError
       InvalidRequest      the call itself is wrong: shape, dtype, size, layout, name     fix the call
@@ -15,12 +15,12 @@
       NotTheWriter        another writer has the bank open                               wait, or stop it
       TierFull            no room: everything pinned, or the disk is full                back off, unpin, add space
       CorruptRecord       a checksum does not match                                      restore a snapshot; never retry
-      Unavailable         the daemon is starting, draining or away                       retry with jitter
+      Unavailable         the daemon is starting, shutting down or away                  retry after a random pause
       DeadlineExceeded    the daemon did not answer in time                              retry, or allow more time
-      Internal            a fault of ours; the daemon's log has the traceback            report it
+      Internal            a bug in the daemon; its log has the traceback                 report it
 
-The middle column says when the error occurs, the right one what the caller should do. A class without a row in `STATUS` fails
-`tests/wire/test_errors.py`.
+The middle column says when the error occurs, the right one what the caller should do. `STATUS` must have a row for each class, or
+`tests/wire/test_errors.py` fails.
 """
 
 from __future__ import annotations
@@ -142,9 +142,7 @@ _BY_STATUS: dict[grpc.StatusCode, type[OocMoeError]] = {
 
 
 def error_named(kind: str, message: str) -> OocMoeError:
-    """Makes the error of the class named `kind`. If the class is unknown (of a newer daemon), makes Internal with the name in its
-    message.
-    """
+    """Makes the error of the class named `kind`. An unknown class, of a newer daemon, becomes Internal, with the name in its message."""
     if kind in _BY_NAME:
         return _BY_NAME[kind](message)
     return Internal(f"{kind}: {message}")

@@ -1,4 +1,5 @@
 """The layout of an expert: its tensors, the two sections in which they are stored, and their offsets.
+
     record = | header block, 4 KiB | parameter section, n x 4 KiB | optimizer section, m x 4 KiB |
     body   =                       | parameter section            | optimizer section            |
 
@@ -135,6 +136,7 @@ class Layout:
 
     def arrays(self, body: Buffer) -> dict[str, NDArray[np.generic]]:
         """Views of a body's tensors as numpy arrays, by name, without copies. A body of `parameter_bytes` has the parameters only.
+
         Raises:
             InvalidRequest: `body` is neither `body_bytes` nor `parameter_bytes` long.
         """
@@ -149,8 +151,9 @@ class Layout:
         }
 
     def initialize(self, body: memoryview | bytearray | NDArray[np.uint8], *, seed: int, expert: int) -> None:
-        """Writes an expert's initial values into `body`, which must be `body_bytes` long. They depend only on layout, seed and expert
-        id.
+        """Writes the initial values of an expert into `body`, which must be `body_bytes` long.
+
+        They depend on nothing but the layout, the bank's `seed` and the expert's id.
         """
         np.frombuffer(body, dtype=np.uint8)[:] = 0
         arrays = self.arrays(body)
@@ -168,9 +171,7 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BankSpec:
-    """What defines a bank (a named set of experts): its name, the number and layout of its experts, and the seed of their initial
-    values.
-    """
+    """What defines a bank, a named set of experts: its name, the number and layout of the experts, and the seed of their initial values."""
 
     name: str
     num_experts: int
@@ -221,9 +222,9 @@ def _round_up(size: int, multiple: int) -> int:
 
 
 def _holds(dtype: str, value: float) -> bool:
-    """Whether every element of a tensor of `dtype` can have this value exactly enough: whole and in range for integers, in range for
-    float16.
-    False for bfloat16, which numpy does not have.
+    """Whether a tensor of `dtype` can be filled with this value.
+
+    Integers need a whole number in their range, float16 a number in its range. bfloat16 cannot be filled, because numpy does not have it.
     """
     if dtype in _FLOAT_DTYPES:
         return dtype == "float32" or (dtype == "float16" and abs(value) <= _FLOAT16_MAX)

@@ -1,4 +1,5 @@
 """Lets a package offer names whose modules are imported only when a name is used (PEP 562).
+
 `import ooc_moe` must not import torch, and yet `ooc_moe.TieredMoE` must work. The `__init__.py` of each of the four packages uses this:
 
     if TYPE_CHECKING:
@@ -19,6 +20,7 @@ from importlib import import_module
 
 def lazy_names(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
     """Makes the functions `__getattr__` and `__dir__` of a package that imports a name's module when the name is first used.
+
     Args:
         package: the package's `__name__`.
         modules: for each name the module below the package that defines it. A name that is a submodule itself maps to "".

@@ -1,4 +1,5 @@
 """Builds and parses the packets that travel through the local plane's Unix socket, between a client and a daemon on the same host.
+
 Expert bytes travel through shared memory; the packets only say where they are. v1/local.proto is the specification, and says how the shared
 memory is read safely.
 
@@ -64,7 +65,10 @@ def pack_release(leases: Sequence[int]) -> bytes:
 
 
 def pack_stage(num_bytes: int) -> bytes:
-    """Makes the packet that announces staging memory of `num_bytes`. Send it together with the memory's file descriptor."""
+    """Makes the packet that announces staging memory of `num_bytes`, through which the client will push experts.
+
+    Send it together with the memory's file descriptor.
+    """
     return _STAGE + _SIZE.pack(num_bytes)
 
 
@@ -74,8 +78,9 @@ def pack_fetch(fetch: local_pb2.LocalFetch) -> bytes:
 
 
 def unpack(packet: bytes) -> tuple[int, ...] | int | local_pb2.LocalFetch:
-    """Parses a packet from a client. Its type tells what it is.
-    A tuple: the ids of leases that are given back. An int: the size of staging memory. A LocalFetch: a fetch.
+    """Parses a packet from a client. The type of the result tells which packet it is.
+
+    A tuple: the ids of leases that are given back. An int: the size of new staging memory. A LocalFetch: a fetch.
 
     Raises:
         InvalidRequest: the packet is none of these.

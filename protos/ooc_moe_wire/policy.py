@@ -1,4 +1,5 @@
 """Eviction policies: they decide which resident key (an expert in memory, say) is evicted first.
+
 The daemon's DRAM tier, the trainer's HBM cache and simulations use them. A policy only keeps the order of eviction. The caller keeps track
 of pins (keys that must stay), changed data and free room:
 
@@ -25,6 +26,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 class EvictionPolicy(Protocol[Key]):
     """The interface of all policies: it is told about every use of a key, and gives the order in which to evict the resident keys.
+
     Resident keys are those that were inserted and have not left. Methods raise KeyError for a key that must be resident and is not.
     """
 
@@ -119,6 +121,7 @@ class _Fifo(Generic[Key]):
 
 class S3FIFO(Generic[Key]):
     """The S3-FIFO policy (Yang et al., SOSP 2023, algorithm 1): a small queue for new keys, and a main queue for keys that are used again.
+
         new key -> small queue (a tenth of the room) --used twice--> main queue --used--> another round in the main queue, at most 3
                               |                                          |
                               v not used twice                           v not used
@@ -145,9 +148,7 @@ class S3FIFO(Generic[Key]):
         self._ghosts_size = 0
 
     def insert(self, key: Key, size: int = 1) -> None:
-        """Adds the key to the small queue, or to the main queue if the key is a ghost (it was evicted from the small queue not long
-        ago).
-        """
+        """Adds the key to the small queue, or to the main queue if the key is a ghost (evicted from the small queue not long ago)."""
         queue = self._main if self._drop_ghost(key) else self._small
         resident = self._residents[key] = _Resident(key, size, queue)
         queue.enter(resident, 0)
@@ -166,6 +167,7 @@ class S3FIFO(Generic[Key]):
 
     def evict(self, key: Key) -> None:
         """Removes the key. If the key was in the small queue, remembers it as a ghost.
+
         Keys before it in the order that S3-FIFO would move instead of evicting move now. Keys before it that S3-FIFO would evict, and the
         caller did not (pinned ones, say), keep their places.
         """
@@ -193,9 +195,7 @@ class S3FIFO(Generic[Key]):
         return (resident.key for resident, leaves in self._walk() if leaves)
 
     def _moved_before(self, victim: _Resident[Key]) -> list[_Resident[Key]]:
-        """The keys that move to the end of the main queue before the victim's turn to be evicted. A key that moves twice is listed
-        twice.
-        """
+        """The keys that move to the end of the main queue before the victim's turn to be evicted comes, once for each move."""
         moved = []
         for resident, leaves in self._walk():
             if leaves and resident is victim:
@@ -206,6 +206,7 @@ class S3FIFO(Generic[Key]):
 
     def _walk(self) -> Iterator[tuple[_Resident[Key], bool]]:
         """Simulates evictions. Yields each key that S3-FIFO decides on, and the decision.
+
         True: the key is evicted. False: it moves to the end of the main queue.
         """
         small_size, main_size = self._small.size, self._main.size
@@ -281,6 +282,7 @@ class Random(Generic[Key]):
 
 class NextUse(Generic[Key]):
     """A policy that evicts the key whose next use is furthest in the future, as the caller predicts it.
+
     Keys whose next use is unknown are evicted before all others, the least recently used first.
 
     Args:
@@ -344,6 +346,7 @@ _UNKNOWN = 1 << 62  # Further than any known next use.
 
 class Belady(NextUse[Key]):
     """The optimal policy for keys of equal size (Belady 1966): it knows all future accesses, and evicts the key with the furthest next use.
+
     Other policies are measured against it, in simulations.
 
     Args:
@@ -366,6 +369,7 @@ class Belady(NextUse[Key]):
 
 def _next_uses(trace: Sequence[Key]) -> array[int]:
     """For each access in the trace, the position of the next access to the same key.
+
     If there is none, a position beyond the end of the trace, which no other access gets.
     """
     following: dict[Key, int] = {}

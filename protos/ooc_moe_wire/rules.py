@@ -1,4 +1,5 @@
 """The rules that every store of experts follows, the daemon as well as the client's in-memory store.
+
 Each rule is a pure function. Both stores call them, so they agree on which version, name, count or error a call gives, although they keep
 the experts' bytes in different ways. An example, the restore of a snapshot:
 
@@ -38,6 +39,7 @@ class StoredRecord(Protocol):
     @property
     def is_written(self) -> bool:
         """Whether the expert's bytes came from a push.
+
         False: they are the initial value from the bank's seed, perhaps under a newer version after a restore.
         """
 
@@ -88,6 +90,7 @@ def check_experts(bank: str, experts: Iterable[int], num_experts: int) -> None:
 
 def check_same_bank(present: BankSpec, asked: BankSpec) -> None:
     """Checks that a bank to be created equals the existing bank of its name, so that the existing one can be returned.
+
     The number of experts may differ, because the existing bank may have grown.
 
     Raises:
@@ -111,6 +114,7 @@ def grown(spec: BankSpec, num_experts: int) -> BankSpec:
 
 def check_writer(bank: str, holder: str, writer_id: str = "") -> None:
     """Checks that a caller may write or change a bank, that is, no other writer has it open.
+
     Args:
         bank: the bank's name, for the message.
         holder: the id of the writer that has the bank open; empty when none has.
@@ -128,6 +132,7 @@ def check_writer(bank: str, holder: str, writer_id: str = "") -> None:
 
 def check_base_version(bank: str, expert: int, *, base_version: int, current: int) -> None:
     """Checks that a push updates the expert's current version: `base_version`, from which the update started, equals `current`.
+
     Raises:
         StaleVersion: the store's version is newer.
         LostUpdate: the store's version is older: a crash took the newer one, which was acknowledged but only in memory.
@@ -141,6 +146,7 @@ def check_base_version(bank: str, expert: int, *, base_version: int, current: in
 
 def is_repeat(earlier: NumberedPush, writer_id: str, push_number: int) -> bool:
     """Whether a push is a repeat of `earlier`: sent again by the same writer under the same number, because no acknowledgement came.
+
     The writer then gets the outcome of `earlier`, and nothing is written. Only a store behind a network sees repeats.
     """
     return (earlier.writer_id, earlier.push_number) == (writer_id, push_number)
@@ -169,6 +175,7 @@ def check_snapshot_name(name: str) -> None:
 
 def check_same_snapshot(name: str, present: Collection[Hashable], asked: Collection[Hashable]) -> None:
     """Checks that a snapshot to be taken has the same banks as the existing snapshot of its name, so that the existing one can be returned.
+
     Args:
         name: the name of both.
         present: the banks of the existing snapshot, by id or by name.
@@ -183,6 +190,7 @@ def check_same_snapshot(name: str, present: Collection[Hashable], asked: Collect
 
 def snapshot_id_and_name(name: str, next_id: int, taken_names: Container[str]) -> tuple[int, str]:
     """Chooses the id and the name of a new snapshot.
+
     With an empty `name`, the name is "snapshot-ID", and ids whose name is taken are skipped.
     """
     if name:
@@ -194,6 +202,7 @@ def snapshot_id_and_name(name: str, next_id: int, taken_names: Container[str]) -
 
 def snapshot_counts(parts: Iterable[tuple[int, Iterable[StoredRecord]]]) -> tuple[int, int]:
     """Counts the written experts in a snapshot, and the bytes of their records. Returns both numbers.
+
     Args:
         parts: for each bank in the snapshot that was not deleted, the size of one record, and the bank's records in the snapshot.
     """
@@ -212,6 +221,7 @@ def restored_records(present: Iterable[int], snapshot: Mapping[int, Record], unw
     """Returns the records that become current when a snapshot of a bank is restored, by expert, in order.
 
     The store gives each a new version.
+
     Args:
         present: the experts that have a record now, and those that are being pushed: a push from before the restore must not be written
             after it.
@@ -223,6 +233,7 @@ def restored_records(present: Iterable[int], snapshot: Mapping[int, Record], unw
 
 def forked_records(source: Mapping[int, Record]) -> dict[int, Record]:
     """Returns the records that a fork (a copy of a bank) starts with, by expert, in order. The store gives each a new version.
+
     Only written records are copied. All other experts of the fork have the same initial values as in the source, because the fork has the
     source's seed; their version is 0.
     """

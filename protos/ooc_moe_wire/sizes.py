@@ -11,6 +11,7 @@ for _power, _letter in enumerate("kmgt", start=1):
 
 def parse_size(text: str) -> int:
     """Converts a size such as "1GiB" to a number of bytes. The unit is B, KiB, MiB, GiB, TiB, kB, MB, GB, TB (in any case) or nothing.
+
     Raises:
         ValueError: the text is no size; the message quotes it.
     """

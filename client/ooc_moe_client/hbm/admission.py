@@ -1,4 +1,5 @@
 """`Admission`: decides whether a prefetch is worth its slot and its bandwidth.
+
 A prefetch is refused when no slot would be left for it, or when its bytes would arrive too late:
 
     bytes to fetch, its own and those queued before it / measured bandwidth  >  time until it is needed * probability that it is needed
@@ -25,6 +26,7 @@ class AdmissionMode(Enum):
 
 class Admission:
     """Measures the bandwidth of fetches, and refuses prefetches that would find no slot or arrive too late.
+
     Callers hold the cache's lock.
     """
 
@@ -39,6 +41,7 @@ class Admission:
 
     def refuses(self, *, num_bytes: int, slots_left: int, within_s: float | None, probability: float) -> bool:
         """Returns whether to refuse the prefetch of one expert.
+
         Args:
             num_bytes: bytes of this expert and of all experts that are fetched before it.
             slots_left: the number of slots that remain when all experts before it have got theirs.

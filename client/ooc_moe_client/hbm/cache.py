@@ -1,4 +1,5 @@
 """`ExpertCache`: the trainer's cache of experts, in HBM (or in host memory: device "cpu" runs the same code).
+
     with cache.reading([3, 7]) as slots:              # pins both experts; missing ones are fetched in one call
         w1_SDH = cache.views["w1"]                     # S: slots. The weights of expert 3 are w1_SDH[slots[0]]
     with cache.updating([3, 7]) as slots: ...          # the optimizer writes; afterwards the experts are dirty (changed, not yet pushed)
@@ -40,6 +41,7 @@ PREFETCH_EXPERTS_MAX = 64
 
 class ExpertCache:
     """Holds some experts of one bank in a fixed number of slots on a device, where they are read and updated.
+
     Missing experts are fetched from the store, and changed experts are pushed back to it. A slot is memory for one expert.
 
     One training thread uses the cache; `stats` and `fetches` may be called from any thread. The class is long because it is the room's
@@ -98,6 +100,7 @@ class ExpertCache:
     @property
     def views(self) -> dict[str, Tensor]:
         """For each tensor name of the layout, a tensor (slots, *shape) that is a strided view of all slots.
+
         It covers parameter and optimizer tensors. Read or write only the rows of slots that are pinned.
         """
         return self._slots.views
@@ -115,6 +118,7 @@ class ExpertCache:
 
     def reading(self, experts: Sequence[int], *, sections: Sections = Sections.ALL, counted: bool = True) -> Pinned:
         """Pins experts for reading inside a `with` block. `as` gives the list of their slots, in the order of `experts`.
+
         Missing experts are fetched first, in one call. When the same experts were read together before, and all are still in their slots,
         one look-up finds them.
 
@@ -136,12 +140,14 @@ class ExpertCache:
 
     def updating(self, experts: Sequence[int]) -> Pinned:
         """Pins experts for reading and writing, with their optimizer sections. Used as `reading`, and raises the same errors.
+
         When the block ends, also by an exception, the experts are marked dirty: changed, and to be pushed to the store.
         """
         return Pinned(self._demand, experts, Sections.ALL, counted=False, updating=True)
 
     def waves(self, experts: Sequence[int]) -> Iterator[list[int]]:
         """Splits a list of experts into waves, sorted lists that fit into the slots together. Yields one wave at a time.
+
         All ids ascend from wave to wave, so that sums over them never depend on which experts are in the cache. When the schedule names
         more experts than there are slots, a wave fills only half of the slots: the next wave is fetched while one is computed.
         """
@@ -151,6 +157,7 @@ class ExpertCache:
 
     def schedule(self, uses: Iterable[Use], *, ahead: bool = True) -> None:
         """Announces which experts will be read (PARAMETERS) and updated (ALL) from now on, in order. Replaces the earlier schedule.
+
         From then on the cache evicts the expert whose next use is furthest away. Readings may deviate from the schedule: they take longer,
         and their results are the same.
 
@@ -175,6 +182,7 @@ class ExpertCache:
 
     def new_working_set(self) -> None:
         """Declares that other experts will be needed from now on, for example because the game changes.
+
         Prefetches may then evict the experts that were read until now (dirty ones after they were written back). Until this call,
         prefetches spare recently read experts.
         """
@@ -194,6 +202,7 @@ class ExpertCache:
         probabilities: Mapping[int, float] | None = None,
     ) -> None:
         """Queues experts that will probably be needed, the most urgent first, to be fetched in the background. Returns at once.
+
         First the daemon is asked to copy them to its DRAM. Then they are fetched into free slots, and into slots of experts outside the
         working set (the recently read experts, see `new_working_set`). Experts that are in a slot or queued already are skipped.
 
@@ -219,6 +228,7 @@ class ExpertCache:
 
     def write_back(self, experts: Sequence[int] | None = None) -> None:
         """Queues experts to be pushed to the store in the background, and returns at once.
+
         Experts that are not in a slot, or not dirty (changed since their last push), are ignored. None: all dirty experts.
         """
         with self._shared.changed:
@@ -228,6 +238,7 @@ class ExpertCache:
 
     def flush(self) -> None:
         """Pushes all changed experts to the store, and returns when the changes are durable.
+
         When a push fails, raises its error. No change is lost then, and the next flush tries again.
         """
         with self._shared.changed:
@@ -242,6 +253,7 @@ class ExpertCache:
 
     def forget(self) -> None:
         """Empties all slots and drops the schedule. Call this after a snapshot was restored: the experts in the slots are then outdated.
+
         Raises:
             InvalidRequest: an expert is pinned, or has changes that the store does not have.
         """
@@ -283,6 +295,7 @@ class ExpertCache:
 
     def close(self) -> None:
         """Flushes all changes to the store, and ends the cache's threads, even when the flush fails. The store stays open.
+
         Raises the error of the flush. When the flush succeeds, raises an earlier error of background work that no call has raised yet.
         """
         if self._shared.closed:

@@ -1,4 +1,5 @@
 """`CudaSlots`: the cache's slots on a GPU, and the copies between them and the host.
+
 The copies run on one stream of their own. They use page-locked ("pinned") host buffers as staging memory. Events order the copies and the
 computation, so that the host rarely has to wait:
 

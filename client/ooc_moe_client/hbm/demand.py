@@ -1,4 +1,5 @@
 """`Demand`: brings the experts that the training thread asks for into slots, and pins them (a pinned expert stays in its slot).
+
 What is done depends on where the expert is:
 
     ready in its slot                  -> pinned at once
@@ -31,6 +32,7 @@ PIECE_BYTES = 8 << 20
 
 class Pinned:
     """A context manager that pins experts: inside the `with` block they stay in their slots.
+
     `as` gives the list of their slots, in the order of the experts. `ExpertCache.reading` and `ExpertCache.updating` return it.
     """
 
@@ -63,6 +65,7 @@ class Demand:
 
     def pin(self, experts: tuple[int, ...], sections: Sections, counted: bool, updating: bool) -> Group:
         """Pins experts, and returns them as a `Group` when all are ready. `ExpertCache.reading` documents the arguments and errors.
+
         `updating`: the caller will write them.
         """
         with self._shared.changed:
@@ -152,6 +155,7 @@ class Demand:
 
     def _fetch_and_wait(self, experts: Sequence[int], sections: Sections, pinned: dict[int, Resident], updating: bool) -> None:
         """Fetches missing experts, waits for those that are loading, and pins all of them.
+
         The lock is held on entry and exit, and released to fetch and to wait.
         """
         started = time.perf_counter()
@@ -204,6 +208,7 @@ class Demand:
         self, claimed: Sequence[Resident], num_sent: int, pieces: dict[Future[None], list[Resident]], pinned: dict[int, Resident]
     ) -> None:
         """Fetches the claimed experts that the helper thread has not begun to fetch, and waits for the helper thread to fetch the rest.
+
         The lock is held on entry and exit. Raises the first error.
 
         Args:
@@ -245,6 +250,7 @@ class Demand:
 
     def _claim(self, expert: int, sections: Sections, claimed: list[Resident], pinned: dict[int, Resident]) -> None:
         """Gives a slot to a missing expert, and adds the expert to `claimed`, the list of experts to fetch.
+
         If the expert's write-back is pending, its bytes are copied from the write-back's buffer to the slot instead, because the store has
         an older version; the expert is then added to `pinned`. If a prefetch brought the expert while this waited for a slot, nothing is
         done, and the caller looks again.
@@ -267,6 +273,7 @@ class Demand:
 
     def _wait_for_room(self, claimed: Sequence[Resident]) -> None:
         """Evicts experts until a slot is free. Raises TierFull when all slots are pinned.
+
         Releases the lock while it saves a dirty expert, and while it waits. `claimed`: experts that this call has already given a slot.
         """
         while not self._table.num_free:

@@ -1,4 +1,5 @@
 """`Prefetcher`: a thread that fetches experts before the training thread asks for them.
+
 It takes experts from two sources, the queue and the schedule. Experts that the training thread asks for now (demand) come before both: such
 an expert leaves the queue, and if it is already loading, the training thread waits for it.
 
@@ -65,13 +66,14 @@ class Prefetcher:
         self._thread.start()
 
     def join(self) -> None:
-        """Waits for the thread to end. Call this after `shared.closed` was set."""
+        """Waits for the thread to end. Call this after `shared.closed` was set, which makes it end."""
         self._thread.join()
 
     def enqueue(
         self, experts: Iterable[int], sections: Sections, *, within_s: float | None = None, probabilities: Mapping[int, float] | None = None
     ) -> None:
         """Queues experts to be prefetched, if they are in no slot, are not queued, and the admission finds them worthwhile.
+
         When the queue is full, the experts that have waited longest are dropped. `ExpertCache.prefetch` documents the arguments.
         """
         self._calls += 1
@@ -218,6 +220,7 @@ class Prefetcher:
 
     def _make_room_before(self, next_use: int) -> bool:
         """Frees a slot for an expert that is used at `next_use`, without evicting one that is needed earlier. False: there is none.
+
         May release the lock.
         """
         table = self._shared.table
@@ -270,6 +273,7 @@ class Prefetcher:
 
     def _evict(self, may_leave: Callable[[Resident], bool]) -> bool:
         """Calls `WriteBack.make_room`, but returns False while the training thread is taking slots.
+
         An error is kept for the training thread and not raised in this method, so that the experts that already have a slot are still
         fetched.
         """

@@ -1,5 +1,7 @@
-"""`Reporter`: sends the counters of a trainer's caches to the daemon every two seconds, so that `ooc-moe stats` shows all three tiers.
-It never disturbs training. While the daemon is away, reports are lost silently; any other error of the store is only logged.
+"""`Reporter`: sends the counters of a trainer's caches to the daemon every two seconds.
+
+So `ooc-moe stats` can show all three tiers (HBM, DRAM, NVMe). The reporter never disturbs training: while the daemon is away, reports are
+lost silently, and any other error of the store is only logged.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ log = logging.getLogger(__name__)
 
 class Reporter:
     """A thread that sends the counters of caches to the daemon at regular intervals, until it is closed.
+
     Set `activity` to what the trainer is doing, for example "training krull"; it is sent along.
     """
 

@@ -1,4 +1,5 @@
 """`Schedule`: the announced order in which experts will be used, and the trainer's position in it.
+
     uses       (0, 1)  (2, 3)  (0, 1)  (4,)
                        ^ the next use
 
@@ -51,6 +52,7 @@ class Schedule:
 
     def advance(self, experts: Sequence[int]) -> bool:
         """Moves the position on, because these experts are asked for now, in one call.
+
         Returns True when at most the next uses of these experts have changed. Returns False when the next uses of other experts have
         changed too: some uses were skipped, or the schedule has ended.
         """
@@ -75,6 +77,7 @@ class Schedule:
 
     def end_of_near_future(self, num_experts: int) -> int:
         """The end of the near future, as a number to compare with `next_use`: an expert with a lower number is needed soon.
+
         The near future is the next use, and as many of the uses after it as need at most `num_experts` different experts together.
         """
         used: set[int] = set()
@@ -91,6 +94,7 @@ class Schedule:
 
     def updated_within(self, expert: int, num_experts: int) -> bool:
         """Whether the expert will be updated while a cache of `num_experts` slots still has it.
+
         That is so when the uses up to its update need at most `num_experts` different experts.
         """
         if expert not in self._uses_of:

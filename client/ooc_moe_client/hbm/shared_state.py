@@ -1,4 +1,5 @@
 """`SharedState`: what the training thread and the background threads of one cache share.
+
 It has the lock, the table, the slots, the counters, and the error of background work that is still to be raised. Its method `load` makes
 every fetch from the store. No thread holds the lock while it calls the store.
 """
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 
 class SharedState:
     """The lock and the data that all threads of one cache share.
+
     Threads hold the condition `changed` (a lock) to use any of the fields. They notify it after changes that a waiting thread may need.
     """
 
@@ -81,7 +83,8 @@ class SharedState:
         return error
 
     def load(self, residents: Sequence[Resident], sections: Sections, priority: Priority) -> None:
-        """Fetches experts from the store into their slots, in one call. All are LOADING before; each becomes READY as it arrives.
+        """Fetches experts from the store into their slots, in one call. Each changes from LOADING to READY when it arrives.
+
         Args:
             residents: the experts, which already have slots.
             sections: which part of each to fetch.
@@ -112,6 +115,7 @@ class SharedState:
 
     def _is_right_version(self, fetched: Fetched, priority: Priority) -> bool:
         """Whether the cache may use the version that was fetched. After the cache's first push, nobody else may write the bank.
+
         Raises LostUpdate when the version is older than the one that this cache pushed. When another writer made the version, raises
         StaleVersion if the fetch was on demand, and returns False if it was a prefetch: a snapshot may have been restored just now (see
         `ExpertCache.forget`).

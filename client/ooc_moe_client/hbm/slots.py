@@ -1,4 +1,5 @@
 """`ExpertSlots`: the cache's memory, divided into slots of one expert each, and the copies into and out of it.
+
 The memory is one uint8 tensor on the device. A slot holds an expert's body (parameter section, optimizer section) and is 4 KiB aligned:
 
     slot 0 | w1 | b1 | padding | moments | padding |       views["w1"][0] is this part of slot 0
@@ -23,6 +24,7 @@ from ooc_moe_wire.layout import BLOCK_BYTES, Layout, TensorSpec
 
 class ExpertSlots(Protocol):
     """Memory for a fixed number of experts, `body_bytes` each. `views` has for each tensor name a view (num_slots, *shape) of all slots.
+
     A fetch calls `landing` for the memory to fill, and then `landed`. A computation on slots stands between `acquire` and `release`.
     """
 
@@ -39,6 +41,7 @@ class ExpertSlots(Protocol):
 
     def acquire(self, slots: Sequence[int], *, writing: bool) -> None:
         """Makes computation that is queued after this call wait for unfinished copies of the slots.
+
         Call it before the compute stream reads the slots, or, with `writing`, writes them.
         """
 
@@ -64,6 +67,7 @@ class CopyOut(Protocol):
 
 class HostSlots:
     """The cache's slots in host memory. A fetch writes straight into the slot, and all copies are made at once.
+
     `ExpertSlots` documents the methods.
     """
 

@@ -1,4 +1,5 @@
 """What a cache counts: the running `Counters`, and `CacheStats`, a copy of them at one moment, which reports and metrics read.
+
 Experts are fetched before they are asked for in two ways, which are counted apart. Prefetches (`prefetch_*`) are guesses and may be wrong.
 Fetches ahead (the dict `ahead`) are of experts that the schedule names, so they are known to be needed.
 
@@ -22,29 +23,29 @@ PrefetchCount = Literal["issued", "useful", "late", "wasted", "cancelled", "refu
 
 @dataclass(slots=True, kw_only=True)
 class Counters:
-    """Counts of one cache since its start, in experts unless a name says otherwise. The cache changes them under its lock.
+    """What one cache has counted since its start: numbers of experts, unless a name says otherwise. The cache changes them under its lock.
 
     Attributes:
-        accesses: experts asked for by counted readings.
+        accesses: experts asked for by readings that count (`counted` of `ExpertCache.reading`).
         hits: of the accesses, those whose expert was ready in its slot.
         misses: all other accesses. One whose expert a prefetch was just loading is a miss, and counts in `prefetch_late` too.
-        refetches: experts fetched again for a reading that is not counted (backward, optimizer).
-        prefetch_issued: experts accepted into the prefetch queue. This and the following have a twin in bytes, `..._bytes`.
-        prefetch_useful: experts that were ready when they were first asked for.
+        refetches: experts fetched again for a reading that does not count (backward, optimizer).
+        prefetch_issued: experts accepted into the prefetch queue. This and the next five have a twin in bytes, `..._bytes`.
+        prefetch_useful: prefetched experts that were ready when they were first asked for.
         prefetch_late: experts that were asked for while they were queued or loading.
-        prefetch_wasted: experts that were evicted or dropped before they were asked for.
+        prefetch_wasted: prefetched experts that were evicted or dropped before they were asked for.
         prefetch_cancelled: experts that left the queue without a fetch, or could not be fetched.
         prefetch_refused: experts that the admission found not worth a fetch (see admission.py). They were not issued; where admission only
             observes, they were issued all the same.
-        evictions: experts that left their slot to make room.
+        evictions: experts that left their slot to make room for another.
         write_backs: changed experts that were pushed and acknowledged.
-        bytes_in: bytes fetched, on demand and before it.
+        bytes_in: bytes fetched, on demand and ahead of it.
         bytes_out: bytes pushed and acknowledged.
-        stall_s: time that the training thread waited for experts.
-        fetched_from: experts fetched, by the daemon's tier that held them: "dram", "nvme" or "seed". "write-back": experts that came back
+        stall_s: seconds that the training thread waited for experts.
+        fetched_from: fetched experts by the daemon's tier that held them: "dram", "nvme" or "seed". "write-back": experts that came back
             from the buffers of the write-back, because the daemon did not have their newest bytes yet (not in `bytes_in`).
-        ahead: what the schedule had fetched before it was asked for: "issued", "useful", "late", "wasted", "cancelled", each also
-            as "..._bytes".
+        ahead: fetches that the schedule caused before the experts were asked for, by outcome: "issued", "useful", "late", "wasted",
+            "cancelled", each also as "..._bytes".
     """
 
     accesses: int = 0
@@ -77,6 +78,7 @@ class Counters:
 
     def count_prefetch(self, what: PrefetchCount, num_bytes: int, *, scheduled: bool = False) -> None:
         """Counts one event of an expert fetched ahead of demand, in experts and in bytes.
+
         Args:
             what: the event: the fetch was issued or refused, or how it turned out.
             num_bytes: the bytes of the expert.
@@ -97,6 +99,7 @@ _GAUGE_OF_FIELD = {"capacity_experts": "capacity", "resident_experts": "resident
 @dataclass(slots=True, kw_only=True)
 class CacheStats(Counters):
     """The state of a cache at one moment: how its slots are filled, and a copy of its counters.
+
     Stats can be added (`a + b`), for example those of the caches of two layers. The difference `later - earlier` has what was counted in
     between; its `capacity`, `resident`, `dirty` and `expert_bytes` are those of `later`.
 

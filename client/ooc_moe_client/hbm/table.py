@@ -1,4 +1,5 @@
 """`SlotTable`: which expert is in which slot, and in which order experts are evicted.
+
 When a schedule is set, the expert with the furthest next use is evicted first. Experts that the schedule does not name are evicted before
 all others, the least recently used first:
 
@@ -32,7 +33,7 @@ class LoadState(Enum):
 
 @dataclass(slots=True, eq=False)
 class Resident:
-    """An expert that has a slot, and its state there."""
+    """An expert that has a slot, and its state: what was fetched of it, its pins, its changes, and when it was last asked for."""
 
     expert: int
     slot: int
@@ -96,9 +97,9 @@ class SlotTable:
         self._reorder_by_schedule()
 
     def advance(self, experts: Sequence[int]) -> None:
-        """Moves the schedule on, because the training thread asks for these experts in one call.
+        """Moves the position in the schedule on, because the training thread asks for these experts in one call.
 
-        `note_demand` must follow for each of them.
+        Afterwards call `note_demand` for each of them.
         """
         if not self.schedule.advance(experts):
             self._reorder_by_schedule()
@@ -111,6 +112,7 @@ class SlotTable:
 
     def sections_to_fetch(self, expert: int, sections: Sections) -> Sections:
         """Decides which sections of an expert to fetch when `sections` are asked for.
+
         The optimizer section is added if the schedule will update the expert before it would be evicted.
         """
         return Sections.ALL if self.schedule.updated_within(expert, self.capacity) else sections
@@ -149,6 +151,7 @@ class SlotTable:
 
     def note_group_demand(self, group: Group) -> None:
         """Notes that the training thread asks for the experts of a group: a fast form of `advance` and a `note_demand` for each.
+
         The order of eviction is updated later, when it is needed.
         """
         self._clock += len(group.experts)
@@ -186,6 +189,7 @@ class SlotTable:
 
     def in_working_set(self, resident: Resident) -> bool:
         """Whether the expert is in the working set, the recently used experts that prefetches must not evict.
+
         It is when it was asked for since `new_working_set`, and among the last 2 x `capacity` demands (experts asked for). Training visits
         layers forward and then backward, so each expert of a set that fits into the cache is asked for at least once in so many demands.
         Experts that are no longer used drop out by themselves.

@@ -1,4 +1,5 @@
 """`WriteBack`: the thread that pushes changed experts to the store, and the host buffers that hold their bytes meanwhile.
+
     dirty resident --copy out--> PendingWrite in a host buffer --push--> acknowledged: clean, unless it was updated again
 
 There is at most one `PendingWrite` per expert, so two pushes of one expert never overtake each other. While it exists and the expert has
@@ -61,7 +62,7 @@ class WriteBack:
         self._thread.start()
 
     def join(self) -> None:
-        """Waits for the thread to end. Call this after `shared.closed` was set."""
+        """Waits for the thread to end. Call this after `shared.closed` was set, which makes it end."""
         self._thread.join()
 
     @property
@@ -105,8 +106,8 @@ class WriteBack:
     def make_room(self, may_leave: Callable[[Resident], bool]) -> bool:
         """Evicts the next expert that `may_leave` allows.
 
-        If it is dirty, this only copies it to a buffer, to be pushed; call again to evict it.
-        The lock is released during the copy.
+        A dirty expert is not evicted at once, but only copied to a buffer, to be pushed; the next call can evict it. The lock is released
+        during the copy.
 
         Returns:
             True: an expert was evicted, or copied to a buffer. The caller looks again whether a slot is free.
@@ -132,6 +133,7 @@ class WriteBack:
 
     def bring_back(self, expert: int) -> Resident:
         """Copies an evicted expert, whose push is pending, from its buffer to a free slot, and returns its entry.
+
         If the push failed, raises the push's error instead.
         """
         write = self._pending[expert]
@@ -149,6 +151,7 @@ class WriteBack:
 
     def clean_next_victims(self) -> None:
         """Queues pushes of the dirty experts that will be evicted next, so that later fetches find clean ones.
+
         Called when a fetch had to wait while a dirty expert was saved.
         """
         num_next = max(1, self._shared.table.capacity // 4)
@@ -162,6 +165,7 @@ class WriteBack:
 
     def _copy_out(self, resident: Resident, buffer: Tensor) -> PendingWrite:
         """Copies a dirty expert to a buffer, and returns its new pending write. After an error the expert stays dirty.
+
         The lock is held on entry and exit, and released during the copy.
         """
         write = self._pending[resident.expert] = PendingWrite(
@@ -187,6 +191,7 @@ class WriteBack:
 
     def _buffer_for(self, expert: int) -> Tensor | None:
         """Returns a buffer to copy the expert to: a spare one, or that of its own pending write, if the push of it has not begun.
+
         In the second case the older change in it is overwritten. None: no buffer is available.
         """
         write = self._pending.get(expert)
@@ -205,6 +210,7 @@ class WriteBack:
 
     def _try_next(self) -> PendingWrite | None:
         """Returns the next write to push: first those of evicted experts, then requested experts, which are copied out now.
+
         None when there is none, or while the training thread waits for a fetch, which a push would slow down.
         """
         if self._shared.fetching:
@@ -236,6 +242,7 @@ class WriteBack:
 
     def _next_batch(self) -> list[PendingWrite]:
         """Waits for pending writes, and returns them, to be pushed in one call. Empty when the cache is closed.
+
         The lock is taken anew for each expert, so that the training thread can take it in between.
         """
         batch: list[PendingWrite] = []
@@ -259,6 +266,7 @@ class WriteBack:
 
     def _push(self, batch: list[PendingWrite]) -> list[int | Exception]:
         """Pushes a batch of experts to the store. Returns one outcome per expert: its new version, or an error.
+
         An error of the whole call becomes the outcome of each expert. When the call is refused because of one bad expert, each is pushed
         alone.
         """

@@ -1,4 +1,5 @@
 """`ArenaView`: the daemon's DRAM tier, mapped into this process for reading, and copies of records from it.
+
 The daemon's DRAM tier is one block of shared memory, the arena. The daemon may overwrite a record while this process copies it. To notice
 that, each record has a generation, a number that the daemon makes odd before it overwrites the record. A copy is good if the generation was
 that of the lease both before and after the copy:
@@ -25,6 +26,7 @@ from ooc_moe_wire.layout import BLOCK_BYTES
 
 class ArenaView:
     """The daemon's shared memory, mapped for reading: the arena with the records, and the table of their generations.
+
     Raises:
         InvalidRequest: the memory is shorter than the daemon said, or could shrink while it is read.
     """
@@ -37,6 +39,7 @@ class ArenaView:
 
     def copy(self, offset: int, generation: int, into: memoryview) -> bool:
         """Copies a record's body from the arena to `into`. Returns False when the daemon has overwritten the record.
+
         Args:
             offset: where the body begins in the arena.
             generation: the record's generation when it was leased.
@@ -50,6 +53,7 @@ class ArenaView:
 
     def copy_hashed(self, offset: int, generation: int, into: memoryview, parameter_bytes: int) -> Checksums | None:
         """Copies as `copy` does, and returns the checksums of the copied bytes, or None when the daemon has overwritten the record.
+
         `parameter_bytes` says where the parameter section ends: each section has a checksum of its own.
         """
         generations, block = self._generations, offset // BLOCK_BYTES - 1
@@ -61,6 +65,7 @@ class ArenaView:
 
 def _map(fd: int, num_bytes: int) -> mmap.mmap:
     """Maps `num_bytes` of the daemon's shared memory for reading.
+
     Raises InvalidRequest when the memory is shorter, or could become shorter: reading beyond its end would kill this process (SIGBUS).
     """
     seals = 0

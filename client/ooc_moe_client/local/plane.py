@@ -1,4 +1,5 @@
 """`LocalPlane`: fetches from and pushes to one daemon on this host, through shared memory.
+
 It has the daemon's DRAM tier (mapped into this process), one session (connection) per running fetch, and the staging memory for pushes.
 Each fetch has a session of its own, because closing a session reliably ends all its leases. Sessions without a fetch are kept and used
 again.
@@ -23,6 +24,7 @@ STAGING_BYTES_MIN, STAGING_BYTES_MAX = 64 << 20, 1 << 30
 
 class LocalPlane:
     """The local plane of one daemon. Thread-safe.
+
     Its main session identifies it to the daemon, and pushes use it. When that session ends, by `close` or by the daemon, `is_alive` becomes
     False, and the plane must be replaced.
     """
@@ -89,10 +91,9 @@ class LocalPlane:
     # Pushes
 
     def staging_for(self, num_bytes: int) -> Staging | None:
-        """Returns the staging memory, if a body of `num_bytes` fits into it.
+        """Returns the staging memory, through which the daemon gets pushed bodies, if a body of `num_bytes` fits into it.
 
-        None: it does not fit, or the daemon accepts no staging memory.
-        The first call makes the staging memory.
+        None: it does not fit, or the daemon accepts no staging memory. The first call makes the memory.
         """
         with self._staging_lock:
             if self._staging is None:
@@ -114,7 +115,8 @@ class LocalPlane:
 
     def close(self) -> None:
         """Closes the plane and its sessions. A session with a running fetch is closed when that fetch ends.
-        The arena is unmapped when nobody reads it any more.
+
+        The arena (the daemon's shared memory) is unmapped when nobody reads it any more.
         """
         self._session.close()
         with self._lock:
@@ -136,6 +138,7 @@ class LocalCall:
 
     def next(self) -> local_pb2.LocalAnswer | None:
         """Waits for the next answer of the daemon. Returns None at the end of the fetch; by then all leases must have been released.
+
         Raises the errors of `LocalSession.receive`. The caller must then call `cancel`.
         """
         assert self._session is not None

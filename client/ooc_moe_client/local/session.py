@@ -1,4 +1,5 @@
 """`LocalSession`: one connection to a daemon's local plane, through a Unix socket. Fetches request leases through it.
+
 A lease is the right to read a record in the daemon's memory; it expires. The session lasts as long as the socket: when either side closes
 it, or dies, the daemon drops the session's leases.
 """
@@ -37,6 +38,7 @@ class LocalSession:
     @staticmethod
     def connect(name: str) -> tuple[LocalSession, ArenaView]:
         """Opens a session through the Unix socket of that abstract name. Returns it with the daemon's memory, mapped into this process.
+
         Raises:
             Unavailable: nobody listens on the socket (the daemon is on another host, or just ended), or the daemon refuses this user.
             InvalidRequest: the listener belongs to another user, speaks another protocol, or sends memory that could shrink.
@@ -86,6 +88,7 @@ class LocalSession:
 
     def receive(self, deadline: float) -> local_pb2.LocalAnswer | None:
         """Waits for the next answer to the fetch, and returns it; None at the end. `deadline` is a time of `time.monotonic()`.
+
         Raises:
             Unavailable, DeadlineExceeded: the session is over, and so are its leases.
             Any other error: the daemon refused or ended the fetch. The session stays open.
@@ -122,6 +125,7 @@ class LocalSession:
 
     def stage(self, fd: int, num_bytes: int) -> bool:
         """Sends the file descriptor of staging memory to the daemon, which maps it. Returns whether the daemon accepts it.
+
         When it does not, the session is over.
         """
         try:
@@ -142,6 +146,7 @@ class LocalSession:
 
 def _limit(connected: socket.socket, seconds: float) -> None:
     """Limits how long sends and receives on the socket may wait.
+
     `settimeout` is not used: it would add a system call (poll) to each packet, even under MSG_DONTWAIT.
     """
     limit = _TIMEVAL.pack(*divmod(max(1, round(seconds * 1e6)), 1_000_000))
@@ -151,6 +156,7 @@ def _limit(connected: socket.socket, seconds: float) -> None:
 
 def _check_peer(connected: socket.socket) -> None:
     """Raises InvalidRequest unless the process that listens on the socket belongs to this user or to root.
+
     The name alone proves nothing: any process may listen on an abstract socket of any name.
     """
     _, uid, _ = _PEER.unpack(connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))

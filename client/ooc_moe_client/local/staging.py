@@ -1,4 +1,5 @@
 """`Staging`: shared memory through which pushed bodies (the bytes of experts) reach the daemon on the local plane.
+
 The client writes a body into a place of this memory. The daemon copies it into its own memory before it checks and writes it. The place is
 freed when the daemon has answered the push.
 """
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 class Staging:
     """Shared memory (a memfd) of a fixed size, and the allocation of places for bodies in it.
+
     The daemon maps the same memory through `fd`. The descriptor is closed with the last reference to this object.
     """
 
@@ -43,6 +45,7 @@ class Staging:
 
     def allocate(self, num_bytes: int, *, wanted: Callable[[], bool]) -> int | None:
         """Allocates a place of `num_bytes`, and returns its start. Waits until one is free, as long as `wanted()` is true.
+
         `wanted` is called again whenever a place was freed and after each `wake`. None: it returned False. The place is the lowest free
         one, because pages there are in use already.
         """

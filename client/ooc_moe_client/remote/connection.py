@@ -1,4 +1,5 @@
 """`Connection`: the gRPC channel to one daemon, with its options, deadlines and retries. It sends the caller's name with every call.
+
 Two errors are retried after random pauses. Unavailable is retried until the patience (a time limit) ends. TierFull is retried a limited
 number of times, each time after the pause that the daemon names. Errors of gRPC are translated to those of `ooc_moe_wire.errors` in this
 file only.
@@ -69,6 +70,7 @@ def check_target(target: str) -> None:
 
 class Connection:
     """One gRPC channel to a daemon, and methods that make calls with deadlines, retries and translated errors.
+
     Args:
         target: "host:port" or "unix:PATH".
         trainer: the caller's name, under which the daemon counts its calls.
@@ -98,6 +100,7 @@ class Connection:
     @property
     def patience_s(self) -> float:
         """For how many seconds a call that meets Unavailable is retried now.
+
         It is shorter while the daemon has never answered, and after retries have ended without success.
         """
         return self._patience_s if self._has_answered else min(self._patience_s, FIRST_CONTACT_S)
@@ -113,6 +116,7 @@ class Connection:
     @contextmanager
     def translated_errors(self) -> Iterator[None]:
         """A context manager that translates gRPC's errors from its block to this project's errors, and raises those.
+
         The message of Unavailable and DeadlineExceeded gets the daemon's address.
         """
         try:
@@ -141,11 +145,15 @@ class Connection:
         return self.retry(lambda: self.call_once(method, request))
 
     def retry(self, attempt: Callable[[], Result]) -> Result:
-        """Calls `attempt`, again while it raises Unavailable or TierFull and retries are left, and returns its result."""
+        """Calls `attempt`, and returns its result.
+
+        If it raises Unavailable or TierFull, calls it again after a pause, until the retries end.
+        """
         return self.retrying(self._gives_up)(attempt)
 
     def retrying(self, gives_up: Callable[[RetryCallState], bool]) -> Retrying:
         """Makes a retry policy for Unavailable and TierFull. Call the result with the function to retry.
+
         `gives_up` is asked after each failure whether to stop; then the error is raised. `close` ends the pauses between the tries early.
         """
         return Retrying(

@@ -1,4 +1,5 @@
 """`Fetch`: the work behind `RemoteStore.fetch`. When a call to the daemon breaks, `Fetch` opens another for the experts that are missing.
+
 A call runs on one of two planes (ways for bytes to travel), the stream plane or the local plane:
 
     Fetch            opens calls, one after the other, until every expert came or failed
@@ -37,6 +38,7 @@ class PlaneCall(Protocol):
 
     def next(self) -> Iterable[Fetched] | None:
         """Waits for the next experts of the call, and returns them as an iterable. None: the call has ended.
+
         The bytes of an expert are complete when the iterable yields it. The caller must iterate to the end before it calls this again.
         """
 
@@ -45,7 +47,8 @@ class PlaneCall(Protocol):
 
 
 class Fetch:
-    """The experts of one `RemoteStore.fetch`, received by one or more calls to the daemon, one after the other.
+    """Receives the experts of one `RemoteStore.fetch`, by one or more calls to the daemon, one after the other.
+
     Args:
         connection: the connection to the daemon.
         planes: chooses the plane of each call.
@@ -63,6 +66,7 @@ class Fetch:
 
     def next(self) -> Iterable[Fetched] | None:
         """Waits for the next experts, and returns them as `PlaneCall.next` does. None: every expert has come or failed.
+
         The error of a failed expert is in `PendingExperts.error`.
         """
         try:

@@ -1,6 +1,7 @@
 """`LeasedCall`: one call of a fetch on the local plane.
 
 The daemon leases records in its DRAM, and the client copies them from shared memory.
+
 A lease is the right to read a record for a limited time.
 
     daemon: sends leases (ids, experts, offsets, generations, ...)
@@ -31,6 +32,7 @@ _Lease = tuple[int, int, int, int, int, int, int, int]
 
 class LeasedCall:
     """One call on the local plane that fetches the experts in `asked`. `PlaneCall` documents the methods.
+
     Attributes:
         num_overwritten: how many experts the daemon overwrote before they were copied.
     """
@@ -46,6 +48,7 @@ class LeasedCall:
 
     def next(self) -> Iterator[Fetched] | tuple[Fetched] | None:
         """Waits for the next experts, and returns them. None: the call has ended. Contract: `PlaneCall.next`.
+
         The call is read to its end even when all experts have come, so that its session can be used again.
         """
         while True:

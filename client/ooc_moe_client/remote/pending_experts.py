@@ -19,6 +19,7 @@ _TIERS = {tier.value: tier for tier in Tier}
 
 class PendingExperts:
     """Which experts of one fetch have not come yet, and where their bytes go. `ExpertStore.fetch` documents the arguments.
+
     Attributes:
         experts: the experts that have neither come nor failed, each with the version that the caller has (or None).
         error: the error of the first expert that failed; None when none has.
@@ -50,6 +51,7 @@ class PendingExperts:
 
     def request(self, num_experts_max: int | None = None) -> expert_pb2.FetchExpertsRequest:
         """Makes the message that asks for the missing experts, at most `num_experts_max` of them (None: all).
+
         Make it just before the call is opened: it also notes which versions the call must not fall below (see read_floor.py).
         """
         asked = dict(itertools.islice(self.experts.items(), num_experts_max))
@@ -89,6 +91,7 @@ class PendingExperts:
 
     def arrive(self, expert: int, version: int, tier: int, *, unchanged: bool = False) -> Fetched | None:
         """Removes an expert whose bytes are complete from those missing, and returns what the store yields for it.
+
         None: the store had acknowledged a newer version to this client, so an update was lost; the expert is marked as failed.
 
         Args:

@@ -1,4 +1,5 @@
 """`PlaneChoice`: chooses the plane (the way for bytes to travel) of each call, and opens the local plane.
+
 It opens the local plane where that is possible, and opens it again after it broke.
 """
 
@@ -25,6 +26,7 @@ REFUSED_S = 30.0
 
 class PlaneChoice:
     """Chooses between the local plane and the stream plane for the calls of one connection. Thread-safe.
+
     Args:
         connection: the connection to the daemon.
         wanted: the plane that the user asked for. AUTO: the local plane where possible, else the stream plane.
@@ -43,6 +45,7 @@ class PlaneChoice:
 
     def local(self) -> LocalPlane | None:
         """Returns the local plane, after opening it if necessary. None: use the stream plane.
+
         Raises:
             InvalidRequest: the user asked for the local plane, and it is impossible.
             Unavailable: the daemon does not answer.

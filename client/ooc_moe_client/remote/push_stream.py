@@ -1,4 +1,5 @@
 """`BankWriter`: holds the right to write one bank, by an open gRPC stream to the daemon, and sends pushes on that stream.
+
 Three kinds of threads work on it:
 
     callers' threads       push(): queue items, wait for their outcomes
@@ -81,6 +82,7 @@ class PendingPush:
 
 class BankWriter:
     """Holds one bank open for writing and pushes experts to it, in a background thread that starts at once.
+
     When that thread fails to open the bank or loses it for good, `push` and `wait_until_open` raise its error. The threads share one queue
     under one lock (`_changed`), which is why this is one class.
 
@@ -133,6 +135,7 @@ class BankWriter:
 
     def push(self, items: Sequence[PendingPush]) -> None:
         """Sends pushes, and returns when each has its `outcome`. Also waits while an earlier push of the same expert is running.
+
         Raises:
             The error that ended the writer. Pushes without an outcome may or may not have been written.
         """
@@ -166,9 +169,7 @@ class BankWriter:
             self._thread.join()
 
     def _wait(self) -> None:
-        """Waits for a change of the shared state. When the daemon is silent for `timeout_s`, ends the stream, so that a new one is
-        opened.
-        """
+        """Waits for a change of the shared state. If the daemon was silent for `timeout_s`, ends the stream; another will be opened."""
         self._changed.wait(self._connection.timeout_s)
         if time.monotonic() - self._progress_at >= self._connection.timeout_s and self._call is not None:
             self._call.cancel()
@@ -200,6 +201,7 @@ class BankWriter:
 
     def _hold_stream(self) -> None:
         """Opens one stream, and reads its responses to the end.
+
         Returns when the writer was released. Raises Unavailable when the stream broke.
         """
         with self._changed:
@@ -265,6 +267,7 @@ class BankWriter:
 
     def _stage(self, item: PendingPush, stream: int, plane: LocalPlane | None) -> bool:
         """Copies the body of a push to the staging memory of the plane, unless it is there already.
+
         Returns False when the body must be sent in chunks instead: there is no staging memory, it is too small, or the stream has ended.
         """
         staging = None if plane is None else plane.staging_for(len(item.body))

@@ -1,4 +1,5 @@
 """`Pusher`: sends the pushes of one store, to all its banks.
+
 It keeps one `BankWriter` for each bank that is open for writing. It also remembers pushes whose answer never came, because such a push may
 have been written. Then the next push of the expert from the same version would be refused as stale, although the caller did nothing wrong.
 So before that next push, the pusher compares checksums to find out whether the daemon wrote the lost one. If so, it pushes from the version
@@ -94,6 +95,7 @@ class Pusher:
 
     def _base_version(self, bank: str, push: Push) -> int:
         """The version that this push is sent with: the caller's base version, except after a lost answer.
+
         If an earlier push from that base version was written although its answer was lost, returns the version that it made.
         """
         lost = self._unanswered.get((bank, push.expert))

@@ -1,4 +1,5 @@
 """`ReadFloor`: for each expert, the oldest version that a fetch may still return.
+
 It is the newest version that the daemon acknowledged to this client. For example, once a push was acknowledged as version 7, a fetch that
 returns version 6 would mean that the update was lost; it must be an error.
 """
@@ -12,6 +13,7 @@ from ooc_moe_wire.errors import LostUpdate
 
 class ReadFloor:
     """The newest acknowledged version of each pushed expert, its floor: no fetch may return an older one.
+
     Thread-safe, because each step is one operation on a dict.
     """
 
@@ -34,6 +36,7 @@ class ReadFloor:
 
     def lost_update(self, bank: str, expert: int, version: int, floor: int) -> LostUpdate | None:
         """Makes the error for a fetch that returned `version`, older than the floor `floor` from the start of the fetch.
+
         None: the version is new enough, or the bank's floors were dropped since the fetch began.
         """
         if version >= floor or not self.of(bank, (expert,)):

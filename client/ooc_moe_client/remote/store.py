@@ -1,4 +1,5 @@
 """`RemoteStore`: the store of experts that a daemon keeps, reached over gRPC.
+
     store = RemoteStore("127.0.0.1:50051", trainer="mine")
 
 Every call but WatchStats and PushExperts has a deadline. Unavailable is retried after random pauses, so that a restart of the daemon in the
@@ -38,6 +39,7 @@ from ooc_moe_wire.v1 import (
 
 class RemoteStore:
     """A daemon's store, over gRPC. It implements `ExpertStore`. Calls are retried while the daemon is away, unless a method says otherwise.
+
     Args:
         target: the daemon's address, "host:port" or "unix:PATH".
         trainer: the caller's name, under which the daemon counts its calls; at most 128 printable ASCII characters.
@@ -104,6 +106,7 @@ class RemoteStore:
 
     def fork_bank(self, source: str, name: str, *, snapshot_id: int | None = None) -> Bank:
         """Creates a bank as a copy of another one, as that is now or was in a snapshot. Contract: `ExpertStore.fork_bank`.
+
         Once the request was sent it is not retried: a repeat would find that the bank exists.
         """
         self.get_bank(source)
@@ -134,6 +137,7 @@ class RemoteStore:
         known_versions: Sequence[int | None] | None = None,
     ) -> Iterator[Fetched]:
         """Receives experts into the caller's memory, and yields each. Contract: `ExpertStore.fetch`.
+
         When the daemon goes away, retries for `patience_s` seconds, counted anew from each expert that comes.
         """
         check_distinct(bank, experts)
@@ -159,6 +163,7 @@ class RemoteStore:
 
     def push(self, bank: str, pushes: Sequence[Push], *, durability: Durability = Durability.DURABLE) -> list[int | Exception]:
         """Sends experts to the daemon, which writes them. Contract: `ExpertStore.push`.
+
         When the daemon has no room for an expert (TierFull), that push is tried again a few times.
         """
         return self._pusher.push(bank, self._layout(bank), pushes, durability)
@@ -195,6 +200,7 @@ class RemoteStore:
 
     def create_snapshot(self, banks: Sequence[str], *, name: str = "") -> Snapshot:
         """Saves the present state of banks under an id and a name. Contract: `ExpertStore.create_snapshot`.
+
         Without a name, the request is not retried once it was sent: a repeat would make a second snapshot.
         """
         request = snapshot_pb2.CreateSnapshotRequest(banks=banks, name=name)
@@ -230,6 +236,7 @@ class RemoteStore:
 
     def watch_stats(self, interval_s: float = 1.0) -> Iterator[stats_pb2.Stats]:
         """Yields the daemon's counters now, and again after each interval. Contract: `ExpertStore.watch_stats`.
+
         When the daemon restarts, the iterator continues.
         """
         calls: list[Responses[stats_pb2.Stats]] = []
@@ -259,6 +266,7 @@ class RemoteStore:
 
     def report_trainer(self, hbm: Sequence[stats_pb2.HbmStats], activity: str) -> None:
         """Sends the counters of this trainer's caches to the daemon. Contract: `ExpertStore.report_trainer`.
+
         Not retried, because the next report has newer counters.
         """
         self._connection.call_once(self._stats.ReportTrainer, stats_pb2.ReportTrainerRequest(hbm=hbm, activity=activity))

@@ -1,4 +1,5 @@
 """`StreamedCall`: one call of a fetch on the stream plane, that is, in gRPC messages.
+
 Each expert comes as one header message, followed by chunks of its bytes unless the caller has its version already.
 """
 
@@ -41,6 +42,7 @@ class StreamedCall:
 
     def next(self) -> tuple[Fetched] | None:
         """Waits for the next expert, and returns it. None: all have come. Contract: `PlaneCall.next`.
+
         Raises Internal when the daemon ends the call while experts are missing.
         """
         with self._connection.translated_errors():

@@ -1,4 +1,5 @@
 """Turns tyro's messages about mistakes on the command line into errors of one line, in this project's wording.
+
 tyro is the library that parses the command line. It prints such a message in a box, and exits.
 """
 
@@ -23,6 +24,7 @@ def closest(word: str, known: Iterable[str]) -> str:
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """A context manager that turns tyro's exit, when it has found a mistake on the command line, into InvalidRequest.
+
     What tyro prints in the block is not shown; the error has its message, in one line.
     """
     said, columns = io.StringIO(), os.environ.get("COLUMNS")
@@ -41,6 +43,7 @@ def one_line_errors() -> Iterator[None]:
 
 def _sections(box: str) -> list[str]:
     """Splits a message box of tyro into its sections, each as one line of text.
+
     The sections are divided by horizontal rules of ─, or of - if the output is not UTF-8.
     """
     text = re.sub(r"\x1b\[[0-9;]*m", "", box)

@@ -27,8 +27,9 @@ _METAVARS: dict[Any, str] = {int: "N", float: "X", Path: "PATH", str: "NAME"}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Flag:
-    """How the command line shows an option, where the field's name and type are not enough: `field: Annotated[Path,
-    Flag(positional=True)]`.
+    """How the command line shows an option, where the field's name and type do not say enough.
+
+    Use it as an annotation: `field: Annotated[Path, Flag(positional=True)]`.
     """
 
     name: str | None = None
@@ -88,6 +89,7 @@ class Option:
 
     def read(self, words: Sequence[str]) -> Any:
         """Converts the words that the user typed for this option to its value.
+
         Raises ValueError if they are no valid value. The message does not name the option.
         """
         if self.optional and [word.lower() for word in words] == [NONE]:
@@ -130,6 +132,7 @@ _READERS: dict[Any, tuple[Callable[[str], Any], str]] = {
 
 def options_of(config: type[Any], *, skip: Iterable[str] = (), paired: bool = False) -> tuple[Option, ...]:
     """Makes one option from each field of a dataclass: first from its own fields, then from those of its base classes.
+
     Args:
         config: the dataclass.
         skip: names of fields that do not become options.

@@ -1,4 +1,5 @@
 """Parses the words that follow a command's name on the command line, with the library tyro.
+
 `tyro_type` makes a dataclass from the options, which tyro can parse. `parse` runs tyro, and converts its result to the values of the
 options.
 """
@@ -45,6 +46,7 @@ class Parsed:
 
 def parse(groups: Sequence[Group], words: Sequence[str], *, prog: str, description: str) -> Parsed:
     """Parses the words that follow a command's name, and returns the values of the options.
+
     Args:
         groups: the options of the command.
         words: what the user typed after the command's name.
@@ -79,6 +81,7 @@ def _named(options: Sequence[Option], words: Sequence[str]) -> Iterator[Option |
 
 def _joined(options: Sequence[Option], words: Sequence[str], *, several: bool) -> list[str]:
     """Joins the values of each option that takes a list into one word: --games a b --games c becomes --games a,b,c.
+
     `several`: all words up to the next flag belong to a list; otherwise only the first word does.
     """
     joined: list[list[str]] = []  # Words, and the values of a list as one item, which grows.
@@ -104,6 +107,7 @@ def _joined(options: Sequence[Option], words: Sequence[str], *, several: bool) -
 
 def description_of(text: str) -> str:
     """Returns a command's help text without its indentation.
+
     tyro fills paragraphs, but begins a new line for a line such as "$ ...".
     """
     return inspect.cleandoc(text)
@@ -111,6 +115,7 @@ def description_of(text: str) -> str:
 
 def has_positional(options: Sequence[Option]) -> bool:
     """Returns whether any option is positional (given without a flag).
+
     If so, the value of a list option must be one word, because further words are positional arguments.
     """
     return any(option.shown.positional for option in options)
@@ -118,6 +123,7 @@ def has_positional(options: Sequence[Option]) -> bool:
 
 def tyro_type(groups: Sequence[Group]) -> Any:
     """Makes a dataclass from the options, which tyro can parse.
+
     Options in a group without a title become its fields; each group with a title becomes a nested dataclass.
     """
     several = not has_positional([option for group in groups for option in group.options])
@@ -135,6 +141,7 @@ def tyro_type(groups: Sequence[Group]) -> Any:
 
 def _tyro_field(option: Option, *, several: bool) -> tuple[str, Any, Any]:
     """Converts an option to a field of the dataclass for tyro: its name, its annotated type and its default.
+
     `several`: the value of a list option may be several words.
     """
     several = several or option.shown.positional

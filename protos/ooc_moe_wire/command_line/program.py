@@ -30,6 +30,7 @@ class Command:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Program:
     """A program with several commands.
+
     The name of a command is one word ("train") or two ("bank ls"). The command named "" runs if the words name no command.
     """
 
@@ -41,6 +42,7 @@ class Program:
 
     def run(self, words: Sequence[str]) -> int:
         """Runs the command that the words name, and returns its exit code.
+
         Without a command, prints help or a completion script. `words`: what the user typed after the program's name.
 
         Raises:
@@ -77,6 +79,7 @@ class Program:
 
     def _tree(self, *, with_options: bool) -> Any:
         """Makes the type from which tyro prints the list of commands or a completion script.
+
         `with_options`: include the options of all commands. Completion scripts need them; the list of commands is faster without them.
         """
         members = [self._subcommand(name, with_options) for name in self.commands if len(name.split()) == 1]
@@ -94,9 +97,7 @@ class Program:
 
 
 def command_of(options: type[Any]) -> Command:
-    """Makes a command from a dataclass: its fields become the options, its docstring the help text, and its method `run` runs the
-    command.
-    """
+    """Makes a command from a dataclass: its fields become the options, its docstring the help text, and its method `run` is what runs."""
     return Command(
         description=options.__doc__ or "",
         groups=lambda: [Group(title="", options=options_of(options))],

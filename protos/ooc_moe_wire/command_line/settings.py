@@ -17,6 +17,7 @@ from ooc_moe_wire.errors import InvalidRequest
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
     """The value of an option, and where it was set.
+
     The source is, for example, "flag", "environment OOC_MOE_SEED", "file run.toml", "preset demo" or "default".
     """
 
@@ -28,6 +29,7 @@ def from_environment(
     options: Iterable[Option], environ: Mapping[str, str], prefix: str, *, ignored: tuple[str, ...] = ()
 ) -> dict[str, Setting]:
     """Reads settings from environment variables. A variable's name is the prefix and the option's field name in capitals: OOC_MOE_SEED.
+
     Returns the settings by field name.
 
     Args:
@@ -50,6 +52,7 @@ def from_environment(
 
 def from_file(options: Iterable[Option], path: Path, *, tables: tuple[str, ...] = ()) -> dict[str, Setting]:
     """Reads settings from a JSON file (*.json) or a TOML file (any other name). The file's keys are the field names of options.
+
     Returns the settings by field name.
 
     Args:
