@@ -1,6 +1,6 @@
 """The trainer's side of the project: two stores of experts, and the cache that holds the experts in use on the GPU.
 
-An `ExpertStore` keeps the experts of a model, more than fit into the GPU. `RemoteStore` reaches the store of a daemon over gRPC;
+An `ExpertStore` keeps the experts of a model, usually more than fit into the GPU. `RemoteStore` reaches the store of a daemon over gRPC;
 `InMemoryStore` is a store inside this process and needs no daemon. `ExpertCache` holds some experts of one bank (a named set of experts) on
 the GPU, or on the CPU. It fetches missing experts from the store, prefetches experts that will be needed, and writes trained experts back
 to the store. Only `ExpertCache` imports torch.

@@ -47,7 +47,7 @@ class Durability(Enum):
 
 
 class Priority(Enum):
-    """How urgent a fetch is. The daemon serves all demand before any prefetch."""
+    """How urgent a fetch is. The daemon serves all DEMAND fetches before any PREFETCH."""
 
     DEMAND = 0
     PREFETCH = 1

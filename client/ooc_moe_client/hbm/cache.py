@@ -158,8 +158,8 @@ class ExpertCache:
     def schedule(self, uses: Iterable[Use], *, ahead: bool = True) -> None:
         """Announces which experts will be read (PARAMETERS) and updated (ALL) from now on, in order. Replaces the earlier schedule.
 
-        From then on the cache evicts the expert whose next use is furthest away. Readings may deviate from the schedule: they take longer,
-        and their results are the same.
+        From then on the cache evicts experts that the schedule does not name first, and then the one whose next use is furthest away.
+        Readings may deviate from the schedule: they take longer, and their results are the same.
 
         Args:
             uses: the experts of each step, in the order of the steps.
