@@ -1,7 +1,9 @@
-"""A trainer's side of the store: clients of the daemon, and the cache that keeps the experts of the moment in HBM.
+"""The trainer's side of the project: two stores of experts, and the cache that holds the experts in use on the GPU.
 
-`RemoteStore` talks to a daemon, `InMemoryStore` needs none; both are an `ExpertStore`. `ExpertCache` keeps some experts of one bank on the
-GPU (or on the CPU), fetches missing ones, prefetches, and writes back what was trained. Only `ExpertCache` imports torch.
+An `ExpertStore` keeps the experts of a model, usually more than fit into the GPU. `RemoteStore` reaches the store of a daemon over gRPC;
+`InMemoryStore` is a store inside this process and needs no daemon. `ExpertCache` holds some experts of one bank (a named set of experts) on
+the GPU, or on the CPU. It fetches missing experts from the store, prefetches experts that will be needed, and writes trained experts back
+to the store. Only `ExpertCache` imports torch.
 """
 
 from typing import TYPE_CHECKING

@@ -4,8 +4,8 @@
     store.create_bank(BankSpec(name="ffn", num_experts=8, layout=layout))
     other = store.connect()                       # a second writer on the same banks
 
-Outcomes and errors are the daemon's, because both follow `ooc_moe_wire.rules`. Tiers, durability and time are not modelled: an expert that
-was touched once counts as being in DRAM, and a write is as durable as the process.
+Calls have the same outcomes and errors as with a daemon, because both follow `ooc_moe_wire.rules`. Tiers, durability and time are not
+modelled: an expert that was read once counts as being in DRAM, and a write lasts as long as the process.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from ooc_moe_wire.v1 import stats_pb2
 
 @dataclass(frozen=True, slots=True)
 class _Record:
-    """One expert's present state. `body` is None for the seeded value."""
+    """One expert's version and bytes. `body` is None when the expert has its initial value, which is computed from the bank's seed."""
 
     version: int
     body: bytes | None
 
     @property
     def is_written(self) -> bool:
-        """See `rules.StoredRecord`."""
+        """Whether the expert's bytes were pushed. Implements `rules.StoredRecord`."""
         return self.body is not None
 
 
@@ -56,11 +56,11 @@ class _Bank:
         rules.check_experts(self.spec.name, experts, self.spec.num_experts)
 
     def record(self, expert: int) -> _Record:
-        """The expert's present record."""
+        """The expert's version and bytes."""
         return self.records.get(expert, _UNWRITTEN)
 
     def body(self, expert: int) -> bytes:
-        """The expert's present bytes; the seeded value is made anew at each call."""
+        """The expert's bytes. Those of an unwritten expert are computed anew at each call."""
         written = self.record(expert).body
         if written is not None:
             return written
@@ -69,22 +69,22 @@ class _Bank:
         return bytes(seeded)
 
     def put(self, expert: int, record: _Record) -> None:
-        """Makes a record current."""
+        """Replaces the expert's record by this one."""
         self.records[expert] = record
         self.newest_version = max(self.newest_version, record.version)
 
     def is_in_dram(self, expert: int) -> bool:
-        """Whether the expert was written or touched."""
+        """Whether the expert counts as being in DRAM: it was written, or read at least once (`touch`)."""
         return self.record(expert).is_written or expert in self.seeds_in_dram
 
     def touch(self, expert: int) -> Tier:
-        """Reads the expert: DRAM, or SEED the first time an unwritten expert is touched."""
+        """Notes that the expert is read, and returns the tier to report: SEED at the first read of an unwritten expert, else DRAM."""
         tier = Tier.DRAM if self.is_in_dram(expert) else Tier.SEED
         self.seeds_in_dram.add(expert)
         return tier
 
     def info(self, expert: int) -> ExpertInfo:
-        """The expert's row of a listing."""
+        """What `list_experts` says of this expert."""
         record, layout = self.record(expert), self.spec.layout
         sums = rules.listed_checksums(None if record.body is None else Checksums.of(layout, memoryview(record.body)))
         return ExpertInfo(
@@ -97,7 +97,7 @@ class _Bank:
         )
 
     def to_public(self) -> Bank:
-        """The bank as the store interface shows it."""
+        """Converts the bank to the `Bank` that the store interface returns."""
         return Bank(
             spec=self.spec,
             num_written=sum(record.is_written for record in self.records.values()),
@@ -111,7 +111,7 @@ class _Bank:
 
 @dataclass(frozen=True, slots=True)
 class _SnapshotPart:
-    """One bank's part of a snapshot."""
+    """What a snapshot keeps of one bank: the records, the number of experts, and the size of a record."""
 
     records: dict[int, _Record]
     num_experts: int
@@ -126,7 +126,7 @@ class _Snapshot:
     created_unix_ms: int = field(default_factory=lambda: time.time_ns() // 1_000_000)
 
     def to_public(self) -> Snapshot:
-        """The snapshot as the store interface shows it."""
+        """Converts the snapshot to the `Snapshot` that the store interface returns."""
         num_experts, num_bytes = rules.snapshot_counts((part.record_bytes, part.records.values()) for part in self.parts.values())
         return Snapshot(
             id=self.id,
@@ -140,7 +140,7 @@ class _Snapshot:
 
 @dataclass(slots=True)
 class _State:
-    """What all handles of one store share. `lock` guards it."""
+    """The banks, snapshots and counters of one store, which all its `InMemoryStore` handles share. `lock` guards all fields."""
 
     lock: threading.RLock = field(default_factory=threading.RLock)
     banks: dict[str, _Bank] = field(default_factory=dict)
@@ -154,14 +154,14 @@ class _State:
         return rules.find_bank(self.banks, name)
 
     def put_anew(self, bank: _Bank, expert: int, body: bytes | None) -> int:
-        """Makes a body (None: the seeded value) current under the store's next version, and returns that version."""
+        """Replaces an expert's bytes under the store's next version, and returns that version. `body` None: back to the initial value."""
         self.newest_version += 1
         bank.put(expert, _Record(self.newest_version, body))
         return self.newest_version
 
 
 class InMemoryStore:
-    """One handle, which is one writer, on a store in this process. See `ExpertStore` for the methods."""
+    """A store of experts in this process. It implements `ExpertStore`. This object and each one from `connect` count as a writer."""
 
     def __init__(self, *, trainer: str = "") -> None:
         self._state = _State()
@@ -169,7 +169,7 @@ class InMemoryStore:
         self._writer_id = uuid.uuid4().hex
 
     def connect(self, trainer: str = "") -> InMemoryStore:
-        """A second handle, another writer, on the same banks and snapshots."""
+        """Returns a second handle on the same banks and snapshots. The store treats it as another writer."""
         handle = InMemoryStore(trainer=trainer)
         handle._state = self._state
         return handle
@@ -177,31 +177,31 @@ class InMemoryStore:
     # Banks
 
     def create_bank(self, spec: BankSpec) -> Bank:
-        """See ExpertStore."""
+        """Creates a bank, or returns the existing one of an equal spec. Contract: `ExpertStore.create_bank`."""
         with self._state.lock:
             bank = self._state.banks.setdefault(spec.name, _Bank(spec))
             rules.check_same_bank(bank.spec, spec)
             return bank.to_public()
 
     def grow_bank(self, name: str, num_experts: int) -> Bank:
-        """See ExpertStore."""
+        """Raises a bank's number of experts. Contract: `ExpertStore.grow_bank`."""
         with self._state.lock:
             bank = self._state.bank(name)
             bank.spec = rules.grown(bank.spec, num_experts)
             return bank.to_public()
 
     def get_bank(self, name: str) -> Bank:
-        """See ExpertStore."""
+        """Returns the description of a bank. Contract: `ExpertStore.get_bank`."""
         with self._state.lock:
             return self._state.bank(name).to_public()
 
     def list_banks(self) -> list[Bank]:
-        """See ExpertStore."""
+        """Returns the descriptions of all banks, sorted by name. Contract: `ExpertStore.list_banks`."""
         with self._state.lock:
             return [bank.to_public() for _, bank in sorted(self._state.banks.items())]
 
     def delete_bank(self, name: str) -> None:
-        """See ExpertStore."""
+        """Deletes a bank, also from all snapshots. Contract: `ExpertStore.delete_bank`."""
         with self._state.lock:
             rules.check_writer(name, self._state.bank(name).writer_id)
             del self._state.banks[name]
@@ -211,7 +211,7 @@ class InMemoryStore:
                     del self._state.snapshots[snapshot.id]
 
     def fork_bank(self, source: str, name: str, *, snapshot_id: int | None = None) -> Bank:
-        """See ExpertStore."""
+        """Creates a bank as a copy of another one, as that is now or was in a snapshot. Contract: `ExpertStore.fork_bank`."""
         with self._state.lock:
             origin = self._state.bank(source)
             rules.check_new_name(name, self._state.banks)
@@ -238,7 +238,7 @@ class InMemoryStore:
         priority: Priority = Priority.DEMAND,
         known_versions: Sequence[int | None] | None = None,
     ) -> Iterator[Fetched]:
-        """See ExpertStore."""
+        """Copies experts into the caller's memory, and yields each. Contract: `ExpertStore.fetch`."""
         check_distinct(bank, experts)
         check_known_versions(bank, experts, known_versions)
         with self._state.lock:
@@ -268,7 +268,7 @@ class InMemoryStore:
             return bank.record(expert).version, body, tier
 
     def push(self, bank: str, pushes: Sequence[Push], *, durability: Durability = Durability.DURABLE) -> list[int | Exception]:
-        """See ExpertStore. Both durabilities are the same here, and no push is ever repeated: no answer can be lost."""
+        """Writes experts. Both durabilities are the same in memory, and no answer can be lost. Contract: `ExpertStore.push`."""
         with self._state.lock:
             layout = self._state.bank(bank).spec.layout
         bodies = checked_bodies(bank, layout, pushes)
@@ -289,34 +289,34 @@ class InMemoryStore:
         return self._state.put_anew(bank, push.expert, bytes(body))
 
     def open_for_writing(self, bank: str) -> None:
-        """See ExpertStore."""
+        """Takes the sole right to write the bank. Contract: `ExpertStore.open_for_writing`."""
         with self._state.lock:
             opened = self._state.bank(bank)
             rules.check_writer(bank, opened.writer_id, self._writer_id)
             opened.writer_id = self._writer_id
 
     def release(self, bank: str) -> None:
-        """See ExpertStore."""
+        """Gives back the right to write the bank, if this handle holds it. Contract: `ExpertStore.release`."""
         with self._state.lock:
             opened = self._state.banks.get(bank)
             if opened is not None and opened.writer_id == self._writer_id:
                 opened.writer_id = ""
 
     def prefetch(self, bank: str, experts: Sequence[int]) -> list[PrefetchState]:
-        """See ExpertStore. Promotes at once: a second call answers RESIDENT."""
+        """Counts experts as being in DRAM from now on; a second call answers RESIDENT. Contract: `ExpertStore.prefetch`."""
         with self._state.lock:
             promoted = self._state.bank(bank)
             promoted.check(experts)
             return [PrefetchState.RESIDENT if promoted.touch(expert) is Tier.DRAM else PrefetchState.QUEUED for expert in experts]
 
     def cancel_prefetch(self, bank: str, experts: Sequence[int] = ()) -> int:
-        """See ExpertStore. Nothing is ever queued here."""
+        """Checks the ids and returns 0, because this store never queues a prefetch. Contract: `ExpertStore.cancel_prefetch`."""
         with self._state.lock:
             self._state.bank(bank).check(experts)
             return 0
 
     def list_experts(self, bank: str) -> Iterator[ExpertInfo]:
-        """See ExpertStore."""
+        """Yields the version, size and checksums of every expert, in order of ids. Contract: `ExpertStore.list_experts`."""
         with self._state.lock:
             listed = self._state.bank(bank)
             return iter([listed.info(expert) for expert in range(listed.spec.num_experts)])
@@ -324,7 +324,7 @@ class InMemoryStore:
     # Snapshots
 
     def create_snapshot(self, banks: Sequence[str], *, name: str = "") -> Snapshot:
-        """See ExpertStore."""
+        """Saves the present state of banks under an id and a name. Contract: `ExpertStore.create_snapshot`."""
         with self._state.lock:
             rules.check_snapshot_banks(banks)
             rules.check_snapshot_name(name)
@@ -342,13 +342,13 @@ class InMemoryStore:
             return snapshot.to_public()
 
     def list_snapshots(self, bank: str = "") -> list[Snapshot]:
-        """See ExpertStore."""
+        """Returns the snapshots that include `bank` (empty: all), the newest first. Contract: `ExpertStore.list_snapshots`."""
         with self._state.lock:
             newest_first = sorted(self._state.snapshots.items(), reverse=True)
             return [snapshot.to_public() for _, snapshot in newest_first if not bank or bank in snapshot.parts]
 
     def restore_snapshot(self, snapshot_id: int) -> Snapshot:
-        """See ExpertStore."""
+        """Gives the experts the bytes they had in a snapshot, under new versions. Contract: `ExpertStore.restore_snapshot`."""
         with self._state.lock:
             snapshot = rules.find_snapshot(self._state.snapshots, snapshot_id)
             for name in snapshot.parts:
@@ -360,7 +360,7 @@ class InMemoryStore:
             return snapshot.to_public()
 
     def delete_snapshot(self, snapshot_id: int) -> None:
-        """See ExpertStore."""
+        """Deletes a snapshot; the banks stay as they are. Contract: `ExpertStore.delete_snapshot`."""
         with self._state.lock:
             rules.find_snapshot(self._state.snapshots, snapshot_id)
             del self._state.snapshots[snapshot_id]
@@ -368,20 +368,20 @@ class InMemoryStore:
     # Statistics
 
     def stats(self) -> stats_pb2.Stats:
-        """See ExpertStore. Access counters and trainers' reports; tiers, latencies and queues stay zero."""
+        """Returns counts of fetches and pushes, and the trainers' reports; the rest is zero. Contract: `ExpertStore.stats`."""
         with self._state.lock:
             copy = stats_pb2.Stats()
             copy.CopyFrom(self._state.stats)
             return copy
 
     def watch_stats(self, interval_s: float = 1.0) -> Iterator[stats_pb2.Stats]:
-        """See ExpertStore."""
+        """Yields the counters now, and again after each interval. Contract: `ExpertStore.watch_stats`."""
         while True:
             yield self.stats()
             time.sleep(interval_s)
 
     def report_trainer(self, hbm: Sequence[stats_pb2.HbmStats], activity: str) -> None:
-        """See ExpertStore. A report never expires here."""
+        """Keeps this trainer's counters for `stats`, until its next report. Contract: `ExpertStore.report_trainer`."""
         report = stats_pb2.TrainerStats(trainer=self._trainer, hbm=hbm, activity=activity)
         with self._state.lock:
             others = [known for known in self._state.stats.trainers if known.trainer != self._trainer]
@@ -389,7 +389,7 @@ class InMemoryStore:
             self._state.stats.trainers.extend([*others, report])
 
     def close(self) -> None:
-        """See ExpertStore. The banks stay for the other handles."""
+        """Releases every bank that this handle has open. The banks stay for the other handles. Contract: `ExpertStore.close`."""
         with self._state.lock:
             for name in self._state.banks:
                 self.release(name)

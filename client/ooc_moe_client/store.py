@@ -1,8 +1,8 @@
-"""`ExpertStore`: the interface of every store of experts, and the values that go in and out of it.
+"""`ExpertStore`: the interface of every store of experts, and the types of its arguments and results.
 
-`RemoteStore` (remote/store.py) is a daemon's store over gRPC; `InMemoryStore` (in_memory.py) keeps everything in this process. Both give
-the same outcomes and raise the same errors (`ooc_moe_wire.errors`), which one test suite checks for both. Methods are documented here
-only.
+`RemoteStore` (remote/store.py) uses a daemon's store over gRPC; `InMemoryStore` (in_memory.py) keeps all experts in this process. Both give
+the same outcomes and raise the same errors (`ooc_moe_wire.errors`); one test suite checks that for both. The methods are fully documented
+in this file only.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from ooc_moe_wire.v1 import stats_pb2
 
 
 class Sections(Enum):
-    """The part of an expert that is fetched: everything, or the parameters without the optimizer's moments."""
+    """Which part of an expert to fetch: ALL is the parameters and the optimizer's moments, PARAMETERS is the parameters alone."""
 
     ALL = 0
     PARAMETERS = 1
 
     def num_bytes(self, layout: Layout) -> int:
-        """The bytes of this part of an expert."""
+        """The number of bytes that these sections of one expert take in the given layout."""
         return layout.body_bytes if self is Sections.ALL else layout.parameter_bytes
 
     def includes(self, other: Sections) -> bool:
-        """Whether these sections include all of `other`."""
+        """Whether these sections contain all of `other`. ALL includes both; PARAMETERS includes only PARAMETERS."""
         return self is Sections.ALL or other is Sections.PARAMETERS
 
 
 class Plane(Enum):
-    """How bytes travel between a store and its daemon."""
+    """The way by which bytes travel between a client and its daemon."""
 
     AUTO = "auto"  # LOCAL where the daemon is on this host and allows it, else STREAM.
     STREAM = "stream"  # In gRPC messages.
@@ -40,21 +40,24 @@ class Plane(Enum):
 
 
 class Durability(Enum):
-    """When a push is acknowledged."""
+    """How safe a pushed expert must be before the daemon acknowledges the push."""
 
     DURABLE = 0  # After the commit: the write survives a crash.
     MEMORY = 1  # When the write lies in the daemon's DRAM. The daemon writes it back later; a crash before that loses it.
 
 
 class Priority(Enum):
-    """How urgent a fetch is. The daemon serves all demand before any prefetch."""
+    """How urgent a fetch is. The daemon serves all DEMAND fetches before any PREFETCH."""
 
     DEMAND = 0
     PREFETCH = 1
 
 
 class Tier(Enum):
-    """Where the daemon found an expert. SEED: the expert is not written, and was computed from its bank's seed."""
+    """The place where the daemon found an expert: its DRAM, its NVMe files, or (SEED) none.
+
+    A SEED expert was never written; its bytes were computed from its bank's seed.
+    """
 
     DRAM = 1
     NVME = 2
@@ -62,7 +65,7 @@ class Tier(Enum):
 
 
 class PrefetchState(Enum):
-    """What became of a request to promote one expert to DRAM."""
+    """The daemon's answer to a request to promote (copy ahead of use) one expert from NVMe to DRAM."""
 
     REJECTED = 0  # There is no room, in the queue or in DRAM.
     RESIDENT = 1  # The expert was in DRAM already.
@@ -71,7 +74,17 @@ class PrefetchState(Enum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bank:
-    """The present state of a bank: it has `spec.num_experts` experts, of which `num_written` are not at their seeded value."""
+    """A description of a bank at the time of the call.
+
+    Attributes:
+        spec: its name, layout and seed, and its number of experts.
+        num_written: how many experts no longer have their initial value, which is computed from the seed.
+        newest_version: the highest version number of any of its experts.
+        writer_id: the writer that has the bank open; empty when none has.
+        record_bytes: the size of one expert's record in the store, its header block included.
+        created_unix_ms: when the bank was created.
+        forked_from: the bank that this one was forked from; empty when it is no fork.
+    """
 
     spec: BankSpec
     num_written: int
@@ -84,7 +97,14 @@ class Bank:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fetched:
-    """One fetched expert. Its bytes are in the memory that `into` gave. `unchanged`: the known version is current, and no bytes came."""
+    """The result of fetching one expert. The expert's bytes are not in it: they are in the memory that the `into` of the fetch returned.
+
+    Attributes:
+        expert: its id.
+        version: the version that the store has.
+        served_from: where the daemon found it.
+        unchanged: True when the caller's known version is the store's version. Then no bytes were moved.
+    """
 
     expert: int
     version: int
@@ -94,8 +114,12 @@ class Fetched:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Push:
-    """One expert to write. `base_version` is the version that the update started from. `body` is `layout.body_bytes` long; leave it
-    alone until the push returns.
+    """One expert to write to the store.
+
+    Attributes:
+        expert: its id.
+        base_version: the version that the caller read and then updated.
+        body: the new bytes of both sections, `layout.body_bytes` long. Do not change them before the push returns.
     """
 
     expert: int
@@ -105,7 +129,7 @@ class Push:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpertInfo:
-    """One row of a listing. The checksums of an expert that is not written are 0."""
+    """What `list_experts` says of one expert. The checksums are 0 for an expert that was never written."""
 
     expert: int
     version: int
@@ -117,7 +141,11 @@ class ExpertInfo:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Snapshot:
-    """A named state of one or more banks. It counts the written experts that it refers to, and their bytes, shared with others or not."""
+    """A saved state of one or more banks, with an id and a name.
+
+    `num_experts` counts the written experts that the snapshot keeps, and `bytes` the size of their records. Both include records that other
+    snapshots, or the banks as they are now, also use.
+    """
 
     id: int
     name: str
@@ -130,28 +158,36 @@ class Snapshot:
 class ExpertStore(Protocol):
     """A store of experts. Every method blocks, may be called from several threads, and may raise Unavailable or DeadlineExceeded.
 
-    A store is one writer. The first push to a bank takes the bank's lease, and other writers are refused until `release` or `close`.
+    Each store object counts as one writer. Its first push to a bank takes the bank's lease, the sole right to write the bank. Other writers
+    are then refused until this store calls `release` or `close`.
     """
 
     def create_bank(self, spec: BankSpec) -> Bank:
-        """Creates a bank; returns the present one when a bank of an equal spec exists. Raises BankExists for another spec of that name."""
+        """Creates a bank, or returns the existing bank when that has an equal spec (it may have grown since).
+
+        Raises:
+            BankExists: a bank of that name has another layout or seed.
+        """
 
     def grow_bank(self, name: str, num_experts: int) -> Bank:
-        """Raises the bank's number of experts to at least `num_experts`. A bank never shrinks. Raises UnknownBank, InvalidRequest."""
+        """Raises the bank's number of experts to `num_experts`, if it has fewer. A bank never shrinks.
+
+        Raises UnknownBank, InvalidRequest.
+        """
 
     def get_bank(self, name: str) -> Bank:
-        """The present state of a bank. Raises UnknownBank."""
+        """Returns the description of a bank as it is now. Raises UnknownBank."""
 
     def list_banks(self) -> list[Bank]:
-        """All banks, in order of their names."""
+        """Returns the descriptions of all banks, sorted by name."""
 
     def delete_bank(self, name: str) -> None:
-        """Deletes a bank and its part of every snapshot. Raises UnknownBank, and NotTheWriter while any writer has it open."""
+        """Deletes a bank, and its experts in every snapshot. Raises UnknownBank, and NotTheWriter while any writer has the bank open."""
 
     def fork_bank(self, source: str, name: str, *, snapshot_id: int | None = None) -> Bank:
-        """Creates bank `name` with the experts of `source`, as they are now or as they were in a snapshot.
+        """Creates a bank called `name` as a copy of the bank `source`: as that is now, or as it was in the snapshot `snapshot_id`.
 
-        Raises UnknownBank, BankExists, UnknownSnapshot, and InvalidRequest for a name that no bank may have.
+        Raises UnknownBank, BankExists, UnknownSnapshot, and InvalidRequest when `name` is not allowed as a bank's name.
         """
 
     def fetch(
@@ -164,33 +200,39 @@ class ExpertStore(Protocol):
         priority: Priority = Priority.DEMAND,
         known_versions: Sequence[int | None] | None = None,
     ) -> Iterator[Fetched]:
-        """Yields each expert once, when its bytes have arrived and were verified. The order is the store's.
+        """Fetches experts into the caller's memory. Yields each expert once, when its bytes have arrived and were verified, in any order.
 
         Args:
             bank: the bank's name.
             experts: distinct ids, at least one.
-            into: returns the writable memory for an expert, `sections.num_bytes(layout)` long. It is called again for the same expert
-                after a broken connection. The content of that memory is undefined until the expert is yielded.
+            into: returns the writable memory for an expert, `sections.num_bytes(layout)` long. It is called again for the same expert after
+                a broken connection. The content of that memory is undefined until the expert is yielded.
             sections: which part of each expert to fetch.
             priority: DEMAND when the caller needs the experts now, PREFETCH when it will need them later.
-            known_versions: for each expert the version that the caller has, or None. If that is current, no bytes are moved.
+            known_versions: for each expert the version that the caller has, or None. If that is the store's version, no bytes are moved.
 
         Raises:
             UnknownBank, UnknownExpert.
             TierFull: the daemon has no room to bring an expert to DRAM.
-            CorruptRecord: the bytes of an expert do not match their checksum. Raised after the sound experts were yielded.
-            LostUpdate: an expert has an older version than this store's last push of it was acknowledged with. Raised likewise.
+            CorruptRecord: the bytes of an expert do not match their checksum. Raised after all undamaged experts were yielded.
+            LostUpdate: the store returned an older version of an expert than the one it had acknowledged to this client's last push. Raised
+                after all other experts were yielded, too.
         """
 
     def push(self, bank: str, pushes: Sequence[Push], *, durability: Durability = Durability.DURABLE) -> list[int | Exception]:
-        """Writes experts, and returns one outcome per push, in order: the new version, or the error that refused the push.
+        """Writes experts to the store. Returns one outcome per push, in the order of `pushes`.
 
-        StaleVersion refuses an update of a version that is older than the current one. LostUpdate refuses an update of a version that the
-        store no longer has.
+        An outcome is the new version, or the error that refused the push. StaleVersion: `base_version` is older than the store's version.
+        LostUpdate: `base_version` is newer than the store's version, so the store has lost it.
 
-        When the daemon goes away for good in the middle, pushes that it answered keep their outcomes, and the others get the error as
-        theirs. Those may or may not have been written; the next push of such an expert from the same version finds out. When the daemon
-        answered none, the error is raised.
+        When the daemon goes away and does not come back during the call, pushes that it has answered keep their outcomes, and the error
+        becomes the outcome of all others. Those may or may not have been written. To find out, push the expert again from the same
+        `base_version`. When the daemon answered none of the pushes, the error is raised.
+
+        Args:
+            bank: the bank's name.
+            pushes: the experts to write, each once.
+            durability: when the daemon acknowledges a push: after the commit, or already when the bytes are in its DRAM.
 
         Raises:
             NotTheWriter: another writer has the bank open.
@@ -198,48 +240,61 @@ class ExpertStore(Protocol):
         """
 
     def open_for_writing(self, bank: str) -> None:
-        """Takes the bank's lease now rather than at the first push. Raises UnknownBank, NotTheWriter."""
+        """Takes the bank's lease (the sole right to write) now; otherwise the first push takes it. Raises UnknownBank, NotTheWriter."""
 
     def release(self, bank: str) -> None:
-        """Gives the bank's lease back. Does nothing when this store does not hold it."""
+        """Gives back the bank's lease (the sole right to write). Does nothing when this store does not hold it."""
 
     def prefetch(self, bank: str, experts: Sequence[int]) -> list[PrefetchState]:
-        """Asks the daemon to promote experts from NVMe to DRAM, and returns at once. Raises UnknownBank, UnknownExpert."""
+        """Asks the daemon to copy experts from its NVMe to its DRAM, and returns before that is done, with one answer per expert.
+
+        Raises UnknownBank, UnknownExpert.
+        """
 
     def cancel_prefetch(self, bank: str, experts: Sequence[int] = ()) -> int:
-        """Cancels queued promotions of these experts, or of the whole bank when `experts` is empty; returns how many."""
+        """Cancels prefetches of these experts that the daemon has queued but not begun. Returns the number of cancelled prefetches.
+
+        When `experts` is empty, those of the whole bank are cancelled.
+        """
 
     def list_experts(self, bank: str) -> Iterator[ExpertInfo]:
-        """Yields all experts of a bank in order of their ids."""
+        """Yields the version, tiers, size and checksums of every expert of a bank, in order of expert ids."""
 
     def create_snapshot(self, banks: Sequence[str], *, name: str = "") -> Snapshot:
-        """Takes a snapshot of the committed state of all these banks at one moment.
+        """Takes a snapshot: saves the committed state that all these banks have at one common moment.
 
-        Without a name it is called "snapshot-ID". With the name of a snapshot of the same banks, that snapshot is returned.
+        Without a name, the snapshot is called "snapshot-ID". When a snapshot of the same banks already has the name, that one is returned.
 
-        Raises UnknownBank, SnapshotExists (the name belongs to a snapshot of other banks), InvalidRequest.
+        Raises UnknownBank, SnapshotExists (a snapshot of other banks has the name), InvalidRequest.
         """
 
     def list_snapshots(self, bank: str = "") -> list[Snapshot]:
-        """The snapshots that hold `bank` (empty: all snapshots), the newest first."""
+        """Returns the snapshots that include `bank`, the newest first. With an empty `bank`, returns all snapshots."""
 
     def restore_snapshot(self, snapshot_id: int) -> Snapshot:
-        """Brings the banks of a snapshot back to their state in it, under new versions. Their number of experts stays as it is.
+        """Gives every expert of the snapshot's banks the bytes it had in the snapshot, under a new version. Returns the snapshot.
+
+        Experts that were not written then go back to their initial values. The banks keep their number of experts, even if they have grown.
 
         Raises UnknownSnapshot, NotTheWriter.
         """
 
     def delete_snapshot(self, snapshot_id: int) -> None:
-        """Deletes a snapshot; the banks keep their state. Raises UnknownSnapshot."""
+        """Deletes a snapshot. The banks themselves do not change. Raises UnknownSnapshot."""
 
     def stats(self) -> stats_pb2.Stats:
-        """The daemon's counters. v1/stats.proto documents them."""
+        """Returns the daemon's counters. v1/stats.proto documents them."""
 
     def watch_stats(self, interval_s: float = 1.0) -> Iterator[stats_pb2.Stats]:
-        """Yields the counters now, and then once per interval, until the iterator is closed."""
+        """Yields the daemon's counters now, and then every `interval_s` seconds, until the caller closes the iterator."""
 
     def report_trainer(self, hbm: Sequence[stats_pb2.HbmStats], activity: str) -> None:
-        """Sends this trainer's HBM counters to the daemon, which shows them in its statistics. `activity`: what the trainer does now."""
+        """Sends the counters of this trainer's HBM caches to the daemon, which shows them in its statistics.
+
+        Args:
+            hbm: the counters, one message per cache.
+            activity: a short text that says what the trainer is doing, for example "training krull".
+        """
 
     def close(self) -> None:
-        """Releases every bank, and ends the connection."""
+        """Releases every bank that this store has open for writing, and ends the connection to the daemon."""

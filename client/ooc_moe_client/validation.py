@@ -1,4 +1,7 @@
-"""Checks of a call's arguments, before anything is sent or stored. Every store makes them, so that a mistake gives the same error."""
+"""Checks of the arguments of fetches and pushes, which every store makes before it sends or stores anything.
+
+All stores share them, so a mistake gives the same error in each.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from ooc_moe_wire.layout import Layout
 
 
 def check_distinct(bank: str, experts: Sequence[int]) -> None:
-    """Raises InvalidRequest when the list is empty, or an id is negative or repeated."""
+    """Raises InvalidRequest when the list of expert ids is empty, or an id is negative or repeated."""
     if not experts:
         raise InvalidRequest(f"bank {bank!r}: experts is empty")
     seen: set[int] = set()
@@ -25,13 +28,13 @@ def check_distinct(bank: str, experts: Sequence[int]) -> None:
 
 
 def check_known_versions(bank: str, experts: Sequence[int], known_versions: Sequence[int | None] | None) -> None:
-    """Raises InvalidRequest when the two lists have different lengths."""
+    """Raises InvalidRequest when `known_versions` is given and does not have one entry per expert."""
     if known_versions is not None and len(known_versions) != len(experts):
         raise InvalidRequest(f"bank {bank!r}: {len(known_versions)} known_versions for {len(experts)} experts")
 
 
 def checked_bodies(bank: str, layout: Layout, pushes: Sequence[Push]) -> list[memoryview]:
-    """The bodies of a push as flat bytes, in order.
+    """Checks the arguments of a push. Returns the body of each expert to push as flat bytes, without a copy, in order.
 
     Raises:
         InvalidRequest: there is no push, an expert is repeated, a body has the wrong length, or a tensor, which the message names, holds
@@ -49,6 +52,6 @@ def checked_bodies(bank: str, layout: Layout, pushes: Sequence[Push]) -> list[me
 
 
 def check_memory(bank: str, expert: int, memory: memoryview, num_bytes: int) -> None:
-    """Raises InvalidRequest when the memory for a fetched expert is not `num_bytes` long."""
+    """Raises InvalidRequest when the memory that the caller gave for a fetched expert is not `num_bytes` long."""
     if len(memory) != num_bytes:
         raise InvalidRequest(f"bank {bank!r}, expert {expert}: {len(memory)} bytes of memory for {num_bytes} bytes")

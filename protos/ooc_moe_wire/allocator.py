@@ -1,4 +1,4 @@
-"""A setting of the C library's allocator: keep freed large buffers, because a new buffer of a megabyte costs many page faults."""
+"""Makes the C library's allocator keep large buffers after they are freed, because a new buffer of a megabyte costs many page faults."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _TRIM_THRESHOLD_BYTES = 256 << 20
 
 
 def keep_large_buffers() -> None:
-    """Tells the C library to reuse freed buffers of megabytes, instead of returning their pages at once. Affects the whole process."""
+    """Tells the C library to keep freed buffers of megabytes for reuse, in the whole process, instead of returning them to the system."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):

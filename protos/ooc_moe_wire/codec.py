@@ -1,7 +1,9 @@
-"""Records as bytes: the header block of a record on disk, the checksums of its sections, and the chunks in which a body travels.
+"""How records (the stored form of an expert) look as bytes: the header block on disk, the sections' checksums, and the chunks on the wire.
 
-on disk      | header block | parameter section | optimizer section |
-on the wire  ExpertHeader or PushHeader with the checksums, then chunks: | body, 1 MiB | body, 1 MiB | ...
+    on disk      | header block | parameter section | optimizer section |
+    on the wire  ExpertHeader or PushHeader with the checksums, then chunks of the two sections: | 1 MiB | 1 MiB | ...
+
+The two sections together are called the body.
 """
 
 from __future__ import annotations
@@ -41,20 +43,26 @@ _CHECK = struct.Struct("<Q")
 
 @dataclass(frozen=True, slots=True)
 class Checksums:
-    """The xxh3_64 hash (seed 0) of each section, padding included. `optimizer` is 0 when there is no optimizer section."""
+    """The checksums of an expert's two sections: the xxh3_64 hash (seed 0) of each, padding included.
+
+    `optimizer` is 0 when there is no optimizer section.
+    """
 
     parameters: int
     optimizer: int
 
     @staticmethod
     def of(layout: Layout, body: memoryview) -> Checksums:
-        """The checksums of a body. A body of `parameter_bytes` has no optimizer section."""
+        """Computes the checksums of a body. A body that is only `parameter_bytes` long has no optimizer section."""
         head, tail = body[: layout.parameter_bytes], body[layout.parameter_bytes :]
         return Checksums(xxhash.xxh3_64_intdigest(head), xxhash.xxh3_64_intdigest(tail) if len(tail) else 0)
 
 
 def copy_hashed(source: NDArray[np.uint8], into: NDArray[np.uint8], parameter_bytes: int) -> Checksums:
-    """Copies a body (both sections, or the parameters alone), and returns the checksums of the copy."""
+    """Copies a body (both sections, or the parameter section alone) to `into`, and returns the checksums of the copy.
+
+    `parameter_bytes` says where the parameter section ends.
+    """
     parameters = _copy_section(source[:parameter_bytes], into[:parameter_bytes])
     has_optimizer = len(source) > parameter_bytes
     return Checksums(parameters, _copy_section(source[parameter_bytes:], into[parameter_bytes:]) if has_optimizer else 0)
@@ -73,16 +81,19 @@ def _copy_section(source: NDArray[np.uint8], into: NDArray[np.uint8]) -> int:
 
 
 def verify(layout: Layout, body: memoryview, expected: Checksums, *, what: str) -> None:
-    """Compares a body (both sections, or the parameters alone) with its checksums.
+    """Checks that a body (both sections, or the parameter section alone) has the expected checksums.
 
     Raises:
-        CorruptRecord: they differ; the message starts with `what` and names the section.
+        CorruptRecord: it has others; the message begins with `what` and names the section.
     """
     compare(Checksums.of(layout, body), expected, whole=len(body) > layout.parameter_bytes, what=what)
 
 
 def compare(actual: Checksums, expected: Checksums, *, whole: bool, what: str) -> None:
-    """As `verify`, for checksums that are known already. `whole`: compare both sections, not the parameters alone."""
+    """Checks that the checksums `actual` of a body are the expected ones. Raises CorruptRecord, as `verify` does.
+
+    `whole`: compare the checksums of both sections; otherwise only those of the parameter sections.
+    """
     if actual.parameters != expected.parameters:
         raise CorruptRecord(f"{what}: the parameter section's checksum is {actual.parameters:#x}, expected {expected.parameters:#x}")
     if whole and actual.optimizer != expected.optimizer:
@@ -91,9 +102,10 @@ def compare(actual: Checksums, expected: Checksums, *, whole: bool, what: str) -
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordHeader:
-    """The content of a header block: which expert the record was pushed for, by which push, and its checksums.
+    """The content of a record's header block: which expert it is, the push that wrote it, the sections' lengths and their checksums.
 
-    Forks and restores share records, so the header names the origin: the bank and version that the record was first written for.
+    Forks and restores reuse records without writing them anew. So the bank and the version in a header are those that the record was first
+    written for.
     """
 
     bank_id: bytes  # 16 bytes
@@ -107,7 +119,7 @@ class RecordHeader:
     base_version: int = 0  # The version that the push started from; it tells a scan whether a restore came in between.
 
     def pack_into(self, block: memoryview) -> None:
-        """Writes the header block into `block`: 4 KiB with a checksum of their own, padded with zeros."""
+        """Writes the header as a block of 4 KiB into `block`: the fields, a checksum of the fields, and zeros."""
         fields = _HEADER.pack(
             MAGIC,
             FORMAT,
@@ -127,10 +139,10 @@ class RecordHeader:
 
     @staticmethod
     def unpack(block: memoryview, *, what: str) -> RecordHeader:
-        """Reads a header block.
+        """Reads a header from its block.
 
         Raises:
-            CorruptRecord: it is no header block, or it is damaged. The message starts with `what`.
+            CorruptRecord: it is no header block, is damaged, or has another format. The message begins with `what`.
         """
         fields = bytes(block[: _HEADER.size])
         magic, version_of_format, bank_id, expert, version, *rest = _HEADER.unpack(fields)
@@ -154,20 +166,22 @@ class RecordHeader:
 
 
 def chunks(body: memoryview) -> Iterator[expert_pb2.Chunk]:
-    """Cuts a body into Chunk messages. Each has a copy of its bytes, because protobuf owns what it sends."""
+    """Splits a body into Chunk messages. Each has a copy of its bytes, because a protobuf message owns what it sends."""
     for offset in range(0, len(body), CHUNK_BYTES):
         yield expert_pb2.Chunk(offset=offset, payload=bytes(body[offset : offset + CHUNK_BYTES]))
 
 
 def encoded_chunks(body: memoryview, *, field: int, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
-    """Cuts a body into serialized messages, each with one chunk as its field number `field`. One copy is made instead of protobuf's three.
+    """Splits a body into chunks, and yields each as a serialized message, ready to send.
 
-    Fresh memory costs more in page faults than in copying. On a virtual machine with 2 cores, a daemon spent 6 ms of CPU on each chunk of
-    1 MiB that protobuf made, and 0.6 ms on one of these, in memory that its allocator had kept.
+    The messages are written by hand, which takes one copy of the bytes instead of protobuf's three. Copies are not the main cost: fresh
+    memory costs more, in page faults. On a virtual machine with 2 cores, a daemon spent 6 ms of CPU on each chunk of 1 MiB that protobuf
+    made, and 0.6 ms on one of these, in memory that its allocator had kept.
 
     Args:
         body: the bytes.
-        field: `FetchExpertsResponse.CHUNK_FIELD_NUMBER` or `PushExpertsRequest.CHUNK_FIELD_NUMBER`.
+        field: the number of the message's field for the chunk: `FetchExpertsResponse.CHUNK_FIELD_NUMBER` or
+            `PushExpertsRequest.CHUNK_FIELD_NUMBER`.
         chunk_bytes: the bytes of each chunk but the last; at most CHUNK_BYTES_MAX.
     """
     for offset in range(0, len(body), chunk_bytes):
@@ -177,19 +191,22 @@ def encoded_chunks(body: memoryview, *, field: int, chunk_bytes: int = CHUNK_BYT
 
 
 class ChunkView(NamedTuple):
-    """A Chunk whose payload is a view of the message that carried it, not a copy."""
+    """A chunk of a body, as received. Unlike a Chunk message, its payload is a view of the received message and not a copy."""
 
     offset: int
     payload: memoryview
 
 
 def decode_fetch_response(data: bytes) -> expert_pb2.FetchExpertsResponse | ChunkView:
-    """Parses a FetchExpertsResponse. A message with a chunk, in the form that serializers write, becomes a view. Raises DecodeError."""
+    """Parses a serialized FetchExpertsResponse. If it carries a chunk, returns a `ChunkView`, without a copy. Raises DecodeError.
+
+    A chunk that is encoded in an unusual way, which no serializer writes, is returned as a message.
+    """
     return _decode_chunk(data, _FETCH_CHUNK_TAG) or expert_pb2.FetchExpertsResponse.FromString(data)
 
 
 def decode_push_request(data: bytes) -> expert_pb2.PushExpertsRequest | ChunkView:
-    """Parses a PushExpertsRequest, as `decode_fetch_response` does."""
+    """Parses a serialized PushExpertsRequest. If it carries a chunk, returns a `ChunkView`, as `decode_fetch_response` does."""
     return _decode_chunk(data, _PUSH_CHUNK_TAG) or expert_pb2.PushExpertsRequest.FromString(data)
 
 
@@ -200,7 +217,10 @@ _PAYLOAD_TAG = expert_pb2.Chunk.PAYLOAD_FIELD_NUMBER << 3 | 2
 
 
 def _decode_chunk(data: bytes, tag: int) -> ChunkView | None:
-    """The chunk of a message that has nothing else, with the offset (if any) before the payload. None: any other form, for protobuf."""
+    """Reads the chunk of a message that has nothing else, with the offset (if any) before the payload.
+
+    None: the message is of another form, and protobuf must parse it.
+    """
     try:
         if data[0] != tag:
             return None
@@ -222,7 +242,7 @@ _VARINT_BYTES_MAX = 4  # Longer numbers do not occur in a chunk, or overflow by 
 
 
 def _read_varint(data: bytes, at: int) -> tuple[int, int]:
-    """Reads the number at position `at`; returns it and the position after it. Raises IndexError when it is too long."""
+    """Reads the protobuf varint at position `at`. Returns it and the position after it. Raises IndexError when it is too long."""
     number = 0
     for position in range(_VARINT_BYTES_MAX):
         byte = data[at + position]
@@ -233,7 +253,7 @@ def _read_varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 def _varint(number: int) -> bytes:
-    """Protobuf's encoding of lengths, tags and unsigned numbers: seven bits in each byte, the lowest first."""
+    """Encodes a number as a protobuf varint: seven bits in each byte, the lowest first."""
     encoded = bytearray()
     while number > 0x7F:
         encoded.append(number & 0x7F | 0x80)
@@ -243,7 +263,12 @@ def _varint(number: int) -> bytes:
 
 
 class Assembler:
-    """Puts the chunks of one body together, straight in the receiver's memory. They must come in order and without gaps."""
+    """Copies the chunks of one body into the receiver's memory. They must come in order and without gaps.
+
+    Args:
+        body: the memory to fill; its length says how many bytes must come.
+        what: what the body is, for error messages.
+    """
 
     def __init__(self, body: memoryview, *, what: str) -> None:
         self.body = body
@@ -252,11 +277,11 @@ class Assembler:
 
     @property
     def complete(self) -> bool:
-        """Whether all bytes have come."""
+        """Whether the whole body has come."""
         return self._received == len(self.body)
 
     def add(self, chunk: expert_pb2.Chunk | ChunkView) -> None:
-        """Adds the next chunk.
+        """Copies the next chunk to its place in the body.
 
         Raises:
             InvalidRequest: the chunk is empty, out of order, or longer than the rest of the body.
@@ -272,7 +297,7 @@ class Assembler:
 
 
 class HashingAssembler(Assembler):
-    """An assembler that hashes each chunk when it has been copied, while it is in the processor's cache."""
+    """An assembler that also computes the body's checksums. It hashes each chunk right after copying it, while it is in the CPU cache."""
 
     def __init__(self, body: memoryview, *, parameter_bytes: int, what: str) -> None:
         super().__init__(body, what=what)
@@ -280,7 +305,7 @@ class HashingAssembler(Assembler):
         self._parameters, self._optimizer = xxhash.xxh3_64(), xxhash.xxh3_64()
 
     def add(self, chunk: expert_pb2.Chunk | ChunkView) -> None:
-        """See Assembler."""
+        """Copies the next chunk as `Assembler.add` does, and adds it to the checksums."""
         start, split = self._received, self._parameter_bytes
         super().add(chunk)
         self._parameters.update(self.body[start : min(self._received, split)])
@@ -288,6 +313,6 @@ class HashingAssembler(Assembler):
 
     @property
     def checksums(self) -> Checksums:
-        """The checksums of the bytes that have come, as `Checksums.of` computes them."""
+        """The checksums of the bytes that have come so far, as `Checksums.of` computes them."""
         has_optimizer = len(self.body) > self._parameter_bytes
         return Checksums(self._parameters.intdigest(), self._optimizer.intdigest() if has_optimizer else 0)

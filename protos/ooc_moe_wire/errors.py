@@ -1,4 +1,4 @@
-"""Every error of the project, and the one table that carries them over gRPC.
+"""All errors of this project, and the table that gives each its gRPC status code.
 
     OocMoeError
       InvalidRequest      the call itself is wrong: shape, dtype, size, layout, name     fix the call
@@ -15,12 +15,12 @@
       NotTheWriter        another writer has the bank open                               wait, or stop it
       TierFull            no room: everything pinned, or the disk is full                back off, unpin, add space
       CorruptRecord       a checksum does not match                                      restore a snapshot; never retry
-      Unavailable         the daemon is starting, draining or away                       retry with jitter
+      Unavailable         the daemon is starting, shutting down or away                  retry after a random pause
       DeadlineExceeded    the daemon did not answer in time                              retry, or allow more time
-      Internal            a fault of ours; the daemon's log has the traceback            report it
+      Internal            a bug in the daemon; its log has the traceback                 report it
 
-The middle column says when the error occurs, the right one what the caller should do. A class without a row in `STATUS` fails
-`tests/wire/test_errors.py`.
+The middle column says when the error occurs, the right one what the caller should do. `STATUS` must have a row for each class, or
+`tests/wire/test_errors.py` fails.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ RETRY_AFTER_KEY = "ooc-moe-retry-after-ms"
 
 
 class OocMoeError(Exception):
-    """Any error that this project raises on purpose. Its message names the field and the value."""
+    """The base class of all errors that this project raises on purpose. The message names what is wrong and its value."""
 
 
 class InvalidRequest(OocMoeError):
-    """The call itself is wrong, and a repeat would be wrong too: a shape, dtype, size, layout or name."""
+    """The call has a wrong argument: a shape, dtype, size, layout or name. A repeat would fail too."""
 
 
 class NotFound(OocMoeError):
-    """What the call names does not exist."""
+    """The bank, expert or snapshot that the call names does not exist."""
 
 
 class UnknownBank(NotFound):
@@ -48,7 +48,7 @@ class UnknownBank(NotFound):
 
 
 class UnknownExpert(NotFound):
-    """The expert id lies outside the bank."""
+    """The bank has no expert with that id."""
 
 
 class UnknownSnapshot(NotFound):
@@ -56,7 +56,7 @@ class UnknownSnapshot(NotFound):
 
 
 class AlreadyExists(OocMoeError):
-    """The name belongs to something else."""
+    """The name in the call is taken by a different bank or snapshot."""
 
 
 class BankExists(AlreadyExists):
@@ -68,23 +68,23 @@ class SnapshotExists(AlreadyExists):
 
 
 class StaleVersion(OocMoeError):
-    """The update started from a version that is no longer current."""
+    """The expert has a newer version than the one that the update started from."""
 
 
 class LostUpdate(OocMoeError):
-    """The store has an older version than it had acknowledged. A client that ignored this would train on old values."""
+    """The store has an older version of an expert than it had acknowledged. A client that ignored this would train on old values."""
 
 
 class LeaseExpired(OocMoeError):
-    """The local session is gone with all its leases: the daemon restarted, or closed it."""
+    """The client's session on the local plane (shared memory) is gone, with all its leases: the daemon restarted, or closed it."""
 
 
 class NotTheWriter(OocMoeError):
-    """Another writer has the bank open."""
+    """Another client has the bank open for writing."""
 
 
 class TierFull(OocMoeError):
-    """A tier has no room: everything is pinned, or the disk is full."""
+    """A tier (DRAM or NVMe) has no room: everything in it is pinned, or the disk is full. `retry_after_ms`: when to try again."""
 
     def __init__(self, message: str, *, retry_after_ms: int = 100) -> None:
         super().__init__(message)
@@ -92,11 +92,11 @@ class TierFull(OocMoeError):
 
 
 class CorruptRecord(OocMoeError):
-    """A checksum does not match: these are not the bytes that were written."""
+    """An expert's checksum does not match its bytes: they are not the bytes that were written."""
 
 
 class Unavailable(OocMoeError):
-    """The daemon is starting, draining or away."""
+    """The daemon cannot be reached, is still starting, or is shutting down."""
 
 
 class DeadlineExceeded(OocMoeError):
@@ -104,7 +104,7 @@ class DeadlineExceeded(OocMoeError):
 
 
 class Internal(OocMoeError):
-    """A fault of the daemon; its log has the traceback."""
+    """A bug in the daemon; the daemon's log has the traceback."""
 
 
 STATUS: dict[type[OocMoeError], grpc.StatusCode] = {
@@ -142,14 +142,14 @@ _BY_STATUS: dict[grpc.StatusCode, type[OocMoeError]] = {
 
 
 def error_named(kind: str, message: str) -> OocMoeError:
-    """Makes an error by its class name. An unknown name (of a newer daemon) becomes Internal, with the name in its message."""
+    """Makes the error of the class named `kind`. An unknown class, of a newer daemon, becomes Internal, with the name in its message."""
     if kind in _BY_NAME:
         return _BY_NAME[kind](message)
     return Internal(f"{kind}: {message}")
 
 
 def trailing_metadata(error: OocMoeError) -> tuple[tuple[str, str], ...]:
-    """The metadata that carries the name of an error to the caller, and when to retry TierFull."""
+    """Makes the gRPC metadata that tells the caller the error's class, and, for TierFull, when to try again."""
     pairs: tuple[tuple[str, str], ...] = ((ERROR_KEY, type(error).__name__),)
     if isinstance(error, TierFull):
         pairs += ((RETRY_AFTER_KEY, str(error.retry_after_ms)),)
@@ -157,7 +157,7 @@ def trailing_metadata(error: OocMoeError) -> tuple[tuple[str, str], ...]:
 
 
 def from_rpc_error(error: grpc.RpcError) -> OocMoeError:
-    """Translates a failed call, by the error name in its trailing metadata, or else by its status."""
+    """Converts a gRPC error to an error of this project: by the class name in its metadata, or else by its status code."""
     if not isinstance(error, grpc.Call):
         return Internal(str(error))
     status, message = error.code(), error.details() or ""

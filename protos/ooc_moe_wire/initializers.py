@@ -1,8 +1,8 @@
-"""Initial values of experts, which are the same on every machine and in every version of this package.
+"""Initial values of experts. They are the same on every machine and in every version of this package.
 
 They are computed from raw words of Philox 4x64-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") with exact float32
-arithmetic. numpy's own distributions are not used, because their streams may change between versions of numpy. Golden values are in
-`tests/wire/test_initializers.py`. An algorithm never changes; a new one gets a new name.
+arithmetic. numpy's own distributions are not used, because their streams may change between versions of numpy.
+`tests/wire/test_initializers.py` compares the results with stored ("golden") values. An algorithm never changes; a new one gets a new name.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from ooc_moe_wire.errors import InvalidRequest
 
 @dataclass(frozen=True, slots=True)
 class Initializer:
-    """How a tensor is initialised: `zeros_v1`, `constant_v1` (each element is `value`) or `uniform_v1` (uniform on [-value, value)).
+    """How a tensor's initial values are made: an algorithm and its parameter `value`.
 
-    `value` is rounded to float32 at once. The wire carries float32, so both sides have equal initializers.
+    The algorithms are `zeros_v1`, `constant_v1` (each element is `value`) and `uniform_v1` (random, uniform on [-value, value)). `value` is
+    rounded to float32 at once, because messages carry float32: so client and daemon have equal initializers.
     """
 
     algorithm: str = "zeros_v1"
@@ -36,7 +37,7 @@ class Initializer:
 
 
 def initialize(out: NDArray[np.generic], initializer: Initializer, *, seed: int, expert: int, tensor: int) -> None:
-    """Fills a tensor with its initial values, which depend on the arguments only.
+    """Fills a tensor with its initial values. They depend on nothing but the arguments.
 
     Args:
         out: the tensor, a C-contiguous array that is written in place. `uniform_v1` needs float32.
@@ -52,7 +53,10 @@ def initialize(out: NDArray[np.generic], initializer: Initializer, *, seed: int,
 
 
 def _uniform(count: int, bound: np.float32, *, seed: int, expert: int, tensor: int) -> NDArray[np.float32]:
-    """`count` floats on [-bound, bound). Each is made of the top 24 bits of a 32-bit word: an exact number on [-1, 1), times `bound`."""
+    """Makes `count` random floats, uniform on [-bound, bound), from the key (seed, expert) and the tensor's index.
+
+    Each is made of the top 24 bits of a 32-bit word: an exact number on [-1, 1), times `bound`.
+    """
     key = np.array([seed, expert], dtype=np.uint64)  # A plain list would be converted through float64, where seeds beyond 2^53 collide.
     words = np.random.Philox(key=key, counter=[0, 0, 0, tensor]).random_raw((count + 1) // 2)
     halves = words.astype("<u8").view("<u4")[:count]

@@ -1,10 +1,11 @@
-"""The layout of an expert: its tensors, the sections that they are stored in, and their offsets.
+"""The layout of an expert: its tensors, the two sections in which they are stored, and their offsets.
 
     record = | header block, 4 KiB | parameter section, n x 4 KiB | optimizer section, m x 4 KiB |
     body   =                       | parameter section            | optimizer section            |
 
-The daemon keeps records in its files and its arena. A trainer keeps bodies in HBM slots, and bodies travel in chunks. Inside a section,
-tensors start at multiples of 64 bytes. Padding is zero, and the section's checksum covers it.
+The daemon stores records, in its files and its shared memory. A trainer's GPU cache holds bodies, and bodies travel between the two in
+chunks. In a section, each tensor starts at a multiple of 64 bytes. The padding between tensors is zero, and the section's checksum covers
+it.
 """
 
 from __future__ import annotations
@@ -71,23 +72,23 @@ class TensorSpec:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the tensor, without padding."""
+        """The size of the tensor in bytes, without padding."""
         return math.prod(self.shape) * self.numpy_dtype.itemsize
 
     @property
     def numpy_dtype(self) -> np.dtype[np.generic]:
-        """The little-endian numpy dtype; uint16 words for bfloat16."""
+        """The tensor's dtype in numpy, little-endian. It is uint16 for bfloat16, which numpy does not have."""
         return np.dtype(_NUMPY_DTYPE[self.dtype])
 
     @property
     def is_float(self) -> bool:
-        """Whether the dtype has NaN and infinity."""
+        """Whether the dtype is a float, so that the tensor can hold NaN and infinity."""
         return self.dtype in _FLOAT_DTYPES
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """The tensors of an expert, and where they are in its record. Experts with equal layouts have records of the same form."""
+    """The tensors of an expert, and where their bytes are in its record. All experts of a bank have the same layout."""
 
     parameters: tuple[TensorSpec, ...]
     optimizer: tuple[TensorSpec, ...] = ()
@@ -103,38 +104,38 @@ class Layout:
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:
-        """All tensors, in the order in which they are stored."""
+        """All tensors, parameters first, in the order in which they are stored."""
         return self.parameters + self.optimizer
 
     @cached_property
     def parameter_bytes(self) -> int:
-        """Bytes of the parameter section, a multiple of 4 KiB."""
+        """The size of the parameter section in bytes, a multiple of 4 KiB."""
         return _section_bytes(self.parameters)
 
     @cached_property
     def optimizer_bytes(self) -> int:
-        """Bytes of the optimizer section, a multiple of 4 KiB; 0 without optimizer tensors."""
+        """The size of the optimizer section in bytes, a multiple of 4 KiB; 0 without optimizer tensors."""
         return _section_bytes(self.optimizer)
 
     @property
     def body_bytes(self) -> int:
-        """Bytes of both sections."""
+        """The size of a body, which is both sections, in bytes."""
         return self.parameter_bytes + self.optimizer_bytes
 
     @property
     def record_bytes(self) -> int:
-        """Bytes of a record: header block and body."""
+        """The size of a record, which is header block and body, in bytes."""
         return BLOCK_BYTES + self.body_bytes
 
     @cached_property
     def offsets(self) -> dict[str, int]:
-        """Offset of each tensor from the start of the body."""
+        """For each tensor name, where the tensor starts in the body, in bytes."""
         starts = dict(_placed(self.parameters))
         starts.update((name, self.parameter_bytes + offset) for name, offset in _placed(self.optimizer))
         return starts
 
     def arrays(self, body: Buffer) -> dict[str, NDArray[np.generic]]:
-        """Views of a body's tensors by name, without copies. For a body of `parameter_bytes` these are the parameters.
+        """Views of a body's tensors as numpy arrays, by name, without copies. A body of `parameter_bytes` has the parameters only.
 
         Raises:
             InvalidRequest: `body` is neither `body_bytes` nor `parameter_bytes` long.
@@ -150,14 +151,17 @@ class Layout:
         }
 
     def initialize(self, body: memoryview | bytearray | NDArray[np.uint8], *, seed: int, expert: int) -> None:
-        """Writes the initial values of an expert into `body`, which is `body_bytes` long."""
+        """Writes the initial values of an expert into `body`, which must be `body_bytes` long.
+
+        They depend on nothing but the layout, the bank's `seed` and the expert's id.
+        """
         np.frombuffer(body, dtype=np.uint8)[:] = 0
         arrays = self.arrays(body)
         for index, tensor in enumerate(self.tensors):
             initialize(arrays[tensor.name], tensor.initializer, seed=seed, expert=expert, tensor=index)
 
     def nonfinite_tensor(self, body: Buffer) -> str | None:
-        """The name of the first tensor that holds NaN or infinity; None when there is none."""
+        """The name of the first tensor in the body that holds NaN or infinity. None: all values are finite."""
         arrays = self.arrays(body)
         for tensor in self.tensors:
             if tensor.is_float and tensor.name in arrays and not _all_finite(arrays[tensor.name], tensor.dtype):
@@ -167,7 +171,7 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BankSpec:
-    """A bank: its name, its number of experts, their layout, and the seed of their initial values."""
+    """What defines a bank, a named set of experts: its name, the number and layout of the experts, and the seed of their initial values."""
 
     name: str
     num_experts: int
@@ -183,7 +187,7 @@ class BankSpec:
             raise InvalidRequest(f"seed: {self.seed} is not an unsigned 64-bit number")
 
     def to_proto(self) -> bank_pb2.BankSpec:
-        """This spec as a message."""
+        """Converts this spec to a protobuf message."""
         return bank_pb2.BankSpec(
             name=self.name,
             num_experts=self.num_experts,
@@ -194,7 +198,7 @@ class BankSpec:
 
     @staticmethod
     def from_proto(message: bank_pb2.BankSpec) -> BankSpec:
-        """Reads a spec from a message. Raises InvalidRequest when the message breaks a rule of `BankSpec`, `Layout` or `TensorSpec`."""
+        """Converts a protobuf message to a spec. Raises InvalidRequest when it breaks a rule of `BankSpec`, `Layout` or `TensorSpec`."""
         layout = Layout(
             parameters=tuple(_tensor_from_proto(tensor) for tensor in message.parameters),
             optimizer=tuple(_tensor_from_proto(tensor) for tensor in message.optimizer),
@@ -218,7 +222,10 @@ def _round_up(size: int, multiple: int) -> int:
 
 
 def _holds(dtype: str, value: float) -> bool:
-    """Whether a tensor of `dtype` can be filled with a constant. bfloat16 cannot, because numpy has no such dtype."""
+    """Whether a tensor of `dtype` can be filled with this value.
+
+    Integers need a whole number in their range, float16 a number in its range. bfloat16 cannot be filled, because numpy does not have it.
+    """
     if dtype in _FLOAT_DTYPES:
         return dtype == "float32" or (dtype == "float16" and abs(value) <= _FLOAT16_MAX)
     limits = np.iinfo(_NUMPY_DTYPE[dtype])

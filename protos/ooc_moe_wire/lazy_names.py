@@ -1,4 +1,4 @@
-"""Lets a package offer names without importing their modules until a name is used (PEP 562).
+"""Lets a package offer names whose modules are imported only when a name is used (PEP 562).
 
 `import ooc_moe` must not import torch, and yet `ooc_moe.TieredMoE` must work. The `__init__.py` of each of the four packages uses this:
 
@@ -19,7 +19,7 @@ from importlib import import_module
 
 
 def lazy_names(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
-    """Makes the `__getattr__` and the `__dir__` of a package.
+    """Makes the functions `__getattr__` and `__dir__` of a package that imports a name's module when the name is first used.
 
     Args:
         package: the package's `__name__`.

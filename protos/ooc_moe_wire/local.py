@@ -1,4 +1,7 @@
-"""The packets of the local plane's socket. v1/local.proto is their specification, and says how shared memory is read safely.
+"""Builds and parses the packets that travel through the local plane's Unix socket, between a client and a daemon on the same host.
+
+Expert bytes travel through shared memory; the packets only say where they are. v1/local.proto is the specification, and says how the shared
+memory is read safely.
 
     daemon -> caller   Welcome, with the descriptors of the arena and of the generation table     on connecting
     caller -> daemon   stage(num_bytes), with the descriptor of a staging memfd                   answered by ACK
@@ -36,18 +39,18 @@ _SIZE = struct.Struct("<Q")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Welcome:
-    """The daemon's first packet on a new connection."""
+    """The daemon's first packet on a new connection: the number of the session, and the size of the shared memory that comes with it."""
 
     session: int  # For FetchExpertsRequest and PushOpen; never zero.
     arena_bytes: int
 
     def pack(self) -> bytes:
-        """The welcome as a packet."""
+        """Converts the welcome to the bytes of a packet."""
         return _WELCOME.pack(_MAGIC, PROTOCOL, self.session, self.arena_bytes)
 
     @staticmethod
     def unpack(packet: bytes) -> Welcome:
-        """Reads a welcome. Raises InvalidRequest when the packet is no welcome, or has another protocol version."""
+        """Parses a welcome packet. Raises InvalidRequest when the packet is no welcome, or has another protocol version."""
         if len(packet) != _WELCOME.size or packet[:8] != _MAGIC:
             raise InvalidRequest(f"local plane: a first packet of {len(packet)} bytes is no welcome")
         _, protocol, session, arena_bytes = _WELCOME.unpack(packet)
@@ -57,22 +60,27 @@ class Welcome:
 
 
 def pack_release(leases: Sequence[int]) -> bytes:
-    """The packet that gives up to RELEASES_MAX leases back."""
+    """Makes the packet that gives back leases (ids, at most RELEASES_MAX) to the daemon."""
     return _RELEASE + struct.pack(f"<{len(leases)}Q", *leases)
 
 
 def pack_stage(num_bytes: int) -> bytes:
-    """The packet that is sent together with a staging memfd of so many bytes."""
+    """Makes the packet that announces staging memory of `num_bytes`, through which the client will push experts.
+
+    Send it together with the memory's file descriptor.
+    """
     return _STAGE + _SIZE.pack(num_bytes)
 
 
 def pack_fetch(fetch: local_pb2.LocalFetch) -> bytes:
-    """The packet that asks for leases."""
+    """Makes the packet that asks the daemon for leases on the experts of a fetch."""
     return _FETCH + fetch.SerializeToString()
 
 
 def unpack(packet: bytes) -> tuple[int, ...] | int | local_pb2.LocalFetch:
-    """Reads a packet of a caller: the lease ids of a release (a tuple), the bytes of staging memory (an int), or a fetch.
+    """Parses a packet from a client. The type of the result tells which packet it is.
+
+    A tuple: the ids of leases that are given back. An int: the size of new staging memory. A LocalFetch: a fetch.
 
     Raises:
         InvalidRequest: the packet is none of these.

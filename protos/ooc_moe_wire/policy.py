@@ -1,6 +1,7 @@
-"""Eviction policies: which resident is evicted first. The daemon's DRAM tier, the trainer's HBM cache and simulations use them.
+"""Eviction policies: they decide which resident key (an expert in memory, say) is evicted first.
 
-A policy keeps the order of eviction, and nothing else. Pins, dirty bits and free room are the caller's business:
+The daemon's DRAM tier, the trainer's HBM cache and simulations use them. A policy only keeps the order of eviction. The caller keeps track
+of pins (keys that must stay), changed data and free room:
 
     for key in policy.victims():      # the order; asking for it changes nothing
         if not is_pinned(key):        # keys that are passed over keep their place
@@ -24,31 +25,34 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 class EvictionPolicy(Protocol[Key]):
-    """An order of eviction over the resident keys. A method that is given a key that is not resident raises KeyError."""
+    """The interface of all policies: it is told about every use of a key, and gives the order in which to evict the resident keys.
+
+    Resident keys are those that were inserted and have not left. Methods raise KeyError for a key that must be resident and is not.
+    """
 
     name: ClassVar[str]
 
     def insert(self, key: Key, size: int = 1) -> None:
-        """Notes that a key became resident. `size` is in the unit in which the caller counts its room."""
+        """Adds a key that became resident. `size` is how much room it takes, in any unit that the caller uses for all keys."""
 
     def touch(self, key: Key) -> None:
-        """Notes that a resident key was used."""
+        """Notes that a resident key was used, which may move it in the order."""
 
     def rename(self, old: Key, new: Key) -> None:
-        """Gives a resident another key. The resident keeps its place in the order."""
+        """Replaces the resident key `old` by `new`, at the same place in the order."""
 
     def evict(self, key: Key) -> None:
-        """Notes that a key of `victims()` was evicted to make room. The policy may remember that it was resident."""
+        """Removes a key from `victims()` that the caller evicts to make room. The policy may remember that the key was resident."""
 
     def remove(self, key: Key) -> None:
-        """Notes that a key left for another reason. The policy forgets it."""
+        """Forgets a key that left for a reason other than eviction, for example because its bank was deleted."""
 
     def victims(self) -> Iterator[Key]:
-        """The resident keys, the next victim first. The policy must not be changed while this is iterated."""
+        """Yields the resident keys in the order of eviction, the next one first. Do not change the policy while you iterate."""
 
 
 class LRU(Generic[Key]):
-    """Evicts the least recently used key first."""
+    """The least-recently-used policy: evicts the key that was not used for the longest time."""
 
     name: ClassVar[str] = "lru"
 
@@ -68,7 +72,7 @@ class LRU(Generic[Key]):
         self._order.move_to_end(self._tickets[key])
 
     def rename(self, old: Key, new: Key) -> None:
-        """Replaces the key; its last use stays as it was."""
+        """Replaces the key `old` by `new`. The time of its last use stays."""
         ticket = self._tickets[new] = self._tickets.pop(old)
         self._order[ticket] = new
 
@@ -79,13 +83,13 @@ class LRU(Generic[Key]):
     evict = remove
 
     def victims(self) -> Iterator[Key]:
-        """The keys from the least to the most recently used one."""
+        """Yields the keys, from the least to the most recently used one."""
         return iter(self._order.values())
 
 
 @dataclass(slots=True, eq=False)
 class _Resident(Generic[Key]):
-    """A key in one of the two queues of S3-FIFO."""
+    """A resident key of S3-FIFO: its size, its place in one of the two queues, and its uses there."""
 
     key: Key
     size: int
@@ -95,7 +99,7 @@ class _Resident(Generic[Key]):
 
 
 class _Fifo(Generic[Key]):
-    """A queue from whose middle keys may leave, too."""
+    """A first-in-first-out queue of resident keys, from which keys can also be removed in the middle."""
 
     def __init__(self) -> None:
         self.size = 0
@@ -103,20 +107,20 @@ class _Fifo(Generic[Key]):
         self._next_ticket = 0
 
     def enter(self, resident: _Resident[Key], uses: int) -> None:
-        """Appends a resident, and sets its number of uses."""
+        """Appends a resident key to the queue, and sets its number of uses."""
         resident.queue, resident.ticket, resident.uses = self, self._next_ticket, uses
         self._next_ticket += 1
         self.waiting[resident.ticket] = resident
         self.size += resident.size
 
     def leave(self, resident: _Resident[Key]) -> None:
-        """Removes a resident from any place."""
+        """Removes a resident key from the queue, wherever it is."""
         del self.waiting[resident.ticket]
         self.size -= resident.size
 
 
 class S3FIFO(Generic[Key]):
-    """S3-FIFO: a small and a main queue, and the keys of recent victims of the small one (Yang et al., SOSP 2023, algorithm 1).
+    """The S3-FIFO policy (Yang et al., SOSP 2023, algorithm 1): a small queue for new keys, and a main queue for keys that are used again.
 
         new key -> small queue (a tenth of the room) --used twice--> main queue --used--> another round in the main queue, at most 3
                               |                                          |
@@ -125,11 +129,12 @@ class S3FIFO(Generic[Key]):
                             as a ghost: if it comes back, it
                             enters the main queue at once
 
-    A scan uses each key once, so it passes through a tenth of the room and leaves the rest alone.
+    A scan (a pass over many keys, each used once) moves through the small queue only. It evicts nothing from the other nine tenths of the
+    room.
 
-    This differs from the paper in two points. The shares are of the residents' total size, because the policy does not know its caller's
-    room, and is asked for victims only when that is full. And each eviction takes exactly one key, where the paper's may take a second one
-    from a full main queue.
+    This differs from the paper in two points. The share of a queue is measured against the total size of the resident keys, because the
+    policy does not know how much room the caller has; it is asked for victims only when that is full. And each eviction takes exactly one
+    key, where the paper's may take a second one from a full main queue.
     """
 
     name: ClassVar[str] = "s3fifo"
@@ -143,25 +148,29 @@ class S3FIFO(Generic[Key]):
         self._ghosts_size = 0
 
     def insert(self, key: Key, size: int = 1) -> None:
-        """Adds the key to the small queue; to the main queue if the key is a ghost."""
+        """Adds the key to the small queue, or to the main queue if the key is a ghost (evicted from the small queue not long ago)."""
         queue = self._main if self._drop_ghost(key) else self._small
         resident = self._residents[key] = _Resident(key, size, queue)
         queue.enter(resident, 0)
 
     def touch(self, key: Key) -> None:
-        """Counts a use. The key keeps its place."""
+        """Counts a use of the key. Its place in the queue stays."""
         resident = self._residents[key]
         if resident.uses < self.USES_MAX:
             resident.uses += 1
 
     def rename(self, old: Key, new: Key) -> None:
-        """Replaces the key; its place and its uses stay as they were."""
+        """Replaces the key `old` by `new`. Its place in the queue and its count of uses stay."""
         resident = self._residents[new] = self._residents.pop(old)
         resident.key = new
         self._drop_ghost(new)
 
     def evict(self, key: Key) -> None:
-        """Removes the key. Keys that would move to or in the main queue before its turn move now; earlier victims keep their places."""
+        """Removes the key. If the key was in the small queue, remembers it as a ghost.
+
+        Keys before it in the order that S3-FIFO would move instead of evicting move now. Keys before it that S3-FIFO would evict, and the
+        caller did not (pinned ones, say), keep their places.
+        """
         room = self._small.size + self._main.size
         victim = self._residents[key]
         for resident in self._moved_before(victim):
@@ -177,16 +186,16 @@ class S3FIFO(Generic[Key]):
             self._drop_ghost(next(iter(self._ghosts)))
 
     def remove(self, key: Key) -> None:
-        """Forgets the key."""
+        """Removes the key, without a ghost."""
         resident = self._residents.pop(key)
         resident.queue.leave(resident)
 
     def victims(self) -> Iterator[Key]:
-        """The order in which repeated evictions would take the residents, if none were used in between."""
+        """Yields the resident keys in the order in which repeated evictions would take them, if none were used in between."""
         return (resident.key for resident, leaves in self._walk() if leaves)
 
     def _moved_before(self, victim: _Resident[Key]) -> list[_Resident[Key]]:
-        """The residents that move before it is the victim's turn, once for each move."""
+        """The keys that move to the end of the main queue before the victim's turn to be evicted comes, once for each move."""
         moved = []
         for resident, leaves in self._walk():
             if leaves and resident is victim:
@@ -196,7 +205,10 @@ class S3FIFO(Generic[Key]):
         return moved
 
     def _walk(self) -> Iterator[tuple[_Resident[Key], bool]]:
-        """Simulates evictions: yields the next resident to decide on, and whether it leaves or moves to the end of the main queue."""
+        """Simulates evictions. Yields each key that S3-FIFO decides on, and the decision.
+
+        True: the key is evicted. False: it moves to the end of the main queue.
+        """
         small_size, main_size = self._small.size, self._main.size
         small, main = iter(self._small.waiting.values()), iter(self._main.waiting.values())
         moved: deque[tuple[_Resident[Key], int]] = deque()  # They stand behind all of `main`; each with its uses.
@@ -219,14 +231,14 @@ class S3FIFO(Generic[Key]):
             yield resident, leaves
 
     def _drop_ghost(self, key: Key) -> bool:
-        """Forgets a ghost. False when the key is no ghost."""
+        """Forgets a ghost. Returns whether the key was a ghost."""
         size = self._ghosts.pop(key, 0)
         self._ghosts_size -= size
         return size > 0
 
 
 class Random(Generic[Key]):
-    """Evicts a random key. A policy that is no better has learned nothing from the past."""
+    """A policy that evicts a random key. It is a baseline: a policy that evicts no better has learned nothing from past uses."""
 
     name: ClassVar[str] = "random"
 
@@ -236,21 +248,21 @@ class Random(Generic[Key]):
         self._places: dict[Key, int] = {}
 
     def insert(self, key: Key, size: int = 1) -> None:
-        """Adds the key."""
+        """Adds a resident key. Its size does not matter."""
         self._places[key] = len(self._keys)
         self._keys.append(key)
 
     def touch(self, key: Key) -> None:
-        """Does nothing."""
+        """Does nothing, because uses do not matter to a random order. Raises KeyError for a key that is not resident."""
         self._places[key]
 
     def rename(self, old: Key, new: Key) -> None:
-        """Replaces the key."""
+        """Replaces the key `old` by `new`."""
         place = self._places[new] = self._places.pop(old)
         self._keys[place] = new
 
     def remove(self, key: Key) -> None:
-        """Forgets the key; the last key of the list takes its place."""
+        """Forgets the key. (In the list of keys, the last one takes its place.)"""
         place, last = self._places.pop(key), self._keys.pop()
         if place < len(self._keys):
             self._keys[place] = last
@@ -259,7 +271,7 @@ class Random(Generic[Key]):
     evict = remove
 
     def victims(self) -> Iterator[Key]:
-        """The keys in a random order, which is another one each time."""
+        """Yields the keys in a random order, a different one at each call."""
         drawn: set[int] = set()
         while len(drawn) < len(self._keys):
             place = int(self._random.random() * len(self._keys))
@@ -269,11 +281,13 @@ class Random(Generic[Key]):
 
 
 class NextUse(Generic[Key]):
-    """Evicts the key with the furthest next use first. Keys whose next use is unknown go before all others, least recently used first.
+    """A policy that evicts the key whose next use is furthest in the future, as the caller predicts it.
+
+    Keys whose next use is unknown are evicted before all others, the least recently used first.
 
     Args:
-        next_use: returns when a key will be used next, as a number that no other key gets; None when that is unknown. It is called by
-            `insert` and `touch`.
+        next_use: returns the time of a key's next use, as a number that no other key gets; None when it is unknown. `insert` and `touch`
+            call it.
     """
 
     name: ClassVar[str] = "next-use"
@@ -286,18 +300,18 @@ class NextUse(Generic[Key]):
         self._furthest: list[int] = []  # A heap of negated next uses, some of which are out of date.
 
     def insert(self, key: Key, size: int = 1) -> None:
-        """Adds the key with its next use."""
+        """Adds the key, and asks `next_use` for its place in the order."""
         self._clock += 1
         next_use = self._find_next_use(key)
         self._place(key, _UNKNOWN - self._clock if next_use is None else next_use)
 
     def touch(self, key: Key) -> None:
-        """Looks up the key's next use anew."""
+        """Asks `next_use` again for the key's place in the order."""
         self.remove(key)
         self.insert(key)
 
     def rename(self, old: Key, new: Key) -> None:
-        """Replaces the key; its next use stays as it was."""
+        """Replaces the key `old` by `new`. Its next use stays."""
         next_use = self._next_use[old]
         self.remove(old)
         self._place(new, next_use)
@@ -309,7 +323,7 @@ class NextUse(Generic[Key]):
     evict = remove
 
     def victims(self) -> Iterator[Key]:
-        """The keys from the furthest to the nearest next use. The first is cheap to find; the others cost a sort."""
+        """Yields the keys, from the furthest to the nearest next use. The first one is cheap to find; all others cost a sort."""
         while self._furthest and -self._furthest[0] not in self._by_next_use:
             heappop(self._furthest)
         if not self._furthest:
@@ -331,7 +345,9 @@ _UNKNOWN = 1 << 62  # Further than any known next use.
 
 
 class Belady(NextUse[Key]):
-    """The optimal policy for keys of one size (Belady 1966), against which others are measured: `NextUse` with a known future.
+    """The optimal policy for keys of equal size (Belady 1966): it knows all future accesses, and evicts the key with the furthest next use.
+
+    Other policies are measured against it, in simulations.
 
     Args:
         trace: all accesses in order. Each call of `insert` or `touch` must be the next access of the trace.
@@ -352,7 +368,10 @@ class Belady(NextUse[Key]):
 
 
 def _next_uses(trace: Sequence[Key]) -> array[int]:
-    """For each access the position of the key's next access. Without one, a position beyond the end, which no other access gets."""
+    """For each access in the trace, the position of the next access to the same key.
+
+    If there is none, a position beyond the end of the trace, which no other access gets.
+    """
     following: dict[Key, int] = {}
     next_uses = array("q", bytes(8 * len(trace)))
     for position in range(len(trace) - 1, -1, -1):
@@ -365,7 +384,7 @@ _POLICIES: dict[str, Callable[[], EvictionPolicy[Any]]] = {LRU.name: LRU, S3FIFO
 
 
 def make_policy(name: str) -> EvictionPolicy[Any]:
-    """Makes an online policy by its name: "lru", "s3fifo" or "random". Raises InvalidRequest for another name."""
+    """Makes a policy by its name: "lru", "s3fifo" or "random". Raises InvalidRequest for any other name."""
     if name not in _POLICIES:
         raise InvalidRequest(f"policy: {name!r} is not one of {', '.join(_POLICIES)}")
     return _POLICIES[name]()

@@ -1,11 +1,13 @@
-"""The rules that every store of experts follows: the daemon, and the client's in-memory store.
+"""The rules that every store of experts follows, the daemon as well as the client's in-memory store.
 
-Each rule is a pure function of values, so that the two stores cannot drift apart. They differ in how they keep bytes; they agree on which
-version, name, count or error a call gives. An example, a restore:
+Each rule is a pure function. Both stores call them, so they agree on which version, name, count or error a call gives, although they keep
+the experts' bytes in different ways. An example, the restore of a snapshot:
 
     now         {0: version 7, 1: version 8}    expert 1 was not written when the snapshot was taken
     snapshot    {0: version 3}
     restored    {0: the bytes of version 3, as version 9;  1: its seeded value, as version 10}
+
+An expert's seeded value is its initial value, which is computed from the bank's seed.
 """
 
 from __future__ import annotations
@@ -32,23 +34,26 @@ SNAPSHOT_NAME_BYTES_MAX = 128
 
 
 class StoredRecord(Protocol):
-    """The present state of one expert, as far as the rules need it."""
+    """What the rules need to know of one expert's state in a store."""
 
     @property
     def is_written(self) -> bool:
-        """Whether the expert's bytes were pushed. False: they are the seeded value, perhaps under a newer version after a restore."""
+        """Whether the expert's bytes came from a push.
+
+        False: they are the initial value from the bank's seed, perhaps under a newer version after a restore.
+        """
 
 
 class NumberedPush(Protocol):
-    """The identity of a push: the writer that sent it, and its number among all pushes of that writer, from 1 on."""
+    """What identifies a push: the writer that sent it, and its number among all pushes of that writer, from 1 on."""
 
     @property
     def writer_id(self) -> str:
-        """The writer that sent it."""
+        """The id of the writer that sent the push."""
 
     @property
     def push_number(self) -> int:
-        """Its number."""
+        """The number of the push among all pushes of its writer."""
 
 
 Record = TypeVar("Record", bound=StoredRecord)
@@ -60,21 +65,21 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 def find_bank(banks: Mapping[str, Item], name: str) -> Item:
-    """The bank of that name. Raises UnknownBank."""
+    """Returns the bank of that name. Raises UnknownBank when there is none."""
     if name not in banks:
         raise UnknownBank(f"bank {name!r} does not exist")
     return banks[name]
 
 
 def find_snapshot(snapshots: Mapping[int, Item], snapshot_id: int) -> Item:
-    """The snapshot of that id. Raises UnknownSnapshot."""
+    """Returns the snapshot of that id. Raises UnknownSnapshot when there is none."""
     if snapshot_id not in snapshots:
         raise UnknownSnapshot(f"snapshot {snapshot_id} does not exist")
     return snapshots[snapshot_id]
 
 
 def check_experts(bank: str, experts: Iterable[int], num_experts: int) -> None:
-    """Raises UnknownExpert for the first id that is not one of the bank's `num_experts`."""
+    """Raises UnknownExpert when an expert id is not in the bank, whose ids are 0 to `num_experts` - 1."""
     for expert in experts:
         if not 0 <= expert < num_experts:
             raise UnknownExpert(f"expert {expert}: bank {bank!r} has experts 0 to {num_experts - 1}")
@@ -84,10 +89,12 @@ def check_experts(bank: str, experts: Iterable[int], num_experts: int) -> None:
 
 
 def check_same_bank(present: BankSpec, asked: BankSpec) -> None:
-    """Checks that the bank that a caller creates is equal to the one that exists. The number of experts may differ by growth.
+    """Checks that a bank to be created equals the existing bank of its name, so that the existing one can be returned.
+
+    The number of experts may differ, because the existing bank may have grown.
 
     Raises:
-        BankExists: the layout or the seed is another one; the message says which.
+        BankExists: the layout or the seed differs; the message says which.
     """
     if replace(present, num_experts=asked.num_experts) != asked:
         difference = "layout" if present.layout != asked.layout else f"seed: {present.seed}, not {asked.seed}"
@@ -95,23 +102,23 @@ def check_same_bank(present: BankSpec, asked: BankSpec) -> None:
 
 
 def check_new_name(name: str, banks: Container[str]) -> None:
-    """Raises BankExists when a fork would take the name of a bank that exists."""
+    """Checks the name of a fork (a bank made as a copy of another). Raises BankExists when a bank already has that name."""
     if name in banks:
         raise BankExists(f"bank {name!r} exists")
 
 
 def grown(spec: BankSpec, num_experts: int) -> BankSpec:
-    """The spec of a bank that was asked to have at least `num_experts`. A bank never shrinks. Raises InvalidRequest for too many."""
+    """Returns the spec of a bank after it was grown to at least `num_experts`. A bank never shrinks. Raises InvalidRequest for too many."""
     return replace(spec, num_experts=max(spec.num_experts, num_experts))
 
 
 def check_writer(bank: str, holder: str, writer_id: str = "") -> None:
-    """Checks that a caller may write or change a bank: no other writer has it open.
+    """Checks that a caller may write or change a bank, that is, no other writer has it open.
 
     Args:
         bank: the bank's name, for the message.
         holder: the id of the writer that has the bank open; empty when none has.
-        writer_id: the id of the writer that asks; empty for a caller that must find the bank closed.
+        writer_id: the id of the writer that asks; empty for a call, such as a deletion, for which the bank must not be open at all.
 
     Raises:
         NotTheWriter: another writer has it open.
@@ -124,11 +131,11 @@ def check_writer(bank: str, holder: str, writer_id: str = "") -> None:
 
 
 def check_base_version(bank: str, expert: int, *, base_version: int, current: int) -> None:
-    """Checks that an update started from the current version.
+    """Checks that a push updates the expert's current version: `base_version`, from which the update started, equals `current`.
 
     Raises:
-        StaleVersion: there is a newer version.
-        LostUpdate: there is only an older version: a crash took one that was acknowledged in memory.
+        StaleVersion: the store's version is newer.
+        LostUpdate: the store's version is older: a crash took the newer one, which was acknowledged but only in memory.
     """
     what = f"expert {expert} of bank {bank!r}: base_version {base_version} is not the current version {current}"
     if base_version > current:
@@ -138,7 +145,7 @@ def check_base_version(bank: str, expert: int, *, base_version: int, current: in
 
 
 def is_repeat(earlier: NumberedPush, writer_id: str, push_number: int) -> bool:
-    """Whether a push repeats `earlier`: its writer sent it again, under its old number, because no acknowledgement came.
+    """Whether a push is a repeat of `earlier`: sent again by the same writer under the same number, because no acknowledgement came.
 
     The writer then gets the outcome of `earlier`, and nothing is written. Only a store behind a network sees repeats.
     """
@@ -146,7 +153,7 @@ def is_repeat(earlier: NumberedPush, writer_id: str, push_number: int) -> bool:
 
 
 def listed_checksums(checksums: Checksums | None) -> Checksums:
-    """The checksums that a listing shows. An expert with its seeded value has none (None), and is listed with zeros."""
+    """The checksums that a list of experts shows for one expert: its own, or zeros when it was never written (None)."""
     return checksums or Checksums(0, 0)
 
 
@@ -154,35 +161,38 @@ def listed_checksums(checksums: Checksums | None) -> Checksums:
 
 
 def check_snapshot_banks(banks: Sequence[str]) -> None:
-    """Raises InvalidRequest unless these are one or more names, each once."""
+    """Checks the names of the banks to snapshot. Raises InvalidRequest when there is none, or one is repeated."""
     if not banks or len(set(banks)) != len(banks):
         raise InvalidRequest(f"banks: {list(banks)} is not a list of one or more different banks")
 
 
 def check_snapshot_name(name: str) -> None:
-    """Raises InvalidRequest for a name that is too long in UTF-8."""
+    """Checks the name of a snapshot. Raises InvalidRequest when it has more than SNAPSHOT_NAME_BYTES_MAX bytes in UTF-8."""
     num_bytes = len(name.encode())
     if num_bytes > SNAPSHOT_NAME_BYTES_MAX:
         raise InvalidRequest(f"name: {num_bytes} bytes are more than {SNAPSHOT_NAME_BYTES_MAX}")
 
 
 def check_same_snapshot(name: str, present: Collection[Hashable], asked: Collection[Hashable]) -> None:
-    """Checks that a snapshot that is taken under an existing name is of the same banks. The existing one is then returned.
+    """Checks that a snapshot to be taken has the same banks as the existing snapshot of its name, so that the existing one can be returned.
 
     Args:
         name: the name of both.
-        present: the banks of the snapshot that exists, by id or by name.
+        present: the banks of the existing snapshot, by id or by name.
         asked: the banks that the call names, in the same form.
 
     Raises:
-        SnapshotExists: they differ.
+        SnapshotExists: the banks differ.
     """
     if set(present) != set(asked):
         raise SnapshotExists(f"snapshot {name!r} exists, of other banks")
 
 
 def snapshot_id_and_name(name: str, next_id: int, taken_names: Container[str]) -> tuple[int, str]:
-    """The id and the name of a new snapshot. Without a name it is called "snapshot-ID", and ids whose name is taken are skipped."""
+    """Chooses the id and the name of a new snapshot.
+
+    With an empty `name`, the name is "snapshot-ID", and ids whose name is taken are skipped.
+    """
     if name:
         return next_id, name
     while f"snapshot-{next_id}" in taken_names:
@@ -191,36 +201,40 @@ def snapshot_id_and_name(name: str, next_id: int, taken_names: Container[str]) -
 
 
 def snapshot_counts(parts: Iterable[tuple[int, Iterable[StoredRecord]]]) -> tuple[int, int]:
-    """Counts the written experts that a snapshot refers to, and the bytes of their records.
+    """Counts the written experts in a snapshot, and the bytes of their records. Returns both numbers.
 
     Args:
-        parts: for each bank that the snapshot still has, the bytes of one record, and the bank's records at that time.
+        parts: for each bank in the snapshot that was not deleted, the size of one record, and the bank's records in the snapshot.
     """
     written = [record_bytes for record_bytes, records in parts for record in records if record.is_written]
     return len(written), sum(written)
 
 
 def snapshot_part(parts: Mapping[Key, Item], bank: Key, *, snapshot_id: int, bank_name: str) -> Item:
-    """A bank's part of a snapshot, to fork it. Raises UnknownSnapshot when the snapshot is not of that bank."""
+    """Returns what a snapshot keeps of one bank. Raises UnknownSnapshot when the snapshot does not include the bank."""
     if bank not in parts:
         raise UnknownSnapshot(f"snapshot {snapshot_id} is not of bank {bank_name!r}")
     return parts[bank]
 
 
 def restored_records(present: Iterable[int], snapshot: Mapping[int, Record], unwritten: Record) -> dict[int, Record]:
-    """The records that a restore makes current, in order of experts; the store gives each a new version.
+    """Returns the records that become current when a snapshot of a bank is restored, by expert, in order.
+
+    The store gives each a new version.
 
     Args:
-        present: the experts that have a record now, or that are being pushed: a push from before the restore must not land after it.
-        snapshot: the bank's records when the snapshot was taken.
-        unwritten: the record of an expert that the snapshot does not have: its seeded value.
+        present: the experts that have a record now, and those that are being pushed: a push from before the restore must not be written
+            after it.
+        snapshot: the bank's records in the snapshot.
+        unwritten: the record for experts that the snapshot does not have; it stands for the initial value.
     """
     return {expert: snapshot.get(expert, unwritten) for expert in sorted({*present, *snapshot})}
 
 
 def forked_records(source: Mapping[int, Record]) -> dict[int, Record]:
-    """The records that a fork begins with, in order of experts; the store gives each a new version.
+    """Returns the records that a fork (a copy of a bank) starts with, by expert, in order. The store gives each a new version.
 
-    Only written records are taken over. The fork has its source's seed, and so the same seeded values, as version 0.
+    Only written records are copied. All other experts of the fork have the same initial values as in the source, because the fork has the
+    source's seed; their version is 0.
     """
     return {expert: record for expert, record in sorted(source.items()) if record.is_written}

@@ -1,4 +1,4 @@
-"""Parses sizes as people write them: "1GiB", "512 MiB", "4096"."""
+"""Parses sizes in bytes as people write them: "1GiB", "512 MiB", "4096"."""
 
 import re
 from decimal import Decimal
@@ -10,7 +10,7 @@ for _power, _letter in enumerate("kmgt", start=1):
 
 
 def parse_size(text: str) -> int:
-    """The bytes of a size: a number, and B, KiB, MiB, GiB, TiB, kB, MB, GB, TB (in any case) or nothing.
+    """Converts a size such as "1GiB" to a number of bytes. The unit is B, KiB, MiB, GiB, TiB, kB, MB, GB, TB (in any case) or nothing.
 
     Raises:
         ValueError: the text is no size; the message quotes it.

@@ -1,5 +1,6 @@
-"""The trainer's HBM cache of experts.
+"""The trainer's cache of experts in HBM (the GPU's memory).
 
-`ExpertCache` (cache.py) is what trainers call. Behind it, demand.py fetches what is asked for now, prefetch.py what will be asked for, and
-write_back.py pushes what was changed. `CacheStats` says how well that went, and `Reporter` sends it to the daemon.
+`ExpertCache` (cache.py) is what trainers call. Its parts: demand.py fetches the experts that the trainer asks for, prefetch.py fetches
+experts before the trainer asks for them, and write_back.py pushes changed experts to the store. `CacheStats` has the cache's counters
+(hits, misses, bytes, ...), and `Reporter` sends them to the daemon.
 """

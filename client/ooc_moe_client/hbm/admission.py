@@ -1,11 +1,11 @@
-"""`Admission`: whether a prefetch is worth its slot and its bandwidth.
+"""`Admission`: decides whether a prefetch is worth its slot and its bandwidth.
 
-A prefetch is refused when no slot would be left for it, or when it would come too late:
+A prefetch is refused when no slot would be left for it, or when its bytes would arrive too late:
 
     bytes to fetch, its own and those queued before it / measured bandwidth  >  time until it is needed * probability that it is needed
 
-So a less likely expert must be there with more time to spare. The bandwidth is measured on all fetches, on demand and by prefetch. Before
-the first fetch nothing is refused for time.
+So the less likely an expert is to be needed, the more time it must have to arrive. The bandwidth is measured on all fetches, those on
+demand and prefetches. Before the first fetch there is no measurement, and no prefetch is refused for being late.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ NEWEST_WEIGHT = 0.25
 
 
 class AdmissionMode(Enum):
-    """What happens to a prefetch that is not worth its fetch."""
+    """What the cache does with a prefetch that `Admission` finds not worth its slot and bandwidth."""
 
     OFF = "off"  # Prefetches are not judged.
     OBSERVE = "observe"  # It is counted as refused, and made all the same.
@@ -25,25 +25,28 @@ class AdmissionMode(Enum):
 
 
 class Admission:
-    """Measures the bandwidth of fetches, and judges prefetches by it. Needs the cache's lock."""
+    """Measures the bandwidth of fetches, and refuses prefetches that would find no slot or arrive too late.
+
+    Callers hold the cache's lock.
+    """
 
     def __init__(self, mode: AdmissionMode) -> None:
         self.mode = mode
         self.bytes_per_s: float | None = None
 
     def measure(self, num_bytes: int, seconds: float) -> None:
-        """Adds one fetch to the measured bandwidth."""
+        """Updates the measured bandwidth, an exponential average, with a fetch of `num_bytes` that took `seconds`."""
         newest = num_bytes / max(seconds, 1e-6)
         self.bytes_per_s = newest if self.bytes_per_s is None else self.bytes_per_s + NEWEST_WEIGHT * (newest - self.bytes_per_s)
 
     def refuses(self, *, num_bytes: int, slots_left: int, within_s: float | None, probability: float) -> bool:
-        """Whether to refuse the prefetch of an expert.
+        """Returns whether to refuse the prefetch of one expert.
 
         Args:
-            num_bytes: of this expert and of everything that is fetched before it.
-            slots_left: slots that are left for it when everything before it has got its own.
-            within_s: the time until it is needed; None when that is unknown.
-            probability: how likely it is to be needed, 0 to 1.
+            num_bytes: bytes of this expert and of all experts that are fetched before it.
+            slots_left: the number of slots that remain when all experts before it have got theirs.
+            within_s: seconds until the expert is needed; None when that is unknown.
+            probability: how likely the expert is to be needed, 0 to 1.
         """
         if slots_left <= 0:
             return True

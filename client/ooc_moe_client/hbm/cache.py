@@ -1,12 +1,13 @@
 """`ExpertCache`: the trainer's cache of experts, in HBM (or in host memory: device "cpu" runs the same code).
 
-    with cache.reading([3, 7]) as slots:              # pinned; misses are fetched in one call
-        w1_SDH = cache.views["w1"]                     # expert 3 is w1_SDH[slots[0]]
-    with cache.updating([3, 7]) as slots: ...          # the optimizer writes; the experts are dirty afterwards
-    cache.flush()                                      # returns when every change is durable
+    with cache.reading([3, 7]) as slots:              # pins both experts; missing ones are fetched in one call
+        w1_SDH = cache.views["w1"]                     # S: slots. The weights of expert 3 are w1_SDH[slots[0]]
+    with cache.updating([3, 7]) as slots: ...          # the optimizer writes; afterwards the experts are dirty (changed, not yet pushed)
+    cache.flush()                                      # returns when the store holds every change durably
 
-This file is what the trainer calls. demand.py pins experts for it; write_back.py and prefetch.py work in the background. table.py decides
-what is evicted, and slots.py holds the bytes. The cache deliberately knows nothing of layers, routing or optimizers: they use `views`.
+This file is what the trainer calls. demand.py pins experts (a pinned expert stays in its slot); write_back.py and prefetch.py work in the
+background. table.py decides which expert is evicted, and slots.py holds the bytes. The cache knows nothing of layers, routing or
+optimizers: they use `views`.
 """
 
 from __future__ import annotations
@@ -39,26 +40,28 @@ PREFETCH_EXPERTS_MAX = 64
 
 
 class ExpertCache:
-    """A fixed number of slots in which the experts of one bank are read and changed. Changes are pushed back to the store.
+    """Holds some experts of one bank in a fixed number of slots on a device, where they are read and updated.
 
-    One training thread uses it; `stats` and `fetches` may be called from any. The class is long because it is the face of its room: most
-    methods check their arguments, take the lock, and call the part that does the work.
+    Missing experts are fetched from the store, and changed experts are pushed back to it. A slot is memory for one expert.
 
-    An error of background work (a refused push, say) is raised
-    once, by the next call; what could not be pushed is kept.
+    One training thread uses the cache; `stats` and `fetches` may be called from any thread. The class is long because it is the room's
+    public face: most methods check their arguments, take the lock, and call the part that does the work.
+
+    When background work fails (a push is refused, say), the next call of `reading`, `flush` or another method raises the error, once.
+    Changes that could not be pushed stay in the cache.
 
     Args:
-        store: where the experts live.
+        store: the store that the experts are fetched from and pushed to.
         bank: the bank's name; it must exist.
         capacity_experts: the number of slots.
         device: "cpu", "cuda" or "cuda:N".
         prefetch_experts_max: the most experts that wait in the prefetch queue.
-        admission: whether prefetches that are not worth their fetch are refused (see admission.py).
-        on_access: called with the ids of each counted reading, in order. It runs under the cache's lock: it must be quick, and must not
-            call the cache.
+        admission: whether to refuse prefetches that are not worth their slot and bandwidth (see admission.py).
+        on_access: called with the expert ids of each `reading` that is `counted`, in order. It runs under the cache's lock: it must be
+            quick, and must not call the cache.
 
     Raises:
-        InvalidRequest: capacity_experts is below 1.
+        InvalidRequest: capacity_experts is below 1, or prefetch_experts_max is negative.
         UnknownBank: there is no such bank.
     """
 
@@ -96,7 +99,10 @@ class ExpertCache:
 
     @property
     def views(self) -> dict[str, Tensor]:
-        """For each tensor name (parameters and optimizer) a strided view (slots, *shape) of all slots. Touch only slots that are pinned."""
+        """For each tensor name of the layout, a tensor (slots, *shape) that is a strided view of all slots.
+
+        It covers parameter and optimizer tensors. Read or write only the rows of slots that are pinned.
+        """
         return self._slots.views
 
     @property
@@ -105,40 +111,45 @@ class ExpertCache:
         return self._shared.num_experts
 
     def grow(self, num_experts: int) -> None:
-        """Raises the bank's number of experts to at least `num_experts`."""
+        """Raises the bank's number of experts in the store to `num_experts`, if it has fewer. The number of slots stays."""
         self._shared.num_experts = self._shared.store.grow_bank(self.bank, num_experts).spec.num_experts
 
     # The working set
 
     def reading(self, experts: Sequence[int], *, sections: Sections = Sections.ALL, counted: bool = True) -> Pinned:
-        """Pins experts for reading, in a `with` block that binds their slots, in the same order. Misses are fetched in one call.
+        """Pins experts for reading inside a `with` block. `as` gives the list of their slots, in the order of `experts`.
 
-        Experts that were read together before, and are all still here, are found by one look-up.
+        Missing experts are fetched first, in one call. When the same experts were read together before, and all are still in their slots,
+        one look-up finds them.
 
         Args:
             experts: distinct ids, at most `capacity_experts` (see `waves`).
-            sections: PARAMETERS fetches only the parameters, unless the schedule says that the expert will be updated while it is still
-                here. A later reading of ALL fetches the expert anew.
-            counted: whether the reading counts in accesses, hits and misses. False for experts that were counted already for the same
-                step (backward, optimizer).
+            sections: PARAMETERS fetches only the parameters, unless the schedule says that the expert will be updated before it would be
+                evicted. A later reading of ALL fetches the whole expert again.
+            counted: whether the reading counts in the statistics (accesses, hits and misses). Pass False when the experts were counted
+                already for the same step, as in backward and the optimizer.
 
         Raises:
             InvalidRequest: an expert is repeated, or there are more experts than slots.
-            UnknownExpert: an id outside the bank, before anything is fetched.
+            UnknownExpert: an id is outside the bank; nothing was fetched.
             TierFull: too many slots are pinned.
-            CorruptRecord, Unavailable, StaleVersion, LostUpdate, NotTheWriter: as the store raised them, now or in the background.
+            CorruptRecord, Unavailable, StaleVersion, LostUpdate, NotTheWriter: as the store raised them, in this call or earlier in the
+                background.
         """
         return Pinned(self._demand, experts, sections, counted=counted)
 
     def updating(self, experts: Sequence[int]) -> Pinned:
-        """Pins experts for reading and writing, both sections. They are dirty afterwards, also after an exception. Raises as `reading`."""
+        """Pins experts for reading and writing, with their optimizer sections. Used as `reading`, and raises the same errors.
+
+        When the block ends, also by an exception, the experts are marked dirty: changed, and to be pushed to the store.
+        """
         return Pinned(self._demand, experts, Sections.ALL, counted=False, updating=True)
 
     def waves(self, experts: Sequence[int]) -> Iterator[list[int]]:
-        """Cuts a list of experts into waves that fit the slots.
+        """Splits a list of experts into waves, sorted lists that fit into the slots together. Yields one wave at a time.
 
-        Waves are in ascending order of ids, so that sums over them never depend on which experts are resident. Under a schedule that names
-        more experts than there are slots, a wave fits half of the slots: the next wave is fetched while one is computed.
+        All ids ascend from wave to wave, so that sums over them never depend on which experts are in the cache. When the schedule names
+        more experts than there are slots, a wave fills only half of the slots: the next wave is fetched while one is computed.
         """
         ordered = sorted(experts)
         for start in range(0, len(ordered), self._wave_experts):
@@ -147,11 +158,15 @@ class ExpertCache:
     def schedule(self, uses: Iterable[Use], *, ahead: bool = True) -> None:
         """Announces which experts will be read (PARAMETERS) and updated (ALL) from now on, in order. Replaces the earlier schedule.
 
-        Eviction then takes the expert with the furthest next use. With `ahead`, experts are fetched before they are asked for. The schedule
-        is advice: a reading that deviates from it takes longer, and is still right.
+        From then on the cache evicts experts that the schedule does not name first, and then the one whose next use is furthest away.
+        Readings may deviate from the schedule: they take longer, and their results are the same.
+
+        Args:
+            uses: the experts of each step, in the order of the steps.
+            ahead: whether to fetch scheduled experts in the background before they are asked for.
 
         Raises:
-            UnknownExpert: an id outside the bank.
+            UnknownExpert: an id is outside the bank.
         """
         uses = list(uses)
         experts = {expert for use in uses for expert in use.experts}
@@ -166,7 +181,11 @@ class ExpertCache:
             self._prefetcher.follow_schedule(ahead=ahead)
 
     def new_working_set(self) -> None:
-        """Begins a new working set: experts that were read until now may be evicted for prefetches, dirty ones once they are written."""
+        """Declares that other experts will be needed from now on, for example because the game changes.
+
+        Prefetches may then evict the experts that were read until now (dirty ones after they were written back). Until this call,
+        prefetches spare recently read experts.
+        """
         with self._shared.changed:
             self._shared.raise_error()
             self._table.new_working_set()
@@ -182,19 +201,19 @@ class ExpertCache:
         within_s: float | None = None,
         probabilities: Mapping[int, float] | None = None,
     ) -> None:
-        """Queues experts that will probably be needed, the most urgent first; returns at once.
+        """Queues experts that will probably be needed, the most urgent first, to be fetched in the background. Returns at once.
 
-        The daemon promotes them to DRAM; then they are fetched into free slots, and into slots of experts outside the working set (see
-        `new_working_set`). Experts that are resident or queued already are skipped.
+        First the daemon is asked to copy them to its DRAM. Then they are fetched into free slots, and into slots of experts outside the
+        working set (the recently read experts, see `new_working_set`). Experts that are in a slot or queued already are skipped.
 
         Args:
             experts: ids.
-            sections: what to fetch of them.
-            within_s: the time until they are needed, for the admission. None: unknown.
-            probabilities: how likely each expert is to be needed, for the admission. None: certain.
+            sections: which part of each expert to fetch.
+            within_s: seconds until they are needed, for the decision whether the prefetch is worthwhile (admission.py). None: unknown.
+            probabilities: how likely each expert is to be needed, for the same decision. None: certain.
 
         Raises:
-            UnknownExpert: an id outside the bank.
+            UnknownExpert: an id is outside the bank.
         """
         self._shared.check_ids(experts)
         with self._shared.changed:
@@ -202,22 +221,25 @@ class ExpertCache:
             self._prefetcher.enqueue(experts, sections, within_s=within_s, probabilities=probabilities)
 
     def cancel_prefetch(self) -> None:
-        """Drops all queued prefetches, here and in the daemon."""
+        """Drops all prefetches that have not begun, in this cache's queue and in the daemon's."""
         with self._shared.changed:
             self._shared.raise_error()
             self._prefetcher.cancel()
 
     def write_back(self, experts: Sequence[int] | None = None) -> None:
-        """Asks for those of `experts` (None: of all) that are dirty to be pushed in the background; returns at once."""
+        """Queues experts to be pushed to the store in the background, and returns at once.
+
+        Experts that are not in a slot, or not dirty (changed since their last push), are ignored. None: all dirty experts.
+        """
         with self._shared.changed:
             self._shared.raise_error()
             self._write_back.retry()
             self._write_back.request(list(self._table.residents) if experts is None else experts)
 
     def flush(self) -> None:
-        """Pushes all changes, and returns when they are durable.
+        """Pushes all changed experts to the store, and returns when the changes are durable.
 
-        Raises what went wrong. Nothing is lost then, and the next flush tries again.
+        When a push fails, raises its error. No change is lost then, and the next flush tries again.
         """
         with self._shared.changed:
             self._shared.raise_error()
@@ -230,7 +252,7 @@ class ExpertCache:
                 self._shared.raise_error()
 
     def forget(self) -> None:
-        """Drops every resident and the schedule. To be called after the bank changed in the store (a snapshot was restored).
+        """Empties all slots and drops the schedule. Call this after a snapshot was restored: the experts in the slots are then outdated.
 
         Raises:
             InvalidRequest: an expert is pinned, or has changes that the store does not have.
@@ -255,7 +277,7 @@ class ExpertCache:
             self._shared.version_at_open = newest
 
     def stats(self) -> CacheStats:
-        """The gauges and counters of this moment. May be called from any thread."""
+        """Returns a copy of the cache's counters, and how many slots are filled and dirty now. May be called from any thread."""
         with self._shared.changed:
             return CacheStats(
                 bank=self.bank,
@@ -267,14 +289,14 @@ class ExpertCache:
             )
 
     def fetches(self) -> Counter[int]:
-        """How often each expert was fetched since the cache's start, for any reason. May be called from any thread."""
+        """Returns how often each expert was fetched since the cache was made, on demand or ahead. May be called from any thread."""
         with self._shared.changed:
             return self._shared.fetches.copy()
 
     def close(self) -> None:
-        """Flushes, and ends the threads even when the flush fails. The store stays open.
+        """Flushes all changes to the store, and ends the cache's threads, even when the flush fails. The store stays open.
 
-        Raises the error of the flush. When the flush succeeds, raises an error of background work that was not raised yet.
+        Raises the error of the flush. When the flush succeeds, raises an earlier error of background work that no call has raised yet.
         """
         if self._shared.closed:
             return
@@ -297,7 +319,7 @@ class ExpertCache:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        """Closes the cache. An error of that does not hide an exception that left the block."""
+        """Closes the cache. If the block raised an exception, an error of closing is only logged, so that it does not hide the first."""
         try:
             self.close()
         except Exception as later:

@@ -1,9 +1,12 @@
-"""`CudaSlots`: slots on a GPU, with pinned staging memory, one copy stream, and events that order copies without stopping the host.
+"""`CudaSlots`: the cache's slots on a GPU, and the copies between them and the host.
 
-    fetch:    landing memory --copy stream, after the slot's last use--> slot --event--> compute stream
+The copies run on one stream of their own. They use page-locked ("pinned") host buffers as staging memory. Events order the copies and the
+computation, so that the host rarely has to wait:
+
+    fetch:    staging buffer --copy stream, after the slot's last use--> slot --event--> compute stream
     copy out: slot --copy stream, after the slot's last use--> pinned buffer --event--> host, and the next writer of the slot
 
-The host waits only when all staging buffers are in use, and before a buffer that was copied out is pushed.
+The host waits in two cases only: when all staging buffers are in use, and before it pushes a buffer that was copied out.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ STAGING_BUFFERS = 4
 
 
 class CudaSlots:
-    """Slots in the memory of a GPU. See `ExpertSlots` for the methods."""
+    """The cache's slots in the memory of a GPU. `ExpertSlots` documents the methods."""
 
     def __init__(self, layout: Layout, num_slots: int, device: torch.device) -> None:
         self._device = device
@@ -39,7 +42,7 @@ class CudaSlots:
         self._landing: dict[int, Tensor] = {}  # by slot
 
     def landing(self, slot: int, num_bytes: int) -> memoryview:
-        """A pinned staging buffer. When a broken fetch is started anew, the slot keeps its buffer."""
+        """Returns a page-locked staging buffer for the bytes of a fetch. When a broken fetch is repeated, the slot keeps its buffer."""
         with self._lock:
             if slot not in self._landing:
                 self._landing[slot] = self._free_staging()
@@ -59,7 +62,7 @@ class CudaSlots:
         return buffer
 
     def landed(self, slot: int, num_bytes: int) -> None:
-        """Starts the copy to the slot. It runs after the slot's last use."""
+        """Starts the copy from the staging buffer to the slot. On the GPU it runs after the last computation that used the slot."""
         with self._lock:
             buffer = self._landing.pop(slot)
             with torch.cuda.stream(self._copies):
@@ -70,14 +73,14 @@ class CudaSlots:
             self._staging.append((buffer, copied))
 
     def abandon(self, slot: int) -> None:
-        """Gives the staging buffer back."""
+        """Gives back the slot's staging buffer unused, because its fetch failed."""
         with self._lock:
             buffer = self._landing.pop(slot, None)
             if buffer is not None:
                 self._staging.append((buffer, None))
 
     def acquire(self, slots: Sequence[int], *, writing: bool) -> None:
-        """Makes the compute stream wait for copies into the slots, and before writing also for copies out of them."""
+        """Makes the compute stream wait for unfinished copies into the slots, and, if it will write them, also for copies out of them."""
         compute = torch.cuda.current_stream(self._device)
         for slot in slots:
             if slot in self._copied_in:
@@ -86,12 +89,12 @@ class CudaSlots:
                 compute.wait_event(self._copied_out.pop(slot))
 
     def release(self, slots: Sequence[int]) -> None:
-        """Records the compute stream's last use of the slots."""
+        """Records an event for the work queued on the compute stream until now. Later copies of these slots wait for it."""
         used = torch.cuda.current_stream(self._device).record_event()
         self._used.update((slot, used) for slot in slots)
 
     def copy_out(self, slot: int, buffer: Tensor) -> CopyOut:
-        """Starts the copy to pinned memory. It runs after the slot's last use."""
+        """Starts the copy from the slot to a page-locked host buffer. On the GPU it runs after the last computation that used the slot."""
         with torch.cuda.stream(self._copies):
             if slot in self._used:
                 self._copies.wait_event(self._used[slot])
@@ -101,9 +104,9 @@ class CudaSlots:
         return copied
 
     def host_buffer(self) -> Tensor:
-        """A new buffer in pinned memory."""
+        """Allocates a page-locked host buffer for one slot's bytes."""
         return torch.empty(self._rows.shape[1], dtype=torch.uint8, pin_memory=True)
 
     def close(self) -> None:
-        """Waits for the copy stream: torch's allocator does not know that it uses the slots."""
+        """Waits until all copies are done, so that the slots may be freed. torch's allocator does not know that the copies use them."""
         self._copies.synchronize()

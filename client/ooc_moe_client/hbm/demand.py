@@ -1,12 +1,15 @@
-"""`Demand`: what happens when the training thread asks for experts.
+"""`Demand`: brings the experts that the training thread asks for into slots, and pins them (a pinned expert stays in its slot).
+
+What is done depends on where the expert is:
 
     ready in its slot                  -> pinned at once
     a prefetch is loading it           -> waited for
     its write-back is still pending    -> copied back from the write-back's buffer: the store has an older version
-    missing                            -> a slot is claimed (a victim is evicted, and saved first if it is dirty), and the expert is fetched
+    missing                            -> gets a slot (another expert is evicted for it, and saved first if it is dirty), and is fetched
 
-All missing experts are fetched in one call. There is one exception: while a large dirty victim is being saved, a helper thread already
-fetches the experts that have a slot, in pieces, and in the end the training thread takes over the pieces that have not begun.
+All missing experts are fetched in one call. There is one exception: while a large dirty expert is being saved before its eviction, a helper
+thread already fetches the missing experts that have a slot, in several calls. In the end the training thread itself makes those of the
+calls that have not begun.
 """
 
 from __future__ import annotations
@@ -28,7 +31,10 @@ PIECE_BYTES = 8 << 20
 
 
 class Pinned:
-    """A `with` block in which experts stay in their slots. `as` binds the slots, in the order of the experts."""
+    """A context manager that pins experts: inside the `with` block they stay in their slots.
+
+    `as` gives the list of their slots, in the order of the experts. `ExpertCache.reading` and `ExpertCache.updating` return it.
+    """
 
     __slots__ = ("_counted", "_demand", "_experts", "_group", "_sections", "_updating")
 
@@ -44,7 +50,7 @@ class Pinned:
 
 
 class Demand:
-    """Pins experts for the training thread. Its public methods take the cache's lock."""
+    """Fetches and pins the experts that the training thread asks for. Its public methods take the cache's lock."""
 
     def __init__(
         self, shared: SharedState, write_back: WriteBack, prefetcher: Prefetcher, *, on_access: Callable[[Sequence[int]], None] | None
@@ -54,11 +60,14 @@ class Demand:
         self._fetcher = ThreadPoolExecutor(1, thread_name_prefix=f"fetch {shared.bank}")
 
     def join(self) -> None:
-        """Ends the helper thread."""
+        """Waits for the helper thread to end."""
         self._fetcher.shutdown()
 
     def pin(self, experts: tuple[int, ...], sections: Sections, counted: bool, updating: bool) -> Group:
-        """Pins experts, and returns when all of them are ready. See `ExpertCache.reading` for the arguments and errors."""
+        """Pins experts, and returns them as a `Group` when all are ready. `ExpertCache.reading` documents the arguments and errors.
+
+        `updating`: the caller will write them.
+        """
         with self._shared.changed:
             self._shared.raise_error()
             group = self._table.find_group(experts, sections)
@@ -86,7 +95,7 @@ class Demand:
             )
 
     def _pin_singly(self, experts: tuple[int, ...], sections: Sections, counted: bool, updating: bool) -> Group:
-        """Pins experts one by one: those that are ready at once, the others after they were fetched or waited for."""
+        """Pins experts one by one: ready ones at once, all others after they were fetched or loaded. Returns them as a group."""
         self._check_reading(experts)
         pinned: dict[int, Resident] = {}
         self._count(experts, self._note_demand(experts, sections), counted)
@@ -102,7 +111,7 @@ class Demand:
         return self._table.remember_group(experts, [pinned[expert] for expert in experts])
 
     def unpin(self, group: Group, *, updated: bool = False) -> None:
-        """Unpins the experts of a group. `updated`: they were changed, and are dirty now."""
+        """Unpins the experts of a group. With `updated`, marks them dirty too: they were changed, and must be pushed."""
         with self._shared.changed:
             self._shared.slots.release(group.slots)
             for resident in group.residents:
@@ -115,7 +124,7 @@ class Demand:
                 self._shared.changed.notify_all()
 
     def _note_demand(self, experts: tuple[int, ...], sections: Sections) -> int:
-        """Notes the demand for each expert; returns how many are ready for it."""
+        """Records in the table and the schedule that these experts are asked for. Returns how many are ready with these sections."""
         ready = 0
         self._table.advance(experts)
         for expert in experts:
@@ -145,7 +154,10 @@ class Demand:
                 pinned[expert] = resident
 
     def _fetch_and_wait(self, experts: Sequence[int], sections: Sections, pinned: dict[int, Resident], updating: bool) -> None:
-        """Fetches and waits until all are pinned. The lock is held on entry and exit, and released to fetch and to wait."""
+        """Fetches missing experts, waits for those that are loading, and pins all of them.
+
+        The lock is held on entry and exit, and released to fetch and to wait.
+        """
         started = time.perf_counter()
         self._shared.fetching = True
         try:
@@ -162,7 +174,7 @@ class Demand:
             self._counters.stall_s += time.perf_counter() - started
 
     def _is_coming(self, expert: int) -> bool:
-        """Whether to wait for the expert instead of fetching it: it is loading, or it is being copied out before it may be updated."""
+        """Whether to wait for the expert instead of fetching it: it is loading, or it is being copied out and may not be updated yet."""
         resident = self._table.residents.get(expert)
         return resident is not None and (resident.state is LoadState.LOADING or resident.copying)
 
@@ -188,16 +200,22 @@ class Demand:
                 self._finish(claimed, num_sent, pieces, pinned)
 
     def _is_worth_sending(self, claimed: Sequence[Resident]) -> bool:
-        """Whether these claimed experts are worth a fetch of their own, while the next victim is saved."""
+        """Whether to fetch these experts, which have their slots, in a call of their own while the next dirty expert is saved."""
         num_bytes = sum(resident.num_bytes for resident in claimed)
         return num_bytes >= PIECE_BYTES and not self._table.num_free and self._write_back.next_victim_is_dirty
 
     def _finish(
         self, claimed: Sequence[Resident], num_sent: int, pieces: dict[Future[None], list[Resident]], pinned: dict[int, Resident]
     ) -> None:
-        """Fetches what the helper thread did not get, and the pieces that it has not begun, and waits for the rest.
+        """Fetches the claimed experts that the helper thread has not begun to fetch, and waits for the helper thread to fetch the rest.
 
         The lock is held on entry and exit. Raises the first error.
+
+        Args:
+            claimed: all experts that got a slot, in order.
+            num_sent: how many of these, from the first on, were handed to the helper thread.
+            pieces: the helper thread's calls, each with its experts.
+            pinned: the experts that are ready are added to this.
         """
         self._shared.changed.release()
         try:
@@ -214,7 +232,7 @@ class Demand:
             pinned.update((resident.expert, resident) for resident in claimed if resident.state is LoadState.READY)
 
     def _load(self, claimed: Sequence[Resident]) -> None:
-        """Fetches experts: those that need only their parameters in one call, the others in another."""
+        """Fetches experts that have a slot, in two calls: one for whole experts, one for those that need only their parameters."""
         parts = [[resident for resident in claimed if resident.sections is sections] for sections in Sections]
         try:
             while parts:
@@ -231,10 +249,11 @@ class Demand:
             self._table.remove(resident)
 
     def _claim(self, expert: int, sections: Sections, claimed: list[Resident], pinned: dict[int, Resident]) -> None:
-        """Claims a slot for a missing expert, and adds it to `claimed`, to be fetched.
+        """Gives a slot to a missing expert, and adds the expert to `claimed`, the list of experts to fetch.
 
-        An expert whose write-back is pending is copied from its buffer into the slot, and pinned: the store would give an older version.
-        When the expert came back while this waited for a slot, nothing happens, and the caller looks again.
+        If the expert's write-back is pending, its bytes are copied from the write-back's buffer to the slot instead, because the store has
+        an older version; the expert is then added to `pinned`. If a prefetch brought the expert while this waited for a slot, nothing is
+        done, and the caller looks again.
         """
         resident = self._table.residents.get(expert)
         if resident is not None and resident.state is LoadState.READY and not resident.holds(sections):
@@ -253,7 +272,10 @@ class Demand:
         resident.pins = 1
 
     def _wait_for_room(self, claimed: Sequence[Resident]) -> None:
-        """Evicts until a slot is free. Releases the lock to save a dirty victim and to wait. Raises TierFull when all slots are pinned."""
+        """Evicts experts until a slot is free. Raises TierFull when all slots are pinned.
+
+        Releases the lock while it saves a dirty expert, and while it waits. `claimed`: experts that this call has already given a slot.
+        """
         while not self._table.num_free:
             if self._write_back.make_room(lambda resident: True):
                 continue

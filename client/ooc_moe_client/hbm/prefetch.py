@@ -1,18 +1,21 @@
-"""`Prefetcher`: the thread that fetches experts before the training thread asks for them.
+"""`Prefetcher`: a thread that fetches experts before the training thread asks for them.
 
-It has two sources. Demand goes before both: an expert that is asked for leaves the queue, and one that is already loading is waited for.
+It takes experts from two sources, the queue and the schedule. Experts that the training thread asks for now (demand) come before both: such
+an expert leaves the queue, and if it is already loading, the training thread waits for it.
 
-The queue holds guesses (`ExpertCache.prefetch`). The daemon is asked to promote them from NVMe to DRAM; then they are fetched, a few at a
-time, into free slots beyond a reserve for demand, and into slots of experts that are outside the working set and that the newest prefetch
-call does not name. Dirty victims are saved first. A guess that finds no such slot stays in the queue.
+The queue holds guesses (`ExpertCache.prefetch`). The daemon is asked to copy them from NVMe to DRAM. Then they are fetched, a few at a
+time, into free slots (some of which are reserved for demand), and into slots of experts that are outside the working set and that the
+newest prefetch call does not name. Such an expert is saved before its eviction if it is dirty. A guess that finds no slot stays in the
+queue.
 
 The schedule (`ExpertCache.schedule`) names experts that will be needed for certain. They are fetched before the queue, in the order of
 their next use, into slots that are free or hold an expert that the schedule does not name. For an expert that is needed soon, one that is
 needed later is evicted too. For an expert that is needed late that is never done: in a loop, the expert that was just used is needed last,
 and would be evicted after each use.
 
-Experts that a fetch did not bring are left to demand. Errors that demand would meet and retry by itself (Unavailable, DeadlineExceeded,
-TierFull) are only logged; any other is raised in the training thread.
+When a fetch fails, the experts that it did not bring are left to the training thread, which fetches them when it asks for them. (A later
+prefetch call or schedule may name them again.) Errors that the training thread's own fetch would meet and retry (Unavailable,
+DeadlineExceeded, TierFull) are only logged; any other error is raised in the training thread.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ BATCH_EXPERTS_MAX = 4  # of one fetch; a demand for the last of them has to wait
 
 @dataclass(kw_only=True, slots=True)
 class _Work:
-    """What the thread asks of the store next."""
+    """The requests that the prefetch thread sends to the store next: cancel, promote to DRAM, and load into slots."""
 
     cancel: bool = False  # cancel all queued promotions
     promote: list[int] = field(default_factory=list)
@@ -45,7 +48,7 @@ class _Work:
 
 
 class Prefetcher:
-    """The queue of prefetches and its thread. Every method but `join` needs the cache's lock."""
+    """The queue of prefetches, and the thread that fetches them. Callers of every method but `join` hold the cache's lock."""
 
     def __init__(self, shared: SharedState, write_back: WriteBack, *, experts_max: int) -> None:
         self._shared = shared
@@ -63,13 +66,16 @@ class Prefetcher:
         self._thread.start()
 
     def join(self) -> None:
-        """Waits for the end of the thread, once `shared.closed` is set."""
+        """Waits for the thread to end. Call this after `shared.closed` was set, which makes it end."""
         self._thread.join()
 
     def enqueue(
         self, experts: Iterable[int], sections: Sections, *, within_s: float | None = None, probabilities: Mapping[int, float] | None = None
     ) -> None:
-        """Queues those experts that are neither resident nor queued, if they are admitted. A full queue drops what has waited longest."""
+        """Queues experts to be prefetched, if they are in no slot, are not queued, and the admission finds them worthwhile.
+
+        When the queue is full, the experts that have waited longest are dropped. `ExpertCache.prefetch` documents the arguments.
+        """
         self._calls += 1
         absent = []
         for expert in experts:
@@ -88,7 +94,7 @@ class Prefetcher:
         self._shared.changed.notify_all()
 
     def _admits(self, sections: Sections, within_s: float | None, probability: float) -> bool:
-        """Asks the admission whether to queue one more expert behind those that are queued or loading."""
+        """Whether the admission allows one more expert in the queue, behind those that are queued or loading. Counts a refusal."""
         admission, table, layout = self._shared.admission, self._shared.table, self._shared.layout
         if admission.mode is AdmissionMode.OFF:
             return True
@@ -109,13 +115,13 @@ class Prefetcher:
         self._shared.counters.count_prefetch(what, sections.num_bytes(self._shared.layout))
 
     def follow_schedule(self, *, ahead: bool) -> None:
-        """Takes note of a new schedule in the table. `ahead`: fetch what it names before it is asked for."""
+        """Starts to follow a schedule that was just set in the table. `ahead`: fetch its experts before they are asked for."""
         self._fetch_ahead, self._complete_at = ahead, None
         self._not_brought.clear()
         self._shared.changed.notify_all()
 
     def cancel(self) -> None:
-        """Empties the queue, and asks the daemon to empty its own."""
+        """Empties the queue of prefetches, and has the thread ask the daemon to cancel its queued prefetches of the bank."""
         for expert in list(self._queue):
             self._cancel_queued(expert)
         self._cancel = True
@@ -127,11 +133,11 @@ class Prefetcher:
 
     @property
     def has_work(self) -> bool:
-        """Whether anything is queued, or named by the schedule and not here. It may be waiting for a slot."""
+        """Whether an expert is queued, or named by the schedule and not fetched yet. It may have to wait for a slot."""
         return bool(self._queue) or (self._fetch_ahead and self._complete_at != self._shared.table.num_removed)
 
     def hand_over_to_demand(self, expert: int) -> None:
-        """Removes an expert that is asked for from the queue. If it was there, it counts as late."""
+        """Removes an expert from the queue because the training thread asks for it now. If it was queued, it counts as a late prefetch."""
         if (sections := self._queue.pop(expert, None)) is not None:
             self._promote.pop(expert, None)
             self._count("late", sections)
@@ -165,7 +171,7 @@ class Prefetcher:
         return _Work(load=loading) if loading else None
 
     def _claim_scheduled(self) -> list[Resident]:
-        """Claims slots for the experts that the schedule needs next, in the order of need; returns them, to be loaded."""
+        """Gives slots to the experts that the schedule needs next, at most `BATCH_EXPERTS_MAX`. Returns them, to be fetched."""
         table = self._shared.table
         claimed: list[Resident] = []
         for next_use, expert in self._scheduled_and_missing() if self.has_work else ():
@@ -187,7 +193,7 @@ class Prefetcher:
         return claimed
 
     def _is_missing(self, expert: int, next_use: int) -> bool:
-        """Whether an expert of `_scheduled_and_missing` is still to be fetched; to be asked again whenever the lock was released."""
+        """Whether an expert from `_scheduled_and_missing` must still be fetched. Call this again whenever the lock was released."""
         resident = self._shared.table.residents.get(expert)
         return (
             self._shared.table.schedule.next_use(expert) == next_use
@@ -197,13 +203,13 @@ class Prefetcher:
         )
 
     def _issue_scheduled(self, expert: int, sections: Sections) -> None:
-        """Counts a fetch for the schedule. If the expert was queued as a guess, it leaves the queue."""
+        """Counts a fetch that the schedule caused. If the expert was also queued as a guess, it leaves the queue."""
         if (queued := self._queue.pop(expert, None)) is not None:
             self._count("cancelled", queued)
         self._shared.counters.count_prefetch("issued", sections.num_bytes(self._shared.layout), scheduled=True)
 
     def _scheduled_and_missing(self) -> list[tuple[int, int]]:
-        """(next use, expert) for each expert that the schedule names and that is still to be fetched, the soonest use first."""
+        """The pairs (next use, expert) of the experts that the schedule names and that must still be fetched, the soonest use first."""
         table = self._shared.table
         experts = (expert for expert in table.schedule.experts if expert not in self._not_brought)
         uses = [(next_use, expert) for expert in experts if (next_use := table.schedule.next_use(expert)) is not None]
@@ -213,7 +219,10 @@ class Prefetcher:
         return missing
 
     def _make_room_before(self, next_use: int) -> bool:
-        """Makes sure that a slot is free, without evicting an expert whose next use is before `next_use`. May release the lock."""
+        """Frees a slot for an expert that is used at `next_use`, without evicting one that is needed earlier. False: there is none.
+
+        May release the lock.
+        """
         table = self._shared.table
         is_soon = next_use < table.schedule.end_of_near_future(table.capacity // 2)
 
@@ -227,7 +236,7 @@ class Prefetcher:
         return True
 
     def _claim(self) -> list[Resident]:
-        """Claims slots for the first experts of the queue that need the same sections; returns them, to be loaded."""
+        """Gives slots to the first experts of the queue that need the same sections. Returns them, to be fetched."""
         claimed: list[Resident] = []
         for expert, sections in list(self._queue.items()):
             if len(claimed) == BATCH_EXPERTS_MAX or (claimed and sections is not claimed[0].sections):
@@ -248,7 +257,7 @@ class Prefetcher:
         return resident
 
     def _make_room(self) -> bool:
-        """Whether there is a slot for a guess; evicts an expert that may be evicted. May release the lock."""
+        """Frees a slot for a guessed expert, by an eviction if necessary. Returns whether there is a slot. May release the lock."""
         table = self._shared.table
         if table.num_free > self._reserve:
             return True
@@ -263,9 +272,10 @@ class Prefetcher:
         return True
 
     def _evict(self, may_leave: Callable[[Resident], bool]) -> bool:
-        """As `WriteBack.make_room`, but False while the training thread claims slots.
+        """Calls `WriteBack.make_room`, but returns False while the training thread is taking slots.
 
-        An error is kept for the training thread and not raised here, so that the experts that have their slot are still fetched.
+        An error is kept for the training thread and not raised in this method, so that the experts that already have a slot are still
+        fetched.
         """
         try:
             return not self._shared.demanding and self._write_back.make_room(may_leave)

@@ -1,6 +1,7 @@
-"""`Reporter`: sends the counters of a trainer's caches to the daemon every two seconds, so that `ooc-moe stats` shows all three tiers.
+"""`Reporter`: sends the counters of a trainer's caches to the daemon every two seconds.
 
-It never disturbs training: while the daemon is away nothing is sent, and any other error is only logged.
+So `ooc-moe stats` can show all three tiers (HBM, DRAM, NVMe). The reporter never disturbs training: while the daemon is away, reports are
+lost silently, and any other error of the store is only logged.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ log = logging.getLogger(__name__)
 
 
 class Reporter:
-    """A thread that reports caches until it is closed. Set `activity` to what the trainer does now, for example "training krull"."""
+    """A thread that sends the counters of caches to the daemon at regular intervals, until it is closed.
+
+    Set `activity` to what the trainer is doing, for example "training krull"; it is sent along.
+    """
 
     def __init__(self, store: ExpertStore, caches: Sequence[ExpertCache], *, activity: str = "", interval_s: float = 2.0) -> None:
         self.activity = activity
@@ -41,7 +45,7 @@ class Reporter:
                 return
 
     def close(self) -> None:
-        """Ends the thread. The daemon forgets the last report after some seconds."""
+        """Ends the thread. The daemon drops the last report after some seconds."""
         self._closed.set()
         self._thread.join()
 

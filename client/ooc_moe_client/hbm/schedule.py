@@ -1,10 +1,10 @@
-"""`Schedule`: which experts will be used, in which order, and how far the trainer has got.
+"""`Schedule`: the announced order in which experts will be used, and the trainer's position in it.
 
     uses       (0, 1)  (2, 3)  (0, 1)  (4,)
                        ^ the next use
 
-The schedule is advice, and the trainer may deviate from it. A use that stands further on moves the schedule there. A use that shares an
-expert with the next one counts as that one. Any other use leaves the schedule where it is.
+The trainer may deviate from the schedule. When it asks for exactly the experts of the next or a later use, the position moves behind that
+use. When it asks for at least one expert of the next use, that counts as the next use. When it asks for anything else, the position stays.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ _STRIDE = 1 << 32  # Between the numbers of two uses. The experts of one use are
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """Experts that are needed at the same time. `sections` ALL means that they are also updated."""
+    """One step of a schedule: experts that are needed at the same time. With `sections` ALL they are updated, with PARAMETERS only read."""
 
     experts: tuple[int, ...]
     sections: Sections = Sections.ALL
 
 
 class Schedule:
-    """The uses in order, and which of them is next. Not thread-safe."""
+    """A list of uses in order, and the number of the next one. Not thread-safe."""
 
     def __init__(self, uses: Iterable[Use] = ()) -> None:
         self._uses = list(uses)
@@ -42,18 +42,19 @@ class Schedule:
 
     @property
     def experts(self) -> Iterable[int]:
-        """All experts that the schedule names, in uses to come and in uses that are over."""
+        """All experts that the schedule names, in past and in coming uses."""
         return self._uses_of.keys()
 
     @property
     def num_left(self) -> int:
-        """The number of uses still to come."""
+        """The number of uses that are still to come."""
         return len(self._uses) - self._at
 
     def advance(self, experts: Sequence[int]) -> bool:
-        """Moves on: these experts are used now, in one call.
+        """Moves the position on, because these experts are asked for now, in one call.
 
-        Returns False when the next uses of other experts have changed too: some uses were skipped, or the schedule has ended.
+        Returns True when at most the next uses of these experts have changed. Returns False when the next uses of other experts have
+        changed too: some uses were skipped, or the schedule has ended.
         """
         if not self.num_left:
             return True
@@ -67,14 +68,17 @@ class Schedule:
         return in_turn and self.num_left > 0
 
     def next_use(self, expert: int) -> int | None:
-        """When the expert is used next, as a number that grows with time and that no other expert has. None when no use is known."""
+        """A number that says when the expert is used next: the later the use, the higher. No two experts share a number.
+
+        None: no use is known.
+        """
         number = self._next(expert)
         return None if number is None else number * _STRIDE + expert
 
     def end_of_near_future(self, num_experts: int) -> int:
-        """The end of the near future: an expert whose `next_use` is below this number is needed soon.
+        """The end of the near future, as a number to compare with `next_use`: an expert with a lower number is needed soon.
 
-        The near future is the next use, and the uses after it for as long as they need at most `num_experts` different experts.
+        The near future is the next use, and as many of the uses after it as need at most `num_experts` different experts together.
         """
         used: set[int] = set()
         for number in range(self._at, len(self._uses)):
@@ -84,12 +88,15 @@ class Schedule:
         return len(self._uses) * _STRIDE
 
     def next_sections(self, expert: int) -> Sections | None:
-        """Which sections the expert's next use needs; None when no use is known."""
+        """Which sections the expert's next use needs. None: no use is known."""
         number = self._next(expert)
         return None if number is None else self._uses[number].sections
 
     def updated_within(self, expert: int, num_experts: int) -> bool:
-        """Whether a cache of `num_experts` slots keeps the expert until it is updated: no more different experts are used before."""
+        """Whether the expert will be updated while a cache of `num_experts` slots still has it.
+
+        That is so when the uses up to its update need at most `num_experts` different experts.
+        """
         if expert not in self._uses_of:
             return False
         used = {expert}
@@ -107,6 +114,6 @@ class Schedule:
 
 
 def _first(numbers: Sequence[int], least: int) -> int | None:
-    """The first of these ascending numbers that is not below `least`."""
+    """The first of these ascending numbers that is at least `least`. None: all are below it."""
     index = bisect_left(numbers, least)
     return numbers[index] if index < len(numbers) else None

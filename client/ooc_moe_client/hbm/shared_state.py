@@ -1,7 +1,7 @@
 """`SharedState`: what the training thread and the background threads of one cache share.
 
-It has the lock, the table, the slots, the counters, the error of background work, and `load`, through which every expert comes from the
-store. The lock is never held while the store is called.
+It has the lock, the table, the slots, the counters, and the error of background work that is still to be raised. Its method `load` makes
+every fetch from the store. No thread holds the lock while it calls the store.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ log = logging.getLogger(__name__)
 
 
 class SharedState:
-    """The shared state of one cache. The condition `changed` guards everything in it; it is notified when a waiting thread might go on."""
+    """The lock and the data that all threads of one cache share.
+
+    Threads hold the condition `changed` (a lock) to use any of the fields. They notify it after changes that a waiting thread may need.
+    """
 
     def __init__(
         self, store: ExpertStore, spec: BankSpec, slots: ExpertSlots, capacity: int, admission: AdmissionMode = AdmissionMode.OFF
@@ -48,15 +51,18 @@ class SharedState:
         self._error: Exception | None = None
 
     def check_ids(self, experts: Sequence[int]) -> None:
-        """Raises UnknownExpert for an id outside the bank."""
+        """Raises UnknownExpert when one of these ids is outside the bank."""
         check_experts(self.bank, experts, self.num_experts)
 
     def newest_version(self) -> int:
-        """The newest version of any expert of the bank, as the store has it now."""
+        """Asks the store for the highest version of any expert of the bank."""
         return self.store.get_bank(self.bank).newest_version
 
     def fail(self, error: Exception) -> None:
-        """Keeps an error of background work, to be raised in the training thread. Only the first is kept; later ones are logged."""
+        """Keeps an error of background work until the training thread's next call raises it.
+
+        Only the first error is kept; later ones are logged.
+        """
         with self.changed:
             if self._error is None:
                 self._error = error
@@ -65,19 +71,24 @@ class SharedState:
             self.changed.notify_all()
 
     def raise_error(self) -> None:
-        """Raises the kept background error, once, or InvalidRequest when the cache is closed. Needs the lock."""
+        """Raises the kept error of background work, once. Raises InvalidRequest when the cache is closed. The caller holds the lock."""
         if self.closed:
             raise InvalidRequest(f"bank {self.bank!r}: the cache is closed")
         if (error := self.pop_error()) is not None:
             raise error
 
     def pop_error(self) -> Exception | None:
-        """Returns the kept background error and forgets it. Needs the lock."""
+        """Returns the kept error of background work (None: there is none), and forgets it. The caller holds the lock."""
         error, self._error = self._error, None
         return error
 
     def load(self, residents: Sequence[Resident], sections: Sections, priority: Priority) -> None:
-        """Fetches the experts of `residents`, all in state LOADING, in one call. Each becomes READY as it arrives.
+        """Fetches experts from the store into their slots, in one call. Each changes from LOADING to READY when it arrives.
+
+        Args:
+            residents: the experts, which already have slots.
+            sections: which part of each to fetch.
+            priority: whether the training thread waits for them (DEMAND), or they are fetched ahead (PREFETCH).
 
         Raises:
             What the store raises. Experts that had not arrived are then removed from the table, and their pins dropped.
@@ -103,10 +114,11 @@ class SharedState:
             self._drop(list(loading.values()))
 
     def _is_right_version(self, fetched: Fetched, priority: Priority) -> bool:
-        """Whether to keep a fetched version. Once this cache has pushed anything, no other writer may have changed the bank.
+        """Whether the cache may use the version that was fetched. After the cache's first push, nobody else may write the bank.
 
-        An older version than this cache pushed raises LostUpdate, a version that another writer made raises StaleVersion. When the latter
-        came by prefetch it is only discarded: a snapshot may have been restored just now (see `ExpertCache.forget`).
+        Raises LostUpdate when the version is older than the one that this cache pushed. When another writer made the version, raises
+        StaleVersion if the fetch was on demand, and returns False if it was a prefetch: a snapshot may have been restored just now (see
+        `ExpertCache.forget`).
         """
         newest = self.own_versions.get(fetched.expert, 0)
         if fetched.version < newest:

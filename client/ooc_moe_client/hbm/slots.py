@@ -1,13 +1,13 @@
-"""`ExpertSlots`: the memory of a cache, one uint8 tensor of slots on the device, and the copies in and out of it.
+"""`ExpertSlots`: the cache's memory, divided into slots of one expert each, and the copies into and out of it.
 
-A slot holds an expert's body (parameter section, optimizer section) and is 4 KiB aligned:
+The memory is one uint8 tensor on the device. A slot holds an expert's body (parameter section, optimizer section) and is 4 KiB aligned:
 
     slot 0 | w1 | b1 | padding | moments | padding |       views["w1"][0] is this part of slot 0
     slot 1 | w1 | b1 | padding | moments | padding |
 
-On the CPU (`HostSlots`) a fetch writes straight into the slot. On CUDA (`CudaSlots`, cuda_slots.py) it writes into pinned staging memory,
-which is copied to the slot on a stream of its own; events, not the host, order the copies against the compute stream. Which expert is in
-which slot is known to the caller alone, who guarantees that a slot is not reused while it is pinned.
+On the CPU (`HostSlots`) a fetch writes straight into the slot. On CUDA (`CudaSlots`, cuda_slots.py) it writes into page-locked staging
+memory, which is copied to the slot on a separate stream; events order these copies and the computation, and the host does not wait. Only
+the caller knows which expert is in which slot. It must not reuse a slot that is pinned.
 """
 
 from __future__ import annotations
@@ -23,44 +23,53 @@ from ooc_moe_wire.layout import BLOCK_BYTES, Layout, TensorSpec
 
 
 class ExpertSlots(Protocol):
-    """Slots of `body_bytes` each. `views` has, for each tensor name, a strided view (num_slots, *shape) of all slots."""
+    """Memory for a fixed number of experts, `body_bytes` each. `views` has for each tensor name a view (num_slots, *shape) of all slots.
+
+    A fetch calls `landing` for the memory to fill, and then `landed`. A computation on slots stands between `acquire` and `release`.
+    """
 
     views: dict[str, Tensor]
 
     def landing(self, slot: int, num_bytes: int) -> memoryview:
-        """Writable host memory of `num_bytes`, whose content becomes the slot's when `landed` is called."""
+        """Returns host memory of `num_bytes` for the bytes of a fetch. `landed` then brings these bytes into the slot."""
 
     def landed(self, slot: int, num_bytes: int) -> None:
-        """Brings the content of the landing memory, which is filled now, to the slot."""
+        """Brings the first `num_bytes` of the filled landing memory into the slot. The copy may still run when this returns."""
 
     def abandon(self, slot: int) -> None:
-        """Gives the landing memory back unused."""
+        """Gives back the slot's landing memory unused. Call this when the fetch failed."""
 
     def acquire(self, slots: Sequence[int], *, writing: bool) -> None:
-        """To be called before the compute stream reads the slots, or, with `writing`, writes them."""
+        """Makes computation that is queued after this call wait for unfinished copies of the slots.
+
+        Call it before the compute stream reads the slots, or, with `writing`, writes them.
+        """
 
     def release(self, slots: Sequence[int]) -> None:
-        """To be called when all work of the compute stream on the slots has been queued."""
+        """Makes later copies of the slots wait for the computation that was queued until this call. Call it when all of that is queued."""
 
     def copy_out(self, slot: int, buffer: Tensor) -> CopyOut:
-        """Starts copying the slot to a host `buffer` (body_bytes,) uint8. `synchronize` of the result waits for the end of the copy."""
+        """Starts copying the slot to a host `buffer` (body_bytes,) uint8. The result's `synchronize` waits until the copy is done."""
 
     def host_buffer(self) -> Tensor:
-        """A new host buffer (body_bytes,) uint8 for `copy_out`."""
+        """Allocates a host buffer (body_bytes,) uint8 for `copy_out`."""
 
     def close(self) -> None:
-        """Waits for copies in flight, so that the memory may be freed."""
+        """Waits until all copies are done, so that the memory may be freed."""
 
 
 class CopyOut(Protocol):
-    """A copy to the host in flight."""
+    """A copy from a slot to the host that may still be running."""
 
     def synchronize(self) -> None:
-        """Returns when the copy is done."""
+        """Waits until the copy is done."""
 
 
 class HostSlots:
-    """Slots in host memory. The landing memory is the slot itself, and there are no streams to order."""
+    """The cache's slots in host memory. A fetch writes straight into the slot, and all copies are made at once.
+
+    `ExpertSlots` documents the methods.
+    """
 
     def __init__(self, layout: Layout, num_slots: int) -> None:
         self._rows = allocate(num_slots, layout.body_bytes, torch.device("cpu"))
@@ -68,51 +77,51 @@ class HostSlots:
         self.views = strided_views(layout, self._rows)
 
     def landing(self, slot: int, num_bytes: int) -> memoryview:
-        """Returns the memory of the slot itself."""
+        """Returns the first `num_bytes` of the slot's memory, so that a fetch writes straight into the slot."""
         return self._bytes[slot, :num_bytes].data
 
     def landed(self, slot: int, num_bytes: int) -> None:
-        """Nothing to do."""
+        """Does nothing: the bytes are in the slot already."""
 
     def abandon(self, slot: int) -> None:
-        """Nothing to do."""
+        """Does nothing: the slot has no separate landing memory."""
 
     def acquire(self, slots: Sequence[int], *, writing: bool) -> None:
-        """Nothing to do."""
+        """Does nothing: no copy is ever unfinished."""
 
     def release(self, slots: Sequence[int]) -> None:
-        """Nothing to do."""
+        """Does nothing: computation on the CPU is done when its call returns."""
 
     def copy_out(self, slot: int, buffer: Tensor) -> CopyOut:
-        """Makes the copy at once."""
+        """Copies the slot to `buffer` before it returns."""
         buffer.copy_(self._rows[slot])
         return _DONE
 
     def host_buffer(self) -> Tensor:
-        """A new buffer in pageable memory."""
+        """Allocates an ordinary (not page-locked) buffer for one slot's bytes."""
         return torch.empty(self._rows.shape[1], dtype=torch.uint8)
 
     def close(self) -> None:
-        """Nothing to do."""
+        """Does nothing: no copy is ever unfinished."""
 
 
 class _Done:
     def synchronize(self) -> None:
-        """Nothing to do: the copy was made at once."""
+        """Does nothing: the copy is done already."""
 
 
 _DONE = _Done()
 
 
 def allocate(num_slots: int, slot_bytes: int, device: torch.device) -> Tensor:
-    """A zeroed tensor (num_slots, slot_bytes) uint8 whose first byte is 4 KiB aligned."""
+    """Allocates a zeroed tensor (num_slots, slot_bytes) uint8 whose first byte is 4 KiB aligned."""
     flat = torch.zeros(num_slots * slot_bytes + BLOCK_BYTES, dtype=torch.uint8, device=device)
     start = -flat.data_ptr() % BLOCK_BYTES
     return flat[start : start + num_slots * slot_bytes].view(num_slots, slot_bytes)
 
 
 def strided_views(layout: Layout, rows: Tensor) -> dict[str, Tensor]:
-    """Each tensor of the layout as a view (num_slots, *shape) of `rows` (num_slots, body_bytes)."""
+    """Makes, for each tensor of the layout, a view (num_slots, *shape) of `rows` (num_slots, body_bytes), one row per slot."""
     return {tensor.name: _strided_view(tensor, layout.offsets[tensor.name], rows) for tensor in layout.tensors}
 
 

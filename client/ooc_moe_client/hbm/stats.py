@@ -1,14 +1,14 @@
 """What a cache counts: the running `Counters`, and `CacheStats`, a copy of them at one moment, which reports and metrics read.
 
-Two kinds of fetches are made before an expert is asked for. Prefetches (`prefetch_*`) are guesses and may be wrong. Experts that the
-schedule names are known to be needed, so their fetches are counted apart, in `ahead`.
+Experts are fetched before they are asked for in two ways, which are counted apart. Prefetches (`prefetch_*`) are guesses and may be wrong.
+Fetches ahead (the dict `ahead`) are of experts that the schedule names, so they are known to be needed.
 
-Tests hold these equations for both kinds, in experts and in bytes:
+Tests hold these equations, the second one for both ways, in experts and in bytes:
 
     accesses = hits + misses
     issued   = useful + late + wasted + cancelled + those still queued, loading, or resident and not asked for yet
 
-A refused prefetch was never issued.
+A refused prefetch does not count as issued.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ PrefetchCount = Literal["issued", "useful", "late", "wasted", "cancelled", "refu
 
 @dataclass(slots=True, kw_only=True)
 class Counters:
-    """Counts of one cache since its start, in experts unless a name says otherwise. The cache changes them under its lock.
+    """What one cache has counted since its start: numbers of experts, unless a name says otherwise. The cache changes them under its lock.
 
     Attributes:
-        accesses: experts asked for by counted readings.
+        accesses: experts asked for by readings that count (`counted` of `ExpertCache.reading`).
         hits: of the accesses, those whose expert was ready in its slot.
         misses: all other accesses. One whose expert a prefetch was just loading is a miss, and counts in `prefetch_late` too.
-        refetches: experts fetched again for a reading that is not counted (backward, optimizer).
-        prefetch_issued: experts accepted into the prefetch queue. This and the following have a twin in bytes, `..._bytes`.
-        prefetch_useful: experts that were ready when they were first asked for.
+        refetches: experts fetched again for a reading that does not count (backward, optimizer).
+        prefetch_issued: experts accepted into the prefetch queue. This and the next five have a twin in bytes, `..._bytes`.
+        prefetch_useful: prefetched experts that were ready when they were first asked for.
         prefetch_late: experts that were asked for while they were queued or loading.
-        prefetch_wasted: experts that were evicted or dropped before they were asked for.
+        prefetch_wasted: prefetched experts that were evicted or dropped before they were asked for.
         prefetch_cancelled: experts that left the queue without a fetch, or could not be fetched.
         prefetch_refused: experts that the admission found not worth a fetch (see admission.py). They were not issued; where admission only
             observes, they were issued all the same.
-        evictions: experts that left their slot to make room.
+        evictions: experts that left their slot to make room for another.
         write_backs: changed experts that were pushed and acknowledged.
-        bytes_in: bytes fetched, on demand and before it.
+        bytes_in: bytes fetched, on demand and ahead of it.
         bytes_out: bytes pushed and acknowledged.
-        stall_s: time that the training thread waited for experts.
-        fetched_from: experts fetched, by the daemon's tier that held them: "dram", "nvme" or "seed". "write-back": experts that came back
+        stall_s: seconds that the training thread waited for experts.
+        fetched_from: fetched experts by the daemon's tier that held them: "dram", "nvme" or "seed". "write-back": experts that came back
             from the buffers of the write-back, because the daemon did not have their newest bytes yet (not in `bytes_in`).
-        ahead: what the schedule had fetched before it was asked for: "issued", "useful", "late", "wasted", "cancelled", each also
-            as "..._bytes".
+        ahead: fetches that the schedule caused before the experts were asked for, by outcome: "issued", "useful", "late", "wasted",
+            "cancelled", each also as "..._bytes".
     """
 
     accesses: int = 0
@@ -73,11 +73,17 @@ class Counters:
     ahead: dict[str, int] = field(default_factory=dict)
 
     def count_fetched(self, source: str) -> None:
-        """Counts one expert that came from this source (see `fetched_from`)."""
+        """Counts one expert that was fetched from `source`, a key of `fetched_from`."""
         self.fetched_from[source] = self.fetched_from.get(source, 0) + 1
 
     def count_prefetch(self, what: PrefetchCount, num_bytes: int, *, scheduled: bool = False) -> None:
-        """Counts one expert of so many bytes that was issued or refused, or met its end. `scheduled`: the schedule had it fetched."""
+        """Counts one event of an expert fetched ahead of demand, in experts and in bytes.
+
+        Args:
+            what: the event: the fetch was issued or refused, or how it turned out.
+            num_bytes: the bytes of the expert.
+            scheduled: whether the schedule asked for the fetch (counted in `ahead`), and not a prefetch (counted in `prefetch_*`).
+        """
         for name, count in ((what, 1), (f"{what}_bytes", num_bytes)):
             if scheduled:
                 self.ahead[name] = self.ahead.get(name, 0) + count
@@ -92,16 +98,16 @@ _GAUGE_OF_FIELD = {"capacity_experts": "capacity", "resident_experts": "resident
 
 @dataclass(slots=True, kw_only=True)
 class CacheStats(Counters):
-    """A cache at one moment: its gauges, and a copy of its counters that does not change any more.
+    """The state of a cache at one moment: how its slots are filled, and a copy of its counters.
 
-    Stats add up (`a + b`, the caches of two layers, say), and their difference (`later - earlier`) is what was counted in between, with
-    the gauges of `later`.
+    Stats can be added (`a + b`), for example those of the caches of two layers. The difference `later - earlier` has what was counted in
+    between; its `capacity`, `resident`, `dirty` and `expert_bytes` are those of `later`.
 
     Attributes:
-        bank: the bank's name; in a sum, the names joined with "+".
-        capacity: slots.
-        resident: experts in slots.
-        dirty: of these, those with changes that the store does not have.
+        bank: the bank's name; in a sum of different banks, the names joined with "+".
+        capacity: the number of slots.
+        resident: the number of experts in slots.
+        dirty: of these, the number with changes that the store does not have.
         expert_bytes: bytes of one slot (both sections); in a sum, the larger.
     """
 
@@ -118,13 +124,13 @@ class CacheStats(Counters):
 
     @property
     def prefetch_recall(self) -> float:
-        """The share of needed fetches that a prefetch had done in time: useful / (useful + misses + refetches). 0 when all are 0."""
+        """The share of the needed fetches that a prefetch had made in time: useful / (useful + misses + refetches). 0 when all are 0."""
         needed = self.prefetch_useful + self.misses + self.refetches
         return self.prefetch_useful / needed if needed else 0.0
 
     @property
     def prefetch_precision(self) -> float:
-        """The share of fetched prefetches that was ready when asked for: useful / (useful + late + wasted). 0 when all are 0."""
+        """The share of the fetched prefetches that were ready when asked for: useful / (useful + late + wasted). 0 when all are 0."""
         fetched = self.prefetch_useful + self.prefetch_late + self.prefetch_wasted
         return self.prefetch_useful / fetched if fetched else 0.0
 
@@ -142,7 +148,7 @@ class CacheStats(Counters):
         return replace(self, **self._combined(earlier, -1))
 
     def _combined(self, other: CacheStats, sign: int) -> dict[str, Any]:
-        """Every count of this plus `sign` times that of `other`; dicts key by key."""
+        """Every counter of these stats plus `sign` times that of `other`. Counters that are dicts are combined key by key."""
         combined: dict[str, Any] = {}
         for name in _COUNTS:
             mine, others = getattr(self, name), getattr(other, name)
@@ -153,17 +159,17 @@ class CacheStats(Counters):
         return combined
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, the gauges first."""
+        """The stats as a dict of plain values for JSON, the counters last."""
         gauges = (item.name for item in fields(self) if item.name not in _COUNTS)
         return {name: getattr(self, name) for name in gauges} | copied_counts(self)
 
     def to_proto(self) -> stats_pb2.HbmStats:
-        """The message that a trainer reports to the daemon. It has no `accesses`, `fetched_from` and `ahead`."""
+        """The stats as the message that a trainer reports to the daemon. The message leaves out `accesses`, `fetched_from` and `ahead`."""
         names = [item.name for item in stats_pb2.HbmStats.DESCRIPTOR.fields]
         return stats_pb2.HbmStats(**{name: getattr(self, _GAUGE_OF_FIELD.get(name, name)) for name in names})
 
 
 def copied_counts(counters: Counters) -> dict[str, Any]:
-    """All counts by name; dicts are copies."""
+    """All counters by name. Counters that are dicts are copied."""
     counts = {name: getattr(counters, name) for name in _COUNTS}
     return {name: dict(count) if isinstance(count, dict) else count for name, count in counts.items()}

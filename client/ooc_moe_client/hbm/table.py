@@ -1,11 +1,11 @@
 """`SlotTable`: which expert is in which slot, and in which order experts are evicted.
 
-Eviction takes the expert with the furthest next use, as far as a schedule tells. Experts that the schedule does not name are evicted before
+When a schedule is set, the expert with the furthest next use is evicted first. Experts that the schedule does not name are evicted before
 all others, the least recently used first:
 
     evicted first -> [not in the schedule, least recently used ... most recently used] [next use far ... next use near] -> evicted last
 
-Demand, prefetch and write-back call this table with the cache's lock held.
+Demand, prefetch and write-back hold the cache's lock when they call this table.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ GROUPS_MAX = 256
 
 
 class LoadState(Enum):
-    """Whether the bytes of a slot may be read."""
+    """Whether the bytes of an expert in a slot may be read: LOADING while they are fetched, then READY."""
 
     LOADING = 0
     READY = 1
@@ -33,7 +33,7 @@ class LoadState(Enum):
 
 @dataclass(slots=True, eq=False)
 class Resident:
-    """An expert in a slot."""
+    """An expert that has a slot, and its state: what was fetched of it, its pins, its changes, and when it was last asked for."""
 
     expert: int
     slot: int
@@ -52,13 +52,13 @@ class Resident:
     prefetch_call: int = 0  # the number of the last prefetch call that named it
 
     def holds(self, sections: Sections) -> bool:
-        """Whether its bytes may be read, all those of `sections`."""
+        """Whether these sections of the expert have been fetched and may be read."""
         return self.state is LoadState.READY and self.sections.includes(sections)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Group:
-    """Residents that were asked for together. As long as none of them leaves, asking for them again takes a single look-up."""
+    """Experts that were asked for together, and their slots. While all of them stay in their slots, one look-up finds them again."""
 
     experts: tuple[int, ...]
     residents: list[Resident]
@@ -67,7 +67,7 @@ class Group:
 
 
 class SlotTable:
-    """Residents, free slots, and the order of eviction. Every method needs the cache's lock."""
+    """The experts in slots ("residents"), the free slots, and the order of eviction. Callers of every method hold the cache's lock."""
 
     def __init__(self, layout: Layout, capacity: int, counters: Counters) -> None:
         self.capacity = capacity
@@ -86,39 +86,45 @@ class SlotTable:
 
     @property
     def num_free(self) -> int:
-        """Slots that hold nothing."""
+        """The number of empty slots."""
         return len(self._free)
 
     # The schedule
 
     def follow_schedule(self, schedule: Schedule) -> None:
-        """Replaces the schedule."""
+        """Replaces the schedule, and sorts the order of eviction by it."""
         self.schedule = schedule
         self._reorder_by_schedule()
 
     def advance(self, experts: Sequence[int]) -> None:
-        """Moves the schedule on: the training thread asks for these experts in one call. `note_demand` follows for each of them."""
+        """Moves the position in the schedule on, because the training thread asks for these experts in one call.
+
+        Afterwards call `note_demand` for each of them.
+        """
         if not self.schedule.advance(experts):
             self._reorder_by_schedule()
 
     def _reorder_by_schedule(self) -> None:
-        """Looks up the next use of every resident anew."""
+        """Sorts the order of eviction again, by the next uses that the schedule gives now."""
         self._order_groups()
         for expert in list(self._order.victims()):
             self._order.touch(expert)
 
     def sections_to_fetch(self, expert: int, sections: Sections) -> Sections:
-        """What to fetch when `sections` are asked for: the optimizer section too if the expert will stay until the schedule updates it."""
+        """Decides which sections of an expert to fetch when `sections` are asked for.
+
+        The optimizer section is added if the schedule will update the expert before it would be evicted.
+        """
         return Sections.ALL if self.schedule.updated_within(expert, self.capacity) else sections
 
     def sections_for_next_use(self, expert: int) -> Sections:
-        """What to fetch for the next use of an expert that the schedule names."""
+        """Decides which sections to fetch for the next use of an expert that the schedule names."""
         sections = self.schedule.next_sections(expert)
         assert sections is not None
         return self.sections_to_fetch(expert, sections)
 
     def lacks_for_next_use(self, expert: int) -> bool:
-        """Whether the expert, or a section that its next use needs, is neither here nor loading."""
+        """Whether the expert's next use needs a fetch: the expert has no slot, or was fetched without a section that the use needs."""
         resident, needed = self.residents.get(expert), self.schedule.next_sections(expert)
         if resident is None:
             return True
@@ -127,12 +133,15 @@ class SlotTable:
     # Demand
 
     def find_group(self, experts: tuple[int, ...], sections: Sections) -> Group | None:
-        """The group of these experts, if they were asked for together before, hold `sections`, and are all still here."""
+        """Returns the group of exactly these experts.
+
+        None unless they were asked for together before, have `sections`, and kept their slots.
+        """
         group = self._groups.get(experts)
         return group if group is not None and group.sections.includes(sections) else None
 
     def remember_group(self, experts: tuple[int, ...], residents: list[Resident]) -> Group:
-        """Makes a group of ready residents."""
+        """Makes a group of experts that are ready in their slots, and keeps it for `find_group`."""
         is_whole = all(resident.sections is Sections.ALL for resident in residents)
         group = Group(experts, residents, [resident.slot for resident in residents], Sections.ALL if is_whole else Sections.PARAMETERS)
         if len(self._groups) == GROUPS_MAX:
@@ -141,14 +150,17 @@ class SlotTable:
         return group
 
     def note_group_demand(self, group: Group) -> None:
-        """As `advance` and then `note_demand` of each expert, but cheap: the order of eviction is brought up to date when it is needed."""
+        """Notes that the training thread asks for the experts of a group: a fast form of `advance` and a `note_demand` for each.
+
+        The order of eviction is updated later, when it is needed.
+        """
         self._clock += len(group.experts)
         self._unordered_groups.pop(group, None)
         self._unordered_groups[group] = self._clock
         self.advance(group.experts)
 
     def _order_groups(self) -> None:
-        """Brings the order of eviction up to date with the demands of groups."""
+        """Updates the order of eviction with what `note_group_demand` has noted."""
         for group, clock in self._unordered_groups.items():
             for resident in group.residents:
                 resident.demanded_at = clock
@@ -156,7 +168,7 @@ class SlotTable:
         self._unordered_groups.clear()
 
     def note_demand(self, resident: Resident) -> None:
-        """Notes that the training thread asked for this expert."""
+        """Notes that the training thread asks for this expert. If it was fetched ahead, counts that fetch as useful or late."""
         self._order_groups()
         self._clock += 1
         resident.demanded_at = self._clock
@@ -167,26 +179,27 @@ class SlotTable:
         self._order.touch(resident.expert)
 
     def set_dirty(self, resident: Resident, dirty: bool) -> None:
-        """Notes whether the expert has changes that the store does not have."""
+        """Marks the expert as dirty (it has changes that the store does not have) or clean."""
         self.num_dirty += dirty - resident.dirty
         resident.dirty = dirty
 
     def new_working_set(self) -> None:
-        """Begins a new working set: prefetches may evict what was demanded until now."""
+        """Starts a new, empty working set: prefetches may evict all experts that were asked for until now."""
         self._working_set_since = self._clock
 
     def in_working_set(self, resident: Resident) -> bool:
-        """Whether the expert was demanded since `new_working_set`, and among the last 2 x `capacity` demands.
+        """Whether the expert is in the working set, the recently used experts that prefetches must not evict.
 
-        Training visits layers forward and then backward, so every expert of a set that fits the cache is demanded at least that often:
-        prefetches never evict it. Experts of an earlier working set drop out by themselves.
+        It is when it was asked for since `new_working_set`, and among the last 2 x `capacity` demands (experts asked for). Training visits
+        layers forward and then backward, so each expert of a set that fits into the cache is asked for at least once in so many demands.
+        Experts that are no longer used drop out by themselves.
         """
         return resident.demanded_at > max(self._working_set_since, self._clock - 2 * self.capacity)
 
     # Slots
 
     def insert(self, expert: int, sections: Sections) -> Resident:
-        """Gives a free slot to an expert, whose state is LOADING."""
+        """Gives a free slot to an expert, in the state LOADING. Returns its entry. `sections`: what will be fetched of it."""
         self._order_groups()
         resident = Resident(expert, self._free.pop(), sections, sections.num_bytes(self._layout))
         self.residents[expert] = resident
@@ -194,7 +207,7 @@ class SlotTable:
         return resident
 
     def remove(self, resident: Resident) -> None:
-        """Frees the slot of an expert that is clean, or whose changes are in a buffer of the write-back."""
+        """Frees an expert's slot. The expert must be clean, or its changes must be in a buffer of the write-back."""
         assert resident.pins == 0, f"expert {resident.expert} is removed while it is pinned"
         self._order_groups()
         self._groups.clear()
@@ -207,12 +220,12 @@ class SlotTable:
         self._free.append(resident.slot)
 
     def evict(self, resident: Resident) -> None:
-        """Removes an expert to make room for another."""
+        """Frees an expert's slot to make room for another expert, and counts an eviction."""
         self._counters.evictions += 1
         self.remove(resident)
 
     def evictable(self) -> Iterator[Resident]:
-        """Residents that are ready, not pinned and not being copied out, the next victim first."""
+        """Yields the experts that may be evicted now, the next to go first. They are ready, not pinned, and not being copied out."""
         self._order_groups()
         for expert in self._order.victims():
             resident = self.residents[expert]

@@ -1,16 +1,16 @@
-"""`WriteBack`: the thread that pushes changed experts to the store, and the buffers that hold them on the way.
+"""`WriteBack`: the thread that pushes changed experts to the store, and the host buffers that hold their bytes meanwhile.
 
     dirty resident --copy out--> PendingWrite in a host buffer --push--> acknowledged: clean, unless it was updated again
 
-There is at most one `PendingWrite` per expert, so two pushes of one expert never overtake each other. While it exists, a demand for the
-evicted expert is served from its buffer and not from the store, which has an older version. When a push fails after its expert was
-evicted, the buffer is kept, because it is the only copy.
+There is at most one `PendingWrite` per expert, so two pushes of one expert never overtake each other. While it exists and the expert has
+been evicted, a request for the expert is served from the buffer, because the store has an older version. When the push of an evicted expert
+fails, the buffer is kept: it is the only copy.
 
 A slot is not copied out while the optimizer writes it (`Resident.updating`), and the optimizer waits while a slot is copied out
 (`Resident.copying`). The lock is released during the copy.
 
-A push is bounded in experts and bytes, so that it delays a fetch only a little. While the training thread waits for a fetch no push
-begins, unless the fetch waits for room that a push would free.
+A push has a limited number of experts and bytes, so that it delays a fetch only a little. While the training thread waits for a fetch no
+push begins, unless the fetch waits for a slot or buffer that a push would free.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ BUFFERS_MAX = 2 * BATCH_EXPERTS_MAX  # one batch in flight, one being copied
 
 @dataclass(slots=True, eq=False)
 class PendingWrite:
-    """A copy of one expert's bytes that the store has not acknowledged."""
+    """A copy of one expert's changed bytes in a host buffer, kept until the store acknowledges their push."""
 
     expert: int
     base_version: int
@@ -49,7 +49,7 @@ class PendingWrite:
 
 
 class WriteBack:
-    """Pushes dirty experts in the background. Every method but `join` needs the cache's lock."""
+    """Pushes dirty (changed) experts to the store in the background. Callers of every method but `join` hold the cache's lock."""
 
     def __init__(self, shared: SharedState) -> None:
         self._shared = shared
@@ -62,34 +62,34 @@ class WriteBack:
         self._thread.start()
 
     def join(self) -> None:
-        """Waits for the end of the thread, once `shared.closed` is set."""
+        """Waits for the thread to end. Call this after `shared.closed` was set, which makes it end."""
         self._thread.join()
 
     @property
     def busy(self) -> bool:
-        """Whether a write is queued or being pushed. Failed ones do not count."""
+        """Whether a write is queued or being pushed. Writes whose push failed do not count."""
         return any(write.error is None for write in self._pending.values())
 
     @property
     def idle(self) -> bool:
-        """Whether no write is pending, neither in flight nor failed."""
+        """Whether there is no pending write at all: none queued, none being pushed, and none whose push failed."""
         return not self._pending
 
     def pending(self, expert: int) -> PendingWrite | None:
-        """The write of this expert that the store has not acknowledged."""
+        """The pending write of this expert, which the store has not acknowledged. None: there is none."""
         return self._pending.get(expert)
 
     def failed(self) -> Exception | None:
-        """Why an evicted expert could not be written; None when there is no such expert."""
+        """The error because of which an evicted expert could not be pushed. None: there is no such expert."""
         return next((write.error for write in self._pending.values() if write.error is not None), None)
 
     @property
     def has_requests(self) -> bool:
-        """Whether a resident is to be written, now or when its update is over."""
+        """Whether an expert that `request` named is still to be copied out, now or when its update is over."""
         return bool(self._requested)
 
     def request(self, experts: Iterable[int]) -> None:
-        """Asks for those of these experts that are resident and dirty to be written soon."""
+        """Queues experts to be pushed to the store soon. Experts that are not in a slot, or not dirty, are ignored."""
         for expert in experts:
             resident = self._shared.table.residents.get(expert)
             if resident is not None and resident.dirty and not self._is_leaving(resident):
@@ -97,17 +97,20 @@ class WriteBack:
         self._shared.changed.notify_all()
 
     def retry(self) -> None:
-        """Queues again the writes of evicted experts that failed."""
+        """Queues the failed pushes of evicted experts again."""
         for write in self._pending.values():
             if write.error is not None:
                 write.queued, write.error = True, None
         self._shared.changed.notify_all()
 
     def make_room(self, may_leave: Callable[[Resident], bool]) -> bool:
-        """Evicts the next victim that `may_leave` allows. A dirty victim is first only copied to a buffer, with the lock released.
+        """Evicts the next expert that `may_leave` allows.
+
+        A dirty expert is not evicted at once, but only copied to a buffer, to be pushed; the next call can evict it. The lock is released
+        during the copy.
 
         Returns:
-            True: something changed, and the caller is to look again. Either a slot is free, or a victim was saved.
+            True: an expert was evicted, or copied to a buffer. The caller looks again whether a slot is free.
             False: nothing can be evicted now.
         """
         for resident in self._shared.table.evictable():
@@ -124,12 +127,15 @@ class WriteBack:
 
     @property
     def next_victim_is_dirty(self) -> bool:
-        """Whether the next victim must be saved before it can be evicted."""
+        """Whether the next expert to be evicted has changes that must first be copied to a buffer."""
         resident = next(iter(self._shared.table.evictable()), None)
         return resident is not None and resident.dirty and not self._is_leaving(resident)
 
     def bring_back(self, expert: int) -> Resident:
-        """Copies an evicted expert, whose write is pending, from its buffer to a free slot. If the write failed, raises why."""
+        """Copies an evicted expert, whose push is pending, from its buffer to a free slot, and returns its entry.
+
+        If the push failed, raises the push's error instead.
+        """
         write = self._pending[expert]
         if write.error is not None:
             raise write.error
@@ -144,18 +150,24 @@ class WriteBack:
         return resident
 
     def clean_next_victims(self) -> None:
-        """Asks for the next dirty victims to be written before their slots are needed, because one had to be saved while a fetch waited."""
+        """Queues pushes of the dirty experts that will be evicted next, so that later fetches find clean ones.
+
+        Called when a fetch had to wait while a dirty expert was saved.
+        """
         num_next = max(1, self._shared.table.capacity // 4)
         dirty = [resident.expert for resident in self._shared.table.evictable() if resident.dirty and not self._is_leaving(resident)]
         self.request(dirty[:num_next])
 
     def _is_leaving(self, resident: Resident) -> bool:
-        """Whether the resident's newest change is in a pending write."""
+        """Whether the expert's newest changes are already in a pending write, so that its slot may be freed."""
         write = self._pending.get(resident.expert)
         return write is not None and write.generation == resident.generation
 
     def _copy_out(self, resident: Resident, buffer: Tensor) -> PendingWrite:
-        """Copies a dirty expert to a buffer. The lock is held on entry and exit, and released to copy. An error leaves the expert dirty."""
+        """Copies a dirty expert to a buffer, and returns its new pending write. After an error the expert stays dirty.
+
+        The lock is held on entry and exit, and released during the copy.
+        """
         write = self._pending[resident.expert] = PendingWrite(
             expert=resident.expert, base_version=resident.version, generation=resident.generation, buffer=buffer
         )
@@ -173,12 +185,15 @@ class WriteBack:
         return write
 
     def _free(self, write: PendingWrite) -> None:
-        """Ends a pending write, and keeps its buffer for the next one."""
+        """Deletes a pending write, and keeps its buffer for another one."""
         del self._pending[write.expert]
         self._spare.append(write.buffer)
 
     def _buffer_for(self, expert: int) -> Tensor | None:
-        """A spare buffer, or the expert's own: an older change whose push has not begun may be overwritten. None when neither is left."""
+        """Returns a buffer to copy the expert to: a spare one, or that of its own pending write, if the push of it has not begun.
+
+        In the second case the older change in it is overwritten. None: no buffer is available.
+        """
         write = self._pending.get(expert)
         if write is None:
             return self._spare_buffer()
@@ -194,9 +209,9 @@ class WriteBack:
         return buffer
 
     def _try_next(self) -> PendingWrite | None:
-        """The next write to push: evicted experts first, then requested residents, which this copies out.
+        """Returns the next write to push: first those of evicted experts, then requested experts, which are copied out now.
 
-        None when there is none, and while the training thread waits for a fetch, which a push would slow down.
+        None when there is none, or while the training thread waits for a fetch, which a push would slow down.
         """
         if self._shared.fetching:
             return None
@@ -226,7 +241,7 @@ class WriteBack:
                 self._shared.changed.notify_all()
 
     def _next_batch(self) -> list[PendingWrite]:
-        """Waits for writes to push; empty when the cache is closed.
+        """Waits for pending writes, and returns them, to be pushed in one call. Empty when the cache is closed.
 
         The lock is taken anew for each expert, so that the training thread can take it in between.
         """
@@ -250,9 +265,10 @@ class WriteBack:
         return batch
 
     def _push(self, batch: list[PendingWrite]) -> list[int | Exception]:
-        """Pushes a batch; returns one outcome per expert.
+        """Pushes a batch of experts to the store. Returns one outcome per expert: its new version, or an error.
 
-        An error of the whole call is the outcome of each expert. When the call is refused for one bad body, each expert is pushed alone.
+        An error of the whole call becomes the outcome of each expert. When the call is refused because of one bad expert, each is pushed
+        alone.
         """
         try:
             for write in batch:
@@ -269,7 +285,7 @@ class WriteBack:
             return [error] * len(batch)
 
     def _finish(self, write: PendingWrite, outcome: int | Exception) -> None:
-        """Takes in the outcome of a push."""
+        """Updates the table, counters and pending writes after the push of one expert. A failed write of an evicted expert is kept."""
         resident = self._shared.table.residents.get(write.expert)
         if isinstance(outcome, Exception):
             self._shared.fail(outcome)

@@ -1,11 +1,12 @@
-"""`ArenaView`: a daemon's DRAM tier, mapped for reading, and copies from it.
+"""`ArenaView`: the daemon's DRAM tier, mapped into this process for reading, and copies of records from it.
 
-Each record has a generation, which the daemon makes odd before it overwrites the record. A copy is whole if the generation was that of the
-lease before the copy and after it:
+The daemon's DRAM tier is one block of shared memory, the arena. The daemon may overwrite a record while this process copies it. To notice
+that, each record has a generation, a number that the daemon makes odd before it overwrites the record. A copy is good if the generation was
+that of the lease both before and after the copy:
 
-    generation == lease's?  ->  copy  ->  generation == lease's?      yes both times: the copy is whole
+    generation == lease's?  ->  copy  ->  generation == lease's?      yes both times: the copy is good
 
-The mapping outlives the daemon and the session: nothing is unmapped while it is read.
+The mapping may be used even after the daemon or the session has ended: nothing is unmapped while it is read.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ooc_moe_wire.layout import BLOCK_BYTES
 
 
 class ArenaView:
-    """The arena, and the table of its records' generations.
+    """The daemon's shared memory, mapped for reading: the arena with the records, and the table of their generations.
 
     Raises:
         InvalidRequest: the memory is shorter than the daemon said, or could shrink while it is read.
@@ -37,7 +38,13 @@ class ArenaView:
     # Processors other than x86 may reorder the loads of copy and generation. A torn copy is then caught by its checksum.
 
     def copy(self, offset: int, generation: int, into: memoryview) -> bool:
-        """Fills `into` with bytes of the arena from `offset` on, where a record's body begins. False: the record was overwritten."""
+        """Copies a record's body from the arena to `into`. Returns False when the daemon has overwritten the record.
+
+        Args:
+            offset: where the body begins in the arena.
+            generation: the record's generation when it was leased.
+            into: the memory to fill; its length says how many bytes to copy.
+        """
         generations, block = self._generations, offset // BLOCK_BYTES - 1
         if generation % 2 or generations[block] != generation:
             return False
@@ -45,7 +52,10 @@ class ArenaView:
         return generations[block] == generation
 
     def copy_hashed(self, offset: int, generation: int, into: memoryview, parameter_bytes: int) -> Checksums | None:
-        """As `copy`, but returns the checksums of the copied bytes, or None when the record was overwritten."""
+        """Copies as `copy` does, and returns the checksums of the copied bytes, or None when the daemon has overwritten the record.
+
+        `parameter_bytes` says where the parameter section ends: each section has a checksum of its own.
+        """
         generations, block = self._generations, offset // BLOCK_BYTES - 1
         if generation % 2 or generations[block] != generation:
             return None
@@ -54,9 +64,9 @@ class ArenaView:
 
 
 def _map(fd: int, num_bytes: int) -> mmap.mmap:
-    """Maps the daemon's memory for reading.
+    """Maps `num_bytes` of the daemon's shared memory for reading.
 
-    Raises InvalidRequest when the memory is too short, or could become so: reading beyond its end would kill this process (SIGBUS).
+    Raises InvalidRequest when the memory is shorter, or could become shorter: reading beyond its end would kill this process (SIGBUS).
     """
     seals = 0
     with suppress(OSError):

@@ -1,6 +1,8 @@
-"""`LocalPlane`: the local plane of one daemon. It has the daemon's DRAM tier, mapped here, sessions for fetches, and staging for pushes.
+"""`LocalPlane`: fetches from and pushes to one daemon on this host, through shared memory.
 
-Each fetch has a session of its own, because closing the session surely ends the fetch's leases. Idle sessions are used again.
+It has the daemon's DRAM tier (mapped into this process), one session (connection) per running fetch, and the staging memory for pushes.
+Each fetch has a session of its own, because closing a session reliably ends all its leases. Sessions without a fetch are kept and used
+again.
 """
 
 from __future__ import annotations
@@ -21,13 +23,14 @@ STAGING_BYTES_MIN, STAGING_BYTES_MAX = 64 << 20, 1 << 30
 
 
 class LocalPlane:
-    """The plane. Thread-safe.
+    """The local plane of one daemon. Thread-safe.
 
-    It ends with its main session, which pushes use: `is_alive` is False after `close`, or when the daemon ended that session.
+    Its main session identifies it to the daemon, and pushes use it. When that session ends, by `close` or by the daemon, `is_alive` becomes
+    False, and the plane must be replaced.
     """
 
     def __init__(self, name: str, session: LocalSession, arena: ArenaView) -> None:
-        """Use `connect`."""
+        """Makes a plane of an open session and its mapped memory. Use `connect` instead."""
         self.arena = arena
         self._name = name
         self._session = session
@@ -39,23 +42,26 @@ class LocalPlane:
 
     @staticmethod
     def connect(name: str) -> LocalPlane:
-        """Opens the plane through the socket of that abstract name. Raises as `LocalSession.connect`."""
+        """Opens the plane through the Unix socket of that abstract name. Raises the errors of `LocalSession.connect`."""
         return LocalPlane(name, *LocalSession.connect(name))
 
     @property
     def session(self) -> int:
-        """The number of the main session, for PushOpen."""
+        """The number of the main session. A push stream names it to the daemon in its first message (PushOpen)."""
         return self._session.number
 
     @property
     def is_alive(self) -> bool:
-        """Whether the main session goes on."""
+        """Whether the main session is still open on both sides."""
         return self._session.is_alive
 
     # Fetches
 
     def fetch(self, fetch: local_pb2.LocalFetch, *, timeout_s: float) -> LocalCall:
-        """Begins a fetch. Raises Unavailable, InvalidRequest."""
+        """Sends a fetch to the daemon, and returns it as a `LocalCall` that yields the daemon's answers.
+
+        Raises Unavailable, InvalidRequest.
+        """
         session = self._pop_idle() or LocalSession.connect(self._name)[0]
         try:
             session.send_fetch(fetch)
@@ -75,7 +81,7 @@ class LocalPlane:
             session.close()
 
     def reuse(self, session: LocalSession) -> None:
-        """Keeps a session whose fetch has ended, and which holds no lease, for the next fetch."""
+        """Keeps a session for the next fetch. Call this when the session's own fetch has ended and it holds no lease."""
         with self._lock:
             if not self._closed:
                 self._idle.append(session)
@@ -85,7 +91,10 @@ class LocalPlane:
     # Pushes
 
     def staging_for(self, num_bytes: int) -> Staging | None:
-        """The staging memory for bodies of so many bytes. None when they do not fit, or the daemon accepts no staging memory."""
+        """Returns the staging memory, through which the daemon gets pushed bodies, if a body of `num_bytes` fits into it.
+
+        None: it does not fit, or the daemon accepts no staging memory. The first call makes the memory.
+        """
         with self._staging_lock:
             if self._staging is None:
                 wanted = max(STAGING_BYTES_MIN, STAGED_RECORDS * num_bytes)
@@ -99,13 +108,16 @@ class LocalPlane:
         return staging if self._session.stage(staging.fd, num_bytes) else None
 
     def wake(self) -> None:
-        """Makes threads that wait for staging memory ask again whether they still want it."""
+        """Makes threads that wait for a place in the staging memory check whether they still need one (see `Staging.allocate`)."""
         with self._staging_lock:
             if self._staging is not None:
                 self._staging.wake()
 
     def close(self) -> None:
-        """Ends the sessions; one with a fetch in flight ends with that. The arena is unmapped when its last reader is done."""
+        """Closes the plane and its sessions. A session with a running fetch is closed when that fetch ends.
+
+        The arena (the daemon's shared memory) is unmapped when nobody reads it any more.
+        """
         self._session.close()
         with self._lock:
             self._closed = True
@@ -116,18 +128,18 @@ class LocalPlane:
 
 
 class LocalCall:
-    """One fetch in flight."""
+    """One running fetch on the local plane: gives the daemon's answers, and gives leases back."""
 
     def __init__(self, plane: LocalPlane, session: LocalSession, deadline: float) -> None:
-        """Use `LocalPlane.fetch`."""
+        """Wraps a session whose fetch was sent. Use `LocalPlane.fetch` instead."""
         self.plane = plane
         self._session: LocalSession | None = session
         self._deadline = deadline
 
     def next(self) -> local_pb2.LocalAnswer | None:
-        """The next answer of the daemon; None at the end, when all leases must have been released.
+        """Waits for the next answer of the daemon. Returns None at the end of the fetch; by then all leases must have been released.
 
-        Raises as `LocalSession.receive`. The caller then calls `cancel`.
+        Raises the errors of `LocalSession.receive`. The caller must then call `cancel`.
         """
         assert self._session is not None
         answer = self._session.receive(self._deadline)
@@ -137,12 +149,12 @@ class LocalCall:
         return answer
 
     def release(self, leases: Sequence[int]) -> None:
-        """Gives leases back."""
+        """Gives leases back to the daemon, which may then overwrite their records. `leases`: the ids."""
         if self._session is not None:
             self._session.release(leases)
 
     def cancel(self) -> None:
-        """Ends the fetch with all its leases, if it has not ended."""
+        """Ends the fetch and all its leases. Does nothing if the fetch has ended."""
         if self._session is not None:
             self._session.close()
             self._session = None

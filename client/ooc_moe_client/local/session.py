@@ -1,6 +1,7 @@
-"""`LocalSession`: one connection to a daemon's local plane. Fetches ask for leases through its socket.
+"""`LocalSession`: one connection to a daemon's local plane, through a Unix socket. Fetches request leases through it.
 
-The session lives as long as the socket: when either side closes it, or dies, the daemon drops the session's leases.
+A lease is the right to read a record in the daemon's memory; it expires. The session lasts as long as the socket: when either side closes
+it, or dies, the daemon drops the session's leases.
 """
 
 from __future__ import annotations
@@ -26,20 +27,20 @@ _TIMEVAL = struct.Struct("@ll")  # seconds, microseconds
 
 
 class LocalSession:
-    """One session, with at most one fetch at a time. `release` and `is_alive` may be called from any thread."""
+    """One session with the daemon. It runs at most one fetch at a time. `release` and `is_alive` may be called from any thread."""
 
     def __init__(self, connected: socket.socket, number: int) -> None:
-        """Use `connect`."""
+        """Wraps a connected socket. `number` is the daemon's number for the session. Use `connect` instead."""
         self.number = number
         self._socket = connected
         self._broken = False
 
     @staticmethod
     def connect(name: str) -> tuple[LocalSession, ArenaView]:
-        """Opens a session through the socket of that abstract name, and maps the daemon's memory.
+        """Opens a session through the Unix socket of that abstract name. Returns it with the daemon's memory, mapped into this process.
 
         Raises:
-            Unavailable: nobody listens there (the daemon is on another host, or just ended), or the daemon refuses this user.
+            Unavailable: nobody listens on the socket (the daemon is on another host, or just ended), or the daemon refuses this user.
             InvalidRequest: the listener belongs to another user, speaks another protocol, or sends memory that could shrink.
         """
         fds: list[int] = []
@@ -67,7 +68,7 @@ class LocalSession:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the daemon still holds the session open."""
+        """Whether the session is still open, as far as both sides know."""
         if self._broken:
             return False
         try:
@@ -78,7 +79,7 @@ class LocalSession:
             return False
 
     def send_fetch(self, fetch: local_pb2.LocalFetch) -> None:
-        """Begins a fetch, whose answers `receive` then returns, until the end. Raises Unavailable."""
+        """Sends a fetch to the daemon. Then call `receive` for the answers, until it returns None. Raises Unavailable."""
         try:
             self._socket.send(pack_fetch(fetch), socket.MSG_NOSIGNAL)
         except OSError as error:
@@ -86,11 +87,11 @@ class LocalSession:
             raise Unavailable(f"local plane: {error.strerror or error}") from error
 
     def receive(self, deadline: float) -> local_pb2.LocalAnswer | None:
-        """Waits for the next answer to the fetch; None at its end. `deadline` is a time of `time.monotonic()`.
+        """Waits for the next answer to the fetch, and returns it; None at the end. `deadline` is a time of `time.monotonic()`.
 
         Raises:
             Unavailable, DeadlineExceeded: the session is over, and so are its leases.
-            Any other error: the daemon refused or ended the fetch. The session goes on.
+            Any other error: the daemon refused or ended the fetch. The session stays open.
         """
         try:
             _limit(self._socket, deadline - time.monotonic())
@@ -114,7 +115,7 @@ class LocalSession:
         raise refusal
 
     def release(self, leases: Sequence[int]) -> None:
-        """Gives leases back. Never raises: when the daemon is gone, the leases are gone too."""
+        """Gives leases back to the daemon. Never raises: when the daemon is gone, the leases are gone too. `leases`: the ids."""
         for start in range(0, len(leases), RELEASES_MAX):
             packet = pack_release(leases[start : start + RELEASES_MAX])
             try:
@@ -123,7 +124,10 @@ class LocalSession:
                 self._broken = True
 
     def stage(self, fd: int, num_bytes: int) -> bool:
-        """Sends staging memory to the daemon. False when the daemon does not accept it; the session is over then."""
+        """Sends the file descriptor of staging memory to the daemon, which maps it. Returns whether the daemon accepts it.
+
+        When it does not, the session is over.
+        """
         try:
             _limit(self._socket, PATIENCE_S)
             socket.send_fds(self._socket, [pack_stage(num_bytes)], [fd], socket.MSG_NOSIGNAL)
@@ -135,20 +139,26 @@ class LocalSession:
         return False
 
     def close(self) -> None:
-        """Ends the session with all its leases."""
+        """Closes the socket, which ends the session and all its leases."""
         self._broken = True
         self._socket.close()
 
 
 def _limit(connected: socket.socket, seconds: float) -> None:
-    """Sets how long sends and receives may wait. `settimeout` would add a poll to each packet, even under MSG_DONTWAIT."""
+    """Limits how long sends and receives on the socket may wait.
+
+    `settimeout` is not used: it would add a system call (poll) to each packet, even under MSG_DONTWAIT.
+    """
     limit = _TIMEVAL.pack(*divmod(max(1, round(seconds * 1e6)), 1_000_000))
     for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
         connected.setsockopt(socket.SOL_SOCKET, option, limit)
 
 
 def _check_peer(connected: socket.socket) -> None:
-    """Raises InvalidRequest unless the listener is this user's process or root's. Any process may use any abstract socket's name."""
+    """Raises InvalidRequest unless the process that listens on the socket belongs to this user or to root.
+
+    The name alone proves nothing: any process may listen on an abstract socket of any name.
+    """
     _, uid, _ = _PEER.unpack(connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
     if os.getuid() != 0 and uid not in (0, os.getuid()):
         raise InvalidRequest(f"local plane: the socket belongs to user {uid}, not {os.getuid()}")

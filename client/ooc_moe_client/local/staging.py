@@ -1,6 +1,7 @@
-"""`Staging`: the memory from which the daemon copies pushed bodies on the local plane.
+"""`Staging`: shared memory through which pushed bodies (the bytes of experts) reach the daemon on the local plane.
 
-The daemon copies a body into its own memory before it checks and writes it. The body's place is freed when the outcome arrives.
+The client writes a body into a place of this memory. The daemon copies it into its own memory before it checks and writes it. The place is
+freed when the daemon has answered the push.
 """
 
 from __future__ import annotations
@@ -17,10 +18,16 @@ from numpy.typing import NDArray
 
 
 class Staging:
-    """A memfd of a fixed, sealed size, divided into places. The daemon maps `fd`, which is closed with the last reference to this."""
+    """Shared memory (a memfd) of a fixed size, and the allocation of places for bodies in it.
+
+    The daemon maps the same memory through `fd`. The descriptor is closed with the last reference to this object.
+    """
 
     def __init__(self, num_bytes: int) -> None:
-        """Makes the memfd. Its pages are allocated when they are first used. Raises OSError."""
+        """Creates shared memory of `num_bytes`, which can neither shrink nor grow. Pages take memory when they are first used.
+
+        Raises OSError.
+        """
         self.num_bytes = num_bytes
         fd = os.memfd_create("ooc-moe-staging", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         self._file = os.fdopen(fd, "r+b", buffering=0)
@@ -33,13 +40,14 @@ class Staging:
 
     @property
     def fd(self) -> int:
-        """The file descriptor of the memory."""
+        """The file descriptor of the shared memory, to be sent to the daemon."""
         return self._file.fileno()
 
     def allocate(self, num_bytes: int, *, wanted: Callable[[], bool]) -> int | None:
-        """Allocates a place, and returns its start. It is the lowest one that fits, because pages there are in use already.
+        """Allocates a place of `num_bytes`, and returns its start. Waits until one is free, as long as `wanted()` is true.
 
-        Waits for a place as long as `wanted()` is true, which is asked again after each `wake`. None when it is false.
+        `wanted` is called again whenever a place was freed and after each `wake`. None: it returned False. The place is the lowest free
+        one, because pages there are in use already.
         """
         with self._changed:
             while wanted():
@@ -52,11 +60,11 @@ class Staging:
         return None
 
     def bytes_at(self, start: int) -> NDArray[np.uint8]:
-        """The bytes of an allocated place."""
+        """The bytes of the allocated place that begins at `start`, as a writable array without a copy."""
         return self._bytes[start : self._allocated[start]]
 
     def free(self, start: int) -> None:
-        """Frees a place, whose body is no longer read."""
+        """Frees the place that begins at `start`. Call this when the daemon no longer reads the body in it."""
         with self._changed:
             insort(self._free, (start, self._allocated.pop(start)))
             merged: list[tuple[int, int]] = []
@@ -68,6 +76,6 @@ class Staging:
             self._changed.notify_all()
 
     def wake(self) -> None:
-        """Makes waiting `allocate` calls ask again whether they are still wanted."""
+        """Makes waiting `allocate` calls ask `wanted` again. Call this when a caller's wish may have changed."""
         with self._changed:
             self._changed.notify_all()

@@ -1,7 +1,8 @@
-"""`Connection`: the channel to one daemon, with its options, the caller's name, deadlines and retries.
+"""`Connection`: the gRPC channel to one daemon, with its options, deadlines and retries. It sends the caller's name with every call.
 
-Two errors are retried, with jitter: Unavailable until the patience ends, and TierFull a limited number of times, each after the pause that
-the daemon names. This is the only place where an error of gRPC becomes one of `ooc_moe_wire.errors`.
+Two errors are retried after random pauses. Unavailable is retried until the patience (a time limit) ends. TierFull is retried a limited
+number of times, each time after the pause that the daemon names. Errors of gRPC are translated to those of `ooc_moe_wire.errors` in this
+file only.
 """
 
 from __future__ import annotations
@@ -46,20 +47,20 @@ _pause = wait_random_exponential(multiplier=0.05, max=2.0)
 
 
 class Responses(Protocol[Message]):
-    """The messages of a streaming call. gRPC's own class for this has no public name."""
+    """The iterator over the messages of a streaming call. (gRPC's own class for this has no public name.)"""
 
     def __iter__(self) -> Iterator[Message]:
-        """Iterates over the messages to come."""
+        """Returns the iterator itself, over the messages that have not been read."""
 
     def __next__(self) -> Message:
-        """Waits for the next message."""
+        """Waits for the next message, and returns it."""
 
     def cancel(self) -> bool:
-        """Ends the call."""
+        """Ends the call before its last message."""
 
 
 def check_target(target: str) -> None:
-    """Raises InvalidRequest unless it is "host:port" or "unix:PATH"."""
+    """Raises InvalidRequest unless `target` is an address of the form "host:port" or "unix:PATH"."""
     host, _, port = target.rpartition(":")
     is_path = len(target) > len("unix:") and target.startswith("unix:")
     is_port = host != "" and port.isdecimal() and 0 < int(port) < 1 << 16
@@ -68,13 +69,13 @@ def check_target(target: str) -> None:
 
 
 class Connection:
-    """One gRPC channel, and the rules for calls on it.
+    """One gRPC channel to a daemon, and methods that make calls with deadlines, retries and translated errors.
 
     Args:
         target: "host:port" or "unix:PATH".
-        trainer: the name under which the daemon counts this caller.
-        timeout_s: the deadline of a call.
-        patience_s: how long a daemon that went away is waited for; at most `FIRST_CONTACT_S` when it never answered.
+        trainer: the caller's name, under which the daemon counts its calls.
+        timeout_s: the deadline of a call, in seconds.
+        patience_s: how many seconds Unavailable is retried when the daemon went away; at most `FIRST_CONTACT_S` when it never answered.
 
     Raises:
         InvalidRequest: the target is no address, the trainer's name cannot travel in a header, or a time is not positive.
@@ -98,20 +99,26 @@ class Connection:
 
     @property
     def patience_s(self) -> float:
-        """How long Unavailable is retried at present."""
+        """For how many seconds a call that meets Unavailable is retried now.
+
+        It is shorter while the daemon has never answered, and after retries have ended without success.
+        """
         return self._patience_s if self._has_answered else min(self._patience_s, FIRST_CONTACT_S)
 
     def note_answer(self) -> None:
-        """Notes that the daemon answered: from now on it is waited for with the whole patience."""
+        """Notes that the daemon has answered. From now on `patience_s` has its full length."""
         self._has_answered = True
 
     def note_give_up(self) -> None:
-        """Notes that the patience ended: the next call waits no longer than for a daemon that never answered."""
+        """Shortens `patience_s` to that for a daemon that never answered. Called when retries ended without success."""
         self._has_answered = False
 
     @contextmanager
     def translated_errors(self) -> Iterator[None]:
-        """Translates the errors that gRPC raises inside the block. The error of an absent daemon names its address."""
+        """A context manager that translates gRPC's errors from its block to this project's errors, and raises those.
+
+        The message of Unavailable and DeadlineExceeded gets the daemon's address.
+        """
         try:
             yield
         except grpc.RpcError as error:
@@ -123,26 +130,32 @@ class Connection:
             raise translated from error
 
     def with_address(self, error: Unavailable | DeadlineExceeded) -> OocMoeError:
-        """The error, with the daemon's address in its message."""
+        """Returns a copy of the error whose message begins with the daemon's address."""
         return type(error)(f"daemon at {self.target}: {error}")
 
     def call_once(self, method: grpc.UnaryUnaryMultiCallable[Request, Response], request: Request) -> Response:
-        """Makes a call without retries."""
+        """Makes a call without retries, and returns the response."""
         with self.translated_errors():
             response = method(request, timeout=self.timeout_s, metadata=self.metadata)
         self.note_answer()
         return response
 
     def call(self, method: grpc.UnaryUnaryMultiCallable[Request, Response], request: Request) -> Response:
-        """Makes a call that may be repeated safely, with retries."""
+        """Makes a call with retries, and returns the response. Only for calls that may safely reach the daemon more than once."""
         return self.retry(lambda: self.call_once(method, request))
 
     def retry(self, attempt: Callable[[], Result]) -> Result:
-        """Runs `attempt` until it raises neither Unavailable nor TierFull, or its retries end."""
+        """Calls `attempt`, and returns its result.
+
+        If it raises Unavailable or TierFull, calls it again after a pause, until the retries end.
+        """
         return self.retrying(self._gives_up)(attempt)
 
     def retrying(self, gives_up: Callable[[RetryCallState], bool]) -> Retrying:
-        """The retry policy, which ends when `gives_up` says so. `close` ends its pauses early."""
+        """Makes a retry policy for Unavailable and TierFull. Call the result with the function to retry.
+
+        `gives_up` is asked after each failure whether to stop; then the error is raised. `close` ends the pauses between the tries early.
+        """
         return Retrying(
             retry=retry_if_exception_type((Unavailable, TierFull)),
             wait=_wait,
@@ -163,11 +176,11 @@ class Connection:
 
     @property
     def closed(self) -> bool:
-        """Whether `close` was called."""
+        """Whether the connection was closed."""
         return self._closed.is_set()
 
     def close(self) -> None:
-        """Ends all pauses between retries, and closes the channel."""
+        """Closes the channel, and ends all pauses between retries."""
         self._closed.set()
         self.channel.close()
 

@@ -1,11 +1,13 @@
-"""`Fetch`: one call of `RemoteStore.fetch`, on whichever plane, opened again for the rest when it breaks.
+"""`Fetch`: the work behind `RemoteStore.fetch`. When a call to the daemon breaks, `Fetch` opens another for the experts that are missing.
 
-    Fetch            opens a call on the chosen plane, and another one for what is left, until every expert came or failed
+A call runs on one of two planes (ways for bytes to travel), the stream plane or the local plane:
+
+    Fetch            opens calls, one after the other, until every expert came or failed
       StreamedCall   one call on the stream plane: headers and chunks in gRPC messages
       LeasedCall     one call on the local plane: leases on the daemon's DRAM tier, copied from shared memory
-      PendingExperts which experts have not come yet, where their bytes go, and what makes an arrived expert sound
+      PendingExperts which experts have not come yet, where their bytes go, and the checks of an expert that has come
 
-`Fetch` does not retry: its `next` fails once, and may be called again.
+`Fetch` does not retry by itself: when a call breaks, `next` raises the error. Call `next` again to continue.
 """
 
 from __future__ import annotations
@@ -32,17 +34,27 @@ OVERWRITTEN_CALLS_MAX = 3
 
 
 class PlaneCall(Protocol):
-    """One call on one plane."""
+    """One call of a fetch, on the stream plane (`StreamedCall`) or the local plane (`LeasedCall`)."""
 
     def next(self) -> Iterable[Fetched] | None:
-        """The next experts, each complete when it is drawn; the caller draws them all. None at the end of the call."""
+        """Waits for the next experts of the call, and returns them as an iterable. None: the call has ended.
+
+        The bytes of an expert are complete when the iterable yields it. The caller must iterate to the end before it calls this again.
+        """
 
     def cancel(self) -> None:
-        """Ends the call, if it has not ended."""
+        """Ends the call. Does nothing if it has ended."""
 
 
 class Fetch:
-    """The calls of one fetch, one after the other."""
+    """Receives the experts of one `RemoteStore.fetch`, by one or more calls to the daemon, one after the other.
+
+    Args:
+        connection: the connection to the daemon.
+        planes: chooses the plane of each call.
+        pending: the experts to fetch.
+        verify: whether to check the checksums of what arrives.
+    """
 
     def __init__(self, connection: Connection, planes: PlaneChoice, pending: PendingExperts, *, verify: bool) -> None:
         self._connection = connection
@@ -53,7 +65,10 @@ class Fetch:
         self._num_overwritten_calls = 0
 
     def next(self) -> Iterable[Fetched] | None:
-        """The next experts, as `PlaneCall.next`. None when each has come or has failed (see `PendingExperts.error`)."""
+        """Waits for the next experts, and returns them as `PlaneCall.next` does. None: every expert has come or failed.
+
+        The error of a failed expert is in `PendingExperts.error`.
+        """
         try:
             while self._pending.experts or self._call is not None:
                 if self._call is None:
@@ -69,7 +84,7 @@ class Fetch:
         return None
 
     def cancel(self) -> None:
-        """Ends the present call. `next` would open another."""
+        """Ends the running call. `next` would open another one for the experts that are missing."""
         if self._call is not None:
             self._call.cancel()
             self._call = None

@@ -1,10 +1,14 @@
-"""`LeasedCall`: a fetch on the local plane. The daemon leases records of its DRAM tier, and this side copies them from shared memory.
+"""`LeasedCall`: one call of a fetch on the local plane.
 
-    daemon: Leases (ids, experts, offsets, generations, ...)
-    here:   copy each record, check that its generation did not change meanwhile, give the leases back
-    daemon: Leases, or a header for an expert that needs no copy ... end
+The daemon leases records in its DRAM, and the client copies them from shared memory.
 
-A record whose generation changed was overwritten: the copy is dropped, and the expert is asked for again in another call.
+A lease is the right to read a record for a limited time.
+
+    daemon: sends leases (ids, experts, offsets, generations, ...)
+    client: copies each record, checks that its generation did not change meanwhile, gives the leases back
+    daemon: sends more leases, or a header for an expert that needs no copy ... end
+
+If a record's generation changed, the daemon has overwritten it: the copy is dropped, and another call asks for the expert again.
 """
 
 from __future__ import annotations
@@ -27,10 +31,10 @@ _Lease = tuple[int, int, int, int, int, int, int, int]
 
 
 class LeasedCall:
-    """One fetch of `asked` through a session of the local plane. See `PlaneCall` for the methods.
+    """One call on the local plane that fetches the experts in `asked`. `PlaneCall` documents the methods.
 
     Attributes:
-        num_overwritten: experts that were overwritten before they were copied.
+        num_overwritten: how many experts the daemon overwrote before they were copied.
     """
 
     def __init__(self, connection: Connection, call: LocalCall, pending: PendingExperts, asked: Sequence[int], *, verify: bool) -> None:
@@ -43,7 +47,10 @@ class LeasedCall:
         self._copied: list[int] = []  # leases whose records were copied, to be given back
 
     def next(self) -> Iterator[Fetched] | tuple[Fetched] | None:
-        """See PlaneCall. The call is read to its end even when all experts have come, so that its session can be used again."""
+        """Waits for the next experts, and returns them. None: the call has ended. Contract: `PlaneCall.next`.
+
+        The call is read to its end even when all experts have come, so that its session can be used again.
+        """
         while True:
             try:
                 answer = self._call.next()
@@ -59,18 +66,18 @@ class LeasedCall:
                 return (fetched,)
 
     def cancel(self) -> None:
-        """See PlaneCall. All leases end with the call."""
+        """Ends the call, and all its leases. Contract: `PlaneCall.cancel`."""
         self._call.cancel()
         self._copied = []
 
     def _check_end(self) -> None:
-        """Raises Internal when an expert is missing for another reason than that it was overwritten."""
+        """Raises Internal when more experts are missing at the end of the call than were overwritten."""
         num_missing = sum(expert in self._pending.experts for expert in self._asked)
         if num_missing > self.num_overwritten:
             raise Internal(f"bank {self._pending.bank!r}: the call ended without {num_missing} of the experts")
 
     def _receive(self, header: expert_pb2.ExpertHeader) -> Fetched | None:
-        """Takes in an expert that needs no copy: it is unchanged, or could not be served (then None)."""
+        """Processes the header of an expert that comes without a lease. Returns the expert if it is unchanged, None if it failed."""
         self._pending.check_wanted(header.expert)
         if header.HasField("error"):
             self._pending.fail(header.expert, error_named(header.error.kind, header.error.message))
@@ -80,7 +87,7 @@ class LeasedCall:
         return self._pending.arrive(header.expert, header.version, header.served_from, unchanged=True)
 
     def _copy_all(self, leases: local_pb2.Leases) -> Iterator[Fetched]:
-        """Copies one record each time one is drawn, and gives the leases back, some at a time."""
+        """Copies leased records one at a time, and yields each expert. Gives the leases back in groups."""
         # Slices of the message's columns are lists, which are walked faster.
         ids, sums = leases.ids[:], (leases.parameter_xxh3[:], leases.optimizer_xxh3[:])
         columns = leases.experts[:], leases.versions[:], leases.served_from[:], leases.offsets[:], leases.generations[:], *sums
@@ -104,7 +111,7 @@ class LeasedCall:
         self._release_copied()
 
     def _copy(self, lease: _Lease) -> Fetched | None:
-        """Copies one record; None when it was overwritten, and is to be asked for again, or has failed."""
+        """Copies one leased record to the caller's memory. None: it was overwritten (and will be asked for again), or it failed a check."""
         _, expert, version, tier, offset, generation, *expected = lease
         arena, memory = self._call.plane.arena, self._pending.memory_for(expert)
         if self._verify:

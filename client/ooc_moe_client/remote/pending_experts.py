@@ -1,4 +1,4 @@
-"""`PendingExperts`: the experts of one fetch that have not come yet, and the checks that an arriving expert must pass on either plane."""
+"""`PendingExperts`: the experts of one fetch that have not come yet, and the checks of each expert that comes, for both planes."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _TIERS = {tier.value: tier for tier in Tier}
 
 
 class PendingExperts:
-    """What is left of one fetch. `RemoteStore.fetch` documents the arguments.
+    """Which experts of one fetch have not come yet, and where their bytes go. `ExpertStore.fetch` documents the arguments.
 
     Attributes:
         experts: the experts that have neither come nor failed, each with the version that the caller has (or None).
-        error: the error of the first expert that could not be served.
+        error: the error of the first expert that failed; None when none has.
     """
 
     def __init__(
@@ -50,7 +50,10 @@ class PendingExperts:
         self._floors: dict[int, int] = {}  # by expert: the read floor when the present call was opened
 
     def request(self, num_experts_max: int | None = None) -> expert_pb2.FetchExpertsRequest:
-        """The message that asks for the first of them (None: for all), for a call that is opened now."""
+        """Makes the message that asks for the missing experts, at most `num_experts_max` of them (None: all).
+
+        Make it just before the call is opened: it also notes which versions the call must not fall below (see read_floor.py).
+        """
         asked = dict(itertools.islice(self.experts.items(), num_experts_max))
         self._floors = self._read_floor.of(self.bank, asked)
         known_versions = [HOLDS_NONE if version is None else version for version in asked.values()]
@@ -63,22 +66,22 @@ class PendingExperts:
         )
 
     def what(self, expert: int) -> str:
-        """The expert's name in error messages."""
+        """The bank and the expert as text, for error messages."""
         return f"bank {self.bank!r}, expert {expert}"
 
     def check_wanted(self, expert: int) -> None:
-        """Raises Internal when the daemon sends an expert that was not asked for, or sends it twice."""
+        """Raises Internal when the daemon sends an expert that was not asked for, or that has already come."""
         if expert not in self.experts:
             raise Internal(f"{self.what(expert)}: it was not asked for, or came twice")
 
     def memory_for(self, expert: int) -> memoryview:
-        """The caller's memory for an expert's bytes. Raises InvalidRequest when it has the wrong size."""
+        """Returns the caller's memory for an expert's bytes. Raises InvalidRequest when it has the wrong size."""
         memory = self._into(expert)
         check_memory(self.bank, expert, memory, self.num_bytes)
         return memory
 
     def is_sound(self, expert: int, received: Checksums, expected: Checksums) -> bool:
-        """Whether the checksums agree. If not, the expert has failed."""
+        """Whether the checksums of the received bytes are the expected ones. If not, marks the expert as failed."""
         try:
             compare(received, expected, whole=self.sections is Sections.ALL, what=self.what(expert))
         except CorruptRecord as error:
@@ -87,7 +90,16 @@ class PendingExperts:
         return True
 
     def arrive(self, expert: int, version: int, tier: int, *, unchanged: bool = False) -> Fetched | None:
-        """Takes in an expert whose bytes are complete. None when its version is older than the read floor; the expert has failed then."""
+        """Removes an expert whose bytes are complete from those missing, and returns what the store yields for it.
+
+        None: the store had acknowledged a newer version to this client, so an update was lost; the expert is marked as failed.
+
+        Args:
+            expert: the expert's id.
+            version: the version that came.
+            tier: the number of the `Tier` where the daemon found it.
+            unchanged: whether the caller has this version already, and no bytes came.
+        """
         floor = self._floors.get(expert)
         if floor is not None and (lost := self._read_floor.lost_update(self.bank, expert, version, floor)) is not None:
             self.fail(expert, lost)
@@ -96,6 +108,6 @@ class PendingExperts:
         return Fetched(expert=expert, version=version, served_from=_TIERS[tier], unchanged=unchanged)
 
     def fail(self, expert: int, error: OocMoeError) -> None:
-        """Gives an expert up. The first error is kept, to be raised when all other experts have come."""
+        """Marks an expert as failed. The first such error is kept in `error`, to be raised when all other experts have come."""
         self.error = self.error or error
         del self.experts[expert]

@@ -1,4 +1,7 @@
-"""`PlaneChoice`: which plane a store uses now. It opens the local plane where that is possible, and again after it broke."""
+"""`PlaneChoice`: chooses the plane (the way for bytes to travel) of each call, and opens the local plane.
+
+It opens the local plane where that is possible, and opens it again after it broke.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +25,12 @@ REFUSED_S = 30.0
 
 
 class PlaneChoice:
-    """The plane of one connection. Thread-safe.
+    """Chooses between the local plane and the stream plane for the calls of one connection. Thread-safe.
 
     Args:
-        connection: to the daemon.
-        wanted: what the user asked for. AUTO: the local plane where possible.
-        clock: seconds, monotonic.
+        connection: the connection to the daemon.
+        wanted: the plane that the user asked for. AUTO: the local plane where possible, else the stream plane.
+        clock: returns the time in seconds; it never goes back.
     """
 
     def __init__(self, connection: Connection, wanted: Plane, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -41,7 +44,7 @@ class PlaneChoice:
         self._refusal = ""  # the last one, which is logged once
 
     def local(self) -> LocalPlane | None:
-        """The living local plane; None when streams are to be used.
+        """Returns the local plane, after opening it if necessary. None: use the stream plane.
 
         Raises:
             InvalidRequest: the user asked for the local plane, and it is impossible.
@@ -57,7 +60,7 @@ class PlaneChoice:
             return self._local
 
     def drop(self, plane: LocalPlane) -> None:
-        """Closes a plane whose session the daemon no longer knows."""
+        """Closes this local plane, because the daemon no longer knows its session. The next call of `local` opens another."""
         with self._lock:
             if self._local is plane:
                 self._drop()

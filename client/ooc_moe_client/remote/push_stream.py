@@ -1,11 +1,14 @@
-"""`BankWriter`: holds one bank open for writing, and sends its pushes.
+"""`BankWriter`: holds the right to write one bank, by an open gRPC stream to the daemon, and sends pushes on that stream.
+
+Three kinds of threads work on it:
 
     callers' threads       push(): queue items, wait for their outcomes
     the writer's thread    opens the stream, reads outcomes; when the stream breaks, opens another
-    gRPC's thread          draws requests from `_requests`, as fast as flow control allows
+    gRPC's thread          takes requests from `_requests`, as fast as flow control allows
 
-A push that was not acknowledged when a stream broke is sent again on the next one, under its old number, so that the daemon recognises it.
-Bodies stay in the callers' memory. On the local plane they are copied to staging memory, from which the daemon reads them.
+When a stream breaks, pushes that the daemon has not acknowledged are sent again on the next stream, under their old numbers, so that the
+daemon recognises repeats. Bodies (the bytes of experts) stay in the callers' memory. On the local plane they are copied to staging memory,
+from which the daemon reads them.
 """
 
 from __future__ import annotations
@@ -41,7 +44,7 @@ def _serialize(request: _Request) -> bytes:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class PendingPush:
-    """One push of one expert. `outcome` is set when the daemon has answered."""
+    """One expert to push, and, when the daemon has answered, the outcome: the new version or an error."""
 
     expert: int
     base_version: int
@@ -54,7 +57,7 @@ class PendingPush:
     staged: tuple[Staging, int] | None = None  # its place in staging memory, until the outcome
 
     def header(self) -> expert_pb2.PushHeader:
-        """The message that precedes the chunks."""
+        """Makes the message that announces this push to the daemon, before the chunks of its body. Computes the checksums if necessary."""
         if self.checksums is None:
             self.checksums = Checksums.of(self.layout, self.body)
         return expert_pb2.PushHeader(
@@ -70,7 +73,7 @@ class PendingPush:
         )
 
     def unstage(self) -> None:
-        """Frees its place in staging memory."""
+        """Frees the place of this push's body in staging memory, if it has one."""
         if self.staged is not None:
             staging, start = self.staged
             self.staged = None
@@ -78,16 +81,17 @@ class PendingPush:
 
 
 class BankWriter:
-    """The writer of one bank. It opens the bank in its own thread; `push` and `wait_until_open` raise what went wrong in that.
+    """Holds one bank open for writing and pushes experts to it, in a background thread that starts at once.
 
-    Its three threads share one queue under one lock (`_changed`), which is why they are one class.
+    When that thread fails to open the bank or loses it for good, `push` and `wait_until_open` raise its error. The threads share one queue
+    under one lock (`_changed`), which is why this is one class.
 
     Args:
-        connection: to the daemon.
-        planes: decides how bodies travel.
+        connection: the connection to the daemon.
+        planes: chooses how bodies travel.
         bank: the bank's name.
         writer_id: the store's identity, the same for all its banks and streams.
-        numbers: gives push numbers, shared by all banks of a store.
+        numbers: gives the number of each push; all banks of a store share it.
     """
 
     def __init__(self, connection: Connection, planes: PlaneChoice, bank: str, writer_id: str, numbers: Iterator[int]) -> None:
@@ -118,11 +122,11 @@ class BankWriter:
 
     @property
     def ended(self) -> bool:
-        """Whether the writer has given the bank up. A new one is needed then."""
+        """Whether this writer has given up or released the bank. To write again, make a new writer."""
         return self._error is not None or self._releasing
 
     def wait_until_open(self) -> None:
-        """Returns when the bank's lease is held. Raises NotTheWriter, UnknownBank, Unavailable."""
+        """Waits until the daemon has granted the right to write the bank. Raises NotTheWriter, UnknownBank, Unavailable."""
         with self._changed:
             while not self._is_open:
                 if self._error is not None:
@@ -130,7 +134,7 @@ class BankWriter:
                 self._wait()
 
     def push(self, items: Sequence[PendingPush]) -> None:
-        """Sends pushes, and returns when each has its outcome.
+        """Sends pushes, and returns when each has its `outcome`. Also waits while an earlier push of the same expert is running.
 
         Raises:
             The error that ended the writer. Pushes without an outcome may or may not have been written.
@@ -152,7 +156,10 @@ class BankWriter:
                 self._wait()
 
     def release(self) -> None:
-        """Gives the lease back, and returns when the daemon has taken note."""
+        """Gives up the right to write the bank, after all queued pushes.
+
+        Returns when the daemon has confirmed that, or the deadline is over.
+        """
         with self._changed:
             self._releasing = True
             self._changed.notify_all()
@@ -162,7 +169,7 @@ class BankWriter:
             self._thread.join()
 
     def _wait(self) -> None:
-        """Waits for a change. When the daemon is silent for `timeout_s`, ends the stream, so that another is opened."""
+        """Waits for a change of the shared state. If the daemon was silent for `timeout_s`, ends the stream; another will be opened."""
         self._changed.wait(self._connection.timeout_s)
         if time.monotonic() - self._progress_at >= self._connection.timeout_s and self._call is not None:
             self._call.cancel()
@@ -193,7 +200,10 @@ class BankWriter:
         return True
 
     def _hold_stream(self) -> None:
-        """Opens one stream, and reads it to its end. Returns when the writer was released; raises Unavailable when the stream broke."""
+        """Opens one stream, and reads its responses to the end.
+
+        Returns when the writer was released. Raises Unavailable when the stream broke.
+        """
         with self._changed:
             self._unsent = deque(self._unacknowledged.values())
         try:
@@ -256,7 +266,10 @@ class BankWriter:
                 self._progress_at = time.monotonic()
 
     def _stage(self, item: PendingPush, stream: int, plane: LocalPlane | None) -> bool:
-        """Makes sure that the body is in the plane's staging memory. False when there is no such memory, or it is too small."""
+        """Copies the body of a push to the staging memory of the plane, unless it is there already.
+
+        Returns False when the body must be sent in chunks instead: there is no staging memory, it is too small, or the stream has ended.
+        """
         staging = None if plane is None else plane.staging_for(len(item.body))
         with self._changed:
             if stream == self._stream and item.staged is not None and item.staged[0] is not staging:
@@ -276,7 +289,7 @@ class BankWriter:
             return True
 
     def _next_unsent(self, stream: int) -> PendingPush | None:
-        """Waits for a push to send; None when the stream is to end."""
+        """Waits for a push to send on the stream of this number, and returns it. None: the stream is to end."""
         with self._changed:
             while stream == self._stream and not (self._is_open and self._unsent):
                 if self._releasing and not self._unacknowledged:

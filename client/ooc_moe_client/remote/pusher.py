@@ -1,8 +1,9 @@
-"""`Pusher`: the pushes of one store, to all its banks.
+"""`Pusher`: sends the pushes of one store, to all its banks.
 
-It keeps one `BankWriter` for each bank that is open for writing, and remembers pushes whose answer never came. Such a push may have been
-written. The next push of the expert from the same version would then be refused as stale, although the caller did nothing wrong; so the
-pusher first looks which bytes the daemon has, and goes on from the version that the lost push made.
+It keeps one `BankWriter` for each bank that is open for writing. It also remembers pushes whose answer never came, because such a push may
+have been written. Then the next push of the expert from the same version would be refused as stale, although the caller did nothing wrong.
+So before that next push, the pusher compares checksums to find out whether the daemon wrote the lost one. If so, it pushes from the version
+that the lost push made.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from ooc_moe_wire.v1 import expert_pb2, expert_pb2_grpc
 
 @dataclass(slots=True)
 class _Unanswered:
-    """Pushes of one expert, from one version, whose answers never came. Each of them may have been written."""
+    """Pushes of one expert from one base version, whose answers never came. Each of them may have been written."""
 
     base_version: int
     checksums: set[Checksums] = field(default_factory=set)
 
 
 class Pusher:
-    """One writer on any number of banks. The daemon knows it by `writer_id`. Thread-safe."""
+    """The pushing side of one store, for any number of banks. The daemon knows it as one writer, by `writer_id`. Thread-safe."""
 
     def __init__(self, connection: Connection, planes: PlaneChoice, read_floor: ReadFloor) -> None:
         self.writer_id = uuid.uuid4().hex
@@ -48,7 +49,7 @@ class Pusher:
         self._unanswered: dict[tuple[str, int], _Unanswered] = {}  # by bank and expert
 
     def push(self, bank: str, layout: Layout, pushes: Sequence[Push], durability: Durability) -> list[int | Exception]:
-        """See `ExpertStore.push`."""
+        """Writes experts to the daemon's store, and returns one outcome per push. Contract: `ExpertStore.push`."""
         bodies = checked_bodies(bank, layout, pushes)
         items = [
             PendingPush(
@@ -80,7 +81,10 @@ class Pusher:
         return outcomes
 
     def _push_once(self, bank: str, items: Sequence[PendingPush]) -> None:
-        """Sends the pushes that have no outcome, or found no room. Raises TierFull, to be retried, when one finds no room now."""
+        """Sends the pushes that have no outcome yet, and those refused with TierFull.
+
+        Raises TierFull when one is refused again, for a retry.
+        """
         unfinished = [item for item in items if item.outcome is None or isinstance(item.outcome, TierFull)]
         for item in unfinished:
             item.outcome = None
@@ -90,7 +94,10 @@ class Pusher:
             raise full
 
     def _base_version(self, bank: str, push: Push) -> int:
-        """The version to push from: the caller's, or, when a push without an answer was written after all, the version that it made."""
+        """The version that this push is sent with: the caller's base version, except after a lost answer.
+
+        If an earlier push from that base version was written although its answer was lost, returns the version that it made.
+        """
         lost = self._unanswered.get((bank, push.expert))
         if lost is None or lost.base_version != push.base_version:
             return push.base_version
@@ -117,17 +124,17 @@ class Pusher:
             return writer
 
     def open_for_writing(self, bank: str) -> None:
-        """See `ExpertStore.open_for_writing`."""
+        """Takes the sole right to write the bank. Contract: `ExpertStore.open_for_writing`."""
         self._writer(bank).wait_until_open()
 
     def release(self, bank: str) -> None:
-        """See `ExpertStore.release`."""
+        """Gives back the right to write the bank. Contract: `ExpertStore.release`."""
         with self._lock:
             writer = self._writers.pop(bank, None)
         if writer is not None:
             writer.release()
 
     def close(self) -> None:
-        """Releases every bank."""
+        """Gives back the right to write of every bank that is open."""
         for bank in list(self._writers):
             self.release(bank)

@@ -1,6 +1,7 @@
-"""`ReadFloor`: the oldest version of each expert that a store may still be shown.
+"""`ReadFloor`: for each expert, the oldest version that a fetch may still return.
 
-A store whose push was acknowledged with version 7 must never again be given version 6: the update would be lost unnoticed.
+It is the newest version that the daemon acknowledged to this client. For example, once a push was acknowledged as version 7, a fetch that
+returns version 6 would mean that the update was lost; it must be an error.
 """
 
 from __future__ import annotations
@@ -11,29 +12,32 @@ from ooc_moe_wire.errors import LostUpdate
 
 
 class ReadFloor:
-    """The newest acknowledged version of each expert, by bank. Thread-safe: each step is one operation on a dict."""
+    """The newest acknowledged version of each pushed expert, its floor: no fetch may return an older one.
+
+    Thread-safe, because each step is one operation on a dict.
+    """
 
     def __init__(self) -> None:
         self._versions: dict[str, dict[int, int]] = {}
 
     def raise_to(self, bank: str, expert: int, version: int) -> None:
-        """Notes that a push of the expert was acknowledged with this version."""
+        """Raises the expert's floor to `version`. Call this when a push was acknowledged with that version."""
         versions = self._versions.setdefault(bank, {})
         versions[expert] = max(version, versions.get(expert, 0))
 
     def forget(self, bank: str) -> None:
-        """Drops the floor of a whole bank, because the bank was deleted or brought back to an earlier state on purpose."""
+        """Drops the floors of all experts of a bank. Call this when the bank was deleted or restored, so older versions are right."""
         self._versions.pop(bank, None)
 
     def of(self, bank: str, experts: Iterable[int]) -> dict[int, int]:
-        """The floor of each of these experts that has one. It holds for fetches that begin now."""
+        """The floors of these experts, as they are now. Experts that this client never pushed have none, and are left out."""
         versions = self._versions.get(bank)
         return {expert: versions[expert] for expert in experts if expert in versions} if versions else {}
 
     def lost_update(self, bank: str, expert: int, version: int, floor: int) -> LostUpdate | None:
-        """The error of a fetch that got `version` and began when the floor was `floor`.
+        """Makes the error for a fetch that returned `version`, older than the floor `floor` from the start of the fetch.
 
-        None when the version is new enough, or when the bank's floor was dropped since.
+        None: the version is new enough, or the bank's floors were dropped since the fetch began.
         """
         if version >= floor or not self.of(bank, (expert,)):
             return None

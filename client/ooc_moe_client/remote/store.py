@@ -1,9 +1,9 @@
-"""`RemoteStore`: the store of a daemon.
+"""`RemoteStore`: the store of experts that a daemon keeps, reached over gRPC.
 
     store = RemoteStore("127.0.0.1:50051", trainer="mine")
 
-Every call but WatchStats and PushExperts has a deadline. Unavailable is retried with jitter, so that a restart of the daemon in the middle
-is only a pause.
+Every call but WatchStats and PushExperts has a deadline. Unavailable is retried after random pauses, so that a restart of the daemon in the
+middle of a run only costs time.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ from ooc_moe_wire.v1 import (
 
 
 class RemoteStore:
-    """A daemon's store. See `ExpertStore` for the methods; those without a remark of their own are retried.
+    """A daemon's store, over gRPC. It implements `ExpertStore`. Calls are retried while the daemon is away, unless a method says otherwise.
 
     Args:
-        target: "host:port" or "unix:PATH".
-        trainer: the name under which the daemon counts this caller; at most 128 printable ASCII characters.
-        timeout_s: the deadline of a call; a fetch gets more, in proportion to its bytes.
-        patience_s: how long a daemon that went away is waited for, before Unavailable is raised.
+        target: the daemon's address, "host:port" or "unix:PATH".
+        trainer: the caller's name, under which the daemon counts its calls; at most 128 printable ASCII characters.
+        timeout_s: the deadline of a call, in seconds; a fetch gets more, in proportion to its bytes.
+        patience_s: for how many seconds calls are retried when the daemon went away, before Unavailable is raised.
         plane: how bytes travel. With LOCAL, fetches and pushes raise InvalidRequest when the local plane is impossible.
-        verify: whether to compare fetched bytes with their checksums.
+        verify: whether to check fetched bytes against their checksums.
     """
 
     def __init__(
@@ -73,31 +73,31 @@ class RemoteStore:
 
     @property
     def plane(self) -> Plane:
-        """The plane in use now, STREAM or LOCAL. Asks the daemon when none is chosen yet, and then raises what `fetch` would."""
+        """How bytes travel at present, STREAM or LOCAL. If that is not decided yet, asks the daemon; this may raise what `fetch` raises."""
         return Plane.STREAM if self._connection.retry(self._planes.local) is None else Plane.LOCAL
 
     # Banks
 
     def create_bank(self, spec: BankSpec) -> Bank:
-        """See ExpertStore."""
+        """Creates a bank, or returns the existing one of an equal spec. Contract: `ExpertStore.create_bank`."""
         return self._remember_bank(self._connection.call(self._banks.CreateBank, bank_pb2.CreateBankRequest(spec=spec.to_proto())))
 
     def grow_bank(self, name: str, num_experts: int) -> Bank:
-        """See ExpertStore."""
+        """Raises a bank's number of experts. Contract: `ExpertStore.grow_bank`."""
         return self._remember_bank(
             self._connection.call(self._banks.GrowBank, bank_pb2.GrowBankRequest(bank=name, num_experts=num_experts))
         )
 
     def get_bank(self, name: str) -> Bank:
-        """See ExpertStore."""
+        """Returns the description of a bank. Contract: `ExpertStore.get_bank`."""
         return self._remember_bank(self._connection.call(self._banks.GetBank, bank_pb2.GetBankRequest(bank=name)))
 
     def list_banks(self) -> list[Bank]:
-        """See ExpertStore."""
+        """Returns the descriptions of all banks, sorted by name. Contract: `ExpertStore.list_banks`."""
         return [bank_from(bank) for bank in self._connection.call(self._banks.ListBanks, bank_pb2.ListBanksRequest()).banks]
 
     def delete_bank(self, name: str) -> None:
-        """See ExpertStore."""
+        """Deletes a bank, also from all snapshots. Contract: `ExpertStore.delete_bank`."""
         self.get_bank(name)
         with suppress(UnknownBank):  # It existed just now: an earlier try of this call has deleted it.
             self._connection.call(self._banks.DeleteBank, bank_pb2.DeleteBankRequest(bank=name))
@@ -105,7 +105,10 @@ class RemoteStore:
         self._read_floor.forget(name)
 
     def fork_bank(self, source: str, name: str, *, snapshot_id: int | None = None) -> Bank:
-        """See ExpertStore. Not retried once it was sent: a repeat would find that the bank exists."""
+        """Creates a bank as a copy of another one, as that is now or was in a snapshot. Contract: `ExpertStore.fork_bank`.
+
+        Once the request was sent it is not retried: a repeat would find that the bank exists.
+        """
         self.get_bank(source)
         request = bank_pb2.ForkBankRequest(source=source, name=name, snapshot_id=snapshot_id or 0)
         return self._remember_bank(self._connection.call_once(self._banks.ForkBank, request))
@@ -133,7 +136,10 @@ class RemoteStore:
         priority: Priority = Priority.DEMAND,
         known_versions: Sequence[int | None] | None = None,
     ) -> Iterator[Fetched]:
-        """See ExpertStore. The patience with an absent daemon begins anew with each expert that comes."""
+        """Receives experts into the caller's memory, and yields each. Contract: `ExpertStore.fetch`.
+
+        When the daemon goes away, retries for `patience_s` seconds, counted anew from each expert that comes.
+        """
         check_distinct(bank, experts)
         check_known_versions(bank, experts, known_versions)
         pending = PendingExperts(
@@ -156,29 +162,32 @@ class RemoteStore:
             raise pending.error
 
     def push(self, bank: str, pushes: Sequence[Push], *, durability: Durability = Durability.DURABLE) -> list[int | Exception]:
-        """See ExpertStore. A push that finds no room in the daemon is tried again a few times."""
+        """Sends experts to the daemon, which writes them. Contract: `ExpertStore.push`.
+
+        When the daemon has no room for an expert (TierFull), that push is tried again a few times.
+        """
         return self._pusher.push(bank, self._layout(bank), pushes, durability)
 
     def open_for_writing(self, bank: str) -> None:
-        """See ExpertStore."""
+        """Takes the sole right to write the bank. Contract: `ExpertStore.open_for_writing`."""
         self._pusher.open_for_writing(bank)
 
     def release(self, bank: str) -> None:
-        """See ExpertStore."""
+        """Gives back the right to write the bank, if this store holds it. Contract: `ExpertStore.release`."""
         self._pusher.release(bank)
 
     def prefetch(self, bank: str, experts: Sequence[int]) -> list[PrefetchState]:
-        """See ExpertStore."""
+        """Asks the daemon to copy experts from NVMe to DRAM. Contract: `ExpertStore.prefetch`."""
         request = expert_pb2.PrefetchExpertsRequest(bank=bank, experts=experts)
         return [PrefetchState(state) for state in self._connection.call(self._experts.PrefetchExperts, request).states]
 
     def cancel_prefetch(self, bank: str, experts: Sequence[int] = ()) -> int:
-        """See ExpertStore."""
+        """Cancels the daemon's queued prefetches, and returns their number. Contract: `ExpertStore.cancel_prefetch`."""
         request = expert_pb2.CancelPrefetchRequest(bank=bank, experts=experts)
         return self._connection.call(self._experts.CancelPrefetch, request).num_cancelled
 
     def list_experts(self, bank: str) -> Iterator[ExpertInfo]:
-        """See ExpertStore."""
+        """Yields the version, tiers, size and checksums of every expert, in order of ids. Contract: `ExpertStore.list_experts`."""
         start = 0
         while True:
             page = self._connection.call(self._experts.ListExperts, expert_pb2.ListExpertsRequest(bank=bank, start=start))
@@ -190,7 +199,10 @@ class RemoteStore:
     # Snapshots
 
     def create_snapshot(self, banks: Sequence[str], *, name: str = "") -> Snapshot:
-        """See ExpertStore. Without a name it is not retried once it was sent: a repeat would make a second snapshot."""
+        """Saves the present state of banks under an id and a name. Contract: `ExpertStore.create_snapshot`.
+
+        Without a name, the request is not retried once it was sent: a repeat would make a second snapshot.
+        """
         request = snapshot_pb2.CreateSnapshotRequest(banks=banks, name=name)
         if name:
             return snapshot_from(self._connection.call(self._snapshots.CreateSnapshot, request))
@@ -198,12 +210,12 @@ class RemoteStore:
         return snapshot_from(self._connection.call_once(self._snapshots.CreateSnapshot, request))
 
     def list_snapshots(self, bank: str = "") -> list[Snapshot]:
-        """See ExpertStore."""
+        """Returns the snapshots that include `bank` (empty: all), the newest first. Contract: `ExpertStore.list_snapshots`."""
         response = self._connection.call(self._snapshots.ListSnapshots, snapshot_pb2.ListSnapshotsRequest(bank=bank))
         return [snapshot_from(snapshot) for snapshot in response.snapshots]
 
     def restore_snapshot(self, snapshot_id: int) -> Snapshot:
-        """See ExpertStore."""
+        """Gives the experts the bytes they had in a snapshot, under new versions. Contract: `ExpertStore.restore_snapshot`."""
         request = snapshot_pb2.RestoreSnapshotRequest(id=snapshot_id, writer_id=self._pusher.writer_id)
         restored = snapshot_from(self._connection.call(self._snapshots.RestoreSnapshot, request))
         for bank in restored.banks:
@@ -211,7 +223,7 @@ class RemoteStore:
         return restored
 
     def delete_snapshot(self, snapshot_id: int) -> None:
-        """See ExpertStore."""
+        """Deletes a snapshot; the banks stay as they are. Contract: `ExpertStore.delete_snapshot`."""
         find_snapshot({snapshot.id: snapshot for snapshot in self.list_snapshots()}, snapshot_id)
         with suppress(UnknownSnapshot):  # As in delete_bank.
             self._connection.call(self._snapshots.DeleteSnapshot, snapshot_pb2.DeleteSnapshotRequest(id=snapshot_id))
@@ -219,11 +231,14 @@ class RemoteStore:
     # Statistics
 
     def stats(self) -> stats_pb2.Stats:
-        """See ExpertStore."""
+        """Returns the daemon's counters. Contract: `ExpertStore.stats`."""
         return self._connection.call(self._stats.GetStats, stats_pb2.GetStatsRequest())
 
     def watch_stats(self, interval_s: float = 1.0) -> Iterator[stats_pb2.Stats]:
-        """See ExpertStore. Continues after a restart of the daemon."""
+        """Yields the daemon's counters now, and again after each interval. Contract: `ExpertStore.watch_stats`.
+
+        When the daemon restarts, the iterator continues.
+        """
         calls: list[Responses[stats_pb2.Stats]] = []
 
         def next_stats() -> stats_pb2.Stats:
@@ -250,11 +265,14 @@ class RemoteStore:
                 call.cancel()
 
     def report_trainer(self, hbm: Sequence[stats_pb2.HbmStats], activity: str) -> None:
-        """See ExpertStore. Not retried: the next report has newer counters."""
+        """Sends the counters of this trainer's caches to the daemon. Contract: `ExpertStore.report_trainer`.
+
+        Not retried, because the next report has newer counters.
+        """
         self._connection.call_once(self._stats.ReportTrainer, stats_pb2.ReportTrainerRequest(hbm=hbm, activity=activity))
 
     def close(self) -> None:
-        """See ExpertStore."""
+        """Releases every bank, and ends the connection to the daemon. Contract: `ExpertStore.close`."""
         self._pusher.close()
         self._planes.close()
         self._connection.close()

@@ -1,4 +1,7 @@
-"""`StreamedCall`: a fetch on the stream plane. Each expert comes as one header message and, unless it is unchanged, chunks of its bytes."""
+"""`StreamedCall`: one call of a fetch on the stream plane, that is, in gRPC messages.
+
+Each expert comes as one header message, followed by chunks of its bytes unless the caller has its version already.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ _Message = expert_pb2.FetchExpertsResponse | ChunkView
 
 
 class StreamedCall:
-    """One FetchExperts call. See `PlaneCall` for the methods."""
+    """One FetchExperts call of gRPC. `PlaneCall` documents the methods."""
 
     def __init__(
         self,
@@ -38,7 +41,10 @@ class StreamedCall:
         self._responses: Responses[_Message] = fetch_experts(request, timeout=timeout_s, metadata=connection.metadata)
 
     def next(self) -> tuple[Fetched] | None:
-        """See PlaneCall. Raises Internal when the daemon ends the call too early."""
+        """Waits for the next expert, and returns it. None: all have come. Contract: `PlaneCall.next`.
+
+        Raises Internal when the daemon ends the call while experts are missing.
+        """
         with self._connection.translated_errors():
             while self._pending.experts:
                 message = next(self._responses, None)
@@ -53,11 +59,11 @@ class StreamedCall:
         return None
 
     def cancel(self) -> None:
-        """See PlaneCall."""
+        """Ends the call. Contract: `PlaneCall.cancel`."""
         self._responses.cancel()
 
     def _receive(self, header: expert_pb2.ExpertHeader) -> Fetched | None:
-        """Receives the expert of a header; None when it could not be served."""
+        """Receives the bytes of the expert that a header announces, and checks them. None: the expert failed."""
         self._pending.check_wanted(header.expert)
         if header.HasField("error"):
             self._pending.fail(header.expert, error_named(header.error.kind, header.error.message))
@@ -70,7 +76,7 @@ class StreamedCall:
         return self._pending.arrive(header.expert, header.version, header.served_from, unchanged=header.unchanged)
 
     def _receive_body(self, header: expert_pb2.ExpertHeader) -> Checksums | None:
-        """Receives the chunks of an expert into the caller's memory; returns their checksums, or None when they are not to be verified."""
+        """Receives the chunks of an expert into the caller's memory. Returns their checksums, or None when the call does not verify."""
         layout, what = self._pending.layout, self._pending.what(header.expert)
         optimizer_bytes = layout.optimizer_bytes if self._pending.sections is Sections.ALL else 0
         if (header.parameter_bytes, header.optimizer_bytes) != (layout.parameter_bytes, optimizer_bytes):

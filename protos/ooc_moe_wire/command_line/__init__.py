@@ -1,10 +1,11 @@
-"""Command-line options made from dataclasses, and settings from the environment and files. Both programs of this project use it.
+"""Command-line options made from dataclasses, and settings from the environment and files. Both programs of this project use this room.
 
     hbm_experts: int = 8
     \"""Experts that fit into HBM.\"""          ->  --hbm-experts N   Experts that fit into HBM. [default: 8]
 
-tyro parses the words, prints the help and writes shell completions. This room adds what tyro does not do: lists with commas, sizes such as
-8GiB, errors of one line, the knowledge of which options were given, and settings from other places. It offers the names below.
+The library tyro parses the words that the user types, prints the help and writes shell completions. This room adds what tyro does not do:
+lists with commas, sizes such as 8GiB, errors of one line, which options the user gave, and settings from environment variables and files.
+It offers the names below.
 """
 
 from ooc_moe_wire.command_line.mistakes import closest

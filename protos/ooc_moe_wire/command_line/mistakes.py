@@ -1,4 +1,7 @@
-"""Turns tyro's messages about mistakes on the command line into errors of one line, worded like all other errors."""
+"""Turns tyro's messages about mistakes on the command line into errors of one line, in this project's wording.
+
+tyro is the library that parses the command line. It prints such a message in a box, and exits.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,17 @@ from ooc_moe_wire.errors import InvalidRequest
 
 
 def closest(word: str, known: Iterable[str]) -> str:
-    """Returns the text "; did you mean 'NAME'?" with the most similar known name, or "" if no known name is similar."""
+    """Returns the text "; did you mean 'NAME'?", with the known name that is most similar to `word`. Returns "" if none is similar."""
     found = difflib.get_close_matches(word, list(known), 1)
     return f"; did you mean {found[0]!r}?" if found else ""
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Raises InvalidRequest with a message of one line if tyro, in the body, prints a box about a mistake and exits."""
+    """A context manager that turns tyro's exit, when it has found a mistake on the command line, into InvalidRequest.
+
+    What tyro prints in the block is not shown; the error has its message, in one line.
+    """
     said, columns = io.StringIO(), os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = "100000"  # tyro makes the box as wide as the terminal, and would fold the message.
     try:
@@ -36,7 +42,10 @@ def one_line_errors() -> Iterator[None]:
 
 
 def _sections(box: str) -> list[str]:
-    """Splits a box that tyro printed at its horizontal rules (of ─, or of - if the output is not UTF-8) into sections of one line each."""
+    """Splits a message box of tyro into its sections, each as one line of text.
+
+    The sections are divided by horizontal rules of ─, or of - if the output is not UTF-8.
+    """
     text = re.sub(r"\x1b\[[0-9;]*m", "", box)
     lines = [line.strip("│ ") for line in text.splitlines() if not line.startswith(("╭", "╰"))]
     sections = [" ".join(section.split()) for section in re.split(r"(?m)^[─-]{3,}$", "\n".join(lines))]
@@ -44,7 +53,7 @@ def _sections(box: str) -> list[str]:
 
 
 def _reworded(box: str) -> str:
-    """Returns the message of a box, worded like all other errors."""
+    """Returns the message in a box of tyro, in this project's wording."""
     sections = _sections(box)
     message = sections[0]
     if found := re.fullmatch(r"Error parsing (\S+): (.*)", message):

@@ -27,30 +27,33 @@ _METAVARS: dict[Any, str] = {int: "N", float: "X", Path: "PATH", str: "NAME"}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Flag:
-    """How a field becomes an option, if its name and type do not say enough: `field: Annotated[Path, Flag(positional=True)]`."""
+    """How the command line shows an option, where the field's name and type do not say enough.
+
+    Use it as an annotation: `field: Annotated[Path, Flag(positional=True)]`.
+    """
 
     name: str | None = None
-    """The flag without its leading dashes; None: the field's name."""
+    """The flag without its leading dashes; None: made from the field's name."""
     metavar: str | None = None
-    """The placeholder for the value in the help; None: it follows from the type."""
+    """The placeholder for the value in the help, such as N or PATH; None: chosen by the type."""
     aliases: tuple[str, ...] = ()
-    """Other flags of the option, with their dashes."""
+    """Further flags for the same option, with their dashes."""
     positional: bool = False
-    """Whether the value is given without a flag."""
+    """Whether the user gives the value alone, without a flag before it."""
     default: str | None = None
-    """The default that the help shows; None: the field's default."""
+    """The text that the help shows as the default; None: the field's default."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Option:
-    """One option of a command, made from a field."""
+    """One option of a command, made from a field of a dataclass."""
 
     name: str
     """The name of the field."""
     type: Any
-    """The type of the field, or of the items of its tuple; without None."""
+    """The type of the field without None; if the field is a tuple, the type of its items."""
     many: bool
-    """Whether the value is a tuple."""
+    """Whether the value is a tuple, written with commas or as several words."""
     optional: bool
     """Whether the value may be None."""
     default: Any
@@ -58,26 +61,26 @@ class Option:
     help: str
     shown: Flag
     paired: bool
-    """Whether a switch has a second form, --no-NAME."""
+    """Whether a switch (an option of type bool) has a second form, --no-NAME."""
 
     @property
     def flag(self) -> str:
-        """The flag, with its leading dashes."""
+        """The flag that the user types, with its leading dashes."""
         return "--" + (self.shown.name or self.name.replace("_", "-"))
 
     @property
     def label(self) -> str:
-        """The name that errors use."""
+        """The option's name in error messages."""
         return self.shown.name or self.name
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The words that are valid values; empty if the type is not a Literal."""
+        """The allowed words, if the type is a Literal; otherwise empty."""
         return get_args(self.type) if get_origin(self.type) is Literal else ()
 
     @property
     def metavar(self) -> str:
-        """The placeholder for the value in the help."""
+        """The placeholder for the value in the help, such as N or PATH."""
         is_size = self.type is int and self.name.endswith("_bytes")
         word = self.shown.metavar or "|".join(self.choices) or ("SIZE" if is_size else _METAVARS[self.type])
         if self.many and self.shown.metavar is None:
@@ -85,7 +88,10 @@ class Option:
         return word
 
     def read(self, words: Sequence[str]) -> Any:
-        """Converts words to a value. Raises ValueError if they are no valid value; the message does not name the option."""
+        """Converts the words that the user typed for this option to its value.
+
+        Raises ValueError if they are no valid value. The message does not name the option.
+        """
         if self.optional and [word.lower() for word in words] == [NONE]:
             return None
         if self.many:
@@ -109,7 +115,7 @@ class Option:
             raise ValueError(f"{word!r} is not {what}") from None
 
     def text(self, value: Any) -> str:
-        """Writes a value as a user would write it on the command line."""
+        """Converts a value to the text that a user would type for it."""
         if value is None:
             return NONE
         if isinstance(value, bool):
@@ -125,12 +131,12 @@ _READERS: dict[Any, tuple[Callable[[str], Any], str]] = {
 
 
 def options_of(config: type[Any], *, skip: Iterable[str] = (), paired: bool = False) -> tuple[Option, ...]:
-    """Makes the options of a dataclass: first of its own fields, then of the fields of its bases.
+    """Makes one option from each field of a dataclass: first from its own fields, then from those of its base classes.
 
     Args:
         config: the dataclass.
         skip: names of fields that do not become options.
-        paired: give every switch a --no- form; otherwise only switches that are on by default have one.
+        paired: give every switch (a bool) a --no- form too; otherwise only switches that are on by default have one.
     """
     hints, docs, options = get_type_hints(config, include_extras=True), _field_docs(config), []
     own_first = sorted(dataclasses.fields(config), key=lambda each: _depth(config, each.name))
@@ -160,12 +166,12 @@ def options_of(config: type[Any], *, skip: Iterable[str] = (), paired: bool = Fa
 
 
 def _depth(config: type[Any], name: str) -> int:
-    """Returns how many steps up in the bases of a dataclass a field is declared; 0 for a field of its own."""
+    """Returns in which class of a dataclass's method resolution order a field is declared; 0: in the dataclass itself."""
     return next(depth for depth, each in enumerate(config.__mro__) if name in inspect.get_annotations(each))
 
 
 def _field_docs(config: type[Any]) -> dict[str, str]:
-    """Reads the docstrings below the fields of a dataclass and of its bases, each as one line, from the source code."""
+    """Reads the docstring below each field of a dataclass and of its base classes, from their source code. Returns them by field name."""
     docs: dict[str, str] = {}
     for each in reversed(config.__mro__):
         if dataclasses.is_dataclass(each):
@@ -179,12 +185,12 @@ def _field_docs(config: type[Any]) -> dict[str, str]:
 
 
 def with_defaults(options: Iterable[Option], defaults: Mapping[str, Any]) -> tuple[Option, ...]:
-    """Returns the options, with new defaults for those that `defaults` names."""
+    """Returns the options with new default values. `defaults` gives them by field name; other options stay as they are."""
     return tuple(dataclasses.replace(option, default=defaults.get(option.name, option.default)) for option in options)
 
 
 def with_metavars(options: Iterable[Option], metavars: Mapping[str, str]) -> tuple[Option, ...]:
-    """Returns the options, with new placeholders in the help for those that `metavars` names."""
+    """Returns the options with new placeholders (N, PATH, ...) in the help. `metavars` gives them by field name; other options stay."""
     return tuple(
         dataclasses.replace(option, shown=dataclasses.replace(option.shown, metavar=metavars.get(option.name, option.shown.metavar)))
         for option in options

@@ -1,6 +1,7 @@
-"""Parses the words of one command, with tyro.
+"""Parses the words that follow a command's name on the command line, with the library tyro.
 
-The options become a dataclass that tyro reads (`tyro_type`), and tyro's result becomes the values of the options (`parse`).
+`tyro_type` makes a dataclass from the options, which tyro can parse. `parse` runs tyro, and converts its result to the values of the
+options.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
-    """Options that the help shows together under a title."""
+    """Options that the help shows together under one title."""
 
     title: str
     """The title; empty for options without a title."""
@@ -31,29 +32,29 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Parsed:
-    """The result of parsing: the values of all options, and which of them were given."""
+    """The result of parsing the command line: the values of all options, and which options the user gave."""
 
     values: dict[str, Any]
     """The value of every option, by the name of its field."""
     given: tuple[str, ...]
-    """The names of the fields whose flags were given, in the order of the flags."""
+    """The field names of the options that the user gave, in the order of their flags."""
 
     def part(self, config: type[T]) -> T:
-        """Makes one of the dataclasses that the options were made from, with these values."""
+        """Makes an object of the dataclass `config` from the values. Its fields must be among the options."""
         return config(**{each.name: self.values[each.name] for each in dataclasses.fields(config)})  # type: ignore[arg-type]
 
 
 def parse(groups: Sequence[Group], words: Sequence[str], *, prog: str, description: str) -> Parsed:
-    """Parses the words of one command.
+    """Parses the words that follow a command's name, and returns the values of the options.
 
     Args:
         groups: the options of the command.
         words: what the user typed after the command's name.
-        prog: the command's name, for the help and the errors.
-        description: the command's help.
+        prog: the program's and the command's name, for the help and the errors.
+        description: the help text of the command.
 
     Raises:
-        InvalidRequest: a word is no option, or no value of its option. The message is one line.
+        InvalidRequest: a word is no option, or no valid value of its option. The message is one line.
         SystemExit: the words ask for help or for a completion script, which was printed.
     """
     options = [option for group in groups for option in group.options]
@@ -71,7 +72,7 @@ def parse(groups: Sequence[Group], words: Sequence[str], *, prog: str, descripti
 
 
 def _named(options: Sequence[Option], words: Sequence[str]) -> Iterator[Option | None]:
-    """Yields, for each word, the option whose flag the word is, or None if it is no flag."""
+    """Yields one item for each word: the option whose flag the word is, or None if the word is no flag."""
     flags = {flag: option for option in options for flag in (option.flag, *option.shown.aliases)}
     flags |= {f"--no-{option.flag[2:]}": option for option in options if option.type is bool}
     for word in words:
@@ -79,7 +80,7 @@ def _named(options: Sequence[Option], words: Sequence[str]) -> Iterator[Option |
 
 
 def _joined(options: Sequence[Option], words: Sequence[str], *, several: bool) -> list[str]:
-    """Joins the values of each list, which may be given more than once: --games a b --games c becomes --games a,b,c.
+    """Joins the values of each option that takes a list into one word: --games a b --games c becomes --games a,b,c.
 
     `several`: all words up to the next flag belong to a list; otherwise only the first word does.
     """
@@ -105,17 +106,26 @@ def _joined(options: Sequence[Option], words: Sequence[str], *, several: bool) -
 
 
 def description_of(text: str) -> str:
-    """Returns the help of a command without its indentation. tyro fills paragraphs, but begins a new line for a line such as "$ ..."."""
+    """Returns a command's help text without its indentation.
+
+    tyro fills paragraphs, but begins a new line for a line such as "$ ...".
+    """
     return inspect.cleandoc(text)
 
 
 def has_positional(options: Sequence[Option]) -> bool:
-    """Returns whether an option is a positional argument. Then a list is one word, as further words are positional arguments."""
+    """Returns whether any option is positional (given without a flag).
+
+    If so, the value of a list option must be one word, because further words are positional arguments.
+    """
     return any(option.shown.positional for option in options)
 
 
 def tyro_type(groups: Sequence[Group]) -> Any:
-    """Makes a dataclass that tyro can read: options without a title become fields, and each titled group a nested dataclass."""
+    """Makes a dataclass from the options, which tyro can parse.
+
+    Options in a group without a title become its fields; each group with a title becomes a nested dataclass.
+    """
     several = not has_positional([option for group in groups for option in group.options])
     members: list[tuple[str, Any, Any]] = []
     for index, group in enumerate(groups):
@@ -130,7 +140,10 @@ def tyro_type(groups: Sequence[Group]) -> Any:
 
 
 def _tyro_field(option: Option, *, several: bool) -> tuple[str, Any, Any]:
-    """Makes a field of a dataclass for tyro: its name, its annotated type and its default. `several`: a list may be several words."""
+    """Converts an option to a field of the dataclass for tyro: its name, its annotated type and its default.
+
+    `several`: the value of a list option may be several words.
+    """
     several = several or option.shown.positional
     hint = f"[default: {option.shown.default or option.text(option.default)}]"
     if option.default in (None, (), "") and option.shown.default is None:

@@ -1,4 +1,4 @@
-"""A program with several commands: finds the command that the words name, lists the commands, and runs one."""
+"""A program with several commands, such as `ooc-moe train`: finds the command that the words name, and runs it, or lists the commands."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from ooc_moe_wire.errors import InvalidRequest
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Command:
-    """A command: its help, its options, and the function that runs it."""
+    """One command of a program: its help text, its options, and the function that runs it."""
 
     description: str
-    """The help text. Its first paragraph is the summary in the list of commands."""
+    """The help text. The list of commands shows its first paragraph."""
     groups: Callable[[], Sequence[Group]]
-    """Makes the options, when they are needed."""
+    """Makes the options. It is called only when they are needed."""
     run: Callable[[Parsed], int | None]
     """Runs the command and returns the exit code; None means 0."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Program:
-    """Commands under one program name.
+    """A program with several commands.
 
     The name of a command is one word ("train") or two ("bank ls"). The command named "" runs if the words name no command.
     """
@@ -38,10 +38,12 @@ class Program:
     description: str
     commands: Mapping[str, Command]
     topics: Mapping[str, str] = field(default_factory=dict)
-    """For commands of two words: the help text of the first word."""
+    """For commands of two words: the help text of each first word."""
 
     def run(self, words: Sequence[str]) -> int:
-        """Runs a command and returns its exit code.
+        """Runs the command that the words name, and returns its exit code.
+
+        Without a command, prints help or a completion script. `words`: what the user typed after the program's name.
 
         Raises:
             InvalidRequest: the words name an unknown command, or are no valid options of the command.
@@ -62,7 +64,7 @@ class Program:
         return "" if "" in self.commands and (not words or words[0].startswith("-")) else None
 
     def _list(self, words: Sequence[str]) -> int:
-        """Prints the list of commands or a completion script. Raises InvalidRequest if a word is an unknown command."""
+        """Prints the list of commands, or a completion script. Raises InvalidRequest if a word is an unknown command."""
         topic = words[0] if words and words[0] in self.topics else ""
         rest = words[1:] if topic else words
         if rest and not rest[0].startswith("-"):
@@ -76,7 +78,10 @@ class Program:
         return 2
 
     def _tree(self, *, with_options: bool) -> Any:
-        """Makes the type of all commands for tyro. Completion scripts need their options; the list of commands is faster without them."""
+        """Makes the type from which tyro prints the list of commands or a completion script.
+
+        `with_options`: include the options of all commands. Completion scripts need them; the list of commands is faster without them.
+        """
         members = [self._subcommand(name, with_options) for name in self.commands if len(name.split()) == 1]
         for topic, description in self.topics.items():
             below = [self._subcommand(name, with_options) for name in self.commands if name.startswith(f"{topic} ")]
@@ -92,7 +97,7 @@ class Program:
 
 
 def command_of(options: type[Any]) -> Command:
-    """Makes the command of a dataclass: its fields are the options, its docstring is the help, and its method `run` runs the command."""
+    """Makes a command from a dataclass: its fields become the options, its docstring the help text, and its method `run` is what runs."""
     return Command(
         description=options.__doc__ or "",
         groups=lambda: [Group(title="", options=options_of(options))],

@@ -1,4 +1,4 @@
-"""Reads settings from environment variables and files. Their values are written as on the command line."""
+"""Reads settings (values of options) from environment variables and files. Values are written as on the command line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from ooc_moe_wire.errors import InvalidRequest
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
-    """A value, and where it comes from: "flag", "environment OOC_MOE_SEED", "file run.toml", "preset demo" or "default"."""
+    """The value of an option, and where it was set.
+
+    The source is, for example, "flag", "environment OOC_MOE_SEED", "file run.toml", "preset demo" or "default".
+    """
 
     value: Any
     source: str
@@ -25,13 +28,15 @@ class Setting:
 def from_environment(
     options: Iterable[Option], environ: Mapping[str, str], prefix: str, *, ignored: tuple[str, ...] = ()
 ) -> dict[str, Setting]:
-    """Reads the settings in the environment variables whose name is the prefix and a field's name in capitals.
+    """Reads settings from environment variables. A variable's name is the prefix and the option's field name in capitals: OOC_MOE_SEED.
+
+    Returns the settings by field name.
 
     Args:
         options: the options that may be set.
         environ: all environment variables.
         prefix: the prefix of the variables' names, for example "OOC_MOE_".
-        ignored: prefixes of variables that belong to something else.
+        ignored: longer prefixes, of variables that are no settings and are skipped.
 
     Raises:
         InvalidRequest: a variable with the prefix matches no option, or its text is no valid value.
@@ -46,12 +51,14 @@ def from_environment(
 
 
 def from_file(options: Iterable[Option], path: Path, *, tables: tuple[str, ...] = ()) -> dict[str, Setting]:
-    """Reads the settings of a JSON file (*.json) or a TOML file (any other name). Its keys are the names of fields.
+    """Reads settings from a JSON file (*.json) or a TOML file (any other name). The file's keys are the field names of options.
+
+    Returns the settings by field name.
 
     Args:
         options: the options that may be set.
         path: the file.
-        tables: names of tables of the file that may hold settings too, such as [agent].
+        tables: names of tables in the file that may hold settings too, such as [agent].
 
     Raises:
         InvalidRequest: the file cannot be read, a key matches no option, or a value is not valid.
@@ -77,7 +84,7 @@ def _document(path: Path) -> dict[str, Any]:
 
 
 def _words_of(value: Any) -> list[str]:
-    """Converts a value of a file to words of the command line."""
+    """Converts a value from a file to the words that a user would type for it."""
     if isinstance(value, list):
         return [word for each in value for word in _words_of(each)]
     return [NONE if value is None else str(value)]
