@@ -1,4 +1,4 @@
-"""The settings of a daemon, which are checked when they are made.
+"""The settings of a daemon. They are checked when a `ServerConfig` is made.
 
 The docstring below each field is also the help of its option on the command line.
 """
@@ -66,7 +66,7 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 def _is_local(address: str) -> bool:
-    """Returns whether only this host can reach an address. Raises InvalidRequest for a text that is no address."""
+    """Returns whether an address can be reached from this host only. Raises InvalidRequest for a text that is no address."""
     if address.startswith("unix:"):
         path = address.removeprefix("unix:")
         if not 1 <= len(path.encode()) <= UNIX_PATH_BYTES_MAX:
