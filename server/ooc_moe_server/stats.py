@@ -48,7 +48,7 @@ class LatencySamples:
         self._shown = stats_pb2.Latency()
 
     def add(self, seconds: float) -> None:
-        """Adds the duration of one operation."""
+        """Adds the duration of one operation, in seconds, in place of the oldest one when there are 4096."""
         self._seconds[self.count % LATENCY_SAMPLES] = seconds
         self.count += 1
 

@@ -73,13 +73,13 @@ UNWRITTEN = Record(version=0, slot=None, checksums=None)
 
 
 class Lease(Protocol):
-    """The one attribute of an open writer (a push stream that holds the bank's lease) that the catalog uses."""
+    """An open writer (a push stream that holds the bank's lease) as the catalog sees it: only its id."""
 
     writer_id: str
 
 
 class PushUnderWay(Protocol):
-    """The attributes that the catalog uses of a push that was received and has no outcome yet."""
+    """A push that was received and has no outcome yet, as the catalog sees it."""
 
     writer_id: str
     push_number: int
@@ -244,5 +244,5 @@ class Catalog:
 
 
 def unix_ms() -> int:
-    """The wall-clock time in milliseconds since 1970, to be shown to people."""
+    """Returns the wall-clock time in milliseconds since 1970, to be shown to people."""
     return time.time_ns() // 1_000_000

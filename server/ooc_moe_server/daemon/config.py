@@ -20,7 +20,7 @@ DramPolicy = Literal["lru", "s3fifo"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServerConfig:
-    """A daemon's directory, memory and addresses. Raises InvalidRequest for settings that cannot work."""
+    """The settings of a daemon: data directory, memory, addresses and limits. Raises InvalidRequest for settings that cannot work."""
 
     data_dir: Path
     """Directory of the experts, made if it does not exist. Only one daemon at a time can use it."""

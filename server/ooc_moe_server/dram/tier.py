@@ -31,7 +31,7 @@ from ooc_moe_wire.v1 import stats_pb2
 
 
 class Entry:
-    """One record in the arena, with its pins. `source`, the key of a resident record, is None while the entry is being filled.
+    """One record in the arena, with its pins. `source`, under which the record is found, is None while the entry is being filled.
 
     It is None again once the record was evicted or discarded.
     """
@@ -56,7 +56,7 @@ class Entry:
 
 
 class _AgeList:
-    """A list of some of the resident records, the oldest first, that counts how many bytes they hold."""
+    """A list of some of the records in DRAM, the oldest first. It also counts how many bytes they hold, in all and without pins."""
 
     def __init__(self) -> None:
         self.num_bytes = 0
@@ -64,14 +64,14 @@ class _AgeList:
         self.entries: OrderedDict[Entry, None] = OrderedDict()
 
     def add(self, entry: Entry) -> None:
-        """Appends a resident record as the newest of the list, or moves it there if it is in the list already."""
+        """Appends a record in DRAM as the newest of the list, or moves it there if it is in the list already."""
         self.drop(entry)
         self.entries[entry] = None
         self.num_bytes += entry.extent.size
         self.idle_bytes += entry.extent.size if entry.pins == 0 else 0
 
     def drop(self, entry: Entry) -> None:
-        """Removes a resident record from the list, if it is in it."""
+        """Removes a record from the list, if it is in it."""
         if entry in self.entries:
             del self.entries[entry]
             self.num_bytes -= entry.extent.size
@@ -150,7 +150,7 @@ class DramTier:
         return entry
 
     def note_request(self, entry: Entry, *, demand: bool) -> None:
-        """Notes that a caller asked for a resident record, so that it no longer counts as one that only a prefetch wanted.
+        """Notes that a caller asked for a record in DRAM, so that it no longer counts as one that only a prefetch wanted.
 
         `demand`: True when the caller waits for the record now. The record is then protected for a while from eviction by speculation.
         """
@@ -184,11 +184,9 @@ class DramTier:
             self._room.set()
 
     def reserve(self, num_bytes: int, *, speculative: bool = False) -> Entry:
-        """Returns a new staging entry: `num_bytes` of the arena, to be filled with a record, with one pin.
+        """Returns a new staging entry: `num_bytes` of the arena, to be filled with a record. Evicts other records to make room.
 
-        Evicts other records to make room.
-
-        `speculative`: the room is for a prefetch, which may evict fewer records.
+        The entry has one pin, which the caller must release. `speculative`: the room is for a prefetch, which may evict fewer records.
 
         Raises:
             TierFull: pins leave no room. For speculation also: protected records leave none, or demands or pushes wait for room.
@@ -239,10 +237,10 @@ class DramTier:
         replaces: Source | None = None,
         wasted: Callable[[], None] | None = None,
     ) -> None:
-        """Makes a filled staging entry resident, so that it is found under its source. The caller keeps its pin.
+        """Makes a filled staging entry resident: from now on, fetches find the record under its source. The caller keeps its pin.
 
         Args:
-            entry: The staging entry.
+            entry: The staging entry, which `reserve` returned.
             source: The source of the record; it must not be resident yet.
             checksums: The checksums of its sections.
             bank_id: The bank for which the record is counted.
@@ -352,7 +350,7 @@ class DramTier:
             yield from (entry.source for entry in self._unasked.entries if entry.source is not None)
 
     def _window(self, source: Source, num_bytes: int, movable: Callable[[Entry], bool]) -> list[Extent[Entry]] | None:
-        """Returns the extents to free around a resident so that `num_bytes` fit. None when it or too many of its neighbours must stay."""
+        """Returns the extents to free so that `num_bytes` fit at a record in DRAM. None when it or too many of its neighbours must stay."""
         entry = self._residents[source]
         return self._extents.window(entry.extent, num_bytes, movable) if movable(entry) else None
 

@@ -91,9 +91,7 @@ class CatalogChanges:
     async def restore_snapshot(self, snapshot_id: int, writer_id: str) -> Snapshot:
         """Gives the experts of a snapshot's banks the records that they had in it, under new versions.
 
-        Raises UnknownSnapshot, NotTheWriter.
-
-        `writer_id`: the writer that asks; no other writer may have one of the banks open.
+        `writer_id`: the writer that asks; no other writer may have one of the banks open. Raises UnknownSnapshot, NotTheWriter.
         """
         return await self._to_the_end(self._restore_snapshot(snapshot_id, writer_id))
 

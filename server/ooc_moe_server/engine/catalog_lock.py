@@ -61,6 +61,6 @@ class CatalogLock:
             self._returned.notify_all()
 
     async def wait_until_unchanging(self) -> None:
-        """Waits until no change of banks or snapshots is running. A record may then become visible outside of a commit round."""
+        """Waits until no change of banks or snapshots is running. Call it before a record becomes visible outside of a commit round."""
         while self.is_changing:
             await self._no_change.wait()

@@ -151,7 +151,7 @@ class CommitRounds:
         return True
 
     async def _commit(self, batch: list[Push]) -> None:
-        """Puts the records of durable pushes into the index in one transaction, and makes them visible."""
+        """Puts the records of pushes, whose bytes are durable, into the index in one transaction. Then makes them visible to fetches."""
         if not batch:
             return
         began = self._stats.clock()
@@ -173,7 +173,7 @@ class CommitRounds:
             self._end_join(push, None)
 
     def _show(self, push: Push) -> None:
-        """Makes the record of a committed durable push visible, and releases the slot of the record that it replaced."""
+        """Makes the record of a committed durable push visible to fetches, and releases the slot of the record that it replaced."""
         bank, expert = push.bank, push.expert
         older = self._unsaved.pop(bank, expert)
         if older:
@@ -184,7 +184,7 @@ class CommitRounds:
         self._slots.hand_over(push, older.indexed if older else replaced)
 
     def _mark_saved(self, push: Push) -> None:
-        """Turns an unsaved record that is now committed into an ordinary record of the same version."""
+        """Turns the record of a MEMORY push, which is committed now, from an unsaved into an ordinary record of the same version."""
         bank, expert, record = push.bank, push.expert, push.record()
         newest = self._unsaved.newest(bank, expert)
         assert newest is not None

@@ -65,7 +65,7 @@ class Committer:
 
     @property
     def num_in_flight(self) -> int:
-        """The number of pushes that were received and are not durable yet."""
+        """The number of pushes that were received and have not ended yet: they are not committed, refused or dropped."""
         return len(self._tasks)
 
     @property
@@ -75,7 +75,9 @@ class Committer:
 
     @asynccontextmanager
     async def exclusive(self) -> AsyncIterator[None]:
-        """Holds the lock for one change of banks or snapshots. While the context is open, no commit round runs and no push becomes visible.
+        """Holds the lock for one change of banks or snapshots.
+
+        While the context is open, no push is committed or becomes visible to fetches.
 
         The change may replace records and delete banks that have unsaved records (acknowledged in memory only). These are dropped when it
         ends.

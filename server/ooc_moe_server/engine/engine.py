@@ -123,7 +123,11 @@ class Engine:
     def open_writer(self, bank: str, writer_id: str, scopes: Scopes, *, session: Staging | None = None) -> Writer:
         """Opens a bank for a stream of pushes by one writer, which gets the bank's lease: no other writer can push until it is closed.
 
-        `session`: the local session in whose memory the records may be staged.
+        Args:
+            bank: The name of the bank.
+            writer_id: The name of the writer.
+            scopes: The counters that the pushes are added to.
+            session: The local session in whose memory records may be staged; None: all records come in chunks.
 
         Raises:
             UnknownBank, NotTheWriter, InvalidRequest: the writer cannot be opened.
@@ -169,7 +173,8 @@ class Engine:
     ) -> list[expert_pb2.PrefetchState.ValueType]:
         """Queues experts to be loaded into DRAM. Returns at once the state of each: resident, queued or rejected. Raises UnknownExpert.
 
-        A prefetch that did not start within `deadline_s` seconds is dropped. Higher priorities start first.
+        A prefetch that did not start within `deadline_s` seconds is dropped. Higher priorities start first. `scopes`: the counters that the
+        prefetches are added to.
         """
         bank.check(experts)
         scopes.count("prefetch_requested", len(experts))

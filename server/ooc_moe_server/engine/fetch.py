@@ -103,9 +103,10 @@ class Fetch:
                             self._dram.unpin(served.entry)
 
     async def batches(self, room: Room) -> AsyncGenerator[list[Served], None]:
-        """Like `experts`, but yields several results at once: all that are ready, and as many as `room` allows.
+        """Like `experts`, but yields lists: all results that are ready, up to the number that `room` returns.
 
-        The caller takes over their pins, and must release them.
+        `room` is called before each list, and may wait until the caller can take more. The caller gets the pins of the records, and must
+        release them.
         """
         self._scopes.count("fetched_experts", len(self._known))
         unchanged, residents, missing = self._sorted()
@@ -243,9 +244,9 @@ class Fetch:
 
 
 def _landed(arrived: deque[asyncio.Task[Served]], limit: int) -> list[Served]:
-    """Takes up to `limit` results from the first tasks, all of which have ended.
+    """Takes the results of up to `limit` finished reads.
 
-    Stops before a failed task. The next call raises its error, so that no pinned record is lost.
+    Stops before a failed read. The next call raises its error, so that no pinned record is lost.
     """
     batch: list[Served] = []
     while arrived and len(batch) < limit and not (batch and arrived[0].exception()):
@@ -254,5 +255,5 @@ def _landed(arrived: deque[asyncio.Task[Served]], limit: int) -> list[Served]:
 
 
 async def _one() -> int:
-    """A `Room` (see `Fetch.batches`) that always allows one record."""
+    """Implements `Room`, the limit on the results that are yielded at once: always allows one."""
     return 1

@@ -122,7 +122,7 @@ class Promotions:
         return len(self._jobs) - self.num_demand
 
     async def promote(self, bank: Bank, expert: int, record: Record, *, urgent: bool) -> Entry:
-        """Loads a record into DRAM, waits for it, and returns its entry, pinned for the caller.
+        """Loads a record into DRAM unless it is being loaded already, waits for it, and returns its entry, pinned for the caller.
 
         `urgent`: the caller waits for it now (a demand). Without it, the promotion waits in the speculation queue.
 
@@ -249,7 +249,7 @@ class Promotions:
             job.prefetch.count("prefetch_cancelled")
 
     def _start_reads(self) -> None:
-        """Starts every queued job that may start now."""
+        """Starts the queued jobs that may start now: demands first, then speculation in the places that demands leave free."""
         while self._demand and len(self._demand_reads) < READS_MAX:
             self._start(self._demand.popitem(last=False)[1], self._demand_reads)
         while self._speculation and self._may_speculate():
@@ -355,7 +355,7 @@ class Promotions:
 
 
 def _materialise(job: Job, entry: Entry) -> Checksums:
-    """Computes the initial value of a job's expert into an entry. Returns its checksums."""
+    """Computes the initial value of a job's expert from the bank's seed, and writes it into the entry. Returns its checksums."""
     layout = job.bank.layout
     layout.initialize(entry.body, seed=job.bank.spec.seed, expert=job.expert)
     return Checksums.of(layout, entry.body)

@@ -125,7 +125,7 @@ class Push:
         )
 
     def verify(self) -> None:
-        """Copies staged bytes into the arena, and verifies the checksums there, where the sender cannot change the bytes any more.
+        """Verifies the checksums of the record in the arena, where the sender cannot change it any more. Copies staged bytes there first.
 
         May run on any thread.
 

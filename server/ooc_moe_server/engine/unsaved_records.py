@@ -62,7 +62,7 @@ class UnsavedRecords:
         return iter(self._newest.values())
 
     def reserve(self, num_bytes: int) -> bool:
-        """Counts `num_bytes` for one more unsaved record. Returns False, and counts nothing, when that would exceed the capacity."""
+        """Counts `num_bytes` for one more unsaved record. Returns False, and counts nothing, if they would exceed the capacity."""
         if self.num_bytes + num_bytes > self.capacity_bytes:
             return False
         self.num_bytes += num_bytes

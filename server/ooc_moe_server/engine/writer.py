@@ -137,7 +137,7 @@ class Writer:
             log.info("writer %r closed bank %r", self.writer_id, self.bank.name)
 
     def ask_to_end(self, reason: OocMoeError) -> None:
-        """Sets `closing` to a reason, which asks the stream to end: now, or when the record that is being received is complete."""
+        """Asks the stream to end by setting `closing` to a reason: now, or when the record that is being received is complete."""
         if self._incoming:
             self._end_after_incoming = reason
         elif not self.closing.done():

@@ -37,7 +37,10 @@ class LastCommit:
 
 
 class CommitWitness:
-    """Writes the file COMMITTED, which it keeps open. Creates the file if it does not exist. Raises OSError."""
+    """Writes what the index's last commit was to the file COMMITTED, which it keeps open. Creates the file if it does not exist.
+
+    Raises OSError.
+    """
 
     def __init__(self, path: Path) -> None:
         if not path.exists():
@@ -45,9 +48,9 @@ class CommitWitness:
         self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
 
     def write(self, last: LastCommit) -> None:
-        """Writes the state after a commit, and returns when it is on the device.
+        """Writes the numbers of the index's last commit to the file, and returns when they are on the device.
 
-        Raises OSError; the state before it can then still be read.
+        Raises OSError; the numbers of the commit before it can then still be read.
         """
         block = _packed(last)
         if os.pwrite(self._fd, block, last.sequence % _NUM_BLOCKS * BLOCK_BYTES) != BLOCK_BYTES:

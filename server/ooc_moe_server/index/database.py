@@ -79,12 +79,12 @@ class Index:
             return self._tables.catalog()
 
     def put_records(self, writes: Iterable[Write], next_version: int) -> None:
-        """Stores records as the current ones of their experts. `next_version`: the lowest version that is not given out yet."""
+        """Stores each record as the current one of its expert. `next_version`: the lowest version that is not given out yet."""
         with self._transaction(next_version) as meta:
             self._tables.put_records(meta, writes)
 
     def restore_banks(self, bank_ids: Iterable[int], writes: Iterable[Write], next_version: int) -> None:
-        """Stores records as the current ones of their experts, and sets the `base_version` of their banks to `next_version`.
+        """Stores each record as the current one of its expert, and sets the `base_version` of the banks to `next_version`.
 
         `rebuild` then takes no record of these banks from the disk whose version is older.
         """

@@ -75,11 +75,9 @@ class IndexThread:
             await self.commit([], [])
 
     def translated(self, error: Exception, what: str) -> OocMoeError:
-        """Translates an error as `store_error` does, and logs it if it is unexpected.
+        """Translates an error as `store_error` does, and logs it if it is unexpected. `what`: what failed, for the message.
 
         An error that repeats is logged once, until a commit succeeds.
-
-        `what`: what failed, for the message.
         """
         translated = store_error(error, what=what)
         complaint = f"{type(error).__name__}: {error}"

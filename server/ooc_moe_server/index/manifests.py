@@ -75,7 +75,7 @@ class Manifests:
         self._owed_snapshots.add(snapshot_id)
 
     def write_owed(self, index: Index) -> None:
-        """Brings the out-of-date manifests up to date: writes those of what the index holds, and removes the others.
+        """Brings the out-of-date manifests up to date: writes those whose bank or snapshot is in the index, and removes the rest.
 
         Raises OSError; those that were not written stay marked as out of date.
         """
@@ -94,9 +94,9 @@ class Manifests:
         self._owed_snapshots.update(catalog.snapshots)
 
     def reconcile(self, catalog: Catalog, *, trust_files: bool = True) -> None:
-        """Makes all manifests equal to the catalog of a sound index, and removes those that it does not know. Raises OSError.
+        """Makes all manifests equal to the catalog of a sound index, and removes files that the catalog does not know. Raises OSError.
 
-        `trust_files`: a snapshot's manifest that already begins as it should is left as it is; false: all are written anew.
+        `trust_files`: a snapshot's manifest that already begins as it should is left as it is. False: all are written anew.
         """
         for directory in (self._banks, self._snapshots):
             if not directory.exists():

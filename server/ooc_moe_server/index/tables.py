@@ -83,7 +83,7 @@ class Write:
 
 @dataclass(slots=True, kw_only=True)
 class Meta:
-    """The content of the table `meta`, which has one row: counters of the whole index, and the digest over all other rows."""
+    """The content of the table `meta`, which has one row: counters of the whole index, and the digest over all other rows (an XOR)."""
 
     sequence: int = 0  # The number of the last transaction.
     next_version: int = 1
@@ -166,7 +166,7 @@ class Tables:
         self.insert(meta, "records", [(bank.id, *record_row(expert, record)) for expert, record in bank.records.items()])
 
     def revise_bank(self, meta: Meta, bank_id: int, **changes: Any) -> None:
-        """Changes fields of a bank's row, and sets its revision to the number of this transaction."""
+        """Changes fields of a bank's row (`changes`: new values by name), and sets its revision to the number of this transaction."""
         bank = self.banks("id = ?", (bank_id,))[bank_id]
         self.remove(meta, "banks", "id = ?", (bank_id,))
         self.insert(meta, "banks", [bank_row(replace(bank, revision=meta.sequence, **changes))])

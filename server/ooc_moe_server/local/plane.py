@@ -218,7 +218,9 @@ class Session:
         return number
 
     def lease(self, entries: Sequence[Entry], *, pinned: bool) -> range:
-        """Makes a lease of each entry; the lease takes over the pin that the caller holds on it. Returns the ids of the leases.
+        """Makes a lease of each record in `entries`. A lease takes over the pin that the caller of this method holds.
+
+        Returns the leases' ids.
 
         `pinned`: the leases last until they are released, instead of expiring.
         """
@@ -235,11 +237,9 @@ class Session:
         self._release([each for each, lease in self._leases.items() if lease.expires_at is not None and lease.expires_at <= now])
 
     def staging(self, offset: int, size: int) -> memoryview:
-        """Returns `size` bytes at `offset` of the memory in which the caller stages records, for reading.
+        """Returns a readable view of `size` bytes at `offset` of the memory in which the caller stages records.
 
-        Raises InvalidRequest, LeaseExpired.
-
-        The memory stays mapped as long as the returned view exists, even if the session is closed.
+        The memory stays mapped as long as the view exists, even if the session is closed. Raises InvalidRequest, LeaseExpired.
         """
         if self.closed:
             raise LeaseExpired(f"local_session: {self.number:#x} is closed")

@@ -40,7 +40,8 @@ _PUNCH_HOLE_KEEP_SIZE = 0x02 | 0x01  # linux/falloc.h
 class Slab:
     """The file that holds all records of one size in slots. Created if it does not exist.
 
-    `used`: the slots that hold records already. Buffers that are read or written must be 4 KiB aligned and `record_bytes` long.
+    `direct`: open it with O_DIRECT. `used`: the slots that hold records already. Buffers that are read or written must be 4 KiB aligned and
+    `record_bytes` long.
     """
 
     def __init__(self, path: Path, record_bytes: int, *, direct: bool, used: Collection[int] = ()) -> None:
@@ -98,9 +99,9 @@ class Slab:
         return range(first, end)
 
     def extend(self, slots: range) -> range:
-        """Allocates disk space for the slots. If there is not enough for all, only for the first. Returns the slots that got it.
+        """Allocates disk space for the slots. If there is not enough for all, only for the first.
 
-        Raises OSError.
+        Returns the slots that got disk space. Raises OSError.
         """
         for part in (slots, slots[:1]):
             try:

@@ -116,7 +116,7 @@ class NvmeTier:
         self._trim_soon(slab)
 
     def end_replacing(self, slot: Slot) -> None:
-        """Tells the quota that the slot which `slot` replaces was released, so that it no longer counts the two as one."""
+        """Tells the quota that the older slot which `slot` replaces was released, so that the quota counts `slot` in full from now on."""
         if slot in self._replacing:
             self._replacing.remove(slot)
             self._replaced_bytes -= slot.record_bytes

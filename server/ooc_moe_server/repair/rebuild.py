@@ -264,7 +264,7 @@ def _problem(slabs: Slabs, bank: Bank, record: Record, seen: _Seen | None) -> st
 
 
 def _bind(snapshots: Iterable[tuple[Snapshot, dict[int, bytes]]], banks: dict[bytes, Bank], result: Rebuilt) -> list[Snapshot]:
-    """Gives the snapshots the new ids of their banks. Leaves out deleted banks, and snapshots that have no other bank."""
+    """Gives each snapshot's banks their new ids. Leaves out banks that were deleted, and then snapshots that have no bank left."""
     kept = []
     for snapshot, uuids in snapshots:
         states = {banks[uuids[place]].id: state for place, state in snapshot.banks.items() if uuids[place] in banks}

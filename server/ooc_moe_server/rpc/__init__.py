@@ -1,5 +1,5 @@
 """The daemon's gRPC side: the five services, the guard that wraps every call, and the replies to fetches.
 
-Offers the services (`services`), the guard (`interceptor`), and `LocalFetches`, which serves fetches that come through shared memory's
-local socket instead of gRPC.
+Offers the services (`services`), the guard (`interceptor`), and `LocalFetches`, which serves the fetches of callers on this host that come
+through the local plane's Unix socket instead of gRPC.
 """

@@ -231,7 +231,7 @@ SERVICE_NAMES: tuple[str, ...] = tuple(
 
 
 def add_to_server(server: grpc.aio.Server, *services: BankService | ExpertService | SnapshotService | StatsService | LocalService) -> None:
-    """Registers services with a gRPC server."""
+    """Registers services with a gRPC server, so that it answers their calls."""
     for service in services:
         _, add = _REGISTRATION[type(service)]
         add(service, server)
