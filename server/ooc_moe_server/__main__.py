@@ -1,4 +1,4 @@
-"""`python -m ooc_moe_server` is the command `ooc-moe-server`."""
+"""Lets `python -m ooc_moe_server` run the command `ooc-moe-server`, which starts the storage daemon."""
 
 from ooc_moe_server.daemon.cli import main
 

@@ -1,7 +1,7 @@
-"""The daemon's counters: accesses by scope, latencies by kind, trainers by name.
+"""The daemon's counters: accesses (of all callers, by bank and by trainer), latencies by kind of operation, and the reports of trainers.
 
-The counters are the wire's own messages, so that nothing is copied field by field: GetStats must cost the event loop little. Event loop
-only.
+The counters are kept in the protobuf messages that GetStats returns, so that nothing is copied field by field: GetStats must cost the event
+loop little. To be used on the event loop only.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ LATENCY_KINDS = ("fetch_dram", "fetch_nvme", "fetch_seed", "push", "nvme_read", 
 
 @dataclass(frozen=True, slots=True)
 class Scopes:
-    """The counters that one access adds to: those of all accesses, of its bank and of its trainer."""
+    """The counters that one access is added to: the daemon's total, and those of the bank and of the trainer concerned."""
 
     counters: tuple[stats_pb2.AccessStats, ...]
 
     def count(self, field_name: str, number: int = 1) -> None:
-        """Adds to one field of each counter."""
+        """Adds `number` to the field `field_name` of every counter."""
         for access in self.counters:
             setattr(access, field_name, getattr(access, field_name) + number)
 
 
 class LatencySamples:
-    """The durations of the last operations of one kind."""
+    """The durations of the last 4096 operations of one kind, from which percentiles are computed."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -48,12 +48,15 @@ class LatencySamples:
         self._shown = stats_pb2.Latency()
 
     def add(self, seconds: float) -> None:
-        """Adds the duration of one operation."""
+        """Adds the duration of one operation, in seconds, in place of the oldest one when there are 4096."""
         self._seconds[self.count % LATENCY_SAMPLES] = seconds
         self.count += 1
 
     def to_proto(self) -> stats_pb2.Latency:
-        """Percentiles in milliseconds (nearest rank: always one of the samples); zeros when there was no operation."""
+        """Returns percentiles in milliseconds, or zeros when there was no operation.
+
+        Each percentile is one of the samples (nearest rank).
+        """
         if self._shown.count != self.count:
             samples = np.frombuffer(self._seconds)[: self.count]
             ranks = [-(-percent * len(samples) // 100) - 1 for percent in PERCENTILES]
@@ -64,14 +67,14 @@ class LatencySamples:
 
 @dataclass(slots=True)
 class Trainer:
-    """One trainer: its counters here, and its last report."""
+    """What the daemon knows about one trainer: counters of its calls, the last report that it sent about itself, and when that came."""
 
     shown: stats_pb2.TrainerStats
     reported_at: float | None = None
 
 
 class Stats:
-    """All counters that no tier and no bank keeps itself."""
+    """The daemon's counters except those that a tier or a bank keeps itself: total accesses, latencies, and trainers."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.total = stats_pb2.AccessStats()
@@ -86,16 +89,20 @@ class Stats:
         return self.clock() - self._started_at
 
     def scopes(self, trainer: str, bank: stats_pb2.AccessStats | None = None) -> Scopes:
-        """The counters for a call by `trainer`, on the bank that `bank` counts for, if any."""
+        """Returns the counters for a call by `trainer`. `bank`: the counters of the bank that the call uses; None if it uses no bank."""
         named = self._trainer(trainer).shown.access
         return Scopes((self.total, named) if bank is None else (self.total, bank, named))
 
     def add_latency(self, kind: str, since: float) -> None:
-        """Adds the latency of an operation that began at `since`, a time of the clock, and ends now."""
+        """Records the latency of one operation that ends now. `since`: when it began, as a time of `clock`."""
         self._latency[kind].add(self.clock() - since)
 
     def report(self, trainer: str, report: stats_pb2.ReportTrainerRequest) -> None:
-        """Stores a trainer's own counters in place of its last report. Raises InvalidRequest when there are too many."""
+        """Stores the counters that a trainer reports about itself, in place of its last report.
+
+        Raises:
+            InvalidRequest: the report names too many banks, or its text about the trainer's activity is too long.
+        """
         if len(report.hbm) > REPORT_BANKS_MAX or len(report.activity) > REPORT_ACTIVITY_CHARS_MAX:
             raise InvalidRequest(
                 f"report: {len(report.hbm)} banks and {len(report.activity)} characters of activity; "
@@ -107,11 +114,11 @@ class Stats:
         named.shown.activity, named.reported_at = report.activity, self.clock()
 
     def latency(self) -> dict[str, stats_pb2.Latency]:
-        """The latencies by kind of operation."""
+        """Returns the latency percentiles by kind of operation ("push", "commit", ...)."""
         return {kind: samples.to_proto() for kind, samples in self._latency.items()}
 
     def trainers(self) -> Iterable[stats_pb2.TrainerStats]:
-        """All trainers, sorted by name, without the reports that are older than 15 s."""
+        """Yields all trainers, sorted by name. Reports that are older than 15 s are dropped first."""
         now = self.clock()
         for _, trainer in sorted(self._trainers.items()):
             if trainer.reported_at is not None:
@@ -123,7 +130,10 @@ class Stats:
             yield trainer.shown
 
     def _trainer(self, name: str) -> Trainer:
-        """The trainer of that name, added if it is new. Beyond NUM_TRAINERS_MAX, the least recently seen one is dropped."""
+        """Returns the trainer of that name, and adds it if it is new.
+
+        Beyond NUM_TRAINERS_MAX, the least recently seen trainer is dropped.
+        """
         trainer = self._trainers.get(name)
         if trainer is None:
             trainer = self._trainers[name] = Trainer(stats_pb2.TrainerStats(trainer=name))

@@ -1,4 +1,4 @@
-"""The values that all rooms above speak in: banks, records, slots, snapshots, and the catalog of all of them in memory.
+"""The values that all other parts of the daemon share: banks, records, slots, snapshots, and the catalog that holds all of them in memory.
 
-Offers these classes, and `records`, which converts them to the rows of the index and back.
+Offers these classes, and the module `records`, which converts records and banks to rows of the index (the SQLite file) and back.
 """

@@ -1,7 +1,7 @@
-"""The catalog: the banks, their current records and the snapshots, in memory. The index (index/database.py) keeps the same on disk.
+"""The catalog: all banks, the current record of each expert, and all snapshots, in memory. The index (index/database.py) stores it on disk.
 
-The catalog shows what is committed, and what was acknowledged in memory (`Record.unsaved`). It holds no bytes: a record refers to a slot,
-or to the bank's seed. Event loop only.
+The catalog shows what is committed, and besides what was only acknowledged in memory (`Record.unsaved`). It holds no bytes of experts: a
+record tells the slot that holds its bytes, or that the value is computed from the bank's seed. To be used on the event loop only.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from ooc_moe_wire.v1 import bank_pb2, snapshot_pb2, stats_pb2
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A place in the slab of its record size. Its bytes do not change while a record, snapshot or reader refers to it."""
+    """A place for one record in a slab, the file of all records of one size. Its bytes do not change while anything refers to the slot.
+
+    Records, snapshots and readers refer to slots.
+    """
 
     record_bytes: int
     index: int
@@ -29,7 +32,7 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Seed:
-    """The initial value of an expert, which is computed from the bank's seed."""
+    """Stands for the initial value of an expert. It is not stored, but computed from the bank's seed when it is needed."""
 
     bank_id: int
     expert: int
@@ -37,7 +40,7 @@ class Seed:
 
 @dataclass(frozen=True, slots=True)
 class Unsaved:
-    """A version that lies in DRAM only: it was pushed with durability MEMORY and is not committed yet."""
+    """Stands for a pushed version whose bytes are in DRAM only: it was pushed with durability MEMORY and is not committed yet."""
 
     version: int
 
@@ -48,7 +51,10 @@ Source = Slot | Seed | Unsaved
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """The current record of one expert, or one that a snapshot keeps."""
+    """What the catalog knows about one version of an expert: version, slot, checksums, and who pushed it.
+
+    It is the expert's current version, or an older one that a snapshot keeps.
+    """
 
     version: int
     slot: Slot | None  # None for the seeded value, and while the record is unsaved.
@@ -59,7 +65,7 @@ class Record:
 
     @property
     def is_written(self) -> bool:
-        """Whether a push wrote it; False for the seeded value."""
+        """Whether a push wrote this version; False for the initial value, which is computed from the seed."""
         return self.slot is not None or self.unsaved
 
 
@@ -67,13 +73,13 @@ UNWRITTEN = Record(version=0, slot=None, checksums=None)
 
 
 class Lease(Protocol):
-    """The part of an open writer that the catalog knows."""
+    """An open writer (a push stream that holds the bank's lease) as the catalog sees it: only its id."""
 
     writer_id: str
 
 
 class PushUnderWay(Protocol):
-    """The part of a push under way that the catalog knows."""
+    """A push that was received and has no outcome yet, as the catalog sees it."""
 
     writer_id: str
     push_number: int
@@ -87,7 +93,7 @@ class PushUnderWay(Protocol):
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Bank:
-    """A bank in its present state."""
+    """A bank as it is now: its spec, its size, the current record of each expert, its open writer, and its counters."""
 
     id: int
     uuid: bytes
@@ -112,33 +118,39 @@ class Bank:
 
     @property
     def writer_id(self) -> str:
-        """The id of the writer that has it open; empty when none has."""
+        """The id of the writer that has the bank open; empty when no writer has."""
         return self.writer.writer_id if self.writer else ""
 
     @property
     def layout(self) -> Layout:
-        """The layout of its experts."""
+        """The layout that all experts of the bank share: their tensors, and the size of a record."""
         return self.spec.layout
 
     def check(self, experts: Sequence[int]) -> None:
-        """Raises UnknownExpert for the first id outside the bank, and UnknownBank once the bank is deleted."""
+        """Checks that the bank has these experts.
+
+        Raises UnknownExpert for the first id that it lacks, and UnknownBank if the bank was deleted.
+        """
         if self.deleted:
             raise UnknownBank(f"bank {self.name!r} was deleted")
         check_experts(self.name, experts, self.num_experts)
 
     def record(self, expert: int) -> Record:
-        """The current record of an expert. Raises UnknownExpert, UnknownBank."""
+        """Returns the current record of an expert. Raises UnknownExpert, UnknownBank."""
         self.check((expert,))
         return self.records.get(expert, UNWRITTEN)
 
     def source(self, expert: int, record: Record) -> Source:
-        """Where the bytes of `record` come from."""
+        """Returns where the bytes of a record come from: its slot, the bank's seed, or DRAM alone if the record is unsaved.
+
+        `record` need not be the current record of `expert`.
+        """
         if record.unsaved:
             return Unsaved(record.version)
         return record.slot or Seed(self.id, expert)
 
     def put(self, expert: int, record: Record) -> Record:
-        """Makes `record` current; returns the record that it replaces."""
+        """Makes `record` the current record of an expert, in memory. Returns the record that was current before."""
         old = self.records.get(expert, UNWRITTEN)
         self.records[expert] = record
         self.num_written += record.is_written - old.is_written
@@ -146,7 +158,7 @@ class Bank:
         return old
 
     def to_proto(self) -> bank_pb2.Bank:
-        """The bank as a message."""
+        """Converts the bank to the message that describes it to callers."""
         return bank_pb2.Bank(
             spec=replace(self.spec, num_experts=self.num_experts).to_proto(),
             num_written=self.num_written,
@@ -160,7 +172,7 @@ class Bank:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class BankState:
-    """A bank's part of a snapshot."""
+    """The state of one bank in a snapshot: its number of experts, and their records, at the moment of the snapshot."""
 
     num_experts: int
     records: dict[int, Record]
@@ -168,7 +180,7 @@ class BankState:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Snapshot:
-    """A snapshot: the states of its banks by bank id."""
+    """A snapshot: for each of its banks (by bank id), the number of experts and their records at the moment when it was taken."""
 
     id: int
     name: str
@@ -177,19 +189,22 @@ class Snapshot:
     revision: int = 0  # The index's sequence number when it was created, or when one of its banks was last deleted.
 
     def records(self) -> Iterator[tuple[int, int, Record]]:
-        """Yields the id of the bank, the expert and the record, for every record of every bank."""
+        """Yields (bank id, expert, record) for every record in the snapshot."""
         for bank_id, state in self.banks.items():
             for expert, record in state.records.items():
                 yield bank_id, expert, record
 
     def slots(self) -> list[Slot]:
-        """The slots that the records refer to, one for each written record."""
+        """Returns the slots that hold the bytes of the snapshot's records, one for each written record.
+
+        A slot that records share comes several times.
+        """
         return [record.slot for _, _, record in self.records() if record.slot]
 
 
 @dataclass(slots=True, kw_only=True)
 class Catalog:
-    """All banks by name, all snapshots by id, and the next version."""
+    """All banks by name, all snapshots by id, and the next unused version and snapshot id."""
 
     banks: dict[str, Bank] = field(default_factory=dict)
     snapshots: dict[int, Snapshot] = field(default_factory=dict)
@@ -197,25 +212,25 @@ class Catalog:
     next_snapshot_id: int = 1
 
     def bank(self, name: str) -> Bank:
-        """Returns a bank. Raises UnknownBank."""
+        """Returns the bank with this name. Raises UnknownBank."""
         return find_bank(self.banks, name)
 
     def snapshot(self, snapshot_id: int) -> Snapshot:
-        """Returns a snapshot. Raises UnknownSnapshot."""
+        """Returns the snapshot with this id. Raises UnknownSnapshot."""
         return find_snapshot(self.snapshots, snapshot_id)
 
     def bank_by_id(self, bank_id: int) -> Bank:
-        """Returns the bank with an id, which must exist."""
+        """Returns the bank with this id. The bank must exist."""
         return next(bank for bank in self.banks.values() if bank.id == bank_id)
 
     def take_version(self) -> int:
-        """Takes the next version of the store-wide sequence."""
+        """Returns the next version number of the store, and advances the counter so that the number is not given out again in this run."""
         version = self.next_version
         self.next_version += 1
         return version
 
     def snapshot_to_proto(self, snapshot: Snapshot) -> snapshot_pb2.Snapshot:
-        """A snapshot as a message."""
+        """Converts a snapshot to the message that describes it to callers: its banks, and its number of experts and bytes."""
         banks = {self.bank_by_id(bank_id): part for bank_id, part in snapshot.banks.items()}
         num_experts, num_bytes = snapshot_counts((bank.layout.record_bytes, part.records.values()) for bank, part in banks.items())
         return snapshot_pb2.Snapshot(
@@ -229,5 +244,5 @@ class Catalog:
 
 
 def unix_ms() -> int:
-    """The wall-clock time in milliseconds since 1970, to be shown to people."""
+    """Returns the wall-clock time in milliseconds since 1970, to be shown to people."""
     return time.time_ns() // 1_000_000

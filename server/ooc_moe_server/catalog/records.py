@@ -1,6 +1,6 @@
-"""Conversion of records and banks to the rows of the index and back, and the checksum that every row carries.
+"""Converts records and banks to the rows of the index (the SQLite file) and back, and computes the checksum that every row carries.
 
-A row is a tuple of plain values, so that manifests can hold rows as JSON too.
+A row is a tuple of plain values, so that manifests (the JSON copies of the index) can hold the same rows.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ RecordRow = tuple[int, int, int | None, int | None, int | None, int | None, str,
 
 
 def record_row(expert: int, record: Record) -> RecordRow:
-    """A record as a row."""
+    """Converts the record of an expert to a row of the index."""
     slab, slot = (record.slot.record_bytes, record.slot.index) if record.slot else (None, None)
     parameters = _signed(record.checksums.parameters) if record.checksums else None
     optimizer = _signed(record.checksums.optimizer) if record.checksums else None
@@ -30,7 +30,7 @@ def record_row(expert: int, record: Record) -> RecordRow:
 
 
 def record_of(row: Sequence[Any]) -> tuple[int, Record]:
-    """Converts a row to its expert and its record."""
+    """Converts a row of the index to the expert's id and its record. The inverse of `record_row`."""
     expert, version, slab, slot, parameters, optimizer, writer_id, push_number = row
     return expert, Record(
         version=version,
@@ -42,7 +42,7 @@ def record_of(row: Sequence[Any]) -> tuple[int, Record]:
 
 
 def bank_row(bank: Bank) -> Row:
-    """A bank as a row, without its records."""
+    """Converts a bank to a row of the index. The row holds none of its records: these have rows of their own."""
     spec = bank.spec.to_proto().SerializeToString(deterministic=True)
     return (
         bank.id,
@@ -58,7 +58,7 @@ def bank_row(bank: Bank) -> Row:
 
 
 def bank_of(row: Row) -> Bank:
-    """Converts a row to a bank, without records."""
+    """Converts a row of the index to a bank without records. The inverse of `bank_row`."""
     bank_id, uuid, _name, spec, num_experts, created_unix_ms, forked_from, revision, base_version = row
     return Bank(
         id=bank_id,
@@ -73,12 +73,12 @@ def bank_of(row: Row) -> Bank:
 
 
 def sealed(table: str, rows: Iterable[Row]) -> list[Row]:
-    """The rows of a table, each with its checksum appended."""
+    """Returns the rows of a table with its checksum appended to each row."""
     return [(*row, checksum(table, row)) for row in rows]
 
 
 def checksum(table: str, values: Row) -> int:
-    """The checksum of a row, as a signed 64-bit word: the xxh3 of the table's name and Python's `ascii(values)`.
+    """Computes the checksum of a row, as a signed 64-bit number: the xxh3 of the table's name and Python's `ascii(values)`.
 
     `ascii` writes values of different types differently: `ascii((1,))` and `ascii(("1",))` differ.
     """

@@ -1,6 +1,6 @@
-"""The command `ooc-moe-server`: settings become a `ServerConfig`, and an error becomes one line with exit code 2.
+"""The command `ooc-moe-server`: turns settings into a `ServerConfig` and runs the daemon. Errors are printed in one line, with exit code 2.
 
-Without a subcommand it runs the daemon. `verify` and `rebuild` check and repair a data directory whose daemon is stopped.
+The subcommands `verify` and `rebuild` check and repair a data directory instead; its daemon must be stopped.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ the file overrides the defaults.
 
 @dataclass(frozen=True, kw_only=True)
 class FileOption:
-    """The option that names a file of settings; it is no setting itself."""
+    """The option `--config`, which names a file of settings. It is no setting of the daemon itself."""
 
     config: Annotated[Path | None, Flag(metavar="FILE")] = None
     """TOML or JSON file with settings; its keys are the names of the options with underscores."""
@@ -81,7 +81,7 @@ class FileOption:
 
 @cache
 def serve_groups() -> tuple[Group, ...]:
-    """Returns the options of the daemon."""
+    """Returns the options of the command without a subcommand, which runs the daemon, as one group."""
     settings = with_defaults(options_of(ServerConfig, paired=True), {"data_dir": None})
     settings = with_metavars(settings, {"data_dir": "DIR", "listen": "ADDRESS", "grace_s": "SECONDS"})
     settings = tuple(
@@ -92,7 +92,13 @@ def serve_groups() -> tuple[Group, ...]:
 
 
 def server_config(parsed: Parsed, environ: Mapping[str, str]) -> ServerConfig:
-    """Makes the configuration from flags, environment, file and defaults. Raises InvalidRequest for unknown or invalid settings."""
+    """Makes the daemon's configuration.
+
+    A flag overrides the environment, which overrides the file of `--config`, which overrides the defaults.
+
+    Raises:
+        InvalidRequest: a setting is unknown or invalid, or no data directory was named.
+    """
     options = [option for option in serve_groups()[0].options if option.name != "config"]
     given: dict[str, Setting] = {} if parsed.values["config"] is None else from_file(options, parsed.values["config"])
     given |= from_environment(options, environ, PREFIX)
@@ -103,7 +109,7 @@ def server_config(parsed: Parsed, environ: Mapping[str, str]) -> ServerConfig:
 
 
 def serve(parsed: Parsed) -> None:
-    """Runs the daemon until SIGTERM or Ctrl-C."""
+    """Runs the daemon until SIGTERM or Ctrl-C, with the settings of the parsed command line."""
     config = server_config(parsed, os.environ)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     run(config)
@@ -127,7 +133,7 @@ class Verify:
     """Print one JSON object, for programs."""
 
     def run(self) -> int:
-        """Checks, and prints what was found. Returns the exit code."""
+        """Checks the data directory, and prints what was found. Returns the exit code."""
         logging.basicConfig(level=logging.ERROR, format="%(message)s", stream=sys.stderr)
         with _held(self.data_dir):
             result = verify(self.data_dir, _track)
@@ -159,7 +165,7 @@ class Rebuild:
     """The data directory."""
 
     def run(self) -> int:
-        """Makes the index, and prints what could not be recovered. Returns the exit code."""
+        """Makes the index anew, and prints what could not be recovered. Returns the exit code."""
         logging.basicConfig(level=logging.ERROR, format="%(message)s", stream=sys.stderr)
         with _held(self.data_dir):
             result = rebuild(self.data_dir, _track)
@@ -184,7 +190,7 @@ PROGRAM = Program(
 
 
 def main() -> None:
-    """Runs the console script and exits."""
+    """Runs the command line of this process (`sys.argv`), and exits with its exit code. The entry point of the console script."""
     try:
         code = PROGRAM.run(sys.argv[1:])
     except OocMoeError as error:
@@ -197,7 +203,10 @@ def main() -> None:
 
 @contextmanager
 def _held(path: Path) -> Iterator[None]:
-    """Holds the lock of an existing data directory. An error of the disk becomes an error of one line."""
+    """Locks an existing data directory while the context is open.
+
+    An error of the disk or of SQLite is raised as an OocMoeError of one line.
+    """
     if not (path / "FORMAT").exists():  # `data_dir.held` would make a new data directory.
         raise InvalidRequest(f"{path} is no data directory of a daemon: it has no file FORMAT")
     with held(path):
@@ -208,7 +217,7 @@ def _held(path: Path) -> Iterator[None]:
 
 
 def _track(items: Iterable[Item], what: str, total: int) -> Iterable[Item]:
-    """Passes items through, with a progress bar if standard error is a terminal."""
+    """Passes items through, and shows a progress bar with the label `what` meanwhile if standard error is a terminal."""
     console = Console(stderr=True)
     return track(items, what, total, console=console, transient=True, disable=not console.is_terminal)
 

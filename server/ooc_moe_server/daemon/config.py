@@ -1,4 +1,4 @@
-"""The settings of a daemon, which are checked when they are made.
+"""The settings of a daemon. They are checked when a `ServerConfig` is made.
 
 The docstring below each field is also the help of its option on the command line.
 """
@@ -20,7 +20,7 @@ DramPolicy = Literal["lru", "s3fifo"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServerConfig:
-    """A daemon's directory, memory and addresses. Raises InvalidRequest for settings that cannot work."""
+    """The settings of a daemon: data directory, memory, addresses and limits. Raises InvalidRequest for settings that cannot work."""
 
     data_dir: Path
     """Directory of the experts, made if it does not exist. Only one daemon at a time can use it."""
@@ -66,7 +66,7 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 def _is_local(address: str) -> bool:
-    """Returns whether only this host can reach an address. Raises InvalidRequest for a text that is no address."""
+    """Returns whether an address can be reached from this host only. Raises InvalidRequest for a text that is no address."""
     if address.startswith("unix:"):
         path = address.removeprefix("unix:")
         if not 1 <= len(path.encode()) <= UNIX_PATH_BYTES_MAX:

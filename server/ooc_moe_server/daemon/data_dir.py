@@ -1,13 +1,13 @@
-"""The data directory of a daemon. One daemon uses it at a time.
+"""The data directory of a daemon: what it contains, and the lock that lets only one daemon use it at a time.
 
 FORMAT                the name of the format of all other files
 LOCK                  locked while a daemon, `rebuild` or `verify` runs
 daemon.json           the process id of the running daemon, and its addresses
 index.sqlite          what is committed (index/database.py)
 COMMITTED             how many commits the index must hold (index/commit_witness.py)
-slabs/                the records (nvme/slab.py)
-banks/, snapshots/    manifests, from which a rebuild makes a lost index anew (index/manifests.py)
-RESERVE               disk space for when the disk is full (nvme/reserve.py)
+slabs/                the records of experts (nvme/slab.py)
+banks/, snapshots/    manifests, from which `rebuild` makes a lost index anew (index/manifests.py)
+RESERVE               a file that keeps disk space for when the disk is full (nvme/reserve.py)
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ FORMAT = "ooc-moe store 2\n"
 
 @contextmanager
 def held(path: Path) -> Iterator[None]:
-    """Locks the data directory; creates it if it does not exist.
+    """Locks a data directory while the context is open. Creates the directory if it does not exist.
 
     Raises:
-        InvalidRequest: another daemon holds it, it is no store of this format, or it cannot be used.
+        InvalidRequest: another daemon has locked it, its files are not of this format, or it cannot be used.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def held(path: Path) -> Iterator[None]:
 
 
 def announce(path: Path, addresses: Sequence[str]) -> None:
-    """Writes daemon.json in one step: the process id and the bound addresses."""
+    """Writes the file daemon.json, which tells other programs the daemon's process id and the addresses it listens on, in one step."""
     temporary = path / "daemon.json.new"
     temporary.write_text(json.dumps({"pid": os.getpid(), "addresses": list(addresses)}))
     temporary.replace(path / "daemon.json")

@@ -1,4 +1,4 @@
-"""The life of a daemon: starting -> ready -> draining -> stopped.
+"""Runs a daemon from its start to its stop: starting -> ready -> draining (finishing the calls under way) -> stopped.
 
 The daemon listens before it is ready, so that health checks get NOT_SERVING. It drains before it stops, so that no call under way is lost.
 """
@@ -61,7 +61,10 @@ _LAST_REPLIES_S = 0.5
 
 
 class Daemon:
-    """One run of the daemon."""
+    """One run of the daemon: the gRPC server, the engine (the store behind it), and the local plane.
+
+    Through the local plane, callers on this host read experts in shared memory.
+    """
 
     def __init__(self, config: ServerConfig) -> None:
         self._config = config
@@ -75,7 +78,11 @@ class Daemon:
         self._stopping = asyncio.Event()
 
     async def run(self) -> None:
-        """Serves until SIGTERM or SIGINT. The caller holds the data directory. Raises OocMoeError when the daemon cannot start."""
+        """Serves until SIGTERM or SIGINT, then drains and stops. The caller must have locked the data directory.
+
+        Raises:
+            OocMoeError: the daemon cannot start.
+        """
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._stopping.set)
         log.info("starting: data directory %s, DRAM %d bytes", self._config.data_dir, self._config.dram_bytes)
@@ -104,7 +111,10 @@ class Daemon:
         log.info("stopped")
 
     async def _listen(self) -> list[str]:
-        """Binds every address and starts to serve health checks; returns the addresses with the ports that were bound."""
+        """Binds every configured address and starts the gRPC server, which at first serves health checks only.
+
+        Returns the addresses, with the ports that were bound. Also writes them to daemon.json.
+        """
         engine = self._ready_engine
         add_to_server(
             self._server, BankService(engine), self._experts, SnapshotService(engine), self._stats, LocalService(lambda: self._plane)
@@ -118,7 +128,7 @@ class Daemon:
         return addresses
 
     async def _drain(self) -> None:
-        """Refuses new calls, and waits up to `grace_s` for the calls under way."""
+        """Refuses new calls, ends the push streams, and waits up to `grace_s` seconds for the calls under way."""
         self._guard.refusal = "the daemon is draining"
         await self._health.enter_graceful_shutdown()
         log.info("draining: %d calls under way", self._guard.num_open)
@@ -141,7 +151,7 @@ class Daemon:
         return self._engine
 
     def _add_daemon_stats(self, stats: stats_pb2.Stats) -> None:
-        """Adds the counters and facts that the engine does not know."""
+        """Adds to `stats` what the engine does not know: version, data directory, whether it drains, open calls, local sessions."""
         stats.version = version("ooc-moe")
         stats.data_dir = str(self._config.data_dir)
         stats.draining = self._stopping.is_set()
@@ -151,7 +161,7 @@ class Daemon:
 
 
 def run(config: ServerConfig) -> None:
-    """Runs a daemon until a signal stops it. Raises OocMoeError when it cannot start."""
+    """Runs a daemon until SIGTERM or SIGINT stops it. Raises OocMoeError when it cannot start."""
     keep_large_buffers()
     with data_dir.held(config.data_dir):
         asyncio.run(_run(config))
@@ -162,7 +172,7 @@ async def _run(config: ServerConfig) -> None:
 
 
 def _bind(server: grpc.aio.Server, address: str) -> str:
-    """Binds an address and returns it with the port that was bound. Raises InvalidRequest."""
+    """Makes the gRPC server listen on an address. Returns the address with the port that was bound. Raises InvalidRequest."""
     if address.startswith("unix:"):
         _check_socket_path(Path(address.removeprefix("unix:")))
     else:
@@ -175,7 +185,10 @@ def _bind(server: grpc.aio.Server, address: str) -> str:
 
 
 def _check_port(address: str) -> None:
-    """Binds and releases an address, to raise a clear InvalidRequest: gRPC's own error is longer, and does not name the reason."""
+    """Raises InvalidRequest when an address cannot be bound, for example because its port is in use. Binds and releases it to find out.
+
+    gRPC's own error is longer, and does not name the reason.
+    """
     host, port = split_address(address)
     try:
         family, kind, protocol, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
@@ -187,7 +200,10 @@ def _check_port(address: str) -> None:
 
 
 def _check_socket_path(path: Path) -> None:
-    """Raises InvalidRequest for a path that is in use: gRPC would silently replace the socket of a running daemon."""
+    """Raises InvalidRequest when a Unix socket's path is in use or lacks its directory.
+
+    Without this check, gRPC would silently replace the socket of a running daemon.
+    """
     if not path.parent.is_dir():
         raise InvalidRequest(f"listen: unix:{path}: the directory does not exist")
     if not path.exists():

@@ -1,4 +1,4 @@
-"""The DRAM tier: records in one arena of shared memory, pinned while in use, evicted by a policy.
+"""The DRAM tier: keeps records of experts in one arena (a block of shared memory), pins them while in use, and evicts them by a policy.
 
-Offers `DramTier`, its `Entry` (one record in the arena), and the `Arena`, whose memory the local plane shares with callers.
+Offers `DramTier`, its `Entry` (one record in the arena), and the `Arena`, whose memory the local plane shares with callers on this host.
 """

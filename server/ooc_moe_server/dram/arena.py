@@ -1,10 +1,10 @@
-"""The memory of the DRAM tier: one memfd, allocated in full at the start and mapped once, and a second memfd with the generations.
+"""The memory of the DRAM tier: the arena, which holds the records, and beside it the generations, which tell whether a record is complete.
 
-A memfd is page aligned, so that O_DIRECT can read into it, and it can be passed to another process. It is sealed, so that no other process
-can map it for writing.
+Each of the two is a memfd (a file in memory) that is allocated in full at the start and mapped once. A memfd is page aligned, so that
+O_DIRECT can read into it, and it can be passed to another process. Both are sealed, so that no other process can map them for writing.
 
-There is one generation, a 64-bit word, for each 4 KiB block of the arena. The generation of a record's first block is odd while the record
-may be incomplete, and even once it is complete (see v1/local.proto).
+There is one generation, a 64-bit number, for each 4 KiB block of the arena. The generation of a record's first block is odd while the
+record may be incomplete, and even once it is complete (see v1/local.proto).
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ HEADROOM_BYTES = 256 << 20
 
 
 class Arena:
-    """Shared memory of `num_bytes`, with all its pages allocated."""
+    """Allocates `num_bytes` of shared memory for records, gives out views of it, and keeps the generation of each record in it."""
 
     def __init__(self, num_bytes: int) -> None:
-        """Allocates and touches the pages; takes about 0.3 s per GiB, so call it off the event loop.
+        """Allocates and touches all pages. This takes about 0.3 s per GiB, so call it off the event loop.
 
         Raises:
             TierFull: the kernel does not have that many pages.
@@ -44,30 +44,39 @@ class Arena:
         np.frombuffer(words, dtype=np.uint64)[:] = 1
 
     def close(self) -> None:
-        """Closes the descriptors. The kernel frees the memory when no process maps it any more."""
+        """Closes the file descriptors of the arena. The kernel frees the memory when no process maps it any more."""
         os.close(self.fd)
         os.close(self.generations_fd)
 
     def view(self, start: int, size: int) -> memoryview:
-        """Returns the writable bytes [start, start + size), without a copy."""
+        """Returns the bytes [start, start + size) of the arena as a writable view, without a copy."""
         return self._view[start : start + size]
 
     def complete(self, start: int) -> None:
-        """Notes that the record at `start` is complete."""
+        """Makes the generation of the record at `start` even, which tells readers that the record is complete.
+
+        Call it once it is filled.
+        """
         assert self.generation(start) % 2 == 1, "complete twice"
         self._generations[start // BLOCK_BYTES] += 1
 
     def spoil(self, start: int) -> None:
-        """Notes that the record at `start`, complete or not, may be overwritten from now on."""
+        """Makes the generation of the record at `start` odd, which tells readers that its bytes may change.
+
+        Call it before overwriting the record.
+        """
         self._generations[start // BLOCK_BYTES] |= 1
 
     def generation(self, start: int) -> int:
-        """The generation of the record at `start`."""
+        """Returns the generation of the record at `start`: odd while the record may be incomplete, even once it is complete."""
         return self._generations[start // BLOCK_BYTES]
 
 
 def _sealed_memory(name: str, num_bytes: int) -> tuple[int, mmap.mmap]:
-    """Makes a memfd, allocates its pages, maps it for writing, and seals it so that no later mapping can write. Raises OSError."""
+    """Makes a memfd with allocated pages. Returns its descriptor and a writable mapping.
+
+    The memfd is then sealed, so that no later mapping can write to it. Raises OSError.
+    """
     fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.posix_fallocate(fd, 0, num_bytes)
@@ -80,10 +89,12 @@ def _sealed_memory(name: str, num_bytes: int) -> tuple[int, mmap.mmap]:
 
 
 def check_dram_bytes(num_bytes: int) -> None:
-    """Refuses a size that does not fit, before memory is touched: the kernel would grant it, and kill the daemon later.
+    """Raises an error if a DRAM tier of `num_bytes` would not fit into the free memory. Call it before memory is allocated.
+
+    Without this check the kernel would grant the memory, and kill the daemon later.
 
     Raises:
-        InvalidRequest: not a positive multiple of 4 KiB, or more than the memory that is left; the message names both.
+        InvalidRequest: not a positive multiple of 4 KiB, or more than the memory that is left; the message names both sizes.
     """
     if num_bytes < BLOCK_BYTES or num_bytes % BLOCK_BYTES:
         raise InvalidRequest(f"dram_bytes: {num_bytes} is not a positive multiple of {BLOCK_BYTES}")
@@ -95,7 +106,7 @@ def check_dram_bytes(num_bytes: int) -> None:
 
 
 def available_bytes() -> int:
-    """Memory that can still be allocated: the kernel's estimate, or less where a control group limits the daemon."""
+    """Returns how much memory can still be allocated: the kernel's estimate, or less where a control group limits the daemon."""
     fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(fields["MemAvailable"].split()[0]) * 1024
     limit, used = _cgroup_number("memory.max"), _cgroup_number("memory.current")
@@ -103,7 +114,10 @@ def available_bytes() -> int:
 
 
 def _cgroup_number(name: str) -> int | None:
-    """Reads a number of the daemon's control group (version 2); None where there is none, or where it is "max"."""
+    """Reads the number in the file `name` of the daemon's control group (version 2).
+
+    None where there is no such file, or where it says "max".
+    """
     try:
         group = Path("/proc/self/cgroup").read_text().strip().rpartition(":")[2]
         return int((Path("/sys/fs/cgroup") / group.lstrip("/") / name).read_text())

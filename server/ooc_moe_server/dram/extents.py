@@ -1,6 +1,7 @@
-"""A first-fit allocator for the arena: extents in address order, each with an owner, or a hole.
+"""An allocator that divides the arena into extents: ranges of bytes, each of which has an owner or is a hole (free).
 
-Neighbouring holes are joined. So the extents always cover the whole space, and no two holes touch. Holds no memory itself.
+It takes the first hole that is large enough. Neighbouring holes are joined, so that the extents always cover the whole arena and no two
+holes touch. The allocator keeps only numbers; it does not hold the memory.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ Owner = TypeVar("Owner")
 
 @dataclass(slots=True, eq=False)
 class Extent(Generic[Owner]):
-    """A range of bytes; a hole when it has no owner."""
+    """A range of bytes in the arena: `size` bytes from `start`. It is a hole (free) when it has no owner."""
 
     start: int
     size: int
@@ -28,7 +29,10 @@ class Extent(Generic[Owner]):
 
 
 class Extents(Generic[Owner]):
-    """The extents that divide `capacity` bytes."""
+    """Allocates and frees ranges of bytes (extents) in a space of `capacity` bytes.
+
+    Each extent belongs to an owner, or is a hole (free).
+    """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -39,7 +43,7 @@ class Extents(Generic[Owner]):
         self._add(Extent(0, capacity, None))
 
     def __iter__(self) -> Iterator[Extent[Owner]]:
-        """Yields all extents in address order, holes included."""
+        """Yields all extents in the order of their addresses, holes (free ranges) included."""
         start = 0
         while start < self.capacity:
             extent = self._by_start[start]
@@ -47,7 +51,7 @@ class Extents(Generic[Owner]):
             start = extent.end
 
     def allocate(self, size: int, owner: Owner) -> Extent[Owner] | None:
-        """Allocates the front of the first hole that holds `size` bytes; returns None when no hole does."""
+        """Allocates `size` bytes for an owner, at the front of the first hole that is large enough. Returns None when no hole is."""
         if size > self.free_bytes:
             return None
         for start in self._holes:
@@ -60,7 +64,7 @@ class Extents(Generic[Owner]):
         return None
 
     def free(self, extent: Extent[Owner]) -> None:
-        """Turns an owned extent into a hole, and joins it with neighbouring holes."""
+        """Turns an extent that has an owner into a hole (a free range), and joins it with neighbouring holes."""
         assert self._by_start.get(extent.start) is extent, "freed twice"
         self._drop(extent)
         start, end = extent.start, extent.end
@@ -74,10 +78,10 @@ class Extents(Generic[Owner]):
         self._add(Extent(start, end - start, None))
 
     def window(self, victim: Extent[Owner], size: int, movable: Callable[[Owner], bool]) -> list[Extent[Owner]] | None:
-        """Returns the owned extents to free so that a hole of `size` bytes opens around `victim`.
+        """Returns the extents to free so that a hole of at least `size` bytes opens around `victim`; `victim` is one of them.
 
-        The window starts at `victim` and grows over its neighbours, holes first. It stops at owners that are not movable. Returns None when
-        it cannot grow to `size`.
+        The window starts at `victim` and grows over its neighbours, holes first. It stops at owners for which `movable` is false. Returns
+        None when it cannot grow to `size`.
         """
         assert victim.owner is not None
         first = last = victim

@@ -1,16 +1,17 @@
-"""The DRAM tier: immutable records in the arena. They are pinned while they are in use, and evicted by a policy.
+"""The DRAM tier: keeps records in the arena. They never change there; they are pinned while in use, and evicted by a policy.
 
     reserve -> staging entry (pinned, without a source) -> publish -> resident under its source -> evicted or discarded -> free bytes
 
+A source tells where a record's bytes come from (a slot on NVMe, the bank's seed, or an unsaved push), and is the key of the record here.
 Demand misses, prefetches and pushes all fill this one tier. The rules of eviction:
 
-- A pinned record stays.
-- A demand or a push may evict any other record, in the policy's order.
-- Speculation evicts no record that was demanded lately: the records demanded last are protected, up to half of the arena. Records that
-  prefetches brought and that no caller asked for yet may fill the other half. Beyond that, the next prefetch first evicts the oldest of
-  them; otherwise the policy's order applies.
+- A pinned record is not evicted.
+- A demand (a fetch that a caller waits for) or a push may evict any other record, in the policy's order.
+- Speculation (a prefetch) evicts no record that was demanded lately: the records demanded last are protected, up to half of the arena.
+  Records that prefetches brought and that no caller asked for yet may fill the other half. Beyond that, the next prefetch first evicts the
+  oldest of them; otherwise the policy's order applies.
 
-Event loop only; other threads touch only the bytes of an entry that is pinned for them.
+To be used on the event loop only; other threads touch only the bytes of an entry that is pinned for them.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ from ooc_moe_wire.v1 import stats_pb2
 
 
 class Entry:
-    """One record in the arena. `source` is None while the entry is being filled, and again once it was evicted or discarded."""
+    """One record in the arena, with its pins. `source`, under which the record is found, is None while the entry is being filled.
+
+    It is None again once the record was evicted or discarded.
+    """
 
     __slots__ = ("announced", "bank_id", "checksums", "extent", "pins", "record", "source", "wasted")
 
@@ -47,12 +51,12 @@ class Entry:
 
     @property
     def body(self) -> memoryview:
-        """The bytes of the sections, without the header block."""
+        """The bytes of the record's parameter and optimizer sections, without the header block."""
         return self.record[BLOCK_BYTES:]
 
 
 class _AgeList:
-    """Some of the residents, the oldest first, and how many bytes they hold."""
+    """A list of some of the records in DRAM, the oldest first. It also counts how many bytes they hold, in all and without pins."""
 
     def __init__(self) -> None:
         self.num_bytes = 0
@@ -60,27 +64,30 @@ class _AgeList:
         self.entries: OrderedDict[Entry, None] = OrderedDict()
 
     def add(self, entry: Entry) -> None:
-        """Adds a resident as the newest one, or makes it the newest one."""
+        """Appends a record in DRAM as the newest of the list, or moves it there if it is in the list already."""
         self.drop(entry)
         self.entries[entry] = None
         self.num_bytes += entry.extent.size
         self.idle_bytes += entry.extent.size if entry.pins == 0 else 0
 
     def drop(self, entry: Entry) -> None:
-        """Removes a resident, if it is in the list."""
+        """Removes a record from the list, if it is in it."""
         if entry in self.entries:
             del self.entries[entry]
             self.num_bytes -= entry.extent.size
             self.idle_bytes -= entry.extent.size if entry.pins == 0 else 0
 
     def note_idle(self, entry: Entry, sign: int) -> None:
-        """Notes that an entry lost its last pin (`sign` +1) or got its first pin (-1); it need not be in the list."""
+        """Updates `idle_bytes` when an entry lost its last pin (`sign` +1) or got its first pin (-1). The entry need not be in the list."""
         if entry in self.entries:
             self.idle_bytes += sign * entry.extent.size
 
 
 class DramTier:
-    """The residents by source, and the free space of the arena."""
+    """Keeps records in the arena, each found by its source (a slot, a seed or an unsaved push), and evicts records when room is needed.
+
+    A record that is in the arena and can be found is called resident.
+    """
 
     def __init__(self, arena: Arena, policy: EvictionPolicy[Source] | None = None) -> None:
         self._arena = arena
@@ -98,20 +105,26 @@ class DramTier:
 
     @property
     def unpinned_bytes(self) -> int:
-        """Bytes that are free or could be freed, not necessarily in one piece."""
+        """Bytes that are free or that evictions could free, because no pin holds them. They may lie in several pieces."""
         return self._extents.capacity - self._pinned_bytes
 
     @property
     def speculative_bytes(self) -> int:
-        """Bytes that are free or that speculation could free, not necessarily in one piece."""
+        """Bytes that are free or that a prefetch may free: records that were demanded lately are not counted.
+
+        They may lie in several pieces.
+        """
         return self.unpinned_bytes - self._protected.idle_bytes
 
     def holds(self, source: Source) -> bool:
-        """Whether a source is resident. Counts as no use."""
+        """Whether the record of a source is in DRAM (resident). Asking does not count as a use of the record."""
         return source in self._residents
 
     def touch(self, source: Source) -> bool:
-        """Counts a use of a resident ahead of `pin_resident`, so that it is evicted later. Returns False when it is not resident."""
+        """Counts a use of a record in DRAM that `pin_resident` will pin soon, so that it is evicted later.
+
+        Returns False when it is not in DRAM.
+        """
         entry = self._residents.get(source)
         if entry is None:
             return False
@@ -120,7 +133,10 @@ class DramTier:
         return True
 
     def pin_resident(self, source: Source, *, demand: bool = True) -> Entry | None:
-        """Pins a resident for the caller and counts the use; returns None when it is not resident. `demand`: false for speculation."""
+        """Pins a record for the caller if it is in DRAM (resident), and counts the use. Returns its entry, or None when it is not in DRAM.
+
+        `demand`: True when a caller waits for the record now, False for speculation (a prefetch). A demand protects the record for a while.
+        """
         entry = self._residents.get(source)
         if entry is None:
             return None
@@ -134,7 +150,10 @@ class DramTier:
         return entry
 
     def note_request(self, entry: Entry, *, demand: bool) -> None:
-        """Notes that a caller asked for a resident. A demand protects it from speculation for a while."""
+        """Notes that a caller asked for a record in DRAM, so that it no longer counts as one that only a prefetch wanted.
+
+        `demand`: True when the caller waits for the record now. The record is then protected for a while from eviction by speculation.
+        """
         self._unasked.drop(entry)
         if demand and entry.source is not None:
             self._protected.add(entry)
@@ -142,7 +161,7 @@ class DramTier:
                 self._protected.drop(next(iter(self._protected.entries)))
 
     def pin(self, entry: Entry) -> None:
-        """Adds a pin to an entry: its bytes are not reused while it has any."""
+        """Adds a pin to an entry. Its bytes are not reused for another record while it has any pin."""
         if entry.pins == 0:
             self._pinned_bytes += entry.extent.size
             self._protected.note_idle(entry, -1)
@@ -150,7 +169,10 @@ class DramTier:
         entry.pins += 1
 
     def unpin(self, entry: Entry) -> None:
-        """Releases one pin. The bytes of an entry without a source become free with its last pin."""
+        """Releases one pin of an entry.
+
+        The bytes of an entry that is not resident (never published, or evicted) become free with its last pin.
+        """
         assert entry.pins > 0
         entry.pins -= 1
         if entry.pins == 0:
@@ -162,7 +184,9 @@ class DramTier:
             self._room.set()
 
     def reserve(self, num_bytes: int, *, speculative: bool = False) -> Entry:
-        """Returns a staging entry of `num_bytes` with one pin. Evicts residents to make room.
+        """Returns a new staging entry: `num_bytes` of the arena, to be filled with a record. Evicts other records to make room.
+
+        The entry has one pin, which the caller must release. `speculative`: the room is for a prefetch, which may evict fewer records.
 
         Raises:
             TierFull: pins leave no room. For speculation also: protected records leave none, or demands or pushes wait for room.
@@ -181,7 +205,10 @@ class DramTier:
         return entry
 
     async def reserve_soon(self, num_bytes: int, patience_s: float) -> Entry:
-        """Reserves as `reserve` does for a demand or a push, but waits for pins to be released. Raises TierFull after `patience_s`."""
+        """Like `reserve` for a demand or a push, but waits for pins to be released if there is no room.
+
+        Raises TierFull after `patience_s` seconds.
+        """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + patience_s
         while True:
@@ -210,10 +237,10 @@ class DramTier:
         replaces: Source | None = None,
         wasted: Callable[[], None] | None = None,
     ) -> None:
-        """Makes a filled staging entry resident. The caller keeps its pin.
+        """Makes a filled staging entry resident: from now on, fetches find the record under its source. The caller keeps its pin.
 
         Args:
-            entry: The staging entry.
+            entry: The staging entry, which `reserve` returned.
             source: The source of the record; it must not be resident yet.
             checksums: The checksums of its sections.
             bank_id: The bank for which the record is counted.
@@ -243,7 +270,10 @@ class DramTier:
             self._unasked.add(entry)
 
     def rename(self, old: Source, new: Source) -> None:
-        """Changes the source of a resident, if it is one: an unsaved version was committed to a slot."""
+        """Changes the source under which a record in DRAM is found. Does nothing when it is not there.
+
+        Called when an unsaved version was committed to a slot.
+        """
         entry = self._residents.pop(old, None)
         if entry is not None:
             assert new not in self._residents
@@ -252,19 +282,19 @@ class DramTier:
             self._policy.rename(old, new)
 
     def discard(self, source: Source) -> None:
-        """Removes a resident, if it is one. Its bytes become free with its last pin."""
+        """Removes the record of a source from DRAM, if it is there. The bytes of a pinned record become free with its last pin."""
         entry = self._residents.pop(source, None)
         if entry is not None:
             self._policy.remove(source)
             self._forget(entry)
 
     def discard_seeds(self, bank_id: int) -> None:
-        """Removes the seeded values of a deleted bank."""
+        """Removes the initial values (computed from the seed) of a deleted bank from DRAM."""
         for source in [source for source in self._residents if isinstance(source, Seed) and source.bank_id == bank_id]:
             self.discard(source)
 
     def snapshot_stats(self) -> stats_pb2.TierStats:
-        """Returns the counters, with the present occupancy."""
+        """Returns the counters of the tier, with the numbers of free, used and pinned bytes brought up to date."""
         self.stats.free_bytes = self._extents.free_bytes
         self.stats.used_bytes = self._extents.capacity - self._extents.free_bytes
         self.stats.pinned_bytes = self._pinned_bytes
@@ -272,7 +302,7 @@ class DramTier:
         return self.stats
 
     def _forget(self, entry: Entry) -> None:
-        """Ends the residence of an entry. Its bytes become free with its last pin."""
+        """Finishes the removal of a record that is no longer in `_residents`. Its bytes become free now, or with its last pin."""
         self.records_by_bank[entry.bank_id] -= 1
         self._protected.drop(entry)
         self._unasked.drop(entry)
@@ -288,7 +318,12 @@ class DramTier:
         self._extents.free(entry.extent)
 
     def _make_room(self, num_bytes: int, speculative: bool) -> None:
-        """Evicts the first window of neighbours that holds `num_bytes`, trying residents in the policy's order as its centre."""
+        """Evicts records so that `num_bytes` become free in one piece.
+
+        Tries records in the policy's order. The first one around which a window of `num_bytes` can be freed is evicted, with its neighbours
+        in the window. `speculative`: the room is for a prefetch. It evicts no protected record, and first tries prefetched records that no
+        caller asked for, if there are too many of them.
+        """
 
         def movable(entry: Entry) -> bool:
             return entry.pins == 0 and not (speculative and entry in self._protected.entries)
@@ -307,17 +342,23 @@ class DramTier:
         )
 
     def _overdue(self, num_bytes: int) -> Iterator[Source]:
-        """The residents that no caller asked for, the oldest first, if `num_bytes` more of them would exceed half of the arena."""
+        """Yields the records that a prefetch brought and no caller asked for, the oldest first, if they take too much of the arena.
+
+        That is the case if, with `num_bytes` more of them, they would exceed half of the arena.
+        """
         if self._unasked.num_bytes + num_bytes > self._half:
             yield from (entry.source for entry in self._unasked.entries if entry.source is not None)
 
     def _window(self, source: Source, num_bytes: int, movable: Callable[[Entry], bool]) -> list[Extent[Entry]] | None:
-        """The extents to free around a resident, or None when the resident or too many of its neighbours must stay."""
+        """Returns the extents to free so that `num_bytes` fit at a record in DRAM. None when it or too many of its neighbours must stay."""
         entry = self._residents[source]
         return self._extents.window(entry.extent, num_bytes, movable) if movable(entry) else None
 
     def _evict(self, window: list[Extent[Entry]], chosen: Source | None) -> None:
-        """Evicts all residents of a window. Tells the policy that `chosen` was evicted, and that the others were removed."""
+        """Evicts all records of a window (neighbouring extents).
+
+        The policy learns that `chosen`, its own choice, was evicted, and that the others were removed.
+        """
         for extent in window:
             assert extent.owner is not None
             source = extent.owner.source

@@ -1,4 +1,4 @@
-"""The store without gRPC: fetches, promotions to DRAM, pushes and their commits, changes of banks and snapshots.
+"""The store behind gRPC: fetches, promotions (loads into DRAM), pushes and their commits, and changes of banks and snapshots.
 
 Offers `Engine`, which puts the tiers, the index and these parts together. Everything runs on one event loop.
 """

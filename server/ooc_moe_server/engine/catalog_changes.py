@@ -4,8 +4,9 @@
 
 A change is carried to its end even when the caller hangs up. Bytes are never copied: records share slots.
 
-The transaction decides. If the manifests cannot be written after it, the change stands, and the caller gets an error. The manifests stay
-owed, and no other change that adds something begins before they are written.
+The index transaction decides whether the change happens. If the manifests (JSON copies of the index) cannot be written after it, the change
+stands, and the caller gets an error. The manifests stay owed (out of date), and no other change that adds something begins before they are
+written.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ Result = TypeVar("Result")
 
 
 class CatalogChanges:
-    """The calls of BankService and SnapshotService that change banks or snapshots, without gRPC."""
+    """Carries out the calls that change banks or snapshots: one index transaction each, then the manifests, then the catalog in memory."""
 
     def __init__(
         self, catalog: Catalog, committer: Committer, dram: DramTier, nvme: NvmeTier, *, manifests: Manifests, reserve: Reserve
@@ -57,40 +58,57 @@ class CatalogChanges:
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def create_bank(self, spec: BankSpec) -> Bank:
-        """Creates a bank, or returns the existing one if its spec is equal. Raises BankExists, InvalidRequest (records exceed DRAM)."""
+        """Creates a bank, or returns the existing one if its spec is equal.
+
+        Raises:
+            BankExists: a bank of this name has another spec.
+            InvalidRequest: a record of the bank is larger than the DRAM tier.
+        """
         return await self._to_the_end(self._create_bank(spec))
 
     async def grow_bank(self, name: str, num_experts: int) -> Bank:
-        """Raises the number of experts to at least `num_experts`. Raises UnknownBank, InvalidRequest."""
+        """Raises the number of experts of bank `name` to at least `num_experts`. Raises UnknownBank, InvalidRequest."""
         return await self._to_the_end(self._grow_bank(name, num_experts))
 
     async def delete_bank(self, name: str) -> None:
-        """Removes a bank and its part of every snapshot. Raises UnknownBank, NotTheWriter."""
+        """Removes a bank and its part of every snapshot. Raises UnknownBank, NotTheWriter (a writer has it open)."""
         await self._to_the_end(self._delete_bank(name))
 
     async def fork_bank(self, source: str, name: str, snapshot_id: int) -> Bank:
-        """Creates bank `name` from a snapshot of `source` (0: its present state). Raises BankExists, UnknownBank, UnknownSnapshot."""
+        """Creates bank `name` with the experts of bank `source`, as they were in a snapshot, or as they are now if `snapshot_id` is 0.
+
+        Raises BankExists, UnknownBank, UnknownSnapshot.
+        """
         return await self._to_the_end(self._fork_bank(source, name, snapshot_id))
 
     async def create_snapshot(self, names: Sequence[str], name: str) -> Snapshot:
-        """Takes a snapshot of the committed state of all these banks at one moment. Raises UnknownBank, SnapshotExists, InvalidRequest."""
+        """Takes a snapshot of the banks `names`, all as of one moment. Records that are only in memory are written to the disk first.
+
+        `name`: the name of the snapshot. Raises UnknownBank, SnapshotExists, InvalidRequest.
+        """
         return await self._to_the_end(self._create_snapshot(names, name))
 
     async def restore_snapshot(self, snapshot_id: int, writer_id: str) -> Snapshot:
-        """Restores the banks of a snapshot to their state in it, under new versions. Raises UnknownSnapshot, NotTheWriter."""
+        """Gives the experts of a snapshot's banks the records that they had in it, under new versions.
+
+        `writer_id`: the writer that asks; no other writer may have one of the banks open. Raises UnknownSnapshot, NotTheWriter.
+        """
         return await self._to_the_end(self._restore_snapshot(snapshot_id, writer_id))
 
     async def delete_snapshot(self, snapshot_id: int) -> None:
-        """Removes a snapshot. Raises UnknownSnapshot."""
+        """Removes a snapshot and releases its slots. Raises UnknownSnapshot."""
         await self._to_the_end(self._delete_snapshot(snapshot_id))
 
     async def drain(self) -> None:
-        """Returns when no change is under way."""
+        """Waits until no change of banks or snapshots is running."""
         while self._tasks:
             await asyncio.wait(self._tasks)
 
     async def _to_the_end(self, change: Coroutine[Any, Any, Result]) -> Result:
-        """Runs a change in a task of its own: a caller who leaves must not stop it between index and catalog."""
+        """Runs a change in a task of its own, so that a caller who hangs up does not stop it between index and catalog.
+
+        Returns its result.
+        """
         task = asyncio.create_task(self._exclusively(change))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -224,7 +242,10 @@ class CatalogChanges:
         return bank
 
     async def _add_to_index(self, work: Callable[[Index], Result]) -> Result:
-        """Runs a transaction that needs disk space. Refused while the reserve is in use, which is kept for deletions."""
+        """Runs an index transaction that needs disk space.
+
+        It is refused while the disk's reserve, which is kept for deletions, is not full.
+        """
         await self._write_owed_manifests()
 
         def add(index: Index) -> Result:
@@ -234,11 +255,11 @@ class CatalogChanges:
         return await self._committer.on_index(add)
 
     async def _remove_from_index(self, work: Callable[[Index], None]) -> None:
-        """Runs a transaction that frees disk space. It may use the reserve, and so works on a full disk."""
+        """Runs an index transaction that frees disk space. It may use the disk's reserve, and so works on a full disk."""
         await self._committer.on_index(lambda index: self._reserve.run(lambda: work(index)))
 
     async def _write_manifests(self, *, banks: Iterable[Bank] = (), snapshots: Iterable[Snapshot] = ()) -> None:
-        """Makes the manifests of what changed equal to the index. Raises TierFull, Internal; they stay owed then."""
+        """Writes the manifests of changed banks and snapshots. Raises TierFull, Internal; they then stay marked as out of date."""
         for bank in banks:
             self._manifests.owe_bank(bank.uuid)
         for snapshot in snapshots:
@@ -246,14 +267,17 @@ class CatalogChanges:
         await self._write_owed_manifests()
 
     async def _write_owed_manifests(self) -> None:
-        """Writes the owed manifests, if any, and then releases the slots of deleted records. Raises TierFull, Internal."""
+        """Writes the manifests that are out of date, if any, and then releases the slots of deleted records. Raises TierFull, Internal."""
         if self._manifests.is_owing:
             await self._committer.on_index(lambda index: self._reserve.run(lambda: self._manifests.write_owed(index)))
         released, self._released = self._released, []
         self._let_go(released)
 
     def _release(self, records: Iterable[Record]) -> None:
-        """Releases the slots of deleted records, but not while a manifest names them: a rebuild would find other records in these slots."""
+        """Releases the slots of deleted records, but only when no manifest names them any more.
+
+        Otherwise a rebuild could find other records in these slots.
+        """
         if self._manifests.is_owing:
             self._released += records
         else:
@@ -266,7 +290,10 @@ class CatalogChanges:
         return snapshot_part(parts, bank.id, snapshot_id=snapshot_id, bank_name=bank.name)
 
     def _renewed(self, record: Record) -> Record:
-        """The same bytes under a new version. Writer and push number are left out, so that no later push counts as a repeat."""
+        """Returns a record with the same bytes under a new version.
+
+        It names no writer and no push, so that no later push counts as its repeat.
+        """
         return Record(version=self._catalog.take_version(), slot=record.slot, checksums=record.checksums)
 
     def _hold(self, records: Iterable[Record]) -> None:

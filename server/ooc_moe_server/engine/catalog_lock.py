@@ -1,6 +1,6 @@
-"""The lock under which index and catalog change: one commit round, or one change of banks and snapshots, at a time.
+"""The lock under which index and catalog change: one commit round (pushes), or one change of banks and snapshots, at a time.
 
-A change that must see every record in the index lends the lock to the rounds while it waits for write-backs:
+A change that must see every record in the index lends the lock to commit rounds while it waits for unsaved records to be written:
 
     change:  acquire -> lend ........................... -> work -> release
     rounds:                    round, round, round
@@ -14,7 +14,10 @@ from contextlib import asynccontextmanager
 
 
 class CatalogLock:
-    """Lets one commit round or one change run at a time, and delays acknowledgements in memory until no change runs."""
+    """Lets one commit round or one change of banks and snapshots run at a time.
+
+    It also delays the acknowledgement of pushes in memory while such a change runs.
+    """
 
     def __init__(self) -> None:
         self._lock = asyncio.Lock()  # Held by a round, or by a change that has not lent it.
@@ -25,18 +28,18 @@ class CatalogLock:
 
     @property
     def is_changing(self) -> bool:
-        """Whether a change of banks or snapshots is under way."""
+        """Whether a change of banks or snapshots is running."""
         return not self._no_change.is_set()
 
     @asynccontextmanager
     async def round(self) -> AsyncIterator[None]:
-        """Holds the lock for one commit round."""
+        """Holds the lock for one commit round (the commit of waiting pushes) while the context is open."""
         async with self._lock:
             yield
 
     @asynccontextmanager
     async def change(self) -> AsyncIterator[None]:
-        """Holds the lock for one change of banks or snapshots."""
+        """Holds the lock for one change of banks or snapshots while the context is open."""
         async with self._lock:
             await self._returned.wait_for(lambda: not self._is_lent)
             self._no_change.clear()
@@ -47,7 +50,7 @@ class CatalogLock:
 
     @asynccontextmanager
     async def lent_to_rounds(self) -> AsyncIterator[None]:
-        """For a caller inside `change`: rounds may run inside this context, but no other change begins."""
+        """Releases the lock to commit rounds while the context is open, for a caller inside `change`. No other change begins meanwhile."""
         self._is_lent = True
         self._lock.release()
         try:
@@ -58,6 +61,6 @@ class CatalogLock:
             self._returned.notify_all()
 
     async def wait_until_unchanging(self) -> None:
-        """Returns when no change is under way, so that a record may become visible outside of a round."""
+        """Waits until no change of banks or snapshots is running. Call it before a record becomes visible outside of a commit round."""
         while self.is_changing:
             await self._no_change.wait()

@@ -1,4 +1,4 @@
-"""Group commit: one round makes durable every record that waits, and puts all of them into the index in one transaction.
+"""Group commit: one round makes all waiting records durable, and puts them into the index in one transaction.
 
     join -> round:  fdatasync each slab -> one index transaction -> visible, acknowledged
                         |
@@ -31,7 +31,7 @@ SYNC_TRIES = 3
 
 
 class CommitRounds:
-    """Runs rounds, one after the other, as long as pushes wait."""
+    """Commits written pushes in rounds: each round takes all that wait, and the next one begins when it has ended."""
 
     def __init__(
         self,
@@ -50,7 +50,10 @@ class CommitRounds:
         self._task: asyncio.Task[None] | None = None
 
     async def join(self, push: Push) -> None:
-        """Returns when a round has committed a written push, or found that a newer record replaced it. Raises the error of a refusal."""
+        """Waits until a round has committed a push whose record is written, or has found that a newer record replaced it.
+
+        Raises the error if the push is refused.
+        """
         result: asyncio.Future[OocMoeError | None] = asyncio.get_running_loop().create_future()
         self._results[push] = result
         self._waiting.append(push)
@@ -60,7 +63,7 @@ class CommitRounds:
             raise error
 
     async def finish(self) -> None:
-        """Returns when the last round has ended."""
+        """Waits until the last round has ended."""
         if self._task:
             await self._task
 
@@ -75,13 +78,13 @@ class CommitRounds:
                         self._end_join(push, self._index.translated(error, "commit"))
 
     def _end_join(self, push: Push, error: OocMoeError | None) -> None:
-        """Lets `join` of a push return, or raise `error`; does nothing if it has ended already."""
+        """Lets the call of `join` for a push return, or raise `error`. Does nothing if that call has ended already."""
         result = self._results.pop(push, None)
         if result is not None and not result.done():
             result.set_result(error)
 
     def _next_batch(self) -> list[Push]:
-        """Takes the next pushes to commit, at most one for each expert, from those that wait."""
+        """Takes the next pushes to commit from those that wait, at most one for each expert."""
         candidates = [self._waiting.popleft() for _ in range(min(len(self._waiting), ROUND_MAX))]
         current = [push for push in candidates if self._is_current(push)]
         # The commit of a durable push replaces the unsaved record of the same expert. Until then, the unsaved record keeps waiting.
@@ -93,7 +96,10 @@ class CommitRounds:
         return batch
 
     def _is_current(self, push: Push) -> bool:
-        """Whether a push is still to be committed. If the bank was restored or deleted, or a newer push came, its `join` ends here."""
+        """Whether a push is still to be committed.
+
+        It is not if its bank was restored or deleted, or if a newer push came; its `join` then ends.
+        """
         if push.is_acknowledged_unsaved:
             if push not in self._unsaved:
                 self._end_join(push, None)
@@ -106,7 +112,10 @@ class CommitRounds:
         return True
 
     async def _make_durable(self, batch: list[Push]) -> list[Push]:
-        """Syncs the slabs of a batch, and writes records anew after a failed sync. Returns the durable pushes; `join` raises for others."""
+        """Syncs the slabs of a batch of pushes, and writes their records anew after a failed sync.
+
+        Returns the pushes whose records are durable; `join` raises for the rest.
+        """
         durable: list[Push] = []
         failed: dict[int, OSError] = {}
         for _ in range(SYNC_TRIES):
@@ -125,7 +134,10 @@ class CommitRounds:
         return durable
 
     async def _write_anew_if_doubtful(self, push: Push) -> bool:
-        """Writes a record to another slot if a sync failed after its last write. Returns False if that failed; `join` has ended then."""
+        """Writes the record of a push to another slot if a sync failed after its last write, so that its bytes may be lost.
+
+        Returns False if that failed; the call of `join` has then ended with the error.
+        """
         assert push.slot is not None
         if not self._nvme.is_doubtful(push.slot, push.epoch):
             return True
@@ -139,7 +151,7 @@ class CommitRounds:
         return True
 
     async def _commit(self, batch: list[Push]) -> None:
-        """Puts durable records into the index in one transaction, and makes them visible."""
+        """Puts the records of pushes, whose bytes are durable, into the index in one transaction. Then makes them visible to fetches."""
         if not batch:
             return
         began = self._stats.clock()
@@ -161,7 +173,7 @@ class CommitRounds:
             self._end_join(push, None)
 
     def _show(self, push: Push) -> None:
-        """Makes a committed durable push visible, and releases the slot of the record that it replaced."""
+        """Makes the record of a committed durable push visible to fetches, and releases the slot of the record that it replaced."""
         bank, expert = push.bank, push.expert
         older = self._unsaved.pop(bank, expert)
         if older:
@@ -172,7 +184,7 @@ class CommitRounds:
         self._slots.hand_over(push, older.indexed if older else replaced)
 
     def _mark_saved(self, push: Push) -> None:
-        """Makes an unsaved record, which is committed now, an ordinary record of the same version."""
+        """Turns the record of a MEMORY push, which is committed now, from an unsaved into an ordinary record of the same version."""
         bank, expert, record = push.bank, push.expert, push.record()
         newest = self._unsaved.newest(bank, expert)
         assert newest is not None

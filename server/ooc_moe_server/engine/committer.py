@@ -1,10 +1,10 @@
-"""How a received push becomes a record: durable before its acknowledgement, or after it.
+"""Turns received pushes into records. A DURABLE push is acknowledged after its commit; a MEMORY push before it.
 
     DURABLE   submit -> verify, write -> round (commit_rounds.py) -> visible, acknowledged
     MEMORY    submit -> verify -> visible, acknowledged, pinned (write_behind.py) -> write -> round -> an ordinary record
 
-Every change of the index runs under one lock (catalog_lock.py), so that a round sees a catalog that stands still. push.py draws the states
-of a push.
+Every change of the index runs under one lock (catalog_lock.py), so that the catalog does not change during a commit round. push.py draws
+the states of a push.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ DRAIN_TRIES = 3
 
 
 class Committer:
-    """Carries every push to its end, and lets others change the index between rounds."""
+    """Carries every received push to its end: verified, written, committed. Also runs other changes of the index, between commit rounds."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Committer:
         *,
         bank_bytes: int | None = None,
     ) -> None:
-        """`bank_bytes`: the most that the records of one bank may take."""
+        """`bank_bytes`: the most bytes that the records of one bank may take; None: no limit."""
         self._dram, self._nvme, self._bank_bytes = dram, nvme, bank_bytes
         self._lock = CatalogLock()
         self._index = IndexThread(catalog, index, index_executor, nvme)
@@ -65,19 +65,22 @@ class Committer:
 
     @property
     def num_in_flight(self) -> int:
-        """Pushes received and not yet durable."""
+        """The number of pushes that were received and have not ended yet: they are not committed, refused or dropped."""
         return len(self._tasks)
 
     @property
     def unsaved_bytes(self) -> int:
-        """Bytes acknowledged in memory and not yet durable."""
+        """The number of bytes that were acknowledged in memory and are not durable yet."""
         return self._unsaved.num_bytes
 
     @asynccontextmanager
     async def exclusive(self) -> AsyncIterator[None]:
-        """Holds the lock for one change of banks or snapshots: inside, no round runs and no push becomes visible.
+        """Holds the lock for one change of banks or snapshots.
 
-        A change may replace records and delete banks that have unsaved records. These are dropped when the change ends.
+        While the context is open, no push is committed or becomes visible to fetches.
+
+        The change may replace records and delete banks that have unsaved records (acknowledged in memory only). These are dropped when it
+        ends.
         """
         async with self._lock.change():
             try:
@@ -86,7 +89,9 @@ class Committer:
                 self._write_behind.drop_replaced()
 
     async def write_back(self, banks: Collection[Bank] | None = None) -> None:
-        """Returns when these banks (None: all) have no unsaved record. Call it first inside `exclusive`: rounds run meanwhile.
+        """Writes the unsaved records of these banks (None: of all banks) to the disk, and returns when they have none left.
+
+        Call it first inside `exclusive`; commit rounds run meanwhile.
 
         Raises:
             TierFull, Internal: a record could not be written; it stays in memory.
@@ -94,7 +99,7 @@ class Committer:
         await self._write_behind.flush(banks)
 
     async def on_index(self, work: Callable[[Index], Result]) -> Result:
-        """Runs `work` on the index's thread. Raises TierFull (disk full) or Internal."""
+        """Runs `work` with the index on the index's thread, and returns its result. Raises TierFull (disk full) or Internal."""
         return await self._index.run(work)
 
     def check_quota(self, bank: Bank, expert: int) -> None:
@@ -112,7 +117,10 @@ class Committer:
             )
 
     def submit(self, push: Push) -> None:
-        """Takes over a received push, even if its sender leaves. The push's `outcome` tells how it ended."""
+        """Starts to verify, write and commit a received push, and returns at once. It is carried to its end even if its sender leaves.
+
+        The push's `outcome` tells how it ended.
+        """
         push.bank.pushing[push.expert] = push
         task = asyncio.create_task(self._carry(push))
         self._tasks[task] = push
@@ -137,7 +145,7 @@ class Committer:
         await self._rounds.finish()
 
     async def _carry(self, push: Push) -> None:
-        """Carries a push from its receipt to its end."""
+        """Carries a push from its receipt to its end: committed, refused or dropped."""
         record_bytes = push.bank.layout.record_bytes
         is_behind = push.in_memory and self._unsaved.reserve(record_bytes)
         try:
@@ -157,7 +165,7 @@ class Committer:
             self._dram.unpin(push.entry)
 
     async def _commit(self, push: Push) -> None:
-        """Writes a push and commits it, which acknowledges it. Raises the error that refuses the push."""
+        """Writes the record of a push to the disk and commits it, which acknowledges the push. Raises the error that refuses the push."""
         await self._slots.allocate(push)
         push.version = await self._index.take_version()
         push.enter(PushState.WRITING)

@@ -1,9 +1,9 @@
-"""The store, put together from its parts: catalog, index, DRAM tier, NVMe tier, promotions, committer, changes. It has no gRPC.
+"""Puts the store together from its parts: catalog, index, DRAM tier, NVMe tier, promotions, committer, changes. It has no gRPC.
 
     fetch:  catalog -> DRAM, or else promotion from NVMe or from the seed -> DRAM
     push:   writer -> committer -> NVMe, index, catalog, DRAM
 
-All of it lives on one event loop. `Engine.open` reads the data directory; `close` leaves nothing unwritten.
+All parts run on one event loop. `Engine.open` reads the data directory; `Engine.close` leaves nothing unwritten.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PATIENCE_S = 2.0
 
 
 class Engine:
-    """An open store. Call `Engine.open` to make one."""
+    """An open store: serves fetches, prefetches and pushes, and holds the parts that do the work. Call `Engine.open` to make one."""
 
     def __init__(
         self,
@@ -72,7 +72,20 @@ class Engine:
         bank_bytes: int | None = None,
         patience_s: float = PATIENCE_S,
     ) -> Engine:
-        """Allocates the arena and reads the index. Raises TierFull (no memory) or CorruptRecord (the index is damaged)."""
+        """Opens the store in `data_dir`, or creates it: allocates the memory of the DRAM tier, and reads the index.
+
+        Args:
+            data_dir: The data directory, which the caller must have locked.
+            dram_bytes: The size of the DRAM tier.
+            dram_policy: The eviction policy of the DRAM tier: "lru" or "s3fifo".
+            nvme_bytes: The most bytes of all records in files; None: as much as the disk holds.
+            bank_bytes: The most bytes of the records of one bank; None: no limit.
+            patience_s: How long a call waits for room in DRAM before it gets TierFull.
+
+        Raises:
+            TierFull: there is not enough memory, or the disk is full.
+            CorruptRecord: the index is damaged.
+        """
         loop = asyncio.get_running_loop()
         index_executor = ThreadPoolExecutor(1, thread_name_prefix="index")
         arena = await loop.run_in_executor(None, Arena, dram_bytes)
@@ -97,7 +110,7 @@ class Engine:
         return engine
 
     async def close(self) -> None:
-        """Finishes the pushes and changes under way, writes unsaved records back, then closes the files."""
+        """Finishes the pushes and changes under way, writes records that are only in memory to the disk, and closes the files."""
         await self.promotions.drain()
         await self.changes.drain()
         await self.committer.drain()
@@ -108,7 +121,13 @@ class Engine:
         self.arena.close()
 
     def open_writer(self, bank: str, writer_id: str, scopes: Scopes, *, session: Staging | None = None) -> Writer:
-        """Acquires the bank's lease for a stream of pushes, which may be staged in `session`.
+        """Opens a bank for a stream of pushes by one writer, which gets the bank's lease: no other writer can push until it is closed.
+
+        Args:
+            bank: The name of the bank.
+            writer_id: The name of the writer.
+            scopes: The counters that the pushes are added to.
+            session: The local session in whose memory records may be staged; None: all records come in chunks.
 
         Raises:
             UnknownBank, NotTheWriter, InvalidRequest: the writer cannot be opened.
@@ -127,7 +146,16 @@ class Engine:
     def fetch(
         self, bank: Bank, experts: Sequence[int], *, known_versions: Sequence[int], demand: bool, section_bytes: int, scopes: Scopes
     ) -> Fetch:
-        """Checks a fetch and makes it ready to run. Raises UnknownExpert, InvalidRequest."""
+        """Checks a fetch request and makes a `Fetch`, which is then run by the caller. Raises UnknownExpert, InvalidRequest.
+
+        Args:
+            bank: The bank of the experts.
+            experts: The ids of the experts.
+            known_versions: For each expert, the version that the caller holds already; empty when it holds none.
+            demand: Whether the caller waits for the experts now; False for speculation.
+            section_bytes: The bytes that are sent of each record, for the counters.
+            scopes: The counters that the fetch is added to.
+        """
         return Fetch(
             bank,
             experts,
@@ -143,7 +171,11 @@ class Engine:
     def prefetch(
         self, bank: Bank, experts: Sequence[int], *, deadline_s: float | None, priority: int = 0, scopes: Scopes
     ) -> list[expert_pb2.PrefetchState.ValueType]:
-        """Queues promotions, and returns at once the state of each: resident, queued or rejected. Raises UnknownExpert."""
+        """Queues experts to be loaded into DRAM. Returns at once the state of each: resident, queued or rejected. Raises UnknownExpert.
+
+        A prefetch that did not start within `deadline_s` seconds is dropped. Higher priorities start first. `scopes`: the counters that the
+        prefetches are added to.
+        """
         bank.check(experts)
         scopes.count("prefetch_requested", len(experts))
         deadline = None if deadline_s is None else self.stats.clock() + deadline_s
@@ -163,7 +195,7 @@ class Engine:
         return expert_pb2.PREFETCH_REJECTED
 
     def list_experts(self, bank: Bank, start: int, page_size: int) -> expert_pb2.ListExpertsResponse:
-        """Returns a page of the experts of a bank, by id. Raises InvalidRequest for a page of more than 1000."""
+        """Returns a page of the experts of a bank, from id `start` on. Raises InvalidRequest for a page of more than 1000 experts."""
         if page_size > PAGE_EXPERTS_MAX:
             raise InvalidRequest(f"page_size: {page_size} is more than {PAGE_EXPERTS_MAX}")
         end = min(start + (page_size or PAGE_EXPERTS_MAX), bank.num_experts)
@@ -186,7 +218,7 @@ class Engine:
         )
 
     def snapshot_stats(self) -> stats_pb2.Stats:
-        """Returns every counter, as of now. The daemon adds what only it knows."""
+        """Returns all counters, as of now. The caller adds those that only the daemon knows, such as its version."""
         banks = [
             stats_pb2.BankStats(
                 bank=bank.name,

@@ -1,8 +1,8 @@
 """One fetch of several experts. This is a FetchExperts call without gRPC.
 
-Experts come in the fastest order: first the unchanged ones, then DRAM residents, then the others as they arrive from NVMe or from the seed.
-A fetch reads a few records ahead. It pins only those and the records that it hands out, so that a call may fetch more than the DRAM tier
-holds.
+Experts come in the fastest order: first those whose version the caller has already, then those in DRAM, then the rest as they arrive from
+NVMe or are made from the seed. A fetch reads a few records ahead. It pins only those and the records that it hands out, so that a call may
+fetch more than the DRAM tier holds.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ Room = Callable[[], Awaitable[int]]
 
 @dataclass(slots=True)
 class Served:
-    """One expert of a fetch. `entry` is pinned; it is None when the expert is unchanged or damaged."""
+    """The result for one expert of a fetch: its version, and its pinned entry in DRAM, or the error.
+
+    `entry` is None when the caller has this version already, or when there is an error.
+    """
 
     expert: int
     version: int
@@ -45,7 +48,7 @@ class Served:
 
 
 class Fetch:
-    """One call. Run either `experts()` or `batches()`, once."""
+    """Serves one call that fetches experts. Run either `experts()` or `batches()`, once."""
 
     def __init__(
         self,
@@ -60,7 +63,19 @@ class Fetch:
         promotions: Promotions,
         stats: Stats,
     ) -> None:
-        """Checks the request. Raises UnknownExpert, InvalidRequest."""
+        """Checks the request. Raises UnknownExpert, InvalidRequest.
+
+        Args:
+            bank: The bank of the experts.
+            experts: The ids of the experts, each once.
+            known_versions: For each expert, the version that the caller holds already; empty when it holds none.
+            demand: Whether the caller waits for the experts now; False for speculation, which may use less room.
+            section_bytes: The bytes that are sent of each record, for the counters.
+            scopes: The counters that the fetch is added to.
+            dram: The DRAM tier, in which records are pinned.
+            promotions: Loads records into DRAM.
+            stats: The daemon's counters.
+        """
         if not experts or len(set(experts)) != len(experts):
             raise InvalidRequest(f"experts: {len(experts)} ids, {len(set(experts))} of them different; at least one, each once")
         if known_versions and len(known_versions) != len(experts):
@@ -72,7 +87,7 @@ class Fetch:
         self._known = dict(zip(experts, known_versions or [HOLDS_NONE] * len(experts), strict=True))
 
     async def experts(self) -> AsyncGenerator[Served, None]:
-        """Yields each expert once, pinned until the next is asked for. Close the generator to drop the rest.
+        """Yields the result for each expert. Its record is pinned until the next one is asked for. Close the generator to drop the rest.
 
         Raises:
             TierFull: pins left no room for too long.
@@ -88,7 +103,11 @@ class Fetch:
                             self._dram.unpin(served.entry)
 
     async def batches(self, room: Room) -> AsyncGenerator[list[Served], None]:
-        """Like `experts`, but yields as many at once as are ready and `room` allows, and leaves their pins to the caller."""
+        """Like `experts`, but yields lists: all results that are ready, up to the number that `room` returns.
+
+        `room` is called before each list, and may wait until the caller can take more. The caller gets the pins of the records, and must
+        release them.
+        """
         self._scopes.count("fetched_experts", len(self._known))
         unchanged, residents, missing = self._sorted()
         if unchanged:
@@ -115,7 +134,7 @@ class Fetch:
             await self._abandon([*ahead, *arrived])
 
     def sent(self, batch: Sequence[Served], *, leased: bool = False) -> None:
-        """Counts the bytes and latencies of experts that were sent to the caller."""
+        """Counts the bytes and the latencies of a batch that was sent to the caller. `leased`: it was sent as leases of shared memory."""
         num_bytes = self._section_bytes * sum(served.entry is not None for served in batch)
         self._scopes.count("fetched_bytes", num_bytes)
         if leased:
@@ -125,7 +144,10 @@ class Fetch:
                 self._stats.add_latency(_LATENCY[served.tier], served.began)
 
     def _sorted(self) -> tuple[list[Served], deque[_Resident], deque[int]]:
-        """Sorts the experts into unchanged, resident, and missing. Touches residents, so that this call's misses evict them last."""
+        """Sorts the experts into unchanged (the caller has the version), resident in DRAM, and missing from DRAM.
+
+        Also counts a use of the resident ones, so that this call's own misses evict them last.
+        """
         bank = self._bank
         unchanged: list[Served] = []
         residents: deque[_Resident] = deque()
@@ -142,7 +164,10 @@ class Fetch:
         return unchanged, residents, missing
 
     def _pin_residents(self, residents: deque[_Resident], missing: deque[int], limit: int) -> list[Served]:
-        """Pins the next residents. One that was evicted meanwhile becomes missing: to wait here could mean to wait for our own pins."""
+        """Pins the next records that were in DRAM, at most `limit`. One that was evicted meanwhile is added to `missing`.
+
+        To wait for it here could mean to wait for our own pins.
+        """
         bank, began = self._bank, self._stats.clock()
         batch: list[Served] = []
         bank.check(())
@@ -159,7 +184,9 @@ class Fetch:
         return batch
 
     def _with_room(self, batch: list[Served], missing: deque[int]) -> list[Served]:
-        """Removes the experts that found no room from the batch. The pins in the way may be our own, so they are tried again, alone.
+        """Returns the batch without the experts that found no room in DRAM.
+
+        These are queued to be tried again one at a time, because this call's own pins may be in the way.
 
         Raises:
             TierFull: an expert found no room although it was alone.
@@ -177,7 +204,7 @@ class Fetch:
             ahead.add(asyncio.create_task(self._acquire(missing.popleft())))
 
     async def _acquire(self, expert: int) -> Served:
-        """Pins the expert's present record in DRAM, and promotes it first if it is not resident."""
+        """Pins the current record of an expert in DRAM, and loads it first if it is not there. A failure becomes the result's `error`."""
         record = self._bank.record(expert)
         served = Served(expert, record.version, self._tier(expert, record), self._stats.clock())
         try:
@@ -195,7 +222,7 @@ class Fetch:
         return expert_pb2.TIER_NVME if record.slot else expert_pb2.TIER_SEED
 
     def _counted(self, batch: list[Served]) -> list[Served]:
-        """Counts the demands of a batch by the tier that held the record; returns the batch."""
+        """Adds the experts of a batch to the counters of hits and misses, by the tier that held each record. Returns the batch."""
         if self._demand:
             tiers = [served.tier for served in batch]
             num_nvme, num_seeded = tiers.count(expert_pb2.TIER_NVME), tiers.count(expert_pb2.TIER_SEED)
@@ -208,7 +235,7 @@ class Fetch:
         return batch
 
     async def _abandon(self, tasks: Sequence[asyncio.Task[Served]]) -> None:
-        """Cancels reads, and unpins the records of those that have arrived."""
+        """Cancels reads that are under way, and unpins the records of those that have ended."""
         for task in tasks:
             task.cancel()
         for outcome in await asyncio.gather(*tasks, return_exceptions=True):
@@ -217,7 +244,10 @@ class Fetch:
 
 
 def _landed(arrived: deque[asyncio.Task[Served]], limit: int) -> list[Served]:
-    """Takes the results of the first tasks. Stops before a failed task, and raises its error in the next call, so that no pin is lost."""
+    """Takes the results of up to `limit` finished reads.
+
+    Stops before a failed read. The next call raises its error, so that no pinned record is lost.
+    """
     batch: list[Served] = []
     while arrived and len(batch) < limit and not (batch and arrived[0].exception()):
         batch.append(arrived.popleft().result())
@@ -225,5 +255,5 @@ def _landed(arrived: deque[asyncio.Task[Served]], limit: int) -> list[Served]:
 
 
 async def _one() -> int:
-    """A `Room` for one record at a time."""
+    """Implements `Room`, the limit on the results that are yielded at once: always allows one."""
     return 1

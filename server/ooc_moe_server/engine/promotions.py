@@ -4,11 +4,13 @@
                                      -> I/O threads -> DRAM
     speculation queue, by priority -/
 
+A demand is a fetch whose caller waits for the record now; speculation is a prefetch, or a fetch that is not urgent.
+
 - Up to READS_MAX demand reads run at once. Speculative reads under way take none of these places.
 - A speculative read starts only while no demand waits, in a place that demand leaves free. It never waits for room in DRAM.
 - Both queues are bounded.
 
-Event loop only; the bytes move in the I/O threads.
+To be used on the event loop only; the bytes move in the I/O threads.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ RETRY_AFTER_MS = 100
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Job:
-    """The promotion of one record, for its waiters, for a prefetch, or for both."""
+    """The promotion of one record into DRAM, for the callers who wait for it, for a prefetch, or for both."""
 
     source: Source
     bank: Bank
@@ -54,18 +56,18 @@ class Job:
 
     @property
     def is_awaited(self) -> bool:
-        """Whether a caller still waits for the record."""
+        """Whether any caller still waits for the record."""
         return any(not waiter.done() for waiter in self.waiters)
 
     @property
     def is_outdated(self) -> bool:
-        """Whether this record is not the current one of the expert any more."""
+        """Whether the record is no longer the current one of its expert, or the expert does not exist any more."""
         bank = self.bank
         return bank.deleted or self.expert >= bank.num_experts or bank.source(self.expert, bank.record(self.expert)) != self.source
 
 
 class Speculation:
-    """The queue of speculative jobs: higher priorities first, and among equal priorities the earlier job first."""
+    """The queue of promotions that nobody urgently waits for. Higher priorities come first, and among equal priorities the earlier job."""
 
     def __init__(self) -> None:
         self._jobs: dict[int, OrderedDict[Source, Job]] = {}  # By priority; none is empty.
@@ -82,12 +84,12 @@ class Speculation:
         return job.source in self._jobs.get(job.priority, ())
 
     def add(self, job: Job) -> None:
-        """Appends a job to the queue of its priority."""
+        """Appends a job behind the jobs of the same priority."""
         self._jobs.setdefault(job.priority, OrderedDict())[job.source] = job
         self._length += 1
 
     def remove(self, job: Job) -> None:
-        """Removes a job, wherever it stands in the queue."""
+        """Removes a job from the queue, wherever it stands."""
         equals = self._jobs[job.priority]
         del equals[job.source]
         if not equals:
@@ -95,15 +97,15 @@ class Speculation:
         self._length -= 1
 
     def first(self) -> Job:
-        """The job to start next."""
+        """Returns the job to start next. The queue must not be empty."""
         return next(iter(self._jobs[max(self._jobs)].values()))
 
 
 class Promotions:
-    """The promotion queues, and the reads under way."""
+    """Loads records into DRAM (promotes them): keeps the queues of promotions, and runs the reads from NVMe."""
 
     def __init__(self, dram: DramTier, nvme: NvmeTier, stats: Stats, *, patience_s: float) -> None:
-        """`patience_s`: how long a demand waits for pins to be released before it gets TierFull."""
+        """`patience_s`: how long a demand waits for room in DRAM (for pins to be released) before it gets TierFull."""
         self._dram, self._nvme, self._stats, self._patience_s = dram, nvme, stats, patience_s
         self._jobs: dict[Source, Job] = {}  # Queued and under way.
         self._demand: OrderedDict[Source, Job] = OrderedDict()
@@ -116,11 +118,13 @@ class Promotions:
 
     @property
     def num_prefetch(self) -> int:
-        """Jobs that are not urgent, queued or under way."""
+        """The number of promotions, queued or under way, that no demand has asked for."""
         return len(self._jobs) - self.num_demand
 
     async def promote(self, bank: Bank, expert: int, record: Record, *, urgent: bool) -> Entry:
-        """Waits until the record is in DRAM; returns its entry, pinned for the caller.
+        """Loads a record into DRAM unless it is being loaded already, waits for it, and returns its entry, pinned for the caller.
+
+        `urgent`: the caller waits for it now (a demand). Without it, the promotion waits in the speculation queue.
 
         Raises:
             CorruptRecord: the record is damaged or cannot be read.
@@ -150,10 +154,10 @@ class Promotions:
         return entry
 
     def prefetch(self, bank: Bank, expert: int, record: Record, scopes: Scopes, deadline: float | None, priority: int = 0) -> bool:
-        """Queues a promotion; returns False when the queue is full.
+        """Queues the promotion of a record to DRAM without waiting for it. Returns False when the queue is full.
 
-        A record that is queued or under way already is not queued twice: its job gets the higher of both priorities and the later of both
-        deadlines.
+        `scopes`: the counters of the caller. `deadline`: a prefetch that has not started by then is dropped. A record that is queued or
+        under way already is not queued twice: its job gets the higher of both priorities and the later of both deadlines.
         """
         job = self._job(bank, expert, record)
         deadline = math.inf if deadline is None else deadline
@@ -177,13 +181,13 @@ class Promotions:
         """Cancels queued promotions that no caller waits for: of these experts, or of the whole bank when `experts` is empty.
 
         Returns:
-            How many were cancelled.
+            How many promotions were cancelled.
         """
         wanted = set(experts)
         return self._abandon_all(lambda job: job.bank is bank and (not wanted or job.expert in wanted) and not job.is_awaited)
 
     async def drain(self) -> None:
-        """Cancels the queued promotions that no caller waits for, and returns when no read is under way."""
+        """Cancels the queued promotions that no caller waits for, and waits until no read is under way."""
         self._abandon_all(lambda job: not job.is_awaited)
         while reads := self._demand_reads | self._speculative_reads:
             await asyncio.wait(reads)
@@ -193,12 +197,12 @@ class Promotions:
         return self._jobs.get(source) or Job(source=source, bank=bank, expert=expert, checksums=record.checksums)
 
     def _queue_speculation(self, job: Job) -> None:
-        """Puts a new job into the speculation queue."""
+        """Adds a new job to the speculation queue."""
         self._admit(job)
         self._speculation.add(job)
 
     def _admit(self, job: Job) -> None:
-        """Registers a new job, and holds its slot so that the record stays readable."""
+        """Registers a new job, and adds a reference to its slot so that the record stays readable."""
         self._jobs[job.source] = job
         if isinstance(job.source, Slot):
             self._nvme.hold(job.source)
@@ -210,7 +214,7 @@ class Promotions:
             self._nvme.let_go(job.source)
 
     def _demand_now(self, job: Job) -> None:
-        """Makes a job urgent: moves it to the demand queue, unless its read is under way."""
+        """Makes a job urgent: moves it to the demand queue, unless it is being read already."""
         if job.source not in self._jobs:
             self._admit(job)
             self._demand[job.source] = job
@@ -221,28 +225,31 @@ class Promotions:
         job.urgent = True
 
     def _has_place(self) -> bool:
-        """Whether the queue has room for one more prefetch. A full queue first drops the prefetches whose deadline has passed."""
+        """Whether the speculation queue has room for one more prefetch.
+
+        A full queue first drops the prefetches whose deadline has passed.
+        """
         if len(self._speculation) >= PREFETCH_QUEUE_MAX and self._stats.clock() > self._first_deadline:
             self._abandon_all(self._is_needless)
             self._first_deadline = min((job.deadline for job in self._speculation), default=math.inf)
         return len(self._speculation) < PREFETCH_QUEUE_MAX
 
     def _abandon_all(self, condition: Callable[[Job], bool]) -> int:
-        """Drops the jobs of the speculation queue that meet a condition; returns how many."""
+        """Drops the jobs of the speculation queue that meet a condition. Returns how many were dropped."""
         jobs = [job for job in self._speculation if condition(job)]
         for job in jobs:
             self._abandon(job)
         return len(jobs)
 
     def _abandon(self, job: Job) -> None:
-        """Drops a job of the speculation queue."""
+        """Drops a job of the speculation queue, and counts its prefetch as cancelled."""
         self._speculation.remove(job)
         self._forget(job)
         if job.prefetch:
             job.prefetch.count("prefetch_cancelled")
 
     def _start_reads(self) -> None:
-        """Starts every queued job that may start now."""
+        """Starts the queued jobs that may start now: demands first, then speculation in the places that demands leave free."""
         while self._demand and len(self._demand_reads) < READS_MAX:
             self._start(self._demand.popitem(last=False)[1], self._demand_reads)
         while self._speculation and self._may_speculate():
@@ -258,7 +265,10 @@ class Promotions:
         return num_free > 0 and len(self._speculative_reads) < SPECULATIVE_READS_MAX
 
     def _is_needless(self, job: Job) -> bool:
-        """Whether no caller waits for the record and no prefetch wants it: none was asked, its deadline passed, or it is outdated."""
+        """Whether a job has no purpose any more: no caller waits for its record, and no prefetch wants it.
+
+        No prefetch wants it if none was asked for, if its deadline has passed, or if the record is outdated.
+        """
         return not job.is_awaited and (job.prefetch is None or self._stats.clock() > job.deadline or job.is_outdated)
 
     def _start(self, job: Job, reads: set[asyncio.Task[None]]) -> None:
@@ -283,7 +293,7 @@ class Promotions:
             self._forget(job)
 
     async def _fill(self, job: Job) -> Entry:
-        """Reserves a staging entry and fills it with the record."""
+        """Reserves room in DRAM for the record of a job, and reads or computes the record into it. Returns its staging entry."""
         num_bytes = job.bank.layout.record_bytes
         if job.urgent:
             entry = await self._dram.reserve_soon(num_bytes, self._patience_s if job.is_awaited else 0.0)
@@ -300,7 +310,7 @@ class Promotions:
         return entry
 
     async def _read(self, job: Job, slot: Slot, entry: Entry) -> None:
-        """Reads a record from its slot and verifies it. Raises CorruptRecord."""
+        """Reads the record of a job from its slot into an entry, and verifies it. Raises CorruptRecord."""
         began = self._stats.clock()
         layout, expected = job.bank.layout, job.checksums
         assert expected is not None
@@ -315,7 +325,10 @@ class Promotions:
         self._stats.add_latency("nvme_read", began)
 
     def _deliver(self, job: Job, entry: Entry) -> None:
-        """Publishes a filled entry, unless only an outdated prefetch wanted it, and gives each waiter a pin."""
+        """Makes a filled entry resident in DRAM, and gives it to each waiting caller with a pin.
+
+        If no caller waits and the record is outdated, the entry is dropped.
+        """
         assert entry.checksums is not None
         waiters = [waiter for waiter in job.waiters if not waiter.done()]
         scopes = None if waiters else job.prefetch
@@ -333,7 +346,7 @@ class Promotions:
         self._dram.unpin(entry)
 
     def _fail(self, job: Job, error: Exception) -> None:
-        """Raises the error in every waiter."""
+        """Raises the error in every caller that waits for the job."""
         for waiter in job.waiters:
             if not waiter.done():
                 waiter.set_exception(error)
@@ -342,7 +355,7 @@ class Promotions:
 
 
 def _materialise(job: Job, entry: Entry) -> Checksums:
-    """Writes the seeded value into an entry; returns its checksums."""
+    """Computes the initial value of a job's expert from the bank's seed, and writes it into the entry. Returns its checksums."""
     layout = job.bank.layout
     layout.initialize(entry.body, seed=job.bank.spec.seed, expert=job.expert)
     return Checksums.of(layout, entry.body)

@@ -28,7 +28,7 @@ from ooc_moe_wire.rules import check_base_version
 
 
 class PushState(Enum):
-    """How far a push has come. The module docstring draws the order."""
+    """How far a push has come. The docstring of the module push.py draws the order of the states."""
 
     RECEIVED = auto()  # All bytes have arrived. They are verified; a slot and a version are taken.
     WRITING = auto()  # The record is written to its slot.
@@ -57,7 +57,10 @@ _ACKNOWLEDGED_UNSAVED = {PushState.UNSAVED, PushState.WRITING_BACK, PushState.SA
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Push:
-    """One push under way. `outcome` becomes the version, or the error that refused the push."""
+    """One push of one expert that is under way: its record, its state, and its slot on the disk.
+
+    `outcome` becomes the new version, or the error that refused the push.
+    """
 
     bank: Bank
     expert: int
@@ -76,39 +79,39 @@ class Push:
 
     @property
     def name(self) -> str:
-        """The push as messages name it."""
+        """The text by which messages name this push: its bank, its expert and its number."""
         return f"bank {self.bank.name!r}, expert {self.expert}, push {self.push_number}"
 
     @property
     def is_durable(self) -> bool:
-        """Whether the record is in the index."""
+        """Whether the pushed record is in the index, so that it survives a crash."""
         return self.state is PushState.COMMITTED
 
     @property
     def is_acknowledged_unsaved(self) -> bool:
-        """Whether the push was acknowledged in memory and is not in the index yet."""
+        """Whether the push was acknowledged while its record is only in memory, and is not in the index yet."""
         return self.state in _ACKNOWLEDGED_UNSAVED
 
     def enter(self, state: PushState) -> None:
-        """Moves to the next state. The outcome becomes the version on UNSAVED or COMMITTED, whichever comes first."""
+        """Moves the push to the next state. Its outcome becomes the version on UNSAVED or COMMITTED, whichever comes first."""
         assert state in _NEXT_STATES[self.state], f"{self.name}: {self.state.name} -> {state.name}"
         self.state = state
         if state in (PushState.UNSAVED, PushState.COMMITTED) and not self.outcome.done():
             self._answer(self.version)
 
     def refuse(self, error: OocMoeError) -> None:
-        """Ends the push with an error."""
+        """Ends the push in the state REFUSED, with an error as its outcome."""
         self.enter(PushState.REFUSED)
         self._answer(error)
 
     def record(self) -> Record:
-        """The record that becomes current when the push is committed."""
+        """Returns the record that becomes the expert's current one when the push is committed."""
         return Record(
             version=self.version, slot=self.slot, checksums=self.checksums, writer_id=self.writer_id, push_number=self.push_number
         )
 
     def header(self) -> RecordHeader:
-        """The content of the record's header block."""
+        """Returns the content of the record's header block."""
         return RecordHeader(
             bank_id=self.bank.uuid,
             expert=self.expert,
@@ -122,7 +125,7 @@ class Push:
         )
 
     def verify(self) -> None:
-        """Copies staged bytes into the arena, and verifies the checksums there, where the sender cannot change the bytes any more.
+        """Verifies the checksums of the record in the arena, where the sender cannot change it any more. Copies staged bytes there first.
 
         May run on any thread.
 
@@ -138,7 +141,7 @@ class Push:
             compare(copy_hashed(source, body, layout.parameter_bytes), self.checksums, whole=layout.optimizer_bytes > 0, what=self.name)
 
     def verify_and_pack(self) -> None:
-        """Verifies as `verify` does, and writes the header block."""
+        """Verifies the bytes as `verify` does, and writes the record's header block in front of them."""
         self.verify()
         self.header().pack_into(self.entry.record)
 
@@ -148,11 +151,11 @@ class Push:
 
 
 def check_base(bank: Bank, expert: int, base: int) -> None:
-    """Refuses an update that started from another version than the current one.
+    """Raises an error unless an update of an expert started from the expert's current version. `base`: the version that it started from.
 
     Raises:
-        StaleVersion: there is a newer one.
-        LostUpdate: there is only an older one: a crash took what was acknowledged in memory.
-        UnknownExpert, UnknownBank: there is none.
+        StaleVersion: the current version is newer than `base`.
+        LostUpdate: the current version is older: a crash lost a version that was acknowledged in memory.
+        UnknownExpert, UnknownBank: there is no such expert or bank.
     """
     check_base_version(bank.name, expert, base_version=base, current=bank.record(expert).version)

@@ -1,12 +1,12 @@
-"""The records that were acknowledged in memory and are not in the index yet: at most one per expert, the newest.
+"""Keeps track of unsaved records: acknowledged in memory and not in the index yet. At most one per expert, the newest.
 
     add -> committed by a round
         -> replaced by a newer push of the expert, or dropped because the bank was restored or deleted
 
-Each entry also remembers the record that the index holds of its expert meanwhile. The slot of that record must stay untouched, because
-a crash brings that record back.
+Each entry also remembers the record that the index holds of its expert meanwhile. The slot of that record must stay untouched, because a
+crash brings that record back.
 
-Event loop only.
+To be used on the event loop only.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from ooc_moe_wire.errors import OocMoeError
 
 
 def new_attempt() -> asyncio.Future[OocMoeError | None]:
-    """A future for the result of one try to write a record back: None, or the error."""
+    """Makes a future for the result of one try to write a record to the disk and commit it: None, or the error."""
     return asyncio.get_running_loop().create_future()
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class UnsavedRecord:
-    """The newest record of an expert, while it lies in memory only."""
+    """The newest record of an expert, while it is in memory only, and the task that writes it to the disk."""
 
     push: Push  # The push that brought it.
     indexed: Record  # The record of the expert that the index holds meanwhile.
@@ -36,14 +36,17 @@ class UnsavedRecord:
     retry_now: asyncio.Event = field(default_factory=asyncio.Event)  # Ends the delay before the next try.
 
     def abandon(self) -> None:
-        """Stops the write-back of a replaced record: at once while it waits, else after the step that is under way."""
+        """Stops the task that writes this record to the disk, because the record was replaced.
+
+        A task that waits for its turn stops at once, and another one after the step that is under way.
+        """
         if self.push.state is PushState.UNSAVED:
             self.task.cancel()
 
 
 @dataclass(slots=True, eq=False)
 class UnsavedRecords:
-    """The unsaved records by bank and expert."""
+    """Keeps the unsaved record of each expert that has one, by bank and expert, and counts the bytes that they hold in memory."""
 
     capacity_bytes: int
     num_bytes: int = 0  # What the pushes hold in the arena. Replaced records count until their write-back has ended.
@@ -55,34 +58,34 @@ class UnsavedRecords:
         return unsaved is not None and unsaved.push is push
 
     def __iter__(self) -> Iterator[UnsavedRecord]:
-        """All unsaved records."""
+        """Yields all unsaved records."""
         return iter(self._newest.values())
 
     def reserve(self, num_bytes: int) -> bool:
-        """Adds to `num_bytes`; returns False and adds nothing when that would exceed the capacity."""
+        """Counts `num_bytes` for one more unsaved record. Returns False, and counts nothing, if they would exceed the capacity."""
         if self.num_bytes + num_bytes > self.capacity_bytes:
             return False
         self.num_bytes += num_bytes
         return True
 
     def release(self, num_bytes: int) -> None:
-        """Takes back what `reserve` added."""
+        """Subtracts what `reserve` added to the count of bytes."""
         self.num_bytes -= num_bytes
 
     def indexed(self, bank: Bank, expert: int) -> Record:
-        """The record of an expert that the index holds. Raises UnknownExpert, UnknownBank."""
+        """Returns the record of an expert that the index holds, which a crash would bring back. Raises UnknownExpert, UnknownBank."""
         current = bank.record(expert)
         unsaved = self._newest.get((bank, expert))
         return unsaved.indexed if unsaved else current
 
     def add(self, unsaved: UnsavedRecord) -> None:
-        """Makes a record the newest of its expert."""
+        """Adds an unsaved record, in place of an older one of the same expert."""
         self._newest[unsaved.push.bank, unsaved.push.expert] = unsaved
 
     def newest(self, bank: Bank, expert: int) -> UnsavedRecord | None:
-        """The unsaved record of an expert, or None."""
+        """Returns the unsaved record of an expert, or None when it has none."""
         return self._newest.get((bank, expert))
 
     def pop(self, bank: Bank, expert: int) -> UnsavedRecord | None:
-        """Removes and returns the unsaved record of an expert, or None when there is none."""
+        """Removes and returns the unsaved record of an expert. Returns None when it has none."""
         return self._newest.pop((bank, expert), None)

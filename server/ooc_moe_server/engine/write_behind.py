@@ -35,7 +35,7 @@ RETRY_S_MIN, RETRY_S_MAX = 0.1, 5.0
 
 
 class WriteBehind:
-    """Acknowledges pushes in memory and writes them back."""
+    """Acknowledges pushes as soon as they are in memory, and writes their records to the disk afterwards."""
 
     def __init__(
         self,
@@ -53,7 +53,10 @@ class WriteBehind:
         self._is_ending = False
 
     async def run(self, push: Push) -> None:
-        """Carries a push from its receipt to its end; the calling task runs for this push only. Raises the error that refuses the push."""
+        """Carries a MEMORY push from its receipt to its end: acknowledges it, then writes it back until it is committed or dropped.
+
+        Each push needs a task of its own to run this. Raises the error that refuses the push.
+        """
         unsaved = await self._acknowledge(push)
         try:
             await self._write_back(unsaved)
@@ -63,7 +66,9 @@ class WriteBehind:
             unsaved.attempt.set_result(None)
 
     async def flush(self, banks: Collection[Bank] | None = None) -> None:
-        """Returns when these banks (None: all) have no unsaved record. Lends the lock meanwhile: call it first inside `CatalogLock.change`.
+        """Writes the unsaved records of these banks (None: of all banks) to the disk, and returns when they have none left.
+
+        Lends the lock to commit rounds meanwhile: call it first inside `CatalogLock.change`.
 
         Raises:
             TierFull, Internal: a record could not be written; it stays in memory.
@@ -81,17 +86,17 @@ class WriteBehind:
                     raise errors[0]
 
     async def try_all(self) -> list[OocMoeError]:
-        """Waits for one try to write each unsaved record back; returns the errors."""
+        """Tries once to write each unsaved record to the disk, waits for the tries, and returns their errors."""
         return await _attempts(list(self._unsaved))
 
     def end(self) -> None:
-        """Makes every write-back stop after the try that is under way."""
+        """Stops all write-backs: each one ends after the try that is under way, even if that fails."""
         self._is_ending = True
         for unsaved in self._unsaved:
             unsaved.retry_now.set()
 
     def drop_replaced(self) -> None:
-        """Drops the unsaved records that a change of their banks replaced."""
+        """Drops the unsaved records that are not the current ones any more. Call it after a change that restored or deleted banks."""
         for unsaved in list(self._unsaved):
             push = unsaved.push
             current = push.bank.records.get(push.expert)
@@ -104,7 +109,10 @@ class WriteBehind:
             unsaved.abandon()
 
     async def _acknowledge(self, push: Push) -> UnsavedRecord:
-        """Makes a push visible before it is written. Takes its slot first, so that a full disk refuses the push now and not later."""
+        """Makes the record of a push visible before it is written, and acknowledges the push.
+
+        Takes a slot on the disk first, so that a full disk refuses the push now and not later.
+        """
         await self._nvme.prepare(push.verify)
         await self._slots.allocate(push)
         push.version = await self._index.take_version()
@@ -125,7 +133,7 @@ class WriteBehind:
         return unsaved
 
     async def _write_back(self, unsaved: UnsavedRecord) -> None:
-        """Tries again and again until the record is in the index, or replaced by a newer one."""
+        """Tries to write an unsaved record to the disk until it is in the index, was replaced by a newer one, or `end` was called."""
         push, delay_s = unsaved.push, RETRY_S_MIN
         while push in self._unsaved and not self._is_ending:
             error = await self._try_once(push)
@@ -141,7 +149,7 @@ class WriteBehind:
             delay_s = min(2 * delay_s, RETRY_S_MAX)
 
     async def _try_once(self, push: Push) -> OocMoeError | None:
-        """Writes a record to its slot and commits it; returns the error if that fails."""
+        """Tries once to write the record of a push to its slot and to commit it. Returns the error if that fails."""
         try:
             async with self._turns:
                 push.enter(PushState.WRITING_BACK)
@@ -156,7 +164,7 @@ class WriteBehind:
 
 
 async def _attempts(records: Iterable[UnsavedRecord]) -> list[OocMoeError]:
-    """Waits for the end of one try to write each record back, the one under way or the next; returns the errors."""
+    """Waits until one try to write each of these records has ended: the try under way, or the next one. Returns their errors."""
     attempts = []
     for unsaved in records:
         unsaved.retry_now.set()

@@ -2,8 +2,8 @@
 
     open -> (begin -> add ... add)* -> wait_outcomes -> close
 
-The bytes of a record are received straight into the arena, or lie staged in the caller's memory. A complete record is handed to the
-committer, which carries it to its end even if the writer disconnects.
+The bytes of a record are received straight into the arena (the memory of the DRAM tier), or are staged in memory that the caller shares. A
+complete record is handed to the committer, which carries it to its end even if the writer disconnects.
 """
 
 from __future__ import annotations
@@ -31,15 +31,18 @@ PUSHES_IN_FLIGHT_MAX = 64
 
 
 class Staging(Protocol):
-    """The part of a local session that a writer uses."""
+    """The one method of a local session that a writer uses: access to the memory in which a caller on this host stages its records."""
 
     def staging(self, offset: int, size: int) -> memoryview:
-        """Returns bytes of the caller's staging memory. Raises InvalidRequest, LeaseExpired."""
+        """Returns `size` bytes at `offset` of the caller's staging memory. Raises InvalidRequest, LeaseExpired."""
         ...
 
 
 class Writer:
-    """The open writer of a bank. `closing` gets the reason when the writer must end: a newer stream takes over, or the daemon drains."""
+    """Receives the records that one writer pushes to a bank, hands them to the committer, and queues their outcomes in `outcomes`.
+
+    `closing` gets the reason when the writer must end: a newer stream takes over, or the daemon drains.
+    """
 
     def __init__(
         self,
@@ -53,7 +56,18 @@ class Writer:
         stats: Stats,
         patience_s: float,
     ) -> None:
-        """Acquires the bank's lease. An older stream of the same writer loses it. Raises NotTheWriter, InvalidRequest."""
+        """Acquires the bank's lease. An older stream of the same writer loses it. Raises NotTheWriter, InvalidRequest.
+
+        Args:
+            bank: The bank.
+            writer_id: The writer's name; the bank stays open for it alone.
+            scopes: The counters that the pushes are added to.
+            session: The local session in whose memory records may be staged; None: all records come in chunks.
+            committer: Gets the complete records.
+            dram: The tier in which memory for records is reserved.
+            stats: The daemon's counters.
+            patience_s: How long a record waits for room in DRAM before it is refused with TierFull.
+        """
         if not 1 <= len(writer_id.encode()) <= WRITER_ID_BYTES_MAX or "\0" in writer_id:  # Record headers pad the id with zeros.
             raise InvalidRequest(f"writer_id: {writer_id!r} is not 1 to {WRITER_ID_BYTES_MAX} bytes without zeros")
         check_writer(bank.name, bank.writer_id, writer_id)
@@ -74,10 +88,12 @@ class Writer:
         log.info("writer %r opened bank %r%s", writer_id, bank.name, ", taking over from its older stream" if self.took_over else "")
 
     async def begin(self, header: expert_pb2.PushHeader) -> None:
-        """Begins a record. A staged record is complete with its header. The chunks of a refused record are skipped.
+        """Begins to receive the record that a header announces. A staged record is complete with its header.
+
+        If the record is refused, the error becomes its outcome, and its chunks are skipped.
 
         Raises:
-            InvalidRequest: the previous record is not complete. Any other refusal becomes the outcome of the record.
+            InvalidRequest: the previous record is not complete.
         """
         if self._incoming:
             raise InvalidRequest(f"expert {header.expert}: a header before the last chunk of expert {self._incoming.header.expert}")
@@ -91,7 +107,7 @@ class Writer:
         self._finish_if_complete()
 
     def add(self, chunk: expert_pb2.Chunk) -> None:
-        """Receives the next chunk. Raises InvalidRequest when it is out of order, too long, or belongs to no record."""
+        """Receives the next chunk of a record's bytes. Raises InvalidRequest when it is out of order, too long, or belongs to no record."""
         if self._incoming is None:
             raise InvalidRequest(f"chunk at offset {chunk.offset}: no header came before it")
         if len(chunk.payload) > CHUNK_BYTES_MAX:
@@ -100,7 +116,7 @@ class Writer:
         self._finish_if_complete()
 
     def end(self) -> None:
-        """Notes that the caller sends no more. Raises InvalidRequest when the last record is not complete."""
+        """Checks that no record is incomplete. Call this when the caller sends no more. Raises InvalidRequest."""
         if self._incoming:
             header = self._incoming.header
             raise InvalidRequest(
@@ -109,19 +125,19 @@ class Writer:
             )
 
     async def wait_outcomes(self) -> None:
-        """Returns when every complete record has its outcome."""
+        """Waits until every record that was received in full has its outcome."""
         while self._tasks:
             await asyncio.wait(self._tasks)
 
     def close(self) -> None:
-        """Releases the lease and drops a record that is received in part. Complete records go on to the disk."""
+        """Releases the bank's lease, and drops a record that was received only in part. Complete records are still written to the disk."""
         self._drop_incoming()
         if self.bank.writer is self:
             self.bank.writer = None
             log.info("writer %r closed bank %r", self.writer_id, self.bank.name)
 
     def ask_to_end(self, reason: OocMoeError) -> None:
-        """Sets `closing`: now, or when the record that is being received is complete."""
+        """Asks the stream to end by setting `closing` to a reason: now, or when the record that is being received is complete."""
         if self._incoming:
             self._end_after_incoming = reason
         elif not self.closing.done():
@@ -133,7 +149,11 @@ class Writer:
         self.ask_to_end(NotTheWriter(f"bank {self.bank.name!r}: writer {self.writer_id!r} opened a newer stream"))
 
     async def _admit(self, incoming: _Incoming) -> None:
-        """Reserves memory for a record; a repeat gets the outcome of the first push and needs none. Raises the error that refuses it."""
+        """Admits a new record: reserves memory for it. A repeat of an earlier push needs none, and gets that push's outcome.
+
+        Raises:
+            OocMoeError: the record is refused.
+        """
         header, bank = incoming.header, self.bank
         self._check(header)
         record = bank.record(header.expert)
@@ -167,7 +187,7 @@ class Writer:
             )
 
     def _staged(self, header: expert_pb2.PushHeader) -> memoryview | None:
-        """The staged bytes of a record; None when they come in chunks. Raises InvalidRequest, LeaseExpired."""
+        """Returns the staged bytes of a record, or None when its bytes come in chunks. Raises InvalidRequest, LeaseExpired."""
         if not header.HasField("staged_at"):
             return None
         if self._session is None:
@@ -197,7 +217,10 @@ class Writer:
             self.ask_to_end(self._end_after_incoming)
 
     async def _follow(self, incoming: _Incoming, push: PushUnderWay) -> None:
-        """Waits for a push under way, and sends its outcome: the push of this record, or the one that it repeats."""
+        """Waits for the outcome of `push` and sends it as the outcome of the record `incoming`.
+
+        `push` is the record's own push, or the earlier one that it repeats.
+        """
         outcome = await asyncio.shield(push.outcome)
         if incoming.push is not push:
             self._scopes.count("push_repeats")
@@ -230,7 +253,7 @@ class Writer:
 
 
 class _Incoming:
-    """A record being received. Without a push (refused, or a repeat) its bytes are skipped."""
+    """A record that is being received. If it has no push, because it was refused or is a repeat, its bytes are skipped."""
 
     def __init__(self, header: expert_pb2.PushHeader, began: float) -> None:
         self.header, self.began = header, began
@@ -240,7 +263,7 @@ class _Incoming:
         self._assembler: Assembler | None = None
 
     def receive(self, push: Push) -> None:
-        """From now on, stores the bytes in the arena entry of the push."""
+        """Gives the record its push. From now on, its bytes are stored in the push's place in the arena."""
         self.push = push
         self._assembler = Assembler(push.entry.body, what=f"expert {push.expert} of bank {push.bank.name!r}")
 
@@ -260,5 +283,5 @@ class _Incoming:
 
 
 def error_info(error: OocMoeError) -> expert_pb2.ErrorInfo:
-    """The message for an error of one expert, in a stream that goes on."""
+    """Makes the message that reports the error of one expert in a stream that goes on."""
     return expert_pb2.ErrorInfo(kind=type(error).__name__, message=str(error))

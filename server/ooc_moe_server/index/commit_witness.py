@@ -1,4 +1,4 @@
-"""COMMITTED: how far the index has come, synced to a file of its own, so that an index that lost commits is noticed.
+"""The file COMMITTED: the number of the index's last commit, kept outside the index, so that an index that lost commits is noticed.
 
     block 0 (4 KiB): commits 0, 2, 4, ...
     block 1 (4 KiB): commits 1, 3, 5, ...
@@ -29,7 +29,7 @@ _CHECK = struct.Struct("<Q")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LastCommit:
-    """The state of the index after its last commit."""
+    """What COMMITTED says about the index after its last commit: the commit's number, and the next unused version and snapshot id."""
 
     sequence: int = 0
     next_version: int = 1  # All committed records have lower versions.
@@ -37,7 +37,10 @@ class LastCommit:
 
 
 class CommitWitness:
-    """The file COMMITTED, open for writing; created if it does not exist. Raises OSError."""
+    """Writes what the index's last commit was to the file COMMITTED, which it keeps open. Creates the file if it does not exist.
+
+    Raises OSError.
+    """
 
     def __init__(self, path: Path) -> None:
         if not path.exists():
@@ -45,24 +48,30 @@ class CommitWitness:
         self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
 
     def write(self, last: LastCommit) -> None:
-        """Returns when the state is on the device. Raises OSError; the state before it is then still readable."""
+        """Writes the numbers of the index's last commit to the file, and returns when they are on the device.
+
+        Raises OSError; the numbers of the commit before it can then still be read.
+        """
         block = _packed(last)
         if os.pwrite(self._fd, block, last.sequence % _NUM_BLOCKS * BLOCK_BYTES) != BLOCK_BYTES:
             raise OSError(errno.EIO, "COMMITTED: a block was written in part")
         os.fdatasync(self._fd)
 
     def close(self) -> None:
-        """Closes the file."""
+        """Closes the file COMMITTED."""
         os.close(self._fd)
 
 
 def renew(path: Path, last: LastCommit) -> None:
-    """Replaces the file in one step; both blocks hold the same state. Raises OSError."""
+    """Replaces the file COMMITTED in one step by a new one, both of whose blocks hold the state `last`. Raises OSError."""
     write_durably(path, _packed(last) * _NUM_BLOCKS)
 
 
 def read(path: Path) -> tuple[LastCommit | None, int]:
-    """Returns the newest undamaged state, or None, and the number of damaged blocks (2 when the file is missing). Raises OSError."""
+    """Reads the file COMMITTED. Returns its newest undamaged state, or None, and how many of its two blocks are damaged.
+
+    A missing file counts as two damaged blocks. Raises OSError.
+    """
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -78,7 +87,7 @@ def _packed(last: LastCommit) -> bytes:
 
 
 def _unpacked(block: bytes) -> LastCommit | None:
-    """The state of a block, or None when the block is damaged."""
+    """Decodes a block of COMMITTED. Returns None when the block is damaged."""
     fields, check = block[: _FIELDS.size], block[_FIELDS.size : _FIELDS.size + _CHECK.size]
     if len(check) < _CHECK.size or _CHECK.unpack(check)[0] != xxhash.xxh3_64_intdigest(fields):
         return None

@@ -1,9 +1,9 @@
-"""The index: what is committed, in SQLite (WAL, synchronous=FULL). Each call that changes it is one transaction, durable when it returns.
+"""The index: stores what is committed (banks, records, snapshots) in SQLite. Each call that changes it is one durable transaction.
 
-Rows carry checksums (tables.py). The sequence number of the last transaction is also kept outside the index, in COMMITTED
-(commit_witness.py), and shows an index that lost its last commits. `load` checks all of it.
+SQLite runs with WAL and synchronous=FULL. Rows carry checksums (tables.py). The number of the last transaction is also kept outside the
+index, in the file COMMITTED (commit_witness.py), which shows whether an index lost its last commits. `load` checks all of it.
 
-Synchronous, for the one thread that owns the index. The Catalog in memory mirrors what is stored here.
+Calls block, and belong to the one thread that owns the index. The Catalog in memory mirrors what is stored here.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ VERSION_RESERVE = 4096
 
 
 def connect(path: Path) -> Connection:
-    """Opens SQLite's file."""
+    """Opens the SQLite file at `path` in autocommit mode."""
     return sqlite3.connect(path, isolation_level=None, check_same_thread=False)
 
 
 class Index:
-    """The index file at `path`, opened or created, with COMMITTED beside it.
+    """Reads and changes the index file at `path` and the file COMMITTED beside it. Creates both for a new store.
 
-    Raises CorruptRecord when it cannot be read, or when it is missing although the directory holds a store.
+    Raises CorruptRecord when the index cannot be read, or when it is missing although the directory holds a store.
     """
 
     def __init__(self, path: Path, connect: Callable[[Path], Connection] = connect) -> None:
@@ -63,27 +63,30 @@ class Index:
             raise
 
     def load(self) -> Catalog:
-        """Reads and checks everything, and skips the versions that uncommitted writes may have used. Raises CorruptRecord."""
+        """Reads and checks the whole index, for a start of the daemon. Returns its catalog. Raises CorruptRecord.
+
+        Also skips the version numbers that writes before a crash may have used without a commit.
+        """
         catalog = self.read()
         with self._transaction(catalog.next_version):
             pass
         return catalog
 
     def read(self) -> Catalog:
-        """Reads and checks everything, and changes nothing. Raises CorruptRecord."""
+        """Reads and checks the whole index without changing it. Returns its catalog. Raises CorruptRecord."""
         with reading(self._path):
             self._tables.check_pages()
             return self._tables.catalog()
 
     def put_records(self, writes: Iterable[Write], next_version: int) -> None:
-        """Makes records current."""
+        """Stores each record as the current one of its expert. `next_version`: the lowest version that is not given out yet."""
         with self._transaction(next_version) as meta:
             self._tables.put_records(meta, writes)
 
     def restore_banks(self, bank_ids: Iterable[int], writes: Iterable[Write], next_version: int) -> None:
-        """Makes records current, and sets the `base_version` of their banks to `next_version`.
+        """Stores each record as the current one of its expert, and sets the `base_version` of the banks to `next_version`.
 
-        A rebuild then takes no record of these banks from the disk whose version is older.
+        `rebuild` then takes no record of these banks from the disk whose version is older.
         """
         with self._transaction(next_version) as meta:
             self._tables.put_records(meta, writes)
@@ -91,7 +94,10 @@ class Index:
                 self._tables.revise_bank(meta, bank_id, base_version=next_version)
 
     def create_bank(self, bank: Bank, next_version: int) -> int:
-        """Adds a bank with its records (a fork has some) and returns its id; `bank.id`, `revision`, `base_version` are not read."""
+        """Adds a bank with its records (a fork has some), and returns the id that the index chose for it.
+
+        The fields `id`, `revision` and `base_version` of `bank` are ignored.
+        """
         with self._transaction(next_version) as meta:
             bank_id = meta.next_bank_id
             meta.next_bank_id += 1
@@ -99,12 +105,12 @@ class Index:
         return bank_id
 
     def grow_bank(self, bank_id: int, num_experts: int) -> None:
-        """Sets the number of experts of a bank."""
+        """Sets the number of experts of a bank to `num_experts`."""
         with self._transaction() as meta:
             self._tables.revise_bank(meta, bank_id, num_experts=num_experts)
 
     def delete_bank(self, bank_id: int) -> None:
-        """Removes a bank and its part of every snapshot; a snapshot without any other bank is removed with it."""
+        """Removes a bank, its records, and its part of every snapshot. A snapshot that has no other bank is removed with it."""
         tables = self._tables
         with self._transaction() as meta:
             touched = [snapshot for (snapshot,) in self._db.execute("SELECT snapshot FROM snapshot_banks WHERE bank = ?", (bank_id,))]
@@ -118,7 +124,7 @@ class Index:
                     tables.insert(meta, "snapshots", [(snapshot, name, created_unix_ms, meta.sequence)])
 
     def create_snapshot(self, snapshot: Snapshot) -> None:
-        """Adds a snapshot of the present records of its banks; the records in `snapshot` are not read."""
+        """Adds a snapshot: copies the current record rows of its banks. The records in `snapshot` itself are ignored."""
         tables = self._tables
         with self._transaction() as meta:
             meta.next_snapshot_id = snapshot.id + 1
@@ -128,14 +134,14 @@ class Index:
                 tables.insert(meta, "snapshot_records", [(snapshot.id, *row) for row in tables.rows("records", "bank = ?", (bank_id,))])
 
     def delete_snapshot(self, snapshot_id: int) -> None:
-        """Removes a snapshot."""
+        """Removes a snapshot and its rows. The banks do not change."""
         with self._transaction() as meta:
             self._tables.remove(meta, "snapshots", "id = ?", (snapshot_id,))
             for table in ("snapshot_records", "snapshot_banks"):
                 self._tables.remove(meta, table, "snapshot = ?", (snapshot_id,))
 
     def fill(self, catalog: Catalog, sequence: int) -> None:
-        """Writes a whole catalog into a new index, whose last transaction then has the number `sequence`."""
+        """Writes a whole catalog into a new, empty index in one transaction, which gets the number `sequence`."""
         tables = self._tables
         with self._transaction(catalog.next_version) as meta:
             meta.sequence, meta.next_snapshot_id = sequence, catalog.next_snapshot_id
@@ -150,7 +156,7 @@ class Index:
                     tables.insert(meta, "snapshot_records", rows)
 
     def bank(self, uuid: bytes) -> Bank | None:
-        """Reads a bank and its records; None when it does not exist, or was deleted. Raises CorruptRecord."""
+        """Reads the bank with a uuid, and its records. Returns None when there is no such bank (any more). Raises CorruptRecord."""
         with reading(self._path):
             banks = self._tables.banks("uuid = ?", (uuid,))
             for bank in banks.values():
@@ -159,7 +165,10 @@ class Index:
             return next(iter(banks.values()), None)
 
     def snapshot(self, snapshot_id: int) -> tuple[Snapshot, dict[int, bytes]] | None:
-        """Reads a snapshot, and the uuids of its banks by id; None when it does not exist. Raises CorruptRecord."""
+        """Reads the snapshot with an id, and the uuids of its banks by bank id. Returns None when there is no such snapshot.
+
+        Raises CorruptRecord.
+        """
         with reading(self._path):
             snapshot = self._tables.snapshots("id = ?", "snapshot = ?", (snapshot_id,)).get(snapshot_id)
             if snapshot is None:
@@ -167,19 +176,22 @@ class Index:
             return snapshot, {bank_id: bank.uuid for bank_id, bank in self._tables.banks().items() if bank_id in snapshot.banks}
 
     def close(self) -> None:
-        """Closes the files; SQLite folds the WAL into the index file."""
+        """Closes the files of the index. SQLite folds its WAL (the log of recent commits) into the index file."""
         self._witness.close()
         self._db.close()
 
     @property
     def last_commit(self) -> LastCommit:
-        """How far the index has come. Raises CorruptRecord."""
+        """The number of the last commit, and the next unused version and snapshot id. Raises CorruptRecord."""
         with reading(self._path):
             return _last_commit(self._tables.read_meta())
 
     @contextmanager
     def _transaction(self, next_version: int | None = None) -> Iterator[Meta]:
-        """One transaction: rows and `meta` change together, or nothing does. COMMITTED is written after it."""
+        """Runs the context as one transaction: all its rows and `meta` change, or nothing does. Yields `meta`. Writes COMMITTED afterwards.
+
+        `next_version`: the lowest version that is not given out yet, or None if the transaction uses no version.
+        """
         self._write_owed_witness()
         list(self._db.execute("BEGIN IMMEDIATE"))
         before = self._sequence_of_failure
@@ -204,12 +216,12 @@ class Index:
         self._witness_commit()
 
     def _witness_commit(self) -> None:
-        """Writes COMMITTED after a commit; a failure is logged and made up for before the next transaction.
+        """Writes COMMITTED after a commit. A failure is logged, and the write is repeated before the next transaction.
 
         The commit stands even if COMMITTED cannot be written: it is durable in the index. If the caller took its records for refused, their
-        slots would be written anew under rows that a restart finds. So this method does not raise, and the next transaction begins only
-        when COMMITTED is written. At most one commit is ever without its witness. It can be lost unnoticed only if the index is damaged
-        as well, and before the next transaction.
+        slots would be written anew while the index still refers to them, as a restart would find. So this method does not raise, and the
+        next transaction begins only when COMMITTED is written. At most one commit is ever missing in COMMITTED. It can be lost unnoticed
+        only if the index is damaged as well, and before the next transaction.
         """
         try:
             self._write_owed_witness()
@@ -217,13 +229,16 @@ class Index:
             log.exception("COMMITTED was not written: the index takes no other change before it is")
 
     def _write_owed_witness(self) -> None:
-        """Writes COMMITTED if it lacks the last commit. Raises OSError; no transaction has begun then, and the caller may be refused."""
+        """Writes COMMITTED if it lacks the last commit. Raises OSError.
+
+        At that time no transaction has begun, so that the caller may be refused.
+        """
         if self._unwitnessed:
             self._witness.write(self._unwitnessed)
             self._unwitnessed = None
 
     def _refuse_to_begin_anew(self) -> None:
-        """Raises CorruptRecord if this directory had an index: a new, empty one would hide the loss."""
+        """Raises CorruptRecord if this directory had an index before: a new, empty one would hide the loss."""
         last, _ = commit_witness.read(self._witness_path)
         directory = self._path.parent
         others = [*directory.glob("banks/*.json"), *directory.glob("snapshots/*.json"), *directory.glob("slabs/*.slab")]
@@ -231,7 +246,10 @@ class Index:
             raise damaged(self._path, f"{self._path.name} is missing or empty")
 
     def _check_against_witness(self) -> None:
-        """Compares the sequence number with COMMITTED. An index ahead of it is sound: the daemon ended between the two writes."""
+        """Raises CorruptRecord if COMMITTED shows that the index lost commits. An index ahead of COMMITTED is sound.
+
+        It is ahead when the daemon ended between the commit and the write of COMMITTED.
+        """
         last, num_damaged = commit_witness.read(self._witness_path)
         sequence = self._tables.read_meta().sequence
         if last is None:

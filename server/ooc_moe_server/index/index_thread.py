@@ -1,4 +1,7 @@
-"""The event loop's access to the index: it runs work on the index's thread, issues versions, and keeps the slots of failed commits."""
+"""Lets the event loop use the index: runs work on the index's own thread, and gives out version numbers that are never used twice.
+
+It also keeps the slots of failed commits out of use until it is sure that these commits cannot come back.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ Result = TypeVar("Result")
 
 
 class IndexThread:
-    """One index, and the executor with the one thread that may use it."""
+    """Gives the event loop access to the index, which only one thread may use: commits records, and gives out new version numbers."""
 
     def __init__(self, catalog: Catalog, index: Index, executor: ThreadPoolExecutor, nvme: NvmeTier) -> None:
         self._catalog, self._index, self._executor, self._nvme = catalog, index, executor, nvme
@@ -32,20 +35,27 @@ class IndexThread:
         self._last_complaint = ""  # So that an error that repeats is logged once.
 
     async def run(self, work: Callable[[Index], Result]) -> Result:
-        """Runs `work` on the index's thread. Raises TierFull (disk full) or Internal."""
+        """Runs `work` with the index on the index's thread, waits for it, and returns its result.
+
+        Raises TierFull (disk full) or Internal.
+        """
         try:
             return await asyncio.get_running_loop().run_in_executor(self._executor, work, self._index)
         except (OSError, sqlite3.Error) as error:
             raise self.translated(error, "index") from error
 
     async def take_version(self) -> int:
-        """Issues a version that is never issued again, even after a crash. Raises TierFull, Internal."""
+        """Gives out a new version number. It is never given out again, even after a crash. Raises TierFull, Internal."""
         while self._catalog.next_version >= self._versions_below:
             await self._put([])
         return self._catalog.take_version()
 
     async def commit(self, writes: list[Write], slots: Iterable[Slot]) -> None:
-        """Makes records current. After a failure their slots stay in quarantine until a commit succeeds. Raises TierFull, Internal."""
+        """Stores records in the index as the current ones of their experts, in one transaction. `slots`: the slots that hold the records.
+
+        If the commit fails, its slots stay in quarantine (out of use) until a later commit succeeds: a crash could still bring it back.
+        Raises TierFull, Internal.
+        """
         quarantined = set(self._quarantine)
         try:
             await self._put(writes)
@@ -56,16 +66,19 @@ class IndexThread:
         self._end_quarantine(quarantined)
 
     async def clear_quarantine(self) -> None:
-        """Makes an empty commit if slots are in quarantine, which frees them: failing commits must not use up the disk.
+        """Frees the slots of failed commits, if there are any, by making an empty commit. Otherwise failing commits would use up the disk.
 
         Raises:
-            TierFull, Internal: the commit failed.
+            TierFull, Internal: the empty commit failed.
         """
         if self._quarantine:
             await self.commit([], [])
 
     def translated(self, error: Exception, what: str) -> OocMoeError:
-        """Translates as `store_error`, and logs an unexpected error: once, until a commit succeeds."""
+        """Translates an error as `store_error` does, and logs it if it is unexpected. `what`: what failed, for the message.
+
+        An error that repeats is logged once, until a commit succeeds.
+        """
         translated = store_error(error, what=what)
         complaint = f"{type(error).__name__}: {error}"
         if translated is not error and complaint != self._last_complaint:
@@ -77,7 +90,7 @@ class IndexThread:
         return translated
 
     async def _put(self, writes: list[Write]) -> None:
-        """Runs one index transaction, which also saves which versions are used."""
+        """Stores records in one index transaction, which also saves how far version numbers were given out."""
 
         def put(index: Index) -> int:
             next_version = self._catalog.next_version  # Read on this thread, so that the saved number never decreases.
@@ -93,7 +106,10 @@ class IndexThread:
 
 
 def store_error(error: Exception, *, what: str) -> OocMoeError:
-    """Translates an error of a file or of the index into the error that the caller gets: TierFull when the disk is full, else Internal."""
+    """Translates an error of a file or of SQLite into the one that the caller gets: TierFull when the disk is full, otherwise Internal.
+
+    An OocMoeError is returned unchanged. `what`: what failed, for the message.
+    """
     if isinstance(error, OocMoeError):
         return error
     if is_disk_full(error):

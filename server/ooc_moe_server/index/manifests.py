@@ -1,4 +1,4 @@
-"""Manifests: one JSON file for each bank and snapshot, from which a rebuild makes a lost index anew.
+"""Manifests: one JSON file for each bank and snapshot, from which `rebuild` makes a lost index anew.
 
     banks/<uuid>.json     a bank: its spec and size, and the records that were current when it last changed or the daemon last started
     snapshots/<id>.json   a snapshot: the records that it refers to, with the uuids of their banks
@@ -6,11 +6,11 @@
 - A push writes no manifest: the header of the newer record on the disk tells what it replaced.
 - A deleted bank has no manifest, so that a rebuild cannot bring its records back.
 - A change is committed in the index first. Its manifests are written before it is acknowledged. A manifest that could not be written is
-  owed, and written before the next change. Every start makes all manifests equal to the index.
+  owed: it is written before the next change. Every start makes all manifests equal to the index.
 
 Each file is one object, {"xxh3": ..., "content": {...}}; the checksum covers the bytes of the content as they stand in the file.
 
-Synchronous.
+Calls block, and belong on the index's thread.
 """
 
 from __future__ import annotations
@@ -45,10 +45,17 @@ _ROWS_AT_ONCE = 500
 
 
 class Manifests:
-    """The manifests of a data directory. A changed bank or snapshot is owed (`owe_bank`, `owe_snapshot`) until `write_owed` succeeds."""
+    """Writes the manifests of a data directory: the JSON files that describe its banks and snapshots.
+
+    A changed bank or snapshot is first marked as owed, because its file is out of date (`owe_bank`, `owe_snapshot`); `write_owed` then
+    writes it.
+    """
 
     def __init__(self, data_dir: Path, *, base_version: int) -> None:
-        """`base_version`: the first version of this run. An older version that the index does not hold was never committed."""
+        """`base_version`: the first version that this run of the daemon gives out.
+
+        Older versions that the index lacks were never committed.
+        """
         self._banks, self._snapshots = directories(data_dir)
         self._base_version = base_version
         self._owed_banks: set[bytes] = set()
@@ -56,19 +63,22 @@ class Manifests:
 
     @property
     def is_owing(self) -> bool:
-        """Whether a manifest may differ from the index."""
+        """Whether a manifest is owed: a bank or snapshot changed, and its file does not show it yet."""
         return bool(self._owed_banks or self._owed_snapshots)
 
     def owe_bank(self, uuid: bytes) -> None:
-        """Notes that a bank changed or was deleted."""
+        """Marks the manifest of a bank as out of date, because the bank changed or was deleted."""
         self._owed_banks.add(uuid)
 
     def owe_snapshot(self, snapshot_id: int) -> None:
-        """Notes that a snapshot changed or was deleted."""
+        """Marks the manifest of a snapshot as out of date, because the snapshot changed or was deleted."""
         self._owed_snapshots.add(snapshot_id)
 
     def write_owed(self, index: Index) -> None:
-        """Writes or removes the owed manifests, as the index says. Raises OSError; the rest stays owed."""
+        """Brings the out-of-date manifests up to date: writes those whose bank or snapshot is in the index, and removes the rest.
+
+        Raises OSError; those that were not written stay marked as out of date.
+        """
         for uuid in list(self._owed_banks):
             bank = index.bank(uuid)
             _write_or_remove(self._bank_path(uuid), self._encode_bank(bank) if bank else None)
@@ -79,14 +89,14 @@ class Manifests:
             self._owed_snapshots.discard(snapshot_id)
 
     def owe_all(self, catalog: Catalog) -> None:
-        """Notes that every manifest may differ from the index."""
+        """Marks the manifests of all banks and snapshots in the catalog as out of date."""
         self._owed_banks.update(bank.uuid for bank in catalog.banks.values())
         self._owed_snapshots.update(catalog.snapshots)
 
     def reconcile(self, catalog: Catalog, *, trust_files: bool = True) -> None:
-        """Makes all manifests equal to the catalog of a sound index. Raises OSError.
+        """Makes all manifests equal to the catalog of a sound index, and removes files that the catalog does not know. Raises OSError.
 
-        A snapshot's file with the right head is left as it is, unless `trust_files` is false.
+        `trust_files`: a snapshot's manifest that already begins as it should is left as it is. False: all are written anew.
         """
         for directory in (self._banks, self._snapshots):
             if not directory.exists():
@@ -127,22 +137,28 @@ class Manifests:
 
 
 def directories(data_dir: Path) -> tuple[Path, Path]:
-    """The directories of the banks' manifests and of the snapshots' manifests."""
+    """Returns the directory of the banks' manifests and the directory of the snapshots' manifests."""
     return data_dir / "banks", data_dir / "snapshots"
 
 
 def paths(data_dir: Path) -> list[Path]:
-    """All manifests of a data directory, sorted."""
+    """Returns the paths of all manifests in a data directory, sorted."""
     return sorted(path for directory in directories(data_dir) for path in directory.glob("*.json"))
 
 
 def read(path: Path) -> Bank | tuple[Snapshot, dict[int, bytes]]:
-    """The bank or the snapshot of a manifest, as `read_bank` or `read_snapshot`. Raises CorruptRecord, OSError."""
+    """Reads the manifest of a bank or of a snapshot; which of them, its directory tells. Raises CorruptRecord, OSError.
+
+    Returns what `read_bank` or `read_snapshot` returns.
+    """
     return read_bank(path) if path.parent.name == "banks" else read_snapshot(path)
 
 
 def read_bank(path: Path) -> Bank:
-    """Reads the bank of a manifest; its id is 0. Raises CorruptRecord, OSError."""
+    """Reads the manifest of a bank. Returns the bank with its records; its id is 0, because manifests hold no ids.
+
+    Raises CorruptRecord, OSError.
+    """
     content = _decode(path)
     try:
         bank = Bank(
@@ -165,10 +181,11 @@ def read_bank(path: Path) -> Bank:
 
 
 def read_snapshot(path: Path) -> tuple[Snapshot, dict[int, bytes]]:
-    """Reads the snapshot of a manifest. Raises CorruptRecord, OSError.
+    """Reads the manifest of a snapshot. Raises CorruptRecord, OSError.
 
     Returns:
-        The snapshot, with its banks by their place in the file (0, 1, ...) instead of their ids; and their uuids by place.
+        The snapshot, and the uuids of its banks. Both number the banks 0, 1, ... by their place in the file, because manifests hold no bank
+        ids.
     """
     content = _decode(path)
     try:
@@ -191,7 +208,7 @@ def read_snapshot(path: Path) -> tuple[Snapshot, dict[int, bytes]]:
 
 
 def encode_snapshot(snapshot: Snapshot, uuids: dict[int, bytes]) -> bytes:
-    """Encodes a snapshot as the content of its manifest. `uuids`: those of its banks, by id."""
+    """Returns the content of a snapshot's manifest file. `uuids`: the uuid of each of its banks, by bank id."""
     rows = (
         (place, *record_row(expert, record))
         for place, state in enumerate(snapshot.banks.values())
@@ -227,7 +244,7 @@ def _texts(rows: Iterable[Sequence[Any]]) -> Iterator[str]:
 
 
 def _content(path: Path) -> bytes:
-    """Reads the bytes that the checksum covers. Raises CorruptRecord, OSError."""
+    """Reads the part of a manifest that its checksum covers. Raises CorruptRecord when the checksum does not match; OSError."""
     raw = path.read_bytes()
     content, xxh3 = raw[_CONTENT_AT : -len(_SUFFIX)], raw[len(_PREFIX) : len(_PREFIX) + _XXH3_CHARS]
     if f"{xxhash.xxh3_64_intdigest(content):0{_XXH3_CHARS}x}".encode() != xxh3:
@@ -246,7 +263,10 @@ def _decode(path: Path) -> dict[str, Any]:
 
 
 def _begins_with(path: Path, head: dict[str, Any]) -> bool:
-    """Whether an undamaged manifest has this head. Then it has the same records too, because the head contains the revision."""
+    """Whether the manifest at `path` is undamaged and has this head (all fields but the records).
+
+    If so, it has the same records too, because the head contains the revision.
+    """
     try:
         return _content(path).startswith(_text(head)[:-1].encode())
     except (CorruptRecord, OSError):

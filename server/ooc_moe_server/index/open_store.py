@@ -1,6 +1,6 @@
-"""Opens the files of a data directory other than its slabs: reserve, index with COMMITTED, manifests, in this order.
+"""Opens the files of a data directory except its slabs: the reserve, the index with COMMITTED, and the manifests, in this order.
 
-Synchronous, for the index's thread.
+Its calls block; the daemon runs them on the index's thread.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreFiles:
-    """An open store without its slabs."""
+    """The open files of a store without its slabs, and the catalog that was read from them."""
 
     index: Index
     catalog: Catalog
@@ -35,7 +35,12 @@ class StoreFiles:
 
 
 def open_files(data_dir: Path) -> StoreFiles:
-    """Opens the files, or creates them. Raises CorruptRecord (the index cannot be trusted), TierFull, Internal."""
+    """Opens the files of a data directory except its slabs, or creates them. Reads the catalog and brings the manifests up to date.
+
+    Raises:
+        CorruptRecord: the index cannot be trusted.
+        TierFull, Internal: the disk is full, or a file cannot be used.
+    """
     reserve = Reserve(data_dir)
     try:
         index = reserve.run(lambda: Index(data_dir / "index.sqlite"))
@@ -52,16 +57,21 @@ def open_files(data_dir: Path) -> StoreFiles:
 
 
 def read_copied_index(data_dir: Path) -> Catalog:
-    """Reads and checks the index of a data directory without changing a file there. Raises CorruptRecord, OSError."""
+    """Reads and checks the index of a data directory, and returns its catalog. Works on a copy, so that no file there is changed.
+
+    Raises:
+        CorruptRecord: the index cannot be trusted.
+        OSError: a file cannot be read.
+    """
     with _copied_index(data_dir) as path, contextlib.closing(Index(path)) as index:
         return index.read()
 
 
 @contextlib.contextmanager
 def _copied_index(data_dir: Path) -> Iterator[Path]:
-    """Copies the files of the index to a temporary directory, because SQLite changes the files that it opens.
+    """Copies the files of the index to a temporary directory and yields the copy's path, because SQLite changes the files that it opens.
 
-    A CorruptRecord that is raised inside names the original directory.
+    The message of a CorruptRecord that is raised inside the context names the original directory instead of the temporary one.
     """
     with tempfile.TemporaryDirectory(prefix="ooc-moe-") as directory:
         for name in ("index.sqlite", "index.sqlite-wal", "COMMITTED"):

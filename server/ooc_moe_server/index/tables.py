@@ -1,10 +1,10 @@
-"""The tables of the index, row by row. Every row is stored with a checksum, and every row that is read is checked.
+"""Reads and writes the tables of the index, row by row. Every row is stored with a checksum, which is checked when the row is read.
 
 SQLite can lose committed rows without an error when its files are damaged (a flipped bit in the WAL hides every later commit), and it
 returns a flipped row as if it were sound. Therefore:
 
 - each row carries an xxh3 of its values;
-- the one row of `meta` holds the digest, the XOR of the checksums of all other rows: it shows that rows vanished or came back.
+- the one row of the table `meta` holds the digest, the XOR of the checksums of all other rows: it shows that rows vanished or came back.
 
 database.py adds the transactions around these calls.
 """
@@ -60,7 +60,7 @@ _DISK_TROUBLE = (
 
 
 class Connection(Protocol):
-    """What the index needs of a database: a `sqlite3.Connection` in autocommit mode, or a stand-in of a test."""
+    """The methods of a database connection that the index uses: a `sqlite3.Connection` in autocommit mode, or a replacement in a test."""
 
     @property
     def in_transaction(self) -> bool: ...  # noqa: D102
@@ -74,7 +74,7 @@ class Connection(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Write:
-    """A record that becomes current."""
+    """A change of the index: `record` becomes the current record of an expert of a bank."""
 
     bank_id: int
     expert: int
@@ -83,7 +83,7 @@ class Write:
 
 @dataclass(slots=True, kw_only=True)
 class Meta:
-    """The one row of `meta`."""
+    """The content of the table `meta`, which has one row: counters of the whole index, and the digest over all other rows (an XOR)."""
 
     sequence: int = 0  # The number of the last transaction.
     next_version: int = 1
@@ -93,19 +93,22 @@ class Meta:
 
 
 class Tables:
-    """Reads and writes rows. Calls that write take the `Meta` of the transaction under way, and keep its digest up to date."""
+    """Reads and writes the rows of the index through the connection `db`.
+
+    Methods that write take the `Meta` of the transaction under way, and update its digest (the XOR of all rows' checksums).
+    """
 
     def __init__(self, db: Connection, path: Path) -> None:
-        """`path`: the index file, for messages."""
+        """`path`: the path of the index file, which error messages name."""
         self._db, self._path = db, path
 
     @property
     def exist(self) -> bool:
-        """Whether the file holds any table."""
+        """Whether the SQLite file has any table yet."""
         return bool(list(self._db.execute("SELECT name FROM sqlite_master LIMIT 1")))
 
     def create(self) -> None:
-        """Creates all tables, empty, in one transaction."""
+        """Creates all tables in one transaction. They are empty except for the row of `meta`."""
         list(self._db.execute("BEGIN IMMEDIATE"))
         for statement in _SCHEMA:
             list(self._db.execute(statement))
@@ -113,19 +116,22 @@ class Tables:
         list(self._db.execute("COMMIT"))
 
     def read_meta(self) -> Meta:
-        """Reads `meta`. Raises CorruptRecord."""
+        """Reads the one row of the table `meta`. Raises CorruptRecord."""
         rows = [self._unsealed("meta", row) for row in self._db.execute("SELECT * FROM meta")]
         if len(rows) != 1:
             raise damaged(self._path, f"table meta has {len(rows)} rows instead of one")
         return Meta(**dict(zip((field.name for field in fields(Meta)), rows[0], strict=True)))
 
     def write_meta(self, meta: Meta) -> None:
-        """Replaces the row of `meta`."""
+        """Replaces the one row of the table `meta`."""
         list(self._db.execute("DELETE FROM meta"))
         self._db.executemany("INSERT INTO meta VALUES (?, ?, ?, ?, ?, ?)", sealed("meta", [astuple(meta)]))
 
     def insert(self, meta: Meta, table: str, rows: Iterable[Row], *, or_replace: bool = False) -> None:
-        """Adds rows. With `or_replace` the caller takes the checksums of the replaced rows out of the digest."""
+        """Adds rows to a table, and their checksums to the digest of `meta`.
+
+        `or_replace`: rows with the same key are replaced. The caller must then remove their checksums from the digest.
+        """
         with_checksums = sealed(table, rows)
         for row in with_checksums:
             meta.digest ^= row[-1]
@@ -134,13 +140,13 @@ class Tables:
             self._db.executemany(f"INSERT {'OR REPLACE ' if or_replace else ''}INTO {table} VALUES ({places})", with_checksums)
 
     def remove(self, meta: Meta, table: str, where: str, parameters: Sequence[Any]) -> None:
-        """Deletes rows."""
+        """Deletes the rows of a table that an SQL condition (`where`) selects, and removes their checksums from the digest of `meta`."""
         for (check,) in self._db.execute(f"SELECT xxh3 FROM {table} WHERE {where}", parameters):
             meta.digest ^= check
         list(self._db.execute(f"DELETE FROM {table} WHERE {where}", parameters))
 
     def put_records(self, meta: Meta, writes: Iterable[Write]) -> None:
-        """Adds or replaces current records."""
+        """Stores the current records of experts, in place of older ones."""
         rows = {(write.bank_id, write.expert): (write.bank_id, *record_row(write.expert, write.record)) for write in writes}
         keys = iter(rows)
         while some := list(islice(keys, _KEYS_MAX)):
@@ -155,18 +161,20 @@ class Tables:
         self.insert(meta, "records", rows.values(), or_replace=True)
 
     def add_bank(self, meta: Meta, bank: Bank) -> None:
-        """Adds a bank and its records."""
+        """Adds the row of a bank, and the rows of its records."""
         self.insert(meta, "banks", [bank_row(bank)])
         self.insert(meta, "records", [(bank.id, *record_row(expert, record)) for expert, record in bank.records.items()])
 
     def revise_bank(self, meta: Meta, bank_id: int, **changes: Any) -> None:
-        """Changes fields of a bank, and sets its revision to this transaction."""
+        """Changes fields of a bank's row (`changes`: new values by name), and sets its revision to the number of this transaction."""
         bank = self.banks("id = ?", (bank_id,))[bank_id]
         self.remove(meta, "banks", "id = ?", (bank_id,))
         self.insert(meta, "banks", [bank_row(replace(bank, revision=meta.sequence, **changes))])
 
     def rows(self, table: str, where: str = "", parameters: Sequence[Any] = (), meta: Meta | None = None) -> Iterator[Row]:
-        """Yields the rows of a table without their checksums. With `meta`, takes each checksum out of its digest.
+        """Yields the rows of a table, or those that the SQL condition `where` selects, without their checksums.
+
+        `meta`: if given, the checksum of each row is removed from its digest, which ends at zero when exactly the right rows were read.
 
         Raises:
             CorruptRecord: the checksum of a row does not match.
@@ -178,13 +186,19 @@ class Tables:
             yield self._unsealed(table, row)
 
     def banks(self, where: str = "", parameters: Sequence[Any] = (), meta: Meta | None = None) -> dict[int, Bank]:
-        """Reads banks by id, without their records. Raises CorruptRecord."""
+        """Reads banks, without their records: all, or those that the SQL condition `where` selects. Returns them by id.
+
+        Raises CorruptRecord.
+        """
         return {row[0]: bank_of(row) for row in self.rows("banks", where, parameters, meta)}
 
     def snapshots(
         self, where: str = "", where_parts: str = "", parameters: Sequence[Any] = (), meta: Meta | None = None
     ) -> dict[int, Snapshot]:
-        """Reads snapshots by id, with their banks and records, which `where_parts` selects. Raises CorruptRecord."""
+        """Reads snapshots with their banks and records: all, or those that SQL conditions select. Returns them by id. Raises CorruptRecord.
+
+        `where` applies to the table of snapshots, `where_parts` to the tables of their banks and records; both use the same `parameters`.
+        """
         snapshots = {
             snapshot_id: Snapshot(id=snapshot_id, name=name, created_unix_ms=created_unix_ms, banks={}, revision=revision)
             for snapshot_id, name, created_unix_ms, revision in self.rows("snapshots", where, parameters, meta)
@@ -197,7 +211,7 @@ class Tables:
         return snapshots
 
     def catalog(self) -> Catalog:
-        """Reads and checks every row. Raises CorruptRecord, also when the digest does not match."""
+        """Reads and checks every row, and returns the catalog. Raises CorruptRecord, also when the digest shows missing or extra rows."""
         meta = self.read_meta()
         banks = self.banks(meta=meta)
         for bank_id, *row in self.rows("records", meta=meta):
@@ -215,13 +229,13 @@ class Tables:
         )
 
     def check_pages(self) -> None:
-        """Raises CorruptRecord for damage that SQLite itself finds: no row shows it, and a later write would fail on it."""
+        """Raises CorruptRecord if SQLite itself finds damage in its file. No row shows such damage, and a later write would fail on it."""
         for (line,) in self._db.execute("PRAGMA integrity_check"):
             if line != "ok":
                 raise damaged(self._path, str(line))
 
     def _unsealed(self, table: str, row: Row) -> Row:
-        """Returns the values of a row. Raises CorruptRecord when its checksum does not match."""
+        """Checks the checksum at the end of a row, and returns the row without it. Raises CorruptRecord when it does not match."""
         values = row[:-1]
         if checksum(table, values) != row[-1]:
             raise damaged(self._path, f"a row of table {table} is damaged (it begins with {ascii(values[:3])[:100]})")
@@ -230,7 +244,10 @@ class Tables:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turns every error that a damaged index can cause into CorruptRecord. An error of the disk is no damage, and stays as it is."""
+    """Runs the context, and turns every error that a damaged index can cause into CorruptRecord. `path`: the index file, for the message.
+
+    An error of the disk or of memory does not mean damage, and is raised as it is.
+    """
     try:
         yield
     except CorruptRecord:
@@ -244,5 +261,8 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def damaged(path: Path, what: str) -> CorruptRecord:
-    """The error of an index that must not be trusted; it names the command that repairs it."""
+    """Makes the error for an index that must not be trusted. `what`: what is wrong.
+
+    The message names the command that repairs the index.
+    """
     return CorruptRecord(f"index: {what}; `ooc-moe-server rebuild {path.parent}` makes it anew from the records")

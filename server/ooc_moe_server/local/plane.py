@@ -1,9 +1,11 @@
 """The daemon's side of the local plane (see v1/local.proto): callers on this host read the arena in place, and stage what they push.
 
+The arena is the shared memory of the DRAM tier. To stage a record is to put its bytes into memory that the caller shares with the daemon.
+
     connect -> check the peer's user -> welcome, with descriptors -> fetches, releases, staging memory -> close
 
-A lease is a pin in the DRAM tier that expires. When the socket closes, the session's leases and staging memory are dropped. Event loop
-only; no call blocks.
+A lease lets a caller read a record in the arena. It is a pin that expires. When the socket closes, the session's leases and staging memory
+are dropped. To be used on the event loop only; no call blocks.
 """
 
 from __future__ import annotations
@@ -43,13 +45,16 @@ _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
 
 def peer_uid(connection: socket.socket) -> int:
-    """The user id of the process that connected, as the kernel reports it."""
+    """Returns the user id of the process at the other end of a Unix socket, as the kernel reports it."""
     _, uid, _ = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
     return int(uid)
 
 
 class LocalPlane:
-    """The listening socket and the sessions. `socket_name` is in the abstract namespace, without the leading zero byte."""
+    """Listens on a Unix socket for callers on this host, and keeps one session for each connection.
+
+    `socket_name` is in the abstract namespace, without the leading zero byte.
+    """
 
     def __init__(
         self,
@@ -61,7 +66,16 @@ class LocalPlane:
         clock: Callable[[], float] = time.monotonic,
         uid_of: Callable[[socket.socket], int] = peer_uid,
     ) -> None:
-        """Listens on the running loop until `close`. `patience_s`: how long a fetch waits for leases to end before it gets TierFull."""
+        """Listens on the running event loop until `close`.
+
+        Args:
+            arena: The shared memory, whose descriptors every caller gets.
+            dram: The DRAM tier, in which leases pin records.
+            serve: Called for each fetch of a session.
+            patience_s: How long a fetch waits for leases to end before it gets TierFull.
+            clock: The time in seconds, by which leases expire.
+            uid_of: Returns the user id of a connected caller.
+        """
         self.socket_name = f"ooc-moe-{secrets.token_hex(16)}"
         self.dram, self.serve, self.clock, self.patience_s = dram, serve, clock, patience_s
         self.session_bytes_max, self.total_bytes_max = int(arena.num_bytes * SESSION_SHARE), int(arena.num_bytes * TOTAL_SHARE)
@@ -79,23 +93,23 @@ class LocalPlane:
 
     @property
     def num_sessions(self) -> int:
-        """The number of open sessions; a caller may have several."""
+        """The number of sessions (connections) that are open. A caller may have several."""
         return len(self._sessions)
 
     def session(self, number: int) -> Session:
-        """Returns an open session. Raises LeaseExpired."""
+        """Returns the open session with this number. Raises LeaseExpired when there is none."""
         if number not in self._sessions:
             raise LeaseExpired(f"local_session: {number:#x} is not, or no longer, a session of this daemon")
         return self._sessions[number]
 
     def expire(self) -> None:
-        """Ends the expired leases of all sessions."""
+        """Ends the leases of all sessions whose time is over, so that their records may be evicted."""
         now = self.clock()
         for session in self._sessions.values():
             session.expire(now)
 
     def close(self) -> None:
-        """Stops listening and ends every session."""
+        """Stops listening and ends every session with its leases."""
         self._sweeping.cancel()
         self._loop.remove_reader(self._listener)
         self._listener.close()
@@ -130,7 +144,10 @@ class LocalPlane:
             connection.close()
 
     def _welcome(self, connection: socket.socket) -> None:
-        """Turns a connection into a session. Raises OocMoeError when it is refused, OSError when it is closed already."""
+        """Opens a session for a new connection, and sends it the descriptors of the arena.
+
+        Raises OocMoeError when the caller is refused, and OSError when the connection is closed already.
+        """
         if (uid := self._uid_of(connection)) != os.geteuid():
             raise InvalidRequest(f"its user is {uid}, the daemon's user is {os.geteuid()}")
         if len(self._sessions) >= SESSIONS_MAX:
@@ -164,7 +181,10 @@ class _Lease(NamedTuple):
 
 
 class Session:
-    """One connected caller, with its leases and its staging memory. The plane makes sessions."""
+    """One connection of a caller on this host, with its leases (rights to read records in the arena) and its staging memory.
+
+    Only `LocalPlane` makes sessions.
+    """
 
     def __init__(self, plane: LocalPlane, number: int, connection: socket.socket) -> None:
         self.number, self.connection = number, connection
@@ -177,7 +197,7 @@ class Session:
         self._fetching: asyncio.Future[None] | None = None
 
     async def room(self, record_bytes: int) -> int:
-        """Returns how many records of a size may be leased now. Waits until that is at least one.
+        """Returns how many records of `record_bytes` the session may lease now. Waits until that is at least one.
 
         Raises:
             TierFull: not enough leases ended in time.
@@ -198,7 +218,12 @@ class Session:
         return number
 
     def lease(self, entries: Sequence[Entry], *, pinned: bool) -> range:
-        """Turns the caller's pins of entries into leases; returns the ids of the leases."""
+        """Makes a lease of each record in `entries`. A lease takes over the pin that the caller of this method holds.
+
+        Returns the leases' ids.
+
+        `pinned`: the leases last until they are released, instead of expiring.
+        """
         assert not self.closed
         ids = range(self._next_lease, self._next_lease + len(entries))
         expires_at = None if pinned else self._plane.clock() + LEASE_S
@@ -208,11 +233,14 @@ class Session:
         return ids
 
     def expire(self, now: float) -> None:
-        """Ends the leases that expire at `now` or before."""
+        """Ends the leases of this session that expire at the time `now` or before."""
         self._release([each for each, lease in self._leases.items() if lease.expires_at is not None and lease.expires_at <= now])
 
     def staging(self, offset: int, size: int) -> memoryview:
-        """Returns bytes of the staging memory, for reading. The mapping lasts as long as the view. Raises InvalidRequest, LeaseExpired."""
+        """Returns a readable view of `size` bytes at `offset` of the memory in which the caller stages records.
+
+        The memory stays mapped as long as the view exists, even if the session is closed. Raises InvalidRequest, LeaseExpired.
+        """
         if self.closed:
             raise LeaseExpired(f"local_session: {self.number:#x} is closed")
         num_bytes = 0 if self._staging is None else len(self._staging)
@@ -221,7 +249,9 @@ class Session:
         return memoryview(self._staging)[offset : offset + size]
 
     def receive(self) -> bool:
-        """Receives and handles one packet; returns False when the caller has closed the socket.
+        """Receives one packet from the caller and acts on it. Returns False when the caller has closed the socket.
+
+        A packet announces staging memory, releases leases, or asks for a fetch.
 
         Raises:
             InvalidRequest: the packet is malformed, or asks for a fetch while another is under way.
@@ -252,7 +282,7 @@ class Session:
         return True
 
     async def send(self, answer: local_pb2.LocalAnswer) -> None:
-        """Sends one answer; waits while the socket's buffer is full. Raises LeaseExpired when the session was closed."""
+        """Sends one answer to the caller. Waits while the socket's buffer is full. Raises LeaseExpired when the session was closed."""
         if not self.closed:
             try:
                 await asyncio.get_running_loop().sock_sendall(self.connection, answer.SerializeToString())
@@ -262,7 +292,10 @@ class Session:
             raise LeaseExpired(f"local_session: {self.number:#x} was closed")
 
     def close(self) -> None:
-        """Cancels the fetch, ends the leases, and drops the staging memory. A copy under way keeps its mapping."""
+        """Closes the connection: cancels its fetch, ends its leases, and drops its staging memory.
+
+        A copy under way can still read that memory.
+        """
         self.closed = True
         if self._fetching:
             self._fetching.cancel()
@@ -275,14 +308,20 @@ class Session:
         self._fetching = None
 
     def _room(self, record_bytes: int) -> int:
-        """How many records of a size may be leased now. Raises LeaseExpired."""
+        """Returns how many records of `record_bytes` may be leased now; may be 0 or less.
+
+        Raises LeaseExpired when the session was closed.
+        """
         if self.closed:
             raise LeaseExpired(f"local_session: {self.number:#x} was closed")
         of_session = max((self._plane.session_bytes_max - self.leased_bytes) // record_bytes, not self._leases)
         return min(of_session, max((self._plane.total_bytes_max - self._plane.leased_bytes) // record_bytes, not self._plane.leased_bytes))
 
     def _release(self, ids: Collection[int]) -> None:
-        """Ends leases; ids that have ended before or never existed are ignored."""
+        """Ends the leases with these ids, so that their records may be evicted.
+
+        Ids of leases that ended before or never existed are ignored.
+        """
         ended = [lease.entry for each in ids if (lease := self._leases.pop(each, None)) is not None]
         if not ended:
             return
@@ -297,7 +336,7 @@ class Session:
 
 
 def _reopened(descriptor: int) -> int:
-    """Opens the same memory read-only. Its seals forbid later writable mappings anyway."""
+    """Returns a new read-only descriptor of the same memory, to be sent to callers. Its seals forbid later writable mappings anyway."""
     try:
         return os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:  # No /proc here.
@@ -305,7 +344,7 @@ def _reopened(descriptor: int) -> int:
 
 
 def _mapped(descriptor: int, num_bytes: int) -> mmap.mmap:
-    """Maps a caller's staging memory for reading.
+    """Maps the memory in which a caller stages records, for reading.
 
     Raises:
         InvalidRequest: the caller could shrink the memory, or it has huge pages, which can run out. To read a missing page would kill the

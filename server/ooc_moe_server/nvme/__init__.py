@@ -1,4 +1,4 @@
-"""The NVMe tier: records in slab files, and the disk space that is kept in reserve.
+"""The NVMe tier: keeps records of experts in slab files (one file per record size), and keeps disk space in reserve.
 
-Offers `NvmeTier`, which allocates, reads, writes and syncs slots and counts the references to them, and `Reserve`.
+Offers `NvmeTier`, which allocates, reads, writes and syncs slots (places for one record) and counts the references to them, and `Reserve`.
 """

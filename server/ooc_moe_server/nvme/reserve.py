@@ -1,7 +1,7 @@
-"""Disk space kept in reserve, so that a store on a full disk can still start, and can still delete banks and snapshots to make room.
+"""Keeps disk space in reserve, so that a store on a full disk can still start, and can still delete banks and snapshots to make room.
 
-RESERVE is a file that only occupies space. A step that must not fail empties it when the disk is full. It is filled again as soon as there
-is room. Pushes never use the reserve. Synchronous.
+The reserve is the file RESERVE, which only occupies space. A step that must not fail empties it when the disk is full. It is filled again
+as soon as there is room. Pushes never use the reserve. Its calls block, so they belong on a thread and not on the event loop.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _ROOM_BYTES_TO_START = 1 << 20
 
 
 class Reserve:
-    """The file RESERVE of a data directory."""
+    """The file RESERVE of a data directory, whose disk space is given up when a step that must not fail finds the disk full."""
 
     def __init__(self, data_dir: Path) -> None:
         self._path, self._index = data_dir / "RESERVE", data_dir / "index.sqlite"
@@ -34,11 +34,11 @@ class Reserve:
 
     @property
     def held_bytes(self) -> int:
-        """The bytes that the file occupies."""
+        """The number of bytes of disk space that the file RESERVE occupies now."""
         return _size(self._path)
 
     def run(self, work: Callable[[], Result]) -> Result:
-        """Runs `work`; if the disk is full, empties the reserve and runs `work` once more.
+        """Runs `work` and returns its result; if the disk is full, empties the reserve and runs `work` once more.
 
         `work` must change all or nothing. Raises what `work` raises.
         """
@@ -53,13 +53,16 @@ class Reserve:
         return result
 
     def require(self) -> None:
-        """Raises OSError (ENOSPC) while the reserve is not full. Called before steps that may be refused, so that others find room."""
+        """Fills the reserve, and raises OSError (ENOSPC) if the disk has too little room for that.
+
+        Call it before a step that may be refused, such as adding a bank, so that disk space stays available for steps that must not fail.
+        """
         self.fill()
         if self.held_bytes < RESERVE_BYTES_MIN:
             raise OSError(errno.ENOSPC, "the disk is full, and its reserve is in use")
 
     def fill(self) -> None:
-        """Fills the reserve as far as there is room. From the first call on, `run` fills it too."""
+        """Fills the reserve as far as the disk has room. From the first call on, `run` fills it again after each piece of work."""
         self._is_kept = True
         wanted, held = self._wanted_bytes(), self.held_bytes
         if held >= wanted:
@@ -74,7 +77,7 @@ class Reserve:
         self._is_short = held < wanted
 
     def empty(self) -> bool:
-        """Frees the space; returns False when the reserve was empty."""
+        """Gives up the reserve's disk space. Returns False when the reserve was empty already."""
         if not self.held_bytes:
             return False
         log.warning("the disk is full: emptying the reserve of %d bytes", self.held_bytes)
@@ -82,13 +85,16 @@ class Reserve:
         return True
 
     def make_room(self) -> None:
-        """Empties the reserve if the disk is almost full. For a start, whose first steps fail in too many ways to try each twice."""
+        """Empties the reserve if the disk is almost full. To be called at the start of the daemon, before its first steps.
+
+        These fail in too many ways to try each one twice, as `run` does.
+        """
         disk = os.statvfs(self._path.parent)
         if disk.f_bavail * disk.f_frsize < _ROOM_BYTES_TO_START:
             self.empty()
 
     def _wanted_bytes(self) -> int:
-        """Twice the size of the index, besides the minimum.
+        """Returns the size that the reserve should have: a minimum, and twice the size of the index.
 
         Deleting a bank may write every page of the index to its WAL, and the manifests of snapshots, which are no longer than the index.
         """
@@ -96,7 +102,7 @@ class Reserve:
 
 
 def _grow(fd: int, held: int, wanted: int) -> int:
-    """Extends a file of `held` bytes to `wanted` bytes, or as far as there is room; returns its new size."""
+    """Extends an open file from `held` bytes to `wanted` bytes, or as far as the disk has room. Returns its new size."""
     step = wanted - held
     while held < wanted and step >= _STEP_BYTES:
         try:
@@ -111,7 +117,7 @@ def _grow(fd: int, held: int, wanted: int) -> int:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an error of a file or of SQLite means that the disk or its quota is full."""
+    """Whether an error of a file or of SQLite means that the disk is full, or that the user's quota on it is used up."""
     if isinstance(error, sqlite3.Error):
         return getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -1,4 +1,4 @@
-"""A slab: one file of slots of equal size. A slot is read and written whole, with O_DIRECT where the file system allows it.
+"""A slab: one file of slots (places for one record) of equal size. A slot is read and written whole, with O_DIRECT where possible.
 
 The states of a slot, and the calls between them:
 
@@ -6,8 +6,8 @@ The states of a slot, and the calls between them:
       ^                                         | ^                 |
       +------- begin_punch, punch, end_punch ---+ +------free-------+
 
-A bare slot has no disk blocks, or perhaps none; a free slot has them. Reads, writes, `extend`, `punch` and `sync` may run on any thread.
-All other methods belong to the event loop.
+A bare slot has no disk space (or perhaps none: after a restart this is not known); a free slot has disk space and no record. Reads, writes,
+`extend`, `punch` and `sync` may run on any thread. All other methods belong to the event loop.
 """
 
 from __future__ import annotations
@@ -38,7 +38,11 @@ _PUNCH_HOLE_KEEP_SIZE = 0x02 | 0x01  # linux/falloc.h
 
 
 class Slab:
-    """The file of one record size; created if it does not exist. Buffers must be 4 KiB aligned and `record_bytes` long."""
+    """The file that holds all records of one size in slots. Created if it does not exist.
+
+    `direct`: open it with O_DIRECT. `used`: the slots that hold records already. Buffers that are read or written must be 4 KiB aligned and
+    `record_bytes` long.
+    """
 
     def __init__(self, path: Path, record_bytes: int, *, direct: bool, used: Collection[int] = ()) -> None:
         self.record_bytes = record_bytes
@@ -62,24 +66,27 @@ class Slab:
 
     @property
     def num_free(self) -> int:
-        """The number of slots that `allocate` can give out before the slab must grow."""
+        """The number of slots that `allocate` can give out before the slab must be extended."""
         return len(self._free)
 
     def allocate(self) -> int | None:
-        """Gives out the lowest free slot, or None when the slab must grow first."""
+        """Gives out the lowest free slot. Returns None when there is none, so that the slab must be extended first."""
         return heapq.heappop(self._free) if self._free else None
 
     def free(self, slot: int) -> None:
-        """Makes a used slot free."""
+        """Makes a used slot free: it keeps its disk space and may be given out again."""
         heapq.heappush(self._free, slot)
 
     def condemn(self, slot: int) -> None:
-        """Gives a used slot never out again in this run. Its disk blocks are punched out with the surplus."""
+        """Takes a used slot out of service: it is never given out again in this run. Its disk space is freed by the next punch."""
         self._condemned.add(slot)
         self._surplus.append(slot)
 
     def begin_extend(self) -> range:
-        """Chooses neighbouring slots for `extend`: the lowest bare ones, else new ones at the end of the file. `end_extend` must follow."""
+        """Chooses the slots for the next `extend`: the lowest ones without disk space, or else new ones at the end of the file.
+
+        The slots are neighbours. `end_extend` must follow, also after an error.
+        """
         count = max(1, GROWTH_BYTES // self.record_bytes)
         if not self._bare:
             self.num_slots += count
@@ -92,7 +99,10 @@ class Slab:
         return range(first, end)
 
     def extend(self, slots: range) -> range:
-        """Allocates disk blocks for the slots, or for the first alone when not all find room; returns these slots. Raises OSError."""
+        """Allocates disk space for the slots. If there is not enough for all, only for the first.
+
+        Returns the slots that got disk space. Raises OSError.
+        """
         for part in (slots, slots[:1]):
             try:
                 os.posix_fallocate(self._fd, part.start * self.record_bytes, len(part) * self.record_bytes)
@@ -104,14 +114,17 @@ class Slab:
         raise AssertionError("unreachable")
 
     def end_extend(self, slots: range, allocated: range) -> None:
-        """Makes the allocated slots free, and the others of `begin_extend` bare again."""
+        """Ends what `begin_extend` began: makes the `allocated` slots free to be given out.
+
+        The rest of `slots` got no disk space, and stays bare.
+        """
         for slot in slots:
             heapq.heappush(self._free if slot in allocated else self._bare, slot)
 
     def begin_punch(self) -> list[int]:
-        """Chooses slots for `punch`: the condemned ones, and the highest free ones beyond the reserve. `end_punch` must follow.
+        """Chooses slots whose disk space is given back to the file system: condemned ones, and the highest free ones beyond the reserve.
 
-        Returns no slots where the file system cannot punch holes.
+        Call `punch` with them, and then `end_punch`. Returns no slots where the file system cannot punch holes into files.
         """
         if not self._can_punch:
             return []
@@ -123,12 +136,20 @@ class Slab:
         return surplus
 
     def punch(self, slots: Sequence[int]) -> None:
-        """Gives the disk blocks of slots back to the file system. Raises OSError, also where the file system cannot punch holes."""
+        """Gives the disk space of slots back to the file system.
+
+        Raises OSError, also where the file system cannot punch holes into files.
+        """
         for run in _runs(slots):
             _punch(self._fd, run.start * self.record_bytes, len(run) * self.record_bytes)
 
     def end_punch(self, slots: Sequence[int], error: OSError | None) -> None:
-        """Makes the slots of `begin_punch` bare, also after an error: to allocate blocks twice does no harm."""
+        """Ends what `begin_punch` began: notes that the slots have no disk space any more.
+
+        Condemned slots among them are never used again.
+
+        `error`: what `punch` raised. The slots are treated in the same way then: to allocate disk space twice does no harm.
+        """
         if error:
             self._can_punch = False
             log.warning("slab of %d-byte records: freed space stays in the file: %s", self.record_bytes, error.strerror)
@@ -137,30 +158,30 @@ class Slab:
                 heapq.heappush(self._bare, slot)
 
     def read(self, slot: int, into: memoryview) -> None:
-        """Reads a whole slot into `into`. Raises OSError, also when the file ends early."""
+        """Reads a whole slot into the buffer `into`. Raises OSError, also when the file ends before the end of the slot."""
         num_read = transfer(os.preadv, self._fd, into, slot * self.record_bytes)
         if num_read < self.record_bytes:
             raise OSError(errno.EIO, f"slab ends {self.record_bytes - num_read} bytes before the end of slot {slot}")
 
     def write(self, slot: int, record: memoryview) -> None:
-        """Writes a whole slot, which is durable after `sync`. Raises OSError."""
+        """Writes a record to its slot, over the whole length of the slot. It is durable only after `sync`. Raises OSError."""
         num_written = transfer(os.pwritev, self._fd, record, slot * self.record_bytes)
         if num_written < self.record_bytes:
             raise OSError(errno.EIO, f"no byte of slot {slot} was written at {num_written} of {self.record_bytes}")
 
     def sync(self) -> None:
-        """Returns when all that was written is on the device. Raises OSError; call `note_failed_sync` then."""
+        """Makes everything that was written to the slab before the call durable. Raises OSError; call `note_failed_sync` then."""
         os.fdatasync(self._fd)
 
     def note_failed_sync(self) -> None:
-        """A sync failed: what was written before now may be lost, and no later sync will tell.
+        """Raises the slab's epoch, because a sync failed. What was written before may be lost, and no later sync would tell.
 
-        Raises the epoch. A write that began in an older epoch and is not durable yet is doubtful.
+        A write that began in an older epoch and is not durable yet is doubtful: it must be written again.
         """
         self.epoch += 1
 
     def close(self) -> None:
-        """Closes the file."""
+        """Closes the slab's file."""
         os.close(self._fd)
 
     @property
@@ -170,7 +191,10 @@ class Slab:
 
 
 def transfer(call: Callable[[int, list[memoryview], int], int], fd: int, buffer: memoryview, offset: int) -> int:
-    """Repeats `os.preadv` or `os.pwritev` until the buffer is done or a call moves no byte; returns the bytes moved. Raises OSError."""
+    """Reads or writes a whole buffer at `offset` of a file, by as many calls of `os.preadv` or `os.pwritev` (`call`) as it takes.
+
+    Returns the number of bytes that were moved: fewer than the buffer has if a call moved none. Raises OSError.
+    """
     done = 0
     while done < len(buffer) and (count := call(fd, [buffer[done:]], offset + done)):
         done += count
@@ -178,7 +202,7 @@ def transfer(call: Callable[[int, list[memoryview], int], int], fd: int, buffer:
 
 
 def _runs(slots: Sequence[int]) -> list[range]:
-    """Groups slots into ranges of neighbours."""
+    """Groups slot numbers into ranges of neighbours, in ascending order."""
     runs: list[range] = []
     for slot in sorted(slots):
         if runs and runs[-1].stop == slot:
@@ -189,7 +213,10 @@ def _runs(slots: Sequence[int]) -> list[range]:
 
 
 def _punch(fd: int, offset: int, size: int) -> None:
-    """fallocate(2) with a mode, which the standard library lacks. Raises OSError."""
+    """Gives the disk space of a range of a file back to the file system, by fallocate(2), whose modes the standard library lacks.
+
+    Raises OSError.
+    """
     library = ctypes.CDLL(None, use_errno=True)
     fallocate = getattr(library, "fallocate64", None) or getattr(library, "fallocate", None)
     if fallocate is None:
@@ -201,7 +228,7 @@ def _punch(fd: int, offset: int, size: int) -> None:
 
 
 def supports_direct_io(directory: Path) -> bool:
-    """Whether files below `directory` can be opened with O_DIRECT; writes a file to find out."""
+    """Whether files in `directory` can be opened with O_DIRECT. Writes a small file to find out, and removes it."""
     path = directory / ".direct-io-probe"
     block = mmap.mmap(-1, BLOCK_BYTES)
     try:

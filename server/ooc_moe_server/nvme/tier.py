@@ -1,8 +1,8 @@
-"""The NVMe tier: the slabs of a data directory, and a reference count for each slot in use.
+"""The NVMe tier: the slabs (slot files, one per record size) of a data directory, and a reference count for each slot in use.
 
     allocate -> write -> sync -> referred to by records, snapshots and readers -> free, when the last reference is released
 
-Reads and writes run in thread pools; the bookkeeping lives on the event loop. The caller puts the steps of a commit in order
+Reads and writes run in thread pools; the bookkeeping runs on the event loop. The caller puts the steps of a commit in order
 (engine/commit_rounds.py).
 """
 
@@ -30,10 +30,16 @@ QUOTA_RETRY_MS = 1000
 
 
 class NvmeTier:
-    """All slabs of a data directory. Calls `on_free` with every slot that loses its last reference."""
+    """Allocates, reads and writes the slots of all slabs of a data directory, and counts references to slots.
+
+    Calls `on_free` with every slot that loses its last reference.
+    """
 
     def __init__(self, directory: Path, catalog: Catalog, *, on_free: Callable[[Slot], None], quota_bytes: int | None = None) -> None:
-        """`quota_bytes`: the most that all slots in use may occupy; None: as much as the disk holds."""
+        """Opens the slabs in `directory`; the slots that `catalog` refers to are in use.
+
+        `quota_bytes`: the most bytes that all slots in use may occupy; None: as much as the disk holds.
+        """
         directory.mkdir(exist_ok=True)
         sync_directory(directory.parent)
         self.direct = supports_direct_io(directory)
@@ -55,14 +61,14 @@ class NvmeTier:
             self._open(record_bytes)
 
     async def run(self, work: Callable[[], Result]) -> Result:
-        """Runs `work` on an I/O thread."""
+        """Runs `work` on an I/O thread, waits for it, and returns its result."""
         return await asyncio.get_running_loop().run_in_executor(self._io, work)
 
     async def allocate(self, record_bytes: int, *, replaced: Slot | None = None) -> Slot:
-        """Gives out a free slot that has disk blocks, with one reference.
+        """Gives out a free slot that has disk space, with one reference.
 
         Args:
-            record_bytes: The record size of the slab, which grows as needed.
+            record_bytes: The record size, which selects the slab. The slab grows as needed.
             replaced: The slot that will be released once the new one is committed. The quota counts the two as one; otherwise a full store
                 could not even overwrite the records that it holds.
 
@@ -86,12 +92,12 @@ class NvmeTier:
         return slot
 
     def hold(self, slot: Slot) -> None:
-        """Adds a reference to a slot."""
+        """Adds a reference to a slot, so that its record stays on the disk."""
         assert self._references[slot] > 0
         self._references[slot] += 1
 
     def let_go(self, slot: Slot) -> None:
-        """Releases a reference to a slot. Without references the slot is free, and may be written anew."""
+        """Releases one reference to a slot. When it was the last one, the slot becomes free and may be given to another record."""
         self._references[slot] -= 1
         if self._references[slot] == 0:
             self._forget(slot)
@@ -100,14 +106,17 @@ class NvmeTier:
             self._trim_soon(slab)
 
     def condemn(self, slot: Slot) -> None:
-        """Gives up an allocated slot whose content is unknown. Its disk blocks are freed, so that a failing device does not fill up."""
+        """Takes an allocated slot out of service because its content is unknown.
+
+        Its disk space is freed, so that a failing device does not fill up.
+        """
         self._forget(slot)
         slab = self._slabs[slot.record_bytes]
         slab.condemn(slot.index)
         self._trim_soon(slab)
 
     def end_replacing(self, slot: Slot) -> None:
-        """Notes that the slot which this one replaces was released, so that the quota counts no pair any more."""
+        """Tells the quota that the older slot which `slot` replaces was released, so that the quota counts `slot` in full from now on."""
         if slot in self._replacing:
             self._replacing.remove(slot)
             self._replaced_bytes -= slot.record_bytes
@@ -116,7 +125,7 @@ class NvmeTier:
         """Runs `prepare`, then writes a record to its slot, both on a write thread. The record is durable after `sync`.
 
         Returns:
-            The slab's epoch when the write began, for `is_doubtful`.
+            The slab's epoch (the number of failed syncs so far) when the write began, for `is_doubtful`.
 
         Raises:
             OSError: the write failed.
@@ -137,15 +146,18 @@ class NvmeTier:
         return epoch
 
     async def prepare(self, work: Callable[[], None]) -> None:
-        """Runs `work` on a write thread."""
+        """Runs `work`, which makes a record ready to be written, on a write thread, and waits for it."""
         await asyncio.get_running_loop().run_in_executor(self._writers, work)
 
     def is_doubtful(self, slot: Slot, epoch: int) -> bool:
-        """Whether a sync of the slab failed since a write that began in `epoch`, so that the written bytes may be lost."""
+        """Whether a record that was written to `slot` may be lost, because a sync of its slab failed since.
+
+        `epoch`: the slab's epoch when the write began, as `write` returned it.
+        """
         return self._slabs[slot.record_bytes].epoch != epoch
 
     async def sync(self, slots: Iterable[Slot]) -> dict[int, OSError]:
-        """Makes everything that was written to the slabs of these slots durable. Returns the errors by record size.
+        """Syncs the slabs of these slots, so that everything that was written to them is durable. Returns the errors by record size.
 
         After an error, every record that was written to that slab and is not durable yet is doubtful (`is_doubtful`).
         """
@@ -154,7 +166,12 @@ class NvmeTier:
         return {size: error for size, error in zip(sizes, errors, strict=True) if error}
 
     async def read(self, slot: Slot, into: memoryview, check: Callable[[], None]) -> None:
-        """Reads a record and runs `check`, on an I/O thread. The caller must hold the slot. Raises OSError, and what `check` raises."""
+        """Reads a record into a buffer and runs `check`, both on an I/O thread. The caller must hold a reference to the slot.
+
+        Raises:
+            OSError: the read failed.
+            Exception: whatever `check` raises.
+        """
         slab = self._slabs[slot.record_bytes]
 
         def read_and_check() -> None:
@@ -166,7 +183,7 @@ class NvmeTier:
         await self.run(read_and_check)
 
     def snapshot_stats(self) -> stats_pb2.TierStats:
-        """Returns the counters, with the present occupancy."""
+        """Returns the counters of the tier, with the numbers of used and free bytes brought up to date."""
         disk = os.statvfs(self._directory)
         self._stats.capacity_bytes = disk.f_blocks * disk.f_frsize
         self._stats.free_bytes = disk.f_bavail * disk.f_frsize
@@ -179,17 +196,20 @@ class NvmeTier:
         return self._stats
 
     def trim(self) -> None:
-        """Starts to punch out free slots beyond the reserve. Later frees start it by themselves."""
+        """Starts to give the disk space of free slots beyond the reserve back to the file system.
+
+        Slots that become free later start it themselves.
+        """
         for slab in self._slabs.values():
             self._trim_soon(slab)
 
     async def drain(self) -> None:
-        """Returns when no slab is being trimmed."""
+        """Waits until no slab is giving disk space back to the file system."""
         while self._trimming:
             await asyncio.wait(self._trimming.values())
 
     def close(self) -> None:
-        """Waits for the I/O under way and closes the files."""
+        """Waits for the reads and writes under way, and closes the slab files."""
         self._writers.shutdown()
         self._io.shutdown()
         for slab in self._slabs.values():
@@ -209,7 +229,7 @@ class NvmeTier:
         self._on_free(slot)
 
     def _is_sole(self, slot: Slot | None) -> bool:
-        """Whether a slot has one reference only, and so becomes free when its record releases it: no snapshot or fork shares it."""
+        """Whether a slot has exactly one reference, so that it becomes free when its record releases it. False for None."""
         return slot is not None and self._references[slot] == 1
 
     def _check_quota(self, record_bytes: int, replaced_bytes: int) -> None:
@@ -242,7 +262,10 @@ class NvmeTier:
             self._trimming[slab] = asyncio.create_task(self._trim(slab))
 
     async def _trim(self, slab: Slab) -> None:
-        """Punches out the surplus in few large pieces. Slots being punched are neither free nor bare, so none is allocated meanwhile."""
+        """Gives the disk space of surplus free slots back to the file system, in few large pieces.
+
+        Meanwhile these slots are neither free nor bare (without disk space), so that none is allocated.
+        """
         try:
             while surplus := slab.begin_punch():
                 slab.end_punch(surplus, await self.run(lambda slots=surplus: _punch(slab, slots)))  # type: ignore[misc]
@@ -251,7 +274,7 @@ class NvmeTier:
 
 
 def _sync(slab: Slab) -> OSError | None:
-    """Syncs a slab; returns the error instead of raising it."""
+    """Syncs a slab to the disk. Returns the error instead of raising it."""
     try:
         slab.sync()
     except OSError as error:
@@ -261,7 +284,7 @@ def _sync(slab: Slab) -> OSError | None:
 
 
 def _punch(slab: Slab, slots: Sequence[int]) -> OSError | None:
-    """Punches out slots; returns the error instead of raising it."""
+    """Gives the disk space of slots back to the file system. Returns the error instead of raising it."""
     try:
         slab.punch(slots)
     except OSError as error:
@@ -270,7 +293,7 @@ def _punch(slab: Slab, slots: Sequence[int]) -> OSError | None:
 
 
 def _referred(catalog: Catalog) -> Iterable[Slot]:
-    """Yields the slot of every record of every bank and snapshot, so that shared slots come several times."""
+    """Yields the slot of every written record of every bank and snapshot. A slot that several records share comes several times."""
     for bank in catalog.banks.values():
         yield from (record.slot for record in bank.records.values() if record.slot)
     for snapshot in catalog.snapshots.values():

@@ -1,4 +1,4 @@
-"""What is done to the data directory of a stopped daemon: `verify` checks all of it, `rebuild` makes a lost index anew.
+"""Checks and repairs the data directory of a stopped daemon: `verify` reads and checks all of it, `rebuild` makes a lost index anew.
 
-Offers the functions behind the two subcommands of `ooc-moe-server`.
+Offers the functions behind these two subcommands of `ooc-moe-server`.
 """

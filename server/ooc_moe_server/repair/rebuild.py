@@ -1,7 +1,7 @@
 """`ooc-moe-server rebuild`: makes the index anew from the manifests, COMMITTED, and the header of every record on the disk.
 
-The manifests tell which banks and snapshots exist, and which records were current when a bank last changed or the daemon last started. A
-newer record on the disk was current too if all of these hold for its header:
+The manifests (JSON files beside the index) tell which banks and snapshots exist, and which records were current when a bank last changed or
+the daemon last started. A newer record on the disk was current too if all of these hold for its header:
 
     it names a bank that has a manifest                                  (otherwise the bank was deleted)
     its version is at least the manifest's `base_version`                (otherwise an earlier crash may have cut the write off)
@@ -43,7 +43,7 @@ _INDEX_FILES = ("", "-wal", "-shm")
 
 @dataclass(slots=True)
 class Rebuilt:
-    """What a rebuild brought back, and what it could not."""
+    """The result of a rebuild: how many banks, experts and snapshots came back, and what was damaged or lost."""
 
     num_banks: int = 0
     num_experts: int = 0  # Experts with a written record.
@@ -54,13 +54,13 @@ class Rebuilt:
 
     @property
     def is_whole(self) -> bool:
-        """Whether everything came back."""
+        """Whether everything came back: no damage was found."""
         return not self.damage
 
 
 @dataclass(slots=True)
 class _Seen:
-    """What the headers on the disk tell."""
+    """What the record headers on the disk tell: which records may be current, all headers by slot, and the newest version."""
 
     candidates: dict[tuple[bytes, int], list[Record]] = field(default_factory=lambda: defaultdict(list))  # By bank and expert.
     headers: dict[Slot, RecordHeader] = field(default_factory=dict)
@@ -68,7 +68,10 @@ class _Seen:
 
 
 def rebuild(data_dir: Path, track: Track = untracked) -> Rebuilt:
-    """Replaces the index of a data directory that the caller holds; the old one is moved aside. Raises OocMoeError, OSError."""
+    """Makes the index of a data directory anew, and moves the old one aside. The caller must have locked the directory.
+
+    `track`: shows the progress. Returns what came back and what did not. Raises OocMoeError, OSError.
+    """
     result = Rebuilt()
     last, _ = commit_witness.read(data_dir / "COMMITTED")
     if last is None:
@@ -92,7 +95,10 @@ def rebuild(data_dir: Path, track: Track = untracked) -> Rebuilt:
 
 
 def _read_manifests(data_dir: Path, result: Rebuilt) -> tuple[dict[bytes, Bank], list[tuple[Snapshot, dict[int, bytes]]]]:
-    """Reads the banks by uuid, and the snapshots. Takes what is damaged from the old index if that is sound; otherwise it is lost."""
+    """Reads all manifests. Returns the banks by uuid, and the snapshots, each with the uuids of its banks.
+
+    The content of a damaged manifest is taken from the old index if that is sound; otherwise it is lost.
+    """
     banks: dict[bytes, Bank] = {}
     snapshots: list[tuple[Snapshot, dict[int, bytes]]] = []
     old: Catalog | None = None
@@ -118,7 +124,7 @@ def _read_manifests(data_dir: Path, result: Rebuilt) -> tuple[dict[bytes, Bank],
 
 
 def _namesakes(banks: Iterable[Bank]) -> list[tuple[Bank, Bank]]:
-    """Pairs of banks with the same name, the older one first."""
+    """Returns the pairs of banks that have the same name, the older bank first in each pair."""
     newest: dict[str, Bank] = {}
     pairs = []
     for bank in sorted(banks, key=lambda bank: bank.revision):
@@ -129,7 +135,7 @@ def _namesakes(banks: Iterable[Bank]) -> list[tuple[Bank, Bank]]:
 
 
 def _old_catalog(data_dir: Path) -> Catalog:
-    """The content of the old index if all of it is sound, otherwise an empty catalog."""
+    """Returns the content of the old index if all of it is sound, otherwise an empty catalog."""
     try:
         return read_copied_index(data_dir)
     except Exception as error:  # Expected: a damaged index is the usual reason for a rebuild.
@@ -138,6 +144,10 @@ def _old_catalog(data_dir: Path) -> Catalog:
 
 
 def _from_old_index(old: Catalog, path: Path, banks: dict[bytes, Bank], snapshots: list[tuple[Snapshot, dict[int, bytes]]]) -> bool:
+    """Takes the bank or snapshot of a damaged manifest from the old index, and adds it to `banks` or `snapshots`.
+
+    Returns whether it was found.
+    """
     for bank in old.banks.values():
         if bank.uuid.hex() == path.stem and path.parent.name == "banks":
             bank.base_version = old.next_version  # A sound index holds every committed record of the bank.
@@ -151,7 +161,7 @@ def _from_old_index(old: Catalog, path: Path, banks: dict[bytes, Bank], snapshot
 
 
 def _scan(slabs: Slabs, banks: dict[bytes, Bank], last: LastCommit | None, result: Rebuilt, track: Track) -> _Seen:
-    """Reads every header, and keeps the records that may be current."""
+    """Reads the header of every record on the disk, and collects the records that may be the current ones of their experts."""
     seen = _Seen()
     strangers: Counter[bytes] = Counter()
 
@@ -179,14 +189,20 @@ def _scan(slabs: Slabs, banks: dict[bytes, Bank], last: LastCommit | None, resul
 
 
 def _was_current(header: RecordHeader, bank: Bank, last: LastCommit | None) -> bool:
-    """Whether a record was current after the manifest was written; see the module docstring."""
+    """Whether a record was the current one of its expert at some time after the manifest was written.
+
+    The module docstring has the rules.
+    """
     row = bank.records.get(header.expert, UNWRITTEN)
     is_committed = last is None or header.version < last.next_version
     return header.version > row.version and header.base_version >= row.version and header.version >= bank.base_version and is_committed
 
 
 def _fits(header: RecordHeader, slot: Slot, bank: Bank, result: Rebuilt) -> bool:
-    """Whether a record has the sizes of its bank's records. Grows the bank when it has an expert beyond the manifest's number."""
+    """Whether the record in a slot has the section sizes of its bank. A misfit is added to the reported damage.
+
+    If the record's expert is beyond the number in the manifest, grows the bank.
+    """
     if slot.record_bytes != bank.layout.record_bytes or not scan.has_sizes_of(header, bank.layout):
         what = f"a record of bank {bank.name!r}, expert {header.expert}, with the sizes of another layout"
         result.damage.append(f"{scan.slot_name(slot)}: {what}")
@@ -202,7 +218,7 @@ def _record(header: RecordHeader, slot: Slot) -> Record:
 
 
 def _choose(slabs: Slabs, banks: dict[bytes, Bank], seen: _Seen, result: Rebuilt, track: Track) -> None:
-    """Makes the newest undamaged record of each expert current."""
+    """Makes the newest undamaged record of each expert the current one, and adds damaged ones to the report."""
     experts = [(bank, expert) for bank in banks.values() for expert in sorted(bank.records)]
     experts += [(banks[uuid], expert) for uuid, expert in seen.candidates if expert not in banks[uuid].records]
 
@@ -220,7 +236,7 @@ def _choose(slabs: Slabs, banks: dict[bytes, Bank], seen: _Seen, result: Rebuilt
 
 
 def _newest_sound(slabs: Slabs, bank: Bank, expert: int, records: list[Record], seen: _Seen) -> tuple[Record, list[str]]:
-    """The first undamaged one of `records`, which come newest first, or the newest if all are damaged; and lines for the report."""
+    """Returns the first undamaged one of `records` (newest first), or the newest if all are damaged; and the damage, one line each."""
     what = f"bank {bank.name!r}, expert {expert}"
     damage: list[str] = []
     for record in records:
@@ -234,7 +250,10 @@ def _newest_sound(slabs: Slabs, bank: Bank, expert: int, records: list[Record], 
 
 
 def _problem(slabs: Slabs, bank: Bank, record: Record, seen: _Seen | None) -> str | None:
-    """Describes what is wrong with a record, or returns None. With `seen`, its header must have the same checksums."""
+    """Describes what is wrong with a record, or returns None when it is sound.
+
+    With `seen`, the header in its slot must have the same checksums.
+    """
     if record.slot is None or record.checksums is None:
         return None
     header = seen.headers.get(record.slot) if seen else None
@@ -245,7 +264,7 @@ def _problem(slabs: Slabs, bank: Bank, record: Record, seen: _Seen | None) -> st
 
 
 def _bind(snapshots: Iterable[tuple[Snapshot, dict[int, bytes]]], banks: dict[bytes, Bank], result: Rebuilt) -> list[Snapshot]:
-    """Gives the snapshots the new ids of their banks. Leaves out banks that do not exist any more, and snapshots without any bank."""
+    """Gives each snapshot's banks their new ids. Leaves out banks that were deleted, and then snapshots that have no bank left."""
     kept = []
     for snapshot, uuids in snapshots:
         states = {banks[uuids[place]].id: state for place, state in snapshot.banks.items() if uuids[place] in banks}
@@ -257,7 +276,10 @@ def _bind(snapshots: Iterable[tuple[Snapshot, dict[int, bytes]]], banks: dict[by
 
 
 def _check_snapshots(slabs: Slabs, snapshots: list[Snapshot], banks: dict[bytes, Bank], result: Rebuilt, track: Track) -> None:
-    """Verifies the records that only snapshots refer to. A damaged record stays; a fetch after a restore raises CorruptRecord."""
+    """Verifies the records that only snapshots refer to, and adds the damaged ones to the report.
+
+    A damaged record stays in its snapshot; after a restore of that snapshot, a fetch of the record raises CorruptRecord.
+    """
     by_id = {bank.id: bank for bank in banks.values()}
     verified = {(record.slot, record.checksums) for bank in banks.values() for record in bank.records.values()}
     parts: list[tuple[Bank, int, Record, Snapshot]] = []
@@ -277,7 +299,10 @@ def _check_snapshots(slabs: Slabs, snapshots: list[Snapshot], banks: dict[bytes,
 
 
 def _catalog(banks: dict[bytes, Bank], snapshots: list[Snapshot], seen: _Seen, last: LastCommit | None) -> tuple[Catalog, int]:
-    """The content of the new index and its first sequence number. Versions, snapshot ids and sequence numbers are never used twice."""
+    """Returns the content of the new index, and the sequence number of its first transaction.
+
+    Versions, snapshot ids and sequence numbers continue beyond all that were used, so that none is used twice.
+    """
     records = [record for bank in banks.values() for record in bank.records.values()]
     records += [record for snapshot in snapshots for _, _, record in snapshot.records()]
     newest = max([seen.newest_version, *(record.version for record in records), *(bank.base_version for bank in banks.values())], default=0)
@@ -295,7 +320,7 @@ def _catalog(banks: dict[bytes, Bank], snapshots: list[Snapshot], seen: _Seen, l
 def _replace_index(data_dir: Path, catalog: Catalog, sequence: int) -> None:
     """Builds the new index in a directory of its own, moves the files of the old index aside, and moves the new index to its place.
 
-    A crash between the two moves leaves no index. A start then refuses to create an empty one, and the rebuild can be repeated.
+    A crash between the two moves leaves no index. The daemon then refuses to start with an empty one, and the rebuild can be repeated.
     """
     workshop = data_dir / "index.rebuilding"
     shutil.rmtree(workshop, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Reads the slabs of a stopped daemon: header blocks, and bodies to compare them with their checksums.
+"""Reads the slabs (files of records) of a stopped daemon: header blocks, and whole records to compare them with their checksums.
 
 Calls may run on any thread, and use a bounded amount of memory.
 """
@@ -30,16 +30,16 @@ _BLANK = bytes(BLOCK_BYTES)
 
 
 class Track(Protocol):
-    """Passes items through, and shows how many of `total` have passed."""
+    """Shows the progress of a loop: passes `items` through, and shows how many of `total` have passed. `what`: a label for people."""
 
     def __call__(self, items: Iterable[Item], what: str, total: int) -> Iterable[Item]: ...  # noqa: D102
 
 
 class Slabs:
-    """The slabs of a data directory, open for reading."""
+    """Reads records from the slabs of a data directory, which it opens for reading only."""
 
     def __init__(self, data_dir: Path) -> None:
-        """Raises OSError."""
+        """Opens all slabs of the data directory. Raises OSError."""
         self._fds = {
             int(path.stem): os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             for path in sorted((data_dir / "slabs").glob("*.slab"))
@@ -49,13 +49,17 @@ class Slabs:
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # Without it, reading a header would read ahead into the body.
 
     def slots(self) -> Iterator[Slot]:
-        """Yields every slot, used or not, slab by slab and in order."""
+        """Yields every slot (place for one record) of every slab in order, whether it is in use or not."""
         for record_bytes, fd in self._fds.items():
             for index in range(os.fstat(fd).st_size // record_bytes):
                 yield Slot(record_bytes, index)
 
     def header(self, slot: Slot) -> RecordHeader | None:
-        """Reads the header block of a slot; None where nothing was ever written. Raises CorruptRecord when it is damaged or unreadable."""
+        """Reads the header of the record in a slot. Returns None when nothing was ever written there.
+
+        Raises:
+            CorruptRecord: the header is damaged or cannot be read.
+        """
         block = bytearray(BLOCK_BYTES)
         try:
             self._read(slot, 0, memoryview(block))
@@ -64,7 +68,10 @@ class Slabs:
         return None if block == _BLANK else RecordHeader.unpack(memoryview(block), what=slot_name(slot))
 
     def check_body(self, slot: Slot, parameter_bytes: int, expected: Checksums) -> str | None:
-        """Compares the sections of a slot with their checksums. Describes what is wrong, or returns None."""
+        """Compares both sections of the record in a slot with their expected checksums. Returns what is wrong, or None.
+
+        `parameter_bytes`: the size of the first section; the rest is the optimizer section.
+        """
         optimizer_bytes = slot.record_bytes - BLOCK_BYTES - parameter_bytes
         try:
             if self._xxh3(slot, BLOCK_BYTES, parameter_bytes) != expected.parameters:
@@ -76,7 +83,7 @@ class Slabs:
         return None
 
     def close(self) -> None:
-        """Closes the files."""
+        """Closes the slab files."""
         for fd in self._fds.values():
             os.close(fd)
 
@@ -98,7 +105,7 @@ class Slabs:
 
 @contextmanager
 def open_slabs(data_dir: Path) -> Iterator[Slabs]:
-    """Opens the slabs of a data directory, and closes them afterwards. Raises OSError."""
+    """Opens the slabs of a data directory, yields them, and closes them when the context ends. Raises OSError."""
     slabs = Slabs(data_dir)
     try:
         yield slabs
@@ -107,21 +114,24 @@ def open_slabs(data_dir: Path) -> Iterator[Slabs]:
 
 
 def map_tracked(work: Callable[[Item], Result], items: list[Item], what: str, track: Track) -> Iterator[Result]:
-    """Yields the results of `work` in the order of the items; a few threads do the work, and `track` shows the progress."""
+    """Calls `work` for every item on a few threads, and yields the results in the order of the items.
+
+    `track` shows the progress, with the label `what`.
+    """
     with ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="scan") as pool:
         yield from track(pool.map(work, items), what, len(items))
 
 
 def untracked(items: Iterable[Item], what: str, total: int) -> Iterable[Item]:
-    """A `Track` that shows nothing."""
+    """Passes items through and shows no progress: a `Track` for callers that want none."""
     return items
 
 
 def has_sizes_of(header: RecordHeader, layout: Layout) -> bool:
-    """Whether the sections of a record have the sizes of a layout."""
+    """Whether the sections of the record with this header have the sizes that a layout demands."""
     return (header.parameter_bytes, header.optimizer_bytes) == (layout.parameter_bytes, layout.optimizer_bytes)
 
 
 def slot_name(slot: Slot) -> str:
-    """A slot as messages name it."""
+    """Returns the text by which messages name a slot: its number and its slab."""
     return f"slot {slot.index} of slab {slot.record_bytes}"

@@ -1,4 +1,4 @@
-"""`ooc-moe-server verify`: reads everything that is committed, and reports what is not as it was written. Changes nothing.
+"""`ooc-moe-server verify`: reads everything that is committed, and reports what differs from what was written. Changes nothing.
 
 Damage is repaired elsewhere: `rebuild` makes a damaged index anew, a push or a restored snapshot replaces a damaged record, and a start of
 the daemon makes the manifests equal to the index.
@@ -23,7 +23,7 @@ from ooc_moe_wire.errors import CorruptRecord
 
 @dataclass(slots=True)
 class Verified:
-    """What a verification read, and what it found."""
+    """The result of a verification: how much was read, and what damage was found."""
 
     num_banks: int = 0
     num_snapshots: int = 0
@@ -34,17 +34,17 @@ class Verified:
 
     @property
     def is_clean(self) -> bool:
-        """Whether there is no finding."""
+        """Whether no damage was found."""
         return not self.findings
 
     def to_json(self) -> dict[str, Any]:
-        """The result as an object for JSON."""
+        """Returns the result as a dict that can be written as a JSON object."""
         return {"clean": self.is_clean, **asdict(self)}
 
 
 @dataclass(frozen=True, slots=True)
 class _Reference:
-    """One record that refers to a slot, of a bank or of a snapshot."""
+    """A record of a bank or of a snapshot that refers to a slot. `what` describes it for messages."""
 
     what: str
     bank: Bank
@@ -52,7 +52,10 @@ class _Reference:
 
 
 def verify(data_dir: Path, track: Track = untracked) -> Verified:
-    """Checks a data directory that the caller holds. Raises OSError."""
+    """Checks a data directory: its index, its manifests, and every record. The caller must have locked the directory.
+
+    `track`: shows the progress. Raises OSError.
+    """
     result = Verified()
     catalog = _check_index(data_dir, result)
     if catalog is None:
@@ -66,7 +69,7 @@ def verify(data_dir: Path, track: Track = untracked) -> Verified:
 
 
 def _check_index(data_dir: Path, result: Verified) -> Catalog | None:
-    """Reads the index; returns None when it is damaged."""
+    """Checks COMMITTED and the index, and adds damage to the findings. Returns the catalog, or None when the index is damaged."""
     if not (data_dir / "index.sqlite").exists() and not (data_dir / "COMMITTED").exists() and not list(data_dir.glob("slabs/*.slab")):
         result.notes.append("nothing was ever committed here")
         return Catalog()
@@ -83,7 +86,10 @@ def _check_index(data_dir: Path, result: Verified) -> Catalog | None:
 
 
 def _check_manifests(data_dir: Path, catalog: Catalog, result: Verified) -> None:
-    """Reports a damaged manifest as a finding. One that differs is a note: the daemon may have ended between a commit and its manifest."""
+    """Adds damaged manifests to the findings. A manifest that differs from the index is only a note.
+
+    The daemon may have ended between a commit and the write of its manifest.
+    """
     bank_dir, snapshot_dir = manifests.directories(data_dir)
     revisions = {bank_dir / f"{bank.uuid.hex()}.json": bank.revision for bank in catalog.banks.values()}
     revisions |= {snapshot_dir / f"{snapshot.id}.json": snapshot.revision for snapshot in catalog.snapshots.values()}
@@ -104,7 +110,7 @@ def _check_manifests(data_dir: Path, catalog: Catalog, result: Verified) -> None
 
 
 def _check_records(slabs: Slabs, catalog: Catalog, result: Verified, track: Track) -> None:
-    """Reads every slot that a record refers to."""
+    """Reads every slot that a record of a bank or snapshot refers to, and adds damaged records to the findings."""
     references: dict[Slot, list[_Reference]] = defaultdict(list)
     for reference in _references(catalog):
         if reference.record.slot:
@@ -131,7 +137,10 @@ def _references(catalog: Catalog) -> Iterator[_Reference]:
 
 
 def _findings(slabs: Slabs, slot: Slot, references: list[_Reference]) -> list[str]:
-    """Describes what is wrong with a slot, once for each record that refers to it. Records with the same checksums share one read."""
+    """Checks the record in a slot. Describes what is wrong once for each record of `references`, all of which refer to this slot.
+
+    References with the same checksums share one read.
+    """
     try:
         header = slabs.header(slot)
     except CorruptRecord:
@@ -154,7 +163,7 @@ def _findings(slabs: Slabs, slot: Slot, references: list[_Reference]) -> list[st
 
 
 def _contradiction(header: RecordHeader | None, slot: Slot, reference: _Reference) -> str | None:
-    """Describes how the header contradicts the index, or returns None.
+    """Describes how the header in a slot contradicts the index, or returns None when it does not.
 
     A header with an older version than the index row is no contradiction: forks and restores give new versions to the same bytes.
     """

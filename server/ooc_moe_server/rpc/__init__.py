@@ -1,4 +1,5 @@
-"""gRPC: the five services, the guard around every call, and the replies to fetches.
+"""The daemon's gRPC side: the five services, the guard that wraps every call, and the replies to fetches.
 
-Offers the daemon its services (`services`), the interceptor, and `LocalFetches`, which serves fetches that come through the local plane.
+Offers the services (`services`), the guard (`interceptor`), and `LocalFetches`, which serves the fetches of callers on this host that come
+through the local plane's Unix socket instead of gRPC.
 """

@@ -1,10 +1,10 @@
-"""The guard around every call: refuses calls while the daemon starts or drains, limits their number, and translates errors.
+"""The guard that wraps every call: it refuses calls while the daemon starts or drains, limits their number, and translates errors.
 
 An `OocMoeError` becomes its gRPC status, with its name in the trailing metadata. Any other exception is a bug of the daemon: it becomes
-INTERNAL, and is logged once with its traceback. Calls to health and reflection pass untouched. Fetches through the local plane's socket are
-counted here too (`counted`).
+INTERNAL, and is logged once with its traceback. Calls to health and reflection are not wrapped. Fetches through the local plane's socket
+are counted here too (`Guard.counted`).
 
-Streaming methods are coroutines that write to the context, so that they end when the caller hangs up.
+Methods that stream their answers are coroutines that write to the call's context, so that they end when the caller hangs up.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ _DECODERS: dict[str, Callable[[bytes], Any]] = {f"{_PREFIX}ExpertService/PushExp
 
 
 class Guard(grpc.aio.ServerInterceptor):
-    """Wraps every call of our services. `refusal` is the reason why calls are refused now, or None."""
+    """A gRPC interceptor that wraps every call of our services.
+
+    Set `refusal` to the reason why new calls are refused, or to None to admit them.
+    """
 
     def __init__(self) -> None:
         self.refusal: str | None = "the daemon is starting"
@@ -41,7 +44,7 @@ class Guard(grpc.aio.ServerInterceptor):
         self._idle.set()
 
     async def wait_idle(self) -> None:
-        """Returns when no call is under way."""
+        """Waits until no call is under way."""
         await self._idle.wait()
 
     async def intercept_service(
@@ -49,7 +52,10 @@ class Guard(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
         details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        """Wraps the behaviour of a method of our services."""
+        """Returns the handler of a gRPC method, wrapped by the guard.
+
+        Handlers of other services, such as health checks, are returned as they are.
+        """
         handler = await continuation(details)
         if handler is None or not details.method.startswith(_PREFIX):
             return handler
@@ -83,7 +89,10 @@ class Guard(grpc.aio.ServerInterceptor):
 
     @asynccontextmanager
     async def counted(self) -> AsyncIterator[None]:
-        """Counts a call while it is under way. Raises Unavailable (`refusal`), TierFull (too many calls)."""
+        """Counts a call in `num_open` while the context is open.
+
+        Raises Unavailable (while `refusal` is set) or TierFull (too many calls).
+        """
         if self.refusal is not None:
             raise Unavailable(self.refusal)
         if self.num_open >= CALLS_MAX:
@@ -103,24 +112,27 @@ async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: OocMoeError
 
 
 def shown(error: OocMoeError) -> str:
-    """The message of an error, cut to a length: gRPC drops an error's name when the metadata grow beyond 8 KiB."""
+    """Returns the message of an error, cut to 500 characters: gRPC drops an error's name when the metadata of a reply grow beyond 8 KiB."""
     text = str(error)
     return text if len(text) <= ERROR_CHARS_MAX else f"{text[:ERROR_CHARS_MAX]} ..."
 
 
 class NotAMessage:
-    """Stands in for a request that cannot be decoded."""
+    """Takes the place of a request that cannot be decoded, so that the error is raised inside the guarded call."""
 
     def __init__(self, error: Exception) -> None:
         self.error = InvalidRequest(f"the request cannot be decoded: {error}")
 
     def WhichOneof(self, _name: str) -> str:
-        """Raises InvalidRequest. A stream calls this first on every message."""
+        """Raises InvalidRequest. A stream calls this method first on every message that it receives."""
         raise self.error
 
 
 def _or_not_a_message(decode: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
-    """Decodes a request, or makes a NotAMessage. Without it, gRPC answers UNKNOWN or INTERNAL, and logs a traceback."""
+    """Wraps the decoder of a request so that it returns a NotAMessage instead of raising.
+
+    If it raised, gRPC would answer UNKNOWN or INTERNAL, and log a traceback.
+    """
     assert decode is not None
 
     def decoded(data: bytes) -> Any:
@@ -133,6 +145,6 @@ def _or_not_a_message(decode: Callable[[bytes], Any] | None) -> Callable[[bytes]
 
 
 def _unless_encoded(serialize: Callable[[Any], bytes] | None) -> Callable[[Any], bytes]:
-    """Serializes messages, and passes those on that are bytes already (`encoded_chunks`)."""
+    """Wraps the serializer of replies so that it passes on `bytes`, which are serialized already (see `encoded_chunks`)."""
     assert serialize is not None
     return lambda message: message if isinstance(message, bytes) else serialize(message)

@@ -1,4 +1,7 @@
-"""Fetches that come through the local plane's socket. The call guard counts them, and errors are translated, as for calls through gRPC."""
+"""Serves the fetches that callers on this host send through the local plane's socket instead of gRPC.
+
+The guard counts them, and errors are translated, as for calls through gRPC.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,16 @@ log = logging.getLogger(__name__)
 
 
 class LocalFetches:
-    """Serves the fetches of local sessions; `serve` is a `local.plane.Serve`."""
+    """Serves the fetches of local sessions (callers on this host that read DRAM in place). Give its method `serve` to the `LocalPlane`."""
 
     def __init__(self, engine: Callable[[], Engine], guard: Guard) -> None:
         self._engine, self._guard = engine, guard
 
     async def serve(self, session: Session, fetch_request: local_pb2.LocalFetch) -> None:
-        """Sends leases, and an end that carries the error if there is one. Stops when the session closes."""
+        """Answers one fetch of a session: sends leases of the records, then an end message, which carries the error if there was one.
+
+        Stops early when the session is closed.
+        """
         end = local_pb2.LocalEnd()
         try:
             async with self._guard.counted():

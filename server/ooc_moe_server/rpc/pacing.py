@@ -1,4 +1,4 @@
-"""Pacing of large messages: at most one is handed to gRPC per iteration of the event loop, so that small calls never wait for several.
+"""Paces large messages: at most one is handed to gRPC per iteration of the event loop, so that a small call never waits for several.
 
 To copy a megabyte into a message and on into the socket takes the loop most of a millisecond, and a small call takes about five iterations.
 When four streams each sent a message in every iteration, GetStats took two to four times as long, at the same throughput.
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 
 class MessagePacer:
-    """Gives large messages their turns. All streams of an event loop share one pacer."""
+    """Lets the streams of an event loop send their large messages one at a time. All streams of the loop share one pacer."""
 
     def __init__(self) -> None:
         self.num_streams = 0
@@ -21,7 +21,7 @@ class MessagePacer:
 
     @contextmanager
     def counted_stream(self) -> Iterator[None]:
-        """Counts a stream in `num_streams` while it runs."""
+        """Counts a stream in `num_streams` while the context is open."""
         self.num_streams += 1
         try:
             yield
@@ -29,7 +29,10 @@ class MessagePacer:
             self.num_streams -= 1
 
     async def wait_turn(self) -> None:
-        """Returns in an iteration of the loop in which no other caller's `wait_turn` returns. Callers come in the order of their calls."""
+        """Waits for the caller's turn to send a large message.
+
+        Each iteration of the event loop gives one turn, in the order of the calls.
+        """
         loop = asyncio.get_running_loop()
         turn: asyncio.Future[None] = loop.create_future()
         if not self._waiting:

@@ -1,4 +1,4 @@
-"""The replies to a fetch: headers and chunks that carry the bytes, or leases that tell where the bytes lie in shared memory."""
+"""Sends the replies to a fetch: headers and chunks that carry the bytes, or leases that tell where the bytes are in shared memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ _GROWTH = 4
 
 
 async def send_experts(fetch: Fetch, layout: Layout, send: Send, *, whole: bool, pacer: MessagePacer) -> None:
-    """Sends each expert: its header, then its chunks. With `whole`, the optimizer section too."""
+    """Sends each fetched expert through `send`: first its header, then its bytes in chunks.
+
+    `whole`: send the optimizer section after the parameters too. `pacer`: shared by all streams, so that small calls are not delayed.
+    """
     async with contextlib.aclosing(fetch.experts()) as experts:
         with pacer.counted_stream():
             async for served in experts:
@@ -40,10 +43,14 @@ async def send_experts(fetch: Fetch, layout: Layout, send: Send, *, whole: bool,
 
 
 async def send_leases(fetch: Fetch, layout: Layout, session: Session, *, arena: Arena, pinned: bool) -> None:
-    """Sends leases of the session in batches; for unchanged experts, rows without a lease; for errors, headers.
+    """Answers a fetch through the local plane with leases: the places of the records in the shared arena, in batches.
+
+    An unchanged expert gets a row without a lease, and an expert that cannot be served gets a header with its error. `pinned`: the leases
+    do not expire.
 
     Raises:
-        TierFull, LeaseExpired: see `Session.room`.
+        TierFull: too few of the session's earlier leases ended in time.
+        LeaseExpired: the session was closed.
     """
     ramp = _Ramp(session, layout.record_bytes)
     async with contextlib.aclosing(fetch.batches(ramp.room)) as batches:
@@ -61,7 +68,7 @@ async def send_leases(fetch: Fetch, layout: Layout, session: Session, *, arena: 
 
 
 class _Ramp:
-    """Sizes of batches: they grow from the first one to the largest, within the room of the session."""
+    """Chooses how many leases go into each batch: few at first, then more, and never more than the session may still hold."""
 
     def __init__(self, session: Session, record_bytes: int) -> None:
         self._session, self._record_bytes = session, record_bytes
@@ -69,7 +76,7 @@ class _Ramp:
         self._next = max(1, min(self._most, FIRST_LEASES_BYTES // record_bytes))
 
     async def room(self) -> int:
-        """The size of the next batch, as `engine.fetch.Room` defines it."""
+        """Returns the size of the next batch. Waits until the session may hold at least one more lease. Implements `engine.fetch.Room`."""
         number = min(self._next, await self._session.room(self._record_bytes))
         self._next = min(self._next * _GROWTH, self._most)
         return number
@@ -92,7 +99,7 @@ def _leases(ids: range, leased: Sequence[Served], arena: Arena) -> local_pb2.Lea
 
 
 def _unchanged(unchanged: Sequence[Served]) -> local_pb2.Leases:
-    """Rows without a lease, all in one message: hundreds of messages would take longer than copying the records."""
+    """Makes one message with a row for each unchanged expert: hundreds of messages would take longer than copying the records."""
     zeros = [0] * len(unchanged)
     return local_pb2.Leases(
         ids=zeros,

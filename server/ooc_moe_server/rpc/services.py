@@ -1,7 +1,7 @@
-"""The five gRPC services. Each method turns a message into a call of the engine, and the result into a message.
+"""The five gRPC services. Each method turns a message into a call of the engine (the store behind gRPC), and the result into a message.
 
-Methods raise OocMoeError; interceptor.py translates it. Streaming methods write to the context (see interceptor.py). mypy's stubs of a
-servicer do not foresee that: hence the overrides.
+Methods raise OocMoeError, which interceptor.py translates. Streaming methods write to the context instead of yielding (see interceptor.py).
+mypy's stubs of a servicer do not foresee that: hence the overrides.
 """
 
 from __future__ import annotations
@@ -43,39 +43,42 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class BankService(bank_pb2_grpc.BankServiceServicer):
-    """See bank.proto."""
+    """Creates, grows, lists, deletes and forks banks (named sets of experts). Contract: bank.proto."""
 
     def __init__(self, engine: Callable[[], Engine]) -> None:
         self._engine = engine
 
     async def CreateBank(self, request: bank_pb2.CreateBankRequest, context: Context) -> bank_pb2.Bank:
-        """Creates a bank."""
+        """Creates a bank, or returns the existing one if its spec is the same."""
         return (await self._engine().changes.create_bank(BankSpec.from_proto(request.spec))).to_proto()
 
     async def GrowBank(self, request: bank_pb2.GrowBankRequest, context: Context) -> bank_pb2.Bank:
-        """Adds experts to a bank."""
+        """Raises the number of experts of a bank; the new ones have their initial values."""
         return (await self._engine().changes.grow_bank(request.bank, request.num_experts)).to_proto()
 
     async def GetBank(self, request: bank_pb2.GetBankRequest, context: Context) -> bank_pb2.Bank:
-        """Returns a bank."""
+        """Returns the description of one bank."""
         return self._engine().catalog.bank(request.bank).to_proto()
 
     async def ListBanks(self, request: bank_pb2.ListBanksRequest, context: Context) -> bank_pb2.ListBanksResponse:
-        """Returns all banks, sorted by name."""
+        """Returns the descriptions of all banks, sorted by name."""
         return bank_pb2.ListBanksResponse(banks=[bank.to_proto() for _, bank in sorted(self._engine().catalog.banks.items())])
 
     async def DeleteBank(self, request: bank_pb2.DeleteBankRequest, context: Context) -> bank_pb2.DeleteBankResponse:
-        """Removes a bank."""
+        """Removes a bank and its part of every snapshot."""
         await self._engine().changes.delete_bank(request.bank)
         return bank_pb2.DeleteBankResponse()
 
     async def ForkBank(self, request: bank_pb2.ForkBankRequest, context: Context) -> bank_pb2.Bank:
-        """Creates a bank from another bank."""
+        """Creates a bank with the experts of another bank, as they are now or as they were in a snapshot."""
         return (await self._engine().changes.fork_bank(request.source, request.name, request.snapshot_id)).to_proto()
 
 
 class ExpertService(expert_pb2_grpc.ExpertServiceServicer):
-    """See expert.proto. `writers` holds the open push streams; the daemon ends them when it drains."""
+    """Fetches, pushes, prefetches and lists experts. Contract: expert.proto.
+
+    `writers` holds the open push streams; the daemon ends them when it drains.
+    """
 
     def __init__(self, engine: Callable[[], Engine], plane: Callable[[], LocalPlane | None]) -> None:
         self._engine, self._plane = engine, plane
@@ -83,13 +86,13 @@ class ExpertService(expert_pb2_grpc.ExpertServiceServicer):
         self.writers: set[Writer] = set()
 
     async def FetchExperts(self, request: expert_pb2.FetchExpertsRequest, context: Context) -> None:  # type: ignore[override]
-        """Streams the records of experts."""
+        """Sends the records of the requested experts, in the order that is fastest."""
         bank, fetch = fetch_of(self._engine(), request, trainer_of(context))
         whole = request.sections == expert_pb2.SECTIONS_ALL
         await replies.send_experts(fetch, bank.layout, context.write, whole=whole, pacer=self._pacer)
 
     async def PushExperts(self, requests: object, context: Context) -> None:  # type: ignore[override]
-        """Receives records, and sends the outcome of each."""
+        """Receives the records of changed experts from one writer, and sends an outcome (a version or an error) for each."""
         first = await context.read()
         if first is grpc.aio.EOF or isinstance(first, ChunkView) or first.WhichOneof("message") != "open":
             raise InvalidRequest("push stream: it must begin with PushOpen")
@@ -104,24 +107,24 @@ class ExpertService(expert_pb2_grpc.ExpertServiceServicer):
             writer.close()
 
     async def PrefetchExperts(self, request: expert_pb2.PrefetchExpertsRequest, context: Context) -> expert_pb2.PrefetchExpertsResponse:
-        """Queues experts for promotion to DRAM."""
+        """Queues experts to be loaded into DRAM, and returns at once whether each is resident, queued or rejected."""
         engine, bank, scopes = self._bank(request.bank, context)
         deadline_s = request.deadline_ms / 1000 if request.deadline_ms else None
         states = engine.prefetch(bank, request.experts, deadline_s=deadline_s, priority=request.priority, scopes=scopes)
         return expert_pb2.PrefetchExpertsResponse(states=states)
 
     async def CancelPrefetch(self, request: expert_pb2.CancelPrefetchRequest, context: Context) -> expert_pb2.CancelPrefetchResponse:
-        """Cancels queued promotions."""
+        """Cancels queued prefetches of these experts, or of the whole bank when none is named."""
         engine, bank, _ = self._bank(request.bank, context)
         return expert_pb2.CancelPrefetchResponse(num_cancelled=engine.promotions.cancel(bank, set(request.experts)))
 
     async def ListExperts(self, request: expert_pb2.ListExpertsRequest, context: Context) -> expert_pb2.ListExpertsResponse:
-        """Returns a page of the experts of a bank."""
+        """Returns one page of the experts of a bank: their versions, tiers, sizes and checksums."""
         engine, bank, _ = self._bank(request.bank, context)
         return engine.list_experts(bank, request.start, request.page_size)
 
     def _session(self, number: int) -> Session | None:
-        """The local session that a push stream names; None for 0. Raises LeaseExpired."""
+        """Returns the local session that a push stream names (a caller on this host); None for number 0. Raises LeaseExpired."""
         if number == 0:
             return None
         plane = self._plane()
@@ -137,60 +140,63 @@ class ExpertService(expert_pb2_grpc.ExpertServiceServicer):
 
 
 class SnapshotService(snapshot_pb2_grpc.SnapshotServiceServicer):
-    """See snapshot.proto."""
+    """Takes, lists, restores and deletes snapshots of banks. Contract: snapshot.proto."""
 
     def __init__(self, engine: Callable[[], Engine]) -> None:
         self._engine = engine
 
     async def CreateSnapshot(self, request: snapshot_pb2.CreateSnapshotRequest, context: Context) -> snapshot_pb2.Snapshot:
-        """Takes a snapshot."""
+        """Takes a snapshot of the named banks as they are at one moment."""
         engine = self._engine()
         return engine.catalog.snapshot_to_proto(await engine.changes.create_snapshot(request.banks, request.name))
 
     async def ListSnapshots(self, request: snapshot_pb2.ListSnapshotsRequest, context: Context) -> snapshot_pb2.ListSnapshotsResponse:
-        """Returns snapshots, newest first."""
+        """Returns the snapshots, newest first: all, or those that contain the named bank."""
         catalog = self._engine().catalog
         newest_first = sorted(catalog.snapshots.values(), key=lambda snapshot: -snapshot.id)
         shown = [catalog.snapshot_to_proto(snapshot) for snapshot in newest_first]
         return snapshot_pb2.ListSnapshotsResponse(snapshots=[each for each in shown if not request.bank or request.bank in each.banks])
 
     async def RestoreSnapshot(self, request: snapshot_pb2.RestoreSnapshotRequest, context: Context) -> snapshot_pb2.Snapshot:
-        """Restores banks to a snapshot."""
+        """Gives the banks of a snapshot the experts that they had when it was taken, under new versions."""
         engine = self._engine()
         return engine.catalog.snapshot_to_proto(await engine.changes.restore_snapshot(request.id, request.writer_id))
 
     async def DeleteSnapshot(self, request: snapshot_pb2.DeleteSnapshotRequest, context: Context) -> snapshot_pb2.DeleteSnapshotResponse:
-        """Removes a snapshot."""
+        """Removes a snapshot. Disk space that nothing else refers to becomes free."""
         await self._engine().changes.delete_snapshot(request.id)
         return snapshot_pb2.DeleteSnapshotResponse()
 
 
 class LocalService(local_pb2_grpc.LocalServiceServicer):
-    """See local.proto."""
+    """Tells callers on this host how to reach the local plane, through which they read DRAM in place. Contract: local.proto."""
 
     def __init__(self, plane: Callable[[], LocalPlane | None]) -> None:
         self._plane = plane
 
     async def GetLocalPlane(self, request: local_pb2.GetLocalPlaneRequest, context: Context) -> local_pb2.LocalPlane:
-        """Returns the name of the socket."""
+        """Returns the name of the local plane's Unix socket; empty when this daemon has no local plane."""
         plane = self._plane()
         return local_pb2.LocalPlane(socket=plane.socket_name if plane else "")
 
 
 class StatsService(stats_pb2_grpc.StatsServiceServicer):
-    """See stats.proto. The daemon sets `draining` to end the WatchStats streams."""
+    """Serves the daemon's counters, and stores those that trainers report. Contract: stats.proto.
+
+    The daemon sets `draining` to end the WatchStats streams.
+    """
 
     def __init__(self, engine: Callable[[], Engine], complete: Callable[[stats_pb2.Stats], None]) -> None:
-        """`complete` adds what the engine does not know: version, data directory, streams."""
+        """`complete`: fills in the statistics that the engine does not know, such as the version, data directory and open streams."""
         self._engine, self._complete = engine, complete
         self.draining = asyncio.Event()
 
     async def GetStats(self, request: stats_pb2.GetStatsRequest, context: Context) -> stats_pb2.Stats:
-        """Returns every counter."""
+        """Returns all counters, as of now."""
         return self._stats()
 
     async def WatchStats(self, request: stats_pb2.WatchStatsRequest, context: Context) -> None:  # type: ignore[override]
-        """Sends every counter again and again."""
+        """Sends all counters again and again, at the interval that the request names, until the caller hangs up or the daemon drains."""
         interval_ms = request.interval_ms or WATCH_INTERVAL_MS
         if interval_ms < WATCH_INTERVAL_MS_MIN:
             raise InvalidRequest(f"interval_ms: {interval_ms} is less than {WATCH_INTERVAL_MS_MIN}")
@@ -202,7 +208,7 @@ class StatsService(stats_pb2_grpc.StatsServiceServicer):
         raise Unavailable("the daemon drains")
 
     async def ReportTrainer(self, request: stats_pb2.ReportTrainerRequest, context: Context) -> stats_pb2.ReportTrainerResponse:
-        """Stores a trainer's own counters."""
+        """Stores the counters that a trainer reports about itself (its HBM cache, for example), to be shown with the daemon's own."""
         self._engine().stats.report(trainer_of(context), request)
         return stats_pb2.ReportTrainerResponse()
 
@@ -225,26 +231,26 @@ SERVICE_NAMES: tuple[str, ...] = tuple(
 
 
 def add_to_server(server: grpc.aio.Server, *services: BankService | ExpertService | SnapshotService | StatsService | LocalService) -> None:
-    """Registers services with a gRPC server."""
+    """Registers services with a gRPC server, so that it answers their calls."""
     for service in services:
         _, add = _REGISTRATION[type(service)]
         add(service, server)
 
 
 def trainer_of(context: Context) -> str:
-    """The trainer's name in the metadata of a call, or "". Raises InvalidRequest when the name is too long."""
+    """Returns the trainer's name from the metadata of a call; empty when there is none. Raises InvalidRequest when the name is too long."""
     return checked_trainer(str(dict(context.invocation_metadata() or ()).get(TRAINER_KEY, "")))
 
 
 def checked_trainer(trainer: str) -> str:
-    """Returns the name of a trainer. Raises InvalidRequest when it is too long."""
+    """Returns a trainer's name unchanged. Raises InvalidRequest when it is too long."""
     if len(trainer.encode()) > TRAINER_BYTES_MAX:
         raise InvalidRequest(f"{TRAINER_KEY}: {len(trainer.encode())} bytes are more than {TRAINER_BYTES_MAX}")
     return trainer
 
 
 def fetch_of(engine: Engine, request: expert_pb2.FetchExpertsRequest, trainer: str) -> tuple[Bank, Fetch]:
-    """Checks a request and returns its bank and its fetch, ready to run. Raises UnknownBank, UnknownExpert, InvalidRequest."""
+    """Checks a fetch request. Returns its bank, and a `Fetch` that is ready to run. Raises UnknownBank, UnknownExpert, InvalidRequest."""
     bank = engine.catalog.bank(request.bank)
     whole = request.sections == expert_pb2.SECTIONS_ALL
     fetch = engine.fetch(
@@ -259,7 +265,9 @@ def fetch_of(engine: Engine, request: expert_pb2.FetchExpertsRequest, trainer: s
 
 
 async def _serve_writer(writer: Writer, context: Context) -> None:
-    """Receives records and sends outcomes until the stream ends or the writer must close. Complete records still get their outcome then.
+    """Serves a push stream: receives records and sends outcomes until the stream ends or its writer must close.
+
+    Records that arrived in full still get their outcome before this returns.
 
     Raises:
         OocMoeError: the error that ended the stream.
@@ -285,7 +293,7 @@ async def _serve_writer(writer: Writer, context: Context) -> None:
 
 
 async def _receive(writer: Writer, context: Context) -> None:
-    """Passes the messages of a push stream to its writer, until the caller sends no more."""
+    """Passes the messages of a push stream to its writer, until the caller has no more to send."""
     while (message := await context.read()) is not grpc.aio.EOF:
         match "view" if isinstance(message, ChunkView) else message.WhichOneof("message"):
             case "view":
@@ -300,7 +308,7 @@ async def _receive(writer: Writer, context: Context) -> None:
 
 
 async def _send_outcomes(writer: Writer, context: Context) -> None:
-    """Sends outcomes as they come, until it is cancelled."""
+    """Sends the outcomes of a writer's pushes to the caller as they come, until this task is cancelled."""
     while True:
         outcome = await writer.outcomes.get()
         await context.write(expert_pb2.PushExpertsResponse(outcome=outcome))
