@@ -2,9 +2,10 @@
 
     frames -> stem (shared) -> + embedding -> [causal attention -> tiered MoE] x layers -> norm -> logits, value
 
-Each game has its own dense parameters (those that are not experts'), except for the stem and for what the configuration shares: attention,
-or the routers of token routing. `Agent.forward` computes whole segments, for training; `Agent.act` computes one frame at a time, for
-playing. outputs.py defines their results, segment.py what acting remembers of earlier frames, checks.py the checks of the arguments.
+All games share the stem and, where the configuration says so, attention or (with token routing) the routers. All other dense parameters
+(those that are not experts') belong to one game each. `Agent.forward` computes whole segments, for training; `Agent.act` computes one frame
+at a time, for playing. outputs.py defines the results of both, segment.py what `act` remembers of earlier frames, checks.py the checks of
+the arguments.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ class Agent(nn.Module):
         config: all sizes of the network.
         caches: the caches through which experts are read: one if all layers share a bank of experts, otherwise one per layer. They must be
             on the agent's device. The banks must exist in the store; `config.bank_specs` describes them.
-        seed: seed of all initial values. A game's initial values depend on the seed, the game's name and the number of experts that it
-            borrows, but not on the order in which games are added.
+        seed: seed of all initial values. A game's initial values depend on the seed, on the game's name, and on how many experts of older
+            games it borrows. They do not depend on the order in which games are added.
 
     Raises:
         InvalidRequest: the number of caches, or a bank's layout, does not fit `config`.
@@ -78,7 +79,7 @@ class Agent(nn.Module):
 
     @property
     def gradients(self) -> list[ExpertGradients]:
-        """The experts' gradients as backward computed them, one entry per cache."""
+        """The gradients of the experts, one entry for each cache. Backward adds to them; `ExpertAdam` reads and drops them."""
         return [experts.gradients for experts in self._experts]
 
     @property
@@ -96,7 +97,7 @@ class Agent(nn.Module):
         grow when there are too few of these.
 
         Args:
-            game: its name.
+            game: the game's name.
             borrowed: for each bank, experts of older games that would be useful to this one, the most useful first. Each pool borrows up
                 to `shared_experts` of them: the new game reads them and never changes them. None: the game borrows none.
 
@@ -178,7 +179,7 @@ class Agent(nn.Module):
     # Frame by frame
 
     def segment(self, game: str, num_envs: int) -> Segment:
-        """Makes an empty segment: `act` will remember in it the frames that `num_envs` environments of a game show from now on."""
+        """Makes an empty segment for `act`, which remembers in it the frames that `num_envs` environments of a game show from now on."""
         self._network(game)
         return Segment.empty(self.config, game, num_envs, device=self._device)
 
@@ -229,7 +230,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def values(self, tokens_ND: Tensor, segment: Segment, *, starts_N: Tensor) -> Tensor:
-        """Adds one frame of each environment to the segment, and returns the values (N,) of these frames.
+        """Computes the value (N,) of one more frame of each environment, without choosing actions. Adds the frames to the segment.
 
         Args:
             tokens_ND: the frames as the stem's outputs, for example `ActOutput.tokens_ND`.
@@ -303,7 +304,7 @@ class Agent(nn.Module):
 
 
 def routed_tokens(experts_LK: Tensor) -> dict[str, dict[str, int]]:
-    """Counts, for each layer and expert, the tokens that a routing sends there.
+    """Counts the tokens that a routing sends to each expert of each layer.
 
     Args:
         experts_LK: the routing: expert ids of shape (..., layers, top_k).
@@ -327,5 +328,5 @@ def _draw(log_probs_NA: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def _key(game: str) -> str:
-    """The key of a game's network in the ModuleDict. It has no dots, and cannot clash with ModuleDict's own attributes."""
+    """The key of a game's network in the agent's ModuleDict. It has no dots, and cannot clash with ModuleDict's own attributes."""
     return "game:" + quote(game, safe="").replace(".", "%2E")

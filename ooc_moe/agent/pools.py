@@ -1,6 +1,7 @@
-"""Decides which experts each game owns, and which experts of older games it borrows.
+"""Decides which experts each game owns, and which experts of older games it borrows (uses without changing them).
 
-This module only assigns ids. The agent grows the banks when an assigned id lies beyond a bank's end.
+Both together form the game's pools: a pool is the set of experts that the game may route to in a layer. This module only assigns ids. The
+agent grows the banks when an assigned id lies beyond a bank's end.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class GamePools:
 
 
 class PoolBook:
-    """Keeps the list of all games' pools, and proposes pools for new games. With pool routing, no expert is owned by two games."""
+    """Records which experts each game owns and borrows, and proposes pools for new games. With pool routing, no expert has two owners."""
 
     def __init__(self, config: AgentConfig) -> None:
         self._config = config
@@ -60,7 +61,7 @@ class PoolBook:
         The proposal has no effect before `record` is called with it. With token routing no game owns experts: every pool is a whole bank.
 
         Args:
-            game: its name.
+            game: the game's name.
             borrowed: for each bank, experts of older games that would be useful, the most useful first. Each pool borrows the first
                 `shared_experts` of those that older games own in the same layers. None: no pool borrows.
 
@@ -88,7 +89,7 @@ class PoolBook:
         return max(self._config.num_experts, 1 + max(assigned, default=0))
 
     def record(self, pools: GamePools) -> None:
-        """Makes these pools final: their experts now belong to the pools' game."""
+        """Makes these pools final: from now on their game owns the experts in `pools.owned`, and no later proposal gives them away."""
         self.games[pools.game] = pools
 
     def _unowned(self, bank: int) -> Iterator[int]:

@@ -1,4 +1,4 @@
-"""What acting remembers of a segment: the attention keys and values of the frames seen so far.
+"""What `Agent.act` remembers of a segment between two calls: the attention keys and values of the frames that it has seen.
 
 A segment is at most `context + 1` consecutive frames of several environments of one game. Acting on it frame by frame gives the same
 numbers, up to rounding, as one forward pass over all its frames.
@@ -19,7 +19,10 @@ from ooc_moe.config.agent import AgentConfig
 
 @dataclass(slots=True)
 class Segment:
-    """The frames of one segment that acting has seen so far, kept as the attention keys and values of each layer."""
+    """What `Agent.act` remembers of one segment: the attention keys and values, in each layer, of the frames that it has seen so far.
+
+    A segment is at most `context + 1` consecutive frames of several environments of one game.
+    """
 
     game: str
     num_envs: int
@@ -31,13 +34,14 @@ class Segment:
     """For each environment, the frame at which its present episode began. None: no episode has begun inside this segment."""
 
     def begin_episodes(self, starts_N: Tensor | None) -> Tensor | None:
-        """Notes in which environments the coming frame begins a new episode, and makes the attention mask of that frame.
+        """Notes in which environments the next frame begins a new episode, and returns the attention mask of that frame.
 
         Args:
-            starts_N: True for these environments. None: no environment begins an episode.
+            starts_N: True where the next frame begins an episode. None: it begins none.
 
         Returns:
-            The attention mask (envs, 1, 1, frames) of the coming frame, or None where it may attend to all frames of the segment.
+            The mask (envs, 1, 1, frames), True for the frames to which the next frame may attend: those of its own episode. None: it may
+            attend to all frames of the segment.
         """
         if starts_N is not None and self.length > 0 and starts_N.any():
             before_N = torch.zeros_like(starts_N, dtype=torch.long) if self.episode_from_N is None else self.episode_from_N

@@ -227,8 +227,8 @@ def episode_mask(starts_BT: Tensor) -> Tensor | None:
         starts_BT: True where a frame begins an episode. The first frame's value makes no difference.
 
     Returns:
-        The mask, True where attention is allowed. None where no episode starts after a segment's first frame: plain causal attention is
-        right then.
+        The mask, True where attention is allowed. None if no episode starts after the first frame of a segment: plain causal attention
+        is right then.
     """
     if not starts_BT[:, 1:].any():
         return None

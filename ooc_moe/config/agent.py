@@ -124,12 +124,12 @@ class AgentConfig:
 
     @property
     def num_banks(self) -> int:
-        """The number of banks: 1, or one per layer."""
+        """The number of banks: 1 if all layers share a bank, otherwise one per layer."""
         return 1 if self.banks == "shared" else self.num_layers
 
     @property
     def pools_per_game(self) -> int:
-        """The number of pools of each game: 1, or one per layer."""
+        """The number of pools of each game: 1 if all layers share both a bank and a pool, otherwise one per layer."""
         return 1 if self.pools == "shared" and self.banks == "shared" else self.num_layers
 
     def owned_experts(self, num_games: int) -> int:
@@ -199,9 +199,14 @@ class AgentConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParamEstimate:
-    """Numbers of parameters by kind, and bytes by storage tier.
+    """How large an agent is: numbers of parameters by kind, and bytes by storage tier.
 
-    `nvme_bytes` is the size of the banks on disk when every expert is written once, with its Adam state.
+    Attributes:
+        num_experts: the number of experts in all banks together.
+        experts: the number of all their parameters. `attention` to `heads` are numbers of parameters, too.
+        hbm_bytes: the size of the expert caches in GPU memory.
+        dram_bytes: the size of the daemon's cache in DRAM.
+        nvme_bytes: the size of the banks on disk when every expert is written once, with its Adam state.
     """
 
     num_experts: int

@@ -40,18 +40,21 @@ _CHOICES: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A stretch of consecutive updates in one game, which is number `phase` of the run's games: the game's updates `first` to `end - 1`."""
+    """A stretch of consecutive updates in one game."""
 
     phase: int
+    """The game's position in the run's list of games, from 0."""
     first: int
+    """Number of the turn's first update, counted in this game from 0."""
     end: int
+    """Number of the update after the turn's last one, counted in the same way."""
     evaluated: bool
     """Whether the games are evaluated after this turn, and a checkpoint is kept for good."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PPOConfig:
-    """Proximal policy optimisation (PPO, Schulman et al. 2017). The defaults are values that are common for Atari."""
+    """The settings of proximal policy optimisation (PPO, Schulman et al. 2017). The defaults are values that are common for Atari."""
 
     num_envs: int = 16
     """Environments that are played in parallel."""
@@ -94,7 +97,7 @@ class PPOConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
-    """The configuration of one training run. `agent` has the sizes of the agent, `ppo` the numbers of its learning."""
+    """The configuration of one training run. `agent` has the sizes of the agent, `ppo` the settings of its learning."""
 
     run_dir: Path
     """The directory that the run writes to; the last part of the path names the run and its banks."""
@@ -213,7 +216,8 @@ class RunConfig:
     def turns(self) -> tuple[Turn, ...]:
         """The order in which the run's updates go through its games.
 
-        Either all updates of a game at once, or `switch_every` updates of each game, round after round.
+        Without `switch_every`, each game gets all its updates in one turn. With it, the games take turns of `switch_every` updates, round
+        after round.
         """
         updates, games = self.updates_per_game, range(len(self.games))
         if not self.switch_every:

@@ -16,7 +16,7 @@ def derived_seed(seed: int, *purpose: str | int) -> int:
 def evaluation_seed(seed: int, game: str) -> int:
     """Returns the seed of the environments in which a game is evaluated.
 
-    Training never uses this seed. All evaluations of the game in a run use the same.
+    Training never uses this seed. All evaluations of the game in a run use the same seed.
     """
     return derived_seed(seed, "evaluation", game) % 2**31
 

@@ -1,7 +1,8 @@
 """A detector's prediction for frames (`Prediction`), and the game that each environment is believed to show over time (`Belief`).
 
 A frame is weak evidence, and a wrong switch to another game costs a fetch of experts. So a belief is smoothed over frames, and changes only
-when another game has become clearly more probable. Prefetching starts earlier, as soon as an environment is in doubt.
+when another game has become clearly more probable. Prefetching starts earlier, as soon as an environment is in doubt: when its newest frame
+looks like another game than the believed one, or like no known game.
 
 Letters: N frames or environments, G games, E experts.
 """
@@ -62,7 +63,7 @@ class Prediction:
 
     @property
     def expert_probabilities(self) -> dict[int, float]:
-        """The highest probability of each of `experts` over the frames that show a known game: expert -> probability."""
+        """For each expert in `experts`, the highest probability that it has for any frame of a known game: expert -> probability."""
         if not self.experts:
             return {}
         best_E = self.expert_probabilities_NE[~self.unknown_N].amax(0)
@@ -96,8 +97,8 @@ class Belief:
     """Follows, over time, which game each environment is believed to show. Each environment is judged by its own frames only.
 
     The belief about an environment is a smoothed probability of each game. After each prediction, it is
-    smoothing * belief + (1 - smoothing) * prediction. The environment changes to another believed game once that game's smoothed
-    probability is the highest and at least `switch_at`. With 0.7 for both, that takes four certain frames in a row.
+    smoothing * belief + (1 - smoothing) * prediction. Another game is believed once its smoothed probability is the highest and at
+    least `switch_at`. With 0.7 for both arguments, that takes four frames in a row that certainly show the other game.
 
     Args:
         num_envs: the number of environments. Every prediction has one row for each.

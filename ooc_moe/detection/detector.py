@@ -1,9 +1,9 @@
 """The detector: recognises the game on the screen and predicts which experts it will need.
 
 `Detector` is a small network over the newest frame, with one output per game and one per expert. It learns online while a game is trained,
-from that game's frames and from a few stored frames of every other game. Without stored frames it would forget: it too meets the games one
-after another. It runs on the CPU, because frames are made there. belief.py holds its results (`Prediction`) and smooths them over time
-(`Belief`), screens.py holds the network's parts, and nearest_mean.py a baseline to compare with.
+from that game's frames and from a few stored frames of every other game. Without stored frames it would forget, because it meets the games
+one after another, as the agent does. It runs on the CPU, because frames are made there. belief.py holds its results (`Prediction`) and
+smooths them over time (`Belief`), screens.py holds the network's parts, and nearest_mean.py a baseline to compare with.
 
 Letters: N frames or environments, S stacked frames, H height, W width, G games, E experts, M stored frames, D features.
 """
@@ -45,10 +45,10 @@ class Detector(nn.Module):
         num_experts: number of experts of all banks together; `grow_experts` adds more.
         prefetch_experts: the most experts that a prediction names.
         exemplars_per_game: how many frames of each game are stored. They are a uniform random sample of all the game's frames that were
-            learned (reservoir sampling, Vitter 1985), and are replayed while other games are learned.
+            learned (reservoir sampling, Vitter 1985). The detector learns from them again while other games are learned.
         detect_unknown: whether a prediction may mark a frame as showing no known game. It is then compared with the stored frames of its
             most probable game, which needs two of them.
-        seed: decides the initial weights, which frames are stored, and which are replayed.
+        seed: decides the initial weights, which frames are stored, and which of these are learned from again.
     """
 
     def __init__(

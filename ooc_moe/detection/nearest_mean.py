@@ -102,7 +102,7 @@ class NearestClassMean:
         """Predicts the game and the experts of each of these uint8 frames (N, S, H, W).
 
         The probabilities assume that the features of each game are normally distributed around the game's mean, with the same variance for
-        all games. A game of which no frame was learned is named only while this is so for all games.
+        all games. A game of which no frame was learned is never predicted, unless no frame of any game was learned yet.
 
         Raises:
             InvalidRequest: the frames have another shape or dtype, or no game was added yet.

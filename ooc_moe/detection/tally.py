@@ -39,7 +39,7 @@ class Recognition:
         Args:
             by_detector: the detector's prediction.
             by_mean: the prediction of the nearest-mean baseline.
-            believed: for each environment, the game that the agent takes it for, and with whose experts it acts.
+            believed: for each environment, the game that the agent believes it to show, and with whose experts it acts.
         """
         for name, prediction in (("detector", by_detector), ("nearest_mean", by_mean)):
             self._right[name] += prediction.names.count(self._game)
@@ -51,13 +51,13 @@ class Recognition:
     def fields(self) -> dict[str, Any]:
         """The measures of recognition so far, as values for JSON. Those that make sense only for a game that the agent knows may be None.
 
-        - believed: for each game, the share of the frames in which the agent took the environment for it.
+        - believed: for each game, the share of the frames in which the agent believed that the environment shows it.
         - detector_accuracy, nearest_mean_accuracy: the share of the frames whose most probable game is the right one.
         - unknown, nearest_mean_unknown: the share of the frames that look like no known game to the detector, and to the baseline.
         - probabilities: for each game, the mean probability that the detector gave it (see `ambiguous_pairs`).
-        - steps_to_detect_by_env: for each environment, the steps before the agent first took it for the right game; None where it never
-          did. steps_to_detect: the mean over the other environments. For the first game of an evaluation both mean little, because no
-          other game was played before.
+        - steps_to_detect_by_env: for each environment, the steps before the agent first believed the right game; None where it never did.
+        - steps_to_detect: the mean of these numbers, without those that are None. For the first game of an evaluation both measures mean
+          little, because no other game was played before.
         - false_switches: how often a belief changed from the right game to another one, per 1000 frames.
         """
         frames = len(self._believed_TN) * self._num_envs
@@ -83,9 +83,9 @@ class Recognition:
 def ambiguous_pairs(probabilities: Mapping[str, Mapping[str, float]], *, above: float = AMBIGUOUS) -> list[tuple[str, str, float]]:
     """The pairs of games that the detector confuses: (one game, the other game, their confusion).
 
-    The confusion of games A and B is the mean probability of B while A is played plus that of A while B is played. It is 0 for games that
-    are told apart with certainty. For two games that look the same it is 1, however the detector splits the probability between them, as
-    long as no third game gets any.
+    The confusion of games A and B is the mean probability of B while A is played plus the mean probability of A while B is played. It is 0
+    for games that are told apart with certainty. For two games that look the same it is 1, however the detector splits the probability
+    between them, as long as no third game gets any.
 
     Args:
         probabilities: for each game played, the mean probability that the detector gave each game, as in `Recognition.fields`.

@@ -37,7 +37,7 @@ class Played:
 
 
 def play(envs: GameEnvs, choose: Choose, *, episodes: int, steps: int, seed: int) -> Played:
-    """Plays `episodes` whole episodes in each environment, in at most `steps` steps, and returns their returns.
+    """Plays `episodes` whole episodes in each environment, within a limit of `steps` steps, and returns the sum of rewards of each.
 
     An environment that has played its episodes goes on until all have, but its further episodes do not count. If `steps` cuts episodes
     off, the score favours short ones. So `steps` should leave room for all episodes and one step more, because the end of an episode only

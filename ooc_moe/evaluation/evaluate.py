@@ -36,7 +36,7 @@ from ooc_moe_wire.errors import InvalidRequest
 
 
 class Evaluator:
-    """Evaluates the agent of a session: measures its scores in games whose names it is not told.
+    """Evaluates the agent of a session: lets it play games without telling it their names, and measures its scores.
 
     Environments and the scores of random play are kept from one call to the next, because both take long to make.
     """

@@ -100,9 +100,10 @@ class Player:
         self._named.update(named)
 
     def _begin_segments(self, games: list[str]) -> None:
-        """Begins new segments where they are due: everywhere after `context` steps, else where the believed game changed.
+        """Begins new segments: in all environments after every `context` steps, otherwise only where the believed game has changed.
 
-        Environments that begin one with the same game share a segment. `games` is the game that each environment acts as.
+        Environments that begin one with the same game share a segment. `games` names, for each environment, the game with whose experts it
+        acts.
         """
         everyone = self._step % self._session.config.agent.context == 0
         begins = {row for row, game in enumerate(games) if everyone or game != self._acting_as[row]}
@@ -116,7 +117,10 @@ class Player:
         self._acting_as = games
 
     def _count(self, experts_NLK: Tensor, game: str, rows: list[int]) -> None:
-        """Adds up the experts to which one step of the environments `rows`, acting as `game`, was routed."""
+        """Adds the tokens of one step to the counts of the experts that got them.
+
+        The environments `rows` act with the experts of `game`.
+        """
         one_NLK = torch.ones_like(experts_NLK, dtype=torch.long)
         self._tokens_NLE[rows] += torch.zeros_like(self._tokens_NLE[rows]).scatter_add_(2, experts_NLK.long(), one_NLK)
         if game == self._game:
@@ -129,8 +133,8 @@ class Player:
     def prefetch_recall(self) -> float | None:
         """The share of the needed experts that a prefetch had named before their first use.
 
-        Needed experts are those used by environments that acted as the true game. None where the detector does not prefetch, or where no
-        environment ever acted as the true game.
+        Needed experts are those used by environments while they acted with the experts of the game that is really played. None where the
+        detector does not prefetch, or where no environment ever did so.
         """
         if self._session.config.prefetch != "detector" or not self._needed:
             return None

@@ -1,12 +1,13 @@
 """Output cloning: while later games are learned, the agent is trained to keep its outputs for stored frames of earlier games.
 
-When a game ends, segments of its last rollout are stored with the agent's logits and values at that time. Each later optimizer step replays
-some segments of one such game and pulls the outputs back to the stored ones. This is the behaviour and value cloning of CLEAR (Rolnick et
-al. 2019) without its off-policy reinforcement learning. It protects everything that games share; with token routing that includes the
-experts.
+When the training in a game ends, segments of its last rollout are stored with the agent's logits and values at that time. Each later
+optimizer step computes the outputs for some stored segments of one such game again, and pulls them back to the stored ones. This is the
+behaviour and value cloning of CLEAR (Rolnick et al. 2019) without its off-policy reinforcement learning. It protects everything that games
+share; with token routing that includes the experts.
 
-Replaying a game needs its experts. With token routing all games use the same ones. With pools they are experts of another game, which are
-usually not in the cache, and which every step fetches only to read them. That is accepted, because measuring this cost is the purpose.
+That computation needs the experts of the earlier game. With token routing all games use the same ones. With pools they are experts that the
+game in training does not use: they are usually not in the cache, and every step fetches them only to read them. That is accepted, because
+measuring this cost is the purpose.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ FRAMES_PER_STEP = 256
 
 
 class OutputCloning:
-    """Protects ended games by a loss on stored segments of them, which keeps the agent's outputs near the old ones.
+    """The method against forgetting that keeps the agent's outputs for stored segments of earlier games near the old outputs, by a loss.
 
-    The loss is KL(old policy || new policy) + squared error of the value / variance of the old values. Each step replays one game, drawn at
-    random from the ended games other than the one in training. Segments are routed anew, without noise. They are stored on the CPU.
+    The loss is KL(old policy || new policy) + squared error of the value / variance of the old values. Each step takes segments of one
+    stored game other than the one in training, drawn at random. Segments are routed anew, without noise. They are stored on the CPU.
 
     Args:
         agent: the agent in training.
@@ -42,9 +43,9 @@ class OutputCloning:
         self._stored: dict[str, dict[str, Tensor]] = {}
 
     def loss(self, game: str, generator: torch.Generator) -> Tensor:
-        """Computes the weighted loss on some stored segments of one ended game other than `game`; zero while there is none.
+        """Computes the weighted loss on some stored segments of one game other than `game`; zero while no other game is stored.
 
-        `generator` draws the ended game and the segments.
+        `generator` draws the other game and its segments.
         """
         games = [name for name in self._stored if name != game]
         if not games:
@@ -63,7 +64,7 @@ class OutputCloning:
     def correct_gradients(self, game: str) -> None:
         """Drops the gradients of parameters and experts that belong to other games than `game`.
 
-        Without this, replaying those games would change them.
+        Without this, the loss on their stored segments would change them.
         """
         for name in self._stored:
             if name != game:
@@ -77,7 +78,10 @@ class OutputCloning:
 
     @torch.no_grad()
     def leave(self, game: str, rollout: Rollout, generator: torch.Generator) -> None:
-        """Stores up to `FRAMES_PER_GAME` frames of the last rollout of a game that ends. They replace those of an earlier visit to it."""
+        """Stores up to `FRAMES_PER_GAME` frames of a game's last rollout, with the agent's outputs for them.
+
+        Call this when the training in the game ends. The frames replace those that were stored when the game was trained before.
+        """
         context = self._agent.config.context
         rows = torch.randperm(len(rollout.frames_BTSHW), generator=generator)[: max(1, FRAMES_PER_GAME // context)]
         frames_BTSHW, starts_BT = rollout.frames_BTSHW[rows], rollout.starts_BT[rows]

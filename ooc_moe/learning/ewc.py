@@ -1,9 +1,10 @@
-"""Elastic weight consolidation (EWC): holds shared parameters near the values that earlier games left, in proportion to their importance.
+"""Elastic weight consolidation (EWC): keeps shared parameters near the values that they had after earlier games.
 
-When a game ends, the diagonal of the Fisher information measures how much the game's policy and value depend on each shared parameter.
-While later games are learned, a quadratic penalty pulls each parameter back in that proportion (Kirkpatrick et al. 2017). This is the
-online form of Schwarz et al. 2018, "Progress & Compress": one decaying sum of Fishers, each normalised to the same mean, and one anchor,
-which is the value of the parameter when the last game ended.
+The more important a parameter is for earlier games, the more strongly it is kept. When the training in a game ends, the diagonal of the
+Fisher information measures how much the game's policy and value depend on each shared parameter. While later games are learned, a quadratic
+penalty pulls each parameter back in that proportion (Kirkpatrick et al. 2017). This is the online form of Schwarz et al. 2018, "Progress &
+Compress": one decaying sum of the games' Fishers (diagonals of the Fisher information), each normalised to the same mean, and one anchor:
+the value of the parameter when the training in the last game ended.
 
 Shared parameters are the stem, attention if all games train it, and with token routing the routers and the experts. The Fishers and anchors
 of experts are kept on the host. An expert that a step does not touch does not change, so it needs no pull and is not fetched for it.
@@ -30,10 +31,12 @@ DECAY = 0.95
 
 @dataclass(frozen=True, slots=True)
 class Spring:
-    """Pulls one parameter back towards `anchor`, its value when the last game ended, in proportion to `fisher`, its importance."""
+    """Pulls one parameter back towards `anchor`, in proportion to `fisher`."""
 
     fisher: Tensor
+    """How important each element of the parameter is for the earlier games."""
     anchor: Tensor
+    """The parameter's value when the training in the last game ended."""
 
     def force(self, parameter: Tensor) -> Tensor:
         """Computes the gradient of the spring's penalty, 1/2 * sum of fisher * (parameter - anchor)^2."""
@@ -41,13 +44,14 @@ class Spring:
 
 
 class ElasticWeights:
-    """Protects ended games by a penalty on changes of shared parameters: weight / 2 * sum of fisher * (parameter - anchor)^2.
+    """The method against forgetting that penalises changes of shared parameters: weight / 2 * sum of fisher * (parameter - anchor)^2.
 
     The penalty of the dense parameters is added to the loss. For experts, the gradient of the penalty is added directly to their gradients,
-    so the logged loss does not contain it. For that the experts are read once more than the schedule of the caches (lookahead.py) says.
+    so the logged loss does not contain it. For that each step reads the experts once more. The schedule of coming
+    uses that lookahead.py gives to the caches does not list this reading.
 
     Args:
-        agent: the agent whose shared parameters are protected.
+        agent: the agent whose shared parameters are held.
         weight: weight of the penalty. Each game's Fisher is scaled to a mean of 1 over the shared parameters that the game uses.
     """
 
@@ -58,7 +62,7 @@ class ElasticWeights:
         """The springs of experts, by (bank, expert)."""
 
     def loss(self, game: str, generator: torch.Generator) -> Tensor:
-        """Computes the weighted penalty of the dense parameters; zero before a game has ended. The arguments make no difference to it."""
+        """Computes the weighted penalty of the dense parameters; zero until the training in a game has ended. It ignores its arguments."""
         if not self._dense:
             return torch.zeros(())
         pairs = zip(self._agent.shared_parameters(), self._dense, strict=True)
@@ -72,9 +76,10 @@ class ElasticWeights:
             self._agent.gradients[bank].flat(expert).add_(force.to(self._agent.caches[bank].device), alpha=self._weight)
 
     def leave(self, game: str, rollout: Rollout, generator: torch.Generator) -> None:
-        """Updates the `fisher` and the `anchor` of all shared parameters when a game ends.
+        """Updates the `fisher` and the `anchor` of all shared parameters. Call this when the training in a game ends.
 
-        The Fisher of the game's policy and value is added to those of earlier games, and the present values become the anchors.
+        The Fisher of the game's policy and value is added to the decayed sum of the earlier games' Fishers. The parameters' present values
+        become the anchors.
         """
         dense, experts = self._fisher(game, rollout, generator)
         every = [*dense, *experts.values()]

@@ -1,7 +1,7 @@
 """PPO updates: epochs of minibatches over a rollout, for the dense parameters of one game and the experts that it used.
 
 There is one learner for each game in training. Every game begins with new Adam optimizers, for its experts too, so that no momentum of one
-game moves another game's parameters. The exception is games that take turns: they use the same optimizers for the parameters that they
+game moves another game's parameters. There is one exception: games that take turns use the same optimizers for the parameters that they
 share.
 """
 
@@ -33,8 +33,8 @@ class Learner:
         agent: the agent in training.
         game: the game whose own parameters are trained together with the shared ones.
         config: the run's configuration.
-        protection: protects ended games from changes of the parameters that they share with this one.
-        generator: draws minibatches, and the router's noise where routing is not replayed.
+        protection: the method against forgetting. It keeps this game from damaging shared parameters that earlier games need.
+        generator: draws minibatches, and the router's noise where updates do not reuse the rollout's routing.
         sharing_with: the learner of a game that takes turns with this one. Both learners then use the same optimizers for shared parameters
             and experts. None: the learner makes its own.
     """

@@ -1,11 +1,12 @@
 """Tells the caches which experts will be used next, as far as that is known in advance.
 
-Where an update replays the rollout's routing, its uses are known exactly when it begins: the routing of each minibatch names its experts.
-One optimizer step uses them in this order:
+Where an update reuses the rollout's routing, its uses of experts are known exactly when it begins: the routing of each minibatch names its
+experts. One optimizer step uses them in this order:
 
     forward through the layers -> backward through the layers in reverse -> the experts' Adam step
 
-The uses of acting are guessed: the order of the layers is certain, and the next step will choose mostly the same experts as the last one.
+While the agent plays, the uses are guessed: the order of the layers is certain, and the next step will choose mostly the same experts as
+the last one.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ With two, the schedule contains the next use of every expert at every moment of 
 def uses_of_update(
     experts_BTLK: Tensor, minibatches: Iterable[Tensor], *, num_banks: int, read_only: Sequence[Collection[int]] | None = None
 ) -> list[list[Use]]:
-    """Lists when one update uses the experts of each bank: one entry for each use, in order, for the schedule of each cache.
+    """Lists in order, for each bank, the uses of its experts in one update. A use is a set of experts that are needed at the same time.
+
+    The cache of each bank takes its list as the schedule of what will be needed next.
 
     Args:
-        experts_BTLK: the routing that is replayed (segments, time, layers, top_k).
+        experts_BTLK: the routing that the update reuses (segments, time, layers, top_k).
         minibatches: the segments of each optimizer step.
         num_banks: layer `l` uses bank `l % num_banks`.
         read_only: for each bank, the experts that are not updated. None: all experts are updated.

@@ -1,8 +1,8 @@
 """The arithmetic of PPO: advantages and the clipped loss.
 
 Sources: Schulman et al. 2017 (PPO), Schulman et al. 2016 (GAE). Details are as in CleanRL's `ppo_atari.py`, with three differences: steps
-in which an environment reset itself are left out, the value of the next frame counts where a step limit cut an episode off, and the value
-loss is not clipped.
+in which an environment reset itself are left out; where a step limit cut an episode off, the value of the next frame stands for the missing
+rewards; and the value loss is not clipped.
 
 Letters: T steps, N environments, B segments of T frames, A actions, M all steps in one vector.
 """
@@ -35,8 +35,8 @@ def advantages(
         rewards_TN: the reward of step t, clipped if the learner clips.
         values_TN: the value of the observation before step t.
         next_values_TN: the value of the observation after step t, computed from the frames of step t's segment.
-        terminated_TN: True where step t ended the episode or a life. Neither the next value nor later advantages count.
-        truncated_TN: True where the step limit cut the episode off after step t. The next value counts, later advantages do not.
+        terminated_TN: True where step t ended the episode or a life. Its advantage uses neither the next value nor later advantages.
+        truncated_TN: True where the step limit cut the episode off after step t. Its advantage uses the next value, but no later advantage.
         played_TN: False where the environment ignored the action and reset itself.
         gamma: the discount.
         gae_lambda: GAE's lambda.
@@ -60,11 +60,17 @@ class Loss:
     """
 
     total: Tensor
+    """policy + value_coef * value - entropy_coef * entropy."""
     policy: Tensor
+    """The clipped policy loss."""
     value: Tensor
+    """Half the mean squared error of the values."""
     entropy: Tensor
+    """The mean entropy of the policy."""
     approx_kl: Tensor
+    """An estimate of KL(old policy || new policy)."""
     clip_fraction: Tensor
+    """The share of the steps whose probability ratio lies outside the clipping range."""
 
 
 def clipped_loss(

@@ -1,6 +1,7 @@
-"""Protection keeps later games from changing the parameters that all games share: the interface, and its two simplest kinds.
+"""The methods against forgetting, which keep later games from damaging the parameters that all games share.
 
-The simplest kinds are no protection and a frozen stem. The other kinds are in stem_replay.py, ewc.py and cloning.py.
+This module has their interface (`Protection`) and the two simplest methods: none at all, and a frozen stem. The others are in
+stem_replay.py, ewc.py and cloning.py.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from ooc_moe.learning.stem_replay import StemReplay
 
 
 class Protection(Protocol):
-    """Keeps training in one game from damaging the shared parameters that ended games need.
+    """A method against forgetting: keeps training in one game from damaging the shared parameters that earlier games need.
 
-    The learner calls `loss` and `correct_gradients` in every optimizer step; the trainer calls `leave` when a game ends.
+    The learner calls `loss` and `correct_gradients` in every optimizer step; the trainer calls `leave` when the training in a game ends.
     """
 
     def loss(self, game: str, generator: torch.Generator) -> Tensor:
-        """Computes the weighted penalty that an optimizer step in `game` adds to its loss; zero before a game has ended.
+        """Computes the weighted penalty that an optimizer step in `game` adds to its loss; zero until the training in a game has ended.
 
         `generator` draws the stored samples that the penalty uses.
         """
@@ -33,21 +34,24 @@ class Protection(Protocol):
     def correct_gradients(self, game: str) -> None:
         """Corrects the gradients after backward, before the optimizer step in `game`.
 
-        It adds or drops what autograd cannot: autograd does not know the experts, nor which game owns a parameter.
+        It adds a penalty's gradients to those of experts, which autograd does not know. Or it drops gradients of other games' parameters.
         """
 
     def leave(self, game: str, rollout: Rollout, generator: torch.Generator) -> None:
-        """Stores what is needed to protect `game` from now on. Call this when it has had all its updates; `rollout` is its last one."""
+        """Stores what the method needs so that `game` is not forgotten. Call this when the training in `game` ends.
+
+        `rollout` is the game's last rollout. `generator` draws the samples that this needs.
+        """
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what the protection has stored, for a checkpoint."""
+        """Returns everything that `leave` has stored so far, for a checkpoint."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Puts back what `state_dict` returned."""
 
 
 class Unprotected:
-    """No protection: later games may change all shared parameters."""
+    """No method against forgetting: later games may change all shared parameters."""
 
     def loss(self, game: str, generator: torch.Generator) -> Tensor:
         """Returns zero: there is no penalty."""
@@ -68,7 +72,7 @@ class Unprotected:
 
 
 class Freeze(Unprotected):
-    """Protects ended games by freezing the stem: only the first game trains it.
+    """The method against forgetting that freezes the stem when the training in the first game ends. Later games do not change the stem.
 
     Other shared parameters (attention, and the routers and experts of token routing) go on learning.
     """
@@ -93,7 +97,10 @@ class Freeze(Unprotected):
 
 
 def make_protection(config: RunConfig, agent: Agent) -> Protection:
-    """Makes the protection that `config.protection` names, with the weight that the configuration gives."""
+    """Makes the method against forgetting that `config.protection` names, with the weight that the configuration gives.
+
+    The names are replay, freeze, ewc, clone and none.
+    """
     weight = {} if config.protection_weight is None else {"weight": config.protection_weight}
     match config.protection:
         case "replay":

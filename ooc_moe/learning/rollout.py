@@ -25,21 +25,27 @@ from ooc_moe.learning.ppo import advantages
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
-    """What the agent did in `rollout_steps` steps of all environments, with one row for each segment of each environment.
+    """What the agent saw and did in `rollout_steps` steps of all environments: the data for one update.
 
-    So B = segments * environments and T = context. All tensors describe the same steps: frames, whether an episode began, actions and their
-    log-probabilities, values, advantages, whether the action was played, and the experts to which the agent's routers sent the frame.
+    The tensors have one row for each segment of each environment, so B = segments * environments and T = context.
     """
 
     frames_BTSHW: Tensor
+    """The frames before each step."""
     starts_BT: Tensor
+    """True where the frame begins an episode."""
     actions_BT: Tensor
     log_probs_BT: Tensor
+    """The log-probabilities of the actions when they were chosen."""
     values_BT: Tensor
+    """The values that the agent gave the frames."""
     advantages_BT: Tensor
     played_BT: Tensor
+    """False where the environment ignored the action and reset itself."""
     experts_BTLK: Tensor
+    """The experts to which the routers sent each frame."""
     episode_returns: list[float]
+    """The raw returns of the episodes that ended in these steps."""
     reward_per_step: float
     """The mean of the unclipped reward over all steps of all environments."""
 

@@ -1,8 +1,8 @@
 """Feature replay: keeps the shared stem's outputs for earlier games while later games are learned.
 
-When a game ends, some of its frames are stored with the stem's outputs at that time. While later games are learned, a small loss pulls the
-stem's outputs for those frames back to the stored ones. The loss uses no expert, so no cold expert is fetched for it. Its weight must be
-small (0.05 on Atari): a large one freezes the stem, which then cannot learn the next game.
+When the training in a game ends, some of its frames are stored with the stem's outputs at that time. While later games are learned, a small
+loss pulls the stem's outputs for those frames back to the stored ones. The loss uses no expert, so none is fetched for it. Its
+weight must be small (0.05 on Atari): a large one freezes the stem, which then cannot learn the next game.
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ FRAMES_PER_STEP = 64
 
 
 class StemReplay:
-    """Protects ended games by a loss that keeps the stem's outputs (features) for stored frames of them as they were.
+    """The method against forgetting that keeps the stem's outputs (features) for stored frames of earlier games as they were, by a loss.
 
-    The frames are stored on the CPU, the features on the stem's device. A game that is trained again is not held to its own stored
-    features.
+    The frames are stored on the CPU, the features on the stem's device. While a game is trained again, the loss leaves out its own frames.
 
     Args:
         stem: turns frames (M, S, H, W) into features (M, D).
@@ -39,14 +38,14 @@ class StemReplay:
         self._stored: dict[str, TensorDataset] = {}
 
     def leave(self, game: str, rollout: Rollout, generator: torch.Generator) -> None:
-        """Stores some of the frames of a game's last rollout with their features, when the game ends."""
+        """Stores some frames of a game's last rollout, with their features. Call this when the training in the game ends."""
         frames_MSHW = rollout.frames_BTSHW.flatten(0, 1)
         chosen = torch.randperm(len(frames_MSHW), generator=generator)[:FRAMES_PER_GAME]
         self.store(game, frames_MSHW[chosen])
 
     @torch.no_grad()
     def store(self, game: str, frames_MSHW: Tensor) -> None:
-        """Stores frames (M, S, H, W), uint8, with the stem's present features. They replace those of an earlier visit to the game."""
+        """Stores frames (M, S, H, W), uint8, with the stem's present features. They replace the game's earlier ones."""
         features_MD = torch.cat([self._stem(piece.to(self._device)) for piece in torch.split(frames_MSHW, 256)])
         self._set(self._stored | {game: TensorDataset(frames_MSHW, features_MD)})
 

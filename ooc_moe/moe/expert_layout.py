@@ -1,4 +1,6 @@
-"""The record layout of the experts that TieredMoE computes and ExpertAdam trains.
+"""The layout of an expert's record, which holds the tensors that the store keeps for each expert.
+
+TieredMoE computes the experts that have this layout, and ExpertAdam trains them.
 
 This module needs no torch, so that planning tools and storage hosts can use it.
 """

@@ -4,7 +4,7 @@ Parameters are cast wave by wave, as autocast casts those of a dense layer. Thei
 it from compute capability 8.0 on, for widths that are multiples of 8; on the CPU torch loops over the experts. No function of this module
 makes the host wait for the GPU.
 
-Letters: as in wave.py; G experts of the wave.
+Letters: G experts of the wave; M rows (tokens) of the wave, sorted by expert; D width of a token; H width inside an expert.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The tiered mixture-of-experts layer: tokens pass through experts that live in a store and are read through a cache.
 
-Experts are read through `ExpertCache` in waves (groups that fit the cache), once in forward and again in backward, so that none stays
-pinned in between. The results do not depend on the cache's capacity, not in a single bit: each expert is one pair of matrix products per
-call, its outputs are stored by (token, k), and sums over k and over calls run in an order that does not depend on which experts are in the
-cache. looped.py and grouped.py compute the experts of a wave.
+Experts are read through `ExpertCache` in waves (groups that fit the cache), once in forward and again in backward, so that none must stay
+in the cache in between. The results do not depend on the cache's capacity, not in a single bit: each expert is one pair of matrix products
+per call, its outputs are stored by (token, k), and sums over k and over calls run in an order that does not depend on which experts are in
+the cache. looped.py and grouped.py compute the experts of a wave.
 
 Letters: N tokens, K experts of a token, M = N * K assignments sorted by expert, D width of a token, H width inside an expert.
 """
@@ -32,7 +32,7 @@ PARAMETERS = ("w1", "b1", "w2", "b2")
 
 
 class ExpertGradients:
-    """The gradients of the experts that got tokens since the last `zero`. Other experts have none.
+    """The gradients of the experts of one bank: of those that got tokens since the last call of `zero`. Other experts have none.
 
     All gradients of one expert lie in one flat tensor, so that its norm and its scaling are one operation each. The memory of dropped
     gradients is used again: a step allocates memory only if it has more experts than any step before.
@@ -51,7 +51,7 @@ class ExpertGradients:
         return sorted(self._rows)
 
     def of(self, expert: int) -> dict[str, Tensor]:
-        """Returns the expert's gradients by tensor name, as views to which backward adds. They begin as zeros if it has none yet."""
+        """Returns one expert's gradients by tensor name, for backward to add to. An expert that has none yet gets zeros."""
         if expert not in self._rows:
             self._rows[expert] = self._spare.pop() if self._spare else self._new_row()
             self._rows[expert].flat.zero_()
@@ -119,7 +119,8 @@ class TieredExperts:
         Args:
             experts: ascending ids.
             work: computes one wave. It gets the slice of `experts` that the wave consists of, and the parameters of these experts.
-            counted: whether the visit counts in the cache's accesses, hits and misses. False if another visit of the same step counted.
+            counted: whether the cache adds this visit to its counts of accesses, hits and misses. False for repeated visits: forward's was
+                counted, so backward's is not.
         """
         start = 0
         for wave in self.cache.waves(experts):
@@ -209,7 +210,7 @@ class MoEOutput:
     Attributes:
         y: the output, in the shape of the layer's input.
         routed: the experts that the router chose for each token.
-        tokens_by_expert: the number of tokens of each expert, without experts that got no token.
+        tokens_by_expert: the number of tokens that each expert got, by expert id. Experts without tokens are left out.
     """
 
     y: Tensor

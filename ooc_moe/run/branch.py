@@ -1,6 +1,7 @@
-"""Returns a run to one of its checkpoints, or begins another run from there. Dense parameters, experts and logged events are all included.
+"""Returns a run to one of its checkpoints (`go_back`), or begins another run from one (`branch`).
 
-These functions do not train. Each leaves a run directory from which `train.resume` continues.
+Experts and logged events follow the checkpoint, like all other parameters. These functions do not train. Each leaves a run directory from
+which `train.resume` continues.
 
 Run: ooc-moe branch runs/first runs/second --checkpoint 0-krull --games boxing
 """
@@ -47,7 +48,8 @@ def branch(source: Path, run_dir: Path, name: str, *, games: Sequence[str] = (),
 
     Raises:
         InvalidRequest: there is no such run or checkpoint; a game is unknown; run_dir holds a run already; the run has its own daemon and
-            `store` does not give its address; or `games` is given, but the checkpoint lies inside a game or the source's games take turns.
+            `store` does not give its address; or `games` is given, but the checkpoint was saved before the training in a game had ended, or
+            the source's games take turns.
         BankExists: the store has banks with the new run's name already.
     """
     old = RunConfig.read(source)

@@ -14,7 +14,8 @@ from ooc_moe.session.session import Session
 class Checkpointer:
     """Saves checkpoints: the run's state as a file in its directory, and its experts as a snapshot of its banks in the store.
 
-    Checkpoints at the ends of games can be kept for good. Of all others only the latest exists: each save replaces it.
+    A checkpoint that is saved with `keep_as`, for example when the training in a game has ended, is kept for good. Of all other checkpoints
+    only the latest exists: each save replaces it.
     """
 
     def __init__(self, session: Session) -> None:
@@ -49,7 +50,7 @@ class Checkpointer:
             store.delete_snapshot(older)
 
     def resume_from(self, saved: Checkpoint) -> None:
-        """Continues after `saved`, which is the run's latest checkpoint.
+        """Prepares for further saves in a run that was resumed from `saved`, its latest checkpoint.
 
         Deletes the run's snapshots that no checkpoint names, for example because the process crashed between two steps of a save.
         """

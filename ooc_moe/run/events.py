@@ -20,7 +20,7 @@ class RunEvents:
         self._fetched = [cache.fetches() for cache in session.caches]
 
     def switch(self, at: Progress, *, phase: int, previous: str | None, game: str) -> None:
-        """Logs that training changes from the game `previous` to `game`, which is number `phase` of the run's games.
+        """Logs that training changes from the game `previous` to `game`, whose number in the run's list of games is `phase`.
 
         `previous` is None when the run begins.
         """
@@ -58,7 +58,7 @@ class RunEvents:
         )
 
     def evaluation(self, at: Progress, *, phase: int, game: str, fields: dict[str, Any]) -> None:
-        """Logs the result of evaluating one game (`fields`) after training `game`, which is number `phase` of the run's games."""
+        """Logs the result of evaluating one game (`fields`) after training `game`, whose number in the run's list of games is `phase`."""
         self._writer.log("evaluation", step=at.step, update=at.update, game=game, phase=phase, **fields)
 
     def checksums(self, at: Progress, game: str) -> None:

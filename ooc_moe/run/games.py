@@ -1,4 +1,4 @@
-"""Keeps the learner and the environments of each game in training, from the game's first turn to its last."""
+"""Keeps the learner and the environments of each game in training, from the game's first turn (a stretch of updates) to its last."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class GamesInTraining:
 
     Args:
         session: the agent and the configuration.
-        protection: protects what earlier games share with the one in training.
+        protection: the method against forgetting, for the learners.
         generator: draws minibatches, actions and router noise.
         on_segment: called with the game and its observations (N, S, H, W) at the start of each segment.
     """

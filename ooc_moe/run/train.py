@@ -62,7 +62,7 @@ def resume(run_dir: Path, console: Console, *, store: str | None = None, plane: 
         run_dir: the run's directory.
         console: where progress is shown.
         store: the daemon's address, if it changed.
-        plane: how experts travel ("auto", "local" or "stream"), if it changed.
+        plane: how experts travel between the daemon and this process ("auto", "local" or "stream"), if it changed.
         name: an earlier checkpoint than the last one, for example "0-krull". Everything that the run did after it is dropped.
 
     Raises:

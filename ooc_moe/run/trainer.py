@@ -1,4 +1,4 @@
-"""The training loop of a run: learn a game, end it, evaluate, save a checkpoint, go on with the next game.
+"""The training loop of a run: train in a game, store what keeps it from being forgotten, evaluate, save, go on with the next game.
 
 Read `Trainer.run` first. learner.py has what one update computes, `RunConfig.turns` the order of the updates, checkpoint.py what a
 checkpoint contains.
@@ -90,7 +90,10 @@ class Trainer:
     # Learning
 
     def _learn(self, turn: Turn, progress: Progress, interrupted: Callable[[], bool]) -> None:
-        """Plays and learns one game for a turn, and ends the game if this was its last turn."""
+        """Plays one game and learns from it for a turn (a stretch of updates).
+
+        After the game's last turn, the method against forgetting stores what it needs, and the game's environments are closed.
+        """
         game, updates = self.config.games[turn.phase], self.config.updates_per_game
         self.session.mark_game(game)
         self.events.new_fetches()  # Drops what the evaluation before fetched.
@@ -121,7 +124,7 @@ class Trainer:
     def _enter(self, game: str, turn: Turn) -> None:
         """Begins a game's turn: logs the switch, adds the game to the agent if it is new, and prefetches its experts.
 
-        It prefetches only if the configuration says that the schedule, and not the detector, decides what to prefetch.
+        It prefetches only if the configuration says that the order of the games, and not the detector, decides what to prefetch.
         """
         turns = self.config.turns
         previous = self.config.games[turns[self.at.turn - 1].phase] if self.at.turn else None
@@ -153,7 +156,7 @@ class Trainer:
             self.session.prefetch(prediction.experts, probabilities=prediction.expert_probabilities, read_only=read_only)
 
     def _teach_detector(self, game: str, rollout: Rollout) -> dict[str, float]:
-        """Trains the detector and its baseline on some frames of the rollout and the experts that these frames were routed to.
+        """Trains the detector and its baseline (nearest mean) on some frames of the rollout and the experts to which these were routed.
 
         Returns what the detector measured.
         """

@@ -108,12 +108,15 @@ def load_named(directory: Path, name: str) -> Checkpoint:
 
 
 def end_of_game_file(phase: int, game: str) -> str:
-    """Returns the file name of the checkpoint that a run keeps when a game has ended. `phase` is the game's number in the run."""
+    """Returns the name of the checkpoint file that is kept when the training in a game has ended.
+
+    `phase` is the game's number in the run.
+    """
     return f"{phase}-{game.replace('/', '-')}.pt"
 
 
 def ends_of_games(directory: Path) -> dict[str, Checkpoint]:
-    """Reads the checkpoints in `directory` that a run has kept of the ends of its games. Returns them by file name."""
+    """Reads the checkpoints in `directory` that were kept when the training in a game had ended. Returns them by file name."""
     return {path.name: load(path) for path in sorted(directory.glob("*.pt")) if path.name != LATEST}
 
 

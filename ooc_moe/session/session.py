@@ -47,12 +47,17 @@ class Session:
 
     config: RunConfig
     store: ExpertStore
+    """The connection to the storage daemon."""
     caches: list[ExpertCache]
+    """The caches in GPU memory, one for each bank."""
     agent: Agent
     detector: Detector
     nearest_mean: NearestClassMean
+    """The detector's baseline."""
     reporter: Reporter
+    """Sends the caches' counters to the daemon at regular intervals."""
     trace: TraceWriter | None = None
+    """Records which experts are used. None: nothing is recorded."""
 
     def mark_game(self, game: str, *, evaluating: bool = False) -> None:
         """Writes to the trace (the record of expert uses, if the run makes one) that `game` is played from now on.
