@@ -24,7 +24,7 @@ from ooc_moe.learning.rollout import Rollout
 FRAMES_PER_GAME = 1500
 """The largest number of frames stored of a game, in whole segments. All come from one rollout."""
 FRAMES_PER_STEP = 256
-"""Frames replayed in each optimizer step."""
+"""The number of stored frames that each optimizer step uses."""
 
 
 class OutputCloning:

@@ -26,7 +26,7 @@ from ooc_moe_client.store import Sections
 FISHER_SAMPLES = 256
 """The largest number of frames from which the Fisher information of a game is estimated."""
 DECAY = 0.95
-"""The factor by which the Fisher information of the earlier games shrinks whenever another game ends."""
+"""The factor by which the Fisher information of the earlier games shrinks whenever the training in another game ends."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,8 +119,8 @@ class TieredExperts:
         Args:
             experts: ascending ids.
             work: computes one wave. It gets the slice of `experts` that the wave consists of, and the parameters of these experts.
-            counted: whether the cache adds this visit to its counts of accesses, hits and misses. False for repeated visits: forward's was
-                counted, so backward's is not.
+            counted: whether the cache adds this visit to its counts of accesses, hits and misses. False for a visit that only
+                repeats a counted one, for example backward's after forward's.
         """
         start = 0
         for wave in self.cache.waves(experts):
