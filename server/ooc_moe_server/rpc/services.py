@@ -1,7 +1,7 @@
 """The five gRPC services. Each method turns a message into a call of the engine (the store behind gRPC), and the result into a message.
 
-Methods raise OocMoeError, which interceptor.py translates. Streaming methods write to the context instead of yielding (see interceptor.py).
-mypy's stubs of a servicer do not foresee that: hence the overrides.
+Methods raise OocMoeError, which interceptor.py translates. Methods that stream their answers write them to the context instead of yielding
+them (interceptor.py says why). mypy's stubs of a servicer do not foresee that: hence `type: ignore[override]`.
 """
 
 from __future__ import annotations
