@@ -119,8 +119,8 @@ def serve(parsed: Parsed) -> None:
 class Verify:
     """Check every record and the index of the data directory of a stopped daemon, and change nothing.
 
-    Checks the index (each row, their sum, the last commit, SQLite's pages), the manifests of banks and snapshots, and the header and both
-    sections of every record that a bank or a snapshot refers to.
+    Checks the index (each row, the sum of all rows, the last commit, SQLite's pages), the manifests of banks and snapshots, and the
+    header and both sections of every record that a bank or a snapshot refers to.
 
     $ ooc-moe-server verify store
 
@@ -152,7 +152,7 @@ class Verify:
 class Rebuild:
     """Make the index of a stopped daemon's data directory anew, from the manifests and the header of every record.
 
-    For a daemon that refuses to start because its index is damaged, behind, or missing. The old index is moved aside
+    For a daemon that refuses to start because its index is damaged or missing, or lacks commits. The old index is moved aside
     (index.sqlite.damaged-1, ...), never deleted. What was deleted stays deleted. Every expert gets its newest record whose checksums are
     right; a line is printed if that is not the newest record there was.
 

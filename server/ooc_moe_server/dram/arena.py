@@ -57,7 +57,7 @@ class Arena:
     def complete(self, start: int) -> None:
         """Makes the generation of the record at `start` even, which tells readers that the record is complete.
 
-        Call it once it is filled.
+        Call it when all bytes of the record are there.
         """
         assert self.generation(start) % 2 == 1, "complete twice"
         self._generations[start // BLOCK_BYTES] += 1

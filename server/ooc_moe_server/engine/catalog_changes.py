@@ -92,14 +92,15 @@ class CatalogChanges:
         return await self._to_the_end(self._create_snapshot(names, name))
 
     async def restore_snapshot(self, snapshot_id: int, writer_id: str) -> Snapshot:
-        """Gives the experts of a snapshot's banks the records that they had in it, under new versions.
+        """Sets every expert of a snapshot's banks back to the record that it had in the snapshot, under a new version.
 
-        `writer_id`: the writer that asks; no other writer may have one of the banks open. Raises UnknownSnapshot, NotTheWriter.
+        Experts that the snapshot lacks get their initial values. `writer_id`: the writer that asks; no other writer may have one of the
+        banks open. Raises UnknownSnapshot, NotTheWriter.
         """
         return await self._to_the_end(self._restore_snapshot(snapshot_id, writer_id))
 
     async def delete_snapshot(self, snapshot_id: int) -> None:
-        """Removes a snapshot and releases its slots. Raises UnknownSnapshot."""
+        """Removes a snapshot. Disk space that only its records used becomes free. Raises UnknownSnapshot."""
         await self._to_the_end(self._delete_snapshot(snapshot_id))
 
     async def drain(self) -> None:

@@ -6,7 +6,7 @@
 
 A demand is a fetch whose caller waits for the record now; speculation is a prefetch, or a fetch that is not urgent.
 
-- Demands start until READS_MAX of them are being read. Speculative reads under way do not count, so they never delay a demand's start.
+- Up to READS_MAX demands are read at once. Speculative reads do not count towards this limit, so they never delay the start of a demand.
 - Speculation starts only while fewer than READS_MAX reads of both kinds run, and at most SPECULATIVE_READS_MAX of its own. It never waits
   for room in DRAM: without room it fails.
 - Both queues have a maximal length.

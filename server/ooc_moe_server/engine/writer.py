@@ -288,5 +288,5 @@ class _Incoming:
 
 
 def error_info(error: OocMoeError) -> expert_pb2.ErrorInfo:
-    """Makes the message that reports the error of one expert in a stream that goes on."""
+    """Makes the message that reports the error of one expert to the caller, while the stream goes on with the others."""
     return expert_pb2.ErrorInfo(kind=type(error).__name__, message=str(error))

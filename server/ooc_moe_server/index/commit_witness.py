@@ -63,12 +63,12 @@ class CommitWitness:
 
 
 def renew(path: Path, last: LastCommit) -> None:
-    """Replaces the file COMMITTED in one step by a new one, both of whose blocks hold the state `last`. Raises OSError."""
+    """Replaces the file COMMITTED in one step by a new one that holds `last` in both of its blocks. Raises OSError."""
     write_durably(path, _packed(last) * _NUM_BLOCKS)
 
 
 def read(path: Path) -> tuple[LastCommit | None, int]:
-    """Reads the file COMMITTED. Returns its newest undamaged state, or None, and how many of its two blocks are damaged.
+    """Reads the file COMMITTED. Returns the newest commit in it (None if no block is sound), and how many of its two blocks are damaged.
 
     A missing file counts as two damaged blocks. Raises OSError.
     """

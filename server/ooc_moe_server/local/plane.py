@@ -103,7 +103,7 @@ class LocalPlane:
         return self._sessions[number]
 
     def expire(self) -> None:
-        """Ends the leases of all sessions whose time is over, so that their records may be evicted."""
+        """Ends the leases that have expired, in all sessions, so that their records may be evicted."""
         now = self.clock()
         for session in self._sessions.values():
             session.expire(now)

@@ -44,7 +44,7 @@ class Verified:
 
 @dataclass(frozen=True, slots=True)
 class _Reference:
-    """A record of a bank or of a snapshot that refers to a slot. `what` describes it for messages."""
+    """A record of a bank or of a snapshot, which refers to a slot. `what` describes it for messages."""
 
     what: str
     bank: Bank

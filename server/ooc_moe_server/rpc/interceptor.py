@@ -118,7 +118,7 @@ def shown(error: OocMoeError) -> str:
 
 
 class NotAMessage:
-    """Takes the place of a request that cannot be decoded, so that the error is raised inside the guarded call."""
+    """Takes the place of a request that cannot be decoded, so that the guard can answer with InvalidRequest instead of gRPC's own error."""
 
     def __init__(self, error: Exception) -> None:
         self.error = InvalidRequest(f"the request cannot be decoded: {error}")
