@@ -135,8 +135,8 @@ class DramTier:
     def pin_resident(self, source: Source, *, demand: bool = True) -> Entry | None:
         """Pins a record for the caller if it is in DRAM (resident), and counts the use. Returns its entry, or None when it is not in DRAM.
 
-        `demand`: True when a caller waits for the record now, False for speculation (a prefetch). No prefetch evicts
-        the record while it is among those that were demanded last.
+        `demand`: True when a caller waits for the record now, False for speculation (a prefetch). If True,
+        no prefetch evicts the record while it is among those that were demanded last.
         """
         entry = self._residents.get(source)
         if entry is None:

@@ -53,7 +53,9 @@ class CommitRounds:
         self._task: asyncio.Task[None] | None = None
 
     async def join(self, push: Push) -> None:
-        """Queues a push whose record is written for the next round, and waits until it is committed, or until a newer record replaced it.
+        """Queues a push to be committed by the next round. Waits until it is committed, or until a newer record replaced it.
+
+        The record of the push must have been written to its slot.
 
         Raises the error if the push is refused.
         """

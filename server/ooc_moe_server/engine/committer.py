@@ -87,7 +87,7 @@ class Committer:
                 self._write_behind.drop_replaced()
 
     async def write_back(self, banks: Collection[Bank] | None = None) -> None:
-        """Writes the unsaved records of these banks (None: of all banks) to the disk, and returns when they have none left.
+        """Writes records that are in memory only (unsaved) to the disk, and returns when `banks` (None: all banks) have none left.
 
         Call it inside `exclusive`, before the change itself. It lets commit rounds run meanwhile.
 

@@ -46,7 +46,7 @@ class UnsavedRecord:
 
 @dataclass(slots=True, eq=False)
 class UnsavedRecords:
-    """Keeps the unsaved record of each expert that has one, by bank and expert, and counts the bytes that they hold in memory."""
+    """Keeps all records that were acknowledged but are in memory only (unsaved), at most one per expert, and counts their bytes."""
 
     capacity_bytes: int
     num_bytes: int = 0  # What the pushes hold in the arena. Replaced records count until their write-back has ended.

@@ -66,7 +66,7 @@ class WriteBehind:
             unsaved.attempt.set_result(None)
 
     async def flush(self, banks: Collection[Bank] | None = None) -> None:
-        """Writes the unsaved records of these banks (None: of all banks) to the disk, and returns when they have none left.
+        """Writes records that are in memory only (unsaved) to the disk, and returns when `banks` (None: all banks) have none left.
 
         Call it inside `CatalogLock.change`, before the change itself. It lends the lock to commit rounds meanwhile.
 

@@ -149,7 +149,7 @@ class Tables:
         list(self._db.execute(f"DELETE FROM {table} WHERE {where}", parameters))
 
     def put_records(self, meta: Meta, writes: Iterable[Write]) -> None:
-        """Stores the current records of experts, in place of older ones."""
+        """Stores each record as the current one of its expert, in place of the older one if there is one."""
         rows = {(write.bank_id, write.expert): (write.bank_id, *record_row(write.expert, write.record)) for write in writes}
         keys = iter(rows)
         while some := list(islice(keys, _KEYS_MAX)):

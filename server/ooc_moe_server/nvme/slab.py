@@ -172,7 +172,7 @@ class Slab:
             raise OSError(errno.EIO, f"no byte of slot {slot} was written at {num_written} of {self.record_bytes}")
 
     def sync(self) -> None:
-        """Makes everything that was written to the slab before the call durable. Raises OSError; call `note_failed_sync` then."""
+        """Makes durable what was written to the slab before the call. Raises OSError; call `note_failed_sync` then."""
         os.fdatasync(self._fd)
 
     def note_failed_sync(self) -> None:
