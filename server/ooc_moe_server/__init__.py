@@ -1,4 +1,4 @@
-"""The storage daemon: it keeps experts in DRAM and in files on NVMe, and serves them over gRPC. No torch.
+"""The storage daemon: it keeps experts in DRAM and in files on NVMe, and serves them over gRPC. It does not use torch.
 
 `run(ServerConfig(...))` runs a daemon in this process until SIGTERM; the command `ooc-moe-server` does the same.
 """

@@ -1,4 +1,4 @@
-"""The daemon's counters: accesses (of all callers, by bank and by trainer), latencies by kind of operation, and the reports of trainers.
+"""The daemon's counters: accesses (in total, by bank and by trainer), latencies by kind of operation, and the reports of trainers.
 
 The counters are kept in the protobuf messages that GetStats returns, so that nothing is copied field by field: GetStats must cost the event
 loop little. To be used on the event loop only.
@@ -29,12 +29,12 @@ LATENCY_KINDS = ("fetch_dram", "fetch_nvme", "fetch_seed", "push", "nvme_read", 
 
 @dataclass(frozen=True, slots=True)
 class Scopes:
-    """The counters that one access is added to: the daemon's total, and those of the bank and of the trainer concerned."""
+    """The counters that one call is added to: the daemon's total, and those of the call's bank and trainer."""
 
     counters: tuple[stats_pb2.AccessStats, ...]
 
     def count(self, field_name: str, number: int = 1) -> None:
-        """Adds `number` to the field `field_name` of every counter."""
+        """Adds `number` to the field `field_name` ("hits", for example) of each of these counters."""
         for access in self.counters:
             setattr(access, field_name, getattr(access, field_name) + number)
 

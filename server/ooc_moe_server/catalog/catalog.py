@@ -1,7 +1,8 @@
 """The catalog: all banks, the current record of each expert, and all snapshots, in memory. The index (index/database.py) stores it on disk.
 
-The catalog shows what is committed, and besides what was only acknowledged in memory (`Record.unsaved`). It holds no bytes of experts: a
-record tells the slot that holds its bytes, or that the value is computed from the bank's seed. To be used on the event loop only.
+The catalog also contains records that the index does not have yet: they were acknowledged in memory only (`Record.unsaved`). It holds no
+bytes of experts: a record tells which slot of a file holds the bytes, or that they are computed from the bank's seed. To be used on the
+event loop only.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from ooc_moe_wire.v1 import bank_pb2, snapshot_pb2, stats_pb2
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A place for one record in a slab, the file of all records of one size. Its bytes do not change while anything refers to the slot.
+    """The place of one record (the stored form of an expert) in a slab: the file that holds all records of `record_bytes` bytes.
 
-    Records, snapshots and readers refer to slots.
+    The bytes in a slot do not change while a record, a snapshot or a reader refers to it.
     """
 
     record_bytes: int
@@ -32,7 +33,7 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Seed:
-    """Stands for the initial value of an expert. It is not stored, but computed from the bank's seed when it is needed."""
+    """The source of an expert's initial value, whose bytes are not stored but computed from the bank's seed when they are needed."""
 
     bank_id: int
     expert: int
@@ -40,7 +41,7 @@ class Seed:
 
 @dataclass(frozen=True, slots=True)
 class Unsaved:
-    """Stands for a pushed version whose bytes are in DRAM only: it was pushed with durability MEMORY and is not committed yet."""
+    """The source of a version whose bytes are in DRAM only: it was pushed with durability MEMORY, and is not committed yet."""
 
     version: int
 
@@ -51,9 +52,9 @@ Source = Slot | Seed | Unsaved
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """What the catalog knows about one version of an expert: version, slot, checksums, and who pushed it.
+    """Describes one version of an expert: its number, the slot that holds its bytes, their checksums, and who pushed it.
 
-    It is the expert's current version, or an older one that a snapshot keeps.
+    It is the version that fetches get now (the current one), or an older one that a snapshot keeps.
     """
 
     version: int
@@ -73,13 +74,13 @@ UNWRITTEN = Record(version=0, slot=None, checksums=None)
 
 
 class Lease(Protocol):
-    """An open writer (a push stream that holds the bank's lease) as the catalog sees it: only its id."""
+    """The one attribute of an open writer that the catalog uses: its id. An open writer alone may push to its bank."""
 
     writer_id: str
 
 
 class PushUnderWay(Protocol):
-    """A push that was received and has no outcome yet, as the catalog sees it."""
+    """The attributes of a push under way that the catalog uses. They tell whether a later push repeats this one, and how this one ended."""
 
     writer_id: str
     push_number: int
@@ -93,7 +94,7 @@ class PushUnderWay(Protocol):
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Bank:
-    """A bank as it is now: its spec, its size, the current record of each expert, its open writer, and its counters."""
+    """A bank (a named set of experts) as it is now: its spec and size, the current record of each expert, its writer and its counters."""
 
     id: int
     uuid: bytes
@@ -118,7 +119,7 @@ class Bank:
 
     @property
     def writer_id(self) -> str:
-        """The id of the writer that has the bank open; empty when no writer has."""
+        """The id of the writer that has the bank open for pushes; empty when no writer has it open."""
         return self.writer.writer_id if self.writer else ""
 
     @property
@@ -141,16 +142,16 @@ class Bank:
         return self.records.get(expert, UNWRITTEN)
 
     def source(self, expert: int, record: Record) -> Source:
-        """Returns where the bytes of a record come from: its slot, the bank's seed, or DRAM alone if the record is unsaved.
+        """Returns where the bytes of a record come from: a `Slot`, a `Seed`, or an `Unsaved` (in DRAM only).
 
-        `record` need not be the current record of `expert`.
+        `record` may be any record of `expert`, also an older one than the current one.
         """
         if record.unsaved:
             return Unsaved(record.version)
         return record.slot or Seed(self.id, expert)
 
     def put(self, expert: int, record: Record) -> Record:
-        """Makes `record` the current record of an expert, in memory. Returns the record that was current before."""
+        """Makes `record` the current record of an expert: the one that fetches get. Changes only memory. Returns the previous one."""
         old = self.records.get(expert, UNWRITTEN)
         self.records[expert] = record
         self.num_written += record.is_written - old.is_written
@@ -172,7 +173,7 @@ class Bank:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class BankState:
-    """The state of one bank in a snapshot: its number of experts, and their records, at the moment of the snapshot."""
+    """One bank in a snapshot: its number of experts and their records at the moment when the snapshot was taken."""
 
     num_experts: int
     records: dict[int, Record]
@@ -195,16 +196,16 @@ class Snapshot:
                 yield bank_id, expert, record
 
     def slots(self) -> list[Slot]:
-        """Returns the slots that hold the bytes of the snapshot's records, one for each written record.
+        """Returns the slot of each record in the snapshot that a push wrote. Initial values have no slot.
 
-        A slot that records share comes several times.
+        A slot that several records share is in the list several times.
         """
         return [record.slot for _, _, record in self.records() if record.slot]
 
 
 @dataclass(slots=True, kw_only=True)
 class Catalog:
-    """All banks by name, all snapshots by id, and the next unused version and snapshot id."""
+    """Describes in memory what the store holds: banks by name and snapshots by id. Also has the lowest unused version and snapshot id."""
 
     banks: dict[str, Bank] = field(default_factory=dict)
     snapshots: dict[int, Snapshot] = field(default_factory=dict)
@@ -224,7 +225,7 @@ class Catalog:
         return next(bank for bank in self.banks.values() if bank.id == bank_id)
 
     def take_version(self) -> int:
-        """Returns the next version number of the store, and advances the counter so that the number is not given out again in this run."""
+        """Returns an unused version number for a record, and advances the counter, so that this run does not give the number out again."""
         version = self.next_version
         self.next_version += 1
         return version

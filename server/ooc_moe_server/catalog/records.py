@@ -1,4 +1,4 @@
-"""Converts records and banks to the rows of the index (the SQLite file) and back, and computes the checksum that every row carries.
+"""Converts records and banks to the rows of the index (the SQLite file) and back, and adds the checksum that every row carries.
 
 A row is a tuple of plain values, so that manifests (the JSON copies of the index) can hold the same rows.
 """
@@ -73,7 +73,7 @@ def bank_of(row: Row) -> Bank:
 
 
 def sealed(table: str, rows: Iterable[Row]) -> list[Row]:
-    """Returns the rows of a table with its checksum appended to each row."""
+    """Returns the rows of the table named `table`, each with the row's checksum appended as its last value."""
     return [(*row, checksum(table, row)) for row in rows]
 
 

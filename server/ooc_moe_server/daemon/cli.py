@@ -73,7 +73,7 @@ the file overrides the defaults.
 
 @dataclass(frozen=True, kw_only=True)
 class FileOption:
-    """The option `--config`, which names a file of settings. It is no setting of the daemon itself."""
+    """Declares the option `--config`, which names a file that settings are read from. A `ServerConfig` therefore has no such field."""
 
     config: Annotated[Path | None, Flag(metavar="FILE")] = None
     """TOML or JSON file with settings; its keys are the names of the options with underscores."""
@@ -81,7 +81,7 @@ class FileOption:
 
 @cache
 def serve_groups() -> tuple[Group, ...]:
-    """Returns the options of the command without a subcommand, which runs the daemon, as one group."""
+    """Returns the options of `ooc-moe-server` when it runs the daemon (without `verify` or `rebuild`), as one group for the parser."""
     settings = with_defaults(options_of(ServerConfig, paired=True), {"data_dir": None})
     settings = with_metavars(settings, {"data_dir": "DIR", "listen": "ADDRESS", "grace_s": "SECONDS"})
     settings = tuple(
@@ -92,7 +92,7 @@ def serve_groups() -> tuple[Group, ...]:
 
 
 def server_config(parsed: Parsed, environ: Mapping[str, str]) -> ServerConfig:
-    """Makes the daemon's configuration.
+    """Makes the daemon's configuration from the parsed flags, the environment and the file that `--config` names.
 
     A flag overrides the environment, which overrides the file of `--config`, which overrides the defaults.
 
@@ -119,8 +119,8 @@ def serve(parsed: Parsed) -> None:
 class Verify:
     """Check every record and the index of the data directory of a stopped daemon, and change nothing.
 
-    Checks the index (each row, their sum, the last commit, SQLite's pages), the manifests of banks and snapshots, and the header and both
-    sections of every record that a bank or a snapshot refers to.
+    Checks the index (each row, the sum of all rows, the last commit, SQLite's pages), the manifests of banks and snapshots, and the
+    header and both sections of every record that a bank or a snapshot refers to.
 
     $ ooc-moe-server verify store
 
@@ -152,7 +152,7 @@ class Verify:
 class Rebuild:
     """Make the index of a stopped daemon's data directory anew, from the manifests and the header of every record.
 
-    For a daemon that refuses to start because its index is damaged, behind, or missing. The old index is moved aside
+    For a daemon that refuses to start because its index is damaged or missing, or lacks commits. The old index is moved aside
     (index.sqlite.damaged-1, ...), never deleted. What was deleted stays deleted. Every expert gets its newest record whose checksums are
     right; a line is printed if that is not the newest record there was.
 
@@ -217,7 +217,7 @@ def _held(path: Path) -> Iterator[None]:
 
 
 def _track(items: Iterable[Item], what: str, total: int) -> Iterable[Item]:
-    """Passes items through, and shows a progress bar with the label `what` meanwhile if standard error is a terminal."""
+    """Yields the items unchanged. Meanwhile shows a progress bar labelled `what`, up to `total`, if standard error is a terminal."""
     console = Console(stderr=True)
     return track(items, what, total, console=console, transient=True, disable=not console.is_terminal)
 

@@ -1,12 +1,12 @@
 """The data directory of a daemon: what it contains, and the lock that lets only one daemon use it at a time.
 
-FORMAT                the name of the format of all other files
+FORMAT                names the format in which all other files are written
 LOCK                  locked while a daemon, `rebuild` or `verify` runs
 daemon.json           the process id of the running daemon, and its addresses
-index.sqlite          what is committed (index/database.py)
-COMMITTED             how many commits the index must hold (index/commit_witness.py)
+index.sqlite          which banks, records and snapshots exist (index/database.py)
+COMMITTED             the number of the index's last transaction; shows whether the index lost any (index/commit_witness.py)
 slabs/                the records of experts (nvme/slab.py)
-banks/, snapshots/    manifests, from which `rebuild` makes a lost index anew (index/manifests.py)
+banks/, snapshots/    JSON copies of the index (manifests), from which `rebuild` makes a lost index anew (index/manifests.py)
 RESERVE               a file that keeps disk space for when the disk is full (nvme/reserve.py)
 """
 
@@ -53,7 +53,7 @@ def held(path: Path) -> Iterator[None]:
 
 
 def announce(path: Path, addresses: Sequence[str]) -> None:
-    """Writes the file daemon.json, which tells other programs the daemon's process id and the addresses it listens on, in one step."""
+    """Writes the file daemon.json, which tells other programs the daemon's process id and addresses. It is never seen half written."""
     temporary = path / "daemon.json.new"
     temporary.write_text(json.dumps({"pid": os.getpid(), "addresses": list(addresses)}))
     temporary.replace(path / "daemon.json")

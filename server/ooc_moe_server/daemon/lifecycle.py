@@ -61,9 +61,9 @@ _LAST_REPLIES_S = 0.5
 
 
 class Daemon:
-    """One run of the daemon: the gRPC server, the engine (the store behind it), and the local plane.
+    """Starts, runs and stops one daemon: its gRPC server, its engine (the store) and its local plane.
 
-    Through the local plane, callers on this host read experts in shared memory.
+    The local plane is a Unix socket through which callers on this host read experts in shared memory.
     """
 
     def __init__(self, config: ServerConfig) -> None:
@@ -128,7 +128,7 @@ class Daemon:
         return addresses
 
     async def _drain(self) -> None:
-        """Refuses new calls, ends the push streams, and waits up to `grace_s` seconds for the calls under way."""
+        """Refuses new calls, asks the push streams to end, and waits up to `grace_s` seconds for the calls under way."""
         self._guard.refusal = "the daemon is draining"
         await self._health.enter_graceful_shutdown()
         log.info("draining: %d calls under way", self._guard.num_open)
@@ -151,7 +151,7 @@ class Daemon:
         return self._engine
 
     def _add_daemon_stats(self, stats: stats_pb2.Stats) -> None:
-        """Adds to `stats` what the engine does not know: version, data directory, whether it drains, open calls, local sessions."""
+        """Adds to `stats` what the engine does not know: version, data directory, whether the daemon drains, open calls, local sessions."""
         stats.version = version("ooc-moe")
         stats.data_dir = str(self._config.data_dir)
         stats.draining = self._stopping.is_set()

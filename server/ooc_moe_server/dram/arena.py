@@ -1,4 +1,4 @@
-"""The memory of the DRAM tier: the arena, which holds the records, and beside it the generations, which tell whether a record is complete.
+"""The memory of the DRAM tier: the arena, which holds the records, and a table of generations, which tells whether a record is complete.
 
 Each of the two is a memfd (a file in memory) that is allocated in full at the start and mapped once. A memfd is page aligned, so that
 O_DIRECT can read into it, and it can be passed to another process. Both are sealed, so that no other process can map them for writing.
@@ -25,10 +25,12 @@ HEADROOM_BYTES = 256 << 20
 
 
 class Arena:
-    """Allocates `num_bytes` of shared memory for records, gives out views of it, and keeps the generation of each record in it."""
+    """The shared memory that holds records, and the generation of each record: a number that is even once the record is complete."""
 
     def __init__(self, num_bytes: int) -> None:
-        """Allocates and touches all pages. This takes about 0.3 s per GiB, so call it off the event loop.
+        """Allocates `num_bytes` of memory, and touches every page, so that none is missing later.
+
+        This takes about 0.3 s per GiB, so call it off the event loop.
 
         Raises:
             TierFull: the kernel does not have that many pages.
@@ -55,7 +57,7 @@ class Arena:
     def complete(self, start: int) -> None:
         """Makes the generation of the record at `start` even, which tells readers that the record is complete.
 
-        Call it once it is filled.
+        Call it when all bytes of the record are there.
         """
         assert self.generation(start) % 2 == 1, "complete twice"
         self._generations[start // BLOCK_BYTES] += 1

@@ -29,7 +29,7 @@ class Extent(Generic[Owner]):
 
 
 class Extents(Generic[Owner]):
-    """Allocates and frees ranges of bytes (extents) in a space of `capacity` bytes.
+    """Allocates and frees ranges of bytes (extents) in a space of `capacity` bytes. It keeps only numbers, and holds no memory.
 
     Each extent belongs to an owner, or is a hole (free).
     """
@@ -64,7 +64,7 @@ class Extents(Generic[Owner]):
         return None
 
     def free(self, extent: Extent[Owner]) -> None:
-        """Turns an extent that has an owner into a hole (a free range), and joins it with neighbouring holes."""
+        """Frees an extent that has an owner: makes it a hole, and joins it with neighbouring holes."""
         assert self._by_start.get(extent.start) is extent, "freed twice"
         self._drop(extent)
         start, end = extent.start, extent.end
@@ -80,8 +80,8 @@ class Extents(Generic[Owner]):
     def window(self, victim: Extent[Owner], size: int, movable: Callable[[Owner], bool]) -> list[Extent[Owner]] | None:
         """Returns the extents to free so that a hole of at least `size` bytes opens around `victim`; `victim` is one of them.
 
-        The window starts at `victim` and grows over its neighbours, holes first. It stops at owners for which `movable` is false. Returns
-        None when it cannot grow to `size`.
+        The list starts with `victim` and grows over its neighbours, holes first. It never includes an extent for whose owner `movable` is
+        false. Returns None when it cannot grow to `size` bytes.
         """
         assert victim.owner is not None
         first = last = victim

@@ -1,9 +1,9 @@
-"""The DRAM tier: keeps records in the arena. They never change there; they are pinned while in use, and evicted by a policy.
+"""The DRAM tier: a cache of records in the arena (shared memory). Records do not change there, and are evicted by a policy.
 
     reserve -> staging entry (pinned, without a source) -> publish -> resident under its source -> evicted or discarded -> free bytes
 
-A source tells where a record's bytes come from (a slot on NVMe, the bank's seed, or an unsaved push), and is the key of the record here.
-Demand misses, prefetches and pushes all fill this one tier. The rules of eviction:
+A source tells where a record's bytes come from (a slot on NVMe, the bank's seed, or an unsaved push). Records are found by their source.
+A pin keeps a record from being evicted while it is in use. Fetches, prefetches and pushes all fill this one tier. The rules of eviction:
 
 - A pinned record is not evicted.
 - A demand (a fetch that a caller waits for) or a push may evict any other record, in the policy's order.
@@ -31,9 +31,9 @@ from ooc_moe_wire.v1 import stats_pb2
 
 
 class Entry:
-    """One record in the arena, with its pins. `source`, under which the record is found, is None while the entry is being filled.
+    """One record in the arena, and the number of its pins (uses under way).
 
-    It is None again once the record was evicted or discarded.
+    The tier finds the record by `source`, which is None while the entry is being filled, and again once it was evicted or discarded.
     """
 
     __slots__ = ("announced", "bank_id", "checksums", "extent", "pins", "record", "source", "wasted")
@@ -110,7 +110,7 @@ class DramTier:
 
     @property
     def speculative_bytes(self) -> int:
-        """Bytes that are free or that a prefetch may free: records that were demanded lately are not counted.
+        """Bytes that a prefetch may use: those that are free, and those of records that it may evict (not pinned, and not demanded lately).
 
         They may lie in several pieces.
         """
@@ -121,9 +121,9 @@ class DramTier:
         return source in self._residents
 
     def touch(self, source: Source) -> bool:
-        """Counts a use of a record in DRAM that `pin_resident` will pin soon, so that it is evicted later.
+        """Counts a use of a record in DRAM before `pin_resident` pins it, so that until then the policy prefers to evict others.
 
-        Returns False when it is not in DRAM.
+        `pin_resident` then does not count the same use again. Returns False when the record is not in DRAM.
         """
         entry = self._residents.get(source)
         if entry is None:
@@ -135,7 +135,8 @@ class DramTier:
     def pin_resident(self, source: Source, *, demand: bool = True) -> Entry | None:
         """Pins a record for the caller if it is in DRAM (resident), and counts the use. Returns its entry, or None when it is not in DRAM.
 
-        `demand`: True when a caller waits for the record now, False for speculation (a prefetch). A demand protects the record for a while.
+        `demand`: True when a caller waits for the record now, False for speculation (a prefetch). If True,
+        no prefetch evicts the record while it is among those that were demanded last.
         """
         entry = self._residents.get(source)
         if entry is None:
@@ -150,9 +151,9 @@ class DramTier:
         return entry
 
     def note_request(self, entry: Entry, *, demand: bool) -> None:
-        """Notes that a caller asked for a record in DRAM, so that it no longer counts as one that only a prefetch wanted.
+        """Notes that a caller asked for a record in DRAM, so that it is no longer treated as a prefetched record that nobody asked for.
 
-        `demand`: True when the caller waits for the record now. The record is then protected for a while from eviction by speculation.
+        `demand`: True when the caller waits for the record now. While it is among the records demanded last, no prefetch evicts it.
         """
         self._unasked.drop(entry)
         if demand and entry.source is not None:
@@ -186,10 +187,11 @@ class DramTier:
     def reserve(self, num_bytes: int, *, speculative: bool = False) -> Entry:
         """Returns a new staging entry: `num_bytes` of the arena, to be filled with a record. Evicts other records to make room.
 
-        The entry has one pin, which the caller must release. `speculative`: the room is for a prefetch, which may evict fewer records.
+        The entry has one pin, which the caller must release. `speculative`: the room is for a prefetch, which may not evict every record.
 
         Raises:
-            TierFull: pins leave no room. For speculation also: protected records leave none, or demands or pushes wait for room.
+            TierFull: pinned records leave no room. For a prefetch also: records demanded lately leave none, or a demand or a push waits for
+                room.
         """
         if speculative and self._num_waiting:
             raise TierFull(f"DRAM tier: {self._num_waiting} demands and pushes wait for room")
@@ -243,9 +245,9 @@ class DramTier:
             entry: The staging entry, which `reserve` returned.
             source: The source of the record; it must not be resident yet.
             checksums: The checksums of its sections.
-            bank_id: The bank for which the record is counted.
+            bank_id: The bank of the record; the tier counts its records by bank.
             replaces: The source of the older version. If that is resident, it is discarded, and the new one takes its place in the policy.
-            wasted: Given when only a prefetch wants the record. Called if the record leaves before a caller asks for it.
+            wasted: Called if the record leaves DRAM before a caller asked for it. Given when only a prefetch wants the record.
         """
         assert entry.source is None, "published twice"
         assert source not in self._residents
@@ -270,9 +272,9 @@ class DramTier:
             self._unasked.add(entry)
 
     def rename(self, old: Source, new: Source) -> None:
-        """Changes the source under which a record in DRAM is found. Does nothing when it is not there.
+        """Changes the source by which a record in DRAM is found from `old` to `new`. Does nothing when the record is not in DRAM.
 
-        Called when an unsaved version was committed to a slot.
+        Call it when a version that was only in memory was committed: its source is then a slot.
         """
         entry = self._residents.pop(old, None)
         if entry is not None:
@@ -320,9 +322,9 @@ class DramTier:
     def _make_room(self, num_bytes: int, speculative: bool) -> None:
         """Evicts records so that `num_bytes` become free in one piece.
 
-        Tries records in the policy's order. The first one around which a window of `num_bytes` can be freed is evicted, with its neighbours
-        in the window. `speculative`: the room is for a prefetch. It evicts no protected record, and first tries prefetched records that no
-        caller asked for, if there are too many of them.
+        Tries the records in the policy's order. As soon as `num_bytes` can be freed at a record and its neighbours, evicts these.
+        `speculative`: the room is for a prefetch, which evicts no protected record. If too many prefetched records were never asked for, it
+        tries those before all others.
         """
 
         def movable(entry: Entry) -> bool:
@@ -342,22 +344,22 @@ class DramTier:
         )
 
     def _overdue(self, num_bytes: int) -> Iterator[Source]:
-        """Yields the records that a prefetch brought and no caller asked for, the oldest first, if they take too much of the arena.
+        """Yields the prefetched records that no caller asked for yet, the oldest first, if they take too much of the arena.
 
-        That is the case if, with `num_bytes` more of them, they would exceed half of the arena.
+        They do if they and the `num_bytes` of one more such record exceed half of the arena. Otherwise yields nothing.
         """
         if self._unasked.num_bytes + num_bytes > self._half:
             yield from (entry.source for entry in self._unasked.entries if entry.source is not None)
 
     def _window(self, source: Source, num_bytes: int, movable: Callable[[Entry], bool]) -> list[Extent[Entry]] | None:
-        """Returns the extents to free so that `num_bytes` fit at a record in DRAM. None when it or too many of its neighbours must stay."""
+        """Returns the extents to free, a record's own and its neighbours', to make a hole of `num_bytes`. None if too many must stay."""
         entry = self._residents[source]
         return self._extents.window(entry.extent, num_bytes, movable) if movable(entry) else None
 
     def _evict(self, window: list[Extent[Entry]], chosen: Source | None) -> None:
-        """Evicts all records of a window (neighbouring extents).
+        """Evicts all records of a window (neighbouring extents), and tells the policy.
 
-        The policy learns that `chosen`, its own choice, was evicted, and that the others were removed.
+        `chosen`, the record that the policy chose, is reported as evicted, and the others as removed. None: all are reported as removed.
         """
         for extent in window:
             assert extent.owner is not None

@@ -1,4 +1,4 @@
-"""The store behind gRPC: fetches, promotions (loads into DRAM), pushes and their commits, and changes of banks and snapshots.
+"""The store itself, without gRPC: serves fetches, loads records into DRAM, commits pushes, and changes banks and snapshots.
 
-Offers `Engine`, which puts the tiers, the index and these parts together. Everything runs on one event loop.
+Offers `Engine`, which puts these parts together with the tiers (DRAM and NVMe) and the index. All of it runs on one event loop.
 """

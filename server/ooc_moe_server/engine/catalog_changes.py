@@ -2,11 +2,11 @@
 
     one index transaction, between two commit rounds -> the manifests -> visible in the catalog, acknowledged
 
-A change is carried to its end even when the caller hangs up. Bytes are never copied: records share slots.
+A change is completed even when the caller hangs up. A fork, a snapshot or a restore copies no bytes: its records share slots with the
+original ones.
 
 The index transaction decides whether the change happens. If the manifests (JSON copies of the index) cannot be written after it, the change
-stands, and the caller gets an error. The manifests stay owed (out of date), and no other change that adds something begins before they are
-written.
+stands, but the caller gets an error. Until these manifests are written, no other change that adds something begins.
 """
 
 from __future__ import annotations
@@ -47,7 +47,10 @@ Result = TypeVar("Result")
 
 
 class CatalogChanges:
-    """Carries out the calls that change banks or snapshots: one index transaction each, then the manifests, then the catalog in memory."""
+    """Creates, grows, forks and deletes banks, and takes, restores and deletes snapshots.
+
+    Each change is one transaction of the index (the SQLite file). Then the manifests (JSON copies of it) and the catalog in memory follow.
+    """
 
     def __init__(
         self, catalog: Catalog, committer: Committer, dram: DramTier, nvme: NvmeTier, *, manifests: Manifests, reserve: Reserve
@@ -89,14 +92,15 @@ class CatalogChanges:
         return await self._to_the_end(self._create_snapshot(names, name))
 
     async def restore_snapshot(self, snapshot_id: int, writer_id: str) -> Snapshot:
-        """Gives the experts of a snapshot's banks the records that they had in it, under new versions.
+        """Sets every expert of a snapshot's banks back to the record that it had in the snapshot, under a new version.
 
-        `writer_id`: the writer that asks; no other writer may have one of the banks open. Raises UnknownSnapshot, NotTheWriter.
+        Experts that the snapshot lacks get their initial values. `writer_id`: the writer that asks; no other writer may have one of the
+        banks open. Raises UnknownSnapshot, NotTheWriter.
         """
         return await self._to_the_end(self._restore_snapshot(snapshot_id, writer_id))
 
     async def delete_snapshot(self, snapshot_id: int) -> None:
-        """Removes a snapshot and releases its slots. Raises UnknownSnapshot."""
+        """Removes a snapshot. Disk space that only its records used becomes free. Raises UnknownSnapshot."""
         await self._to_the_end(self._delete_snapshot(snapshot_id))
 
     async def drain(self) -> None:
@@ -242,9 +246,9 @@ class CatalogChanges:
         return bank
 
     async def _add_to_index(self, work: Callable[[Index], Result]) -> Result:
-        """Runs an index transaction that needs disk space.
+        """Runs `work`, an index transaction that needs disk space, after writing the manifests that are out of date.
 
-        It is refused while the disk's reserve, which is kept for deletions, is not full.
+        Raises TierFull if the disk is too full to fill the file RESERVE, which keeps disk space for deletions.
         """
         await self._write_owed_manifests()
 
@@ -255,7 +259,7 @@ class CatalogChanges:
         return await self._committer.on_index(add)
 
     async def _remove_from_index(self, work: Callable[[Index], None]) -> None:
-        """Runs an index transaction that frees disk space. It may use the disk's reserve, and so works on a full disk."""
+        """Runs `work`, an index transaction that frees disk space. On a full disk it uses the space that the file RESERVE keeps."""
         await self._committer.on_index(lambda index: self._reserve.run(lambda: work(index)))
 
     async def _write_manifests(self, *, banks: Iterable[Bank] = (), snapshots: Iterable[Snapshot] = ()) -> None:
@@ -290,9 +294,9 @@ class CatalogChanges:
         return snapshot_part(parts, bank.id, snapshot_id=snapshot_id, bank_name=bank.name)
 
     def _renewed(self, record: Record) -> Record:
-        """Returns a record with the same bytes under a new version.
+        """Returns a record with the same bytes and a new version number.
 
-        It names no writer and no push, so that no later push counts as its repeat.
+        It names no writer and no push, so that no later push is mistaken for a repeat of the one that wrote these bytes.
         """
         return Record(version=self._catalog.take_version(), slot=record.slot, checksums=record.checksums)
 

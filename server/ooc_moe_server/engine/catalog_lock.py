@@ -1,6 +1,6 @@
-"""The lock under which index and catalog change: one commit round (pushes), or one change of banks and snapshots, at a time.
+"""The lock under which index and catalog change: for one commit round (of pushes), or one change of banks and snapshots, at a time.
 
-A change that must see every record in the index lends the lock to commit rounds while it waits for unsaved records to be written:
+A snapshot, for example, needs every record in the index. It first lends the lock to commit rounds, which write the unsaved records:
 
     change:  acquire -> lend ........................... -> work -> release
     rounds:                    round, round, round
@@ -14,9 +14,9 @@ from contextlib import asynccontextmanager
 
 
 class CatalogLock:
-    """Lets one commit round or one change of banks and snapshots run at a time.
+    """Lets one commit round (of pushes) or one change of banks and snapshots run at a time.
 
-    It also delays the acknowledgement of pushes in memory while such a change runs.
+    While a change runs, pushes with durability MEMORY, which need no round, wait with `wait_until_unchanging` before they become visible.
     """
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class CatalogLock:
 
     @asynccontextmanager
     async def lent_to_rounds(self) -> AsyncIterator[None]:
-        """Releases the lock to commit rounds while the context is open, for a caller inside `change`. No other change begins meanwhile."""
+        """Lends the lock of a caller inside `change` to commit rounds while the context is open. No other change begins meanwhile."""
         self._is_lent = True
         self._lock.release()
         try:
@@ -61,6 +61,6 @@ class CatalogLock:
             self._returned.notify_all()
 
     async def wait_until_unchanging(self) -> None:
-        """Waits until no change of banks or snapshots is running. Call it before a record becomes visible outside of a commit round."""
+        """Waits until no change of banks or snapshots is running. Call it before making a record visible to fetches outside of a round."""
         while self.is_changing:
             await self._no_change.wait()

@@ -1,11 +1,11 @@
-"""Group commit: one round makes all waiting records durable, and puts them into the index in one transaction.
+"""Group commit: one round makes the records of all waiting pushes durable, and puts them into the index in one transaction.
 
     join -> round:  fdatasync each slab -> one index transaction -> visible, acknowledged
                         |
                         +-- failed: write the records of that slab anew to other slots, then sync again
 
-A failed fdatasync says nothing about the bytes that it was asked to make durable, nor about any other write to the same file. So every
-record that was written to that slab and is not yet durable is written anew, to another slot.
+After a failed fdatasync, any write to the same file that was not durable before may be lost, and no later fdatasync reports it. So every
+such record is written anew, to another slot.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ SYNC_TRIES = 3
 
 
 class CommitRounds:
-    """Commits written pushes in rounds: each round takes all that wait, and the next one begins when it has ended."""
+    """Commits pushes whose records are written, in rounds: a round commits many pushes that wait, in one index transaction.
+
+    The next round begins when it has ended.
+    """
 
     def __init__(
         self,
@@ -50,7 +53,9 @@ class CommitRounds:
         self._task: asyncio.Task[None] | None = None
 
     async def join(self, push: Push) -> None:
-        """Waits until a round has committed a push whose record is written, or has found that a newer record replaced it.
+        """Queues a push to be committed by the next round. Waits until it is committed, or until a newer record replaced it.
+
+        The record of the push must have been written to its slot.
 
         Raises the error if the push is refused.
         """
@@ -63,7 +68,7 @@ class CommitRounds:
             raise error
 
     async def finish(self) -> None:
-        """Waits until the last round has ended."""
+        """Waits until no push waits for a round and the last round has ended."""
         if self._task:
             await self._task
 
@@ -96,9 +101,9 @@ class CommitRounds:
         return batch
 
     def _is_current(self, push: Push) -> bool:
-        """Whether a push is still to be committed.
+        """Whether a push is still to be committed. If not, ends its call of `join`.
 
-        It is not if its bank was restored or deleted, or if a newer push came; its `join` then ends.
+        It is not if its bank was restored or deleted, or if a newer push of the expert came.
         """
         if push.is_acknowledged_unsaved:
             if push not in self._unsaved:
@@ -151,7 +156,7 @@ class CommitRounds:
         return True
 
     async def _commit(self, batch: list[Push]) -> None:
-        """Puts the records of pushes, whose bytes are durable, into the index in one transaction. Then makes them visible to fetches."""
+        """Commits pushes whose bytes are durable: puts their records into the index in one transaction, and then shows them to fetches."""
         if not batch:
             return
         began = self._stats.clock()

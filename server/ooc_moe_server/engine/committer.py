@@ -1,4 +1,4 @@
-"""Turns received pushes into records. A DURABLE push is acknowledged after its commit; a MEMORY push before it.
+"""Carries received pushes to the disk. A DURABLE push is acknowledged after it is committed, and a MEMORY push before it is written.
 
     DURABLE   submit -> verify, write -> round (commit_rounds.py) -> visible, acknowledged
     MEMORY    submit -> verify -> visible, acknowledged, pinned (write_behind.py) -> write -> round -> an ordinary record
@@ -40,7 +40,7 @@ DRAIN_TRIES = 3
 
 
 class Committer:
-    """Carries every received push to its end: verified, written, committed. Also runs other changes of the index, between commit rounds."""
+    """Verifies, writes and commits received pushes. Also lets other code change the index between commits, for example to add a bank."""
 
     def __init__(
         self,
@@ -77,10 +77,8 @@ class Committer:
     async def exclusive(self) -> AsyncIterator[None]:
         """Holds the lock for one change of banks or snapshots.
 
-        While the context is open, no push is committed or becomes visible to fetches.
-
-        The change may replace records and delete banks that have unsaved records (acknowledged in memory only). These are dropped when it
-        ends.
+        While the context is open, no push is committed or becomes visible to fetches. When it ends, unsaved records (acknowledged in memory
+        only) are dropped if the change replaced them or deleted their bank.
         """
         async with self._lock.change():
             try:
@@ -89,9 +87,9 @@ class Committer:
                 self._write_behind.drop_replaced()
 
     async def write_back(self, banks: Collection[Bank] | None = None) -> None:
-        """Writes the unsaved records of these banks (None: of all banks) to the disk, and returns when they have none left.
+        """Writes records that are in memory only (unsaved) to the disk, and returns when `banks` (None: all banks) have none left.
 
-        Call it first inside `exclusive`; commit rounds run meanwhile.
+        Call it inside `exclusive`, before the change itself. It lets commit rounds run meanwhile.
 
         Raises:
             TierFull, Internal: a record could not be written; it stays in memory.
@@ -103,7 +101,7 @@ class Committer:
         return await self._index.run(work)
 
     def check_quota(self, bank: Bank, expert: int) -> None:
-        """Raises TierFull when a push of this expert would exceed the quota of its bank. Raises UnknownExpert, UnknownBank."""
+        """Raises TierFull when a push of this expert would make its bank exceed `bank_bytes`. Raises UnknownExpert, UnknownBank."""
         if self._bank_bytes is None or bank.record(expert).is_written:
             return
         others = bank.pushing.keys() - {expert}
@@ -117,9 +115,9 @@ class Committer:
             )
 
     def submit(self, push: Push) -> None:
-        """Starts to verify, write and commit a received push, and returns at once. It is carried to its end even if its sender leaves.
+        """Starts to verify, write and commit a received push, and returns at once. The push goes on even if its sender disconnects.
 
-        The push's `outcome` tells how it ended.
+        `push.outcome` becomes the new version or the error.
         """
         push.bank.pushing[push.expert] = push
         task = asyncio.create_task(self._carry(push))
@@ -127,7 +125,10 @@ class Committer:
         task.add_done_callback(self._tasks.pop)
 
     async def drain(self) -> None:
-        """Carries every push to its end before the daemon stops. Logs the unsaved records that cannot be written: they are lost."""
+        """Waits until every push is committed, refused or dropped, before the daemon stops.
+
+        Unsaved records that cannot be written even now are logged, and lost.
+        """
         errors: list[OocMoeError] = []
         for _ in range(DRAIN_TRIES):
             while coming := [push.outcome for push in self._tasks.values() if not push.outcome.done()]:

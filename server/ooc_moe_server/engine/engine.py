@@ -1,9 +1,9 @@
-"""Puts the store together from its parts: catalog, index, DRAM tier, NVMe tier, promotions, committer, changes. It has no gRPC.
+"""The store as one object, without gRPC: puts together the catalog, the index, both tiers, and the parts that serve fetches and pushes.
 
     fetch:  catalog -> DRAM, or else promotion from NVMe or from the seed -> DRAM
     push:   writer -> committer -> NVMe, index, catalog, DRAM
 
-All parts run on one event loop. `Engine.open` reads the data directory; `Engine.close` leaves nothing unwritten.
+All parts run on one event loop. `Engine.open` reads the data directory; `Engine.close` writes to it what is only in memory.
 """
 
 from __future__ import annotations
@@ -121,13 +121,13 @@ class Engine:
         self.arena.close()
 
     def open_writer(self, bank: str, writer_id: str, scopes: Scopes, *, session: Staging | None = None) -> Writer:
-        """Opens a bank for a stream of pushes by one writer, which gets the bank's lease: no other writer can push until it is closed.
+        """Opens a bank for a stream of pushes by one writer. Until the returned `Writer` is closed, no other writer can push to the bank.
 
         Args:
             bank: The name of the bank.
             writer_id: The name of the writer.
             scopes: The counters that the pushes are added to.
-            session: The local session in whose memory records may be staged; None: all records come in chunks.
+            session: The local session of a caller on this host, in whose memory records may be staged; None: all records come in chunks.
 
         Raises:
             UnknownBank, NotTheWriter, InvalidRequest: the writer cannot be opened.
@@ -146,7 +146,7 @@ class Engine:
     def fetch(
         self, bank: Bank, experts: Sequence[int], *, known_versions: Sequence[int], demand: bool, section_bytes: int, scopes: Scopes
     ) -> Fetch:
-        """Checks a fetch request and makes a `Fetch`, which is then run by the caller. Raises UnknownExpert, InvalidRequest.
+        """Checks a fetch request and returns a `Fetch`, which loads and yields the records. Raises UnknownExpert, InvalidRequest.
 
         Args:
             bank: The bank of the experts.
@@ -171,10 +171,12 @@ class Engine:
     def prefetch(
         self, bank: Bank, experts: Sequence[int], *, deadline_s: float | None, priority: int = 0, scopes: Scopes
     ) -> list[expert_pb2.PrefetchState.ValueType]:
-        """Queues experts to be loaded into DRAM. Returns at once the state of each: resident, queued or rejected. Raises UnknownExpert.
+        """Queues experts to be loaded into DRAM. Returns at once, for each, whether it is in DRAM already (resident), queued or rejected.
 
-        A prefetch that did not start within `deadline_s` seconds is dropped. Higher priorities start first. `scopes`: the counters that the
-        prefetches are added to.
+        Raises UnknownExpert.
+
+        A prefetch that has not started after `deadline_s` seconds is dropped; None: it waits as long as needed. Higher priorities start
+        first. `scopes`: the counters that the prefetches are added to.
         """
         bank.check(experts)
         scopes.count("prefetch_requested", len(experts))
@@ -218,7 +220,7 @@ class Engine:
         )
 
     def snapshot_stats(self) -> stats_pb2.Stats:
-        """Returns all counters, as of now. The caller adds those that only the daemon knows, such as its version."""
+        """Returns the counters of the store as of now. The caller adds what only the daemon knows, such as its version."""
         banks = [
             stats_pb2.BankStats(
                 bank=bank.name,

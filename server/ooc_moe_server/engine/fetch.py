@@ -1,8 +1,8 @@
-"""One fetch of several experts. This is a FetchExperts call without gRPC.
+"""Serves one fetch of several experts: what the gRPC call FetchExperts does, without gRPC.
 
 Experts come in the fastest order: first those whose version the caller has already, then those in DRAM, then the rest as they arrive from
-NVMe or are made from the seed. A fetch reads a few records ahead. It pins only those and the records that it hands out, so that a call may
-fetch more than the DRAM tier holds.
+NVMe or are made from the seed. A fetch loads a few records before they are asked for. It pins only these and the records that it hands out,
+so that a call may fetch more than the DRAM tier holds.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Room = Callable[[], Awaitable[int]]
 
 @dataclass(slots=True)
 class Served:
-    """The result for one expert of a fetch: its version, and its pinned entry in DRAM, or the error.
+    """The result of a fetch for one expert: its version and its record, pinned in DRAM (`entry`), or the error.
 
     `entry` is None when the caller has this version already, or when there is an error.
     """
@@ -48,7 +48,7 @@ class Served:
 
 
 class Fetch:
-    """Serves one call that fetches experts. Run either `experts()` or `batches()`, once."""
+    """Finds or loads the records of several experts, and yields them pinned in DRAM. Call either `experts()` or `batches()`, once."""
 
     def __init__(
         self,
@@ -105,8 +105,7 @@ class Fetch:
     async def batches(self, room: Room) -> AsyncGenerator[list[Served], None]:
         """Like `experts`, but yields lists: all results that are ready, up to the number that `room` returns.
 
-        `room` is called before each list, and may wait until the caller can take more. The caller gets the pins of the records, and must
-        release them.
+        `room` is called before each list, and may wait until the caller can take more. The caller must release the pin of each record.
         """
         self._scopes.count("fetched_experts", len(self._known))
         unchanged, residents, missing = self._sorted()
@@ -134,7 +133,7 @@ class Fetch:
             await self._abandon([*ahead, *arrived])
 
     def sent(self, batch: Sequence[Served], *, leased: bool = False) -> None:
-        """Counts the bytes and the latencies of a batch that was sent to the caller. `leased`: it was sent as leases of shared memory."""
+        """Adds a batch that was sent to the caller to the counters of bytes and latencies. `leased`: sent as leases of shared memory."""
         num_bytes = self._section_bytes * sum(served.entry is not None for served in batch)
         self._scopes.count("fetched_bytes", num_bytes)
         if leased:
@@ -146,7 +145,7 @@ class Fetch:
     def _sorted(self) -> tuple[list[Served], deque[_Resident], deque[int]]:
         """Sorts the experts into unchanged (the caller has the version), resident in DRAM, and missing from DRAM.
 
-        Also counts a use of the resident ones, so that this call's own misses evict them last.
+        Also counts a use of the resident ones, so that loading the missing ones evicts them last.
         """
         bank = self._bank
         unchanged: list[Served] = []
@@ -164,9 +163,10 @@ class Fetch:
         return unchanged, residents, missing
 
     def _pin_residents(self, residents: deque[_Resident], missing: deque[int], limit: int) -> list[Served]:
-        """Pins the next records that were in DRAM, at most `limit`. One that was evicted meanwhile is added to `missing`.
+        """Pins the next records that were in DRAM, at most `limit`, and returns their results.
 
-        To wait for it here could mean to wait for our own pins.
+        A record that was evicted meanwhile is added to `missing`, to be loaded later. To wait for room here could mean to wait for the pins
+        of this very fetch.
         """
         bank, began = self._bank, self._stats.clock()
         batch: list[Served] = []
@@ -184,9 +184,9 @@ class Fetch:
         return batch
 
     def _with_room(self, batch: list[Served], missing: deque[int]) -> list[Served]:
-        """Returns the batch without the experts that found no room in DRAM.
+        """Returns the batch without the experts that found no room in DRAM. These are added to `missing`, to be tried once more, alone.
 
-        These are queued to be tried again one at a time, because this call's own pins may be in the way.
+        This fetch's own pins may have taken the room.
 
         Raises:
             TierFull: an expert found no room although it was alone.
@@ -244,9 +244,9 @@ class Fetch:
 
 
 def _landed(arrived: deque[asyncio.Task[Served]], limit: int) -> list[Served]:
-    """Takes the results of up to `limit` finished reads.
+    """Takes the results of finished loads from `arrived`, up to `limit`.
 
-    Stops before a failed read. The next call raises its error, so that no pinned record is lost.
+    Stops before a failed one. The next call raises its error, so that the pinned records taken before it are not lost.
     """
     batch: list[Served] = []
     while arrived and len(batch) < limit and not (batch and arrived[0].exception()):
@@ -255,5 +255,5 @@ def _landed(arrived: deque[asyncio.Task[Served]], limit: int) -> list[Served]:
 
 
 async def _one() -> int:
-    """Implements `Room`, the limit on the results that are yielded at once: always allows one."""
+    """Returns 1: a `Room` (the function that limits how many results `batches` yields at once) for yielding one at a time."""
     return 1

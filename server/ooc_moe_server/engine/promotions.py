@@ -6,9 +6,10 @@
 
 A demand is a fetch whose caller waits for the record now; speculation is a prefetch, or a fetch that is not urgent.
 
-- Up to READS_MAX demand reads run at once. Speculative reads under way take none of these places.
-- A speculative read starts only while no demand waits, in a place that demand leaves free. It never waits for room in DRAM.
-- Both queues are bounded.
+- Up to READS_MAX demands are read at once. Speculative reads do not count towards this limit, so they never delay the start of a demand.
+- Speculation starts only while fewer than READS_MAX reads of both kinds run, and at most SPECULATIVE_READS_MAX of its own. It never waits
+  for room in DRAM: without room it fails.
+- Both queues have a maximal length.
 
 To be used on the event loop only; the bytes move in the I/O threads.
 """
@@ -42,7 +43,7 @@ RETRY_AFTER_MS = 100
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Job:
-    """The promotion of one record into DRAM, for the callers who wait for it, for a prefetch, or for both."""
+    """The loading (promotion) of one record into DRAM, queued or under way: for callers who wait for it, for a prefetch, or for both."""
 
     source: Source
     bank: Bank
@@ -67,7 +68,7 @@ class Job:
 
 
 class Speculation:
-    """The queue of promotions that nobody urgently waits for. Higher priorities come first, and among equal priorities the earlier job."""
+    """The queue of promotions that no caller urgently waits for. The highest priority comes first, and among equals the earliest job."""
 
     def __init__(self) -> None:
         self._jobs: dict[int, OrderedDict[Source, Job]] = {}  # By priority; none is empty.
@@ -102,7 +103,7 @@ class Speculation:
 
 
 class Promotions:
-    """Loads records into DRAM (promotes them): keeps the queues of promotions, and runs the reads from NVMe."""
+    """Loads records into DRAM (promotes them), from NVMe or from the bank's seed: queues the requests, and runs a few reads at a time."""
 
     def __init__(self, dram: DramTier, nvme: NvmeTier, stats: Stats, *, patience_s: float) -> None:
         """`patience_s`: how long a demand waits for room in DRAM (for pins to be released) before it gets TierFull."""
@@ -118,7 +119,7 @@ class Promotions:
 
     @property
     def num_prefetch(self) -> int:
-        """The number of promotions, queued or under way, that no demand has asked for."""
+        """The number of promotions, queued or under way, that no caller waits for urgently: prefetches and fetches that are not urgent."""
         return len(self._jobs) - self.num_demand
 
     async def promote(self, bank: Bank, expert: int, record: Record, *, urgent: bool) -> Entry:
@@ -128,8 +129,8 @@ class Promotions:
 
         Raises:
             CorruptRecord: the record is damaged or cannot be read.
-            TierFull: pins left no room for too long, or too many callers wait already. Without `urgent` also: there is no room that
-                speculation may use.
+            TierFull: pinned records left no room for too long, or too many callers wait already. Without `urgent`: there is no room now
+                that speculation may use.
         """
         if self._num_waiters >= WAITERS_MAX:
             raise TierFull(f"DRAM tier: {self._num_waiters} reads wait already", retry_after_ms=RETRY_AFTER_MS)
@@ -249,7 +250,7 @@ class Promotions:
             job.prefetch.count("prefetch_cancelled")
 
     def _start_reads(self) -> None:
-        """Starts the queued jobs that may start now: demands first, then speculation in the places that demands leave free."""
+        """Starts the queued jobs that may start now: demands first, then speculation (the module docstring has the limits)."""
         while self._demand and len(self._demand_reads) < READS_MAX:
             self._start(self._demand.popitem(last=False)[1], self._demand_reads)
         while self._speculation and self._may_speculate():

@@ -28,7 +28,18 @@ from ooc_moe_wire.rules import check_base_version
 
 
 class PushState(Enum):
-    """How far a push has come. The docstring of the module push.py draws the order of the states."""
+    """How far a push has come. The docstring of the module push.py draws which state may follow which.
+
+    RECEIVED        all bytes have arrived, and are verified
+    WRITING         the record is being written to its slot on the disk
+    IN_ROUND        the record is written, and waits for the round that commits it
+    UNSAVED         acknowledged while only in memory; waits to be written
+    WRITING_BACK    as WRITING, after the acknowledgement
+    SAVING          as IN_ROUND, after the acknowledgement
+    COMMITTED       the record is in the index; final
+    REFUSED         the push failed, and nothing of it became visible; final
+    DROPPED         acknowledged and never committed, because a newer record replaced it or the daemon ended; final
+    """
 
     RECEIVED = auto()  # All bytes have arrived. They are verified; a slot and a version are taken.
     WRITING = auto()  # The record is written to its slot.
@@ -93,7 +104,7 @@ class Push:
         return self.state in _ACKNOWLEDGED_UNSAVED
 
     def enter(self, state: PushState) -> None:
-        """Moves the push to the next state. Its outcome becomes the version on UNSAVED or COMMITTED, whichever comes first."""
+        """Moves the push to `state`. The first time that this is UNSAVED or COMMITTED, `outcome` becomes the new version."""
         assert state in _NEXT_STATES[self.state], f"{self.name}: {self.state.name} -> {state.name}"
         self.state = state
         if state in (PushState.UNSAVED, PushState.COMMITTED) and not self.outcome.done():
@@ -125,7 +136,7 @@ class Push:
         )
 
     def verify(self) -> None:
-        """Verifies the checksums of the record in the arena, where the sender cannot change it any more. Copies staged bytes there first.
+        """Compares the record in the arena with its checksums. Bytes that the sender staged in its own memory are first copied there.
 
         May run on any thread.
 

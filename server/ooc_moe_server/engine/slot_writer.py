@@ -1,4 +1,4 @@
-"""The slot of a push (its place on the disk): allocated, written, given up after a failed write, and handed to the committed record."""
+"""Manages the slot of each push (the place of its record on the disk), until the committed record takes the slot over."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ooc_moe_server.nvme.tier import NvmeTier
 
 
 class SlotWriter:
-    """Allocates, writes and gives up the slots of pushes, and keeps `Push.slot` and `Push.epoch` up to date.
+    """Allocates the slots of pushes (places for one record on the disk), writes to them, and gives them up after a failed write.
 
-    A slot is the place of one record on the disk.
+    Keeps `Push.slot` up to date, and `Push.epoch`, the number of failed syncs before the last write.
     """
 
     def __init__(self, index: IndexThread, nvme: NvmeTier, unsaved: UnsavedRecords) -> None:
@@ -49,9 +49,9 @@ class SlotWriter:
         self._nvme.condemn(slot)
 
     def hand_over(self, push: Push, replaced: Record) -> Slot:
-        """Hands the slot of a push over to its committed record. Releases the slot of `replaced`, the record that the index held before.
+        """Returns the slot of a push, for its committed record to refer to: the push itself gives the slot up.
 
-        Returns the slot that was handed over.
+        Releases the slot of `replaced`, the record of the expert that the index held before.
         """
         assert push.slot is not None
         slot, push.slot = push.slot, None

@@ -3,8 +3,8 @@
     add -> committed by a round
         -> replaced by a newer push of the expert, or dropped because the bank was restored or deleted
 
-Each entry also remembers the record that the index holds of its expert meanwhile. The slot of that record must stay untouched, because a
-crash brings that record back.
+For each, it also remembers the older record of the expert that the index still holds. The slot of that record must stay untouched, because
+a crash brings that record back.
 
 To be used on the event loop only.
 """
@@ -27,7 +27,7 @@ def new_attempt() -> asyncio.Future[OocMoeError | None]:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class UnsavedRecord:
-    """The newest record of an expert, while it is in memory only, and the task that writes it to the disk."""
+    """The newest record of an expert, while it is acknowledged but in memory only, and the task that writes it to the disk."""
 
     push: Push  # The push that brought it.
     indexed: Record  # The record of the expert that the index holds meanwhile.
@@ -38,7 +38,7 @@ class UnsavedRecord:
     def abandon(self) -> None:
         """Stops the task that writes this record to the disk, because the record was replaced.
 
-        A task that waits for its turn stops at once, and another one after the step that is under way.
+        If the task is writing or committing the record just now, it stops after that step; otherwise at once.
         """
         if self.push.state is PushState.UNSAVED:
             self.task.cancel()
@@ -46,7 +46,7 @@ class UnsavedRecord:
 
 @dataclass(slots=True, eq=False)
 class UnsavedRecords:
-    """Keeps the unsaved record of each expert that has one, by bank and expert, and counts the bytes that they hold in memory."""
+    """Keeps all records that were acknowledged but are in memory only (unsaved), at most one per expert, and counts their bytes."""
 
     capacity_bytes: int
     num_bytes: int = 0  # What the pushes hold in the arena. Replaced records count until their write-back has ended.
@@ -73,7 +73,7 @@ class UnsavedRecords:
         self.num_bytes -= num_bytes
 
     def indexed(self, bank: Bank, expert: int) -> Record:
-        """Returns the record of an expert that the index holds, which a crash would bring back. Raises UnknownExpert, UnknownBank."""
+        """Returns the record of an expert that the index holds, and that a crash would bring back. Raises UnknownExpert, UnknownBank."""
         current = bank.record(expert)
         unsaved = self._newest.get((bank, expert))
         return unsaved.indexed if unsaved else current

@@ -66,9 +66,9 @@ class WriteBehind:
             unsaved.attempt.set_result(None)
 
     async def flush(self, banks: Collection[Bank] | None = None) -> None:
-        """Writes the unsaved records of these banks (None: of all banks) to the disk, and returns when they have none left.
+        """Writes records that are in memory only (unsaved) to the disk, and returns when `banks` (None: all banks) have none left.
 
-        Lends the lock to commit rounds meanwhile: call it first inside `CatalogLock.change`.
+        Call it inside `CatalogLock.change`, before the change itself. It lends the lock to commit rounds meanwhile.
 
         Raises:
             TierFull, Internal: a record could not be written; it stays in memory.
@@ -86,17 +86,17 @@ class WriteBehind:
                     raise errors[0]
 
     async def try_all(self) -> list[OocMoeError]:
-        """Tries once to write each unsaved record to the disk, waits for the tries, and returns their errors."""
+        """Tries once to write and commit each unsaved record. Waits for all tries, and returns the errors of those that failed."""
         return await _attempts(list(self._unsaved))
 
     def end(self) -> None:
-        """Stops all write-backs: each one ends after the try that is under way, even if that fails."""
+        """Stops writing unsaved records to the disk: tries under way are finished, and failed ones are not repeated."""
         self._is_ending = True
         for unsaved in self._unsaved:
             unsaved.retry_now.set()
 
     def drop_replaced(self) -> None:
-        """Drops the unsaved records that are not the current ones any more. Call it after a change that restored or deleted banks."""
+        """Drops the unsaved records that fetches do not get any more. Call it after a change that restored or deleted banks."""
         for unsaved in list(self._unsaved):
             push = unsaved.push
             current = push.bank.records.get(push.expert)
@@ -109,7 +109,7 @@ class WriteBehind:
             unsaved.abandon()
 
     async def _acknowledge(self, push: Push) -> UnsavedRecord:
-        """Makes the record of a push visible before it is written, and acknowledges the push.
+        """Makes the record of a push visible to fetches before it is written to the disk, and acknowledges the push.
 
         Takes a slot on the disk first, so that a full disk refuses the push now and not later.
         """

@@ -1,4 +1,4 @@
-"""One writer of one bank: its lease, the records that it sends, and their outcomes. This is a PushExperts stream without gRPC.
+"""Serves one writer that pushes records to one bank: what the gRPC stream PushExperts does, without gRPC.
 
     open -> (begin -> add ... add)* -> wait_outcomes -> close
 
@@ -31,7 +31,10 @@ PUSHES_IN_FLIGHT_MAX = 64
 
 
 class Staging(Protocol):
-    """The one method of a local session that a writer uses: access to the memory in which a caller on this host stages its records."""
+    """Gives a writer access to staging memory: shared memory in which a caller on this host puts the records that it pushes.
+
+    It is the one method of a local `Session` that a writer uses.
+    """
 
     def staging(self, offset: int, size: int) -> memoryview:
         """Returns `size` bytes at `offset` of the caller's staging memory. Raises InvalidRequest, LeaseExpired."""
@@ -39,9 +42,9 @@ class Staging(Protocol):
 
 
 class Writer:
-    """Receives the records that one writer pushes to a bank, hands them to the committer, and queues their outcomes in `outcomes`.
+    """Receives the records that one writer pushes to a bank, has them committed, and puts the outcome of each in `outcomes`.
 
-    `closing` gets the reason when the writer must end: a newer stream takes over, or the daemon drains.
+    The stream must end when the future `closing` has a result, the reason: a newer stream of this writer took over, or the daemon drains.
     """
 
     def __init__(
@@ -56,7 +59,9 @@ class Writer:
         stats: Stats,
         patience_s: float,
     ) -> None:
-        """Acquires the bank's lease. An older stream of the same writer loses it. Raises NotTheWriter, InvalidRequest.
+        """Acquires the bank's lease: the right to push to it, which one writer has at a time. Raises NotTheWriter, InvalidRequest.
+
+        An older stream of the same writer loses the lease.
 
         Args:
             bank: The bank.
@@ -88,7 +93,7 @@ class Writer:
         log.info("writer %r opened bank %r%s", writer_id, bank.name, ", taking over from its older stream" if self.took_over else "")
 
     async def begin(self, header: expert_pb2.PushHeader) -> None:
-        """Begins to receive the record that a header announces. A staged record is complete with its header.
+        """Begins to receive the record that a header announces. A record that the caller staged in shared memory needs no chunks.
 
         If the record is refused, the error becomes its outcome, and its chunks are skipped.
 
@@ -116,7 +121,7 @@ class Writer:
         self._finish_if_complete()
 
     def end(self) -> None:
-        """Checks that no record is incomplete. Call this when the caller sends no more. Raises InvalidRequest."""
+        """Raises InvalidRequest if the last record is incomplete. Call this when the caller sends no more."""
         if self._incoming:
             header = self._incoming.header
             raise InvalidRequest(
@@ -137,7 +142,7 @@ class Writer:
             log.info("writer %r closed bank %r", self.writer_id, self.bank.name)
 
     def ask_to_end(self, reason: OocMoeError) -> None:
-        """Asks the stream to end by setting `closing` to a reason: now, or when the record that is being received is complete."""
+        """Asks the stream to end, by giving `closing` the result `reason`: now, or when the record that is being received is complete."""
         if self._incoming:
             self._end_after_incoming = reason
         elif not self.closing.done():
@@ -283,5 +288,5 @@ class _Incoming:
 
 
 def error_info(error: OocMoeError) -> expert_pb2.ErrorInfo:
-    """Makes the message that reports the error of one expert in a stream that goes on."""
+    """Makes the message that reports the error of one expert to the caller, while the stream goes on with the others."""
     return expert_pb2.ErrorInfo(kind=type(error).__name__, message=str(error))

@@ -1,10 +1,10 @@
-"""The file COMMITTED: the number of the index's last commit, kept outside the index, so that an index that lost commits is noticed.
+"""The file COMMITTED: holds the number of the last transaction that the index committed, so that an index that lost some is noticed.
 
     block 0 (4 KiB): commits 0, 2, 4, ...
     block 1 (4 KiB): commits 1, 3, 5, ...
 
-Each block carries its own checksum. A write that is cut off damages one block, and the other one still shows the commit before. The file is
-allocated once and then overwritten in place, so that a full disk cannot refuse a write.
+Each block carries its own checksum. A write that a crash cuts off damages one block; the other one still shows the commit before. The file
+is allocated once and then overwritten in place, so that a full disk cannot refuse a write.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _CHECK = struct.Struct("<Q")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LastCommit:
-    """What COMMITTED says about the index after its last commit: the commit's number, and the next unused version and snapshot id."""
+    """The content of the file COMMITTED: the number of the index's last commit, and the lowest version and snapshot id unused after it."""
 
     sequence: int = 0
     next_version: int = 1  # All committed records have lower versions.
@@ -37,7 +37,7 @@ class LastCommit:
 
 
 class CommitWitness:
-    """Writes what the index's last commit was to the file COMMITTED, which it keeps open. Creates the file if it does not exist.
+    """Keeps the file COMMITTED open, and writes the number of the index's last commit to it. Creates the file if it does not exist.
 
     Raises OSError.
     """
@@ -48,9 +48,9 @@ class CommitWitness:
         self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
 
     def write(self, last: LastCommit) -> None:
-        """Writes the numbers of the index's last commit to the file, and returns when they are on the device.
+        """Writes `last`, which describes the index's last commit, to the file, and returns when it is on the device.
 
-        Raises OSError; the numbers of the commit before it can then still be read.
+        Raises OSError; the file then still shows the commit before.
         """
         block = _packed(last)
         if os.pwrite(self._fd, block, last.sequence % _NUM_BLOCKS * BLOCK_BYTES) != BLOCK_BYTES:
@@ -63,12 +63,12 @@ class CommitWitness:
 
 
 def renew(path: Path, last: LastCommit) -> None:
-    """Replaces the file COMMITTED in one step by a new one, both of whose blocks hold the state `last`. Raises OSError."""
+    """Replaces the file COMMITTED in one step by a new one that holds `last` in both of its blocks. Raises OSError."""
     write_durably(path, _packed(last) * _NUM_BLOCKS)
 
 
 def read(path: Path) -> tuple[LastCommit | None, int]:
-    """Reads the file COMMITTED. Returns its newest undamaged state, or None, and how many of its two blocks are damaged.
+    """Reads the file COMMITTED. Returns the newest commit in it (None if no block is sound), and how many of its two blocks are damaged.
 
     A missing file counts as two damaged blocks. Raises OSError.
     """

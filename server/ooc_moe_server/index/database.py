@@ -1,4 +1,4 @@
-"""The index: stores what is committed (banks, records, snapshots) in SQLite. Each call that changes it is one durable transaction.
+"""The index: an SQLite file that stores all banks, records and snapshots. Each call that changes it is one durable transaction.
 
 SQLite runs with WAL and synchronous=FULL. Rows carry checksums (tables.py). The number of the last transaction is also kept outside the
 index, in the file COMMITTED (commit_witness.py), which shows whether an index lost its last commits. `load` checks all of it.
@@ -35,9 +35,9 @@ def connect(path: Path) -> Connection:
 
 
 class Index:
-    """Reads and changes the index file at `path` and the file COMMITTED beside it. Creates both for a new store.
+    """Stores banks, records and snapshots in the SQLite file at `path`, and the number of the last commit in the file COMMITTED beside it.
 
-    Raises CorruptRecord when the index cannot be read, or when it is missing although the directory holds a store.
+    Creates both files for a new store. Raises CorruptRecord if the index is unreadable, or is missing although the directory holds a store.
     """
 
     def __init__(self, path: Path, connect: Callable[[Path], Connection] = connect) -> None:
@@ -63,9 +63,9 @@ class Index:
             raise
 
     def load(self) -> Catalog:
-        """Reads and checks the whole index, for a start of the daemon. Returns its catalog. Raises CorruptRecord.
+        """Reads and checks the whole index when the daemon starts, and returns its content as a catalog. Raises CorruptRecord.
 
-        Also skips the version numbers that writes before a crash may have used without a commit.
+        Also advances the next version past all numbers that a push may have got before a crash without being committed.
         """
         catalog = self.read()
         with self._transaction(catalog.next_version):
@@ -73,7 +73,7 @@ class Index:
         return catalog
 
     def read(self) -> Catalog:
-        """Reads and checks the whole index without changing it. Returns its catalog. Raises CorruptRecord."""
+        """Reads and checks the whole index without changing it, and returns its content as a catalog. Raises CorruptRecord."""
         with reading(self._path):
             self._tables.check_pages()
             return self._tables.catalog()
@@ -84,9 +84,9 @@ class Index:
             self._tables.put_records(meta, writes)
 
     def restore_banks(self, bank_ids: Iterable[int], writes: Iterable[Write], next_version: int) -> None:
-        """Stores each record as the current one of its expert, and sets the `base_version` of the banks to `next_version`.
+        """Stores each record as the current one of its expert, for a restore. Sets the `base_version` of the banks to `next_version`.
 
-        `rebuild` then takes no record of these banks from the disk whose version is older.
+        This tells `rebuild` to ignore records of these banks that it finds on the disk and whose version is lower.
         """
         with self._transaction(next_version) as meta:
             self._tables.put_records(meta, writes)
@@ -124,7 +124,7 @@ class Index:
                     tables.insert(meta, "snapshots", [(snapshot, name, created_unix_ms, meta.sequence)])
 
     def create_snapshot(self, snapshot: Snapshot) -> None:
-        """Adds a snapshot: copies the current record rows of its banks. The records in `snapshot` itself are ignored."""
+        """Adds a snapshot. Its records are copied from the rows of its banks in the index; the records in `snapshot` are ignored."""
         tables = self._tables
         with self._transaction() as meta:
             meta.next_snapshot_id = snapshot.id + 1
@@ -141,7 +141,7 @@ class Index:
                 self._tables.remove(meta, table, "snapshot = ?", (snapshot_id,))
 
     def fill(self, catalog: Catalog, sequence: int) -> None:
-        """Writes a whole catalog into a new, empty index in one transaction, which gets the number `sequence`."""
+        """Writes a whole catalog into a new, empty index, in one transaction. `sequence`: the number that this transaction gets."""
         tables = self._tables
         with self._transaction(catalog.next_version) as meta:
             meta.sequence, meta.next_snapshot_id = sequence, catalog.next_snapshot_id
@@ -156,7 +156,7 @@ class Index:
                     tables.insert(meta, "snapshot_records", rows)
 
     def bank(self, uuid: bytes) -> Bank | None:
-        """Reads the bank with a uuid, and its records. Returns None when there is no such bank (any more). Raises CorruptRecord."""
+        """Reads the bank that has this uuid, with its records. Returns None when there is no such bank (any more). Raises CorruptRecord."""
         with reading(self._path):
             banks = self._tables.banks("uuid = ?", (uuid,))
             for bank in banks.values():
@@ -165,7 +165,7 @@ class Index:
             return next(iter(banks.values()), None)
 
     def snapshot(self, snapshot_id: int) -> tuple[Snapshot, dict[int, bytes]] | None:
-        """Reads the snapshot with an id, and the uuids of its banks by bank id. Returns None when there is no such snapshot.
+        """Reads a snapshot. Returns it with the uuids of its banks, by bank id, or None when there is no such snapshot.
 
         Raises CorruptRecord.
         """
@@ -218,10 +218,9 @@ class Index:
     def _witness_commit(self) -> None:
         """Writes COMMITTED after a commit. A failure is logged, and the write is repeated before the next transaction.
 
-        The commit stands even if COMMITTED cannot be written: it is durable in the index. If the caller took its records for refused, their
-        slots would be written anew while the index still refers to them, as a restart would find. So this method does not raise, and the
-        next transaction begins only when COMMITTED is written. At most one commit is ever missing in COMMITTED. It can be lost unnoticed
-        only if the index is damaged as well, and before the next transaction.
+        The commit stands even if COMMITTED cannot be written: it is durable in the index. If this method raised, the caller would take the
+        commit for failed and reuse its slots, to which the index refers. So it does not raise, and the next transaction begins only when
+        COMMITTED is written. Thus COMMITTED lacks at most one commit, whose loss is unnoticed only if the index is damaged before then.
         """
         try:
             self._write_owed_witness()
@@ -229,16 +228,16 @@ class Index:
             log.exception("COMMITTED was not written: the index takes no other change before it is")
 
     def _write_owed_witness(self) -> None:
-        """Writes COMMITTED if it lacks the last commit. Raises OSError.
+        """Writes COMMITTED if a failed write left it without the last commit. Raises OSError.
 
-        At that time no transaction has begun, so that the caller may be refused.
+        Called before a transaction begins, so that an error refuses this transaction.
         """
         if self._unwitnessed:
             self._witness.write(self._unwitnessed)
             self._unwitnessed = None
 
     def _refuse_to_begin_anew(self) -> None:
-        """Raises CorruptRecord if this directory had an index before: a new, empty one would hide the loss."""
+        """Raises CorruptRecord if this directory had an index before, which is lost: to create an empty one would hide the loss."""
         last, _ = commit_witness.read(self._witness_path)
         directory = self._path.parent
         others = [*directory.glob("banks/*.json"), *directory.glob("snapshots/*.json"), *directory.glob("slabs/*.slab")]
@@ -246,9 +245,9 @@ class Index:
             raise damaged(self._path, f"{self._path.name} is missing or empty")
 
     def _check_against_witness(self) -> None:
-        """Raises CorruptRecord if COMMITTED shows that the index lost commits. An index ahead of COMMITTED is sound.
+        """Raises CorruptRecord if COMMITTED shows a later commit than the index has, so that the index lost commits.
 
-        It is ahead when the daemon ended between the commit and the write of COMMITTED.
+        The index may have one more commit than COMMITTED shows, if the daemon ended between the commit and the write of COMMITTED.
         """
         last, num_damaged = commit_witness.read(self._witness_path)
         sequence = self._tables.read_meta().sequence

@@ -1,6 +1,6 @@
 """Lets the event loop use the index: runs work on the index's own thread, and gives out version numbers that are never used twice.
 
-It also keeps the slots of failed commits out of use until it is sure that these commits cannot come back.
+It also keeps the slots of failed commits out of use as long as a crash could make these commits take effect after all.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class IndexThread:
         self._last_complaint = ""  # So that an error that repeats is logged once.
 
     async def run(self, work: Callable[[Index], Result]) -> Result:
-        """Runs `work` with the index on the index's thread, waits for it, and returns its result.
+        """Calls `work` with the index on the one thread that may use it, waits, and returns the result.
 
         Raises TierFull (disk full) or Internal.
         """
@@ -53,8 +53,8 @@ class IndexThread:
     async def commit(self, writes: list[Write], slots: Iterable[Slot]) -> None:
         """Stores records in the index as the current ones of their experts, in one transaction. `slots`: the slots that hold the records.
 
-        If the commit fails, its slots stay in quarantine (out of use) until a later commit succeeds: a crash could still bring it back.
-        Raises TierFull, Internal.
+        If the commit fails, its slots stay out of use (in quarantine) until a later commit succeeds: after a crash, the failed commit could
+        turn out to be on the disk. Raises TierFull, Internal.
         """
         quarantined = set(self._quarantine)
         try:
@@ -66,7 +66,7 @@ class IndexThread:
         self._end_quarantine(quarantined)
 
     async def clear_quarantine(self) -> None:
-        """Frees the slots of failed commits, if there are any, by making an empty commit. Otherwise failing commits would use up the disk.
+        """Frees the slots of failed commits, if there are any, by an empty commit that succeeds. Without this, they would use up the disk.
 
         Raises:
             TierFull, Internal: the empty commit failed.

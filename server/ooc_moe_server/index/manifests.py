@@ -3,10 +3,10 @@
     banks/<uuid>.json     a bank: its spec and size, and the records that were current when it last changed or the daemon last started
     snapshots/<id>.json   a snapshot: the records that it refers to, with the uuids of their banks
 
-- A push writes no manifest: the header of the newer record on the disk tells what it replaced.
+- A push writes no manifest: the header of the pushed record on the disk tells which version it replaced.
 - A deleted bank has no manifest, so that a rebuild cannot bring its records back.
-- A change is committed in the index first. Its manifests are written before it is acknowledged. A manifest that could not be written is
-  owed: it is written before the next change. Every start makes all manifests equal to the index.
+- A change of a bank or snapshot is committed in the index first, and acknowledged when its manifests are written. A manifest that could not
+  be written is called owed, and is written before the next change. Every start makes all manifests equal to the index.
 
 Each file is one object, {"xxh3": ..., "content": {...}}; the checksum covers the bytes of the content as they stand in the file.
 
@@ -45,16 +45,15 @@ _ROWS_AT_ONCE = 500
 
 
 class Manifests:
-    """Writes the manifests of a data directory: the JSON files that describe its banks and snapshots.
+    """Writes the manifests of a data directory: JSON copies of its banks and snapshots, from which `rebuild` makes a lost index anew.
 
-    A changed bank or snapshot is first marked as owed, because its file is out of date (`owe_bank`, `owe_snapshot`); `write_owed` then
-    writes it.
+    After a change, call `owe_bank` or `owe_snapshot`, which marks the file as out of date, and then `write_owed`, which writes it.
     """
 
     def __init__(self, data_dir: Path, *, base_version: int) -> None:
-        """`base_version`: the first version that this run of the daemon gives out.
+        """`base_version`: the first version that this run of the daemon gives out, which is written into the manifests.
 
-        Older versions that the index lacks were never committed.
+        A record on the disk with an older version that the index lacks was never committed; `rebuild` ignores it.
         """
         self._banks, self._snapshots = directories(data_dir)
         self._base_version = base_version
@@ -96,7 +95,7 @@ class Manifests:
     def reconcile(self, catalog: Catalog, *, trust_files: bool = True) -> None:
         """Makes all manifests equal to the catalog of a sound index, and removes files that the catalog does not know. Raises OSError.
 
-        `trust_files`: a snapshot's manifest that already begins as it should is left as it is. False: all are written anew.
+        `trust_files`: do not write a snapshot's manifest whose first fields are right already, which is faster. False: write all of them.
         """
         for directory in (self._banks, self._snapshots):
             if not directory.exists():
@@ -147,7 +146,7 @@ def paths(data_dir: Path) -> list[Path]:
 
 
 def read(path: Path) -> Bank | tuple[Snapshot, dict[int, bytes]]:
-    """Reads the manifest of a bank or of a snapshot; which of them, its directory tells. Raises CorruptRecord, OSError.
+    """Reads the manifest of a bank if it lies in the directory "banks", otherwise of a snapshot. Raises CorruptRecord, OSError.
 
     Returns what `read_bank` or `read_snapshot` returns.
     """
@@ -155,7 +154,7 @@ def read(path: Path) -> Bank | tuple[Snapshot, dict[int, bytes]]:
 
 
 def read_bank(path: Path) -> Bank:
-    """Reads the manifest of a bank. Returns the bank with its records; its id is 0, because manifests hold no ids.
+    """Reads the manifest of a bank, and returns the bank with its records. Its id is 0, because the index gives the ids.
 
     Raises CorruptRecord, OSError.
     """
@@ -184,7 +183,7 @@ def read_snapshot(path: Path) -> tuple[Snapshot, dict[int, bytes]]:
     """Reads the manifest of a snapshot. Raises CorruptRecord, OSError.
 
     Returns:
-        The snapshot, and the uuids of its banks. Both number the banks 0, 1, ... by their place in the file, because manifests hold no bank
+        The snapshot, and the uuids of its banks by bank id. The ids are 0, 1, ... in the order of the file, because manifests hold no bank
         ids.
     """
     content = _decode(path)
@@ -263,9 +262,9 @@ def _decode(path: Path) -> dict[str, Any]:
 
 
 def _begins_with(path: Path, head: dict[str, Any]) -> bool:
-    """Whether the manifest at `path` is undamaged and has this head (all fields but the records).
+    """Whether the manifest at `path` is undamaged and its fields other than the records equal `head`.
 
-    If so, it has the same records too, because the head contains the revision.
+    If so, its records are right too, because `head` contains the revision, which grows with each change.
     """
     try:
         return _content(path).startswith(_text(head)[:-1].encode())

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreFiles:
-    """The open files of a store without its slabs, and the catalog that was read from them."""
+    """The open files of a store except its slabs (the files of records), and the catalog that was read from them."""
 
     index: Index
     catalog: Catalog
@@ -35,7 +35,7 @@ class StoreFiles:
 
 
 def open_files(data_dir: Path) -> StoreFiles:
-    """Opens the files of a data directory except its slabs, or creates them. Reads the catalog and brings the manifests up to date.
+    """Opens or creates the files of a data directory except its slabs. Reads the catalog and brings the manifests up to date.
 
     Raises:
         CorruptRecord: the index cannot be trusted.

@@ -4,7 +4,7 @@ SQLite can lose committed rows without an error when its files are damaged (a fl
 returns a flipped row as if it were sound. Therefore:
 
 - each row carries an xxh3 of its values;
-- the one row of the table `meta` holds the digest, the XOR of the checksums of all other rows: it shows that rows vanished or came back.
+- the table `meta`, which has one row, holds the digest (the XOR of all other rows' checksums): it shows that rows vanished or came back.
 
 database.py adds the transactions around these calls.
 """
@@ -74,7 +74,7 @@ class Connection(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Write:
-    """A change of the index: `record` becomes the current record of an expert of a bank."""
+    """A change to be made in the index: `record` becomes the current record of the expert `expert` in the bank `bank_id`."""
 
     bank_id: int
     expert: int
@@ -83,7 +83,10 @@ class Write:
 
 @dataclass(slots=True, kw_only=True)
 class Meta:
-    """The content of the table `meta`, which has one row: counters of the whole index, and the digest over all other rows (an XOR)."""
+    """The content of the table `meta`, which has one row: the number of the last transaction, the next unused ids, and the digest.
+
+    The digest is the XOR of the checksums of all other rows.
+    """
 
     sequence: int = 0  # The number of the last transaction.
     next_version: int = 1
@@ -146,7 +149,7 @@ class Tables:
         list(self._db.execute(f"DELETE FROM {table} WHERE {where}", parameters))
 
     def put_records(self, meta: Meta, writes: Iterable[Write]) -> None:
-        """Stores the current records of experts, in place of older ones."""
+        """Stores each record as the current one of its expert, in place of the older one if there is one."""
         rows = {(write.bank_id, write.expert): (write.bank_id, *record_row(write.expert, write.record)) for write in writes}
         keys = iter(rows)
         while some := list(islice(keys, _KEYS_MAX)):
@@ -174,7 +177,8 @@ class Tables:
     def rows(self, table: str, where: str = "", parameters: Sequence[Any] = (), meta: Meta | None = None) -> Iterator[Row]:
         """Yields the rows of a table, or those that the SQL condition `where` selects, without their checksums.
 
-        `meta`: if given, the checksum of each row is removed from its digest, which ends at zero when exactly the right rows were read.
+        `meta`: if given, each row's checksum is removed from its digest. Once all tables are read, a digest of zero shows that no row is
+        missing or superfluous.
 
         Raises:
             CorruptRecord: the checksum of a row does not match.
@@ -186,9 +190,9 @@ class Tables:
             yield self._unsealed(table, row)
 
     def banks(self, where: str = "", parameters: Sequence[Any] = (), meta: Meta | None = None) -> dict[int, Bank]:
-        """Reads banks, without their records: all, or those that the SQL condition `where` selects. Returns them by id.
+        """Reads all banks, or those that the SQL condition `where` selects, without their records. Returns them by id.
 
-        Raises CorruptRecord.
+        `meta`: as for `rows`. Raises CorruptRecord.
         """
         return {row[0]: bank_of(row) for row in self.rows("banks", where, parameters, meta)}
 
@@ -198,6 +202,7 @@ class Tables:
         """Reads snapshots with their banks and records: all, or those that SQL conditions select. Returns them by id. Raises CorruptRecord.
 
         `where` applies to the table of snapshots, `where_parts` to the tables of their banks and records; both use the same `parameters`.
+        `meta`: as for `rows`.
         """
         snapshots = {
             snapshot_id: Snapshot(id=snapshot_id, name=name, created_unix_ms=created_unix_ms, banks={}, revision=revision)
@@ -229,13 +234,13 @@ class Tables:
         )
 
     def check_pages(self) -> None:
-        """Raises CorruptRecord if SQLite itself finds damage in its file. No row shows such damage, and a later write would fail on it."""
+        """Raises CorruptRecord if SQLite's own check finds damage that reading rows does not show, but that a later write would fail on."""
         for (line,) in self._db.execute("PRAGMA integrity_check"):
             if line != "ok":
                 raise damaged(self._path, str(line))
 
     def _unsealed(self, table: str, row: Row) -> Row:
-        """Checks the checksum at the end of a row, and returns the row without it. Raises CorruptRecord when it does not match."""
+        """Compares a row with the checksum at its end, and returns the row without the checksum. Raises CorruptRecord if they differ."""
         values = row[:-1]
         if checksum(table, values) != row[-1]:
             raise damaged(self._path, f"a row of table {table} is damaged (it begins with {ascii(values[:3])[:100]})")

@@ -1,4 +1,5 @@
 """The local plane: lets callers on the same host read the DRAM tier in place, through shared memory, instead of through gRPC.
 
-Offers `LocalPlane`, the listening socket, and its `Session`s, which hold the leases and the staging memory of one caller.
+Offers `LocalPlane`, which listens on a socket, and `Session`, the connection of one caller. A session holds the caller's leases (rights to
+read records) and its staging memory (shared memory from which the daemon takes the records that the caller pushes).
 """

@@ -4,8 +4,8 @@ The arena is the shared memory of the DRAM tier. To stage a record is to put its
 
     connect -> check the peer's user -> welcome, with descriptors -> fetches, releases, staging memory -> close
 
-A lease lets a caller read a record in the arena. It is a pin that expires. When the socket closes, the session's leases and staging memory
-are dropped. To be used on the event loop only; no call blocks.
+A lease lets a caller read a record in the arena: until it expires or is released, the record is not evicted. When the socket closes, the
+session's leases and staging memory are dropped. To be used on the event loop only; no call blocks.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def peer_uid(connection: socket.socket) -> int:
 
 
 class LocalPlane:
-    """Listens on a Unix socket for callers on this host, and keeps one session for each connection.
+    """Lets callers on this host read the arena in place: listens on a Unix socket, and keeps a `Session` for each connection.
 
-    `socket_name` is in the abstract namespace, without the leading zero byte.
+    `socket_name` is the socket's name in the abstract namespace, without the leading zero byte.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class LocalPlane:
         Args:
             arena: The shared memory, whose descriptors every caller gets.
             dram: The DRAM tier, in which leases pin records.
-            serve: Called for each fetch of a session.
+            serve: Answers a fetch of a session; called for each.
             patience_s: How long a fetch waits for leases to end before it gets TierFull.
             clock: The time in seconds, by which leases expire.
             uid_of: Returns the user id of a connected caller.
@@ -103,13 +103,13 @@ class LocalPlane:
         return self._sessions[number]
 
     def expire(self) -> None:
-        """Ends the leases of all sessions whose time is over, so that their records may be evicted."""
+        """Ends the leases that have expired, in all sessions, so that their records may be evicted."""
         now = self.clock()
         for session in self._sessions.values():
             session.expire(now)
 
     def close(self) -> None:
-        """Stops listening and ends every session with its leases."""
+        """Stops listening, and closes every session, which ends its leases."""
         self._sweeping.cancel()
         self._loop.remove_reader(self._listener)
         self._listener.close()
@@ -181,9 +181,9 @@ class _Lease(NamedTuple):
 
 
 class Session:
-    """One connection of a caller on this host, with its leases (rights to read records in the arena) and its staging memory.
+    """One connection of a caller on this host, with its leases and its staging memory. Only `LocalPlane` makes sessions.
 
-    Only `LocalPlane` makes sessions.
+    A lease is the right to read a record in the arena. Staging memory is the caller's shared memory, in which it puts records to push.
     """
 
     def __init__(self, plane: LocalPlane, number: int, connection: socket.socket) -> None:
@@ -197,10 +197,10 @@ class Session:
         self._fetching: asyncio.Future[None] | None = None
 
     async def room(self, record_bytes: int) -> int:
-        """Returns how many records of `record_bytes` the session may lease now. Waits until that is at least one.
+        """Waits until the session may lease at least one record of `record_bytes`, and returns how many it may lease now.
 
         Raises:
-            TierFull: not enough leases ended in time.
+            TierFull: not enough earlier leases ended in time.
             LeaseExpired: the session was closed.
         """
         plane = self._plane
@@ -218,11 +218,10 @@ class Session:
         return number
 
     def lease(self, entries: Sequence[Entry], *, pinned: bool) -> range:
-        """Makes a lease of each record in `entries`. A lease takes over the pin that the caller of this method holds.
+        """Makes a lease of each record in `entries`, and returns the leases' ids.
 
-        Returns the leases' ids.
-
-        `pinned`: the leases last until they are released, instead of expiring.
+        The caller must have pinned each entry. The lease takes over this pin, and releases it when it ends. `pinned`: the leases last until
+        they are released, instead of expiring.
         """
         assert not self.closed
         ids = range(self._next_lease, self._next_lease + len(entries))
@@ -294,7 +293,7 @@ class Session:
     def close(self) -> None:
         """Closes the connection: cancels its fetch, ends its leases, and drops its staging memory.
 
-        A copy under way can still read that memory.
+        The staging memory stays mapped while a view of it exists, so that a copy from it under way can be finished.
         """
         self.closed = True
         if self._fetching:
@@ -336,7 +335,7 @@ class Session:
 
 
 def _reopened(descriptor: int) -> int:
-    """Returns a new read-only descriptor of the same memory, to be sent to callers. Its seals forbid later writable mappings anyway."""
+    """Returns a new, read-only descriptor of the memory behind `descriptor`, to be sent to callers."""
     try:
         return os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:  # No /proc here.

@@ -1,7 +1,9 @@
 """Keeps disk space in reserve, so that a store on a full disk can still start, and can still delete banks and snapshots to make room.
 
-The reserve is the file RESERVE, which only occupies space. A step that must not fail empties it when the disk is full. It is filled again
-as soon as there is room. Pushes never use the reserve. Its calls block, so they belong on a thread and not on the event loop.
+The reserve is the file RESERVE, which only occupies space. When the disk is full, a step that must not fail empties the file and so gets
+room. The file is filled again as soon as the disk has room. Pushes never use the reserve.
+
+Its calls block, so they belong on a thread and not on the event loop.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ _ROOM_BYTES_TO_START = 1 << 20
 
 
 class Reserve:
-    """The file RESERVE of a data directory, whose disk space is given up when a step that must not fail finds the disk full."""
+    """Keeps disk space in the file RESERVE of a data directory, and frees it when a step that must not fail finds the disk full."""
 
     def __init__(self, data_dir: Path) -> None:
         self._path, self._index = data_dir / "RESERVE", data_dir / "index.sqlite"
@@ -40,7 +42,7 @@ class Reserve:
     def run(self, work: Callable[[], Result]) -> Result:
         """Runs `work` and returns its result; if the disk is full, empties the reserve and runs `work` once more.
 
-        `work` must change all or nothing. Raises what `work` raises.
+        If `work` raises, it must have changed nothing, so that it can be repeated. Raises what `work` raises.
         """
         try:
             result = work()
@@ -62,7 +64,7 @@ class Reserve:
             raise OSError(errno.ENOSPC, "the disk is full, and its reserve is in use")
 
     def fill(self) -> None:
-        """Fills the reserve as far as the disk has room. From the first call on, `run` fills it again after each piece of work."""
+        """Fills the reserve as far as the disk has room. Once this was called, every later `run` fills the reserve again at its end."""
         self._is_kept = True
         wanted, held = self._wanted_bytes(), self.held_bytes
         if held >= wanted:
@@ -77,7 +79,7 @@ class Reserve:
         self._is_short = held < wanted
 
     def empty(self) -> bool:
-        """Gives up the reserve's disk space. Returns False when the reserve was empty already."""
+        """Frees the disk space of the reserve. Returns False when the reserve was empty already."""
         if not self.held_bytes:
             return False
         log.warning("the disk is full: emptying the reserve of %d bytes", self.held_bytes)
@@ -85,9 +87,9 @@ class Reserve:
         return True
 
     def make_room(self) -> None:
-        """Empties the reserve if the disk is almost full. To be called at the start of the daemon, before its first steps.
+        """Empties the reserve if the disk is almost full. Call it when the daemon starts, before anything is written.
 
-        These fail in too many ways to try each one twice, as `run` does.
+        The steps of a start fail in too many ways on a full disk to repeat each one, as `run` does.
         """
         disk = os.statvfs(self._path.parent)
         if disk.f_bavail * disk.f_frsize < _ROOM_BYTES_TO_START:

@@ -38,7 +38,7 @@ _PUNCH_HOLE_KEEP_SIZE = 0x02 | 0x01  # linux/falloc.h
 
 
 class Slab:
-    """The file that holds all records of one size in slots. Created if it does not exist.
+    """The file that holds all records of one size in numbered slots (places for one record). Created if it does not exist.
 
     `direct`: open it with O_DIRECT. `used`: the slots that hold records already. Buffers that are read or written must be 4 KiB aligned and
     `record_bytes` long.
@@ -74,18 +74,18 @@ class Slab:
         return heapq.heappop(self._free) if self._free else None
 
     def free(self, slot: int) -> None:
-        """Makes a used slot free: it keeps its disk space and may be given out again."""
+        """Marks a used slot as free: it keeps its disk space, and `allocate` may give it out again."""
         heapq.heappush(self._free, slot)
 
     def condemn(self, slot: int) -> None:
-        """Takes a used slot out of service: it is never given out again in this run. Its disk space is freed by the next punch."""
+        """Takes a used slot out of service: it is never given out again in this run. The next `punch` frees its disk space."""
         self._condemned.add(slot)
         self._surplus.append(slot)
 
     def begin_extend(self) -> range:
         """Chooses the slots for the next `extend`: the lowest ones without disk space, or else new ones at the end of the file.
 
-        The slots are neighbours. `end_extend` must follow, also after an error.
+        The slots are neighbours. Then call `extend`, and `end_extend` even if it failed.
         """
         count = max(1, GROWTH_BYTES // self.record_bytes)
         if not self._bare:
@@ -99,7 +99,7 @@ class Slab:
         return range(first, end)
 
     def extend(self, slots: range) -> range:
-        """Allocates disk space for the slots. If there is not enough for all, only for the first.
+        """Allocates disk space for all of `slots`, or only for the first one if the disk has not enough room for all.
 
         Returns the slots that got disk space. Raises OSError.
         """
@@ -114,17 +114,18 @@ class Slab:
         raise AssertionError("unreachable")
 
     def end_extend(self, slots: range, allocated: range) -> None:
-        """Ends what `begin_extend` began: makes the `allocated` slots free to be given out.
+        """Ends what `begin_extend` began: lets `allocate` give out the slots `allocated`, which got disk space.
 
-        The rest of `slots` got no disk space, and stays bare.
+        The rest of `slots` got no disk space, and waits for a later `extend`.
         """
         for slot in slots:
             heapq.heappush(self._free if slot in allocated else self._bare, slot)
 
     def begin_punch(self) -> list[int]:
-        """Chooses slots whose disk space is given back to the file system: condemned ones, and the highest free ones beyond the reserve.
+        """Chooses the slots whose disk space is to be given back to the file system. Call `punch` with them, and then `end_punch`.
 
-        Call `punch` with them, and then `end_punch`. Returns no slots where the file system cannot punch holes into files.
+        They are the condemned slots, and the highest free ones; a number of free slots keeps its disk space for the next writes. Returns no
+        slots where the file system cannot punch holes into files.
         """
         if not self._can_punch:
             return []
@@ -148,7 +149,8 @@ class Slab:
 
         Condemned slots among them are never used again.
 
-        `error`: what `punch` raised. The slots are treated in the same way then: to allocate disk space twice does no harm.
+        `error`: what `punch` raised, or None. The slots are treated in the same way: a later `extend` of slots that kept their disk space
+        does no harm. After an error, no more slots are punched.
         """
         if error:
             self._can_punch = False
@@ -170,13 +172,14 @@ class Slab:
             raise OSError(errno.EIO, f"no byte of slot {slot} was written at {num_written} of {self.record_bytes}")
 
     def sync(self) -> None:
-        """Makes everything that was written to the slab before the call durable. Raises OSError; call `note_failed_sync` then."""
+        """Makes durable what was written to the slab before the call. Raises OSError; call `note_failed_sync` then."""
         os.fdatasync(self._fd)
 
     def note_failed_sync(self) -> None:
-        """Raises the slab's epoch, because a sync failed. What was written before may be lost, and no later sync would tell.
+        """Increments the slab's epoch (the number of failed syncs). Call it after a failed `sync`.
 
-        A write that began in an older epoch and is not durable yet is doubtful: it must be written again.
+        What was written before and is not durable yet may be lost, and no later sync reports that. The older epoch of such a write shows
+        that it must be written again.
         """
         self.epoch += 1
 

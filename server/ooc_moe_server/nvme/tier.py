@@ -2,8 +2,8 @@
 
     allocate -> write -> sync -> referred to by records, snapshots and readers -> free, when the last reference is released
 
-Reads and writes run in thread pools; the bookkeeping runs on the event loop. The caller puts the steps of a commit in order
-(engine/commit_rounds.py).
+Reads and writes run in thread pools; the bookkeeping runs on the event loop. The caller takes care of the order: it syncs a slot before a
+record that refers to it is committed (engine/commit_rounds.py).
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ QUOTA_RETRY_MS = 1000
 
 
 class NvmeTier:
-    """Allocates, reads and writes the slots of all slabs of a data directory, and counts references to slots.
+    """Stores records in files: allocates, reads, writes and syncs the slots of all slabs in a directory, and counts references to slots.
 
     Calls `on_free` with every slot that loses its last reference.
     """
 
     def __init__(self, directory: Path, catalog: Catalog, *, on_free: Callable[[Slot], None], quota_bytes: int | None = None) -> None:
-        """Opens the slabs in `directory`; the slots that `catalog` refers to are in use.
+        """Opens the slabs in `directory`. The slots that the records in `catalog` refer to are in use, and all others are free.
 
         `quota_bytes`: the most bytes that all slots in use may occupy; None: as much as the disk holds.
         """
@@ -108,7 +108,7 @@ class NvmeTier:
     def condemn(self, slot: Slot) -> None:
         """Takes an allocated slot out of service because its content is unknown.
 
-        Its disk space is freed, so that a failing device does not fill up.
+        It is not given out again in this run, but its disk space is freed, so that a failing device does not fill up.
         """
         self._forget(slot)
         slab = self._slabs[slot.record_bytes]
@@ -116,7 +116,7 @@ class NvmeTier:
         self._trim_soon(slab)
 
     def end_replacing(self, slot: Slot) -> None:
-        """Tells the quota that the older slot which `slot` replaces was released, so that the quota counts `slot` in full from now on."""
+        """Tells the quota to count `slot` in full from now on. Call it when the older slot that `slot` replaces was released."""
         if slot in self._replacing:
             self._replacing.remove(slot)
             self._replaced_bytes -= slot.record_bytes
@@ -157,9 +157,10 @@ class NvmeTier:
         return self._slabs[slot.record_bytes].epoch != epoch
 
     async def sync(self, slots: Iterable[Slot]) -> dict[int, OSError]:
-        """Syncs the slabs of these slots, so that everything that was written to them is durable. Returns the errors by record size.
+        """Syncs the slabs of these slots, so that everything that was written to them is durable. Returns the errors of
+        slabs whose sync failed, by the record size of the slab.
 
-        After an error, every record that was written to that slab and is not durable yet is doubtful (`is_doubtful`).
+        After an error, every record that was written to that slab and is not durable yet may be lost (`is_doubtful`).
         """
         sizes = sorted({slot.record_bytes for slot in slots})
         errors = await asyncio.gather(*(self.run(lambda slab=self._slabs[size]: _sync(slab)) for size in sizes))  # type: ignore[misc]
@@ -196,9 +197,9 @@ class NvmeTier:
         return self._stats
 
     def trim(self) -> None:
-        """Starts to give the disk space of free slots beyond the reserve back to the file system.
+        """Starts to give the disk space of surplus free slots back to the file system. Call it once, after opening the store.
 
-        Slots that become free later start it themselves.
+        Some free slots keep their disk space for the next writes. `let_go` and `condemn` start the same for the slots that they free.
         """
         for slab in self._slabs.values():
             self._trim_soon(slab)

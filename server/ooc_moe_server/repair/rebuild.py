@@ -8,8 +8,8 @@ the daemon last started. A newer record on the disk was current too if all of th
     its version is below COMMITTED's `next_version`                      (otherwise the last crash may have cut the write off)
     it replaced the version of the manifest's row, or a newer one        (otherwise a restore refused the push)
 
-Each expert gets the newest of these records whose body is undamaged. One kind of refused write may come back: a write that an error of the
-disk refused in the last run, and that was never repeated.
+Each expert gets the newest of these records whose body is undamaged. A push may come back although it was refused if it failed
+in the last run because of an error of the disk, and was never repeated.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _INDEX_FILES = ("", "-wal", "-shm")
 
 @dataclass(slots=True)
 class Rebuilt:
-    """The result of a rebuild: how many banks, experts and snapshots came back, and what was damaged or lost."""
+    """The report of a rebuild: how many banks, experts and snapshots were recovered, and what was damaged or lost."""
 
     num_banks: int = 0
     num_experts: int = 0  # Experts with a written record.
@@ -54,13 +54,13 @@ class Rebuilt:
 
     @property
     def is_whole(self) -> bool:
-        """Whether everything came back: no damage was found."""
+        """Whether everything was recovered: no damage was found."""
         return not self.damage
 
 
 @dataclass(slots=True)
 class _Seen:
-    """What the record headers on the disk tell: which records may be current, all headers by slot, and the newest version."""
+    """What the record headers on the disk tell: the records of each expert that may be its current one, all headers, the newest version."""
 
     candidates: dict[tuple[bytes, int], list[Record]] = field(default_factory=lambda: defaultdict(list))  # By bank and expert.
     headers: dict[Slot, RecordHeader] = field(default_factory=dict)
@@ -70,7 +70,7 @@ class _Seen:
 def rebuild(data_dir: Path, track: Track = untracked) -> Rebuilt:
     """Makes the index of a data directory anew, and moves the old one aside. The caller must have locked the directory.
 
-    `track`: shows the progress. Returns what came back and what did not. Raises OocMoeError, OSError.
+    `track`: shows the progress. Returns what was recovered and what was not. Raises OocMoeError, OSError.
     """
     result = Rebuilt()
     last, _ = commit_witness.read(data_dir / "COMMITTED")
@@ -264,7 +264,7 @@ def _problem(slabs: Slabs, bank: Bank, record: Record, seen: _Seen | None) -> st
 
 
 def _bind(snapshots: Iterable[tuple[Snapshot, dict[int, bytes]]], banks: dict[bytes, Bank], result: Rebuilt) -> list[Snapshot]:
-    """Gives each snapshot's banks their new ids. Leaves out banks that were deleted, and then snapshots that have no bank left."""
+    """Returns the snapshots with the new ids of their banks, without deleted banks, and without snapshots that have no bank left."""
     kept = []
     for snapshot, uuids in snapshots:
         states = {banks[uuids[place]].id: state for place, state in snapshot.banks.items() if uuids[place] in banks}
@@ -299,7 +299,7 @@ def _check_snapshots(slabs: Slabs, snapshots: list[Snapshot], banks: dict[bytes,
 
 
 def _catalog(banks: dict[bytes, Bank], snapshots: list[Snapshot], seen: _Seen, last: LastCommit | None) -> tuple[Catalog, int]:
-    """Returns the content of the new index, and the sequence number of its first transaction.
+    """Returns the content of the new index as a catalog, and the number of the index's first transaction.
 
     Versions, snapshot ids and sequence numbers continue beyond all that were used, so that none is used twice.
     """

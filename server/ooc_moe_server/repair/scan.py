@@ -30,7 +30,7 @@ _BLANK = bytes(BLOCK_BYTES)
 
 
 class Track(Protocol):
-    """Shows the progress of a loop: passes `items` through, and shows how many of `total` have passed. `what`: a label for people."""
+    """A function that yields `items` unchanged, and shows how many of `total` it has yielded so far, labelled `what`."""
 
     def __call__(self, items: Iterable[Item], what: str, total: int) -> Iterable[Item]: ...  # noqa: D102
 
@@ -123,7 +123,7 @@ def map_tracked(work: Callable[[Item], Result], items: list[Item], what: str, tr
 
 
 def untracked(items: Iterable[Item], what: str, total: int) -> Iterable[Item]:
-    """Passes items through and shows no progress: a `Track` for callers that want none."""
+    """Yields the items unchanged and shows no progress: a `Track` for callers that want to see none."""
     return items
 
 

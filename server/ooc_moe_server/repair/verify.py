@@ -1,7 +1,7 @@
-"""`ooc-moe-server verify`: reads everything that is committed, and reports what differs from what was written. Changes nothing.
+"""`ooc-moe-server verify`: reads the index, the manifests and all records of a data directory, and reports damage. Changes nothing.
 
-Damage is repaired elsewhere: `rebuild` makes a damaged index anew, a push or a restored snapshot replaces a damaged record, and a start of
-the daemon makes the manifests equal to the index.
+Damage is repaired in other ways: `rebuild` makes a damaged index anew, a push or a restored snapshot replaces a damaged record, and a start
+of the daemon makes the manifests equal to the index.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ooc_moe_wire.errors import CorruptRecord
 
 @dataclass(slots=True)
 class Verified:
-    """The result of a verification: how much was read, and what damage was found."""
+    """The report of `verify`: how much was read, what damage was found (`findings`), and differences that are no damage (`notes`)."""
 
     num_banks: int = 0
     num_snapshots: int = 0
@@ -44,7 +44,7 @@ class Verified:
 
 @dataclass(frozen=True, slots=True)
 class _Reference:
-    """A record of a bank or of a snapshot that refers to a slot. `what` describes it for messages."""
+    """A record of a bank or of a snapshot, which refers to a slot. `what` describes it for messages."""
 
     what: str
     bank: Bank

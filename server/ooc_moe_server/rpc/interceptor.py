@@ -2,7 +2,7 @@
 
 An `OocMoeError` becomes its gRPC status, with its name in the trailing metadata. Any other exception is a bug of the daemon: it becomes
 INTERNAL, and is logged once with its traceback. Calls to health and reflection are not wrapped. Fetches through the local plane's socket
-are counted here too (`Guard.counted`).
+are counted too (`Guard.counted`).
 
 Methods that stream their answers are coroutines that write to the call's context, so that they end when the caller hangs up.
 """
@@ -32,9 +32,9 @@ _DECODERS: dict[str, Callable[[bytes], Any]] = {f"{_PREFIX}ExpertService/PushExp
 
 
 class Guard(grpc.aio.ServerInterceptor):
-    """A gRPC interceptor that wraps every call of our services.
+    """A gRPC interceptor that wraps every call of the daemon's services: it refuses or counts the call, and translates its errors.
 
-    Set `refusal` to the reason why new calls are refused, or to None to admit them.
+    Set `refusal` to the reason why new calls are refused, or to None to admit them. `num_open`: the number of calls under way.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class Guard(grpc.aio.ServerInterceptor):
         self._idle.set()
 
     async def wait_idle(self) -> None:
-        """Waits until no call is under way."""
+        """Waits until no call is under way (`num_open` is 0)."""
         await self._idle.wait()
 
     async def intercept_service(
@@ -89,9 +89,9 @@ class Guard(grpc.aio.ServerInterceptor):
 
     @asynccontextmanager
     async def counted(self) -> AsyncIterator[None]:
-        """Counts a call in `num_open` while the context is open.
+        """Admits a call, and counts it in `num_open` while the context is open.
 
-        Raises Unavailable (while `refusal` is set) or TierFull (too many calls).
+        Raises Unavailable while `refusal` is set, and TierFull when too many calls are under way.
         """
         if self.refusal is not None:
             raise Unavailable(self.refusal)
@@ -118,7 +118,7 @@ def shown(error: OocMoeError) -> str:
 
 
 class NotAMessage:
-    """Takes the place of a request that cannot be decoded, so that the error is raised inside the guarded call."""
+    """Takes the place of a request that cannot be decoded, so that the guard can answer with InvalidRequest instead of gRPC's own error."""
 
     def __init__(self, error: Exception) -> None:
         self.error = InvalidRequest(f"the request cannot be decoded: {error}")

@@ -1,6 +1,6 @@
 """Serves the fetches that callers on this host send through the local plane's socket instead of gRPC.
 
-The guard counts them, and errors are translated, as for calls through gRPC.
+As for calls through gRPC, the guard counts and limits them, and an error becomes a message with its name.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Paces large messages: at most one is handed to gRPC per iteration of the event loop, so that a small call never waits for several.
 
-To copy a megabyte into a message and on into the socket takes the loop most of a millisecond, and a small call takes about five iterations.
+To copy a megabyte into a message and on into the socket takes the loop most of a millisecond, and a small call needs about five iterations.
 When four streams each sent a message in every iteration, GetStats took two to four times as long, at the same throughput.
 """
 
@@ -13,7 +13,10 @@ from contextlib import contextmanager
 
 
 class MessagePacer:
-    """Lets the streams of an event loop send their large messages one at a time. All streams of the loop share one pacer."""
+    """Makes the streams of an event loop take turns to send large messages, so that small calls get through between them.
+
+    All streams of the loop share one pacer.
+    """
 
     def __init__(self) -> None:
         self.num_streams = 0
@@ -21,7 +24,7 @@ class MessagePacer:
 
     @contextmanager
     def counted_stream(self) -> Iterator[None]:
-        """Counts a stream in `num_streams` while the context is open."""
+        """Counts a stream in `num_streams` while the context is open. Streams may send larger messages while there is only one."""
         self.num_streams += 1
         try:
             yield

@@ -45,8 +45,8 @@ async def send_experts(fetch: Fetch, layout: Layout, send: Send, *, whole: bool,
 async def send_leases(fetch: Fetch, layout: Layout, session: Session, *, arena: Arena, pinned: bool) -> None:
     """Answers a fetch through the local plane with leases: the places of the records in the shared arena, in batches.
 
-    An unchanged expert gets a row without a lease, and an expert that cannot be served gets a header with its error. `pinned`: the leases
-    do not expire.
+    An expert whose version the caller has already gets a row without a lease, and one that cannot be served a header with its error.
+    `pinned`: the leases do not expire.
 
     Raises:
         TierFull: too few of the session's earlier leases ended in time.
@@ -68,7 +68,7 @@ async def send_leases(fetch: Fetch, layout: Layout, session: Session, *, arena: 
 
 
 class _Ramp:
-    """Chooses how many leases go into each batch: few at first, then more, and never more than the session may still hold."""
+    """Chooses how many leases go into each message: few at first, then more, and never more than the session may still get."""
 
     def __init__(self, session: Session, record_bytes: int) -> None:
         self._session, self._record_bytes = session, record_bytes
@@ -99,7 +99,7 @@ def _leases(ids: range, leased: Sequence[Served], arena: Arena) -> local_pb2.Lea
 
 
 def _unchanged(unchanged: Sequence[Served]) -> local_pb2.Leases:
-    """Makes one message with a row for each unchanged expert: hundreds of messages would take longer than copying the records."""
+    """Makes one message with a row for each expert whose version the caller has already. A message for each would take too long."""
     zeros = [0] * len(unchanged)
     return local_pb2.Leases(
         ids=zeros,

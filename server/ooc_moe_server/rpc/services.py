@@ -1,7 +1,7 @@
 """The five gRPC services. Each method turns a message into a call of the engine (the store behind gRPC), and the result into a message.
 
-Methods raise OocMoeError, which interceptor.py translates. Streaming methods write to the context instead of yielding (see interceptor.py).
-mypy's stubs of a servicer do not foresee that: hence the overrides.
+Methods raise OocMoeError, which interceptor.py translates. Methods that stream their answers write them to the context instead of yielding
+them (interceptor.py says why). mypy's stubs of a servicer do not foresee that: hence `type: ignore[override]`.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ class SnapshotService(snapshot_pb2_grpc.SnapshotServiceServicer):
         return snapshot_pb2.ListSnapshotsResponse(snapshots=[each for each in shown if not request.bank or request.bank in each.banks])
 
     async def RestoreSnapshot(self, request: snapshot_pb2.RestoreSnapshotRequest, context: Context) -> snapshot_pb2.Snapshot:
-        """Gives the banks of a snapshot the experts that they had when it was taken, under new versions."""
+        """Sets every expert of a snapshot's banks back to the record that it had in the snapshot, under a new version."""
         engine = self._engine()
         return engine.catalog.snapshot_to_proto(await engine.changes.restore_snapshot(request.id, request.writer_id))
 
@@ -187,7 +187,7 @@ class StatsService(stats_pb2_grpc.StatsServiceServicer):
     """
 
     def __init__(self, engine: Callable[[], Engine], complete: Callable[[stats_pb2.Stats], None]) -> None:
-        """`complete`: fills in the statistics that the engine does not know, such as the version, data directory and open streams."""
+        """`engine`: returns the open engine. `complete`: adds what the engine does not know, such as version and data directory."""
         self._engine, self._complete = engine, complete
         self.draining = asyncio.Event()
 
