@@ -142,7 +142,10 @@ _BY_STATUS: dict[grpc.StatusCode, type[OocMoeError]] = {
 
 
 def error_named(kind: str, message: str) -> OocMoeError:
-    """Makes the error of the class named `kind`. An unknown class, of a newer daemon, becomes Internal, with the name in its message."""
+    """Makes the error of the class named `kind`.
+
+    If there is no such class (a newer daemon may have more), makes an Internal, with the name in its message.
+    """
     if kind in _BY_NAME:
         return _BY_NAME[kind](message)
     return Internal(f"{kind}: {message}")

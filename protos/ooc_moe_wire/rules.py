@@ -108,7 +108,10 @@ def check_new_name(name: str, banks: Container[str]) -> None:
 
 
 def grown(spec: BankSpec, num_experts: int) -> BankSpec:
-    """Returns the spec of a bank after it was grown to at least `num_experts`. A bank never shrinks. Raises InvalidRequest for too many."""
+    """Returns the spec of a bank after it was grown to at least `num_experts`. A bank never shrinks.
+
+    Raises InvalidRequest when that is more experts than a bank may have.
+    """
     return replace(spec, num_experts=max(spec.num_experts, num_experts))
 
 
@@ -218,9 +221,9 @@ def snapshot_part(parts: Mapping[Key, Item], bank: Key, *, snapshot_id: int, ban
 
 
 def restored_records(present: Iterable[int], snapshot: Mapping[int, Record], unwritten: Record) -> dict[int, Record]:
-    """Returns the records that become current when a snapshot of a bank is restored, by expert, in order.
+    """Returns the record that each expert gets when a snapshot of its bank is restored, by expert, in order.
 
-    The store gives each a new version.
+    The store gives each record a new version.
 
     Args:
         present: the experts that have a record now, and those that are being pushed: a push from before the restore must not be written

@@ -1,7 +1,7 @@
 """`Reporter`: sends the counters of a trainer's caches to the daemon every two seconds.
 
-So `ooc-moe stats` can show all three tiers (HBM, DRAM, NVMe). The reporter never disturbs training: while the daemon is away, reports are
-lost silently, and any other error of the store is only logged.
+With these counters, `ooc-moe stats` can show all three tiers (HBM, DRAM, NVMe). The reporter never disturbs training: while the daemon is
+away, reports are lost silently, and any other error of the store is only logged.
 """
 
 from __future__ import annotations

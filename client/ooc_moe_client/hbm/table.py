@@ -67,7 +67,10 @@ class Group:
 
 
 class SlotTable:
-    """The experts in slots ("residents"), the free slots, and the order of eviction. Callers of every method hold the cache's lock."""
+    """The experts in slots ("residents"), the free slots, and the order of eviction. The cache's threads look up and change it.
+
+    Callers of every method hold the cache's lock.
+    """
 
     def __init__(self, layout: Layout, capacity: int, counters: Counters) -> None:
         self.capacity = capacity
@@ -190,9 +193,9 @@ class SlotTable:
     def in_working_set(self, resident: Resident) -> bool:
         """Whether the expert is in the working set, the recently used experts that prefetches must not evict.
 
-        It is when it was asked for since `new_working_set`, and among the last 2 x `capacity` demands (experts asked for). Training visits
-        layers forward and then backward, so each expert of a set that fits into the cache is asked for at least once in so many demands.
-        Experts that are no longer used drop out by themselves.
+        The expert is in it when it was asked for since `new_working_set`, and among the last 2 x `capacity` demands (experts asked for).
+        Training visits layers forward and then backward, so each expert of a set that fits into the cache is asked for at least once within
+        that many demands. Experts that are no longer used drop out by themselves.
         """
         return resident.demanded_at > max(self._working_set_since, self._clock - 2 * self.capacity)
 
@@ -225,7 +228,7 @@ class SlotTable:
         self.remove(resident)
 
     def evictable(self) -> Iterator[Resident]:
-        """Yields the experts that may be evicted now, the next to go first. They are ready, not pinned, and not being copied out."""
+        """Yields the experts that may be evicted now (ready, not pinned, not being copied out), in the order in which to evict them."""
         self._order_groups()
         for expert in self._order.victims():
             resident = self.residents[expert]

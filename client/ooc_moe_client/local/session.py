@@ -27,7 +27,10 @@ _TIMEVAL = struct.Struct("@ll")  # seconds, microseconds
 
 
 class LocalSession:
-    """One session with the daemon. It runs at most one fetch at a time. `release` and `is_alive` may be called from any thread."""
+    """One connection to the local plane of a daemon, on which fetches are sent, one at a time, and leases are given back.
+
+    `release` and `is_alive` may be called from any thread.
+    """
 
     def __init__(self, connected: socket.socket, number: int) -> None:
         """Wraps a connected socket. `number` is the daemon's number for the session. Use `connect` instead."""
@@ -68,7 +71,7 @@ class LocalSession:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the session is still open, as far as both sides know."""
+        """Whether the session is still open: neither side has ended it."""
         if self._broken:
             return False
         try:
