@@ -404,9 +404,7 @@ class InMemoryStore:
             self._state.stats.trainers.extend([*others, report])
 
     def close(self) -> None:
-        """Releases every bank that this handle has open for writing. The banks stay, for the other handles. Contract:
-        `ExpertStore.close`.
-        """
+        """Releases every bank that this handle has open for writing. The banks stay for other handles. Contract: `ExpertStore.close`."""
         with self._state.lock:
             for name in self._state.banks:
                 self.release(name)

@@ -46,8 +46,8 @@ class Plane(Enum):
 class Durability(Enum):
     """How safe a pushed expert must be before the daemon acknowledges the push.
 
-    DURABLE: acknowledged after the commit, so the write survives a crash. MEMORY: acknowledged when the write lies in the daemon's DRAM.
-    The daemon writes it to NVMe later; a crash before that loses it.
+    DURABLE: acknowledged when the write is committed to NVMe, so it survives a crash. MEMORY: acknowledged when the write lies in the
+    daemon's DRAM. The daemon writes it to NVMe later; a crash before that loses it.
     """
 
     DURABLE = 0
@@ -292,9 +292,10 @@ class ExpertStore(Protocol):
         """Yields the version, tiers, size and checksums of every expert of a bank, in order of expert ids."""
 
     def create_snapshot(self, banks: Sequence[str], *, name: str = "") -> Snapshot:
-        """Takes a snapshot: saves the committed state that all these banks have at one common moment.
+        """Takes a snapshot: saves the state that all these banks have at one common moment.
 
-        Without a name, the snapshot is called "snapshot-ID". When a snapshot of the same banks already has the name, that one is returned.
+        Pushes that were acknowledged in memory (see `Durability`) are written to NVMe first. Without a name, the snapshot is called
+        "snapshot-ID". When a snapshot of the same banks already has the name, that one is returned.
 
         Raises UnknownBank, SnapshotExists (a snapshot of other banks has the name), InvalidRequest.
         """

@@ -60,11 +60,11 @@ class AlreadyExists(OocMoeError):
 
 
 class BankExists(AlreadyExists):
-    """A bank with another spec has that name."""
+    """A bank of that name exists, with another spec (layout or seed)."""
 
 
 class SnapshotExists(AlreadyExists):
-    """A snapshot of other banks has that name."""
+    """A snapshot of that name exists, with other banks in it."""
 
 
 class StaleVersion(OocMoeError):
@@ -84,7 +84,9 @@ class NotTheWriter(OocMoeError):
 
 
 class TierFull(OocMoeError):
-    """A tier (DRAM or NVMe) has no room: everything in it is pinned, or the disk is full. `retry_after_ms`: when to try again."""
+    """A tier (DRAM or NVMe) has no room: everything in it is pinned, or the disk is full. `retry_after_ms`: how long to wait before a
+    retry.
+    """
 
     def __init__(self, message: str, *, retry_after_ms: int = 100) -> None:
         super().__init__(message)

@@ -303,13 +303,13 @@ class NextUse(Generic[Key]):
         self._furthest: list[int] = []  # A heap of negated next uses, some of which are out of date.
 
     def insert(self, key: Key, size: int = 1) -> None:
-        """Adds the key, and asks `next_use` for its place in the order."""
+        """Adds the key. Asks `next_use` for the time of its next use, which gives its place in the order."""
         self._clock += 1
         next_use = self._find_next_use(key)
         self._place(key, _UNKNOWN - self._clock if next_use is None else next_use)
 
     def touch(self, key: Key) -> None:
-        """Asks `next_use` again for the key's place in the order."""
+        """Notes a use of the key: asks `next_use` again, and moves the key to its new place in the order."""
         self.remove(key)
         self.insert(key)
 

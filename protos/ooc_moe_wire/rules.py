@@ -138,7 +138,8 @@ def check_base_version(bank: str, expert: int, *, base_version: int, current: in
 
     Raises:
         StaleVersion: the store's version is newer.
-        LostUpdate: the store's version is older: a crash took the newer one, which was acknowledged but only in memory.
+        LostUpdate: the store's version is older: it lost the newer one in a crash, after it had acknowledged it but before it had written
+            it.
     """
     what = f"expert {expert} of bank {bank!r}: base_version {base_version} is not the current version {current}"
     if base_version > current:
@@ -192,9 +193,10 @@ def check_same_snapshot(name: str, present: Collection[Hashable], asked: Collect
 
 
 def snapshot_id_and_name(name: str, next_id: int, taken_names: Container[str]) -> tuple[int, str]:
-    """Chooses the id and the name of a new snapshot.
+    """Chooses the id and the name of a new snapshot. Returns both.
 
-    With an empty `name`, the name is "snapshot-ID", and ids whose name is taken are skipped.
+    The id is `next_id`, and the name is `name`. If `name` is empty, the name is "snapshot-ID" instead, with the first id from `next_id` on
+    whose name is not taken.
     """
     if name:
         return next_id, name

@@ -177,7 +177,9 @@ class Demand:
             self._counters.stall_s += time.perf_counter() - started
 
     def _is_coming(self, expert: int) -> bool:
-        """Whether to wait for the expert instead of fetching it: it is loading, or it is being copied out and may not be updated yet."""
+        """Whether to wait for the expert instead of fetching it: it is loading, or its slot is being copied out and may be used after
+        that.
+        """
         resident = self._table.residents.get(expert)
         return resident is not None and (resident.state is LoadState.LOADING or resident.copying)
 

@@ -40,9 +40,7 @@ BATCH_EXPERTS_MAX = 4  # of one fetch; a demand for the last of them has to wait
 
 @dataclass(kw_only=True, slots=True)
 class _Work:
-    """What the prefetch thread asks of the store next: cancel queued prefetches, promote experts (NVMe to DRAM), or fetch them into
-    slots.
-    """
+    """What the prefetch thread asks of the store next: cancel prefetches, promote experts (NVMe to DRAM), or fetch them into slots."""
 
     cancel: bool = False  # cancel all queued promotions
     promote: list[int] = field(default_factory=list)
@@ -142,8 +140,9 @@ class Prefetcher:
         return bool(self._queue) or (self._fetch_ahead and self._complete_at != self._shared.table.num_removed)
 
     def hand_over_to_demand(self, expert: int) -> None:
-        """Removes an expert from the queue, if it is there, because the training thread fetches it itself now. Counts a late prefetch
-        then.
+        """Removes an expert from the queue, if it is there, because the training thread fetches it itself now.
+
+        In that case the prefetch counts as late.
         """
         if (sections := self._queue.pop(expert, None)) is not None:
             self._promote.pop(expert, None)

@@ -45,7 +45,7 @@ class Reporter:
                 return
 
     def close(self) -> None:
-        """Ends the thread. The daemon drops the last report after some seconds."""
+        """Ends the thread. Some seconds later, the daemon drops this trainer's last report."""
         self._closed.set()
         self._thread.join()
 

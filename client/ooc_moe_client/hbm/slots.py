@@ -6,8 +6,8 @@ The memory is one uint8 tensor on the device. A slot holds an expert's body (par
     slot 1 | w1 | b1 | padding | moments | padding |
 
 On the CPU (`HostSlots`) a fetch writes straight into the slot. On CUDA (`CudaSlots`, cuda_slots.py) it writes into page-locked staging
-memory, which is copied to the slot on a separate stream; events order these copies and the computation, and the host does not wait. Only
-the caller knows which expert is in which slot. It must not reuse a slot that is pinned.
+memory, which is copied to the slot on a separate stream; CUDA events order these copies and the computation, so the host rarely waits. Only
+the caller knows which expert is in which slot, and which slots are pinned. It must not reuse a pinned slot.
 """
 
 from __future__ import annotations

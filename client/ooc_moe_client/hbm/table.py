@@ -33,7 +33,10 @@ class LoadState(Enum):
 
 @dataclass(slots=True, eq=False)
 class Resident:
-    """An expert that has a slot, and its state: what was fetched of it, its pins, its changes, and when it was last asked for."""
+    """An expert that has a slot, and its state: what was fetched of it, its pins, its changes, and when it was last asked for.
+
+    It is READY when the bytes of its `sections` are in the slot. It is dirty when it has changes that the store does not have.
+    """
 
     expert: int
     slot: int
@@ -136,7 +139,7 @@ class SlotTable:
     # Demand
 
     def find_group(self, experts: tuple[int, ...], sections: Sections) -> Group | None:
-        """Returns the group of exactly these experts.
+        """Returns the group (experts with their slots) that was remembered for exactly these experts.
 
         None unless they were asked for together before, have `sections`, and kept their slots.
         """
@@ -153,7 +156,7 @@ class SlotTable:
         return group
 
     def note_group_demand(self, group: Group) -> None:
-        """Notes that the training thread asks for the experts of a group: a fast form of `advance` and a `note_demand` for each.
+        """Notes that the training thread asks for the experts of a group. It replaces `advance` and `note_demand`, and is faster.
 
         The order of eviction is updated later, when it is needed.
         """

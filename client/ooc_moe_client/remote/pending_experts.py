@@ -1,4 +1,7 @@
-"""`PendingExperts`: the experts of one fetch that have not come yet, and the checks of each expert that comes, for both planes."""
+"""`PendingExperts`: the experts of one fetch that have not come yet, and the checks of each expert that comes.
+
+It serves both planes (ways for bytes to travel): gRPC messages and shared memory.
+"""
 
 from __future__ import annotations
 
