@@ -161,7 +161,10 @@ class _State:
 
 
 class InMemoryStore:
-    """A store of experts in this process. It implements `ExpertStore`. This object and each one from `connect` count as a writer."""
+    """A store of experts in the memory of this process, for tests and runs without a daemon. It implements `ExpertStore`.
+
+    The store treats this object as one writer, and each object that `connect` returns as another.
+    """
 
     def __init__(self, *, trainer: str = "") -> None:
         self._state = _State()
@@ -169,7 +172,10 @@ class InMemoryStore:
         self._writer_id = uuid.uuid4().hex
 
     def connect(self, trainer: str = "") -> InMemoryStore:
-        """Returns a second handle on the same banks and snapshots. The store treats it as another writer."""
+        """Returns a second handle on the same banks and snapshots. The store treats it as another writer.
+
+        `trainer`: the name under which `report_trainer` of the new handle keeps its counters.
+        """
         handle = InMemoryStore(trainer=trainer)
         handle._state = self._state
         return handle
@@ -177,7 +183,7 @@ class InMemoryStore:
     # Banks
 
     def create_bank(self, spec: BankSpec) -> Bank:
-        """Creates a bank, or returns the existing one of an equal spec. Contract: `ExpertStore.create_bank`."""
+        """Creates a bank, or returns the existing bank if that has an equal spec. Contract: `ExpertStore.create_bank`."""
         with self._state.lock:
             bank = self._state.banks.setdefault(spec.name, _Bank(spec))
             rules.check_same_bank(bank.spec, spec)
@@ -201,7 +207,7 @@ class InMemoryStore:
             return [bank.to_public() for _, bank in sorted(self._state.banks.items())]
 
     def delete_bank(self, name: str) -> None:
-        """Deletes a bank, also from all snapshots. Contract: `ExpertStore.delete_bank`."""
+        """Deletes a bank, and its experts in every snapshot. Contract: `ExpertStore.delete_bank`."""
         with self._state.lock:
             rules.check_writer(name, self._state.bank(name).writer_id)
             del self._state.banks[name]
@@ -211,7 +217,10 @@ class InMemoryStore:
                     del self._state.snapshots[snapshot.id]
 
     def fork_bank(self, source: str, name: str, *, snapshot_id: int | None = None) -> Bank:
-        """Creates a bank as a copy of another one, as that is now or was in a snapshot. Contract: `ExpertStore.fork_bank`."""
+        """Creates the bank `name` as a copy of the bank `source`: as that is now, or as it was in a snapshot.
+
+        Contract: `ExpertStore.fork_bank`.
+        """
         with self._state.lock:
             origin = self._state.bank(source)
             rules.check_new_name(name, self._state.banks)
@@ -303,7 +312,10 @@ class InMemoryStore:
                 opened.writer_id = ""
 
     def prefetch(self, bank: str, experts: Sequence[int]) -> list[PrefetchState]:
-        """Counts experts as being in DRAM from now on; a second call answers RESIDENT. Contract: `ExpertStore.prefetch`."""
+        """Treats the experts as being in DRAM from now on. Contract: `ExpertStore.prefetch`.
+
+        The answer for an expert is RESIDENT if it was in DRAM already, in this sense; else QUEUED.
+        """
         with self._state.lock:
             promoted = self._state.bank(bank)
             promoted.check(experts)
@@ -368,7 +380,10 @@ class InMemoryStore:
     # Statistics
 
     def stats(self) -> stats_pb2.Stats:
-        """Returns counts of fetches and pushes, and the trainers' reports; the rest is zero. Contract: `ExpertStore.stats`."""
+        """Returns the store's counters: fetches, pushes, and the trainers' reports. All other counters are zero.
+
+        Contract: `ExpertStore.stats`.
+        """
         with self._state.lock:
             copy = stats_pb2.Stats()
             copy.CopyFrom(self._state.stats)
@@ -389,7 +404,7 @@ class InMemoryStore:
             self._state.stats.trainers.extend([*others, report])
 
     def close(self) -> None:
-        """Releases every bank that this handle has open. The banks stay for the other handles. Contract: `ExpertStore.close`."""
+        """Releases every bank that this handle has open for writing. The banks stay for other handles. Contract: `ExpertStore.close`."""
         with self._state.lock:
             for name in self._state.banks:
                 self.release(name)

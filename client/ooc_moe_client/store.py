@@ -32,29 +32,40 @@ class Sections(Enum):
 
 
 class Plane(Enum):
-    """The way by which bytes travel between a client and its daemon."""
+    """The way by which bytes travel between a client and its daemon.
 
-    AUTO = "auto"  # LOCAL where the daemon is on this host and allows it, else STREAM.
-    STREAM = "stream"  # In gRPC messages.
-    LOCAL = "local"  # Through memory that this process shares with the daemon.
+    STREAM: in gRPC messages. LOCAL: through memory that this process shares with the daemon. AUTO: LOCAL where the daemon is on this host
+    and allows it, else STREAM.
+    """
+
+    AUTO = "auto"
+    STREAM = "stream"
+    LOCAL = "local"
 
 
 class Durability(Enum):
-    """How safe a pushed expert must be before the daemon acknowledges the push."""
+    """How safe a pushed expert must be before the daemon acknowledges the push.
 
-    DURABLE = 0  # After the commit: the write survives a crash.
-    MEMORY = 1  # When the write lies in the daemon's DRAM. The daemon writes it back later; a crash before that loses it.
+    DURABLE: acknowledged when the write is committed to NVMe, so it survives a crash. MEMORY: acknowledged when the write lies in the
+    daemon's DRAM. The daemon writes it to NVMe later; a crash before that loses it.
+    """
+
+    DURABLE = 0
+    MEMORY = 1
 
 
 class Priority(Enum):
-    """How urgent a fetch is. The daemon serves all DEMAND fetches before any PREFETCH."""
+    """How urgent a fetch is: DEMAND when the caller waits for the experts, PREFETCH when it will need them later.
+
+    The daemon serves all DEMAND fetches before any PREFETCH.
+    """
 
     DEMAND = 0
     PREFETCH = 1
 
 
 class Tier(Enum):
-    """The place where the daemon found an expert: its DRAM, its NVMe files, or (SEED) none.
+    """The place where the daemon found an expert: in its DRAM, in its NVMe files, or in neither (SEED).
 
     A SEED expert was never written; its bytes were computed from its bank's seed.
     """
@@ -65,25 +76,28 @@ class Tier(Enum):
 
 
 class PrefetchState(Enum):
-    """The daemon's answer to a request to promote (copy ahead of use) one expert from NVMe to DRAM."""
+    """The daemon's answer to a request to promote (copy ahead of use) one expert from NVMe to DRAM.
 
-    REJECTED = 0  # There is no room, in the queue or in DRAM.
-    RESIDENT = 1  # The expert was in DRAM already.
+    REJECTED: there is no room, in the queue or in DRAM. RESIDENT: the expert was in DRAM already. QUEUED: the copy is queued or under way.
+    """
+
+    REJECTED = 0
+    RESIDENT = 1
     QUEUED = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bank:
-    """A description of a bank at the time of the call.
+    """A description of a bank (a named set of experts) at the time of the call.
 
     Attributes:
-        spec: its name, layout and seed, and its number of experts.
+        spec: the bank's name, layout and seed, and its number of experts.
         num_written: how many experts no longer have their initial value, which is computed from the seed.
         newest_version: the highest version number of any of its experts.
         writer_id: the writer that has the bank open; empty when none has.
         record_bytes: the size of one expert's record in the store, its header block included.
-        created_unix_ms: when the bank was created.
-        forked_from: the bank that this one was forked from; empty when it is no fork.
+        created_unix_ms: when the bank was created, in milliseconds since 1970.
+        forked_from: the bank that this one was forked (copied) from; empty when it is no fork.
     """
 
     spec: BankSpec
@@ -100,9 +114,9 @@ class Fetched:
     """The result of fetching one expert. The expert's bytes are not in it: they are in the memory that the `into` of the fetch returned.
 
     Attributes:
-        expert: its id.
+        expert: the expert's id.
         version: the version that the store has.
-        served_from: where the daemon found it.
+        served_from: where the daemon found the expert.
         unchanged: True when the caller's known version is the store's version. Then no bytes were moved.
     """
 
@@ -129,7 +143,16 @@ class Push:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpertInfo:
-    """What `list_experts` says of one expert. The checksums are 0 for an expert that was never written."""
+    """What `list_experts` says of one expert.
+
+    Attributes:
+        expert: the expert's id.
+        version: its version number.
+        tiers: the places where the store has its bytes.
+        record_bytes: the size of its record in the store.
+        parameter_xxh3: the checksum of its parameters; 0 for an expert that was never written.
+        optimizer_xxh3: the checksum of its optimizer moments; 0 for an expert that was never written.
+    """
 
     expert: int
     version: int
@@ -143,8 +166,13 @@ class ExpertInfo:
 class Snapshot:
     """A saved state of one or more banks, with an id and a name.
 
-    `num_experts` counts the written experts that the snapshot keeps, and `bytes` the size of their records. Both include records that other
-    snapshots, or the banks as they are now, also use.
+    Attributes:
+        id: the snapshot's number.
+        name: the snapshot's name.
+        banks: the names of the banks.
+        created_unix_ms: when the snapshot was taken, in milliseconds since 1970.
+        num_experts: how many written experts the snapshot keeps.
+        bytes: the size of their records. It includes records that other snapshots, or the banks as they are now, also use.
     """
 
     id: int
@@ -156,7 +184,9 @@ class Snapshot:
 
 
 class ExpertStore(Protocol):
-    """A store of experts. Every method blocks, may be called from several threads, and may raise Unavailable or DeadlineExceeded.
+    """The interface of a store of experts: fetches and pushes experts, and manages banks (named sets of experts) and snapshots.
+
+    Every method blocks, may be called from several threads, and may raise Unavailable or DeadlineExceeded.
 
     Each store object counts as one writer. Its first push to a bank takes the bank's lease, the sole right to write the bank. Other writers
     are then refused until this store calls `release` or `close`.
@@ -225,14 +255,15 @@ class ExpertStore(Protocol):
         An outcome is the new version, or the error that refused the push. StaleVersion: `base_version` is older than the store's version.
         LostUpdate: `base_version` is newer than the store's version, so the store has lost it.
 
-        When the daemon goes away and does not come back during the call, pushes that it has answered keep their outcomes, and the error
-        becomes the outcome of all others. Those may or may not have been written. To find out, push the expert again from the same
+        When the daemon goes away and does not come back during the call, pushes that it has answered keep their outcomes. For all others
+        the error becomes the outcome: they may or may not have been written. To find out, push the expert again from the same
         `base_version`. When the daemon answered none of the pushes, the error is raised.
 
         Args:
             bank: the bank's name.
             pushes: the experts to write, each once.
-            durability: when the daemon acknowledges a push: after the commit, or already when the bytes are in its DRAM.
+            durability: when the daemon acknowledges a push. DURABLE: when it survives a crash. MEMORY: already when its bytes are in the
+                daemon's DRAM.
 
         Raises:
             NotTheWriter: another writer has the bank open.
@@ -261,9 +292,10 @@ class ExpertStore(Protocol):
         """Yields the version, tiers, size and checksums of every expert of a bank, in order of expert ids."""
 
     def create_snapshot(self, banks: Sequence[str], *, name: str = "") -> Snapshot:
-        """Takes a snapshot: saves the committed state that all these banks have at one common moment.
+        """Takes a snapshot: saves the state that all these banks have at one common moment.
 
-        Without a name, the snapshot is called "snapshot-ID". When a snapshot of the same banks already has the name, that one is returned.
+        Pushes that were acknowledged in memory (see `Durability`) are written to NVMe first. Without a name, the snapshot is called
+        "snapshot-ID". When a snapshot of the same banks already has the name, that one is returned.
 
         Raises UnknownBank, SnapshotExists (a snapshot of other banks has the name), InvalidRequest.
         """

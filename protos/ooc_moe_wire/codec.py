@@ -84,7 +84,7 @@ def verify(layout: Layout, body: memoryview, expected: Checksums, *, what: str) 
     """Checks that a body (both sections, or the parameter section alone) has the expected checksums.
 
     Raises:
-        CorruptRecord: it has others; the message begins with `what` and names the section.
+        CorruptRecord: a checksum differs; the message begins with `what` and names the section.
     """
     compare(Checksums.of(layout, body), expected, whole=len(body) > layout.parameter_bytes, what=what)
 
@@ -191,7 +191,10 @@ def encoded_chunks(body: memoryview, *, field: int, chunk_bytes: int = CHUNK_BYT
 
 
 class ChunkView(NamedTuple):
-    """A chunk of a body, as received. Unlike a Chunk message, its payload is a view of the received message and not a copy."""
+    """A chunk of a body, as received: `payload` is its bytes, and `offset` is where they begin in the body.
+
+    Unlike a Chunk message, its payload is a view of the received message and not a copy.
+    """
 
     offset: int
     payload: memoryview
@@ -200,7 +203,7 @@ class ChunkView(NamedTuple):
 def decode_fetch_response(data: bytes) -> expert_pb2.FetchExpertsResponse | ChunkView:
     """Parses a serialized FetchExpertsResponse. If it carries a chunk, returns a `ChunkView`, without a copy. Raises DecodeError.
 
-    A chunk that is encoded in an unusual way, which no serializer writes, is returned as a message.
+    A chunk in an encoding that is valid but unusual (no known serializer writes it) is returned as a FetchExpertsResponse instead.
     """
     return _decode_chunk(data, _FETCH_CHUNK_TAG) or expert_pb2.FetchExpertsResponse.FromString(data)
 

@@ -60,11 +60,11 @@ class AlreadyExists(OocMoeError):
 
 
 class BankExists(AlreadyExists):
-    """A bank with another spec has that name."""
+    """A bank of that name exists, with another spec (layout or seed)."""
 
 
 class SnapshotExists(AlreadyExists):
-    """A snapshot of other banks has that name."""
+    """A snapshot of that name exists, with other banks in it."""
 
 
 class StaleVersion(OocMoeError):
@@ -84,7 +84,9 @@ class NotTheWriter(OocMoeError):
 
 
 class TierFull(OocMoeError):
-    """A tier (DRAM or NVMe) has no room: everything in it is pinned, or the disk is full. `retry_after_ms`: when to try again."""
+    """A tier (DRAM or NVMe) has no room: everything in it is pinned, or the disk is full. `retry_after_ms`: how long to wait before a
+    retry.
+    """
 
     def __init__(self, message: str, *, retry_after_ms: int = 100) -> None:
         super().__init__(message)
@@ -142,7 +144,10 @@ _BY_STATUS: dict[grpc.StatusCode, type[OocMoeError]] = {
 
 
 def error_named(kind: str, message: str) -> OocMoeError:
-    """Makes the error of the class named `kind`. An unknown class, of a newer daemon, becomes Internal, with the name in its message."""
+    """Makes the error of the class named `kind`.
+
+    If there is no such class (a newer daemon may have more), makes an Internal, with the name in its message.
+    """
     if kind in _BY_NAME:
         return _BY_NAME[kind](message)
     return Internal(f"{kind}: {message}")

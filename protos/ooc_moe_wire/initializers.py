@@ -1,7 +1,7 @@
 """Initial values of experts. They are the same on every machine and in every version of this package.
 
-They are computed from raw words of Philox 4x64-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") with exact float32
-arithmetic. numpy's own distributions are not used, because their streams may change between versions of numpy.
+They are computed with exact float32 arithmetic from the output words of the random generator Philox 4x64-10 (Salmon et al. 2011, "Parallel
+random numbers: as easy as 1, 2, 3"). numpy's own distributions are not used, because their streams may change between versions of numpy.
 `tests/wire/test_initializers.py` compares the results with stored ("golden") values. An algorithm never changes; a new one gets a new name.
 """
 
@@ -19,8 +19,8 @@ from ooc_moe_wire.errors import InvalidRequest
 class Initializer:
     """How a tensor's initial values are made: an algorithm and its parameter `value`.
 
-    The algorithms are `zeros_v1`, `constant_v1` (each element is `value`) and `uniform_v1` (random, uniform on [-value, value)). `value` is
-    rounded to float32 at once, because messages carry float32: so client and daemon have equal initializers.
+    The algorithms are `zeros_v1`, `constant_v1` (each element is `value`) and `uniform_v1` (random, uniform on [-value, value)). The
+    constructor rounds `value` to float32, because messages carry float32: so client and daemon have equal initializers.
     """
 
     algorithm: str = "zeros_v1"

@@ -36,16 +36,16 @@ class EvictionPolicy(Protocol[Key]):
         """Adds a key that became resident. `size` is how much room it takes, in any unit that the caller uses for all keys."""
 
     def touch(self, key: Key) -> None:
-        """Notes that a resident key was used, which may move it in the order."""
+        """Notes that a resident key was used. This may change its place in the order of eviction."""
 
     def rename(self, old: Key, new: Key) -> None:
         """Replaces the resident key `old` by `new`, at the same place in the order."""
 
     def evict(self, key: Key) -> None:
-        """Removes a key from `victims()` that the caller evicts to make room. The policy may remember that the key was resident."""
+        """Removes a key that the caller evicts to make room; `victims()` no longer yields it. The policy may remember the key."""
 
     def remove(self, key: Key) -> None:
-        """Forgets a key that left for a reason other than eviction, for example because its bank was deleted."""
+        """Forgets a key that left memory for a reason other than eviction, for example because its bank was deleted."""
 
     def victims(self) -> Iterator[Key]:
         """Yields the resident keys in the order of eviction, the next one first. Do not change the policy while you iterate."""
@@ -77,7 +77,7 @@ class LRU(Generic[Key]):
         self._order[ticket] = new
 
     def remove(self, key: Key) -> None:
-        """Forgets the key."""
+        """Removes the key from the order of eviction."""
         del self._order[self._tickets.pop(key)]
 
     evict = remove
@@ -133,8 +133,8 @@ class S3FIFO(Generic[Key]):
     room.
 
     This differs from the paper in two points. The share of a queue is measured against the total size of the resident keys, because the
-    policy does not know how much room the caller has; it is asked for victims only when that is full. And each eviction takes exactly one
-    key, where the paper's may take a second one from a full main queue.
+    policy does not know how much room the caller has; the caller asks for victims only when its room is full. And each eviction takes
+    exactly one key, where the paper's may take a second one from a full main queue.
     """
 
     name: ClassVar[str] = "s3fifo"
@@ -168,8 +168,8 @@ class S3FIFO(Generic[Key]):
     def evict(self, key: Key) -> None:
         """Removes the key. If the key was in the small queue, remembers it as a ghost.
 
-        Keys before it in the order that S3-FIFO would move instead of evicting move now. Keys before it that S3-FIFO would evict, and the
-        caller did not (pinned ones, say), keep their places.
+        Other keys may come before this one in the order. Those that S3-FIFO would move to the end of the main queue are moved now. Those
+        that it would evict, but that the caller passed over (pinned ones, say), keep their places.
         """
         room = self._small.size + self._main.size
         victim = self._residents[key]
@@ -186,7 +186,7 @@ class S3FIFO(Generic[Key]):
             self._drop_ghost(next(iter(self._ghosts)))
 
     def remove(self, key: Key) -> None:
-        """Removes the key, without a ghost."""
+        """Removes the key. It does not become a ghost, so it will be a new key if it comes back."""
         resident = self._residents.pop(key)
         resident.queue.leave(resident)
 
@@ -195,7 +195,10 @@ class S3FIFO(Generic[Key]):
         return (resident.key for resident, leaves in self._walk() if leaves)
 
     def _moved_before(self, victim: _Resident[Key]) -> list[_Resident[Key]]:
-        """The keys that move to the end of the main queue before the victim's turn to be evicted comes, once for each move."""
+        """Returns the keys that would move to the end of the main queue before the victim's turn to be evicted comes.
+
+        A key that would move several times is in the list as often.
+        """
         moved = []
         for resident, leaves in self._walk():
             if leaves and resident is victim:
@@ -262,7 +265,7 @@ class Random(Generic[Key]):
         self._keys[place] = new
 
     def remove(self, key: Key) -> None:
-        """Forgets the key. (In the list of keys, the last one takes its place.)"""
+        """Removes the key. (Its place in the internal list goes to the last key, so that no others have to move.)"""
         place, last = self._places.pop(key), self._keys.pop()
         if place < len(self._keys):
             self._keys[place] = last
@@ -300,13 +303,13 @@ class NextUse(Generic[Key]):
         self._furthest: list[int] = []  # A heap of negated next uses, some of which are out of date.
 
     def insert(self, key: Key, size: int = 1) -> None:
-        """Adds the key, and asks `next_use` for its place in the order."""
+        """Adds the key. Asks `next_use` for the time of its next use, which gives its place in the order."""
         self._clock += 1
         next_use = self._find_next_use(key)
         self._place(key, _UNKNOWN - self._clock if next_use is None else next_use)
 
     def touch(self, key: Key) -> None:
-        """Asks `next_use` again for the key's place in the order."""
+        """Notes a use of the key: asks `next_use` again, and moves the key to its new place in the order."""
         self.remove(key)
         self.insert(key)
 
@@ -317,7 +320,7 @@ class NextUse(Generic[Key]):
         self._place(new, next_use)
 
     def remove(self, key: Key) -> None:
-        """Forgets the key."""
+        """Removes the key from the order of eviction."""
         del self._by_next_use[self._next_use.pop(key)]
 
     evict = remove

@@ -108,7 +108,10 @@ def check_new_name(name: str, banks: Container[str]) -> None:
 
 
 def grown(spec: BankSpec, num_experts: int) -> BankSpec:
-    """Returns the spec of a bank after it was grown to at least `num_experts`. A bank never shrinks. Raises InvalidRequest for too many."""
+    """Returns the spec of a bank after it was grown to at least `num_experts`. A bank never shrinks.
+
+    Raises InvalidRequest when that is more experts than a bank may have.
+    """
     return replace(spec, num_experts=max(spec.num_experts, num_experts))
 
 
@@ -135,7 +138,8 @@ def check_base_version(bank: str, expert: int, *, base_version: int, current: in
 
     Raises:
         StaleVersion: the store's version is newer.
-        LostUpdate: the store's version is older: a crash took the newer one, which was acknowledged but only in memory.
+        LostUpdate: the store's version is older: it lost the newer one in a crash, after it had acknowledged it but before it had written
+            it.
     """
     what = f"expert {expert} of bank {bank!r}: base_version {base_version} is not the current version {current}"
     if base_version > current:
@@ -189,9 +193,10 @@ def check_same_snapshot(name: str, present: Collection[Hashable], asked: Collect
 
 
 def snapshot_id_and_name(name: str, next_id: int, taken_names: Container[str]) -> tuple[int, str]:
-    """Chooses the id and the name of a new snapshot.
+    """Chooses the id and the name of a new snapshot. Returns both.
 
-    With an empty `name`, the name is "snapshot-ID", and ids whose name is taken are skipped.
+    The id is `next_id`, and the name is `name`. If `name` is empty, the name is "snapshot-ID" instead, with the first id from `next_id` on
+    whose name is not taken.
     """
     if name:
         return next_id, name
@@ -218,9 +223,9 @@ def snapshot_part(parts: Mapping[Key, Item], bank: Key, *, snapshot_id: int, ban
 
 
 def restored_records(present: Iterable[int], snapshot: Mapping[int, Record], unwritten: Record) -> dict[int, Record]:
-    """Returns the records that become current when a snapshot of a bank is restored, by expert, in order.
+    """Returns the record that each expert gets when a snapshot of its bank is restored, by expert, in order.
 
-    The store gives each a new version.
+    The store gives each record a new version.
 
     Args:
         present: the experts that have a record now, and those that are being pushed: a push from before the restore must not be written

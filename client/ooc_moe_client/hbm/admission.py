@@ -1,11 +1,11 @@
-"""`Admission`: decides whether a prefetch is worth its slot and its bandwidth.
+"""`Admission`: decides whether a prefetch (a fetch of an expert that may be needed later) is worth its slot and its bandwidth.
 
-A prefetch is refused when no slot would be left for it, or when its bytes would arrive too late:
+A prefetch is refused when no slot would be left for it. It is also refused when its bytes would arrive too late, that is, when
 
-    bytes to fetch, its own and those queued before it / measured bandwidth  >  time until it is needed * probability that it is needed
+    (its bytes + bytes queued before it) / measured bandwidth  >  time until it is needed * probability that it is needed
 
-So the less likely an expert is to be needed, the more time it must have to arrive. The bandwidth is measured on all fetches, those on
-demand and prefetches. Before the first fetch there is no measurement, and no prefetch is refused for being late.
+So the less likely an expert is to be needed, the more time it must have to arrive. All fetches count in the measured bandwidth: those that
+the training thread waits for, and prefetches. Before the first fetch there is no measurement, and no prefetch is refused for being late.
 """
 
 from __future__ import annotations
@@ -17,11 +17,15 @@ NEWEST_WEIGHT = 0.25
 
 
 class AdmissionMode(Enum):
-    """What the cache does with a prefetch that `Admission` finds not worth its slot and bandwidth."""
+    """What the cache does with a prefetch that `Admission` finds not worth its slot and bandwidth.
 
-    OFF = "off"  # Prefetches are not judged.
-    OBSERVE = "observe"  # It is counted as refused, and made all the same.
-    ENFORCE = "enforce"  # It is counted as refused, and dropped.
+    OFF: `Admission` is not asked, and every prefetch is made. OBSERVE: the prefetch is counted as refused, and made all the same. ENFORCE:
+    the prefetch is counted as refused, and dropped.
+    """
+
+    OFF = "off"
+    OBSERVE = "observe"
+    ENFORCE = "enforce"
 
 
 class Admission:

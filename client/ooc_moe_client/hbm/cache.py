@@ -5,9 +5,9 @@
     with cache.updating([3, 7]) as slots: ...          # the optimizer writes; afterwards the experts are dirty (changed, not yet pushed)
     cache.flush()                                      # returns when the store holds every change durably
 
-This file is what the trainer calls. demand.py pins experts (a pinned expert stays in its slot); write_back.py and prefetch.py work in the
-background. table.py decides which expert is evicted, and slots.py holds the bytes. The cache knows nothing of layers, routing or
-optimizers: they use `views`.
+This file has the class that the trainer calls. demand.py pins experts (a pinned expert stays in its slot); write_back.py and prefetch.py
+work in the background. table.py decides which expert is evicted, and slots.py holds the bytes. The cache knows nothing of layers, routing
+or optimizers: such code reads and writes the tensors in `views`.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class ExpertCache:
 
     Missing experts are fetched from the store, and changed experts are pushed back to it. A slot is memory for one expert.
 
-    One training thread uses the cache; `stats` and `fetches` may be called from any thread. The class is long because it is the room's
-    public face: most methods check their arguments, take the lock, and call the part that does the work.
+    Only one thread, the training thread, may use the cache; `stats` and `fetches` may be called from any thread. The class is long because
+    it has all methods that trainers call: most of them check their arguments, take the lock, and call the part that does the work.
 
     When background work fails (a push is refused, say), the next call of `reading`, `flush` or another method raises the error, once.
     Changes that could not be pushed stay in the cache.
@@ -57,8 +57,8 @@ class ExpertCache:
         device: "cpu", "cuda" or "cuda:N".
         prefetch_experts_max: the most experts that wait in the prefetch queue.
         admission: whether to refuse prefetches that are not worth their slot and bandwidth (see admission.py).
-        on_access: called with the expert ids of each `reading` that is `counted`, in order. It runs under the cache's lock: it must be
-            quick, and must not call the cache.
+        on_access: called by each `reading` whose `counted` is True, with the expert ids in the order in which they were asked for. It runs
+            under the cache's lock: it must be quick, and must not call the cache.
 
     Raises:
         InvalidRequest: capacity_experts is below 1, or prefetch_experts_max is negative.
@@ -99,9 +99,10 @@ class ExpertCache:
 
     @property
     def views(self) -> dict[str, Tensor]:
-        """For each tensor name of the layout, a tensor (slots, *shape) that is a strided view of all slots.
+        """The memory of all slots as tensors: for each tensor name of the layout, a strided view of shape (slots, *shape).
 
-        It covers parameter and optimizer tensors. Read or write only the rows of slots that are pinned.
+        Row s of each tensor belongs to the expert in slot s. There are views of the parameter tensors and of the optimizer tensors. Read or
+        write only the rows of slots that are pinned.
         """
         return self._slots.views
 
@@ -119,15 +120,15 @@ class ExpertCache:
     def reading(self, experts: Sequence[int], *, sections: Sections = Sections.ALL, counted: bool = True) -> Pinned:
         """Pins experts for reading inside a `with` block. `as` gives the list of their slots, in the order of `experts`.
 
-        Missing experts are fetched first, in one call. When the same experts were read together before, and all are still in their slots,
-        one look-up finds them.
+        Missing experts are fetched first, in one call. When the same list of experts was read before, and all are still in their slots, the
+        cache finds the whole list by a single look-up.
 
         Args:
             experts: distinct ids, at most `capacity_experts` (see `waves`).
             sections: PARAMETERS fetches only the parameters, unless the schedule says that the expert will be updated before it would be
                 evicted. A later reading of ALL fetches the whole expert again.
-            counted: whether the reading counts in the statistics (accesses, hits and misses). Pass False when the experts were counted
-                already for the same step, as in backward and the optimizer.
+            counted: whether to count the experts in the statistics (accesses, hits and misses). Pass False when they were counted already
+                for the same step, as in backward and the optimizer.
 
         Raises:
             InvalidRequest: an expert is repeated, or there are more experts than slots.
@@ -139,27 +140,28 @@ class ExpertCache:
         return Pinned(self._demand, experts, sections, counted=counted)
 
     def updating(self, experts: Sequence[int]) -> Pinned:
-        """Pins experts for reading and writing, with their optimizer sections. Used as `reading`, and raises the same errors.
+        """Pins experts for reading and writing, with their optimizer sections. Use it like `reading`; it raises the same errors.
 
-        When the block ends, also by an exception, the experts are marked dirty: changed, and to be pushed to the store.
+        When the `with` block ends, also by an exception, the experts are marked dirty: changed, and to be pushed to the store.
         """
         return Pinned(self._demand, experts, Sections.ALL, counted=False, updating=True)
 
     def waves(self, experts: Sequence[int]) -> Iterator[list[int]]:
-        """Splits a list of experts into waves, sorted lists that fit into the slots together. Yields one wave at a time.
+        """Splits a list of experts into waves: sorted lists, none of them longer than the cache has slots. Yields one wave at a time.
 
-        All ids ascend from wave to wave, so that sums over them never depend on which experts are in the cache. When the schedule names
-        more experts than there are slots, a wave fills only half of the slots: the next wave is fetched while one is computed.
+        Ids ascend in each wave and from wave to wave. So a sum over the experts is always added up in the same order, whatever the cache
+        holds. When the schedule names more experts than there are slots, a wave fills only half of the slots: the next wave is fetched
+        while the trainer computes with this one.
         """
         ordered = sorted(experts)
         for start in range(0, len(ordered), self._wave_experts):
             yield ordered[start : start + self._wave_experts]
 
     def schedule(self, uses: Iterable[Use], *, ahead: bool = True) -> None:
-        """Announces which experts will be read (PARAMETERS) and updated (ALL) from now on, in order. Replaces the earlier schedule.
+        """Announces the coming steps in order: which experts each step reads (PARAMETERS) or updates (ALL). Replaces the earlier schedule.
 
-        From then on the cache evicts experts that the schedule does not name first, and then the one whose next use is furthest away.
-        Readings may deviate from the schedule: they take longer, and their results are the same.
+        From then on, the cache evicts experts that are not in the schedule before experts that are in it. Of the latter, it evicts the one
+        whose next use is furthest away. Readings may deviate from the schedule: they take longer then, and their results are the same.
 
         Args:
             uses: the experts of each step, in the order of the steps.
@@ -181,10 +183,10 @@ class ExpertCache:
             self._prefetcher.follow_schedule(ahead=ahead)
 
     def new_working_set(self) -> None:
-        """Declares that other experts will be needed from now on, for example because the game changes.
+        """Declares that other experts will be needed from now on, for example because training goes on to another game.
 
-        Prefetches may then evict the experts that were read until now (dirty ones after they were written back). Until this call,
-        prefetches spare recently read experts.
+        Prefetches never evict the working set, the experts that were read recently. This call empties the working set, so prefetches may
+        evict the experts that were read until now. (Dirty experts are copied to a buffer first, to be pushed.)
         """
         with self._shared.changed:
             self._shared.raise_error()
@@ -201,16 +203,16 @@ class ExpertCache:
         within_s: float | None = None,
         probabilities: Mapping[int, float] | None = None,
     ) -> None:
-        """Queues experts that will probably be needed, the most urgent first, to be fetched in the background. Returns at once.
+        """Queues experts that will probably be needed, to be fetched in the background. Returns at once.
 
         First the daemon is asked to copy them to its DRAM. Then they are fetched into free slots, and into slots of experts outside the
         working set (the recently read experts, see `new_working_set`). Experts that are in a slot or queued already are skipped.
 
         Args:
-            experts: ids.
+            experts: ids, the most urgent first.
             sections: which part of each expert to fetch.
             within_s: seconds until they are needed, for the decision whether the prefetch is worthwhile (admission.py). None: unknown.
-            probabilities: how likely each expert is to be needed, for the same decision. None: certain.
+            probabilities: how likely each expert is to be needed, for the same decision. None: all are certain to be needed.
 
         Raises:
             UnknownExpert: an id is outside the bank.
@@ -229,7 +231,8 @@ class ExpertCache:
     def write_back(self, experts: Sequence[int] | None = None) -> None:
         """Queues experts to be pushed to the store in the background, and returns at once.
 
-        Experts that are not in a slot, or not dirty (changed since their last push), are ignored. None: all dirty experts.
+        Experts that are not in a slot, or not dirty (changed since their last push), are ignored. When `experts` is None, all dirty experts
+        are queued.
         """
         with self._shared.changed:
             self._shared.raise_error()
@@ -289,7 +292,7 @@ class ExpertCache:
             )
 
     def fetches(self) -> Counter[int]:
-        """Returns how often each expert was fetched since the cache was made, on demand or ahead. May be called from any thread."""
+        """Returns how often each expert was fetched since the cache was made, by prefetches too. May be called from any thread."""
         with self._shared.changed:
             return self._shared.fetches.copy()
 

@@ -1,7 +1,8 @@
 """`CudaSlots`: the cache's slots on a GPU, and the copies between them and the host.
 
-The copies run on one stream of their own. They use page-locked ("pinned") host buffers as staging memory. Events order the copies and the
-computation, so that the host rarely has to wait:
+The copies run on one CUDA stream of their own. They use page-locked ("pinned") host buffers as staging memory. CUDA events order the copies
+and the computation, so that the host rarely has to wait. In the diagram, a copy starts after the computation that last used the slot, and
+the event makes whoever is named after it wait for the copy:
 
     fetch:    staging buffer --copy stream, after the slot's last use--> slot --event--> compute stream
     copy out: slot --copy stream, after the slot's last use--> pinned buffer --event--> host, and the next writer of the slot
@@ -25,7 +26,7 @@ STAGING_BUFFERS = 4
 
 
 class CudaSlots:
-    """The cache's slots in the memory of a GPU. `ExpertSlots` documents the methods."""
+    """The cache's slots (each is memory for one expert) in the memory of a GPU. `ExpertSlots` documents the methods."""
 
     def __init__(self, layout: Layout, num_slots: int, device: torch.device) -> None:
         self._device = device
@@ -42,7 +43,10 @@ class CudaSlots:
         self._landing: dict[int, Tensor] = {}  # by slot
 
     def landing(self, slot: int, num_bytes: int) -> memoryview:
-        """Returns a page-locked staging buffer for the bytes of a fetch. When a broken fetch is repeated, the slot keeps its buffer."""
+        """Returns a page-locked staging buffer, into which a fetch writes the bytes for the slot.
+
+        When the connection breaks and the fetch is repeated, the slot gets the same buffer again.
+        """
         with self._lock:
             if slot not in self._landing:
                 self._landing[slot] = self._free_staging()
@@ -89,7 +93,7 @@ class CudaSlots:
                 compute.wait_event(self._copied_out.pop(slot))
 
     def release(self, slots: Sequence[int]) -> None:
-        """Records an event for the work queued on the compute stream until now. Later copies of these slots wait for it."""
+        """Makes later copies of these slots wait for the work that was queued on the compute stream until now (by a CUDA event)."""
         used = torch.cuda.current_stream(self._device).record_event()
         self._used.update((slot, used) for slot in slots)
 

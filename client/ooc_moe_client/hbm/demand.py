@@ -8,8 +8,8 @@ What is done depends on where the expert is:
     missing                            -> gets a slot (another expert is evicted for it, and saved first if it is dirty), and is fetched
 
 All missing experts are fetched in one call. There is one exception: while a large dirty expert is being saved before its eviction, a helper
-thread already fetches the missing experts that have a slot, in several calls. In the end the training thread itself makes those of the
-calls that have not begun.
+thread already fetches the missing experts that have a slot, in several calls. If some of these calls have not begun when all experts have a
+slot, the training thread makes them itself.
 """
 
 from __future__ import annotations
@@ -50,7 +50,10 @@ class Pinned:
 
 
 class Demand:
-    """Fetches and pins the experts that the training thread asks for. Its public methods take the cache's lock."""
+    """Fetches and pins the experts that the training thread asks for: the work behind `ExpertCache.reading` and `updating`.
+
+    Public methods take the cache's lock.
+    """
 
     def __init__(
         self, shared: SharedState, write_back: WriteBack, prefetcher: Prefetcher, *, on_access: Callable[[Sequence[int]], None] | None
@@ -64,9 +67,9 @@ class Demand:
         self._fetcher.shutdown()
 
     def pin(self, experts: tuple[int, ...], sections: Sections, counted: bool, updating: bool) -> Group:
-        """Pins experts, and returns them as a `Group` when all are ready. `ExpertCache.reading` documents the arguments and errors.
+        """Pins experts, and returns them as a `Group` (the experts and their slots) when all are ready.
 
-        `updating`: the caller will write them.
+        `updating`: the caller will write the experts. `ExpertCache.reading` documents the other arguments and the errors.
         """
         with self._shared.changed:
             self._shared.raise_error()
@@ -174,7 +177,9 @@ class Demand:
             self._counters.stall_s += time.perf_counter() - started
 
     def _is_coming(self, expert: int) -> bool:
-        """Whether to wait for the expert instead of fetching it: it is loading, or it is being copied out and may not be updated yet."""
+        """Whether to wait for the expert instead of fetching it: it is loading, or its slot is being copied out and may be used after
+        that.
+        """
         resident = self._table.residents.get(expert)
         return resident is not None and (resident.state is LoadState.LOADING or resident.copying)
 

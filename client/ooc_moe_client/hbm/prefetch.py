@@ -4,14 +4,14 @@ It takes experts from two sources, the queue and the schedule. Experts that the 
 an expert leaves the queue, and if it is already loading, the training thread waits for it.
 
 The queue holds guesses (`ExpertCache.prefetch`). The daemon is asked to copy them from NVMe to DRAM. Then they are fetched, a few at a
-time, into free slots (some of which are reserved for demand), and into slots of experts that are outside the working set and that the
-newest prefetch call does not name. Such an expert is saved before its eviction if it is dirty. A guess that finds no slot stays in the
-queue.
+time, into free slots (some of which are reserved for demand), and into slots of experts that are outside the working set (the recently used
+experts) and that the newest prefetch call does not name. Such an expert is saved before its eviction if it is dirty. A guess that finds no
+slot stays in the queue.
 
 The schedule (`ExpertCache.schedule`) names experts that will be needed for certain. They are fetched before the queue, in the order of
-their next use, into slots that are free or hold an expert that the schedule does not name. For an expert that is needed soon, one that is
-needed later is evicted too. For an expert that is needed late that is never done: in a loop, the expert that was just used is needed last,
-and would be evicted after each use.
+their next use, into slots that are free or hold an expert that the schedule does not name. For an expert that is needed soon, the thread
+also evicts an expert that is needed later. It never does this for an expert that is needed late: in a loop, the expert that was just used
+is needed last, and would be evicted after each use.
 
 When a fetch fails, the experts that it did not bring are left to the training thread, which fetches them when it asks for them. (A later
 prefetch call or schedule may name them again.) Errors that the training thread's own fetch would meet and retry (Unavailable,
@@ -40,7 +40,7 @@ BATCH_EXPERTS_MAX = 4  # of one fetch; a demand for the last of them has to wait
 
 @dataclass(kw_only=True, slots=True)
 class _Work:
-    """The requests that the prefetch thread sends to the store next: cancel, promote to DRAM, and load into slots."""
+    """What the prefetch thread asks of the store next: cancel prefetches, promote experts (NVMe to DRAM), or fetch them into slots."""
 
     cancel: bool = False  # cancel all queued promotions
     promote: list[int] = field(default_factory=list)
@@ -48,7 +48,10 @@ class _Work:
 
 
 class Prefetcher:
-    """The queue of prefetches, and the thread that fetches them. Callers of every method but `join` hold the cache's lock."""
+    """A thread that fetches experts before they are asked for: guesses from a queue, and experts that the schedule names.
+
+    Callers of every method but `join` hold the cache's lock.
+    """
 
     def __init__(self, shared: SharedState, write_back: WriteBack, *, experts_max: int) -> None:
         self._shared = shared
@@ -133,11 +136,14 @@ class Prefetcher:
 
     @property
     def has_work(self) -> bool:
-        """Whether an expert is queued, or named by the schedule and not fetched yet. It may have to wait for a slot."""
+        """Whether an expert is still to be fetched: it is queued, or the schedule names it. It may have to wait for a slot."""
         return bool(self._queue) or (self._fetch_ahead and self._complete_at != self._shared.table.num_removed)
 
     def hand_over_to_demand(self, expert: int) -> None:
-        """Removes an expert from the queue because the training thread asks for it now. If it was queued, it counts as a late prefetch."""
+        """Removes an expert from the queue, if it is there, because the training thread fetches it itself now.
+
+        In that case the prefetch counts as late.
+        """
         if (sections := self._queue.pop(expert, None)) is not None:
             self._promote.pop(expert, None)
             self._count("late", sections)
@@ -203,7 +209,7 @@ class Prefetcher:
         )
 
     def _issue_scheduled(self, expert: int, sections: Sections) -> None:
-        """Counts a fetch that the schedule caused. If the expert was also queued as a guess, it leaves the queue."""
+        """Counts the fetch of an expert that the schedule names. If the expert was also queued as a guess, removes it from the queue."""
         if (queued := self._queue.pop(expert, None)) is not None:
             self._count("cancelled", queued)
         self._shared.counters.count_prefetch("issued", sections.num_bytes(self._shared.layout), scheduled=True)

@@ -1,7 +1,7 @@
 """`Reporter`: sends the counters of a trainer's caches to the daemon every two seconds.
 
-So `ooc-moe stats` can show all three tiers (HBM, DRAM, NVMe). The reporter never disturbs training: while the daemon is away, reports are
-lost silently, and any other error of the store is only logged.
+With these counters, `ooc-moe stats` can show all three tiers (HBM, DRAM, NVMe). The reporter never disturbs training: while the daemon is
+away, reports are lost silently, and any other error of the store is only logged.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Reporter:
                 return
 
     def close(self) -> None:
-        """Ends the thread. The daemon drops the last report after some seconds."""
+        """Ends the thread. Some seconds later, the daemon drops this trainer's last report."""
         self._closed.set()
         self._thread.join()
 

@@ -3,8 +3,9 @@
     uses       (0, 1)  (2, 3)  (0, 1)  (4,)
                        ^ the next use
 
-The trainer may deviate from the schedule. When it asks for exactly the experts of the next or a later use, the position moves behind that
-use. When it asks for at least one expert of the next use, that counts as the next use. When it asks for anything else, the position stays.
+From it the cache learns which experts to evict last and which to fetch ahead. The trainer may deviate from it. When it asks for exactly the
+experts of the next or a later use, the position moves behind that use. When it asks for at least one expert of the next use, the position
+moves behind the next use. When it asks for anything else, the position stays.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Use:
 
 
 class Schedule:
-    """A list of uses in order, and the number of the next one. Not thread-safe."""
+    """The uses (steps that need certain experts) in the order announced, and the number of the next one. Not thread-safe."""
 
     def __init__(self, uses: Iterable[Use] = ()) -> None:
         self._uses = list(uses)
@@ -53,8 +54,8 @@ class Schedule:
     def advance(self, experts: Sequence[int]) -> bool:
         """Moves the position on, because these experts are asked for now, in one call.
 
-        Returns True when at most the next uses of these experts have changed. Returns False when the next uses of other experts have
-        changed too: some uses were skipped, or the schedule has ended.
+        Returns True when the next uses of all other experts are the same as before. Returns False when some of them have changed, because
+        uses were skipped or the schedule has ended.
         """
         if not self.num_left:
             return True
@@ -93,7 +94,7 @@ class Schedule:
         return None if number is None else self._uses[number].sections
 
     def updated_within(self, expert: int, num_experts: int) -> bool:
-        """Whether the expert will be updated while a cache of `num_experts` slots still has it.
+        """Whether the expert will be updated before a cache of `num_experts` slots has to evict it.
 
         That is so when the uses up to its update need at most `num_experts` different experts.
         """

@@ -27,7 +27,8 @@ log = logging.getLogger(__name__)
 class SharedState:
     """The lock and the data that all threads of one cache share.
 
-    Threads hold the condition `changed` (a lock) to use any of the fields. They notify it after changes that a waiting thread may need.
+    A thread holds the condition `changed` (a lock) while it uses any of the fields. It notifies `changed` after a change that a waiting
+    thread may need.
     """
 
     def __init__(
@@ -117,8 +118,8 @@ class SharedState:
         """Whether the cache may use the version that was fetched. After the cache's first push, nobody else may write the bank.
 
         Raises LostUpdate when the version is older than the one that this cache pushed. When another writer made the version, raises
-        StaleVersion if the fetch was on demand, and returns False if it was a prefetch: a snapshot may have been restored just now (see
-        `ExpertCache.forget`).
+        StaleVersion if the training thread asked for the expert (DEMAND). Returns False instead if the fetch was a prefetch: a snapshot may
+        have been restored just now (see `ExpertCache.forget`).
         """
         newest = self.own_versions.get(fetched.expert, 0)
         if fetched.version < newest:

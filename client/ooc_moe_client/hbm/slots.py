@@ -6,8 +6,8 @@ The memory is one uint8 tensor on the device. A slot holds an expert's body (par
     slot 1 | w1 | b1 | padding | moments | padding |
 
 On the CPU (`HostSlots`) a fetch writes straight into the slot. On CUDA (`CudaSlots`, cuda_slots.py) it writes into page-locked staging
-memory, which is copied to the slot on a separate stream; events order these copies and the computation, and the host does not wait. Only
-the caller knows which expert is in which slot. It must not reuse a slot that is pinned.
+memory, which is copied to the slot on a separate stream; CUDA events order these copies and the computation, so the host rarely waits. Only
+the caller knows which expert is in which slot, and which slots are pinned. It must not reuse a pinned slot.
 """
 
 from __future__ import annotations
@@ -23,30 +23,37 @@ from ooc_moe_wire.layout import BLOCK_BYTES, Layout, TensorSpec
 
 
 class ExpertSlots(Protocol):
-    """Memory for a fixed number of experts, `body_bytes` each. `views` has for each tensor name a view (num_slots, *shape) of all slots.
+    """The interface of the cache's memory: a fixed number of slots for one expert each, `body_bytes` long.
 
-    A fetch calls `landing` for the memory to fill, and then `landed`. A computation on slots stands between `acquire` and `release`.
+    `views` has for each tensor name a view (num_slots, *shape) of all slots. A fetch calls `landing` to get the memory that it fills, and
+    then `landed`. A computation on slots calls `acquire` before and `release` after it.
     """
 
     views: dict[str, Tensor]
 
     def landing(self, slot: int, num_bytes: int) -> memoryview:
-        """Returns host memory of `num_bytes` for the bytes of a fetch. `landed` then brings these bytes into the slot."""
+        """Returns host memory of `num_bytes`, the landing memory, into which a fetch writes the bytes for the slot. Then call `landed`."""
 
     def landed(self, slot: int, num_bytes: int) -> None:
-        """Brings the first `num_bytes` of the filled landing memory into the slot. The copy may still run when this returns."""
+        """Brings the first `num_bytes` of the landing memory, which a fetch has filled, into the slot.
+
+        The copy may still run when this returns.
+        """
 
     def abandon(self, slot: int) -> None:
-        """Gives back the slot's landing memory unused. Call this when the fetch failed."""
+        """Gives back the slot's landing memory (from `landing`) unused. Call this when the fetch failed."""
 
     def acquire(self, slots: Sequence[int], *, writing: bool) -> None:
-        """Makes computation that is queued after this call wait for unfinished copies of the slots.
+        """Makes computation that is queued after this call wait for unfinished copies into or out of the slots.
 
         Call it before the compute stream reads the slots, or, with `writing`, writes them.
         """
 
     def release(self, slots: Sequence[int]) -> None:
-        """Makes later copies of the slots wait for the computation that was queued until this call. Call it when all of that is queued."""
+        """Makes later copies of the slots wait for the computation that is queued so far.
+
+        Call it when all computation that uses the slots since `acquire` is queued.
+        """
 
     def copy_out(self, slot: int, buffer: Tensor) -> CopyOut:
         """Starts copying the slot to a host `buffer` (body_bytes,) uint8. The result's `synchronize` waits until the copy is done."""
@@ -66,7 +73,7 @@ class CopyOut(Protocol):
 
 
 class HostSlots:
-    """The cache's slots in host memory. A fetch writes straight into the slot, and all copies are made at once.
+    """The cache's slots in host memory. A fetch writes straight into the slot, and every copy is done when its call returns.
 
     `ExpertSlots` documents the methods.
     """
@@ -84,7 +91,7 @@ class HostSlots:
         """Does nothing: the bytes are in the slot already."""
 
     def abandon(self, slot: int) -> None:
-        """Does nothing: the slot has no separate landing memory."""
+        """Does nothing: a fetch writes straight into the slot, so there is no other memory to give back."""
 
     def acquire(self, slots: Sequence[int], *, writing: bool) -> None:
         """Does nothing: no copy is ever unfinished."""
@@ -93,7 +100,7 @@ class HostSlots:
         """Does nothing: computation on the CPU is done when its call returns."""
 
     def copy_out(self, slot: int, buffer: Tensor) -> CopyOut:
-        """Copies the slot to `buffer` before it returns."""
+        """Copies the slot to `buffer`. The copy is done when this returns."""
         buffer.copy_(self._rows[slot])
         return _DONE
 
@@ -121,7 +128,10 @@ def allocate(num_slots: int, slot_bytes: int, device: torch.device) -> Tensor:
 
 
 def strided_views(layout: Layout, rows: Tensor) -> dict[str, Tensor]:
-    """Makes, for each tensor of the layout, a view (num_slots, *shape) of `rows` (num_slots, body_bytes), one row per slot."""
+    """Makes a view of each tensor of the layout in all slots, of shape (num_slots, *shape). Returns the views by tensor name.
+
+    `rows` is the memory of the slots, (num_slots, body_bytes), one row per slot.
+    """
     return {tensor.name: _strided_view(tensor, layout.offsets[tensor.name], rows) for tensor in layout.tensors}
 
 

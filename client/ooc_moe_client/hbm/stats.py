@@ -3,7 +3,7 @@
 Experts are fetched before they are asked for in two ways, which are counted apart. Prefetches (`prefetch_*`) are guesses and may be wrong.
 Fetches ahead (the dict `ahead`) are of experts that the schedule names, so they are known to be needed.
 
-Tests hold these equations, the second one for both ways, in experts and in bytes:
+Tests check these equations. The second one holds for prefetches and for fetches ahead, and for experts and for bytes:
 
     accesses = hits + misses
     issued   = useful + late + wasted + cancelled + those still queued, loading, or resident and not asked for yet
@@ -26,24 +26,25 @@ class Counters:
     """What one cache has counted since its start: numbers of experts, unless a name says otherwise. The cache changes them under its lock.
 
     Attributes:
-        accesses: experts asked for by readings that count (`counted` of `ExpertCache.reading`).
+        accesses: experts asked for by `ExpertCache.reading` with `counted` True.
         hits: of the accesses, those whose expert was ready in its slot.
         misses: all other accesses. One whose expert a prefetch was just loading is a miss, and counts in `prefetch_late` too.
-        refetches: experts fetched again for a reading that does not count (backward, optimizer).
-        prefetch_issued: experts accepted into the prefetch queue. This and the next five have a twin in bytes, `..._bytes`.
+        refetches: experts that were not ready when backward or the optimizer asked for them again (`counted` False, or `updating`).
+        prefetch_issued: experts accepted into the prefetch queue. For this counter and each of the next five, another one named `..._bytes`
+            counts the bytes.
         prefetch_useful: prefetched experts that were ready when they were first asked for.
-        prefetch_late: experts that were asked for while they were queued or loading.
+        prefetch_late: prefetched experts that were asked for while they were still queued or loading.
         prefetch_wasted: prefetched experts that were evicted or dropped before they were asked for.
         prefetch_cancelled: experts that left the queue without a fetch, or could not be fetched.
         prefetch_refused: experts that the admission found not worth a fetch (see admission.py). They were not issued; where admission only
             observes, they were issued all the same.
         evictions: experts that left their slot to make room for another.
-        write_backs: changed experts that were pushed and acknowledged.
-        bytes_in: bytes fetched, on demand and ahead of it.
+        write_backs: changed experts that were pushed to the store and acknowledged by it.
+        bytes_in: bytes fetched, whether the training thread waited for them or not.
         bytes_out: bytes pushed and acknowledged.
         stall_s: seconds that the training thread waited for experts.
-        fetched_from: fetched experts by the daemon's tier that held them: "dram", "nvme" or "seed". "write-back": experts that came back
-            from the buffers of the write-back, because the daemon did not have their newest bytes yet (not in `bytes_in`).
+        fetched_from: how many experts came from each place: "dram", "nvme" and "seed" are the daemon's tiers. "write-back": experts that
+            came back from the buffers of the write-back, because the daemon did not have their newest bytes yet (not in `bytes_in`).
         ahead: fetches that the schedule caused before the experts were asked for, by outcome: "issued", "useful", "late", "wasted",
             "cancelled", each also as "..._bytes".
     """
@@ -124,13 +125,19 @@ class CacheStats(Counters):
 
     @property
     def prefetch_recall(self) -> float:
-        """The share of the needed fetches that a prefetch had made in time: useful / (useful + misses + refetches). 0 when all are 0."""
+        """Of all experts that had to be fetched, the share that a prefetch had brought in time: useful / (useful + misses + refetches).
+
+        0 when all are 0.
+        """
         needed = self.prefetch_useful + self.misses + self.refetches
         return self.prefetch_useful / needed if needed else 0.0
 
     @property
     def prefetch_precision(self) -> float:
-        """The share of the fetched prefetches that were ready when asked for: useful / (useful + late + wasted). 0 when all are 0."""
+        """Of the prefetches whose outcome is known, the share that was ready when asked for: useful / (useful + late + wasted).
+
+        0 when all are 0.
+        """
         fetched = self.prefetch_useful + self.prefetch_late + self.prefetch_wasted
         return self.prefetch_useful / fetched if fetched else 0.0
 

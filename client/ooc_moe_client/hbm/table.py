@@ -33,7 +33,10 @@ class LoadState(Enum):
 
 @dataclass(slots=True, eq=False)
 class Resident:
-    """An expert that has a slot, and its state: what was fetched of it, its pins, its changes, and when it was last asked for."""
+    """An expert that has a slot, and its state: what was fetched of it, its pins, its changes, and when it was last asked for.
+
+    It is READY when the bytes of its `sections` are in the slot. It is dirty when it has changes that the store does not have.
+    """
 
     expert: int
     slot: int
@@ -67,7 +70,10 @@ class Group:
 
 
 class SlotTable:
-    """The experts in slots ("residents"), the free slots, and the order of eviction. Callers of every method hold the cache's lock."""
+    """The experts in slots ("residents"), the free slots, and the order of eviction. The cache's threads look up and change it.
+
+    Callers of every method hold the cache's lock.
+    """
 
     def __init__(self, layout: Layout, capacity: int, counters: Counters) -> None:
         self.capacity = capacity
@@ -133,7 +139,7 @@ class SlotTable:
     # Demand
 
     def find_group(self, experts: tuple[int, ...], sections: Sections) -> Group | None:
-        """Returns the group of exactly these experts.
+        """Returns the group (experts with their slots) that was remembered for exactly these experts.
 
         None unless they were asked for together before, have `sections`, and kept their slots.
         """
@@ -150,7 +156,7 @@ class SlotTable:
         return group
 
     def note_group_demand(self, group: Group) -> None:
-        """Notes that the training thread asks for the experts of a group: a fast form of `advance` and a `note_demand` for each.
+        """Notes that the training thread asks for the experts of a group. It replaces `advance` and `note_demand`, and is faster.
 
         The order of eviction is updated later, when it is needed.
         """
@@ -190,9 +196,9 @@ class SlotTable:
     def in_working_set(self, resident: Resident) -> bool:
         """Whether the expert is in the working set, the recently used experts that prefetches must not evict.
 
-        It is when it was asked for since `new_working_set`, and among the last 2 x `capacity` demands (experts asked for). Training visits
-        layers forward and then backward, so each expert of a set that fits into the cache is asked for at least once in so many demands.
-        Experts that are no longer used drop out by themselves.
+        The expert is in it when it was asked for since `new_working_set`, and among the last 2 x `capacity` demands (experts asked for).
+        Training visits layers forward and then backward, so each expert of a set that fits into the cache is asked for at least once within
+        that many demands. Experts that are no longer used drop out by themselves.
         """
         return resident.demanded_at > max(self._working_set_since, self._clock - 2 * self.capacity)
 
@@ -225,7 +231,7 @@ class SlotTable:
         self.remove(resident)
 
     def evictable(self) -> Iterator[Resident]:
-        """Yields the experts that may be evicted now, the next to go first. They are ready, not pinned, and not being copied out."""
+        """Yields the experts that may be evicted now (ready, not pinned, not being copied out), in the order in which to evict them."""
         self._order_groups()
         for expert in self._order.victims():
             resident = self.residents[expert]

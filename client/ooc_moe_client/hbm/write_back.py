@@ -2,9 +2,9 @@
 
     dirty resident --copy out--> PendingWrite in a host buffer --push--> acknowledged: clean, unless it was updated again
 
-There is at most one `PendingWrite` per expert, so two pushes of one expert never overtake each other. While it exists and the expert has
-been evicted, a request for the expert is served from the buffer, because the store has an older version. When the push of an evicted expert
-fails, the buffer is kept: it is the only copy.
+There is at most one `PendingWrite` per expert, so two pushes of one expert never overtake each other. If an expert is evicted and asked for
+again while its `PendingWrite` exists, its bytes come from the buffer, because the store has an older version. When the push of an evicted
+expert fails, the buffer is kept: it is the only copy.
 
 A slot is not copied out while the optimizer writes it (`Resident.updating`), and the optimizer waits while a slot is copied out
 (`Resident.copying`). The lock is released during the copy.
@@ -97,14 +97,14 @@ class WriteBack:
         self._shared.changed.notify_all()
 
     def retry(self) -> None:
-        """Queues the failed pushes of evicted experts again."""
+        """Queues all failed pushes of evicted experts again, so that they are tried once more."""
         for write in self._pending.values():
             if write.error is not None:
                 write.queued, write.error = True, None
         self._shared.changed.notify_all()
 
     def make_room(self, may_leave: Callable[[Resident], bool]) -> bool:
-        """Evicts the next expert that `may_leave` allows.
+        """Evicts one expert: the next in the order of eviction for which `may_leave` returns True.
 
         A dirty expert is not evicted at once, but only copied to a buffer, to be pushed; the next call can evict it. The lock is released
         during the copy.

@@ -23,10 +23,10 @@ STAGING_BYTES_MIN, STAGING_BYTES_MAX = 64 << 20, 1 << 30
 
 
 class LocalPlane:
-    """The local plane of one daemon. Thread-safe.
+    """The local plane of one daemon: sends fetches, and offers memory for pushes, all through shared memory. Thread-safe.
 
-    Its main session identifies it to the daemon, and pushes use it. When that session ends, by `close` or by the daemon, `is_alive` becomes
-    False, and the plane must be replaced.
+    Its main session (connection) identifies it to the daemon, and pushes use it. When that session ends, by `close` or by the daemon,
+    `is_alive` becomes False, and the user of this object must open another.
     """
 
     def __init__(self, name: str, session: LocalSession, arena: ArenaView) -> None:
@@ -58,9 +58,9 @@ class LocalPlane:
     # Fetches
 
     def fetch(self, fetch: local_pb2.LocalFetch, *, timeout_s: float) -> LocalCall:
-        """Sends a fetch to the daemon, and returns it as a `LocalCall` that yields the daemon's answers.
+        """Sends a fetch to the daemon, and returns it as a `LocalCall`, from which the daemon's answers are read.
 
-        Raises Unavailable, InvalidRequest.
+        The answers must come within `timeout_s` seconds. Raises Unavailable, InvalidRequest.
         """
         session = self._pop_idle() or LocalSession.connect(self._name)[0]
         try:
@@ -81,7 +81,7 @@ class LocalPlane:
             session.close()
 
     def reuse(self, session: LocalSession) -> None:
-        """Keeps a session for the next fetch. Call this when the session's own fetch has ended and it holds no lease."""
+        """Keeps a session (connection) open for the next fetch. Call this when the fetch on the session has ended and it holds no lease."""
         with self._lock:
             if not self._closed:
                 self._idle.append(session)
@@ -108,7 +108,7 @@ class LocalPlane:
         return staging if self._session.stage(staging.fd, num_bytes) else None
 
     def wake(self) -> None:
-        """Makes threads that wait for a place in the staging memory check whether they still need one (see `Staging.allocate`)."""
+        """Wakes threads that wait for a place in the staging memory, so that they check whether they still need it (`Staging.allocate`)."""
         with self._staging_lock:
             if self._staging is not None:
                 self._staging.wake()
@@ -128,18 +128,24 @@ class LocalPlane:
 
 
 class LocalCall:
-    """One running fetch on the local plane: gives the daemon's answers, and gives leases back."""
+    """One running fetch on the local plane: reads the daemon's answers, and gives back the leases in them.
+
+    A lease is the right to read a record in the daemon's memory for a limited time.
+    """
 
     def __init__(self, plane: LocalPlane, session: LocalSession, deadline: float) -> None:
-        """Wraps a session whose fetch was sent. Use `LocalPlane.fetch` instead."""
+        """Wraps a session on which a fetch was sent. Use `LocalPlane.fetch` instead.
+
+        `deadline`: until when answers may come, a time of `time.monotonic()`.
+        """
         self.plane = plane
         self._session: LocalSession | None = session
         self._deadline = deadline
 
     def next(self) -> local_pb2.LocalAnswer | None:
-        """Waits for the next answer of the daemon. Returns None at the end of the fetch; by then all leases must have been released.
+        """Waits for the next answer of the daemon, and returns it. Returns None when the fetch has ended.
 
-        Raises the errors of `LocalSession.receive`. The caller must then call `cancel`.
+        Release all leases before that end is read. Raises the errors of `LocalSession.receive`; the caller must then call `cancel`.
         """
         assert self._session is not None
         answer = self._session.receive(self._deadline)

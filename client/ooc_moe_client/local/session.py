@@ -27,7 +27,10 @@ _TIMEVAL = struct.Struct("@ll")  # seconds, microseconds
 
 
 class LocalSession:
-    """One session with the daemon. It runs at most one fetch at a time. `release` and `is_alive` may be called from any thread."""
+    """One connection to the local plane of a daemon, on which fetches are sent, one at a time, and leases are given back.
+
+    `release` and `is_alive` may be called from any thread.
+    """
 
     def __init__(self, connected: socket.socket, number: int) -> None:
         """Wraps a connected socket. `number` is the daemon's number for the session. Use `connect` instead."""
@@ -68,7 +71,7 @@ class LocalSession:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the session is still open, as far as both sides know."""
+        """Whether the session is still open: neither side has ended it."""
         if self._broken:
             return False
         try:
@@ -126,7 +129,7 @@ class LocalSession:
     def stage(self, fd: int, num_bytes: int) -> bool:
         """Sends the file descriptor of staging memory to the daemon, which maps it. Returns whether the daemon accepts it.
 
-        When it does not, the session is over.
+        If the daemon refuses it, the session is over.
         """
         try:
             _limit(self._socket, PATIENCE_S)
@@ -145,9 +148,9 @@ class LocalSession:
 
 
 def _limit(connected: socket.socket, seconds: float) -> None:
-    """Limits how long sends and receives on the socket may wait.
+    """Limits how long sends and receives on the socket may wait, to `seconds`.
 
-    `settimeout` is not used: it would add a system call (poll) to each packet, even under MSG_DONTWAIT.
+    It sets socket options, and not `settimeout`, which would add a system call (poll) to each packet, even under MSG_DONTWAIT.
     """
     limit = _TIMEVAL.pack(*divmod(max(1, round(seconds * 1e6)), 1_000_000))
     for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):

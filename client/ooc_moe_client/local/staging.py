@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 
 class Staging:
-    """Shared memory (a memfd) of a fixed size, and the allocation of places for bodies in it.
+    """Shared memory (a memfd) of a fixed size, through which pushed bodies reach the daemon. Allocates a place in it for each body.
 
     The daemon maps the same memory through `fd`. The descriptor is closed with the last reference to this object.
     """
@@ -44,10 +44,10 @@ class Staging:
         return self._file.fileno()
 
     def allocate(self, num_bytes: int, *, wanted: Callable[[], bool]) -> int | None:
-        """Allocates a place of `num_bytes`, and returns its start. Waits until one is free, as long as `wanted()` is true.
+        """Allocates a place of `num_bytes`, and returns its start. Waits until a place is free, as long as `wanted()` returns True.
 
-        `wanted` is called again whenever a place was freed and after each `wake`. None: it returned False. The place is the lowest free
-        one, because pages there are in use already.
+        `wanted` is called again whenever a place was freed and after each `wake`. When it returns False, the result is None. Of several
+        free places, the lowest is chosen, because pages there are in use already.
         """
         with self._changed:
             while wanted():
@@ -76,6 +76,6 @@ class Staging:
             self._changed.notify_all()
 
     def wake(self) -> None:
-        """Makes waiting `allocate` calls ask `wanted` again. Call this when a caller's wish may have changed."""
+        """Makes waiting `allocate` calls call `wanted` again. Call this when one of them may no longer need its place."""
         with self._changed:
             self._changed.notify_all()

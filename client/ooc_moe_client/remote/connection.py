@@ -1,8 +1,7 @@
 """`Connection`: the gRPC channel to one daemon, with its options, deadlines and retries. It sends the caller's name with every call.
 
-Two errors are retried after random pauses. Unavailable is retried until the patience (a time limit) ends. TierFull is retried a limited
-number of times, each time after the pause that the daemon names. Errors of gRPC are translated to those of `ooc_moe_wire.errors` in this
-file only.
+Two errors are retried after random pauses. Unavailable is retried for `patience_s` seconds. TierFull is retried a limited number of times,
+each time after the pause that the daemon names. Errors of gRPC are translated to those of `ooc_moe_wire.errors` in this file only.
 """
 
 from __future__ import annotations
@@ -75,7 +74,8 @@ class Connection:
         target: "host:port" or "unix:PATH".
         trainer: the caller's name, under which the daemon counts its calls.
         timeout_s: the deadline of a call, in seconds.
-        patience_s: how many seconds Unavailable is retried when the daemon went away; at most `FIRST_CONTACT_S` when it never answered.
+        patience_s: for how many seconds a call is retried after Unavailable, if the daemon has answered before. If it never answered, at
+            most `FIRST_CONTACT_S`.
 
     Raises:
         InvalidRequest: the target is no address, the trainer's name cannot travel in a header, or a time is not positive.
@@ -110,7 +110,7 @@ class Connection:
         self._has_answered = True
 
     def note_give_up(self) -> None:
-        """Shortens `patience_s` to that for a daemon that never answered. Called when retries ended without success."""
+        """Shortens `patience_s` to its length for a daemon that never answered. Call this when retries ended without success."""
         self._has_answered = False
 
     @contextmanager

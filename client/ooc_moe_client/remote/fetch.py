@@ -7,7 +7,7 @@ A call runs on one of two planes (ways for bytes to travel), the stream plane or
       LeasedCall     one call on the local plane: leases on the daemon's DRAM tier, copied from shared memory
       PendingExperts which experts have not come yet, where their bytes go, and the checks of an expert that has come
 
-`Fetch` does not retry by itself: when a call breaks, `next` raises the error. Call `next` again to continue.
+`Fetch` does not retry by itself: when a call breaks, `next` raises the error. To continue, call `next` again, which opens the next call.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ OVERWRITTEN_CALLS_MAX = 3
 
 
 class PlaneCall(Protocol):
-    """One call of a fetch, on the stream plane (`StreamedCall`) or the local plane (`LeasedCall`)."""
+    """The interface of one call to the daemon that fetches experts: by gRPC messages (`StreamedCall`) or shared memory (`LeasedCall`)."""
 
     def next(self) -> Iterable[Fetched] | None:
         """Waits for the next experts of the call, and returns them as an iterable. None: the call has ended.

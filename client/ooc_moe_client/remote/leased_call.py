@@ -1,8 +1,7 @@
 """`LeasedCall`: one call of a fetch on the local plane.
 
-The daemon leases records in its DRAM, and the client copies them from shared memory.
-
-A lease is the right to read a record for a limited time.
+The daemon leases records in its DRAM to the client, which copies them from shared memory. A lease is the right to read a record for a
+limited time. Each record has a generation, a number that changes when the daemon overwrites the record.
 
     daemon: sends leases (ids, experts, offsets, generations, ...)
     client: copies each record, checks that its generation did not change meanwhile, gives the leases back
@@ -31,10 +30,10 @@ _Lease = tuple[int, int, int, int, int, int, int, int]
 
 
 class LeasedCall:
-    """One call on the local plane that fetches the experts in `asked`. `PlaneCall` documents the methods.
+    """One call on the local plane (shared memory) that fetches the experts in `asked`. `PlaneCall` documents the methods.
 
     Attributes:
-        num_overwritten: how many experts the daemon overwrote before they were copied.
+        num_overwritten: how many records the daemon overwrote before they were copied. Another call must fetch those experts.
     """
 
     def __init__(self, connection: Connection, call: LocalCall, pending: PendingExperts, asked: Sequence[int], *, verify: bool) -> None:

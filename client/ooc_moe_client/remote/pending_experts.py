@@ -1,4 +1,7 @@
-"""`PendingExperts`: the experts of one fetch that have not come yet, and the checks of each expert that comes, for both planes."""
+"""`PendingExperts`: the experts of one fetch that have not come yet, and the checks of each expert that comes.
+
+It serves both planes (ways for bytes to travel): gRPC messages and shared memory.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,9 @@ _TIERS = {tier.value: tier for tier in Tier}
 
 
 class PendingExperts:
-    """Which experts of one fetch have not come yet, and where their bytes go. `ExpertStore.fetch` documents the arguments.
+    """Which experts of one fetch have not come yet, and where their bytes go. Each call of the fetch reports here what came.
+
+    `ExpertStore.fetch` documents the arguments.
 
     Attributes:
         experts: the experts that have neither come nor failed, each with the version that the caller has (or None).
@@ -90,9 +95,10 @@ class PendingExperts:
         return True
 
     def arrive(self, expert: int, version: int, tier: int, *, unchanged: bool = False) -> Fetched | None:
-        """Removes an expert whose bytes are complete from those missing, and returns what the store yields for it.
+        """Takes an expert, whose bytes are complete, off the missing experts. Returns what the store yields for it.
 
-        None: the store had acknowledged a newer version to this client, so an update was lost; the expert is marked as failed.
+        None: the version is older than one that the store had acknowledged to this client, so an update was lost; the expert is marked as
+        failed.
 
         Args:
             expert: the expert's id.

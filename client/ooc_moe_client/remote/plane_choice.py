@@ -1,4 +1,4 @@
-"""`PlaneChoice`: chooses the plane (the way for bytes to travel) of each call, and opens the local plane.
+"""`PlaneChoice`: chooses for each call how bytes travel, in gRPC messages (stream plane) or through shared memory (local plane).
 
 It opens the local plane where that is possible, and opens it again after it broke.
 """

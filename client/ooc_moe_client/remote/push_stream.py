@@ -81,14 +81,14 @@ class PendingPush:
 
 
 class BankWriter:
-    """Holds one bank open for writing and pushes experts to it, in a background thread that starts at once.
+    """Holds the right to write one bank, and pushes experts to it, in a background thread that starts at once.
 
     When that thread fails to open the bank or loses it for good, `push` and `wait_until_open` raise its error. The threads share one queue
     under one lock (`_changed`), which is why this is one class.
 
     Args:
         connection: the connection to the daemon.
-        planes: chooses how bodies travel.
+        planes: chooses how bodies (the bytes of experts) travel.
         bank: the bank's name.
         writer_id: the store's identity, the same for all its banks and streams.
         numbers: gives the number of each push; all banks of a store share it.

@@ -35,7 +35,10 @@ class _Unanswered:
 
 
 class Pusher:
-    """The pushing side of one store, for any number of banks. The daemon knows it as one writer, by `writer_id`. Thread-safe."""
+    """Sends the pushes of one `RemoteStore` to its daemon, for any number of banks. Thread-safe.
+
+    The daemon knows it as one writer, by `writer_id`.
+    """
 
     def __init__(self, connection: Connection, planes: PlaneChoice, read_floor: ReadFloor) -> None:
         self.writer_id = uuid.uuid4().hex
@@ -135,6 +138,6 @@ class Pusher:
             writer.release()
 
     def close(self) -> None:
-        """Gives back the right to write of every bank that is open."""
+        """Gives back the right to write every bank that is open."""
         for bank in list(self._writers):
             self.release(bank)

@@ -12,9 +12,9 @@ from ooc_moe_wire.errors import LostUpdate
 
 
 class ReadFloor:
-    """The newest acknowledged version of each pushed expert, its floor: no fetch may return an older one.
+    """For each expert that this client pushed, its floor: the newest version that the daemon has acknowledged.
 
-    Thread-safe, because each step is one operation on a dict.
+    A fetch that returns an older version than the floor is an error. Thread-safe, because each step is one operation on a dict.
     """
 
     def __init__(self) -> None:
@@ -35,9 +35,9 @@ class ReadFloor:
         return {expert: versions[expert] for expert in experts if expert in versions} if versions else {}
 
     def lost_update(self, bank: str, expert: int, version: int, floor: int) -> LostUpdate | None:
-        """Makes the error for a fetch that returned `version`, older than the floor `floor` from the start of the fetch.
+        """Returns the error for a fetch that returned an expert in a version older than its floor. `floor`: as it was when the fetch began.
 
-        None: the version is new enough, or the bank's floors were dropped since the fetch began.
+        None: `version` is new enough, or the bank's floors were dropped since the fetch began.
         """
         if version >= floor or not self.of(bank, (expert,)):
             return None

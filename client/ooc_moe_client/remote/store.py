@@ -73,13 +73,16 @@ class RemoteStore:
 
     @property
     def plane(self) -> Plane:
-        """How bytes travel at present, STREAM or LOCAL. If that is not decided yet, asks the daemon; this may raise what `fetch` raises."""
+        """How bytes travel at present: STREAM (in gRPC messages) or LOCAL (through shared memory).
+
+        If that is not decided yet, asks the daemon; this may raise what `fetch` raises.
+        """
         return Plane.STREAM if self._connection.retry(self._planes.local) is None else Plane.LOCAL
 
     # Banks
 
     def create_bank(self, spec: BankSpec) -> Bank:
-        """Creates a bank, or returns the existing one of an equal spec. Contract: `ExpertStore.create_bank`."""
+        """Creates a bank, or returns the existing bank if that has an equal spec. Contract: `ExpertStore.create_bank`."""
         return self._remember_bank(self._connection.call(self._banks.CreateBank, bank_pb2.CreateBankRequest(spec=spec.to_proto())))
 
     def grow_bank(self, name: str, num_experts: int) -> Bank:
@@ -97,7 +100,7 @@ class RemoteStore:
         return [bank_from(bank) for bank in self._connection.call(self._banks.ListBanks, bank_pb2.ListBanksRequest()).banks]
 
     def delete_bank(self, name: str) -> None:
-        """Deletes a bank, also from all snapshots. Contract: `ExpertStore.delete_bank`."""
+        """Deletes a bank, and its experts in every snapshot. Contract: `ExpertStore.delete_bank`."""
         self.get_bank(name)
         with suppress(UnknownBank):  # It existed just now: an earlier try of this call has deleted it.
             self._connection.call(self._banks.DeleteBank, bank_pb2.DeleteBankRequest(bank=name))
@@ -105,9 +108,9 @@ class RemoteStore:
         self._read_floor.forget(name)
 
     def fork_bank(self, source: str, name: str, *, snapshot_id: int | None = None) -> Bank:
-        """Creates a bank as a copy of another one, as that is now or was in a snapshot. Contract: `ExpertStore.fork_bank`.
+        """Creates the bank `name` as a copy of the bank `source`: as that is now, or as it was in a snapshot.
 
-        Once the request was sent it is not retried: a repeat would find that the bank exists.
+        Contract: `ExpertStore.fork_bank`. Once the request was sent it is not retried: a repeat would find that the bank exists.
         """
         self.get_bank(source)
         request = bank_pb2.ForkBankRequest(source=source, name=name, snapshot_id=snapshot_id or 0)

@@ -18,7 +18,7 @@ _Message = expert_pb2.FetchExpertsResponse | ChunkView
 
 
 class StreamedCall:
-    """One FetchExperts call of gRPC. `PlaneCall` documents the methods."""
+    """One call on the stream plane that fetches experts: FetchExperts of gRPC. `PlaneCall` documents the methods."""
 
     def __init__(
         self,

@@ -23,9 +23,9 @@ def closest(word: str, known: Iterable[str]) -> str:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """A context manager that turns tyro's exit, when it has found a mistake on the command line, into InvalidRequest.
+    """A context manager for code that runs tyro. When tyro finds a mistake on the command line, raises InvalidRequest with its message.
 
-    What tyro prints in the block is not shown; the error has its message, in one line.
+    Without this, tyro would print the message in a box and exit. The box is not shown; the error has its message in one line.
     """
     said, columns = io.StringIO(), os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = "100000"  # tyro makes the box as wide as the terminal, and would fold the message.

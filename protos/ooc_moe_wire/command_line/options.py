@@ -46,7 +46,7 @@ class Flag:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Option:
-    """One option of a command, made from a field of a dataclass."""
+    """One option of a command, made from a field of a dataclass: its flag, its help, and how words become its value."""
 
     name: str
     """The name of the field."""

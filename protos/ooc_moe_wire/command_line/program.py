@@ -29,7 +29,7 @@ class Command:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Program:
-    """A program with several commands.
+    """A program with several commands: finds the command that the user typed, and runs it.
 
     The name of a command is one word ("train") or two ("bank ls"). The command named "" runs if the words name no command.
     """

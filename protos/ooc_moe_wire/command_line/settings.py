@@ -36,7 +36,7 @@ def from_environment(
         options: the options that may be set.
         environ: all environment variables.
         prefix: the prefix of the variables' names, for example "OOC_MOE_".
-        ignored: longer prefixes, of variables that are no settings and are skipped.
+        ignored: longer prefixes; variables that begin with one of them are no settings, and are skipped.
 
     Raises:
         InvalidRequest: a variable with the prefix matches no option, or its text is no valid value.
