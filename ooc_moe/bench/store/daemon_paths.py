@@ -121,7 +121,8 @@ def fetch_path(name: str, store: RemoteStore, records: Records, tier: Tier, *, p
 def resident_fetches(daemon: BenchDaemon, records: Records, wanted: Sequence[str]) -> Iterator[list[TimedPath]]:
     """Yields measured ways (paths) that fetch from DRAM: on each data plane, with and without verifying checksums at the receiver.
 
-    Only those are made whose name is in `wanted`."""
+    Only those are made whose name is in `wanted`.
+    """
     kinds = {
         "local": lambda: daemon.store(Plane.LOCAL, verify=False),
         "local xxh3": lambda: daemon.store(Plane.LOCAL),
@@ -168,7 +169,8 @@ def _push_path(name: str, stores: dict[str, RemoteStore], records: Records) -> T
 def nvme_fetches(daemon: BenchDaemon, records: Records, wanted: Sequence[str]) -> Iterator[list[TimedPath]]:
     """Yields measured ways (paths) that fetch from NVMe, one for each data plane. Only those are made whose name is in `wanted`.
 
-    Before each run all records are evicted from DRAM, so that the fetch must read NVMe."""
+    Before each run all records are evicted from DRAM, so that the fetch must read NVMe.
+    """
     planes = {"local": Plane.LOCAL, "stream": Plane.STREAM}
     with ExitStack() as stack:
         evict = stack.enter_context(dram_evictor(daemon, records))

@@ -72,7 +72,8 @@ def raw_reads(records: Records, directory: Path) -> Iterator[list[TimedPath]]:
 def buffered_reads(records: Records, directory: Path) -> Iterator[list[TimedPath]]:
     """Yields the measured way (path) "buffered file": one thread reads an ordinary file.
 
-    The file was dropped from the page cache before the run."""
+    The file was dropped from the page cache before the run.
+    """
     path = directory / "buffered"
     path.write_bytes(records.source.data)
     fd = os.open(path, os.O_RDONLY)

@@ -27,7 +27,8 @@ from ooc_moe.bench.store.records import Records
 def memcpy(records: Records) -> Iterator[list[TimedPath]]:
     """Yields the measured way (path) "memcpy": one thread copies record after record.
 
-    It copies them out of the shared memory that another process has filled."""
+    It copies them out of the shared memory that another process has filled.
+    """
 
     def run() -> None:
         for index in records.ids:
@@ -73,7 +74,7 @@ def grpc(records: Records) -> Iterator[list[TimedPath]]:
 
 @contextmanager
 def flight(records: Records) -> Iterator[list[TimedPath]]:
-    """Yields two measured ways (paths), "flight" (fetch) and "flight put": an Arrow Flight server sends, or receives, all records as one table.
+    """Yields two measured ways (paths), "flight" (fetch) and "flight put": an Arrow Flight server sends or receives all records as a table.
 
     The fetch is DoGet with `read_all`, as Flight's users call it: the records arrive in Flight's memory, not the caller's. The put is
     DoPut; the server then has the records in memory, not durably.
