@@ -134,7 +134,7 @@ def human_table(found: StudyScores) -> Table:
 
 
 def memory_table(costs: Mapping[str, Costs]) -> Table:
-    """Makes the table of memory, with one row per variant: parameters, and bytes of the cache, the method against forgetting, and the detector."""
+    """Makes the table of memory, with one row per variant: parameters; bytes of cache, method against forgetting, and detector."""
     rows = []
     for name, cost in costs.items():
         kept = f"{format_bytes(cost.protection_bytes)} + {format_bytes(cost.exemplar_bytes)}"
