@@ -34,7 +34,10 @@ class Protocol:
 
     @staticmethod
     def of(config: Mapping[str, Any]) -> Protocol | None:
-        """Returns the protocol with which a run is evaluated, from its configuration. None if that is old and lacks some."""
+        """Returns the protocol with which a run is evaluated, taken from its configuration.
+
+        None if the configuration is an old one that lacks some of the settings.
+        """
         names = [field.name for field in fields(Protocol)]
         return Protocol(**{name: config[name] for name in names}) if config.keys() >= set(names) else None
 

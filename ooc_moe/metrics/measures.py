@@ -73,8 +73,8 @@ def final(scores_PG: ArrayLike) -> Floats:
 def forgetting(scores_PG: ArrayLike, trained_P: Sequence[int]) -> Floats:
     """The forgetting of each game, (G,): how far its score fell from its best until the end of the run. Negative if it rose.
 
-    With A[k, i] as the score of game i after phase k (the training in one game) this is (max over first(i) <= k < P-1 of A[k, i]) - A[P-1,
-    i] (Chaudhry et al. 2018, eq. 3). NaN for the game of the last phase, because nothing was trained after it.
+    It is (max over first(i) <= k < P-1 of A[k, i]) - A[P-1, i] (Chaudhry et al. 2018, eq. 3), where A[k, i] is the score of game i after
+    phase k (the training in one game). NaN for the game of the last phase, because nothing was trained after it.
     """
     scores = np.asarray(scores_PG, float)
     before = np.array([_max(scores[first:-1, game]) if first is not None else np.nan for game, first in _first_phases(scores, trained_P)])
@@ -96,7 +96,8 @@ def retention(scores_PG: ArrayLike, trained_P: Sequence[int], floor_G: ArrayLike
 def forward_transfer(scores_PG: ArrayLike, trained_P: Sequence[int], untrained_G: ArrayLike) -> Floats:
     """How much the training of earlier games raised each game's score before its own training began, (G,). NaN for the first game.
 
-    This is A[first(i)-1, i] - untrained[i] (Lopez-Paz & Ranzato 2017, eq. 4). `untrained_G` is the agent's score before any training.
+    It is A[first(i)-1, i] - untrained[i] (Lopez-Paz & Ranzato 2017, eq. 4), where A[k, i] is the score of game i after phase k, first(i)
+    the phase that first trained it, and `untrained_G` the agent's scores before any training.
     """
     scores, untrained = np.asarray(scores_PG, float), np.asarray(untrained_G, float)
     return np.array([scores[first - 1, game] - untrained[game] if first else np.nan for game, first in _first_phases(scores, trained_P)])
@@ -118,8 +119,9 @@ def isolated_forgetting(scores_PG: ArrayLike, trained_P: Sequence[int], scale_G:
 def zero_shot_transfer(scores_PG: ArrayLike, trained_P: Sequence[int], untrained_G: ArrayLike, scale_G: ArrayLike | None = None) -> Floats:
     """Transfer to games before their own training, by phase, (P, G): how much game i's score rose while phase k trained another game.
 
-    This is (A[k, i] - A[k-1, i]) / scale[i], with the agent's score before any training, `untrained_G`, as A[-1]. NaN from game i's first
-    phase on. CORA calls it zero-shot forward transfer (Powers et al. 2022, section 4). The scale is chosen as in `isolated_forgetting`.
+    It is (A[k, i] - A[k-1, i]) / scale[i]. A[k, i] is the score of game i after phase k (the training in one game), and A[-1] the agent's
+    score before any training, `untrained_G`. NaN from game i's first phase on. CORA calls it zero-shot forward transfer (Powers et al.
+    2022, section 4). The scale is chosen as in `isolated_forgetting`.
     """
     changes_PG, before_PG, own_PG = _changes(scores_PG, trained_P, untrained_G)
     return np.where(before_PG | own_PG, np.nan, changes_PG) / _scale(scores_PG, scale_G)

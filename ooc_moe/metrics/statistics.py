@@ -144,7 +144,7 @@ def by_pair(similarity_NN: ArrayLike, labels_N: Sequence[str]) -> dict[tuple[str
 
 
 def separation_p(similarity_NN: ArrayLike, labels_N: Sequence[Hashable], *, resamples: int = RESAMPLES, seed: int = 0) -> float:
-    """The p-value of a permutation test for whether groups are separated: how often random labels separate members as well as the real ones.
+    """The p-value of a permutation test for whether groups are separated: how often random labels separate members as well as real ones.
 
     The test is one-sided. It compares gaps: (mean similarity within groups - mean similarity between groups). It is exact if the members
     have at most `resamples` orders. Otherwise the p-value is (1 + shuffles whose gap is as large) / (1 + resamples) (Phipson & Smyth 2010).
