@@ -54,9 +54,9 @@ def child_process(module: str, *arguments: object, pass_fds: Sequence[int] = ())
 
 
 def run_as_child(role: Callable[..., None]) -> None:
-    """Calls `role` with the arguments of the command line, as text. A module calls this when it runs as a child process (`__main__`).
+    """Runs `role`, the child process's work, with the arguments of the command line as texts. The process ends when its parent ends.
 
-    The process ends when its parent ends.
+    A module that `child_process` starts calls this where `__name__` is "__main__".
     """
     stop_with_parent()
     role(*sys.argv[1:])

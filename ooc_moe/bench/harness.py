@@ -1,8 +1,8 @@
-"""How every benchmark times its paths; a path is one way to do the work that is compared, for example our own or a peer's.
+"""How every benchmark times the ways to do the same work that it compares, for example our own way and a peer's. The code calls them paths.
 
-Each path is run and checked once to warm up. Then all paths are timed in interleaved rounds: each round runs every path once, in shuffled
-order, so that noise from other processes on the machine affects all paths alike. The check catches a path that is fast because it moves
-nothing.
+Each path is run and checked once to warm up. Then all paths are timed in interleaved rounds: each round takes one sample of every path, in
+shuffled order, so that noise from other processes on the machine affects all alike. The check finds a path that is fast only because it did
+not do its work.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ GB = 1e9
 
 
 class WrongBytes(Exception):
-    """A path did not move the bytes, or did not compute the result, that it was asked for. Its speed must not be reported."""
+    """A measured way to do the work (path) moved wrong bytes or computed a wrong result. Its speed must not be reported."""
 
 
 def _nothing() -> None:
@@ -27,7 +27,10 @@ def _nothing() -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TimedPath:
-    """One way to do the work that a benchmark compares, for example to move a set of records: how to run it and how to check the result."""
+    """One of the ways that a benchmark compares to do the same work: how to run it, and how to check the result.
+
+    For example, one way to move a set of records, called `name` in the results.
+    """
 
     name: str
     run: Callable[[], float | None]
@@ -40,7 +43,7 @@ class TimedPath:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Spread:
-    """Median and quartiles of the samples of one path; a path has one sample for each round."""
+    """The median and the first and third quartile (q1, q3) of one series of measurements, for example the seconds in each round."""
 
     median: float
     q1: float
@@ -61,15 +64,15 @@ class Spread:
 
 
 def warm_up(paths: Sequence[TimedPath], *, before_each: Callable[[], None]) -> None:
-    """Runs each path once before it is timed, and checks its result.
+    """Runs each measured way (path) once, so that it is warm when it is timed later, and checks its result.
 
     Args:
-        paths: what to run.
-        before_each: called before each path. Where the paths write to the same memory it must overwrite that memory; otherwise the bytes
-            that an earlier path left there could pass the check.
+        paths: the ways to do the work.
+        before_each: called before each of them. Where they write to the same memory it must overwrite that memory; otherwise the bytes
+            that an earlier one left there could pass the check.
 
     Raises:
-        WrongBytes: a check failed; the message names the path.
+        WrongBytes: a check failed; the message names the measured way.
     """
     for path in paths:
         before_each()
@@ -84,14 +87,14 @@ def warm_up(paths: Sequence[TimedPath], *, before_each: Callable[[], None]) -> N
 def measure(
     paths: Sequence[TimedPath], *, num_bytes: int, calls: int, rounds: int, order: random.Random, on_run: Callable[[], None]
 ) -> dict[str, list[float]]:
-    """Measures the speed of every path in GB/s (10^9 bytes). Returns, by path, one sample for each round.
+    """Measures the speed of every measured way (path) in GB/s (10^9 bytes). Returns, by its name, one sample for each round.
 
     Args:
-        paths: what to measure.
-        num_bytes: how many bytes one run of a path moves.
+        paths: the ways to move the bytes.
+        num_bytes: how many bytes one run moves.
         calls: how many runs one sample averages; several where one run is too short to time.
-        rounds: samples of each path.
-        order: shuffles the paths of each round.
+        rounds: how many samples to take of each.
+        order: shuffles them in each round.
         on_run: called after every sample.
     """
     seconds = timed_rounds(paths, calls=calls, rounds=rounds, order=order, on_run=on_run)
@@ -101,9 +104,9 @@ def measure(
 def timed_rounds(
     paths: Sequence[TimedPath], *, calls: int, rounds: int, order: random.Random, on_run: Callable[[], None]
 ) -> dict[str, list[float]]:
-    """Measures the seconds that one run of every path takes. Returns, by path, one sample for each round: the mean over `calls` runs.
+    """Measures how many seconds a run of each measured way (path) takes. Returns, by its name, one sample for each round.
 
-    The arguments are those of `measure`.
+    A sample is the mean over `calls` runs. The arguments are explained at `measure`.
     """
     samples: dict[str, list[float]] = {path.name: [] for path in paths}
     for _ in range(rounds):

@@ -1,4 +1,4 @@
-"""Checks of command-line options that several benchmarks share."""
+"""Checks the values of command-line options that several benchmarks share."""
 
 from __future__ import annotations
 

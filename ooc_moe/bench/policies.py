@@ -2,9 +2,10 @@
 
     ooc-moe bench policies [--seed N] [--results FILE]
 
-The policies are those of the daemon and the trainer's cache (ooc_moe_wire.policy). The replay is that of `ooc-moe simulate`, which can also
-replay recorded traces through several tiers. A trace is a sequence of expert ids made from a seed. Every miss is brought into the cache. No
-daemon runs, and nothing is timed.
+A trace is a sequence of accesses to experts, as expert ids; here it is made from a seed. To replay it is to do its accesses in a simulated
+cache and to count the hits. The cache takes in every expert that it misses. The policies are those of the daemon and of the trainer's cache
+(ooc_moe_wire.policy). The replay is that of `ooc-moe simulate`, which can also replay recorded traces through several tiers. No daemon
+runs, and nothing is timed.
 """
 
 from __future__ import annotations
@@ -47,7 +48,10 @@ class Pattern:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """The hit rates of one trace in a cache of one size; `hit_rates` has one for each policy, in the order of POLICIES."""
+    """The hit rates of one trace in a cache of one size; `hit_rates` has one for each policy, in the order of POLICIES.
+
+    The size is given twice: `cache_experts` is a number of experts, `cache_share` the share of the trace's different experts.
+    """
 
     pattern: Pattern
     cache_share: float
@@ -56,7 +60,7 @@ class Row:
 
 
 def hit_rate(policy: str, experts: Sequence[int], cache_experts: int) -> float:
-    """Returns the share of accesses that hit when a trace is replayed under one policy.
+    """Returns the hit rate of one eviction policy: the share of a trace's accesses whose expert is in the cache.
 
     The cache starts empty and takes in every expert that it misses.
 
@@ -73,8 +77,8 @@ def hit_rate(policy: str, experts: Sequence[int], cache_experts: int) -> float:
 def patterns(seed: int, *, length: int = 60_000, num_games: int = NUM_GAMES) -> list[Pattern]:
     """Makes the four traces that policies are compared on, each of about `length` accesses.
 
-    They are independent draws, games in turns, a cyclic scan, and games with evaluations between. `seed` decides all random draws;
-    `num_games` how many games there are.
+    They are independent random draws, in which some experts are much more frequent than others; games in turns; a scan through all experts
+    again and again; and games in turns with evaluations in between. `seed` decides all random draws, `num_games` is the number of games.
     """
     rng = np.random.default_rng(seed)
     num_experts = num_games * GAME_EXPERTS
@@ -105,7 +109,7 @@ def patterns(seed: int, *, length: int = 60_000, num_games: int = NUM_GAMES) -> 
 def compare(traces: Sequence[Pattern], shares: Sequence[float] = CACHE_SHARES) -> Iterator[Row]:
     """Yields the hit rates of all policies for each trace and cache size, as soon as they are computed.
 
-    `shares`: the cache sizes, as shares of the trace's different experts.
+    `shares`: the sizes of the cache, each as a share of the number of different experts in the trace.
     """
     for pattern in traces:
         for share in shares:

@@ -1,4 +1,4 @@
-"""Helpers for the benchmarks' result pages: which target a figure meets, and how notes that people added to a page survive a rewrite."""
+"""Helpers for the benchmarks' result pages: say which target a figure meets, and keep people's notes when a page is rewritten."""
 
 from __future__ import annotations
 

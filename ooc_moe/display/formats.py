@@ -13,7 +13,7 @@ DASH = "–"
 
 
 def format_score(score: float, *, sign: bool = False) -> str:
-    """A score without decimals from 100 on ("1,234"), with one from 10 on ("12.3"), else with two ("1.23").
+    """Formats a score: without decimals from 100 on ("1,234"), with one from 10 on ("12.3"), else with two ("1.23").
 
     With `sign`, a positive score has a plus before it.
     """
@@ -24,68 +24,68 @@ def format_score(score: float, *, sign: bool = False) -> str:
 
 
 def format_share(share: float, *, digits: int = 1) -> str:
-    """A share in percent: 0.25 becomes "25.0 %". Use two `digits` where 99.9 % and 99.99 % must look different."""
+    """Formats a share in percent: 0.25 becomes "25.0 %". Use two `digits` where 99.9 % and 99.99 % must look different."""
     return DASH if math.isnan(share) else f"{100 * share:.{digits}f} %"
 
 
 def format_share_short(share: float, *, digits: int = 1) -> str:
-    """A share in percent without the space, for narrow columns: 0.25 becomes "25.0%"."""
+    """Formats a share in percent without the space, for narrow columns: 0.25 becomes "25.0%"."""
     return format_share(share, digits=digits).replace(" ", "")
 
 
 def format_ratio(part: float, whole: float) -> str:
-    """The ratio of `part` to `whole` in percent: 1 and 4 become "25.0 %". A dash if `whole` is not above 0."""
+    """Formats the ratio of `part` to `whole` in percent: 1 and 4 become "25.0 %". A dash if `whole` is not above 0."""
     return format_share(part / whole if whole > 0 else math.nan)
 
 
 def format_part(part: int, whole: int) -> str:
-    """A count that is part of another count: "3 of 5". A dash if `whole` is 0."""
+    """Formats a count that is part of another count: "3 of 5". A dash if `whole` is 0."""
     return f"{part:,} of {whole:,}" if whole else DASH
 
 
 def format_count(count: float) -> str:
-    """A count as a whole number with commas between thousands: "1,234,567"."""
+    """Formats a count as a whole number with commas between thousands: "1,234,567"."""
     return DASH if math.isnan(count) else f"{count:,.0f}"
 
 
 def format_count_short(count: int) -> str:
-    """A count in at most seven characters: "999,999", or from a million on "1.00M"."""
+    """Formats a count in at most seven characters: "999,999", or from a million on "1.00M"."""
     return f"{count:,}" if count < 1_000_000 else humanize.metric(count).replace(" ", "")
 
 
 def format_bytes(count: float) -> str:
-    """A number of bytes in binary units, with one decimal: "8.0 MiB"."""
+    """Formats a number of bytes in binary units, with one decimal: "8.0 MiB"."""
     return DASH if math.isnan(count) else humanize.naturalsize(count, binary=True)
 
 
 def format_bytes_short(count: float) -> str:
-    """A number of bytes in binary units, in as few characters as possible: "8.0M", as `ls -h` writes it."""
+    """Formats a number of bytes in binary units, in as few characters as possible: "8.0M", as `ls -h` writes it."""
     return DASH if math.isnan(count) else humanize.naturalsize(count, gnu=True)
 
 
 def format_size(num_bytes: float) -> str:
-    """A number of bytes that a person chose, such as a capacity, without needless decimals: "8 MiB", "256 KiB"."""
+    """Formats a number of bytes that a person chose, such as a capacity, without needless decimals: "8 MiB", "256 KiB"."""
     return humanize.naturalsize(num_bytes, binary=True, format="%.3g")
 
 
 def format_seconds(seconds: float) -> str:
-    """Seconds with one decimal: "1,234.5 s"."""
+    """Formats seconds with one decimal: "1,234.5 s"."""
     return DASH if math.isnan(seconds) else f"{seconds:,.1f} s"
 
 
 def format_duration(seconds: float) -> str:
-    """A duration in minutes and seconds ("3 min 07 s"), or from an hour on in hours and minutes ("2 h 05 min")."""
+    """Formats a duration in minutes and seconds ("3 min 07 s"), or from an hour on in hours and minutes ("2 h 05 min")."""
     minutes = round(seconds) // 60
     return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min {round(seconds) % 60:02d} s"
 
 
 def format_uptime(seconds: float) -> str:
-    """How long something has been running, roughly, in the largest unit: "3 hours"."""
+    """Formats how long something has been running, roughly, in the largest unit that fits: "3 hours"."""
     return humanize.naturaldelta(seconds)
 
 
 def format_ago(unix_ms: int) -> str:
-    """How long ago a moment was, given in milliseconds since 1970: "3 hours ago"."""
+    """Formats how long ago a moment was. The moment is given in milliseconds since 1970: "3 hours ago"."""
     return humanize.naturaltime(time.time() - unix_ms / 1000)
 
 

@@ -37,7 +37,7 @@ def passing_bar(console: Console) -> Progress:
 def lasting_bars(console: Console) -> Progress:
     """Makes a progress display that stays on the screen. Each task has a bar with counts, elapsed and remaining time, and a note.
 
-    Give a `note` in every call of `add_task`, "" for none.
+    Every call of `add_task` must give a `note`, "" for none.
     """
     return Progress(
         TextColumn("{task.description}"),

@@ -5,7 +5,7 @@
     markdown_table(table)              # "| bank | experts |", "|---|---:|", ...
     html_table(table)                  # "<table>...</table>", escaped
 
-All cells are plain text. A renderer escapes what would be markup in its own format.
+All cells are plain text. Each function escapes the characters that would be markup in its format.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def print_table(table: Table, console: Console) -> None:
 
 
 def rich_table(table: Table) -> rich_tables.Table:
-    """Turns a table into one of the package Rich, for a terminal. If the terminal is too narrow, the widest columns are folded first."""
+    """Turns a table into a table of the package Rich, for a terminal. On a narrow terminal, the widest columns are wrapped first."""
     drawn = rich_tables.Table(
         title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0)
     )
@@ -95,7 +95,7 @@ def plain_table(table: Table) -> str:
 
 
 def markdown_table(table: Table) -> str:
-    """Turns a table's headings and rows into Markdown. Title, note and caption are left out: the page puts them where it wants them."""
+    """Turns a table's headings and rows into Markdown. Title, note and caption are left out: the caller adds them to its page."""
     lines = [[cell.replace("|", "\\|").replace("\n", "<br>") for cell in row] for row in (table.columns, *table.rows)]
     rule = "".join({"l": "---|", "r": "---:|"}[side] for side in table.alignment)
     headings, *rows = (f"| {' | '.join(row)} |" for row in lines)

@@ -1,7 +1,7 @@
 """Stores the scores of random play and of constant actions in files, and reads them back.
 
 `evaluation/baselines.py` measures the scores and writes them by this module. Reports and studies read them. Each file holds one game's
-scores under one protocol (how it was played), below `DIRECTORY` in the directory of a run or of a study.
+scores for one protocol (the settings with which it was played). The files lie below `DIRECTORY` in the directory of a run or of a study.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ class Protocol:
 
     @staticmethod
     def of(config: Mapping[str, Any]) -> Protocol | None:
-        """Takes the protocol out of a run's configuration. None where the configuration is an old one that lacks some of the settings."""
+        """Returns the protocol with which a run is evaluated, taken from its configuration.
+
+        None if the configuration is an old one that lacks some of the settings.
+        """
         names = [field.name for field in fields(Protocol)]
         return Protocol(**{name: config[name] for name in names}) if config.keys() >= set(names) else None
 
@@ -58,7 +61,7 @@ class Baselines:
 
 
 def read_baselines(game: str, directory: Path, protocol: Protocol) -> Baselines | None:
-    """Reads a game's scores from `directory`. None where no file there has exactly this game and protocol."""
+    """Reads a game's scores from `directory`. Returns None if they were not measured with exactly this protocol."""
     path = _path(game, directory, protocol)
     return Baselines(**json.loads(path.read_text())) if path.exists() else None
 

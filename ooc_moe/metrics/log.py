@@ -90,7 +90,7 @@ class MetricsWriter:
         self.log("resumed", step=max(last["step"], 0), update=last["update"], game=last["game"])
 
     def close(self) -> None:
-        """Makes metrics.jsonl durable on disk, and closes it and TensorBoard's file."""
+        """Closes metrics.jsonl and TensorBoard's file. All events of metrics.jsonl are then durable on disk."""
         os.fsync(self._file.fileno())
         self._file.close()
         if self._scalars is not None:

@@ -42,15 +42,19 @@ def normalise(scores: ArrayLike, floor_G: ArrayLike, ceiling_G: ArrayLike) -> Fl
 
 
 def best_own(scores_PG: ArrayLike, trained_P: Sequence[int]) -> Floats:
-    """The best score of each game after any phase from its first training on, (G,): max over k >= first(i) of A[k, i]."""
+    """The best score of each game i at the end of any phase k from its first training on, (G,): max over k >= first(i) of A[k, i].
+
+    A phase is the training in one game; A[k, i] is the score of game i after phase k.
+    """
     scores = np.asarray(scores_PG, float)
     return np.array([_max(scores[first:, game]) if first is not None else np.nan for game, first in _first_phases(scores, trained_P)])
 
 
 def learning(scores_PG: ArrayLike, trained_P: Sequence[int]) -> Floats:
-    """The score of each game right after the last phase that trained it, (G,): A[last(i), i].
+    """The score of each game i right after the last phase that trained it, (G,): A[last(i), i].
 
-    The mean over games is the learning accuracy, LA (Riemer et al. 2019).
+    A phase is the training in one game; A[k, i] is the score of game i after phase k. The mean over games is the learning accuracy, LA
+    (Riemer et al. 2019).
     """
     scores = np.asarray(scores_PG, float)
     last = {game: phase for phase, game in enumerate(trained_P) if phase < len(scores)}
@@ -67,10 +71,10 @@ def final(scores_PG: ArrayLike) -> Floats:
 
 
 def forgetting(scores_PG: ArrayLike, trained_P: Sequence[int]) -> Floats:
-    """The forgetting of each game, (G,): how far its score fell from its best to the end of the run. Negative if it rose.
+    """The forgetting of each game, (G,): how far its score fell from its best until the end of the run. Negative if it rose.
 
-    This is (max over first(i) <= k < P-1 of A[k, i]) - A[P-1, i] (Chaudhry et al. 2018, eq. 3). NaN for the game of the last phase, because
-    nothing was trained after it.
+    It is (max over first(i) <= k < P-1 of A[k, i]) - A[P-1, i] (Chaudhry et al. 2018, eq. 3), where A[k, i] is the score of game i after
+    phase k (the training in one game). NaN for the game of the last phase, because nothing was trained after it.
     """
     scores = np.asarray(scores_PG, float)
     before = np.array([_max(scores[first:-1, game]) if first is not None else np.nan for game, first in _first_phases(scores, trained_P)])
@@ -80,8 +84,9 @@ def forgetting(scores_PG: ArrayLike, trained_P: Sequence[int]) -> Floats:
 def retention(scores_PG: ArrayLike, trained_P: Sequence[int], floor_G: ArrayLike) -> Floats:
     """The share of each game's learning that is retained at the end, (G,): (A[P-1, i] - floor) / (A[last(i), i] - floor).
 
-    `floor_G` is the score of an agent that learned nothing, such as random play. NaN for the game of the last phase, and for a game whose
-    score after training is not above the floor: it has nothing to retain.
+    A[k, i] is the score of game i after phase k; P-1 is the last of all phases, last(i) the last that trained the game. `floor_G` is the
+    score of an agent that learned nothing, such as random play. NaN for the game of the last phase, and for a game whose score after
+    training is not above the floor: it has nothing to retain.
     """
     scores = np.asarray(scores_PG, float)
     kept = normalise(final(scores), floor_G, learning(scores, trained_P))
@@ -91,7 +96,8 @@ def retention(scores_PG: ArrayLike, trained_P: Sequence[int], floor_G: ArrayLike
 def forward_transfer(scores_PG: ArrayLike, trained_P: Sequence[int], untrained_G: ArrayLike) -> Floats:
     """How much the training of earlier games raised each game's score before its own training began, (G,). NaN for the first game.
 
-    This is A[first(i)-1, i] - untrained[i] (Lopez-Paz & Ranzato 2017, eq. 4). `untrained_G` is the agent's score before any training.
+    It is A[first(i)-1, i] - untrained[i] (Lopez-Paz & Ranzato 2017, eq. 4), where A[k, i] is the score of game i after phase k, first(i)
+    the phase that first trained it, and `untrained_G` the agent's scores before any training.
     """
     scores, untrained = np.asarray(scores_PG, float), np.asarray(untrained_G, float)
     return np.array([scores[first - 1, game] - untrained[game] if first else np.nan for game, first in _first_phases(scores, trained_P)])
@@ -100,7 +106,8 @@ def forward_transfer(scores_PG: ArrayLike, trained_P: Sequence[int], untrained_G
 def isolated_forgetting(scores_PG: ArrayLike, trained_P: Sequence[int], scale_G: ArrayLike | None = None) -> Floats:
     """Forgetting by phase, (P, G): how far game i's score fell while phase k trained another game, (A[k-1, i] - A[k, i]) / scale[i].
 
-    Negative if the score rose. NaN if game i was not trained before phase k, or is trained in it.
+    A[k, i] is the score of game i after phase k (the training in one game). Negative if the score rose. NaN if game i was not trained
+    before phase k, or is trained in it.
 
     With the default scale, `greatest_score`, this is CORA's isolated forgetting (Powers et al. 2022, "CORA", section 4). That scale is the
     run's own, so a method that learns little may seem to forget much. To compare methods, give a fixed scale: single-task score - random.
@@ -112,15 +119,16 @@ def isolated_forgetting(scores_PG: ArrayLike, trained_P: Sequence[int], scale_G:
 def zero_shot_transfer(scores_PG: ArrayLike, trained_P: Sequence[int], untrained_G: ArrayLike, scale_G: ArrayLike | None = None) -> Floats:
     """Transfer to games before their own training, by phase, (P, G): how much game i's score rose while phase k trained another game.
 
-    This is (A[k, i] - A[k-1, i]) / scale[i], with the agent's score before any training, `untrained_G`, as A[-1]. NaN from game i's first
-    phase on. CORA calls it zero-shot forward transfer (Powers et al. 2022, section 4). The scale is chosen as in `isolated_forgetting`.
+    It is (A[k, i] - A[k-1, i]) / scale[i]. A[k, i] is the score of game i after phase k (the training in one game), and A[-1] the agent's
+    score before any training, `untrained_G`. NaN from game i's first phase on. CORA calls it zero-shot forward transfer (Powers et al.
+    2022, section 4). The scale is chosen as in `isolated_forgetting`.
     """
     changes_PG, before_PG, own_PG = _changes(scores_PG, trained_P, untrained_G)
     return np.where(before_PG | own_PG, np.nan, changes_PG) / _scale(scores_PG, scale_G)
 
 
 def greatest_score(scores_PG: ArrayLike) -> Floats:
-    """The absolute value of each game's greatest score, (G,): |max over k of A[k, i]|. CORA divides by it, as |r_i,all,max|.
+    """The absolute value of each game's greatest score, (G,): |max over k of A[k, i]|. The benchmark CORA divides by it.
 
     NaN for a game that was never evaluated, or whose greatest score is 0. CORA takes the maximum over the whole training; this function
     takes it over the ends of phases, where scores were measured.
@@ -133,7 +141,7 @@ def greatest_score(scores_PG: ArrayLike) -> Floats:
 def without_last(values_G: ArrayLike, trained_P: Sequence[int]) -> Floats:
     """The values (G,) with NaN in place of the value of the game that was trained last.
 
-    Nothing was trained after that game, so its value would flatter every mean of forgetting.
+    Nothing was trained after that game, so it could not be forgotten, and its value would make every mean of forgetting look too good.
     """
     values = np.array(values_G, float)
     if trained_P:
@@ -159,10 +167,10 @@ def usage_shares(counts: ArrayLike) -> Floats:
 
 
 def thinned(counts_NE: ArrayLike, *, seed: int = 0) -> Floats:
-    """Thins the token counts of each row, (N, E), until all rows have as many tokens as the smallest row that has any.
+    """Removes tokens at random from the token counts of each row, (N, E), until all rows have as many as the smallest row that has any.
 
-    The tokens that stay are a random sample, drawn without replacement. Overlaps can be compared only between rows of equal size, because
-    the overlap of two samples of one distribution grows with their size.
+    The tokens that stay are a sample without replacement. Overlaps can be compared only between rows of equal size, because the overlap of
+    two samples of one distribution grows with their size.
     """
     counts = np.asarray(counts_NE, np.int64)
     totals = counts.sum(axis=1)
@@ -200,13 +208,13 @@ def mean_off_diagonal(matrix_GG: ArrayLike) -> float:
 
 
 def cold_unchanged(before: Mapping[Expert, Any], after: Mapping[Expert, Any], trained: Set[Expert]) -> tuple[int, int]:
-    """Counts the cold experts of a phase that are unchanged after it.
+    """Counts the cold experts of a phase (the training in one game), and how many of them are unchanged after it.
 
     A cold expert was trained before the phase, and is not trained in it. So it should be the same after the phase, bit for bit.
 
     Args:
         before: expert -> checksums when the phase began, for all experts trained until then.
-        after: expert -> checksums when the phase has ended.
+        after: expert -> checksums at the end of the phase.
         trained: the experts that the phase trained.
 
     Returns:
@@ -217,13 +225,13 @@ def cold_unchanged(before: Mapping[Expert, Any], after: Mapping[Expert, Any], tr
 
 
 def confusion(believed: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> Floats:
-    """The confusion matrix of the detector, (G, C): for each game played, the share of its steps in which each name was believed.
+    """The confusion matrix of the detector, (G, C): for each game played, the share of steps in which the detector took it for each name.
 
-    A row sums to 1, or is NaN if nothing was counted for the game.
+    A row sums to 1, or is NaN if `believed` has nothing for the game played.
 
     Args:
-        believed: for each game played, believed name -> share or number of steps.
-        columns: the names, in the order of the result's columns.
+        believed: for each game played, the name of the game that the detector believed to see -> share or number of steps.
+        columns: these names, in the order of the result's columns.
     """
     counts = np.array([[float(row.get(name, 0)) for name in columns] for row in believed]).reshape(len(believed), len(columns))
     return usage_shares(counts)

@@ -1,6 +1,6 @@
 """Tells where a result comes from: command, commit, date, machine and versions.
 
-The texts name no path of the machine, so that results can be published.
+The texts contain no directory of the machine, so that results can be published.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def facts(data_dir: Path, *, command: str) -> dict[str, str]:
     """What a reader needs to judge or repeat a result: the command, commit, date, machine and versions, each as name -> text.
 
     Args:
-        data_dir: a directory on the disk that was used, whose file system and device are named.
+        data_dir: a directory on the disk that was used; the facts name its file system and device.
         command: the command line that made the result.
     """
     return {

@@ -1,6 +1,6 @@
 """Reads a run's directory (config.json and metrics.jsonl) into arrays, from which charts and tables are made. The run may be unfinished.
 
-This module computes only differences and sums; measures.py computes measures such as forgetting from them.
+This module computes only differences and sums of logged numbers. From its arrays, measures.py computes measures such as forgetting.
 
 Letters of shapes: P phases (a phase is the time in which one game is trained), G games, U PPO updates, E experts, N environments.
 """
@@ -27,7 +27,10 @@ _Usage = Mapping[str, Mapping[str, int]]
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """The scores of a run's evaluations, by phase (rows, P) and game (columns, G). NaN where a game was not evaluated after a phase."""
+    """The scores of a run's evaluations, by phase (rows, P) and game (columns, G). NaN where a game was not evaluated after a phase.
+
+    A phase is the training in one game; a game that is trained again has several. `games` names the columns.
+    """
 
     games: tuple[str, ...]
     trained_P: tuple[int, ...]
@@ -45,7 +48,7 @@ class Scores:
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """A run as its files tell it: its configuration and its logged events, and the figures that are computed from them."""
+    """A run as read from its files: its configuration, its logged events, and the figures that are computed from them."""
 
     run_dir: Path
     config: dict[str, Any]
@@ -87,12 +90,12 @@ class RunRecord:
 
     @cached_property
     def switches(self) -> list[Event]:
-        """The "switch" events, one at the beginning of each game's training."""
+        """The "switch" events, one for each time that the training in a game begins."""
         return self._of("switch")
 
     @cached_property
     def evaluations(self) -> list[Event]:
-        """The "evaluation" events, one for each game that was evaluated after each phase."""
+        """The "evaluation" events: after each phase (the training in one game), one for each game that was evaluated."""
         return self._of("evaluation")
 
     @property
@@ -112,7 +115,7 @@ class RunRecord:
 
     @cached_property
     def spans(self) -> list[tuple[str, float, float]]:
-        """The steps of each phase that has begun: (game, first step, last step). The newest phase ends at the newest update."""
+        """When each game was trained: (game, first step, last step) of each phase so far. The newest phase ends at the newest update."""
         starts = [float(event["step"]) for event in self.switches]
         ends = [*starts[1:], float(self.steps_U[-1]) if len(self.steps_U) else 0.0]
         return [(event["to"], start, max(start, end)) for event, start, end in zip(self.switches, starts, ends, strict=False)]
@@ -127,7 +130,7 @@ class RunRecord:
     def increments(self, *path: str, evaluations: bool = False) -> Floats:
         """How much a counter grew in each update, (U,). `path` holds the keys that lead to it in an event, as in `series`.
 
-        What an evaluation between two updates counted is left out. With `evaluations`, it is added to the update after the evaluation.
+        Growth during an evaluation between two updates is left out. With `evaluations`, it is added to the update after the evaluation.
         """
         grown, between = [], 0.0
         for kind, growth in self._growth(path):
@@ -210,9 +213,10 @@ class RunRecord:
 
     @cached_property
     def cold_unchanged(self) -> tuple[int, int]:
-        """Counts the cold experts of all phases: (number that stayed unchanged bit for bit, number of all).
+        """Counts the cold experts of all phases: (how many stayed unchanged bit for bit, how many there were).
 
-        A cold expert of a phase was trained before it and is not trained in it. (0, 0) if no checksums were logged.
+        A phase is the training in one game. Its cold experts were trained before it and are not trained in it. (0, 0) if no checksums were
+        logged.
         """
         found = []
         before: dict[tuple[int, str], list[str]] = {}
@@ -239,7 +243,8 @@ class RunRecord:
     def training_usage(self) -> Floats:
         """How many tokens of each game went to each expert in training, (G, E).
 
-        Layers that share a bank are added up. If each layer has its own bank, the banks' experts stand side by side in the columns.
+        The columns are the experts of a bank; the counts of all layers that share the bank are added up. If each layer has its own bank,
+        the columns are the experts of the first bank, then those of the second, and so on.
         """
         return self._usage([(event["game"], event.get("usage") or {}) for event in self.updates])
 
@@ -252,7 +257,7 @@ class RunRecord:
 
     @property
     def last_evaluations(self) -> list[Event]:
-        """The "evaluation" events of the last phase after which games were evaluated, one for each game."""
+        """The newest "evaluation" events, one for each game: those after the last phase (training in one game) with evaluations."""
         newest = max((event["phase"] for event in self.evaluations), default=None)
         return [event for event in self.evaluations if event["phase"] == newest]
 

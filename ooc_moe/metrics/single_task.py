@@ -1,4 +1,4 @@
-"""Reads single-task scores: those that an agent reaches when it learns one game alone. Reports show other scores as shares of them.
+"""Reads single-task scores, which agents reached that learned one game alone. Reports show the scores of other runs as shares of them.
 
 A study computes the same scale from its own runs (study/scores.py).
 """

@@ -42,7 +42,7 @@ def iqm(values: ArrayLike) -> Any:
 
 
 def mean(values: ArrayLike) -> Any:
-    """The mean of the known values (not NaN) over the last axis. NaN where no value is known."""
+    """The mean over the last axis of the values that are not NaN. NaN where all are."""
     array = np.asarray(values, float)
     known = ~np.isnan(array)
     count = known.sum(axis=-1)
@@ -54,7 +54,7 @@ def bootstrap(
 ) -> Floats:
     """Draws stratified bootstrap samples of runs, and returns the statistic of each sample, (resamples,).
 
-    All are NaN if no run has a value.
+    All statistics are NaN if no run has a known value.
 
     Args:
         strata: the values of each stratum (group of runs), (runs,) or (runs, games). A run without any value is not drawn.
@@ -112,7 +112,7 @@ def difference(
 
 
 def pooled(strata: Sequence[ArrayLike]) -> Floats:
-    """All known values (not NaN) of all strata, as one flat array."""
+    """Joins all strata (groups of runs) into one flat array, without the values that are NaN."""
     values = np.concatenate([np.asarray(stratum, float).ravel() for stratum in strata]) if strata else np.empty(0)
     return np.asarray(values[~np.isnan(values)])
 
@@ -144,7 +144,7 @@ def by_pair(similarity_NN: ArrayLike, labels_N: Sequence[str]) -> dict[tuple[str
 
 
 def separation_p(similarity_NN: ArrayLike, labels_N: Sequence[Hashable], *, resamples: int = RESAMPLES, seed: int = 0) -> float:
-    """The p-value of a permutation test for whether groups are separated: how often random labels separate the members as well as theirs.
+    """The p-value of a permutation test for whether groups are separated: how often random labels separate members as well as real ones.
 
     The test is one-sided. It compares gaps: (mean similarity within groups - mean similarity between groups). It is exact if the members
     have at most `resamples` orders. Otherwise the p-value is (1 + shuffles whose gap is as large) / (1 + resamples) (Phipson & Smyth 2010).

@@ -3,18 +3,18 @@
     ooc-moe train --games krull,boxing --trace krull.trace         # records one
     ooc-moe simulate krull.trace --hbm 8,16                        # replays it
 
-An access is one expert in one call of a layer. Acting, forward and evaluation make accesses; backward and the optimizer use the same
-experts again, and are not recorded. (The cache counts its hits in the same way.) An access is written as a key: expert x banks + bank. This
-is the detector's numbering, and it stays valid when a bank grows. If each layer has its own bank, the bank is the layer. Marks between the
-accesses say which game begins there, and whether it is evaluated.
+An access is the use of one expert in one call of a layer. Acting, the forward passes of learning, and evaluation make accesses. Backward
+passes and the optimizer use the same experts again, and are not recorded. (The cache counts its hits in the same way.) An access is written
+as a key, the number expert x banks + bank. This is the detector's numbering, and it stays valid when a bank grows. If each layer has its
+own bank, the bank's number is the layer's. Marks between the accesses say which game begins there, and whether it is evaluated or trained.
 
 The file begins with 8 bytes of magic. Chunks follow, each with a head "<IIQ": kind, payload bytes, xxh3 of the payload seeded with the
 kind.
 
     | magic, 8 bytes | head | info, JSON | head | accesses, uint32 each | head | mark, JSON | head | accesses | ...
 
-The first chunk describes the run. A chunk is appended as a whole, so a killed writer leaves at most one torn chunk, at the end. Readers
-skip it with a warning, and `TraceWriter.truncate` removes it. Ten million accesses need 40 MB.
+The first chunk describes the run. A chunk is appended as a whole, so a killed writer leaves at most one incomplete chunk, at the end.
+Readers skip it with a warning, and `TraceWriter.truncate` removes it. Ten million accesses need 40 MB.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class Trace:
     def spans(self) -> list[Span]:
         """Splits the trace into spans, each of one game in training or in evaluation, in order.
 
-        No span is empty. A mark that repeats the game and kind of the mark before it begins no new span.
+        No span is empty. No new span begins at a mark with the same game and the same kind (training or evaluation) as the mark before.
         """
         ends = [*self.marks, Mark(len(self.keys_A), "", False)]
         if ends[0].position:

@@ -17,7 +17,7 @@ from ooc_moe.report.tier_charts import expert_usage, hit_rate, overlap, prefetch
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """One chart of the report: its texts, and the function that draws it."""
+    """One chart of a run's report: its title, the texts around it, and the function that draws it."""
 
     name: str
     """Name of its PNG file, without the ending."""

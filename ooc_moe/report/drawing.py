@@ -144,14 +144,14 @@ def byte_axis(ax: Axes) -> None:
 
 
 def legend(ax: Axes) -> None:
-    """Adds a legend to the right of the axes."""
+    """Adds a legend, which explains the colours, to the right of the axes."""
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), handlelength=1.4)
 
 
 def bar_widths(steps_U: Floats) -> Floats:
-    """The widths of bars at the steps of each update, (U,), so that each bar begins where the bar before it ends.
+    """The widths, (U,), of a chart with one bar for each update, so that bars touch: each reaches back to the step of the update before.
 
-    Draw them with align="edge" and with negated widths, so that each bar reaches to the left.
+    `steps_U`: the environment steps at each update. Draw the bars at these steps with align="edge" and negated widths.
     """
     return np.asarray(np.diff(steps_U, prepend=0.0))
 

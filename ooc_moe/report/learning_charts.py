@@ -42,9 +42,9 @@ def _grid(panels: int) -> tuple[int, int]:
 
 
 def learning_curves(record: RunRecord) -> Figure | None:
-    """Draws the learning curve of each game: points per 1000 steps and returns of finished episodes while it was trained.
+    """Draws the learning curve of each game: points per 1000 steps, and returns of finished episodes, while it was trained.
 
-    None if the run logged neither.
+    Returns None if the run logged neither.
     """
     curves = {
         "points per 1000 steps": 1000 * record.series("reward_per_step"),
@@ -186,9 +186,9 @@ def _many_learned_and_kept(record: RunRecord, shown: list[int]) -> Figure:
 
 
 def detector(record: RunRecord) -> Figure | None:
-    """Draws how well the detector recognised games: what it believed in the last evaluation, and its accuracy in training.
+    """Draws how well the detector recognised games: which game it believed to see in the last evaluation, and its accuracy in training.
 
-    None if the run logged neither.
+    Returns None if the run logged neither.
     """
     believed = [event for event in record.last_evaluations if event.get("believed")]
     accuracy = record.series("detector", "accuracy")

@@ -32,7 +32,7 @@ from ooc_moe.report.drawing import STYLE
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A part of the page: a question about the run, and the tables and charts (by name) that answer it."""
+    """A section of the page: a question about the run, and the tables and the names of the charts that answer it."""
 
     question: str
     tables: tuple[Callable[[RunRecord], Table], ...]

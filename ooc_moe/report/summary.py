@@ -99,9 +99,10 @@ def missing(record: RunRecord) -> list[str]:
 
 
 def score_table(record: RunRecord) -> Table:
-    """Makes the table of scores: for each game the mean return of random play and after each phase, what was learned, and what is left.
+    """Makes the table of scores. Its row for a game has the mean returns of random play and of the agent after the training in each game.
 
-    A phase is the training of one game. Scores of constant actions and of people are added where they are known.
+    Two more columns say how much of the game was learned, and how much of that is left at the end. Scores of constant actions (the same one
+    in every step) and of people are added where they are known.
     """
     scores, constants = record.scores, best_constants(record)
     names, shown_SG = _phase_columns(record, scores.mean_PG)
@@ -136,7 +137,7 @@ def score_table(record: RunRecord) -> Table:
 
 
 def evaluation_table(record: RunRecord) -> Table:
-    """Makes the table of a single evaluation: for each game the mean return, beside that of random play."""
+    """Makes the table of a single evaluation: for each game the agent's mean return and, for comparison, that of random play."""
     events, constants = record.last_evaluations, best_constants(record)
     reference = [of_reference(record, event["evaluated"], event["return_mean"]) for event in events]
     has_reference = not np.isnan(reference).all()
@@ -170,9 +171,9 @@ def _columns(first: list[str], constants: Mapping[str, float], then: list[str], 
 
 
 def single_task_table(record: RunRecord) -> Table:
-    """Makes the table of scores as shares of single-task scores, which agents reached that learned one game alone.
+    """Makes the table that compares a run's scores with single-task scores: those of agents that each learned one game alone.
 
-    0 % is random play. The table has no rows if no single-task score is known.
+    A score is given as a share of the single-task score; 0 % is random play. The table has no rows if no single-task score is known.
     """
     scores, constants = record.scores, best_constants(record)
     single_G = _single_task(record)
@@ -203,7 +204,9 @@ def _single_task(record: RunRecord) -> measures.Floats:
 
 
 def _phase_columns(record: RunRecord, scores_PG: measures.Floats) -> tuple[list[str], measures.Floats]:
-    """Chooses the columns of a table of scores: one for each phase, or only two if the phases' names are too long for a terminal.
+    """Chooses the columns of a table of scores: one for each phase (training in one game), or two if the names are too long for a terminal.
+
+    The two are: right after the game's own training, and at the end.
 
     Returns:
         The names of the S columns, and the scores in them, (S, G).
@@ -216,7 +219,7 @@ def _phase_columns(record: RunRecord, scores_PG: measures.Floats) -> tuple[list[
 
 
 def detector_table(record: RunRecord) -> Table:
-    """Makes the table of how well the agent recognised each game in the last evaluation, where games are not named to it."""
+    """Makes the table of how well the agent recognised each game in the last evaluation. The agent is not told which game it plays."""
     rows = []
     for index, event in enumerate(record.last_evaluations):
         shares = [_number(event, name) for name in ("detector_accuracy", "nearest_mean_accuracy", "prefetch_recall")]

@@ -32,9 +32,9 @@ from ooc_moe.report.drawing import (
 
 
 def hit_rate(record: RunRecord) -> Figure | None:
-    """Draws the hit rate of the HBM cache at each update, and from which tier the missing experts were fetched.
+    """Draws the hit rate of the HBM cache in each update, and how many experts were fetched into it from which tier.
 
-    None if the run logged no accesses.
+    Returns None if the run logged no accesses.
     """
     accesses, hits = record.increments("cache", "accesses"), record.increments("cache", "hits")
     if not np.nansum(accesses):
@@ -56,7 +56,7 @@ def hit_rate(record: RunRecord) -> Figure | None:
 
 
 def tier_bytes(record: RunRecord) -> Figure | None:
-    """Draws the bytes that each tier holds, beside its capacity, and the bytes that were moved between tiers. None if none were logged."""
+    """Draws the bytes that each tier holds, its capacity, and the bytes moved between tiers. Returns None if none were logged."""
     held = {
         "hbm": record.series("cache", "resident") * record.series("cache", "expert_bytes"),
         "dram": record.series("store", "dram", "used_bytes"),
@@ -102,7 +102,11 @@ def tier_bytes(record: RunRecord) -> Figure | None:
 
 
 def prefetching(record: RunRecord) -> Figure | None:
-    """Draws how many prefetched experts were useful, late or wasted in each update. None if nothing was prefetched."""
+    """Draws what became of prefetched experts in each update: how many were useful, late or wasted.
+
+    Useful: in HBM when they were asked for. Late: asked for before they arrived. Wasted: evicted before they were asked for. Returns None
+    if nothing was prefetched.
+    """
     if not np.nansum(record.increments("cache", "prefetch_issued", evaluations=True)):
         return None
     figure = Figure(figsize=(WIDTH, 2.7))
@@ -114,9 +118,9 @@ def prefetching(record: RunRecord) -> Figure | None:
 
 
 def expert_usage(record: RunRecord) -> Figure | None:
-    """Draws the use of experts in training: a row for each game, and a column for each expert.
+    """Draws which experts each game used in training: a row for each game, and a column for each expert.
 
-    A cell is the darker, the more of the game's tokens the expert computed. None if the use was not logged.
+    The more of the game's tokens the expert computed, the darker the cell. Returns None if the use was not logged.
     """
     counts_GE = record.training_usage()
     if not counts_GE.sum():
@@ -138,9 +142,12 @@ def expert_usage(record: RunRecord) -> Figure | None:
 
 
 def overlap(record: RunRecord) -> Figure | None:
-    """Draws the overlap of every two games: how much they use the same experts, in training and in the last evaluation.
+    """Draws how much every two games use the same experts, in training and in the last evaluation.
 
-    None if the use of experts was not logged, or for a run of one game.
+    One panel shows how many of their ten most used experts they have in common, the other what share of tokens both send to the same
+    experts.
+
+    Returns None if the use of experts was not logged, or for a run of one game.
     """
     usages = [("training", record.training_usage()), ("last evaluation", record.evaluation_usage())]
     usages = [(name, counts) for name, counts in usages if counts.sum()]

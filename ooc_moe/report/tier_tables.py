@@ -11,7 +11,7 @@ from ooc_moe.metrics.run import RunRecord
 
 
 def tier_table(record: RunRecord) -> Table:
-    """Makes the table of tiers (HBM, DRAM, NVMe): what each holds, how many accesses it served, and the bytes that went in and out."""
+    """Makes the table of tiers (HBM, DRAM, NVMe): bytes held, accesses or fetches that found their expert there, bytes moved."""
     accesses, hits = record.total("cache", "accesses"), record.total("cache", "hits")
     fetched = {tier: record.total("cache", "fetched_from", tier) for tier in ("dram", "nvme", "seed")}
     fetches = float(np.nansum(list(fetched.values())))
@@ -52,7 +52,11 @@ def tier_table(record: RunRecord) -> Table:
 
 
 def prefetch_table(record: RunRecord) -> Table:
-    """Makes the table of prefetches into HBM: how many were useful, late, wasted, cancelled or refused."""
+    """Makes the table of prefetches into HBM: how many were useful, late, wasted, cancelled or refused.
+
+    Useful: in HBM when asked for. Late: asked for before it arrived. Wasted: evicted before it was asked for. Cancelled: given up before it
+    was loaded. Refused: not started, because it was not worth the fetch.
+    """
     count, size = _prefetched(record, ""), _prefetched(record, "_bytes")
     scheduled, scheduled_size = _prefetched(record, "", scheduled=True), _prefetched(record, "_bytes", scheduled=True)
     rows = [

@@ -38,10 +38,11 @@ def save_chart(path: Path, rows: Sequence[Row]) -> None:
 
 
 def draw(rows: Sequence[Row]) -> Figure:
-    """Draws the hit rates of a sweep in up to two panels.
+    """Draws the hit rates of a sweep (many replays of one trace) in up to two panels.
 
-    The left panel shows them over the capacity of HBM, at the shortest interval between switches; the right panel over the interval, at
-    the smallest capacity. A panel with only one place on its x axis is left out; if both have only one, the left one is drawn.
+    The left panel has the capacity of HBM on its x axis, and shows the replays with the shortest interval between switches of the game. The
+    right panel has that interval on its x axis, and shows the replays with the smallest capacity. A panel with only one value on its x axis
+    is left out; if both have only one, the left one is drawn.
     """
     capacities = sorted({row.replayed.setup.hbm_experts for row in rows})
     intervals = sorted({row.switch_every for row in rows if row.switch_every is not None})

@@ -1,11 +1,13 @@
-"""Predicts a run before it starts: bytes in each tier, bytes that a switch moves, and stalls; and says whether the run is worth it.
+"""Predicts a run before it starts: bytes in each tier, bytes that a switch moves, and stalls; and warns if the run will not fit or needs no
+paging of experts.
 
     ooc-moe plan --config full --gpu-bytes 80GB --dram-bytes 64GB --nvme-bytes 1TB --steps-per-s 2000
 
-Bytes are computed from the configuration. The loads of an update are counted by replaying the order in which it asks for experts:
+Bytes are computed from the configuration. How many experts an update loads into HBM is counted in a simulated cache, which gets the
+update's accesses to experts in their order:
 
-- Acting is replayed with LRU, because the cache cannot know what a player will need next.
-- Learning is replayed with Belady's optimum, because the routing is recorded, so the cache knows its next uses.
+- For acting (playing) the cache evicts by LRU, because nobody can know which expert a player will need next.
+- For learning it evicts by Belady's optimum, because the experts of each token were recorded while playing, so all next uses are known.
 
 Two things are not predicted: the memory of activations and of the allocator, and how much of a load overlaps with compute. Stalls are
 therefore given as a range, from "all loads overlap as far as they can" to "no load overlaps".
@@ -37,7 +39,7 @@ PROBE_BYTES = 256 << 20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rates:
-    """How long it takes to move one expert between HBM and each other place, in seconds per expert."""
+    """How long it takes to move one expert into HBM from each place where it may be, and back out of HBM, in seconds per expert."""
 
     dram: float
     """Seconds to fetch an expert from the daemon's DRAM."""
@@ -51,7 +53,10 @@ class Rates:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """What `plan` predicts of a run. Bytes and experts are those at the end of the run, when every game was learned once."""
+    """What `plan` predicts of a run: sizes, loads, times, and findings.
+
+    Sizes are those at the end of the run, when every game was learned once.
+    """
 
     num_games: int
     num_experts: int
@@ -63,28 +68,37 @@ class Plan:
     expert_bytes: int
     """Bytes of one expert in HBM: parameters and optimizer moments."""
     hbm_experts: int
+    """How many experts HBM has room for."""
     hbm_bytes: int
-    """Bytes of the slots in HBM."""
+    """Bytes of HBM for these experts."""
     gradient_bytes: int
+    """Bytes of the gradients of one game's own experts."""
     dense_bytes: int
     """Bytes of the dense part on the GPU: parameters for all games; gradients and moments for the game in training."""
     dram_bytes: int
+    """Capacity of the daemon's DRAM tier."""
     dram_bytes_for_all: int
     """The bytes of DRAM that would hold every expert."""
     nvme_bytes: int
+    """Bytes of all experts on NVMe, each once."""
     nvme_spare_bytes: int
     """Bytes of older versions on NVMe: the last checkpoint keeps them while the run writes new ones (copy on write)."""
     switch_bytes_in: int
+    """Bytes that a switch to another game loads into HBM."""
     switch_bytes_out: int
+    """Bytes that a switch to another game writes back from HBM."""
     switch_s: dict[str, float]
     """Seconds to load a working set if no load overlaps with compute, by the tier that holds it."""
     loads_per_update: int
     """How many experts an update loads again after HBM evicted them: 0 if HBM has room for the working set."""
     update_compute_s: float | None
+    """Seconds of acting and learning in an update, without loads; None if the speed was not given."""
     update_load_s: float
+    """Seconds that the repeated loads of an update take."""
     game_compute_s: float | None
+    """Seconds of acting and learning in all updates of one game, without loads; None if the speed was not given."""
     findings: tuple[str, ...]
-    """Why the run will not work, or is not worth it; empty if nothing speaks against it."""
+    """Sentences on why the run will not work, will be slow, or needs no paging of experts; empty if nothing speaks against it."""
 
     @property
     def update_stall_s(self) -> tuple[float, float]:
@@ -101,7 +115,7 @@ def plan(
     nvme_bytes: int | None = None,
     steps_per_s: float | None = None,
 ) -> Plan:
-    """Predicts what a run will demand of its memory tiers: bytes in each, loads, stalls; and finds what speaks against the run.
+    """Predicts what a run will demand of its memory tiers (bytes in each, loads of experts, stalls), and what speaks against the run.
 
     Args:
         config: the configuration of the run.
@@ -208,7 +222,7 @@ def _dense_bytes(agent: AgentConfig, num_games: int) -> int:
 
 
 def _loads_per_update(config: RunConfig, capacity: int, shared: int) -> int:
-    """Counts the repeated loads of one update: those of experts that it had loaded before, and that HBM has evicted since.
+    """Counts the loads of one update that are repeated: the expert was loaded before in this update, and HBM has evicted it since.
 
     Args:
         config: the configuration of the run.
@@ -235,7 +249,7 @@ def _loads_per_update(config: RunConfig, capacity: int, shared: int) -> int:
 
 
 def _pool(agent: AgentConfig, layer: int) -> list[int]:
-    """The keys (as in a trace) of the experts that the first game owns in a layer. An update is assumed to use them all."""
+    """The experts that the first game owns in a layer, as keys of a trace (numbers). An update is assumed to use them all."""
     bank = layer % agent.num_banks
     if agent.routing == "token":
         return [expert * agent.num_banks + bank for expert in range(agent.num_experts)]
@@ -244,7 +258,7 @@ def _pool(agent: AgentConfig, layer: int) -> list[int]:
 
 
 def _borrowed(agent: AgentConfig, layer: int, shared: int) -> list[int]:
-    """The keys of `shared` experts that the game borrows in a layer. Which ones does not matter: all are used equally often."""
+    """The `shared` experts that the game borrows in a layer, as keys of a trace. Which ones does not matter: all are used equally often."""
     first = agent.pools_per_game * agent.pool_size + layer % agent.pools_per_game * shared
     return [(first + expert) * agent.num_banks + layer % agent.num_banks for expert in range(shared)]
 

@@ -1,24 +1,27 @@
-"""Replays a trace through simulated HBM, DRAM and NVMe, with the same eviction policies as cache and daemon (ooc_moe_wire.policy).
+"""Replays a trace (a sequence of accesses to experts) in simulated HBM, DRAM and NVMe, and counts hits, loads and waiting times.
+
+The eviction policies are those of the trainer's cache and of the daemon (ooc_moe_wire.policy).
 
     replayed = replay(trace, Setup(hbm_experts=16, policy="lru", prefetch=Prefetch(source="perfect")))
     replayed.training.hit_rate, replayed.training.stall_s
 
 The model:
 
-- Every access computes for `compute_s`. If HBM does not hold the expert, the access first waits until the expert is loaded, alone: from
-  DRAM, or from NVMe through DRAM. In the beginning all experts are on NVMe.
-- HBM and DRAM admit every miss, and evict by their policies. As in the trainer, each bank has an equal share of HBM, and all banks share
-  DRAM.
+- Every access computes for `compute_s`. If HBM does not hold the expert (a miss), the access first waits until the expert is loaded from
+  DRAM, or from NVMe through DRAM. Nothing else is loaded meanwhile. In the beginning all experts are on NVMe.
+- HBM and DRAM take in every expert that they miss, and evict by their policies. As in the trainer, each bank has an equal share of HBM, and
+  all banks share DRAM.
 - When the game switches, a prefetch source may name experts. They are loaded one after another, in parallel with compute. A load on demand
-  goes first and delays them. A prefetch evicts neither an expert that this game has asked for nor another prefetch.
-- An access to an expert whose prefetch has not ended counts as a miss, and the prefetch as late.
+  goes first and delays them. A prefetch evicts neither an expert that this game has asked for nor an unused prefetched one.
+- An access to an expert whose prefetch is not complete counts as a miss, and the prefetch as late.
 
 Not modelled:
 
 - Write-back, which is assumed to overlap with compute.
-- The second accesses of backward and optimizer, and several misses in one call to the store.
-- The trainer's schedule. A trainer announces the experts of an update or an acting step; the cache then evicts by next use, and fetches
-  ahead. Where a game does not fit into HBM, a trainer therefore hits far more often than LRU does here (simulate.md has both).
+- The accesses of the backward pass and of the optimizer to the same experts, and several misses in one call to the store.
+- The trainer's schedule. A trainer tells its cache beforehand which experts an update or an acting step will use; the cache then evicts the
+  expert whose next use is farthest away, and fetches ahead. Where a game does not fit into HBM, a trainer therefore has far more hits than
+  LRU has here (simulate.md has both).
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ PIECE_ACCESSES = 1 << 18
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Link:
-    """How long a load over one link between two tiers takes: a fixed latency, and time for its bytes."""
+    """How long it takes to load an expert from one tier into the next: a fixed latency, and time for its bytes."""
 
     latency_s: float
     bytes_per_s: float
@@ -64,9 +67,9 @@ class Latency:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prefetch:
-    """How a replay prefetches: which source names experts to prefetch when the game switches, and how well.
+    """Which experts a replay prefetches when the game switches: `source` says what names them.
 
-    A game's experts are those that it uses anywhere in the trace, the most used first. The sources:
+    A game's experts are those that it uses anywhere in the trace, the most used first. The values of `source`:
 
     - "none": no prefetching.
     - "perfect" names the new game's experts at the switch.
@@ -111,7 +114,11 @@ class Setup:
 
 @dataclass(slots=True)
 class Counts:
-    """What a replay counted: accesses, hits, loads, times, and what became of prefetches. One for all training, one for all evaluation."""
+    """What a replay counted: accesses, hits, loads, times, and what became of prefetches.
+
+    A replay has one such object for all its training and another for all its evaluation. `compute_s` and `stall_s` are seconds of computing
+    and of waiting for experts.
+    """
 
     accesses: int = 0
     hits: int = 0
@@ -205,7 +212,7 @@ class _Prefetching:
 
     @property
     def idle(self) -> bool:
-        """Whether no prefetch is waiting or loading, and every prefetched expert was used or evicted."""
+        """Whether there is nothing left to do: no prefetch waits or loads, and every prefetched expert was used or evicted."""
         return not (self.waiting or self.unused)
 
 
@@ -233,9 +240,10 @@ class _Replay:
         self._pools = _pools(trace) if setup.prefetch.source != "none" else {}
 
     def play(self, span: Span, switched: bool, progress: Callable[[int], object]) -> None:
-        """Plays the accesses of one span, which belong to one game.
+        """Does the accesses of one span: a stretch of the trace in which one game is trained, or evaluated.
 
-        After a switch of the game, the first accesses are played with prefetches, as long as any is unused. The rest are played without.
+        If the game has switched, the first accesses go together with prefetches, until no prefetched expert is unused. `progress` is called
+        with the number of accesses done since its last call.
         """
         self._counts = counts = self.replayed.evaluation if span.evaluating else self.replayed.training
         counts.accesses += span.stop - span.start
@@ -254,7 +262,7 @@ class _Replay:
             progress(len(keys))
 
     def _on_demand(self, keys: Sequence[int]) -> None:
-        """Plays accesses without prefetches: each miss loads its expert. This loop decides how fast a replay is."""
+        """Does accesses without prefetches: each miss loads its expert. A replay spends nearly all its time in this loop."""
         touches, tiers = self._touches, self._tiers
         misses, stall_s = 0, 0.0
         for key in keys:
@@ -268,7 +276,7 @@ class _Replay:
         self._counts.stall_s += stall_s
 
     def _with_prefetch(self, keys: Sequence[int], named: Sequence[int], asked: set[int]) -> int:
-        """Plays accesses with prefetches, until every prefetched expert was used or evicted, or to the end of `keys`.
+        """Does accesses together with prefetches, until every prefetched expert was used or evicted, or to the end of `keys`.
 
         Args:
             keys: the accesses.
@@ -276,7 +284,7 @@ class _Replay:
             asked: the experts that the game has asked for since the switch; they are not evicted by a prefetch.
 
         Returns:
-            The number of accesses that were played.
+            The number of accesses that were done.
         """
         counts, now = self._counts, 0.0
         prefetching = _Prefetching(self._limited(named), asked)
@@ -328,9 +336,10 @@ class _Replay:
                 prefetching.waiting = elsewhere
 
     def _claim(self, key: int, prefetching: _Prefetching) -> bool:
-        """Claims a slot in HBM for a prefetched expert, if one is free or holds an expert that this game has not asked for.
+        """Gives a slot in HBM to an expert that is to be prefetched, if a slot is free or an expert may be evicted. Returns whether it did.
 
-        Returns whether it got a slot. A tier of one slot gives none to prefetches.
+        An expert may be evicted unless this game has asked for it, or it was prefetched and is unused. If HBM has only one slot, prefetches
+        get none.
         """
         tier = self._tiers[key]
         if tier.capacity == 1:
@@ -353,7 +362,7 @@ class _Replay:
         return True
 
     def _named(self, game: str) -> list[int]:
-        """The experts that the prefetch source names when `game` begins. By chance they may be those of another game."""
+        """The experts that the prefetch source names when `game` begins. They may be another game's: sources can be wrong."""
         source, others = self._setup.prefetch.source, [name for name in self._pools if name != game]
         if source == "random":
             return self._pools[list(self._pools)[int(self._rng.integers(len(self._pools)))]]

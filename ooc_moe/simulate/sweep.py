@@ -1,4 +1,4 @@
-"""Replays one trace many times, with each HBM capacity, switch interval, policy and prefetch source, and makes a table of the results.
+"""Replays one trace many times, each time with another HBM capacity, switch interval, policy or prefetch source, and tabulates the results.
 
 The module also reads the values that a person writes: capacities ("16", "25%"), times ("80us") and latencies ("nvme=80us+3GB/s").
 """
@@ -143,7 +143,7 @@ def run(
 
 
 def _with_belady(rows: Sequence[Row]) -> list[Row]:
-    """Fills in `of_belady` (training hit rate divided by that of Belady's optimum) in the rows of one switch interval."""
+    """Returns the rows of one switch interval with `of_belady` filled in: the training hit rate divided by that of Belady's optimum."""
     best = {row.replayed.setup.hbm_experts: row.replayed.training.hit_rate for row in rows if row.replayed.setup.policy == Belady.name}
     return [replace(row, of_belady=_ratio(row, best.get(row.replayed.setup.hbm_experts))) for row in rows]
 
@@ -205,9 +205,9 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def capacity(name: str, text: str, num_experts: int) -> int:
-    """Reads a capacity in experts from text: a number, or a share such as 25% of `num_experts`. The result is at least 1.
+    """Reads a capacity from text and returns it in experts: the text is a number, or a share such as 25% of `num_experts`.
 
-    Raises InvalidRequest, beginning with `name`, if the text is neither.
+    The result is at least 1. Raises InvalidRequest, beginning with `name`, if the text is neither.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%?)\s*", text)
     if match is None or (not match[2] and "." in match[1]) or float(match[1]) == 0:
@@ -224,9 +224,9 @@ def seconds(name: str, text: str) -> float:
 
 
 def latency(text: str) -> Latency:
-    """Reads the latency and bandwidth of loads from text such as "nvme=80us+3GB/s,dram=20us". What is not given is as in the default.
+    """Reads the latency and bandwidth of loads from text such as "nvme=80us+3GB/s,dram=20us".
 
-    Raises InvalidRequest if the text has another form.
+    What the text leaves out is as in `Latency()`. Raises InvalidRequest if the text has another form.
     """
     default = Latency()
     links = {"dram": default.dram, "nvme": default.nvme}

@@ -1,4 +1,4 @@
-"""Makes traces (sequences of accesses to experts) without a run: synthetic ones, and recorded ones whose games take turns in another order.
+"""Makes traces (sequences of accesses to experts): synthetic ones from random draws, and recorded ones reordered so that games take turns.
 
 In a synthetic trace each game has a pool of experts of its own, split over the layers. Each access draws an expert at random, from the part
 of the pool that belongs to the layer whose turn it is; the n-th most popular expert has weight n^-zipf. In a real run, training asks for

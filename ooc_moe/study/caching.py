@@ -1,12 +1,12 @@
 """Hit rates and stalls when games come in blocks, compared with the same steps when games take turns; measured and simulated.
 
-In blocks, a game is trained to its end before the next one. In turns, the trainer switches games every few updates:
+In blocks, all training in one game is done before the next game begins. In turns, the trainer switches games every few updates:
 
     blocks      AAAAAAAA BBBBBBBB
     turns of 2  AA BB AA BB AA BB AA BB
 
-The trainer measured both, in runs of their own. The simulator takes the recorded accesses (the trace) of a run in blocks, reorders them
-into turns, and replays them through the trainer's own LRU policy and through Belady's optimum. It does not prefetch. The trainer
+The trainer measured blocks and turns in separate runs. The simulator takes the recorded accesses (the trace) of a run in blocks, reorders
+them into turns, and replays them through the trainer's own LRU policy and through Belady's optimum. It does not prefetch. The trainer
 prefetches, so it may beat Belady.
 """
 
@@ -33,7 +33,11 @@ class Way(Enum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CachingPoint:
-    """One point of the caching study: the hit rate and the stall time for one HBM capacity and one switch interval."""
+    """One measurement or simulation of the caching study: how well a cache of one size works when games switch at one interval.
+
+    `hit_rate` is the share of `accesses` whose expert was in HBM, and `stall_s` the seconds spent waiting for the others. HBM has room for
+    `hbm_experts` of the `bank_experts` experts.
+    """
 
     way: Way
     hbm_experts: int
@@ -48,9 +52,9 @@ class CachingPoint:
 
 
 def caching_points(found: StudyScores) -> list[CachingPoint]:
-    """Returns the points that the runs measured, then those that the simulator computes from the study's trace.
+    """Returns the hit rates and stalls that the runs measured, then those simulated for the same capacities and intervals.
 
-    There are no points at all if no run recorded a trace.
+    The simulator replays the recorded accesses (the trace) of one run. Without any trace the list is empty, measured points included.
     """
     traced = next((record for record in found.records.values() if _trace_of(record) is not None), None)
     if traced is None:

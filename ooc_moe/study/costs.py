@@ -1,4 +1,4 @@
-"""What each variant costs: parameters, bytes, fetches, time.
+"""Computes what each variant of a study costs: parameters, bytes stored and moved, fetches of experts, and time.
 
 Where a variant has a network for each game, the costs of all its networks are added up. Only HBM is that of one network, because one is
 used at a time.
@@ -26,7 +26,10 @@ _FETCHED_FROM = ("dram", "nvme", "seed")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Costs:
-    """The costs of a variant, as means over its runs. A field is NaN if the runs did not log what it needs."""
+    """The costs of a variant, as means over its runs. A field is NaN if the runs did not log what it needs.
+
+    `train_s`: seconds of training. `steps_per_s`: environment steps per second. `stall_s`: seconds of training spent waiting for experts.
+    """
 
     parameters: float
     dense_parameters: float
@@ -34,12 +37,12 @@ class Costs:
     hbm_bytes: float
     """The capacity of the cache of experts in HBM."""
     protection_bytes: float
-    """What the protection against forgetting stores at the end of the run, in bytes.
+    """Bytes that the method against forgetting (replay, cloning or EWC) stores at the end of the run.
 
-    These are frames and the network's outputs for them, or Fisher matrices and anchors.
+    These are frames and the network's outputs for them, or Fisher matrices and copies of old parameters.
     """
     exemplar_bytes: float
-    """The frames of each game that the detector stores; it does so with every protection."""
+    """Bytes of the example frames of each game that the detector stores, whatever the method against forgetting is."""
     moved_bytes: float
     """Bytes moved into and out of HBM, in training and evaluation."""
     fetched: float
@@ -52,11 +55,11 @@ class Costs:
     cold_fetched: float
     """How many of the `fetched` were cold experts. NaN where fetches were not logged by expert, or where games take turns."""
     cold_equal: int
-    """How many of the `cold` experts stayed equal bit for bit while a game was trained; the sum over all runs."""
+    """How many of the `cold` experts stayed equal bit for bit while another game was trained; the sum over all runs."""
     cold: int
-    """Of how many experts it was checked, in all runs, that a game leaves them unchanged; those that it does not use or only borrows.
+    """How many experts of earlier games were checked for changes while another game was trained; the sum over all runs.
 
-    See measures.cold_unchanged.
+    They are those that this game does not use, or only borrows (reads). They should stay unchanged. See measures.cold_unchanged.
     """
     cold_runs: int
     """How many runs logged the checksums from which `cold` and `cold_equal` are counted."""
@@ -119,9 +122,9 @@ def _costs_of_run(record: RunRecord) -> Costs:
 
 
 def _stored_bytes(path: Path) -> tuple[float, float]:
-    """Returns how many bytes protection and the detector store, in this order. NaN if there is no checkpoint.
+    """Returns how many bytes the method against forgetting stores, then how many the detector stores. NaN if there is no checkpoint.
 
-    `path` is a checkpoint's file of dense parameters, which has both.
+    `path` is a checkpoint's file of everything but experts, which has both.
     """
     if not path.exists():
         return float("nan"), float("nan")
@@ -138,9 +141,9 @@ def _num_bytes(state: Any) -> int:
 
 
 def cold_share(record: RunRecord) -> float:
-    """Returns which share of a game's training tokens went to experts that an earlier game had used; the mean over all games but the first.
+    """Returns the share of a game's training tokens that went to cold experts, those that an earlier game had used.
 
-    NaN where games take turns, or with fewer than two games.
+    It is the mean over all games but the first. NaN where games take turns, or with fewer than two games.
     """
     if record.config.get("switch_every"):
         return float("nan")
@@ -153,9 +156,9 @@ def cold_share(record: RunRecord) -> float:
 
 
 def cold_fetched(record: RunRecord) -> float:
-    """Counts how often, in a later game's training, an expert that an earlier game had used was brought into HBM, on demand or ahead.
+    """Counts how often cold experts, those that an earlier game had used, were fetched into HBM while a later game was trained.
 
-    NaN where games take turns, or where fetches were not logged by expert.
+    Fetches on demand and fetches ahead of use both count. NaN where games take turns, or where fetches were not logged by expert.
     """
     if record.config.get("switch_every") or not any("fetches" in event for event in record.updates):
         return float("nan")

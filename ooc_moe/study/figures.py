@@ -1,4 +1,4 @@
-"""The figures of a study. They show every run as a point; a mean is drawn in addition to its points, never instead of them."""
+"""Draws the figures of a study. Every run is shown as a point or a thin line of its own; a mean is drawn in addition, never instead."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ _DRAWN = {"learning": "right after its training", "average": "at the end of the 
 
 
 def figures(found: StudyScores, points: Sequence[CachingPoint]) -> dict[str, Figure]:
-    """Draws all figures for which there are results. Returns them by name: "measures", "games", "hits"."""
+    """Draws all figures for which there are results. Returns them by name: "measures" (learning and retention), "games" (scores after
+    training) and "hits" (misses and stalls)."""
     draw: dict[str, Callable[[], Figure | None]] = {
         "measures": lambda: learning_and_retention(found),
         "games": lambda: scores_after_training(found),
@@ -64,7 +65,7 @@ def learning_and_retention(found: StudyScores) -> Figure | None:
 
 
 def _draw_runs(ax: Axes, cells: Sequence[Cell], row: int, colour: Callable[[str], str]) -> None:
-    """Draws a point for each run, at its mean over games, in the row of its variant. `colour` maps the name of an order to its colour."""
+    """Draws a point for each run, at its mean over games, in the row of its variant. `colour` gives the colour of an order of the games."""
     runs: dict[tuple[str, int], list[float]] = {}
     for cell in cells:
         runs.setdefault((cell.order, cell.seed), []).append(cell.value)
@@ -88,8 +89,8 @@ def _draw_mean(ax: Axes, cells: Sequence[Cell], row: int) -> None:
 def scores_after_training(found: StudyScores) -> Figure | None:
     """Draws each game's score from the end of its own training on, in the runs of the study's first order.
 
-    Each variant has a panel. Thin lines are runs, the bold line is their mean. Returns None if no game counts (see scores.py), or if no run
-    was evaluated after each of its games.
+    Each variant has a panel. Thin lines are runs, the bold line is their mean. Returns None if no game was learned well enough to count
+    (see scores.py), or if no run was evaluated after the training of each of its games.
     """
     order, schedule = next(iter(found.study.orders.items()))
     games = [game for game in dict.fromkeys(schedule) if game in found.counted]
@@ -122,9 +123,9 @@ def scores_after_training(found: StudyScores) -> Figure | None:
 
 
 def _scores_of(found: StudyScores, variant: str, order: str) -> measures.Floats | None:
-    """Returns the normalised scores of a variant's runs in one order: (runs, phases, games).
+    """Returns the normalised scores of a variant's runs in one order of the games: (runs, phases, games).
 
-    None if there is no such run, or if its runs were evaluated only at their end.
+    A phase is the training in one game. None if there is no such run, or if its runs were evaluated only at their end.
     """
     scores = [
         found.normalised(record)[0] for run, record in found.of(variant).items() if run.order == order and not run.config.switch_every

@@ -90,9 +90,9 @@ def _sentence(text: str) -> str:
 
 
 def _configured(found: StudyScores) -> tuple[str, str]:
-    """Returns the configuration of one run for the page, as JSON, and the name of that run.
+    """Returns the configuration that the page shows, as JSON, and the name of the run that has it.
 
-    It is the first finished run of the most important variant; without a finished run, the study's recipe.
+    The run is the first finished one of the most important variant. Without a finished run, it is the study's recipe.
     """
     study = found.study
     run = next((run for name in found.variants for run in found.of(name)), None)

@@ -1,4 +1,5 @@
-"""Reads the finished runs of a study and judges them. An unfinished study has results too, with a list of the missing runs."""
+"""Reads the finished runs of a study and judges them. A study whose runs are not all finished has results too, with a list of the missing
+runs."""
 
 from __future__ import annotations
 
@@ -20,7 +21,11 @@ from ooc_moe_wire.errors import InvalidRequest
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Results:
-    """Everything that the finished runs of a study show: scores, costs, tables, verdicts, separation and caching points."""
+    """Everything that the finished runs of a study show.
+
+    `found` has the runs with their scores, `costs` the costs by variant, `verdicts` whether each part of the claim holds, `separated` how
+    differently games use experts in each run with plain token routing, and `points` the hit rates and stalls of the caching study.
+    """
 
     found: StudyScores
     costs: Mapping[str, Costs]
@@ -54,7 +59,10 @@ def collect(study: Study, runs: Sequence[StudyRun], constants: Mapping[str, floa
 
 
 def results_of(study: Study, runs: Sequence[StudyRun], constants: Mapping[str, float]) -> Results:
-    """Reads the finished runs among `runs`, computes all tables, and judges each part of the claim. Arguments as for `collect`."""
+    """Reads the finished runs among `runs`, computes all tables, and judges each part of the claim.
+
+    The arguments are explained at `collect`.
+    """
     found = collect(study, runs, constants)
     costs, separated, points = costs_by_variant(found), verdicts.separations(found), caching_points(found)
     judged = (

@@ -1,6 +1,6 @@
 """The process that makes one run of a study: it starts the run, or resumes it from its last checkpoint.
 
-runner.py starts it, and writes the configuration as JSON to its standard input: python -m ooc_moe.study.run_process RUN_DIR
+runner.py starts this process, and writes the run's configuration as JSON to its standard input: python -m ooc_moe.study.run_process RUN_DIR
 """
 
 from __future__ import annotations

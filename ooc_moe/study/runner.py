@@ -1,8 +1,7 @@
 """Makes the runs of a study, several at a time, each in a process of its own with a daemon of its own.
 
-Runs that an earlier call left unfinished are continued. A finished run is left alone. A run with a checkpoint is resumed from it. A run
-that stopped before its first checkpoint is made anew, and its old directory is renamed. On Ctrl-C every running process saves a checkpoint
-and ends.
+A finished run is not made again. An unfinished run with a checkpoint is resumed from it. An unfinished run without a checkpoint is made
+anew, and its old directory is renamed. On Ctrl-C every running process saves a checkpoint and ends.
 """
 
 from __future__ import annotations
@@ -33,14 +32,16 @@ _TAIL_BYTES = 1 << 16
 
 
 class State(Enum):
-    """How far a run has come: not started, begun, broken or done."""
+    """How far a run has come: not started, unfinished with a checkpoint, unfinished without one, or finished."""
 
     NEW = "new"
+    """The run was not started: its directory has no configuration."""
     BEGUN = "begun"
-    """The run is not done, and can be resumed from a checkpoint."""
+    """The run is unfinished, and can be resumed from a checkpoint."""
     BROKEN = "broken"
     """The run stopped before its first checkpoint, and must be made anew."""
     DONE = "done"
+    """The run is finished."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """The progress of `run_all` at one moment, for a display."""
+    """The progress of `run_all` at one moment, for a display. `steps_total`: environment steps of all runs when they are finished."""
 
     done: int
     """How many runs are finished."""
@@ -70,7 +71,7 @@ class Status:
 
 
 def state_of(config: RunConfig) -> State:
-    """Returns whether the run in `config.run_dir` is new, begun, broken or done.
+    """Returns how far the run in `config.run_dir` has come: not started, resumable, to be made anew, or finished.
 
     Raises:
         InvalidRequest: the run there has another configuration; the message names the first field that differs.
@@ -147,7 +148,7 @@ def run_all(configs: Sequence[RunConfig], *, jobs: int, watch: Callable[[Status]
 
 
 def _start(config: RunConfig) -> subprocess.Popen[bytes]:
-    """Starts the process that makes the run of `config`. A broken run's directory is renamed first.
+    """Starts the process that makes the run of `config`. The directory of a run without a checkpoint (broken) is renamed first.
 
     The process is in a session of its own, so that Ctrl-C reaches the runner alone.
     """

@@ -1,7 +1,7 @@
 """The scores of a study's runs on one scale for all games: 0 is random play, 1 is single-task.
 
-Single-task is the score of a network that was trained on this game alone, as the mean over its seeds. Ratios such as retention are computed
-only for the games that count: those that were learned, by the rules of `_why_left_out`.
+Single-task is the score of a network that was trained on this game alone, as the mean over its seeds. A game counts if the single-task
+network learned it well enough (the rules are in `_why_left_out`). Ratios such as retention use only the games that count.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ LEARNED_MIN = 0.2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GameFacts:
-    """The raw returns in one game that define the scale of its scores, and whether the game counts. NaN for what was not measured."""
+    """The raw returns in one game that define the scale of its scores (0: `random`, 1: `single`), and whether the game counts in ratios.
+
+    NaN for what was not measured.
+    """
 
     game: str
     random: float
@@ -44,7 +47,7 @@ class GameFacts:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """The value of a measure for one run (`order` and `seed`) and one game."""
+    """One value of a measure such as retention: that of one game in one run. The run is given by its order of the games and its seed."""
 
     order: str
     seed: int
@@ -64,10 +67,10 @@ def _per_game(values_PG: Floats) -> Floats:
 
 
 def retention(scores_PG: Floats, trained_P: Sequence[int]) -> Floats:
-    """Computes how much of each game's score is left at the end, as a share of what was learned (measures.retention): (G,).
+    """Computes what share of each game's score right after its training is left at the end (measures.retention), (G,).
 
-    NaN for games of which less than `LEARNED_MIN` was learned. `scores_PG`: normalised scores after each phase. `trained_P`: the game
-    trained in each phase.
+    NaN for games of which less than `LEARNED_MIN` was learned. `scores_PG`: normalised scores of each game after each phase (the training
+    in one game). `trained_P`: the game trained in each phase.
     """
     kept = measures.retention(scores_PG, trained_P, np.zeros(scores_PG.shape[1]))
     return np.where(measures.learning(scores_PG, trained_P) >= LEARNED_MIN, kept, np.nan)
@@ -109,7 +112,7 @@ RAW_MEASURES: dict[str, tuple[str, Measure]] = {
 
 @dataclass(frozen=True)
 class StudyScores:
-    """The finished runs of a study, with their scores on one scale, and a list of the missing runs."""
+    """The finished runs of a study (`records`), with their scores on one scale for all games, and a list of the missing runs."""
 
     study: Study
     records: Mapping[StudyRun, RunRecord]
@@ -134,7 +137,7 @@ class StudyScores:
 
     @cached_property
     def counted(self) -> set[str]:
-        """The games that count in ratios: those that were learned well enough."""
+        """The games that count in ratios: those that the single-task network learned well enough."""
         return {game for game, facts in self.facts.items() if not facts.left_out}
 
     def _facts_of(self, game: str) -> GameFacts:
@@ -157,9 +160,9 @@ class StudyScores:
         )
 
     def normalised(self, record: RunRecord) -> tuple[Floats, Floats]:
-        """Returns a run's normalised scores: after each phase for each game (P, G), and before any training (G,).
+        """Returns a run's scores on the study's scale: after each phase for each game (P, G), and before any training (G,).
 
-        NaN for games without a single-task score.
+        A phase is the training in one game. NaN for games without a single-task score.
         """
         scores = record.scores
         random_G = [self.facts[game].random for game in scores.games]
@@ -167,9 +170,10 @@ class StudyScores:
         return measures.normalise(scores.mean_PG, random_G, single_G), measures.normalise(scores.untrained_G, random_G, single_G)
 
     def cells(self, variant: str, name: str) -> list[Cell]:
-        """Computes the measure `name` (of MEASURES or RAW_MEASURES) for every finished run of a variant and each game that counts.
+        """Computes a measure for every finished run of a variant and each game that counts: one cell for each run and game.
 
-        Runs in which games take turns are evaluated only at their end. They have values only for measures whose name starts with "average".
+        `name` is the measure's name, a key of MEASURES or RAW_MEASURES. Runs in which games take turns are evaluated only at their end.
+        They have values only for measures whose name starts with "average".
         """
         found = []
         for run, record in self.of(variant).items():
@@ -189,7 +193,7 @@ class StudyScores:
         return found
 
     def worst(self, variant: str, name: str = "forgetting") -> list[Cell]:
-        """Returns, for each finished run of a variant, the greatest value of a measure over all games, as a Cell whose game is ""."""
+        """Returns one Cell for each finished run of a variant: the greatest value of a measure over its games. The Cell's game is ""."""
         by_run: dict[tuple[str, int], list[float]] = {}
         for cell in self.cells(variant, name):
             if not np.isnan(cell.value):
@@ -198,9 +202,10 @@ class StudyScores:
 
 
 def strata(cells: Sequence[Cell]) -> list[Floats]:
-    """Groups cells by order, as the strata that a bootstrap draws runs from (see statistics.py): one (runs, games) array for each order.
+    """Groups cells by the order of the games: one array (runs, games) for each order, NaN for values that are not known.
 
-    NaN for values that are not known. Where a variant has a network for each game, the order is that game, so that each game is a stratum.
+    These groups are the strata from which a bootstrap draws runs (see statistics.py). Where a variant trains a separate network for each
+    game, the game's name stands for the order, so that each game is a stratum.
     """
     orders: dict[str, dict[int, dict[str, float]]] = {}
     for cell in cells:
@@ -213,7 +218,7 @@ def strata(cells: Sequence[Cell]) -> list[Floats]:
 def _why_left_out(random: float, constant: float, single: float, reference: float, cut: bool, returns: Sequence[float]) -> str:
     """Returns why a game is left out of ratios; "" if it counts.
 
-    A game counts if it was learned, and if a player that does not look at the screen gets clearly less.
+    A game counts if the single-task network learned enough of it, and if a player that does not look at the screen gets clearly less.
 
     Args:
         random: the mean return of random play.
@@ -221,7 +226,7 @@ def _why_left_out(random: float, constant: float, single: float, reference: floa
         single: the single-task return.
         reference: the return of a human, or of best play.
         cut: whether evaluation stopped some games before they were over.
-        returns: the single returns that `single` is the mean of.
+        returns: the returns of the episodes whose mean is `single`.
     """
     if np.isnan(single):
         return "no single-task run yet"

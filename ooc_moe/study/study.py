@@ -1,4 +1,5 @@
-"""What a study is: variants of one recipe that learn the same games, in several orders and with several seeds."""
+"""What a study is: a list of runs, in which variants of one recipe (configuration) learn the same games, in several orders and with several
+seeds."""
 
 from __future__ import annotations
 
@@ -31,7 +32,10 @@ class StudyRun:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Study:
-    """A question about the claim, and the runs that are to answer it: which variants, in which orders of the games, with which seeds."""
+    """A question about the project's claim (see verdicts.py), and the runs that are to answer it.
+
+    It says which variants are run, in which orders of the games, and with how many seeds. `variants` has all variants by name.
+    """
 
     name: str
     asks: str

@@ -31,7 +31,7 @@ def tables(
     Args:
         found: the scores of the finished runs.
         costs: by variant, what it costs.
-        separated: the separation in each run with plain token routing.
+        separated: how differently games use experts, in each run with plain token routing.
         points: hit rates and stalls by HBM capacity and switch interval.
     """
     all_tables = [
@@ -53,7 +53,7 @@ def tables(
 
 
 def main_table(found: StudyScores) -> Table:
-    """Makes the table with one row per variant: how much was learned, and how much of it is left at the end."""
+    """Makes the main table, with one row per variant: how much it learned, and how much of that is left at the end."""
     random, constant = _baselines(found)
     rows = [["random", "–", DASH, random, DASH, DASH, DASH], ["best constant action", "–", DASH, constant, DASH, DASH, DASH]]
     for name in found.variants:
@@ -71,7 +71,7 @@ def main_table(found: StudyScores) -> Table:
 
 
 def robust_table(found: StudyScores) -> Table:
-    """Makes the table with one row per variant: the measures of the main table as interquartile means."""
+    """Makes the table of robust means, with one row per variant: the main table's measures as interquartile means."""
     rows = [[name, *(spread(found.cells(name, each), statistics.iqm) for each in _MAIN)] for name in found.variants]
     return Table(
         "Interquartile means",
@@ -83,7 +83,7 @@ def robust_table(found: StudyScores) -> Table:
 
 
 def order_table(found: StudyScores, order: str) -> Table:
-    """Makes the table with one row per variant: the measures of the main table in one order of the games."""
+    """Makes the main table for one order of the games alone: one row per variant."""
     rows = []
     for name in found.variants:
         cells = {each: [cell for cell in found.cells(name, each) if cell.order == order] for each in _MAIN}
@@ -94,7 +94,7 @@ def order_table(found: StudyScores, order: str) -> Table:
 
 
 def other_table(found: StudyScores) -> Table:
-    """Makes the table with one row per variant: the measures that the main table does not have."""
+    """Makes the table of other measures, with one row per variant: transfer, isolated forgetting, and others that the main table lacks."""
     names = [name for name in (*MEASURES, *RAW_MEASURES) if name not in _MAIN]
     rows = [[variant, *(spread(found.cells(variant, name)) for name in names)] for variant in found.variants]
     says = {name: says for name, (says, _) in (MEASURES | RAW_MEASURES).items() if name in names and says}
@@ -109,7 +109,7 @@ def other_table(found: StudyScores) -> Table:
 
 
 def human_table(found: StudyScores) -> Table:
-    """Makes the table with one row per variant: scores relative to a human's, and the share of dormant hidden units."""
+    """Makes the table with one row per variant: scores as shares of a human's, and the share of dormant (unresponsive) hidden units."""
     rows = []
     for name in found.variants:
         learned, kept, dormant = [], [], []
@@ -134,7 +134,7 @@ def human_table(found: StudyScores) -> Table:
 
 
 def memory_table(costs: Mapping[str, Costs]) -> Table:
-    """Makes the table with one row per variant: its parameters, and how many bytes its cache, its protection and the detector take."""
+    """Makes the table of memory, with one row per variant: parameters; bytes of cache, method against forgetting, and detector."""
     rows = []
     for name, cost in costs.items():
         kept = f"{format_bytes(cost.protection_bytes)} + {format_bytes(cost.exemplar_bytes)}"
@@ -236,9 +236,10 @@ def _ambiguous_pairs(found: StudyScores) -> str:
 
 
 def separation_table(separated: Sequence[Separation]) -> Table:
-    """Makes the table with one row per run with plain token routing: how much two environments use the same experts.
+    """Makes the table of separation, with one row per run with plain token routing: how much two environments use the same experts.
 
-    This is measured for environments of one game and of two games, as the share of their routing that goes to the same experts.
+    The figure is the share of their routing that goes to the same experts, as a mean over pairs of environments: once over pairs that play
+    the same game, once over pairs that play different games.
     """
     rows = [
         [each.run.variant, each.run.order, str(each.run.config.seed), *_apart(each.within, each.between), f"{each.p:.2g}"]
@@ -256,7 +257,7 @@ def separation_table(separated: Sequence[Separation]) -> Table:
 
 
 def pair_table(separated: Sequence[Separation]) -> Table:
-    """Makes the table with one row per variant and pair of games: how far apart their routing is."""
+    """Makes the table with one row per variant and pair of games: how differently the two games use experts (their separation)."""
     variants = dict.fromkeys(each.run.variant for each in separated)
     gaps = {variant: pair_gaps([each for each in separated if each.run.variant == variant]) for variant in variants}
     return Table(
@@ -272,7 +273,7 @@ def _apart(within: float, between: float) -> list[str]:
 
 
 def caching_table(points: Sequence[CachingPoint]) -> Table:
-    """Makes the table with one row per HBM capacity and switch interval, measured and simulated: hits and stalls."""
+    """Makes the table of hit rates and stalls, measured and simulated: one row per HBM capacity and interval between game switches."""
     rows = [
         [
             point.way.value,
@@ -297,7 +298,7 @@ def caching_table(points: Sequence[CachingPoint]) -> Table:
 
 
 def game_table(found: StudyScores) -> Table:
-    """Makes the table with one row per game: the raw returns that its scores are compared with, and whether it counts."""
+    """Makes the table with one row per game: the raw returns that its scores are compared with, and whether it counts in ratios."""
     rows = [
         [
             facts.game,
@@ -316,7 +317,7 @@ def game_table(found: StudyScores) -> Table:
 
 
 def point_table(found: StudyScores) -> Table:
-    """Makes the table with one row per run: its measures, as means over the games that count."""
+    """Makes the table with one row per run (a point in the figures): its measures, as means over the games that count in ratios."""
     rows = []
     for run, record in found.records.items():
         if not record.evaluations:
@@ -333,9 +334,9 @@ def point_table(found: StudyScores) -> Table:
 
 
 def spread(cells: Sequence[Cell], statistic: Callable[[Any], Any] = statistics.mean) -> str:
-    """Returns a statistic of the cells' values with its 95 % interval as text, for example "0.98 [0.95, 1.00]".
+    """Returns a statistic (by default the mean) of the cells' values, with its 95 % interval, as text: "0.98 [0.95, 1.00]".
 
-    Without the interval if no order has two runs; a dash without values.
+    The interval is left out if no order of the games has two runs. The text is a dash if there are no values.
     """
     groups = strata(cells)
     if not groups:

@@ -1,7 +1,7 @@
-"""The variants that a study compares. Each is a change of the full recipe's configuration.
+"""The variants that a study compares: the full recipe, and configurations that leave out or replace a part of it.
 
-In every variant each game has its own heads, norms and position embedding; otherwise the comparison would measure these as well. Every
-variant is evaluated without being told which game it plays.
+In every variant each game has its own heads, norms and position embedding, so that variants differ only in the parts that are compared.
+Every variant is evaluated without being told which game it plays.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from ooc_moe.config.run import RunConfig
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One row of a study's tables."""
+    """A configuration that a study compares with others, made from the full recipe's; one row of the study's tables."""
 
     name: str
     says: str
-    """What the variant is, for people."""
+    """A phrase that describes the variant to people."""
     change: Callable[[RunConfig], RunConfig]
     """Makes the variant's configuration from the full recipe's."""
     alone: bool = False
@@ -46,7 +46,7 @@ def _moe_token_out(config: RunConfig) -> RunConfig:
 
 
 def _moe_token(config: RunConfig) -> RunConfig:
-    """Has HBM for all experts, because every minibatch uses nearly all of them.
+    """Makes the variant "moe-token": plain token routing, with HBM for all experts, because every minibatch uses nearly all of them.
 
     With HBM for half of them the results would be the same bit for bit, but training would take several times as long.
     """
@@ -56,7 +56,10 @@ def _moe_token(config: RunConfig) -> RunConfig:
 
 
 def _dense(config: RunConfig, *, hidden: int | None = None) -> RunConfig:
-    """Has one expert in each layer, which every token goes to. It is as wide as the experts of one token together, or `hidden` wide."""
+    """Makes a dense variant: one expert in each layer, which every token goes to.
+
+    It is `hidden` wide; if that is None, as wide as the experts of one token together.
+    """
     agent = config.agent
     agent = replace(
         agent,
@@ -87,7 +90,7 @@ def _dense_replay(config: RunConfig) -> RunConfig:
 
 
 def _moe_untrained(config: RunConfig) -> RunConfig:
-    """Runs at most ten updates in each game, with a learning rate so small that nothing but the detector learns."""
+    """Makes the variant "moe-untrained": at most ten updates in each game, with so small a learning rate that only the detector learns."""
     steps = min(config.steps_per_game, 10 * config.steps_per_update)
     return replace(_moe_token(config), ppo=replace(config.ppo, learning_rate=1e-12), steps_per_game=steps)
 

@@ -1,15 +1,16 @@
-"""The verdicts on the three parts of the claim: separation, caching, protection. The code of this file is their rules.
+"""Judges the three parts of the project's claim: separation, caching, protection. This file is the rules, in words and in code.
 
 1. Separation holds if the experts that two environments use overlap less when they play different games than when they play the same game.
    It is tested in every run with plain token routing, after the last game, by a permutation test over environments; p must be below 0.05
    in every run. Environments are compared over equally many tokens, and over all their episodes together, because evaluation does not
    log usage by episode. Each game has its own norms and embedding, which tell the router which game it is. The verdict therefore also
    reports how far an untrained network separates games.
-2. Caching holds if games in blocks hit more often and stall less than the same steps in turns of one update, in every HBM that holds a
-   game's pool, both as the trainer measured it and as the simulator replays it. At least three intervals at three such sizes of HBM are
-   needed. Smaller HBMs are outside the rule.
-3. Protection holds if the 95 % intervals of retention(full) - retention(plain MoE) and of retention(full) - retention(dense) lie above
-   zero, and learning(full) is at least 0.9 of single-task. Games that scores.py leaves out do not count.
+2. Caching holds if training in blocks (each game's training in one piece) has more hits and shorter stalls than the same steps in turns of
+   one update. This must be so in every HBM that has room for a game's pool, both in the trainer's measurements and in the simulator's
+   replays. At least three switch intervals at three such sizes of HBM are needed. Smaller HBMs are not judged.
+3. Protection holds if the full recipe retains more of what it learned than plain MoE and than a dense network: the 95 % intervals of both
+   differences in retention must lie above zero. In addition its learning must be at least 0.9 of single-task. Only games that count by the
+   rules of scores.py are used.
 
 With fewer runs than a study wants there is no verdict, only the figures. Separation needs `verdict_seeds` seeds, in any orders; protection
 needs as many in each of `verdict_orders` orders.
@@ -47,7 +48,7 @@ POINTS_MIN = 3
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Whether one part of the claim holds, and the figures that this follows from."""
+    """Whether one part of the claim (`part`: separation, caching or protection) holds, and the figures from which this follows."""
 
     part: str
     holds: bool | None
@@ -77,12 +78,15 @@ class Separation:
 
     @property
     def gap(self) -> float:
-        """How far apart games are: within - between."""
+        """How differently games use experts: the overlap within games minus the overlap between games."""
         return self.within - self.between
 
 
 def separations(found: StudyScores) -> list[Separation]:
-    """Computes the separation of games in each run with plain token routing, trained or not, that logged usage by environment."""
+    """Computes how differently games use experts, in each run with plain token routing that logged the use by environment.
+
+    Runs of the untrained variant are included.
+    """
     runs = [_separation(run, record) for variant in (MOE, UNTRAINED) for run, record in found.of(variant).items()]
     return [each for each in runs if each is not None]
 
@@ -98,9 +102,9 @@ def _separation(run: StudyRun, record: RunRecord) -> Separation | None:
 
 
 def pair_gaps(runs: Sequence[Separation]) -> dict[tuple[str, str], tuple[float, float]]:
-    """Returns, for each pair of games, the overlap within these games and between them, as means over runs.
+    """Returns, for each pair of games, (overlap within these games, overlap between them), as means over runs.
 
-    The pairs with the smallest gap come first.
+    The overlap is that of the experts that two environments use. Pairs with the smallest gap between the two values come first.
     """
     by_pair: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for run in runs:
@@ -177,7 +181,7 @@ def protection(found: StudyScores) -> Verdict | None:
 
 
 def caching(points: Sequence[CachingPoint], pool_experts: int) -> Verdict | None:
-    """Judges the second part of the claim, caching. None if there are no points.
+    """Judges the second part of the claim, caching, by measured and simulated hit rates and stalls. None if there are none.
 
     `pool_experts`: how many experts a game's pool has; an HBM that holds fewer is not judged.
     """

@@ -32,7 +32,7 @@ _PLANES = {"local": (Plane.LOCAL, True), "local unverified": (Plane.LOCAL, False
 def bandwidth(setting: Setting, on_run: Callable[[], None]) -> list[Row]:
     """Measures the GB/s of fetches into the cache from the daemon's DRAM, then from NVMe, and returns the rows of the result table.
 
-    Calls `on_run` after the warm-up of each path and after each of its samples.
+    Several ways to move the bytes (paths) are measured. `on_run` is called after the warm-up of each and after each of its samples.
     """
     with filled_records(setting.config.expert_layout().body_bytes, COUNT) as records:
         return _rows(setting, "DRAM", _from_dram(setting, records, on_run), peer="copy", aims={"local": COPY_AIM}) + _rows(
@@ -86,10 +86,10 @@ def _fetches(
     tier: str,
     prepare: Callable[[], None] = lambda: None,
 ) -> Iterator[TimedPath]:
-    """Yields the path in which an empty cache fetches all records.
+    """Yields the measured way (path) in which an empty cache fetches all records.
 
     Args:
-        name: the path's name, a key of `_PLANES`: over which data plane it fetches, and whether checksums are verified.
+        name: the name of this way, a key of `_PLANES`: over which data plane it fetches, and whether checksums are verified.
         setting: the device and the rounds.
         daemon: holds the records.
         records: what to fetch.
@@ -130,7 +130,7 @@ def _memcpy(records: Records) -> Iterator[TimedPath]:
 
 
 def _copy(setting: Setting, records: Records) -> TimedPath:
-    """Makes the baseline path for a GPU: copies the records from pinned host memory to the GPU, one call for each record."""
+    """Makes the baseline for a GPU, which copies the records from pinned host memory to the GPU, one call for each record."""
     pinned = torch.from_numpy(records.source.copy()).view(records.count, -1).pin_memory()
     copies = torch.empty_like(pinned, device=setting.device)
 
@@ -149,7 +149,10 @@ def _copy(setting: Setting, records: Records) -> TimedPath:
 def _measure(
     setting: Setting, records: Records, paths: list[TimedPath], on_run: Callable[[], None], *, calls: int
 ) -> dict[str, list[float]]:
-    """Checks the bytes of each path, then times all paths. Returns, by path, the GB/s of each round, averaged over `calls` runs."""
+    """Checks the bytes that each measured way (path) moves, then times all. Returns the GB/s of each round, by name.
+
+    A round's value is the mean of `calls` runs.
+    """
     for path in paths:
         warm_up([path], before_each=records.blank)
         on_run()

@@ -1,7 +1,8 @@
 """`ooc-moe bench cache --parts steady,oversubscribed,switch,bandwidth`: what training through the cache and a real daemon costs.
 
-training.py measures the parts steady and oversubscribed; switch.py and bandwidth.py measure the parts of these names. A part times several
-ways to do the same work (paths): our own and a baseline, in the same interleaved rounds (harness.py). All parts run on any device.
+training.py measures the parts steady and oversubscribed, switch.py the part switch, and bandwidth.py the part bandwidth. A part times
+several ways to do the same work (called paths): our own and a baseline, in the same interleaved rounds (harness.py). All parts run on any
+device.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class CacheBench:
     Each part is measured for each preset in `sizes`.
 
     Raises:
-        InvalidRequest: a preset is unknown, a number is below 1, or the device is not there.
+        InvalidRequest: a preset is unknown, a number is below 1, or the device does not exist.
     """
 
     parts: tuple[str, ...] = tuple(PARTS)
@@ -69,7 +70,7 @@ def run(bench: CacheBench, console: Console) -> list[Row]:
 
     Raises:
         InvalidRequest: the file system of `data_dir` has no O_DIRECT.
-        WrongBytes: a path did not move, or did not compute, what it was asked to.
+        WrongBytes: a measured way did not move, or did not compute, what it was asked to. Its speed would be meaningless.
     """
     bench.data_dir.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []

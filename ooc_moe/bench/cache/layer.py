@@ -1,9 +1,9 @@
-"""`ooc-moe bench cache --parts layer`: forward and backward of the tiered MoE layer, compared with a dense FFN of the same active FLOPs.
+"""`ooc-moe bench cache --parts layer`: the time of a MoE layer on the cache's slots, compared with a dense FFN of the same active FLOPs.
 
-Both are pre-norm with a residual connection. A step starts without gradients and computes the gradients of the input and of every weight.
-The dense FFN is top_k * hidden wide inside. The MoE layer routes the tokens, sorts them by expert, computes on the cache's slots and
-combines the results; all its experts are resident in the cache. On a GPU both run under autocast to bfloat16. The layers are timed in
-interleaved rounds (harness.py).
+The time is that of a forward and a backward pass. Both layers are pre-norm with a residual connection. A pass starts without gradients and
+computes the gradients of the input and of every weight. The dense FFN is top_k * hidden wide inside. The MoE layer routes the tokens, sorts
+them by expert, computes on the cache's slots and combines the results; all its experts are resident in the cache. On a GPU both run under
+autocast to bfloat16. The layers are timed in interleaved rounds (harness.py).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class LayerBench:
     """The options of the layer benchmark. It measures every combination of a preset in `sizes`, a number of tokens, and a pool size.
 
     Raises:
-        InvalidRequest: a preset is unknown, a number is too small, or the device is not there.
+        InvalidRequest: a preset is unknown, a number is too small, or the device does not exist.
     """
 
     sizes: tuple[str, ...] = SIZES
@@ -78,7 +78,8 @@ class LayerBench:
 class Row:
     """One row of the result table: how long the MoE layer and the dense FFN take for a forward and backward pass, in milliseconds.
 
-    A row belongs to one preset (`size`), one pool size and one number of tokens.
+    A row belongs to one preset (`size`), which fixes `dim`, `hidden` and `top_k`; one number of experts in the layer (`pool`); and one
+    number of tokens.
     """
 
     size: str

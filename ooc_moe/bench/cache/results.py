@@ -1,4 +1,5 @@
-"""The results of `ooc-moe bench cache`: rows, their ratios to a baseline, and the table that shows them. layer.py has its own."""
+"""The results of `ooc-moe bench cache`: rows, their ratios to a baseline, and the table that shows them. The part "layer" has its own rows
+and table, in layer.py."""
 
 from __future__ import annotations
 
@@ -16,13 +17,14 @@ _HEADINGS = ("part", "size", "path", "measured [quartiles]", "ratio", "must", "a
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ratio:
-    """A path's median divided by that of its baseline, and the targets for this ratio.
+    """How one measured way (path) compares with another: the ratio of their medians, and the targets for this ratio.
 
-    A ratio of rates should be at least its targets. A ratio of times should be at most its targets.
+    There are two targets: `must`, and the stricter `aim`; None where there is none. A ratio of rates should be at least its targets, a
+    ratio of times at most.
     """
 
     of: str
-    """What the path is compared with, in words."""
+    """What it is compared with, in words."""
     value: float
     must: float | None = None
     aim: float | None = None
@@ -37,7 +39,11 @@ class Ratio:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One row of the result table: the measured times or speeds of one path of a part, with experts of one preset's size."""
+    """One row of the result table: the times or speeds of one measured way to do a part's work, and their ratios to the baseline.
+
+    `part` is one of the parts of the benchmark, `size` the preset that decides how large experts are, `path` says in words what was
+    measured, and `unit` is the unit of `spread`, for example "ms".
+    """
 
     part: str
     size: str
@@ -48,7 +54,7 @@ class Row:
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """Makes the result table, with a section for each part and preset."""
+    """Makes the table of all rows, with a section for each part of the benchmark and each preset."""
     sections = [i for i in range(1, len(rows)) if (rows[i - 1].part, rows[i - 1].size) != (rows[i].part, rows[i].size)]
     return Table("", _HEADINGS, [_cells(row) for row in rows], alignment="l" * len(_HEADINGS), sections=sections)
 

@@ -2,12 +2,12 @@
 
 Two things are measured:
 
-1. How long it takes until the new game's experts are resident, in an HBM that holds the experts of one game. The old experts must be
+1. How long it takes until the new game's experts are in HBM, which has room for the experts of one game. The old experts must be
    written back first. The baseline is a fetch of as many experts into an HBM in which nothing must be written back.
-2. What the steps after the switch take, in an HBM that holds the experts of three games. The next game is on the screen, but the agent
-   plays with the old game's experts until its segment ends, as in an evaluation. Meanwhile a prefetch may bring the new game's experts. In
-   the path "schedule's prefetch" it starts at once, in "detector's prefetch" DETECTOR_STEPS steps later. Without a prefetch the first
-   learning step fetches on demand.
+2. How long the steps after the switch take, in an HBM that holds the experts of three games. The new game is on the screen, but the agent
+   plays with the old game's experts until its segment (its window of frames) ends, as in an evaluation. Meanwhile a prefetch may bring the
+   new game's experts. The rows differ in when it starts: "schedule's prefetch" at once, "detector's prefetch" DETECTOR_STEPS steps later,
+   "no prefetch" never, so that the first learning step fetches the experts on demand.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ PREFETCH_AT = {RESIDENT: None, "schedule's prefetch": 0, "detector's prefetch": 
 def switch(setting: Setting, on_run: Callable[[], None]) -> list[Row]:
     """Measures a switch to another game: the time until its experts are resident, then the steps after the switch. Returns the rows.
 
-    Each of the two has interleaved rounds of its own. `on_run` is called before the warm-up of each path and after each of its samples.
+    Each of the two has interleaved rounds of its own. `on_run` is called before the warm-up of each measured way (path), and after each of
+    its samples.
     """
     with open_testbed(setting, dram_experts=2 * setting.config.num_experts) as testbed:
         one_game = testbed.cache("tight", capacity_experts=setting.working_set)
@@ -54,7 +55,10 @@ def _leave_game(cache: ExpertCache) -> None:
 
 @dataclass(frozen=True)
 class _Arrivals:
-    """The ways in which the new game's experts come into an HBM that holds the experts of one game: each method is one path's work."""
+    """The ways to bring the new game's experts into an HBM that holds one game's: `fetch`, `demand`, `prefetch`, `prefetch_and_demand`.
+
+    Each of these methods is one measured way (path). The other methods set up the cache before it, or check the result.
+    """
 
     setting: Setting
     cache: ExpertCache
@@ -127,9 +131,9 @@ def _time_until_resident(setting: Setting, cache: ExpertCache, on_run: Callable[
 
 
 class _StepsAfter:
-    """Makes the paths that time the steps after a switch, in an HBM that holds three games.
+    """Makes the measured ways (paths) that time the steps after a switch, in an HBM that holds three games.
 
-    `stalls_s`: by path, how many seconds each of its runs waited for experts.
+    `stalls_s`: by name of the way, how many seconds each of its runs waited for experts.
     """
 
     def __init__(self, setting: Setting, cache: ExpertCache) -> None:
@@ -139,7 +143,10 @@ class _StepsAfter:
         self.stalls_s: dict[str, list[float]] = {name: [] for name in PREFETCH_AT}
 
     def path(self, name: str) -> TimedPath:
-        """Makes the path called `name`, a key of PREFETCH_AT. A run acts with the old pool for a segment, then learns with the new pool."""
+        """Makes the measured way called `name`, a key of PREFETCH_AT, which says when it prefetches.
+
+        A run plays a segment with the old game's experts, then does a learning step with the new game's.
+        """
         prefetch_at = PREFETCH_AT[name]
 
         def run() -> None:
@@ -197,7 +204,7 @@ def _time_steps_after(setting: Setting, cache: ExpertCache, on_run: Callable[[],
 
 
 def _measure_ms(setting: Setting, paths: list[TimedPath], on_run: Callable[[], None]) -> dict[str, Spread]:
-    """Times all paths in interleaved rounds; returns, by path, the spread of a run's milliseconds."""
+    """Times all measured ways in interleaved rounds. Returns, by name, the median and quartiles of a run's milliseconds."""
     samples = timed_rounds(paths, calls=1, rounds=setting.rounds, order=random.Random(0), on_run=on_run)
     return {name: Spread.of([1e3 * value for value in values]) for name, values in samples.items()}
 

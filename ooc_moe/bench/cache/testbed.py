@@ -23,13 +23,13 @@ SPARE_RECORDS = 16
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
-    """The settings of one part of the benchmark: which preset, on which device, how many rounds, and where the daemon's data is."""
+    """The settings of one part of the cache benchmark: which preset, on which device, how many rounds, and where the daemon's data is."""
 
     size: str
     """The name of the preset whose experts are used."""
     device: torch.device
     rounds: int
-    """How many times each path is measured."""
+    """How many times each measured way (path) is timed."""
     directory: Path
     """Holds the daemon's data. It must be on the disk to measure."""
 
@@ -57,16 +57,19 @@ class Setting:
 
 
 class Testbed:
-    """Makes banks in a running daemon, each with a cache on it. All banks start with the same initial values.
+    """Makes banks (stores of experts) in a running daemon, each with a cache on it. All banks start with the same initial values.
 
-    Trainers that do the same steps on different banks must therefore have the same losses.
+    Because of that, trainers that do the same steps on different banks must have the same losses.
     """
 
     def __init__(self, setting: Setting, store: RemoteStore, stack: ExitStack) -> None:
         self._setting, self._store, self._stack = setting, store, stack
 
     def cache(self, name: str, *, capacity_experts: int) -> ExpertCache:
-        """Makes a bank called after `name`, and a cache with `capacity_experts` slots on it. The cache is closed when the daemon stops."""
+        """Makes a bank whose name contains `name`, and a cache of its experts with `capacity_experts` slots.
+
+        The cache is closed when the daemon stops.
+        """
         (spec,) = self._setting.config.bank_specs(name, seed=0)
         self._store.create_bank(spec)
         cache = ExpertCache(

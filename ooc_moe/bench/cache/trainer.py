@@ -1,8 +1,9 @@
-"""A trainer on one cache for `ooc-moe bench cache`: it steps tiered layers as the learner does, but plays no game.
+"""A trainer on one cache for `ooc-moe bench cache`: it trains layers through the cache, as the learner does, but plays no game.
 
-The routing of an update is drawn beforehand and then replayed, as in a PPO update; from it the cache can be told which experts each step
-will use (the schedule). Each step is forward, backward, clipping to a common norm, Adam on the dense parameters, and Adam on the experts. A
-step has as many tokens as a minibatch of the preset, and uses all experts of each layer's pool.
+Before an update, the experts of each token (the routing) are drawn at random; the update's steps then use them, as a PPO update uses the
+routing recorded while playing. So the cache can be told beforehand which experts each step will use (the schedule). Each step is forward,
+backward, clipping to a common norm, Adam on the dense parameters, and Adam on the experts. A step has as many tokens as a minibatch of the
+preset, and uses all experts of each layer's pool.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Trainer:
         Args:
             num_steps: optimizer steps of the update.
             schedule: whether to tell the cache which experts each step will use, as the learner does.
-            ahead: whether the cache may fetch experts before the step that uses them.
+            ahead: whether the cache may use this knowledge to fetch experts before the step that uses them.
         """
         experts_BTLK = self._draw_routing(num_steps * PPO.minibatch_segments, self._config.context)
         minibatches = torch.split(torch.arange(len(experts_BTLK)), PPO.minibatch_segments)
@@ -93,7 +94,7 @@ class Trainer:
 def check_equal(trainers: Sequence[Trainer]) -> None:
     """Checks that all trainers had the same losses, bit for bit, in the steps that they have in common.
 
-    This shows that a cache changes nothing but time.
+    Equal losses show that the size of a cache changes how long training takes, but not what it computes.
 
     Raises:
         WrongBytes: two losses of the same step differ.

@@ -1,7 +1,8 @@
-"""`ooc-moe bench cache --parts steady,oversubscribed`: training steps whose experts do not all fit in HBM, compared with all resident.
+"""`ooc-moe bench cache --parts steady,oversubscribed`: the time of training steps when HBM is too small for all experts, compared with an
+HBM that holds them all.
 
-- steady: one game's experts fit in HBM, those of the other games do not.
-- oversubscribed: HBM holds half of one game's experts.
+- steady: HBM has room for one game's experts, and not for those of the other games.
+- oversubscribed: HBM has room for half of one game's experts.
 
 All trainers of a part start from equal banks and do the same steps in the same rounds. At the end their losses must be equal bit for bit.
 """
@@ -38,9 +39,9 @@ _SCHEDULES = {
 
 
 def steps_per_game() -> int:
-    """Returns how many optimizer steps one game has with `train`'s defaults and the full preset.
+    """Returns how many optimizer steps the training in one game takes with `train`'s defaults and the full preset.
 
-    Experts are written back once, at the end of a game; the cost of a write-back is spread over this many steps.
+    Experts are written back once, when training in a game ends. The cost of a write-back is spread over this many steps.
     """
     steps_per_rollout = PPO.num_envs * PPO.rollout_steps
     rollouts = STEPS_PER_GAME // steps_per_rollout
@@ -59,8 +60,8 @@ def calls(setting: Setting) -> int:
 def steady(setting: Setting, on_run: Callable[[], None]) -> list[Row]:
     """Measures training steps of one game whose experts fill the HBM, while the bank is 8 times as large. Returns the rows.
 
-    The baseline has the whole bank in HBM. A third path also writes all experts back in every update. `on_run` is called before the warm-up
-    of each path and after each of its samples.
+    The baseline has the whole bank in HBM. A third measured way also writes all experts back in every update; the last row is computed from
+    it: a write-back once a game. `on_run` is called before the warm-up of each measured way (path) and after each of its samples.
     """
     bank_experts = setting.config.num_experts
     with open_testbed(setting, dram_experts=bank_experts + 2 * setting.working_set) as testbed:
@@ -105,9 +106,9 @@ def _update_and_write_back(trainer: Trainer) -> None:
 def oversubscribed(setting: Setting, on_run: Callable[[], None]) -> list[Row]:
     """Measures steps that use twice as many experts as fit in HBM, so that every step moves all of them. Returns the rows.
 
-    A step is compared with its lower bound: the larger of the time to compute it with everything resident and the time to fetch the bytes
-    that it fetches. A second ratio compares it with the largest of these two and the time to push the bytes that it pushes. `on_run` is
-    called before the warm-up of each path and after each of its samples.
+    A step cannot be faster than its computation with all experts in HBM, nor than the fetch of the bytes that it fetches. The first ratio
+    compares its time with the larger of these two. The second ratio also takes into account the time to push the bytes that it pushes, and
+    compares with the largest of the three. `on_run` is called before the warm-up of each measured way (path) and after each of its samples.
     """
     capacity = setting.working_set // 2
     with open_testbed(setting, dram_experts=5 * setting.working_set) as testbed:
@@ -134,8 +135,8 @@ def _oversubscribed_rows(
 
     Args:
         setting: the preset and its experts' size.
-        samples: by path, the seconds of each run.
-        moved: by path, how many bytes each run moved into and out of HBM.
+        samples: by measured way (path), the seconds of each run.
+        moved: by measured way, how many bytes each run moved into and out of HBM.
     """
     compute = statistics.median(samples[RESIDENT]) / UPDATE_STEPS
     probe_bytes = setting.working_set // 2 * setting.config.expert_layout().body_bytes
@@ -175,15 +176,17 @@ def _oversubscribed_path(
     moved: list[tuple[int, int]],
     check: Callable[[], None],
 ) -> TimedPath:
-    """Makes the path that times an update's steps. The first step is not timed; it brings the cache into the state that every step leaves.
+    """Makes the measured way (path) that times an update's steps.
+
+    The first step is not timed; after it the cache is as every step leaves it.
 
     Args:
-        name: the path's name.
+        name: the name of the measured way.
         trainer: does the steps.
         schedule: arguments for `Trainer.begin_update`.
         caches: all caches of the part. Before each run they write back what has changed, so that no other cache uses the daemon meanwhile.
         moved: each run appends how many bytes it moved into and out of HBM.
-        check: the path's check.
+        check: raises WrongBytes if a run's result is wrong.
     """
 
     def prepare() -> None:
@@ -233,7 +236,7 @@ def _flush(caches: Sequence[ExpertCache]) -> None:
 def _measure(
     setting: Setting, paths: Sequence[TimedPath], trainers: Sequence[Trainer], on_run: Callable[[], None]
 ) -> dict[str, list[float]]:
-    """Measures, by path, the seconds of one run in each round, and checks that all trainers had equal losses."""
+    """Measures the seconds of one run in each round, by measured way (path), and checks that all trainers had equal losses."""
     warm_up(paths, before_each=on_run)
     samples = timed_rounds(paths, calls=calls(setting), rounds=setting.rounds, order=random.Random(0), on_run=on_run)
     check_equal(trainers)

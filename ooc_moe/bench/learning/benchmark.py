@@ -1,7 +1,8 @@
 """`ooc-moe bench learning`: steps per second and returns of our PPO, compared with those of Stable-Baselines3's PPO (SB3).
 
-Both train the same dense network: ours has one expert in each layer, which every token goes to. One sample of speed is one update, which is
-a rollout and its epochs. No daemon and no detector run, and no metrics are logged. Rounds are interleaved (harness.py).
+Both train the same dense network: ours has one expert in each layer, which every token goes to. One sample of speed is the time of one
+update, that is, of a rollout and the epochs of learning from it. No daemon and no detector run, and no metrics are logged. The two are
+timed in interleaved rounds (harness.py).
 """
 
 from __future__ import annotations
@@ -49,9 +50,9 @@ LAST_PART = 0.25
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LearningBench:
-    """The options of `ooc-moe bench learning`: speeds are measured in each of `games`, returns in each of `returns_games`.
+    """The options of `ooc-moe bench learning`: in which games to measure speeds (`games`) and returns (`returns_games`), and how often.
 
-    Returns are those after `steps` environment steps, for each of `seeds` seeds.
+    A return is that of a training of `steps` environment steps; there is one for each of `seeds` seeds.
 
     Raises:
         InvalidRequest: a game is unknown, or a number is below 1.
@@ -114,7 +115,7 @@ PIXEL_PPO = PPOConfig(num_envs=32, rollout_steps=32, epochs=3, minibatch_segment
 
 
 class OurPPO:
-    """Our PPO in one game, with a learner and environments as in a run, but without daemon: experts are in a store in this process."""
+    """Trains our PPO in one game, with learner and environments as in a run, but without a daemon: the experts are kept in this process."""
 
     def __init__(self, config: RunConfig, stack: ExitStack) -> None:
         (self.game,) = config.games
@@ -133,7 +134,7 @@ class OurPPO:
         self._collector.reset(config.seed)
 
     def update(self, remaining: float = 1.0) -> Rollout:
-        """Collects a rollout, learns from it, and returns it.
+        """Does one PPO update: plays (collects a rollout), learns from the rollout, and returns it.
 
         `remaining`: the share of the training that is still to come, from which the learning rate follows.
         """
@@ -169,7 +170,7 @@ def run(bench: LearningBench, console: Console) -> tuple[list[Speed], list[Retur
 
 
 def _speeds(bench: LearningBench, game: str, on_run: Callable[[], None]) -> list[Speed]:
-    """Measures the steps per second of our PPO, of SB3 with its own environments, and of SB3 with ours, in the same rounds."""
+    """Measures the steps per second of our PPO, of SB3 with its own environments, and of SB3 with our environments, in the same rounds."""
     config = bench.run_config(game)
     peer = _peer()
     with ExitStack() as stack:
@@ -190,7 +191,7 @@ def _speeds(bench: LearningBench, game: str, on_run: Callable[[], None]) -> list
 
 
 def _path(name: str, update: Callable[[], Any]) -> TimedPath:
-    """Makes a path whose run is one update. Its check does nothing, because `check_same_network` has compared the networks before."""
+    """Makes a measured way (path) whose run is one update. Its check does nothing: `check_same_network` has compared the networks."""
 
     def run() -> None:
         update()
@@ -235,7 +236,7 @@ def _returns(bench: LearningBench, game: str, on_run: Callable[[], None]) -> Ret
 
 
 def our_return(config: RunConfig) -> float:
-    """Trains our PPO with `config`. Returns the mean raw return of the games that ended in the last quarter; NaN if none did."""
+    """Trains our PPO with `config`. Returns the mean raw return of the episodes that ended in training's last quarter; NaN if none did."""
     with ExitStack() as stack:
         ours = OurPPO(config, stack)
         updates = config.updates_per_game
@@ -247,7 +248,7 @@ def our_return(config: RunConfig) -> float:
 def peer_return(config: RunConfig) -> float:
     """Trains SB3's PPO in its own environments, starting from the same parameters as ours.
 
-    Returns, as `our_return` does, the mean raw return of the games that ended in the last quarter; NaN if none did.
+    Returns, as `our_return` does, the mean raw return of the episodes that ended in training's last quarter; NaN if none did.
     """
     peer = _peer()
     returns: list[float] = []

@@ -1,4 +1,4 @@
-"""The peer of `ooc-moe bench learning`: Stable-Baselines3's PPO (SB3), given our dense network and our games.
+"""Sets up the peer that `ooc-moe bench learning` compares our PPO with: Stable-Baselines3's PPO (SB3), with our dense network and games.
 
 The network consists of our own stem and attention and of dense layers that compute what one expert in each layer computes, for a context of
 one frame. With the agent's parameters it returns the agent's logits and values.
@@ -73,7 +73,7 @@ class DenseNetwork(BaseFeaturesExtractor):  # type: ignore[misc]
 
 @torch.no_grad()
 def copy_parameters(agent: Agent, policy: Any) -> None:
-    """Copies the parameters of a dense agent that knows one game into `policy`, the network of SB3."""
+    """Copies the parameters of our agent, a dense one for one game, into `policy`, the network of SB3; both then compute the same."""
     (network,) = agent.networks.values()
     mine: DenseNetwork = policy.features_extractor
     mine.stem.load_state_dict(agent.stem.state_dict())
@@ -92,7 +92,7 @@ def copy_parameters(agent: Agent, policy: Any) -> None:
 
 
 def make_ppo(config: RunConfig, vec_env: VecEnv) -> Any:
-    """Makes SB3's PPO with the settings of a run of ours: the same learning rates, the same loss, the same network shape."""
+    """Makes SB3's PPO with the settings that our PPO has with `config`: the same learning rates, loss and network shape."""
     ppo = config.ppo
     first = config.steps_per_update / config.steps_per_game  # SB3 lowers the rate before its first update; our learner, after it.
     return PPO(
@@ -124,7 +124,7 @@ def make_ppo(config: RunConfig, vec_env: VecEnv) -> Any:
 def sb3_envs(config: RunConfig) -> VecEnv:
     """Makes the game's environments as SB3's users make them: they are stepped one after another, each in its own wrappers.
 
-    An environment whose game has ended is reset within the same step, so that no step is spent on resets.
+    An environment whose episode has ended is reset within the same step, so that no step is spent on resets.
     """
     agent, (game,) = config.agent, config.games
     if game not in ATARI_GAMES:
@@ -149,7 +149,7 @@ class OneGame(gymnasium.Env[Array, np.int64]):
         self.observation_space, self.action_space = _spaces(self._envs)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Array, dict[str, Any]]:
-        """Starts a game and returns its first frames."""
+        """Starts an episode of the game. Returns its first frames, and an empty dict, as gymnasium demands."""
         super().reset(seed=seed)
         return self._envs.reset(int(self.np_random.integers(1 << 31)))[0], {}
 
@@ -178,7 +178,7 @@ class SharedEnvs(VecEnv):  # type: ignore[misc]
         self._actions = actions
 
     def step_wait(self) -> tuple[Array, Array, Array, list[dict[str, Any]]]:
-        """Plays the actions that `step_async` stored. Returns frames, rewards clipped to [-1, 1], which games are over, and empty dicts."""
+        """Plays the actions that `step_async` stored. Returns frames, rewards clipped to [-1, 1], which episodes ended, and empty dicts."""
         step = self._inner.step(self._actions)
         rewards = step.rewards.clip(-REWARD_LIMIT, REWARD_LIMIT)
         return step.observations, rewards, step.terminated | step.truncated, [{} for _ in step.rewards]

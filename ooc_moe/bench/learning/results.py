@@ -20,7 +20,10 @@ RETURNS_HEADINGS = ("game", "steps", "ours, each seed", "SB3, each seed", "means
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Speed:
-    """Environment steps per second of both learners in one game. The time covers rollouts and updates."""
+    """How many environment steps per second both learners make in one game; the time covers playing (rollouts) and learning.
+
+    `ours` is the speed of our PPO, `peer` that of Stable-Baselines3's (SB3).
+    """
 
     game: str
     peer_envs: str
@@ -30,9 +33,9 @@ class Speed:
 
     @property
     def judged(self) -> bool:
-        """Whether the targets for the ratio apply. They are for SB3 with its own environments.
+        """Whether the ratio has targets: only where SB3 plays in its own environments.
 
-        With our environments, the row compares the learners alone.
+        Where SB3 plays in ours, the row is for information: it compares the learners alone.
         """
         return self.peer_envs == "its own"
 
@@ -53,7 +56,8 @@ class Speed:
 class Returns:
     """Mean raw returns at the end of training in one game, for both learners and equally many steps.
 
-    `ours` and `peer` have one value for each seed; NaN where no game ended.
+    `ours` (our PPO) and `peer` (Stable-Baselines3's) have one value for each seed, NaN where no episode ended. `steps` is the length of the
+    training in environment steps.
     """
 
     game: str
@@ -68,7 +72,7 @@ class Returns:
 
     @property
     def not_worse(self) -> bool:
-        """Whether the interval of the difference reaches up to zero, so that nothing shows that our returns are worse. False if NaN."""
+        """Whether nothing shows that our returns are worse: the upper end of the difference's interval is at least zero. False if NaN."""
         return bool(self.difference[2] >= 0)
 
 

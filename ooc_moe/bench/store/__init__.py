@@ -1,4 +1,5 @@
 """`ooc-moe bench store`: the daemon's fetches and pushes, compared with memcpy, TCP, gRPC, Flight, Ray, O_DIRECT, fio, LMDB and RocksDB.
 
-benchmark.py has the command's function. The cache benchmark also uses this directory's records, running daemon and peers.
+The command's options and measurements are in benchmark.py. The cache benchmark also uses this directory's records, running daemon and
+peers.
 """

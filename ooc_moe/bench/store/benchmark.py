@@ -1,10 +1,11 @@
 """`ooc-moe bench store`: the daemon's fetches and pushes compared with other systems (peers), in one run on one machine.
 
-The daemon has two data planes, shared memory ("local") and gRPC ("stream"); both are measured. A path is one way to move the records, our
-own or a peer's. For each record size and each group of paths the benchmark starts a real daemon and the peers, runs every path once and
-checks its bytes, measures all paths in interleaved rounds (harness.py), and stops everything again. The time is that from or into the
-caller's memory. The caller uses one thread, apart from threads that a library starts by itself and the READ_THREADS of the raw reads. No
-process is bound to a core, because that would hurt servers with several threads most.
+The daemon has two data planes, shared memory ("local") and gRPC ("stream"); both are measured. A "path" is one measured way to move the
+records, our own or a peer's. Paths that do comparable work form a group: fetch, push, nvme. For each record size and each group the
+benchmark starts a real daemon and the peers, runs every path once and checks its bytes, measures all paths in interleaved rounds
+(harness.py), and stops everything again. A time ends, or for a push begins, with the bytes in the caller's memory. The caller uses one
+thread, apart from threads that a library starts by itself and the READ_THREADS of the raw reads. No process is bound to a core, because
+that would hurt servers with several threads most.
 """
 
 from __future__ import annotations
@@ -84,10 +85,12 @@ Peer = Callable[[Records, Path], AbstractContextManager[list[TimedPath]]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoreBench:
-    """The options of `ooc-moe bench store`: which paths to measure, with which record sizes, how often, and on which disk.
+    """The options of `ooc-moe bench store`: which ways to move records to measure, with which record sizes, how often, and on which disk.
+
+    `paths` names these ways, our own and the peers'; they are not files.
 
     Raises:
-        InvalidRequest: a size cannot be moved by O_DIRECT, `rounds` is out of range, or a path is unknown.
+        InvalidRequest: a size cannot be moved by O_DIRECT, `rounds` is out of range, or a name in `paths` is unknown.
     """
 
     data_dir: Path  # On the disk to measure. A directory is made in it, and removed at the end.
@@ -109,12 +112,12 @@ class StoreBench:
 
     @property
     def num_rounds(self) -> int:
-        """How often each path is measured with records of each size: `rounds`, or the default for quick or full benchmarks."""
+        """How often each measured way (path) is timed with records of each size: `rounds`, or the default for quick or full benchmarks."""
         return self.rounds or (QUICK_ROUNDS if self.quick else ROUNDS)
 
     @property
     def wanted(self) -> dict[str, tuple[str, ...]]:
-        """By group of PATHS: the names of the paths to measure."""
+        """Which ways to move records (paths) to measure: by group, a key of PATHS, their names."""
         return {
             group: tuple(path for path in paths if not self.paths or group in self.paths or _name(group, path) in self.paths)
             for group, paths in PATHS.items()
@@ -122,11 +125,13 @@ class StoreBench:
 
 
 def run(bench: StoreBench, console: Console, *, command: str = "ooc-moe bench store") -> Results:
-    """Measures all wanted paths and returns the results; draws a progress bar on `console`. `command` is shown on the result page.
+    """Does the measurements that `bench` asks for and returns the results; draws a progress bar on `console`.
+
+    `command` is the command line that the result page shows.
 
     Raises:
         InvalidRequest: the records do not fit in memory or on the disk, or the file system of `data_dir` has no O_DIRECT.
-        WrongBytes: a path did not move what it was asked to.
+        WrongBytes: a measured way moved wrong bytes, so that its speed would be meaningless.
     """
     bench.data_dir.mkdir(parents=True, exist_ok=True)
     missing = _missing(bench.wanted)
@@ -177,17 +182,17 @@ def _measure_group(
     missing: dict[tuple[str, str], str],
     on_run: Callable[[], None],
 ) -> list[Row]:
-    """Measures the wanted paths of one group with records of one size, and returns their rows.
+    """Measures the wanted ways (paths) of one group with records of one size, and returns their rows of the result table.
 
     Args:
         bench: the rounds.
         group: a key of PATHS.
-        wanted: the paths to measure.
+        wanted: the names of the ways to measure.
         records: what they move.
         directory: on the disk to measure; the daemon and the peers get a directory in it.
-        order: shuffles the paths of each round.
-        missing: a peer that does not start is added to it, and left out of the rows.
-        on_run: called after the warm-up of each path and after each of its samples.
+        order: shuffles the ways in each round.
+        missing: a peer that does not start is added to it, and has no row.
+        on_run: called after the warm-up of each measured way and after each of its samples.
     """
     if not wanted:
         return []
@@ -204,7 +209,7 @@ def _measure_group(
 def _start_group(
     group: str, wanted: Sequence[str], records: Records, directory: Path, stack: ExitStack, missing: dict[tuple[str, str], str]
 ) -> Iterator[TimedPath]:
-    """Starts the daemon and the peers that one group of paths needs, and yields these paths; `stack` stops daemon and peers.
+    """Starts the daemon and the peers that one group needs, and yields its measured ways (paths); `stack` stops daemon and peers.
 
     A peer that does not start is added to `missing`. The daemon comes first, because a process should fork while it has few threads.
     """
@@ -286,7 +291,7 @@ def _measure_stats(bench: StoreBench, directory: Path) -> StatsRow:
 
 
 def _missing(wanted: Mapping[str, Sequence[str]]) -> dict[tuple[str, str], str]:
-    """Returns the wanted paths that cannot be measured on this machine; by group and path, what must be installed for it."""
+    """Returns the wanted ways (paths) that cannot be measured on this machine: (group, name) -> what must be installed for it."""
     missing = {}
     for group, paths in wanted.items():
         for path in paths:

@@ -1,7 +1,7 @@
-"""Our own paths of the store benchmark: a real daemon process, and `RemoteStore` on each data plane (shared memory, gRPC).
+"""Our own measured ways (paths) of the store benchmark: fetches from and pushes to a real daemon, on each data plane (shared memory, gRPC).
 
-Each fetch path is meant to read from one tier, DRAM or NVMe. A fetch reports the tier that served each expert, and the path raises
-WrongBytes when a different tier served one.
+Each measured fetch is meant to read from one tier, DRAM or NVMe. The daemon reports for each expert in which tier it found it, and the
+fetch raises WrongBytes if that is another tier.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def push_records(daemon: BenchDaemon, records: Records) -> None:
 
 
 class Pusher:
-    """Pushes all records to the daemon again and again, each time durably and in one call; remembers the versions that it must name."""
+    """Pushes all records to the daemon, as often as `push` is called. It remembers each record's version, which the next push must name."""
 
     def __init__(self, store: RemoteStore, records: Records) -> None:
         self._store, self._records = store, records
@@ -99,13 +99,13 @@ class Pusher:
 
 
 def fetch_path(name: str, store: RemoteStore, records: Records, tier: Tier, *, prepare: Callable[[], None] = lambda: None) -> TimedPath:
-    """Makes a path that fetches all records in one call.
+    """Makes a measured way (path) that fetches all records in one call.
 
     Args:
-        name: the path's name.
+        name: its name in the results.
         store: what to fetch from.
         records: what to fetch, and the memory that they are fetched into.
-        tier: where the daemon must have every record; a run raises WrongBytes if another tier served one.
+        tier: where the daemon must have every record; a run raises WrongBytes if one came from another tier.
         prepare: called before each run, and not timed.
     """
 
@@ -119,7 +119,10 @@ def fetch_path(name: str, store: RemoteStore, records: Records, tier: Tier, *, p
 
 @contextmanager
 def resident_fetches(daemon: BenchDaemon, records: Records, wanted: Sequence[str]) -> Iterator[list[TimedPath]]:
-    """Yields those of the wanted paths that fetch from DRAM: each data plane, with and without verifying checksums at the receiver."""
+    """Yields measured ways (paths) that fetch from DRAM: on each data plane, with and without verifying checksums at the receiver.
+
+    Only those are made whose name is in `wanted`.
+    """
     kinds = {
         "local": lambda: daemon.store(Plane.LOCAL, verify=False),
         "local xxh3": lambda: daemon.store(Plane.LOCAL),
@@ -133,9 +136,9 @@ def resident_fetches(daemon: BenchDaemon, records: Records, wanted: Sequence[str
 
 @contextmanager
 def durable_pushes(daemon: BenchDaemon, records: Records, wanted: Sequence[str]) -> Iterator[list[TimedPath]]:
-    """Yields those of the wanted paths that push durably, one for each data plane.
+    """Yields measured ways (paths) that push durably, one for each data plane. Only those are made whose name is in `wanted`.
 
-    A bank has one writer at a time, so each path takes the writer's lease before its run.
+    A bank has one writer at a time, so each of them takes the right to write (the lease) before its run.
     """
     planes = {"local": Plane.LOCAL, "stream": Plane.STREAM}
     with ExitStack() as stack:
@@ -164,7 +167,10 @@ def _push_path(name: str, stores: dict[str, RemoteStore], records: Records) -> T
 
 @contextmanager
 def nvme_fetches(daemon: BenchDaemon, records: Records, wanted: Sequence[str]) -> Iterator[list[TimedPath]]:
-    """Yields those of the wanted paths that fetch from NVMe, one for each data plane. Before each run all records leave DRAM."""
+    """Yields measured ways (paths) that fetch from NVMe, one for each data plane. Only those are made whose name is in `wanted`.
+
+    Before each run all records are evicted from DRAM, so that the fetch must read NVMe.
+    """
     planes = {"local": Plane.LOCAL, "stream": Plane.STREAM}
     with ExitStack() as stack:
         evict = stack.enter_context(dram_evictor(daemon, records))

@@ -1,7 +1,7 @@
 """Peers of the store benchmark that move records between processes in memory: memcpy, TCP, plain gRPC, Arrow Flight, Ray.
 
-Each function is a context manager that sets one peer up, yields its paths, and takes it down again; its docstring says what a run does.
-Modules of the `bench` extra are imported only when their peer is used.
+Each function is a context manager that starts one peer, yields one or more measured ways to move the records (paths), and stops the peer
+again; its docstring says what a run does. Modules of the `bench` extra are imported only when their peer is used.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ from ooc_moe.bench.store.records import Records
 
 @contextmanager
 def memcpy(records: Records) -> Iterator[list[TimedPath]]:
-    """Yields the path "memcpy": one thread copies record after record out of the shared memory that another process has filled."""
+    """Yields the measured way (path) "memcpy": one thread copies record after record.
+
+    It copies them out of the shared memory that another process has filled.
+    """
 
     def run() -> None:
         for index in records.ids:
@@ -36,9 +39,9 @@ def memcpy(records: Records) -> Iterator[list[TimedPath]]:
 
 @contextmanager
 def tcp(records: Records) -> Iterator[list[TimedPath]]:
-    """Yields the path "tcp": another process sends all records from shared memory over one loopback connection.
+    """Yields the measured way (path) "tcp": another process sends all records over one loopback connection.
 
-    The caller receives them into its memory.
+    It sends them from shared memory. The caller receives them into its memory.
     """
     sender = child_process("ooc_moe.bench.store.tcp_sender", records.fd, records.num_bytes, pass_fds=(records.fd,))
     with sender as port, socket.create_connection(("127.0.0.1", int(port))) as connection:
@@ -61,9 +64,9 @@ def _receive(connection: socket.socket, into: memoryview) -> None:
 
 @contextmanager
 def grpc(records: Records) -> Iterator[list[TimedPath]]:
-    """Yields the path "grpc": a plain gRPC server (plain_grpc.py) sends all records as one stream, in messages as large as ours.
+    """Yields the measured way (path) "grpc": a plain gRPC server (plain_grpc.py) sends all records as one stream.
 
-    The caller copies each message into its memory.
+    Its messages are as large as those of our daemon. The caller copies each message into its memory.
     """
     with plain_client(records.fd, records.num_bytes) as client:
         yield [TimedPath(name="grpc", run=lambda: client.stream_into(records.destination.data), check=records.check)]
@@ -71,7 +74,7 @@ def grpc(records: Records) -> Iterator[list[TimedPath]]:
 
 @contextmanager
 def flight(records: Records) -> Iterator[list[TimedPath]]:
-    """Yields the paths "flight" (fetch) and "flight put": an Arrow Flight server sends, or receives, all records as one table.
+    """Yields two measured ways (paths), "flight" (fetch) and "flight put": an Arrow Flight server sends or receives all records as a table.
 
     The fetch is DoGet with `read_all`, as Flight's users call it: the records arrive in Flight's memory, not the caller's. The put is
     DoPut; the server then has the records in memory, not durably.
@@ -118,7 +121,7 @@ def _all_of(records: Records, bodies: list[memoryview]) -> list[memoryview]:
 
 @contextmanager
 def ray(records: Records) -> Iterator[list[TimedPath]]:
-    """Yields the paths "ray" (fetch) and "ray put", both on Ray's object store.
+    """Yields two measured ways (paths), "ray" (fetch) and "ray put", both on Ray's object store.
 
     The fetch is `ray.get` of all records; each is then copied into the caller's memory. The put is `ray.put` of each record.
     """

@@ -1,7 +1,7 @@
 """The peer "plain gRPC" of the benchmarks: a Python server that only streams prepared bytes and echoes a message, and its client.
 
-This is the upper bound for our own streams: the server looks nothing up, checks nothing and serializes nothing. Channel and server have the
-options of our own channels.
+Our own streams cannot be faster than this one: its server looks nothing up, checks nothing and serializes nothing. Channel and server have
+the options of our own channels.
 
 `plain_client` runs the server as a process: python -m ooc_moe.bench.store.plain_grpc FD NUM_BYTES
 """

@@ -1,7 +1,7 @@
-"""The records that every path of the store benchmark moves, and the memory of the caller that they are fetched into.
+"""The records (blocks of bytes, one for each expert) that the store benchmark moves, and the caller's memory that they are fetched into.
 
 A child process fills the records into shared memory, so that no page of them was written by the process that measures. The values are
-finite float32 numbers that do not compress, as a trainer's do not.
+finite float32 numbers that do not compress, like a trainer's parameters.
 
 The child process is: python -m ooc_moe.bench.store.records FD NUM_BYTES
 """
@@ -30,7 +30,7 @@ SAMPLE_BYTES = 256 << 20
 
 
 class Records:
-    """The records that every path moves: `count` records of `record_bytes` bytes each, and memory of the same size to fetch them into.
+    """The records that the store benchmark moves: `count` records of `record_bytes` bytes each, and memory of the same size to fetch into.
 
     `source` has the records: shared memory, read-only, that another process has filled. `destination` is the memory for fetches:
     page-aligned, with all its pages allocated.
@@ -95,7 +95,7 @@ def check_record_bytes(record_bytes: int) -> None:
 
 
 def count_of(record_bytes: int, *, quick: bool) -> int:
-    """Returns how many records of `record_bytes` one call moves; a quarter as many if `quick`."""
+    """Returns how many records of `record_bytes` bytes one measured call moves: fewer of large ones; a quarter as many if `quick`."""
     return (MANY if record_bytes < SMALL_BYTES else FEW) // (4 if quick else 1)
 
 

@@ -19,11 +19,11 @@ _HEADINGS = ("", "path", "record", "GB/s [quartiles]", "ratio", "must", "aim", "
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Target:
-    """What we want a path's speed to be, relative to a peer's."""
+    """A target: how fast one of our measured ways (paths) should be compared with the peer called `peer`, as a ratio of speeds."""
 
     peer: str
     by_size: Mapping[int, tuple[float, float | None]]
-    """By record size in bytes: the ratio that the path must reach, and the ratio that we aim at (None: no aim)."""
+    """By record size in bytes: the ratio that must be reached, and the ratio that we aim at (None: no aim)."""
 
 
 # By group and path. The table shows the ratio for every record size; only the sizes named here have a target.
@@ -59,7 +59,10 @@ STATS_P99_MS = (25.0, 10.0)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ratio:
-    """A path's median speed divided by a peer's, and the targets for this ratio. None: no target for this record size."""
+    """How one measured way (path) compares with a peer: its median speed divided by the peer's, and the targets for this ratio.
+
+    `must` is the value to reach and `aim` a stricter one; None: no target for this record size.
+    """
 
     peer: str
     value: float
@@ -74,7 +77,10 @@ class Ratio:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One row of the result table: the GB/s of one path with records of one size, and its ratios to peers."""
+    """One row of the result table: the GB/s of one measured way to move records of one size, and its ratios to peers.
+
+    `path` is the name of this way, and `group` the kind of work: fetch, push or nvme.
+    """
 
     group: str
     path: str
@@ -122,7 +128,7 @@ class StatsRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Results:
-    """Everything that one run of the store benchmark measured, and under which conditions."""
+    """The results of the store benchmark: a row for each way to move records, GetStats under load, and the conditions."""
 
     rows: tuple[Row, ...]
     stats: StatsRow | None
@@ -134,12 +140,12 @@ class Results:
 
 
 def with_ratios(group: str, record_bytes: int, samples: Mapping[str, Sequence[float]]) -> list[Row]:
-    """Makes the rows of the table for one group and record size, each with the path's ratios to the peers that TARGETS names.
+    """Makes the rows of the table for one group and record size, with the ratios to those peers that TARGETS names.
 
     Args:
-        group: the group of paths.
+        group: the kind of work: fetch, push or nvme.
         record_bytes: the record size.
-        samples: by path, its GB/s, one sample for each round. The rows have the order of this mapping.
+        samples: by name of the measured way (path), its GB/s, one sample for each round. The rows have the order of this mapping.
     """
     spreads = {path: Spread.of(values) for path, values in samples.items()}
     rows = []
@@ -155,7 +161,7 @@ def with_ratios(group: str, record_bytes: int, samples: Mapping[str, Sequence[fl
 
 
 def table(results: Results, titles: Mapping[str, str], *, mark: str = "") -> Table:
-    """Makes the result table, with a section for each group of paths.
+    """Makes the result table, with a section for each group (fetch, push, nvme, stats).
 
     `titles` says, by group, what the group measures. `mark` is put around each title, for example ** in Markdown.
     """
@@ -168,9 +174,9 @@ def table(results: Results, titles: Mapping[str, str], *, mark: str = "") -> Tab
 
 
 def markdown(results: Results, titles: Mapping[str, str], *, notes: str) -> str:
-    """Makes the text of the result page: command, machine and versions, missing peers, the table, and `notes` on what bounds each path.
+    """Makes the text of the result page: command, machine and versions, missing peers, the table, and `notes`.
 
-    `titles` says, by group of paths, what the group measures.
+    `notes` is a text on what limits the speed of each measured way (path). `titles` says, by group, what the group measures.
     """
     lines = ["# ooc-moe bench store", ""]
     lines += [f"- {name}: {value}" for name, value in results.facts.items()]
@@ -181,7 +187,7 @@ def markdown(results: Results, titles: Mapping[str, str], *, notes: str) -> str:
 def save(results: Results, titles: Mapping[str, str], path: Path) -> None:
     """Writes the result page to `path`. Notes that people added to an existing page stay.
 
-    `titles` says, by group of paths, what the group measures.
+    `titles` says, by group (fetch, push, nvme, stats), what the group measures.
     """
     notes = kept_notes(path, NOTES, missing="to be written: the profile of each path")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -32,7 +32,7 @@ def stats_latencies(daemon: BenchDaemon, echo: Callable[[], None], *, seconds: f
 
     Args:
         daemon: the daemon under load.
-        echo: calls an idle server once; its latency shows what the busy processors alone cost.
+        echo: calls another, idle server once; its latency shows how much of the time is due to the busy processors alone.
         seconds: how long to measure.
 
     Returns:
