@@ -22,7 +22,7 @@ NAMES = [(face, name) for face in FACES for name in importlib.import_module(face
 # Pages for people who use the packages from outside.
 PAGES = [
     path
-    for pattern in ("*.md", "deploy/*.md", "docs/**/*.md", "examples/**/*", "ooc_moe/*.ipynb")
+    for pattern in ("*.md", "deploy/*.md", "docs/**/*.md", "examples/**/*")
     for path in sorted(ROOT.glob(pattern))
     if path.suffix in (".md", ".ipynb", ".py") and ".ipynb_checkpoints" not in path.parts
 ]

@@ -101,7 +101,7 @@ class Connection:
         """How long Unavailable is retried at present."""
         return self._patience_s if self._has_answered else min(self._patience_s, FIRST_CONTACT_S)
 
-    def note_answer(self) -> None:
+    def note_alive(self) -> None:
         """Notes that the daemon answered: from now on it is waited for with the whole patience."""
         self._has_answered = True
 
@@ -119,7 +119,7 @@ class Connection:
             if isinstance(translated, Unavailable | DeadlineExceeded):
                 translated = self.with_address(translated)
             else:
-                self.note_answer()
+                self.note_alive()
             raise translated from error
 
     def with_address(self, error: Unavailable | DeadlineExceeded) -> OocMoeError:
@@ -130,7 +130,7 @@ class Connection:
         """Makes a call without retries."""
         with self.translated_errors():
             response = method(request, timeout=self.timeout_s, metadata=self.metadata)
-        self.note_answer()
+        self.note_alive()
         return response
 
     def call(self, method: grpc.UnaryUnaryMultiCallable[Request, Response], request: Request) -> Response:

@@ -15,7 +15,7 @@ from typing import Protocol
 from ooc_moe_wire.codec import Checksums
 from ooc_moe_wire.errors import OocMoeError, UnknownBank
 from ooc_moe_wire.layout import BankSpec, Layout
-from ooc_moe_wire.rules import check_experts, find_bank, find_snapshot, snapshot_counts
+from ooc_moe_wire.rules import check_base_version, check_experts, find_bank, find_snapshot, snapshot_counts
 from ooc_moe_wire.v1 import bank_pb2, snapshot_pb2, stats_pb2
 
 
@@ -130,6 +130,16 @@ class Bank:
         """The current record of an expert. Raises UnknownExpert, UnknownBank."""
         self.check((expert,))
         return self.records.get(expert, UNWRITTEN)
+
+    def check_base(self, expert: int, base_version: int) -> None:
+        """Refuses an update that started from another version than the current one.
+
+        Raises:
+            StaleVersion: there is a newer version.
+            LostUpdate: there is only an older version: a crash took one that was acknowledged in memory.
+            UnknownExpert, UnknownBank: there is none.
+        """
+        check_base_version(self.name, expert, base_version=base_version, current=self.record(expert).version)
 
     def source(self, expert: int, record: Record) -> Source:
         """Where the bytes of `record` come from."""

@@ -24,7 +24,6 @@ from ooc_moe_server.catalog.catalog import Bank, Record, Slot
 from ooc_moe_server.dram.tier import Entry
 from ooc_moe_wire.codec import Checksums, RecordHeader, compare, copy_hashed, verify
 from ooc_moe_wire.errors import OocMoeError
-from ooc_moe_wire.rules import check_base_version
 
 
 class PushState(Enum):
@@ -94,12 +93,12 @@ class Push:
         assert state in _NEXT_STATES[self.state], f"{self.name}: {self.state.name} -> {state.name}"
         self.state = state
         if state in (PushState.UNSAVED, PushState.COMMITTED) and not self.outcome.done():
-            self._answer(self.version)
+            self._resolve(self.version)
 
     def refuse(self, error: OocMoeError) -> None:
         """Ends the push with an error."""
         self.enter(PushState.REFUSED)
-        self._answer(error)
+        self._resolve(error)
 
     def record(self) -> Record:
         """The record that becomes current when the push is committed."""
@@ -142,17 +141,6 @@ class Push:
         self.verify()
         self.header().pack_into(self.entry.record)
 
-    def _answer(self, outcome: int | OocMoeError) -> None:
+    def _resolve(self, outcome: int | OocMoeError) -> None:
         del self.bank.pushing[self.expert]
         self.outcome.set_result(outcome)
-
-
-def check_base(bank: Bank, expert: int, base: int) -> None:
-    """Refuses an update that started from another version than the current one.
-
-    Raises:
-        StaleVersion: there is a newer one.
-        LostUpdate: there is only an older one: a crash took what was acknowledged in memory.
-        UnknownExpert, UnknownBank: there is none.
-    """
-    check_base_version(bank.name, expert, base_version=base, current=bank.record(expert).version)

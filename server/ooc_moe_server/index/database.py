@@ -171,12 +171,6 @@ class Index:
         self._witness.close()
         self._db.close()
 
-    @property
-    def last_commit(self) -> LastCommit:
-        """How far the index has come. Raises CorruptRecord."""
-        with reading(self._path):
-            return _last_commit(self._tables.read_meta())
-
     @contextmanager
     def _transaction(self, next_version: int | None = None) -> Iterator[Meta]:
         """One transaction: rows and `meta` change together, or nothing does. COMMITTED is written after it."""

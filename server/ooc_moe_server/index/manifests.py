@@ -83,10 +83,10 @@ class Manifests:
         self._owed_banks.update(bank.uuid for bank in catalog.banks.values())
         self._owed_snapshots.update(catalog.snapshots)
 
-    def reconcile(self, catalog: Catalog, *, trust_files: bool = True) -> None:
+    def reconcile(self, catalog: Catalog) -> None:
         """Makes all manifests equal to the catalog of a sound index. Raises OSError.
 
-        A snapshot's file with the right head is left as it is, unless `trust_files` is false.
+        A snapshot's file with the right head is left as it is.
         """
         for directory in (self._banks, self._snapshots):
             if not directory.exists():
@@ -97,7 +97,7 @@ class Manifests:
             write_durably(self._bank_path(bank.uuid), self._encode_bank(bank))
         for snapshot in catalog.snapshots.values():
             path = self._snapshot_path(snapshot.id)
-            if not (trust_files and _begins_with(path, _snapshot_head(snapshot, uuids))):
+            if not _begins_with(path, _snapshot_head(snapshot, uuids)):
                 write_durably(path, encode_snapshot(snapshot, uuids))
         known = {self._bank_path(uuid) for uuid in uuids.values()} | {self._snapshot_path(number) for number in catalog.snapshots}
         for path in {*self._banks.glob("*.json"), *self._snapshots.glob("*.json")} - known:
