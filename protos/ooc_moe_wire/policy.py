@@ -259,7 +259,7 @@ class Random(Generic[Key]):
     evict = remove
 
     def victims(self) -> Iterator[Key]:
-        """The keys in a random order, which is another one each time."""
+        """The keys in random order. Each call draws a new order."""
         drawn: set[int] = set()
         while len(drawn) < len(self._keys):
             place = int(self._random.random() * len(self._keys))

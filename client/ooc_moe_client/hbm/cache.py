@@ -44,8 +44,7 @@ class ExpertCache:
     One training thread uses it; `stats` and `fetches` may be called from any. The class is long because it is the face of its room: most
     methods check their arguments, take the lock, and call the part that does the work.
 
-    An error of background work (a refused push, say) is raised
-    once, by the next call; what could not be pushed is kept.
+    An error of background work (a refused push, say) is raised once, by the next call. Experts that could not be pushed are kept.
 
     Args:
         store: where the experts live.

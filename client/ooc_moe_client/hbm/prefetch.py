@@ -187,7 +187,7 @@ class Prefetcher:
         return claimed
 
     def _is_missing(self, expert: int, next_use: int) -> bool:
-        """Whether an expert of `_scheduled_and_missing` is still to be fetched; to be asked again whenever the lock was released."""
+        """Whether an expert of `_scheduled_and_missing` must still be fetched. Check again each time the lock was released meanwhile."""
         resident = self._shared.table.residents.get(expert)
         return (
             self._shared.table.schedule.next_use(expert) == next_use

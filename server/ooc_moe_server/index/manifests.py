@@ -68,7 +68,7 @@ class Manifests:
         self._owed_snapshots.add(snapshot_id)
 
     def write_owed(self, index: Index) -> None:
-        """Writes or removes the owed manifests, as the index says. Raises OSError; the rest stays owed."""
+        """Writes or removes the owed manifests, so that they match the index. Raises OSError; manifests not written yet stay owed."""
         for uuid in list(self._owed_banks):
             bank = index.bank(uuid)
             _write_or_remove(self._bank_path(uuid), self._encode_bank(bank) if bank else None)
