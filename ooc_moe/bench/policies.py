@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
+from ooc_moe.display.formats import format_share_short
 from ooc_moe.display.table import Table, markdown_table, print_table
 from ooc_moe.metrics import trace
 from ooc_moe.metrics.provenance import facts
@@ -133,8 +134,8 @@ def markdown(rows: Sequence[Row], *, command: str) -> str:
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    cache = f"{row.cache_experts} ({row.cache_share:.0%})"
-    rates = (f"{rate:.1%}" for rate in row.hit_rates)
+    cache = f"{row.cache_experts} ({format_share_short(row.cache_share, digits=0)})"
+    rates = (format_share_short(rate) for rate in row.hit_rates)
     return (row.pattern.name, str(row.pattern.num_experts), str(len(row.pattern.experts)), cache, *rates)
 
 
@@ -182,7 +183,7 @@ def run(console: Console, *, seed: int, show: Callable[[str], None]) -> list[Row
     """Compares the policies on all traces, calls `show` with a line of text for each finished row, and prints the table on `console`."""
     rows = []
     for row in compare(patterns(seed)):
-        show(f"{row.pattern.name}, {row.cache_share:.0%}")
+        show(f"{row.pattern.name}, {format_share_short(row.cache_share, digits=0)}")
         rows.append(row)
     print_table(table(rows), console)
     return rows

@@ -14,7 +14,7 @@ from ooc_moe.cli.output import say
 from ooc_moe.config.run import Recogniser
 from ooc_moe_wire.command_line import Flag
 
-RunDir = Annotated[Path, Flag(positional=True)]
+RunDir = Annotated[Path, Flag(positional=True, metavar="RUN_DIR")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class Branch(OldRunOptions):
 
     run_dir: RunDir
     """Directory of the run to begin from."""
-    new_dir: RunDir
+    new_dir: Annotated[Path, Flag(positional=True, metavar="NEW_DIR")]
     """Directory of the new run."""
     checkpoint: str = "latest"
     """Checkpoint of the old run that the new one begins from."""

@@ -157,7 +157,7 @@ class BankShow(DaemonOptions, JsonOption):
     $ ooc-moe bank show first/experts
     """
 
-    name: Annotated[str, Flag(positional=True)]
+    name: Annotated[str, Flag(positional=True, metavar="BANK")]
     """Name of the bank."""
 
     def run(self) -> None:
@@ -195,7 +195,7 @@ class BankRemove(DaemonOptions, ConfirmOption):
     $ ooc-moe bank rm first/experts
     """
 
-    name: Annotated[str, Flag(positional=True)]
+    name: Annotated[str, Flag(positional=True, metavar="BANK")]
     """Name of the bank."""
 
     def run(self) -> None:
@@ -216,9 +216,9 @@ class BankFork(DaemonOptions):
     $ ooc-moe bank fork first/experts second/experts --snapshot 3
     """
 
-    source: Annotated[str, Flag(positional=True)]
+    source: Annotated[str, Flag(positional=True, metavar="SOURCE")]
     """The bank to begin with."""
-    name: Annotated[str, Flag(positional=True)]
+    name: Annotated[str, Flag(positional=True, metavar="NEW")]
     """Name of the new bank."""
     snapshot: Annotated[int | None, Flag(metavar="ID")] = None
     """Fork the bank as it was in this snapshot; by default as it is now."""

@@ -73,6 +73,17 @@ def format_seconds(seconds: float) -> str:
     return DASH if math.isnan(seconds) else f"{seconds:,.1f} s"
 
 
+def format_seconds_short(seconds: float) -> str:
+    """Three digits in the unit that needs no leading zeros: "297 µs", "10.1 ms", "3.21 s", "1,234 s"."""
+    if math.isnan(seconds):
+        return DASH
+    rounded = float(f"{seconds:.3g}")
+    if rounded >= 1000:
+        return f"{seconds:,.0f} s"
+    scale, unit = (1.0, "s") if rounded >= 1 or not rounded else (1e3, "ms") if rounded >= 1e-3 else (1e6, "µs")
+    return f"{scale * rounded:.3g} {unit}"
+
+
 def format_duration(seconds: float) -> str:
     """Formats a duration in minutes and seconds ("3 min 07 s"), or from an hour on in hours and minutes ("2 h 05 min")."""
     minutes = round(seconds) // 60

@@ -20,6 +20,7 @@ from rich.console import Console
 from ooc_moe.config.run import RunConfig
 from ooc_moe.config.seeds import evaluation_seed
 from ooc_moe.detection.belief import Belief
+from ooc_moe.display.formats import format_share
 from ooc_moe.display.progress import passing_bar
 from ooc_moe.display.table import print_table
 from ooc_moe.envs import GameEnvs
@@ -176,8 +177,9 @@ def _record(config: RunConfig, found: Sequence[dict[str, Any]], counters: dict[s
 def _sentence(fields: dict[str, Any]) -> str:
     """One game's result in one sentence, for the terminal."""
     believed = max(fields["believed"], key=fields["believed"].__getitem__)
+    share = format_share(fields["believed"][believed], digits=0)
     return (
         f"{fields['evaluated']}: mean return {fields['return_mean']:.1f} (random {fields['random_mean']:.1f}) over "
         f"{len(fields['returns'])} episodes, {fields['episodes_truncated']} of them cut at the step limit; "
-        f"{'' if fields['known'] else 'unseen, '}taken for {believed} in {fields['believed'][believed]:.0%} of the steps"
+        f"{'' if fields['known'] else 'unseen, '}taken for {believed} in {share} of the steps"
     )

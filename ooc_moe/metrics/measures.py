@@ -112,7 +112,7 @@ def isolated_forgetting(scores_PG: ArrayLike, trained_P: Sequence[int], scale_G:
     With the default scale, `greatest_score`, this is CORA's isolated forgetting (Powers et al. 2022, "CORA", section 4). That scale is the
     run's own, so a method that learns little may seem to forget much. To compare methods, give a fixed scale: single-task score - random.
     """
-    changes_PG, before_PG, own_PG = _changes(scores_PG, trained_P)
+    changes_PG, before_PG, own_PG = _score_changes(scores_PG, trained_P)
     return np.where(before_PG & ~own_PG, -changes_PG, np.nan) / _scale(scores_PG, scale_G)
 
 
@@ -123,7 +123,7 @@ def zero_shot_transfer(scores_PG: ArrayLike, trained_P: Sequence[int], untrained
     score before any training, `untrained_G`. NaN from game i's first phase on. CORA calls it zero-shot forward transfer (Powers et al.
     2022, section 4). The scale is chosen as in `isolated_forgetting`.
     """
-    changes_PG, before_PG, own_PG = _changes(scores_PG, trained_P, untrained_G)
+    changes_PG, before_PG, own_PG = _score_changes(scores_PG, trained_P, untrained_G)
     return np.where(before_PG | own_PG, np.nan, changes_PG) / _scale(scores_PG, scale_G)
 
 
@@ -255,7 +255,7 @@ def _trained_last(scores: Floats, trained_P: Sequence[int]) -> NDArray[np.bool_]
     return np.asarray(np.arange(scores.shape[1]) == last)
 
 
-def _changes(
+def _score_changes(
     scores_PG: ArrayLike, trained_P: Sequence[int], untrained_G: ArrayLike | None = None
 ) -> tuple[Floats, NDArray[np.bool_], NDArray[np.bool_]]:
     """Three arrays (P, G) about game i in phase k.

@@ -23,7 +23,7 @@ from ooc_moe_client.store import ExpertStore
 
 
 @contextmanager
-def load(run_dir: Path | str, *, checkpoint: str = LATEST_NAME, **changes: Any) -> Iterator[Session]:
+def load(run_dir: Path | str, *, checkpoint: str = LATEST_NAME, **overrides: Any) -> Iterator[Session]:
     """Opens a run as it was at one of its checkpoints, for as long as the `with` block runs. Yields the open session.
 
     The agent is in evaluation mode. Experts are read from a fork of the run's banks, which shares their bytes and is deleted at the end:
@@ -32,13 +32,13 @@ def load(run_dir: Path | str, *, checkpoint: str = LATEST_NAME, **changes: Any) 
     Args:
         run_dir: the run's directory.
         checkpoint: "latest", or the name of a checkpoint that was kept at the end of a game, for example "0-krull".
-        changes: fields of `RunConfig` with other values than the run had, for example `store="host:50051"` or `device="cuda"`.
+        overrides: fields of `RunConfig` with other values than the run had, for example `store="host:50051"` or `device="cuda"`.
 
     Raises:
         InvalidRequest: the directory holds no run, the run has no such checkpoint, or a changed field is not valid.
         Unavailable: the run's daemon does not answer or cannot be started.
     """
-    with open_checkpoint(dataclasses.replace(RunConfig.read(Path(run_dir)), **changes), checkpoint) as session:
+    with open_checkpoint(dataclasses.replace(RunConfig.read(Path(run_dir)), **overrides), checkpoint) as session:
         yield session
 
 

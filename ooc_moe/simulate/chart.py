@@ -12,6 +12,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ooc_moe.display.formats import format_share_short
 from ooc_moe.report.drawing import COUNTS, FAINT, PERCENT, STYLE, WIDTH, legend
 from ooc_moe.simulate.sweep import Row
 from ooc_moe_wire.errors import InvalidRequest
@@ -75,7 +76,7 @@ def _over_interval(ax: Axes, rows: Sequence[Row]) -> None:
     ax.xaxis.set_major_formatter(COUNTS)
     ax.set_xlabel("accesses between switches of the game")
     ratio = rows[0].replayed.setup.hbm_experts / rows[0].num_experts
-    ax.set_title(f"switch interval; HBM for {ratio:.0%}")
+    ax.set_title(f"switch interval; HBM for {format_share_short(ratio, digits=0)}")
 
 
 def _lines(ax: Axes, rows: Sequence[Row], at: Callable[[Row], float]) -> None:

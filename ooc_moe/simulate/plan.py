@@ -26,7 +26,7 @@ import numpy as np
 
 from ooc_moe.config.agent import AgentConfig
 from ooc_moe.config.run import RunConfig
-from ooc_moe.display.formats import format_bytes
+from ooc_moe.display.formats import format_bytes, format_seconds_short, format_share
 from ooc_moe.display.table import Table
 from ooc_moe.metrics.trace import Mark, Trace, TraceInfo
 from ooc_moe.simulate.replay import Setup, replay
@@ -208,8 +208,8 @@ def _loads_finding(plan: Plan) -> str | None:
     )
     if plan.update_compute_s is None:
         return text
-    least, most = plan.update_stall_s
-    return f"{text}, and stalls for {least:.3g} to {most:.3g} s beside {plan.update_compute_s:.3g} s of compute"
+    stall = " to ".join(format_seconds_short(seconds) for seconds in plan.update_stall_s)
+    return f"{text}, and stalls for {stall} beside {format_seconds_short(plan.update_compute_s)} of compute"
 
 
 def _dense_bytes(agent: AgentConfig, num_games: int) -> int:
@@ -289,21 +289,25 @@ def _size_rows(plan: Plan) -> list[tuple[str, str, str]]:
 def _switch_rows(plan: Plan, rates: Rates) -> list[tuple[str, str, str]]:
     rows = [("a switch moves", format_bytes(plan.switch_bytes_in), f"in, and {format_bytes(plan.switch_bytes_out)} out")]
     for tier, seconds in plan.switch_s.items():
-        rows.append((f"a switch takes, from {tier}", f"{seconds:.3g} s", f"{getattr(rates, tier) * 1e3:.3g} ms an expert; no overlap"))
+        an_expert = format_seconds_short(getattr(rates, tier))
+        rows.append((f"a switch takes, from {tier}", format_seconds_short(seconds), f"{an_expert} an expert; no overlap"))
     return rows
 
 
 def _update_rows(plan: Plan) -> list[tuple[str, str, str]]:
     least, most = plan.update_stall_s
+    stall = f"{format_seconds_short(least)} to {format_seconds_short(most)}"
     rows = [
         ("repeated loads in an update", f"{plan.loads_per_update:,}", "0 if HBM holds a game's experts"),
-        ("stall in an update", f"{least:.3g} to {most:.3g} s", "with as much overlap as possible, and with none"),
+        ("stall in an update", stall, "with as much overlap as possible, and with none"),
     ]
     if plan.update_compute_s is not None and plan.game_compute_s is not None:
         stalled = most / (most + plan.update_compute_s)
         switching = max(plan.switch_s.values()) / plan.game_compute_s
-        rows.append(("compute in an update", f"{plan.update_compute_s:.3g} s", f"stalled at most {stalled:.1%} of the time"))
-        rows.append(("compute in a game", f"{plan.game_compute_s:.3g} s", f"a switch takes at most {switching:.2%} of that"))
+        compute, remark = format_seconds_short(plan.update_compute_s), f"stalled at most {format_share(stalled)} of the time"
+        rows.append(("compute in an update", compute, remark))
+        compute, remark = format_seconds_short(plan.game_compute_s), f"a switch takes at most {format_share(switching, digits=2)} of that"
+        rows.append(("compute in a game", compute, remark))
     return rows
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-from ooc_moe.display.formats import DASH, format_share_short
+from ooc_moe.display.formats import DASH, format_seconds_short, format_share_short
 from ooc_moe.display.table import Table, markdown_table
 from ooc_moe.metrics.provenance import facts
 from ooc_moe.metrics.trace import Trace
@@ -188,13 +188,13 @@ def _cells(row: Row) -> tuple[str, ...]:
     fates = [f"{getattr(training, name) + getattr(evaluation, name):,}" if prefetching else DASH for name in ("useful", "late", "wasted")]
     return (
         DASH if row.switch_every is None else f"{row.switch_every:,}",
-        f"{setup.hbm_experts:,} ({setup.hbm_experts / row.num_experts:.0%})",
+        f"{setup.hbm_experts:,} ({format_share_short(setup.hbm_experts / row.num_experts, digits=0)})",
         f"{setup.policy} + {setup.prefetch.source}" if prefetching else setup.policy,
         format_share_short(training.hit_rate, digits=2),
         f"{row.of_belady:.3f}" if row.of_belady is not None else DASH,
         format_share_short(evaluation.hit_rate, digits=2),
-        f"{stall_s:,.3g} s" if stall_s < 1000 else f"{round(stall_s):,} s",
-        f"{share:.1%}",
+        format_seconds_short(stall_s),
+        format_share_short(share),
         f"{training.from_dram + evaluation.from_dram:,}",
         f"{training.from_nvme + evaluation.from_nvme:,}",
         *fates,

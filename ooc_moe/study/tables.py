@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ooc_moe.display.formats import DASH, format_bytes, format_count, format_part, format_score, format_share
+from ooc_moe.display.formats import DASH, format_bytes, format_count, format_part, format_score, format_seconds, format_share
 from ooc_moe.display.table import Table
 from ooc_moe.metrics import measures, statistics
 from ooc_moe.report.summary import ambiguous, of_reference
@@ -164,7 +164,7 @@ def work_table(found: StudyScores, costs: Mapping[str, Costs]) -> Table:
                 f"{format_part(cost.cold_equal, cost.cold)} in {cost.cold_runs} of {len(found.of(name))} runs" if cost.cold else DASH,
                 f"{cost.train_s / 60:.1f} min",
                 format_count(cost.steps_per_s),
-                f"{cost.stall_s:.1f} s",
+                format_seconds(cost.stall_s),
             ]
         )
     return Table(

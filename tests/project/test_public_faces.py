@@ -22,7 +22,7 @@ NAMES = [(face, name) for face in FACES for name in importlib.import_module(face
 # Pages for people who use the packages from outside.
 PAGES = [
     path
-    for pattern in ("*.md", "deploy/*.md", "docs/**/*.md", "examples/**/*", "ooc_moe/*.ipynb")
+    for pattern in ("*.md", "deploy/*.md", "docs/**/*.md", "examples/**/*")
     for path in sorted(ROOT.glob(pattern))
     if path.suffix in (".md", ".ipynb", ".py") and ".ipynb_checkpoints" not in path.parts
 ]
@@ -149,3 +149,8 @@ def test_every_name_that_a_page_imports_exists(page):
     for module, name in sorted(imported_names(code_of(page))):
         imported = importlib.import_module(module)
         assert hasattr(imported, name) or importlib.import_module(f"{module}.{name}")
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.suffix == ".ipynb"], ids=lambda page: page.name)
+def test_a_notebook_needs_nothing_but_the_public_faces(page):
+    assert {module for module, _ in imported_names(code_of(page))} <= set(FACES)

@@ -18,6 +18,8 @@ from tests.project.pages import PAGES, blocks, code
 
 README = PAGES["README.md"]
 ADDRESS = "127.0.0.1:50051"
+# The commands in its sentences; the last one takes hours, and tests/ooc_moe/study runs smaller ones.
+RESUME, PLAN, STUDY = "ooc-moe train --resume --name first", "ooc-moe plan", "ooc-moe study synthetic"
 MODULES = {"ooc-moe": "ooc_moe.cli.main", "ooc-moe-server": "ooc_moe_server.daemon.cli"}
 
 
@@ -80,17 +82,32 @@ def daemon(tmp_path: Path, address: str) -> Iterator[None]:
     process.stderr.close()
 
 
+def run(line: str, directory: Path, address: str) -> str:
+    """Runs a command of the README, and returns what it printed."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+    ran = subprocess.run(program(line, address), cwd=directory, env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+def test_the_commands_in_its_sentences_are_those_that_run_here():
+    assert set(re.findall(r"`(ooc-moe(?:-server)? [^`]*)`", README)) == {RESUME, PLAN, STUDY}
+
+
+def test_plan_runs_as_shown(tmp_path: Path, address: str):
+    assert "experts" in run(PLAN, tmp_path, address)
+
+
 @pytest.mark.usefixtures("daemon")
 def test_a_daemon_and_a_trainer_work_as_shown(tmp_path: Path, address: str):
     (shown,) = (block for block in blocks(README, "") if "ooc-moe train" in block)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "160"}
-    printed = ""
-    for line in shown.splitlines():
-        ran = subprocess.run(program(line, address), cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-        assert ran.returncode == 0, ran.stderr
-        printed += ran.stdout
+    printed = "".join(run(line, tmp_path, address) for line in shown.splitlines())
     assert "first/experts" in printed
-    assert (tmp_path / "runs" / "first" / "report" / "index.html").exists()
+    report = tmp_path / "runs" / "first" / "report" / "index.html"
+    assert report.exists()
+    report.unlink()
+    run(RESUME, tmp_path, address)
+    assert report.exists()
 
 
 def test_the_licence_of_ale_py_is_told():

@@ -115,6 +115,24 @@ def test_import_rules_hold():
     assert " 0 broken" in linted.stdout
 
 
+def floors(container: str) -> list[set[str]]:
+    """The floor plan of a package as the import linter holds it, from the top floor down."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (plan,) = (contract for contract in contracts if contract.get("containers") == [container])
+    return [set(floor.split(" | ")) for floor in plan["layers"]]
+
+
+@pytest.mark.parametrize("folder", ["ooc_moe", "client/ooc_moe_client", "server/ooc_moe_server", "protos/ooc_moe_wire"])
+def test_contributing_lists_the_rooms_of_the_floor_plan_from_the_top_down(folder):
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    (table,) = re.findall(rf"^\| {folder}/ \| \|\n((?:\|.*\n)+)", text, flags=re.MULTILINE)
+    listed = [re.sub(r"/$|\.py$", "", name) for row in table.splitlines() for name in re.findall(r"`([^`]*)`", row.split(" | ")[0])]
+    plan = floors(folder.rpartition("/")[2])
+    assert sorted(listed) == sorted(set.union(*plan))
+    floor_of = [index for name in listed for index, floor in enumerate(plan) if name in floor]
+    assert floor_of == sorted(floor_of)
+
+
 def test_every_console_script_is_a_function():
     for entry in distribution(PROJECT["name"]).entry_points:
         assert callable(entry.load()), entry

@@ -225,7 +225,8 @@ def main(target: str) -> None:
         assert fetched[2][0].unchanged
         assert fetched[0][1] == initial_body(BANK, 0)
 
-        # The same push again has the same outcome. A push from an older version is refused, and the stream goes on.
+        # The same push again has the same outcome. A push from an older version is refused: the daemon
+        # skips its chunks, and the stream goes on.
         repeated, stale, fresh = (1, 2, 0, bytes(trained)), (2, 2, 0, body), (3, 1, 0, bytes(initial_body(BANK, 1)))
         outcomes = daemon.push(BANK, writer_id, [repeated, stale, fresh])
         assert outcomes[1].version == outcome.version

@@ -36,6 +36,14 @@ def test_every_error_that_a_call_names_stands_in_the_table_with_that_status():
             assert bool(named) == any(status in comment for status in statuses), comment
 
 
+@pytest.mark.parametrize("path", sorted(V1.glob("*.proto")), ids=lambda path: path.stem)
+def test_every_comment_is_whole_lines_of_text(path):
+    """A line such as `//TODO` or `//XX` is a draft that was never finished: it would be generated into the documentation."""
+    comments = [line for line in path.read_text().splitlines() if line.lstrip().startswith("//")]
+    assert len(comments) > 10
+    assert [line for line in comments if not re.match(r"^\s*//( |$)", line)] == []
+
+
 def test_the_limits_are_those_of_the_code():
     assert "message              4 MiB" in BANK
     assert codec.MESSAGE_BYTES_MAX == 4 << 20

@@ -123,24 +123,6 @@ class CacheStats(Counters):
         """Hits per access; 0 before the first access."""
         return self.hits / self.accesses if self.accesses else 0.0
 
-    @property
-    def prefetch_recall(self) -> float:
-        """Of all experts that had to be fetched, the share that a prefetch had brought in time: useful / (useful + misses + refetches).
-
-        0 when all are 0.
-        """
-        needed = self.prefetch_useful + self.misses + self.refetches
-        return self.prefetch_useful / needed if needed else 0.0
-
-    @property
-    def prefetch_precision(self) -> float:
-        """Of the prefetches whose outcome is known, the share that was ready when asked for: useful / (useful + late + wasted).
-
-        0 when all are 0.
-        """
-        fetched = self.prefetch_useful + self.prefetch_late + self.prefetch_wasted
-        return self.prefetch_useful / fetched if fetched else 0.0
-
     def __add__(self, other: CacheStats) -> CacheStats:
         return CacheStats(
             bank=self.bank if self.bank == other.bank else f"{self.bank}+{other.bank}",

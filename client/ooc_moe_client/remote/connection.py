@@ -105,7 +105,7 @@ class Connection:
         """
         return self._patience_s if self._has_answered else min(self._patience_s, FIRST_CONTACT_S)
 
-    def note_answer(self) -> None:
+    def note_alive(self) -> None:
         """Notes that the daemon has answered. From now on `patience_s` has its full length."""
         self._has_answered = True
 
@@ -126,7 +126,7 @@ class Connection:
             if isinstance(translated, Unavailable | DeadlineExceeded):
                 translated = self.with_address(translated)
             else:
-                self.note_answer()
+                self.note_alive()
             raise translated from error
 
     def with_address(self, error: Unavailable | DeadlineExceeded) -> OocMoeError:
@@ -137,7 +137,7 @@ class Connection:
         """Makes a call without retries, and returns the response."""
         with self.translated_errors():
             response = method(request, timeout=self.timeout_s, metadata=self.metadata)
-        self.note_answer()
+        self.note_alive()
         return response
 
     def call(self, method: grpc.UnaryUnaryMultiCallable[Request, Response], request: Request) -> Response:

@@ -55,7 +55,7 @@ class LeasedCall:
                 answer = self._call.next()
             except (Unavailable, DeadlineExceeded) as error:
                 raise self._connection.with_address(error) from error
-            self._connection.note_answer()
+            self._connection.note_alive()
             if answer is None:
                 self._check_end()
                 return None

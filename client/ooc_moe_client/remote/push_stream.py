@@ -234,7 +234,7 @@ class BankWriter:
             self._progress_at = time.monotonic()
             if response.HasField("opened"):
                 self._is_open = True
-                self._connection.note_answer()
+                self._connection.note_alive()
             else:
                 outcome = response.outcome
                 error = error_named(outcome.error.kind, outcome.error.message) if outcome.HasField("error") else None

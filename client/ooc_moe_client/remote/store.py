@@ -257,7 +257,7 @@ class RemoteStore:
             if stats is None:
                 calls.clear()
                 raise Unavailable(f"daemon at {self._connection.target}: the daemon ended the stream of statistics")
-            self._connection.note_answer()
+            self._connection.note_alive()
             return stats
 
         try:

@@ -48,7 +48,7 @@ class StreamedCall:
         with self._connection.translated_errors():
             while self._pending.experts:
                 message = next(self._responses, None)
-                self._connection.note_answer()
+                self._connection.note_alive()
                 if message is None:
                     raise Internal(f"bank {self._pending.bank!r}: the call ended without {len(self._pending.experts)} of the experts")
                 if isinstance(message, ChunkView):

@@ -73,4 +73,4 @@ def _reworded(box: str) -> str:
 
 
 def _label(flag: str) -> str:
-    return flag.removeprefix("--").replace("-", "_")
+    return flag.strip("[]").removeprefix("--").replace("-", "_")  # [BANK]: any number of positional arguments.

@@ -95,6 +95,8 @@ class Option:
         if self.optional and [word.lower() for word in words] == [NONE]:
             return None
         if self.many:
+            if not words and self.default is dataclasses.MISSING:
+                raise ValueError("at least one is required")
             parts = [part.strip() for word in words for part in word.split(",")]
             if not all(parts):
                 raise ValueError(f"{','.join(words)!r} is not a list of names with commas between (one is empty)")

@@ -87,7 +87,8 @@ class ExpertServiceStub:
        outcomes in between. At 64 pushes without an outcome the daemon stops reading until one has its outcome.
     3. The daemon answers each push with one PushOutcome, in any order. A refused push (`error` is set: StaleVersion,
        LostUpdate, CorruptRecord, InvalidRequest, UnknownExpert, TierFull) changes nothing, and the stream goes on. The
-    XX
+       caller still sends the chunks of a refused push, all the bytes that its header announces; the daemon skips them.
+       The same holds for a push that was applied before. Such an outcome may come before the last chunk is sent.
     4. The caller half-closes. The daemon sends the outcomes that are left and ends the call with OK. The lease also ends
        when the call is cancelled or the connection dies. A body that was complete by then is written all the same.
 
@@ -158,7 +159,8 @@ class ExpertServiceAsyncStub:
        outcomes in between. At 64 pushes without an outcome the daemon stops reading until one has its outcome.
     3. The daemon answers each push with one PushOutcome, in any order. A refused push (`error` is set: StaleVersion,
        LostUpdate, CorruptRecord, InvalidRequest, UnknownExpert, TierFull) changes nothing, and the stream goes on. The
-    XX
+       caller still sends the chunks of a refused push, all the bytes that its header announces; the daemon skips them.
+       The same holds for a push that was applied before. Such an outcome may come before the last chunk is sent.
     4. The caller half-closes. The daemon sends the outcomes that are left and ends the call with OK. The lease also ends
        when the call is cancelled or the connection dies. A body that was complete by then is written all the same.
 
@@ -233,7 +235,8 @@ class ExpertServiceServicer(metaclass=abc.ABCMeta):
            outcomes in between. At 64 pushes without an outcome the daemon stops reading until one has its outcome.
         3. The daemon answers each push with one PushOutcome, in any order. A refused push (`error` is set: StaleVersion,
            LostUpdate, CorruptRecord, InvalidRequest, UnknownExpert, TierFull) changes nothing, and the stream goes on. The
-        XX
+           caller still sends the chunks of a refused push, all the bytes that its header announces; the daemon skips them.
+           The same holds for a push that was applied before. Such an outcome may come before the last chunk is sent.
         4. The caller half-closes. The daemon sends the outcomes that are left and ends the call with OK. The lease also ends
            when the call is cancelled or the connection dies. A body that was complete by then is written all the same.
 

@@ -16,7 +16,7 @@ from typing import Protocol
 from ooc_moe_wire.codec import Checksums
 from ooc_moe_wire.errors import OocMoeError, UnknownBank
 from ooc_moe_wire.layout import BankSpec, Layout
-from ooc_moe_wire.rules import check_experts, find_bank, find_snapshot, snapshot_counts
+from ooc_moe_wire.rules import check_base_version, check_experts, find_bank, find_snapshot, snapshot_counts
 from ooc_moe_wire.v1 import bank_pb2, snapshot_pb2, stats_pb2
 
 
@@ -140,6 +140,16 @@ class Bank:
         """Returns the current record of an expert. Raises UnknownExpert, UnknownBank."""
         self.check((expert,))
         return self.records.get(expert, UNWRITTEN)
+
+    def check_base(self, expert: int, base_version: int) -> None:
+        """Raises an error unless an update of an expert started from the expert's current version. `base_version`: where it started.
+
+        Raises:
+            StaleVersion: the current version is newer than `base_version`.
+            LostUpdate: the current version is older: a crash lost a version that was acknowledged in memory.
+            UnknownExpert, UnknownBank: there is no such expert or bank.
+        """
+        check_base_version(self.name, expert, base_version=base_version, current=self.record(expert).version)
 
     def source(self, expert: int, record: Record) -> Source:
         """Returns where the bytes of a record come from: a `Slot`, a `Seed`, or an `Unsaved` (in DRAM only).

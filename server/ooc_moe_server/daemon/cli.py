@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, TypeVar
 
+# Not through ooc_moe.display, which has formats and progress bars of its own: the daemon may not import ooc_moe.
 from humanize import naturalsize
 from rich.console import Console
 from rich.progress import track

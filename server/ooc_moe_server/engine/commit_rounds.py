@@ -16,7 +16,7 @@ from collections import deque
 from ooc_moe_server.catalog.catalog import Unsaved
 from ooc_moe_server.dram.tier import DramTier
 from ooc_moe_server.engine.catalog_lock import CatalogLock
-from ooc_moe_server.engine.push import Push, PushState, check_base
+from ooc_moe_server.engine.push import Push, PushState
 from ooc_moe_server.engine.slot_writer import SlotWriter
 from ooc_moe_server.engine.unsaved_records import UnsavedRecords
 from ooc_moe_server.index.index_thread import IndexThread
@@ -110,7 +110,7 @@ class CommitRounds:
                 self._end_join(push, None)
             return push in self._unsaved
         try:
-            check_base(push.bank, push.expert, push.base_version)
+            push.bank.check_base(push.expert, push.base_version)
         except OocMoeError as error:
             self._end_join(push, error)
             return False

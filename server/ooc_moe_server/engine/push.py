@@ -24,7 +24,6 @@ from ooc_moe_server.catalog.catalog import Bank, Record, Slot
 from ooc_moe_server.dram.tier import Entry
 from ooc_moe_wire.codec import Checksums, RecordHeader, compare, copy_hashed, verify
 from ooc_moe_wire.errors import OocMoeError
-from ooc_moe_wire.rules import check_base_version
 
 
 class PushState(Enum):
@@ -108,12 +107,12 @@ class Push:
         assert state in _NEXT_STATES[self.state], f"{self.name}: {self.state.name} -> {state.name}"
         self.state = state
         if state in (PushState.UNSAVED, PushState.COMMITTED) and not self.outcome.done():
-            self._answer(self.version)
+            self._resolve(self.version)
 
     def refuse(self, error: OocMoeError) -> None:
         """Ends the push in the state REFUSED, with an error as its outcome."""
         self.enter(PushState.REFUSED)
-        self._answer(error)
+        self._resolve(error)
 
     def record(self) -> Record:
         """Returns the record that becomes the expert's current one when the push is committed."""
@@ -156,17 +155,6 @@ class Push:
         self.verify()
         self.header().pack_into(self.entry.record)
 
-    def _answer(self, outcome: int | OocMoeError) -> None:
+    def _resolve(self, outcome: int | OocMoeError) -> None:
         del self.bank.pushing[self.expert]
         self.outcome.set_result(outcome)
-
-
-def check_base(bank: Bank, expert: int, base: int) -> None:
-    """Raises an error unless an update of an expert started from the expert's current version. `base`: the version that it started from.
-
-    Raises:
-        StaleVersion: the current version is newer than `base`.
-        LostUpdate: the current version is older: a crash lost a version that was acknowledged in memory.
-        UnknownExpert, UnknownBank: there is no such expert or bank.
-    """
-    check_base_version(bank.name, expert, base_version=base, current=bank.record(expert).version)

@@ -19,7 +19,7 @@ from ooc_moe_server.catalog.catalog import Bank, Unsaved
 from ooc_moe_server.dram.tier import DramTier
 from ooc_moe_server.engine.catalog_lock import CatalogLock
 from ooc_moe_server.engine.commit_rounds import CommitRounds
-from ooc_moe_server.engine.push import Push, PushState, check_base
+from ooc_moe_server.engine.push import Push, PushState
 from ooc_moe_server.engine.slot_writer import SlotWriter
 from ooc_moe_server.engine.unsaved_records import UnsavedRecord, UnsavedRecords, new_attempt
 from ooc_moe_server.index.index_thread import IndexThread
@@ -49,7 +49,7 @@ class WriteBehind:
     ) -> None:
         self._index, self._lock, self._slots, self._rounds, self._unsaved = index, lock, slots, rounds, unsaved
         self._dram, self._nvme = dram, nvme
-        self._turns = asyncio.Semaphore(WRITE_BACKS_MAX)
+        self._writes_at_once = asyncio.Semaphore(WRITE_BACKS_MAX)
         self._is_ending = False
 
     async def run(self, push: Push) -> None:
@@ -117,7 +117,7 @@ class WriteBehind:
         await self._slots.allocate(push)
         push.version = await self._index.take_version()
         await self._lock.wait_until_unchanging()
-        check_base(push.bank, push.expert, push.base_version)
+        push.bank.check_base(push.expert, push.base_version)
         push.header().pack_into(push.entry.record)
         bank, expert = push.bank, push.expert
         task = asyncio.current_task()
@@ -151,7 +151,7 @@ class WriteBehind:
     async def _try_once(self, push: Push) -> OocMoeError | None:
         """Tries once to write the record of a push to its slot and to commit it. Returns the error if that fails."""
         try:
-            async with self._turns:
+            async with self._writes_at_once:
                 push.enter(PushState.WRITING_BACK)
                 if push.slot is None:
                     await self._slots.allocate(push)

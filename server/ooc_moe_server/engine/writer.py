@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from ooc_moe_server.catalog.catalog import Bank, PushUnderWay
 from ooc_moe_server.dram.tier import DramTier
 from ooc_moe_server.engine.committer import Committer
-from ooc_moe_server.engine.push import Push, check_base
+from ooc_moe_server.engine.push import Push
 from ooc_moe_server.stats import Scopes, Stats
 from ooc_moe_wire.codec import CHUNK_BYTES_MAX, Assembler, Checksums
 from ooc_moe_wire.errors import InvalidRequest, NotTheWriter, OocMoeError, StaleVersion
@@ -170,7 +170,7 @@ class Writer:
             self._scopes.count("push_repeats")
             self._send_outcome(incoming, record.version, durable=not record.unsaved)
         else:
-            check_base(bank, header.expert, header.base_version)
+            bank.check_base(header.expert, header.base_version)
             self._committer.check_quota(bank, header.expert)
             staged = self._staged(header)
             entry = await self._dram.reserve_soon(bank.layout.record_bytes, self._patience_s)

@@ -180,12 +180,6 @@ class Index:
         self._witness.close()
         self._db.close()
 
-    @property
-    def last_commit(self) -> LastCommit:
-        """The number of the last commit, and the next unused version and snapshot id. Raises CorruptRecord."""
-        with reading(self._path):
-            return _last_commit(self._tables.read_meta())
-
     @contextmanager
     def _transaction(self, next_version: int | None = None) -> Iterator[Meta]:
         """Runs the context as one transaction: all its rows and `meta` change, or nothing does. Yields `meta`. Writes COMMITTED afterwards.

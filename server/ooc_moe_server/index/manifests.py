@@ -92,10 +92,10 @@ class Manifests:
         self._owed_banks.update(bank.uuid for bank in catalog.banks.values())
         self._owed_snapshots.update(catalog.snapshots)
 
-    def reconcile(self, catalog: Catalog, *, trust_files: bool = True) -> None:
+    def reconcile(self, catalog: Catalog) -> None:
         """Makes all manifests equal to the catalog of a sound index, and removes files that the catalog does not know. Raises OSError.
 
-        `trust_files`: do not write a snapshot's manifest whose first fields are right already, which is faster. False: write all of them.
+        A snapshot's manifest whose first fields are right already is not written again, which is faster.
         """
         for directory in (self._banks, self._snapshots):
             if not directory.exists():
@@ -106,7 +106,7 @@ class Manifests:
             write_durably(self._bank_path(bank.uuid), self._encode_bank(bank))
         for snapshot in catalog.snapshots.values():
             path = self._snapshot_path(snapshot.id)
-            if not (trust_files and _begins_with(path, _snapshot_head(snapshot, uuids))):
+            if not _begins_with(path, _snapshot_head(snapshot, uuids)):
                 write_durably(path, encode_snapshot(snapshot, uuids))
         known = {self._bank_path(uuid) for uuid in uuids.values()} | {self._snapshot_path(number) for number in catalog.snapshots}
         for path in {*self._banks.glob("*.json"), *self._snapshots.glob("*.json")} - known:

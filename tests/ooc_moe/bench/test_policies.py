@@ -5,7 +5,7 @@ from functools import lru_cache
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ooc_moe.bench import policies as bench
+from ooc_moe.bench import policies
 from ooc_moe.bench.policies import Pattern, compare, hit_rate, markdown, patterns
 from tests.ooc_moe.commands import exit_code
 
@@ -48,14 +48,14 @@ def test_s3_fifo_keeps_a_working_set_through_scans_that_flush_lru():
 def test_the_games_trace_asks_for_two_experts_of_one_pool_in_each_layer():
     trace = next(trace for trace in patterns(0, length=640, num_games=3) if trace.name == "games")
     step = trace.experts[:8]
-    assert {expert // bench.GAME_EXPERTS for expert in trace.experts[:320]} == {step[0] // bench.GAME_EXPERTS}
-    assert [expert % bench.GAME_EXPERTS // bench.POOL_EXPERTS for expert in step] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert {expert // policies.GAME_EXPERTS for expert in trace.experts[:320]} == {step[0] // policies.GAME_EXPERTS}
+    assert [expert % policies.GAME_EXPERTS // policies.POOL_EXPERTS for expert in step] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert len(set(step)) == 8
 
 
 def test_the_command_prints_the_table_and_saves_it_with_what_made_it(tmp_path, monkeypatch, capsys):
     tiny = [Pattern(name="loop", what="0 1 2 again and again", experts=[0, 1, 2] * 5)]
-    monkeypatch.setattr(bench, "patterns", lambda seed: tiny)
+    monkeypatch.setattr(policies, "patterns", lambda seed: tiny)
     saved = tmp_path / "new" / "policies.md"
     assert exit_code("bench", "policies", "--seed", "5", "--results", str(saved)) == 0
     assert "LRU" in capsys.readouterr().out

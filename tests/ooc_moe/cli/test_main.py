@@ -446,6 +446,25 @@ def test_a_mistake_on_the_command_line_of_train_is_one_line(run: Run, tmp_path: 
     assert not (tmp_path / "r").exists()
 
 
+@pytest.mark.parametrize(
+    ("command", "missing"),
+    [
+        ("branch", "RUN_DIR"),
+        ("branch runs/first", "NEW_DIR"),
+        ("eval", "RUN_DIR"),
+        ("report", "RUN_DIR"),
+        ("bank show", "BANK"),
+        ("bank rm", "BANK"),
+        ("bank fork", "SOURCE"),
+        ("bank fork first/experts", "NEW"),
+        ("snapshot create", "BANK: at least one"),
+        ("snapshot rm", "ID"),
+    ],
+)
+def test_an_argument_that_is_missing_is_named_as_in_the_help(run: Run, command: str, missing: str) -> None:
+    assert_refused(run(*command.split()), f"{missing} is required")
+
+
 @pytest.mark.parametrize("name", ["bad name", "é", "x" * 101, ".."])
 def test_a_run_whose_banks_cannot_carry_its_name_is_refused_before_anything_is_made(run: Run, tmp_path: Path, name: str) -> None:
     directory = tmp_path / name if name != ".." else Path("/")

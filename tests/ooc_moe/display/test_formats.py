@@ -30,6 +30,13 @@ NAN = float("nan")
         (formats.format_bytes_short(8 << 20), "8.0M"),
         (formats.format_size(8 << 20), "8 MiB"),
         (formats.format_seconds(1234.56), "1,234.6 s"),
+        (formats.format_seconds_short(0.000297), "297 µs"),
+        (formats.format_seconds_short(0.0101), "10.1 ms"),
+        (formats.format_seconds_short(0.9996), "1 s"),
+        (formats.format_seconds_short(3.214), "3.21 s"),
+        (formats.format_seconds_short(999.7), "1,000 s"),
+        (formats.format_seconds_short(1234.5), "1,234 s"),
+        (formats.format_seconds_short(0), "0 s"),
         (formats.format_duration(187), "3 min 07 s"),
         (formats.format_duration(7500), "2 h 05 min"),
         (formats.format_uptime(3 * 3600), "3 hours"),
@@ -55,6 +62,7 @@ def test_a_time_is_told_from_now() -> None:
         formats.format_bytes,
         formats.format_bytes_short,
         formats.format_seconds,
+        formats.format_seconds_short,
     ],
 )
 def test_nan_is_a_dash(format_) -> None:

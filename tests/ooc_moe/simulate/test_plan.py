@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from ooc_moe.cli import main as cli
+from ooc_moe.cli.main import main
 from ooc_moe.config.agent import PRESETS
 from ooc_moe.config.run import PPOConfig, RunConfig
-from ooc_moe.simulate.plan import Rates, measure, plan
+from ooc_moe.simulate.plan import Rates, measure, plan, table
 from ooc_moe_wire.errors import InvalidRequest
 
 RATES = Rates(dram=0.25, nvme=0.5, seed=1.0, push=2.0)
@@ -86,6 +86,15 @@ def test_stalls_lie_between_all_hidden_and_none():
     assert plan(config(), RATES, steps_per_s=16).update_stall_s == (0, 0)
 
 
+def test_durations_are_written_in_the_unit_that_fits_them():
+    rates = Rates(dram=0.000297, nvme=0.0101, seed=1.0, push=2.0)
+    rows = {quantity: (value, remark) for quantity, value, remark in table(plan(config(), rates), rates).rows}
+    assert rows["a switch takes, from dram"] == ("2.38 ms", "297 µs an expert; no overlap")
+    assert rows["a switch takes, from nvme"] == ("80.8 ms", "10.1 ms an expert; no overlap")
+    assert rows["a switch takes, from seed"] == ("8 s", "1 s an expert; no overlap")
+    assert rows["stall in an update"][0] == "0 s to 0 s"
+
+
 @pytest.mark.parametrize(
     ("options", "agent", "finding"),
     [
@@ -127,13 +136,13 @@ def test_the_command_plans_presets_and_runs(tmp_path, capsys):
     (run_dir / "config.json").write_text(config().to_json())
     for chosen, experts in ((["--config", str(run_dir)], 24), (["--config", "demo", "--num-games", "5"], 40)):
         with pytest.raises(SystemExit) as stopped:
-            cli.main(["plan", *chosen, "--hbm-experts", "6", "--gpu-bytes", "1GB", "--nvme-bytes", "1GB", "--steps-per-s", "100", "--json"])
+            main(["plan", *chosen, "--hbm-experts", "6", "--gpu-bytes", "1GB", "--nvme-bytes", "1GB", "--steps-per-s", "100", "--json"])
         assert stopped.value.code == 0
         printed = json.loads(capsys.readouterr().out)
         assert (printed["num_experts"], printed["hbm_experts"]) == (experts, 6)
         assert len(printed["findings"]) == 2
     with pytest.raises(SystemExit):
-        cli.main(["plan", "--config", "demo", "--gpu-bytes", "1MB"])
+        main(["plan", "--config", "demo", "--gpu-bytes", "1MB"])
     assert "will not work" in capsys.readouterr().out
     for bad, said in (
         (["--config", "huge"], "config: 'huge'"),
@@ -141,5 +150,5 @@ def test_the_command_plans_presets_and_runs(tmp_path, capsys):
         (["--latency", "x"], "latency: 'x'"),
     ):
         with pytest.raises(SystemExit):
-            cli.main(["plan", *bad])
+            main(["plan", *bad])
         assert said in capsys.readouterr().err

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ooc_moe.cli import main as cli
+from ooc_moe.cli.main import main
 from ooc_moe.metrics.trace import Mark, Trace, TraceInfo, read_trace, write_trace
 from ooc_moe.simulate.replay import Latency, Link, Prefetch, Setup, replay
 from ooc_moe.simulate.sweep import Sweep, capacity, latency, run, seconds
@@ -273,7 +273,7 @@ def test_bad_words_are_refused_by_name(tmp_path, monkeypatch, capsys, arguments,
     made = tmp_path / "a.trace"
     write_trace(made, trace_of([0, 1, 2, 3]))
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["simulate", *(str(made) if word == "TRACE" else word for word in arguments)])
+        main(["simulate", *(str(made) if word == "TRACE" else word for word in arguments)])
     assert stopped.value.code == 2
     said = capsys.readouterr().err
     assert re.search(message, said), said
@@ -284,7 +284,7 @@ def test_the_command_replays_saves_and_draws(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["ooc-moe", "simulate"])
     made, drawn, saved = tmp_path / "a.trace", tmp_path / "hits.png", tmp_path / "new" / "a.md"
     with pytest.raises(SystemExit) as stopped:
-        cli.main(
+        main(
             [
                 *("simulate", "--make", str(made), "--games", "4", "--experts", "80", "--accesses", "20000", "--switch-every", "1000,100"),
                 *("--hbm", "10%,40%", "--plot", str(drawn), "--results", str(saved), "--json"),
@@ -303,5 +303,5 @@ def test_the_command_replays_saves_and_draws(tmp_path, capsys, monkeypatch):
 
 
 def test_replaying_needs_no_torch():
-    code = "import sys; from ooc_moe.cli import main as cli; import ooc_moe.simulate.sweep; sys.exit('torch' in sys.modules)"
+    code = "import sys; import ooc_moe.cli.main, ooc_moe.simulate.sweep; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -275,12 +275,14 @@ def test_a_wal_that_lost_its_end_is_refused(filled):
 
 @pytest.mark.parametrize("block", [0, 1])
 def test_one_damaged_block_of_committed_is_a_warning_and_is_written_anew(filled, block, caplog):
+    sequence = commit_witness.read(filled / "COMMITTED")[0].sequence
     flip(filled / "COMMITTED", 4096 * block + 9)
     index = Index(filled / "index.sqlite")
     assert "one block of COMMITTED is damaged" in caplog.text
     index.load()
     index.put_records([], 60)
-    assert commit_witness.read(filled / "COMMITTED") == (index.last_commit, 0)
+    last, num_damaged = commit_witness.read(filled / "COMMITTED")
+    assert (last.sequence, num_damaged) == (sequence + 2, 0)  # `load` commits too.
     index.close()
 
 
@@ -316,7 +318,7 @@ def test_a_commit_stands_without_its_witness_and_the_next_one_waits_for_it(fille
             index.put_records([Write(bank_id=1, expert=4, record=replace(WRITTEN, version=102))], 103)
     assert commit_witness.read(filled / "COMMITTED")[0].sequence == 5
     index.put_records([Write(bank_id=1, expert=5, record=replace(WRITTEN, version=104))], 105)
-    assert commit_witness.read(filled / "COMMITTED")[0] == index.last_commit
+    assert commit_witness.read(filled / "COMMITTED")[0].sequence == 7
     index.close()
     records = read(filled).banks["b"].records
     assert (records[3].version, records[4].version, records[5].version) == (100, 5, 104)

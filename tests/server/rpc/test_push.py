@@ -5,7 +5,7 @@ import asyncio
 import grpc
 import pytest
 
-from ooc_moe_server.engine import push as writes
+from ooc_moe_server.engine import push
 from ooc_moe_wire.codec import chunks, verify
 from ooc_moe_wire.errors import CorruptRecord, InvalidRequest, NotTheWriter, StaleVersion, UnknownBank, UnknownExpert
 from ooc_moe_wire.v1 import expert_pb2
@@ -233,7 +233,7 @@ def test_a_caller_that_changes_staged_bytes_is_refused_or_not_heard(tmp_path, mo
             await store.begin(writer, 0, body_of(1), staged_at=LAYOUT.body_bytes)  # Bytes that do not match the checksum.
             await writer.wait_outcomes()
             assert writer.outcomes.get_nowait().error.kind == CorruptRecord.__name__
-            monkeypatch.setattr(writes, "verify", changing(session))
+            monkeypatch.setattr(push, "verify", changing(session))
             await store.begin(writer, 0, body_of(1), staged_at=0)
             await writer.wait_outcomes()
             assert writer.outcomes.get_nowait().version

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from ooc_moe.bench.harness import Spread, TimedPath, WrongBytes, measure, warm_up
-from ooc_moe.bench.store import benchmark as bench_store
+from ooc_moe.bench.store import benchmark
 from ooc_moe.bench.store.benchmark import TITLES, StoreBench
 from ooc_moe.bench.store.records import Records, filled_records
 from ooc_moe.bench.store.results import NOTES, Latency, Ratio, Results, StatsRow, markdown, save, with_ratios
@@ -129,13 +129,13 @@ def test_a_mistake_is_one_line_that_names_it(tmp_path, capsys, words, said):
 
 
 def test_a_disk_or_a_memory_that_is_too_small_is_refused_before_anything_starts(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_store.provenance, "available_memory_bytes", lambda: 1 << 30)
+    monkeypatch.setattr(benchmark.provenance, "available_memory_bytes", lambda: 1 << 30)
     with pytest.raises(InvalidRequest, match=r"memory: 7.75 GiB are needed for sets of 768 MiB, 1 GiB"):
-        bench_store.run(StoreBench(data_dir=tmp_path), None)  # type: ignore[arg-type]
+        benchmark.run(StoreBench(data_dir=tmp_path), None)  # type: ignore[arg-type]
     monkeypatch.undo()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 0))  # type: ignore[attr-defined]
     with pytest.raises(InvalidRequest, match=r"disk at .* are free; smaller --sizes need less"):
-        bench_store.run(StoreBench(data_dir=tmp_path), None)  # type: ignore[arg-type]
+        benchmark.run(StoreBench(data_dir=tmp_path), None)  # type: ignore[arg-type]
 
 
 def test_ratios_are_judged_against_what_must_be_reached_and_what_is_aimed_at():

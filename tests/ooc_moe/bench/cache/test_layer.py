@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from ooc_moe.bench.cache import layer as bench
+from ooc_moe.bench.cache import layer
 from ooc_moe.bench.cache.layer import NOTES, LayerBench, Row, save
 from ooc_moe.bench.harness import Spread, WrongBytes
 from ooc_moe.moe.layer import TieredExperts
@@ -19,7 +19,7 @@ QUICK = ("--sizes", "tiny", "--tokens", "64", "--pools", "2,5", "--rounds", "1",
 
 
 def test_a_quick_run_times_every_pool_beside_the_same_dense_layer(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bench, "SAMPLE_FLOPS", 1)
+    monkeypatch.setattr(layer, "SAMPLE_FLOPS", 1)
     threads = torch.get_num_threads()
     assert exit_code("bench", "cache", *QUICK, "--threads", "2", "--json", "--results", str(tmp_path)) == 0
     assert torch.get_num_threads() == threads
@@ -36,7 +36,7 @@ def test_a_layer_that_computes_something_else_is_not_timed(monkeypatch):
     right = TieredExperts.__call__
     monkeypatch.setattr(TieredExperts, "__call__", lambda self, x_ND, routed, **how: 1.01 * right(self, x_ND, routed, **how))
     with pytest.raises(WrongBytes, match=r"pool of 4: the output is \d.\de-\d+ away"):
-        bench.run(LayerBench(sizes=("tiny",), tokens=(8,), device="cpu", rounds=1), Console(quiet=True))
+        layer.run(LayerBench(sizes=("tiny",), tokens=(8,), device="cpu", rounds=1), Console(quiet=True))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ooc_moe.bench.harness import Spread, WrongBytes
-from ooc_moe.bench.learning import benchmark as bench
+from ooc_moe.bench.learning import benchmark
 from ooc_moe.bench.learning.benchmark import ATARI_AGENT, PIXEL_AGENT, LearningBench, OurPPO, check_same_network
 from ooc_moe.bench.learning.results import NOTES, Returns, Speed, save
 from ooc_moe.config.agent import PRESETS
@@ -25,7 +25,7 @@ SMALL_PPO = PPOConfig(num_envs=4, rollout_steps=16, epochs=2, minibatch_segments
 @pytest.fixture
 def small(monkeypatch):
     pytest.importorskip("stable_baselines3")
-    monkeypatch.setattr(bench, "PIXEL_PPO", SMALL_PPO)
+    monkeypatch.setattr(benchmark, "PIXEL_PPO", SMALL_PPO)
 
 
 def test_a_small_run_measures_both_and_saves_its_tables(small, tmp_path, capsys):
@@ -92,7 +92,7 @@ def test_sb3_sees_our_environments_frames_and_clipped_rewards(small):
 
     config = LearningBench().run_config("pixel/toward")
     with ExitStack() as stack:
-        inner, same = bench.make_envs(config, stack), bench.make_envs(config, stack)
+        inner, same = benchmark.make_envs(config, stack), benchmark.make_envs(config, stack)
         shared = peers.SharedEnvs(inner, seed=5)
         np.testing.assert_array_equal(shared.reset(), same.reset(5))
         for action in (3, 4, 0):
