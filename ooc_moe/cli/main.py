@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import NoReturn
 
 from ooc_moe.cli import bench, games, runs, simulate, store, study, train
@@ -32,7 +33,10 @@ PROGRAM = Program(
     Completion for bash (also zsh, fish, tcsh):
 
     $ source <(ooc-moe --tyro-print-completion bash)
+
+    ooc-moe --version prints the version.
     """,
+    version=lambda: version("ooc-moe"),
     commands={
         "train": train.TRAIN,
         "config show": train.CONFIG_SHOW,

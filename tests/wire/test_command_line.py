@@ -79,6 +79,7 @@ PROGRAM = Program(
     description="A tool.\n\n$ tool try x",
     commands={"try": command_of(Options), "sub one": command_of(Other), "sub two": command_of(Other)},
     topics={"sub": "Below."},
+    version=lambda: "1.2.3",
 )
 
 
@@ -177,10 +178,26 @@ def test_a_program_runs_its_commands_and_names_what_is_unknown(capsys: pytest.Ca
     for words, said in (
         (["tri"], "unknown command 'tri'; did you mean 'try'?"),
         (["sub", "three"], "unknown command 'three'; `tool sub --help` lists the commands"),
+        (["--json"], "unknown option --json; `tool --help` lists the commands"),
+        (["--json", "try"], "unknown option --json; `tool --help` lists the commands"),
+        (["sub", "--x"], "unknown option --x; `tool sub --help` lists the commands"),
+        (["sub", "--version"], "unknown option --version; `tool sub --help` lists the commands"),
+        (["--tyro-bogus"], "unknown option --tyro-bogus; `tool --help` lists the commands"),
+        (["try", "x", "--tyro-bogus"], "unknown option --tyro-bogus"),
+        (["--tyro-print-completion", "dos"], "--tyro-print-completion: 'dos' is not one of bash, zsh, fish, tcsh"),
+        (["try", "--tyro-print-completion", "dos"], "--tyro-print-completion: 'dos' is not one of bash, zsh, fish, tcsh"),
+        (["--tyro-print-completion"], "--tyro-print-completion needs a shell"),
+        (["--tyro-write-completion", "bash"], "--tyro-write-completion needs a shell and a file"),
     ):
         with pytest.raises(InvalidRequest) as error:
             PROGRAM.run(words)
         assert str(error.value) == said
+        assert capsys.readouterr() == ("", "")
+
+
+def test_a_program_prints_its_version(capsys: pytest.CaptureFixture[str]):
+    assert PROGRAM.run(["--version"]) == 0
+    assert capsys.readouterr().out == "tool 1.2.3\n"
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["sub"], ["sub", "-h"], ["try", "--help"]])

@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypeVar
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
-from ooc_moe_wire.command_line.mistakes import one_line_errors
+from ooc_moe_wire.command_line.mistakes import asks_tyro, one_line_errors
 from ooc_moe_wire.command_line.options import NONE, Option
 
 T = TypeVar("T")
@@ -59,7 +59,7 @@ def parse(groups: Sequence[Group], words: Sequence[str], *, prog: str, descripti
     options = [option for group in groups for option in group.options]
     words = _joined(options, words, several=not has_positional(options))
     arguments: dict[str, Any] = {"args": words, "prog": prog, "description": description_of(description)}
-    if any(word in ("-h", "--help") or word.startswith("--tyro-") for word in words):
+    if asks_tyro(words):
         tyro.cli(tyro_type(groups), **arguments)
     with one_line_errors():
         made = tyro.cli(tyro_type(groups), **arguments)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -616,6 +617,13 @@ def test_the_program_lists_its_commands_and_names_what_is_unknown(run: Run) -> N
     assert all(word in run("bank", "--help").out for word in ("ls", "show", "rm", "fork"))
     assert_refused(run("trian"), "unknown command 'trian'; did you mean 'train'?")
     assert_refused(run("bank", "xyz"), "unknown command 'xyz'; `ooc-moe bank --help` lists the commands")
+    assert_refused(run("--json"), "unknown option --json; `ooc-moe --help` lists the commands")
+    assert_refused(run("bank", "--x"), "unknown option --x; `ooc-moe bank --help` lists the commands")
+
+
+def test_the_program_prints_its_version(run: Run) -> None:
+    ran = run("--version")
+    assert (ran.code, ran.raw, ran.err) == (0, f"ooc-moe {version('ooc-moe')}\n", "")
 
 
 def test_a_completion_script_knows_the_options(run: Run) -> None:
