@@ -19,7 +19,7 @@ from ooc_moe.simulate.replay import Prefetch
 from ooc_moe.simulate.sweep import Row, Sweep, latency, markdown, run, seconds, table
 from ooc_moe.simulate.synthetic_traces import SyntheticTraceConfig, make_trace
 from ooc_moe_wire.command_line import Command, Flag, Group, Parsed, options_of
-from ooc_moe_wire.errors import InvalidRequest
+from ooc_moe_wire.errors import InvalidRequest, require_at_least
 
 if TYPE_CHECKING:
     from ooc_moe.config.run import RunConfig
@@ -283,6 +283,7 @@ def planned_run(config: str, num_games: int | None, hbm_experts: int | None) -> 
         planned = RunConfig.read(Path(config))
     else:
         raise InvalidRequest(f"config: {config!r} is not one of {', '.join(PRESETS)}, or the directory of a run")
+    require_at_least(1, num_games=num_games)
     if num_games is not None:
         planned = replace(planned, games=_game_names(num_games))
     return planned if hbm_experts is None else replace(planned, agent=replace(planned.agent, hbm_experts=hbm_experts))

@@ -296,12 +296,14 @@ def measure(agent: AgentConfig, data_dir: Path, *, device: str = "cpu") -> Rates
         device: the cache's device.
 
     Raises:
-        InvalidRequest: one expert is larger than the probe reads in a call.
+        InvalidRequest: the device cannot be used, or one expert is larger than the probe reads in a call.
     """
     from ooc_moe.session.daemon import embedded_daemon
+    from ooc_moe.session.session import check_device
     from ooc_moe_client.hbm.cache import ExpertCache
     from ooc_moe_client.remote.store import RemoteStore
 
+    check_device(device)
     layout = agent.expert_layout()
     batch = min(agent.choices, PROBE_BYTES // layout.record_bytes)
     if batch < 1:

@@ -19,11 +19,12 @@ from ooc_moe.bench.cache.results import Row
 from ooc_moe.bench.cache.switch import SWITCH_PATHS, switch
 from ooc_moe.bench.cache.testbed import Setting
 from ooc_moe.bench.cache.training import OVERSUBSCRIBED_PATHS, STEADY_PATHS, oversubscribed, steady
-from ooc_moe.bench.option_checks import check_at_least_one, check_sizes
+from ooc_moe.bench.option_checks import check_sizes
 from ooc_moe.bench.store import peers_disk
 from ooc_moe.bench.torch_setup import find_device, torch_threads
 from ooc_moe.display.progress import passing_bar
 from ooc_moe.metrics import provenance
+from ooc_moe_wire.errors import require_at_least
 
 SIZES = ("full", "demo")
 ROUNDS, QUICK_ROUNDS = 5, 1
@@ -55,7 +56,7 @@ class CacheBench:
 
     def __post_init__(self) -> None:
         check_sizes(self.sizes)
-        check_at_least_one(threads=self.threads, rounds=self.rounds)
+        require_at_least(1, threads=self.threads, rounds=self.rounds)
         find_device(self.device)
 
     @property

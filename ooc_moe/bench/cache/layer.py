@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from ooc_moe.bench.harness import Spread, TimedPath, WrongBytes, timed_rounds, warm_up
-from ooc_moe.bench.option_checks import check_at_least_one, check_sizes
+from ooc_moe.bench.option_checks import check_sizes
 from ooc_moe.bench.result_page import kept_notes, met_target
 from ooc_moe.bench.torch_setup import find_device, torch_threads
 from ooc_moe.config.agent import PRESETS, AgentConfig
@@ -30,7 +30,7 @@ from ooc_moe.moe.layer import TieredExperts, TieredMoE
 from ooc_moe.moe.router import Router
 from ooc_moe_client.hbm.cache import ExpertCache
 from ooc_moe_client.in_memory import InMemoryStore
-from ooc_moe_wire.errors import InvalidRequest
+from ooc_moe_wire.errors import InvalidRequest, require_at_least
 
 SIZES = ("full", "demo", "tiny")
 POOLS = (4, 16)
@@ -63,9 +63,9 @@ class LayerBench:
             for pool in self.pools:
                 if pool < PRESETS[size].top_k:
                     raise InvalidRequest(f"pools: {pool} experts are fewer than top_k {PRESETS[size].top_k}")
-        check_at_least_one(threads=self.threads, rounds=self.rounds)
+        require_at_least(1, threads=self.threads, rounds=self.rounds)
         for tokens in self.tokens:
-            check_at_least_one(tokens=tokens)
+            require_at_least(1, tokens=tokens)
         find_device(self.device)
 
     @property

@@ -22,7 +22,6 @@ from ooc_moe import envs
 from ooc_moe.agent.agent import Agent
 from ooc_moe.bench.harness import Spread, TimedPath, WrongBytes, timed_rounds, warm_up
 from ooc_moe.bench.learning.results import Returns, Speed
-from ooc_moe.bench.option_checks import check_at_least_one
 from ooc_moe.bench.torch_setup import torch_threads
 from ooc_moe.config.agent import PRESETS, AgentConfig
 from ooc_moe.config.run import PPOConfig, RunConfig
@@ -34,7 +33,7 @@ from ooc_moe.learning.rollout import Collector, Rollout
 from ooc_moe.metrics import provenance
 from ooc_moe_client.hbm.cache import ExpertCache
 from ooc_moe_client.in_memory import InMemoryStore
-from ooc_moe_wire.errors import InvalidRequest
+from ooc_moe_wire.errors import InvalidRequest, require_at_least
 
 GAMES = ("krull", "pixel/catch")
 RETURNS_GAMES = ("pixel/catch", "pixel/cross")
@@ -68,7 +67,7 @@ class LearningBench:
     def __post_init__(self) -> None:
         for game in (*self.games, *self.returns_games):
             envs.check_name(game)
-        check_at_least_one(rounds=self.rounds, steps=self.steps, seeds=self.seeds, threads=self.threads, env_threads=self.env_threads)
+        require_at_least(1, rounds=self.rounds, steps=self.steps, seeds=self.seeds, threads=self.threads, env_threads=self.env_threads)
 
     def run_config(self, game: str, seed: int = 0) -> RunConfig:
         """The configuration with which both learners learn `game`. Atari: 42 x 42 pixels, four frames. Pixel games: 10 x 10, two frames."""

@@ -140,7 +140,8 @@ def test_the_table_is_kept_with_its_notes(tmp_path):
         ({"sizes": ("huge",)}, "sizes: 'huge' is not one of tiny, demo, full"),
         ({"rounds": 0}, "rounds: 0 is not at least 1"),
         ({"threads": 0}, "threads: 0 is not at least 1"),
-        ({"device": "tpu"}, "device: 'tpu' is not one of auto, cpu"),
+        ({"device": "tpu"}, "device: 'tpu' is neither cpu nor cuda"),
+        ({"device": "cuda:99"}, "device: 'cuda:99' cannot be used here: "),
     ],
 )
 def test_a_mistake_is_named(wrong, said):

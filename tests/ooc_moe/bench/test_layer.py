@@ -48,7 +48,7 @@ def test_a_layer_that_computes_something_else_is_not_timed(monkeypatch):
         (["--tokens", "many"], "tokens: 'many' is not a whole number"),
         (["--rounds", "0"], "rounds: 0 is not at least 1"),
         (["--threads", "0"], "threads: 0 is not at least 1"),
-        (["--device", "tpu"], "device: 'tpu' is not one of auto, cpu"),
+        (["--device", "tpu"], "device: 'tpu' is not one of auto, cpu, cuda"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_it(capsys, words, said):

@@ -107,8 +107,8 @@ def test_sb3_sees_our_environments_frames_and_clipped_rewards(small):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--games", "krul"], "game: 'krul' is unknown; did you mean krull"),
-        (["--returns", "pixel/none"], "game: 'pixel/none' is not one of"),
+        (["--games", "krul"], "game: 'krul' is unknown; did you mean 'krull'? (`ooc-moe games` lists all games)"),
+        (["--returns", "pixel/none"], "game: 'pixel/none' is unknown"),
         (["--rounds", "0"], "rounds: 0 is not at least 1"),
         (["--seeds", "0"], "seeds: 0 is not at least 1"),
         (["--steps", "0"], "steps: 0 is not at least 1"),

@@ -139,6 +139,8 @@ def test_the_command_plans_presets_and_runs(tmp_path, capsys):
         (["--config", "huge"], "config: 'huge'"),
         (["--gpu-bytes", "lots"], "gpu_bytes: 'lots'"),
         (["--latency", "x"], "latency: 'x'"),
+        (["--num-games", "0"], "num_games: 0 is not at least 1"),
+        (["--measure", "--device", "tpu"], "device: 'tpu' is neither cpu nor cuda"),
     ):
         with pytest.raises(SystemExit):
             cli.main(["plan", *bad])
