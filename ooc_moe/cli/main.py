@@ -54,7 +54,7 @@ PROGRAM = Program(
         "snapshot restore": command_of(store.SnapshotRestore),
         "snapshot rm": command_of(store.SnapshotRemove),
         "simulate": simulate.SIMULATE,
-        "plan": command_of(simulate.Plan),
+        "plan": simulate.PLAN,
         "study": command_of(study.StudyCommand),
         "bench store": command_of(bench.StoreCommand),
         "bench cache": command_of(bench.CacheCommand),

@@ -1,6 +1,6 @@
 """Predicts a run before it starts: bytes in each tier, bytes that a switch moves, and stalls; and says whether the run is worth it.
 
-    ooc-moe plan --config full --gpu-bytes 80GB --dram-bytes 64GB --nvme-bytes 1TB --steps-per-s 2000
+    ooc-moe plan --preset full --gpu-bytes 80GB --dram-bytes 64GB --nvme-bytes 1TB --steps-per-s 2000
 
 Bytes are arithmetic on the configuration. The loads of an update are counted by replaying the order in which it asks for experts:
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -33,7 +33,8 @@ from ooc_moe.metrics.trace import Span, Trace
 from ooc_moe_wire.errors import InvalidRequest, require_at_least
 from ooc_moe_wire.policy import Belady, EvictionPolicy, make_policy
 
-SOURCES = ("none", "perfect", "detector", "random")
+Source = Literal["none", "perfect", "detector", "random"]
+SOURCES: tuple[Source, ...] = get_args(Source)
 PIECE_ACCESSES = 1 << 18
 """Accesses between two calls of `progress`."""
 
@@ -74,7 +75,7 @@ class Prefetch:
     - "random" names the experts of a random game at the switch.
     """
 
-    source: str = "none"
+    source: Source = "none"
     delay: int = 100
     """Accesses until the detector notices a switch."""
     accuracy: float = 0.95

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 from ooc_moe.display.formats import DASH, format_share_short
 from ooc_moe.display.table import Table, markdown_table
@@ -22,6 +23,8 @@ from ooc_moe_wire.errors import InvalidRequest, require_at_least
 from ooc_moe_wire.policy import Belady, make_policy
 from ooc_moe_wire.sizes import parse_size
 
+DramPolicy = Literal["lru", "s3fifo", "random"]
+HbmPolicy = Literal["lru", "s3fifo", "random", "belady"]
 _TIME = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ns|us|ms|s)\s*")
 _UNIT_S = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
 HEADINGS = ("switch", "HBM", "policy", "train", "/ Belady", "eval", "stall", "of time", "DRAM", "NVMe", "useful", "late", "wasted")

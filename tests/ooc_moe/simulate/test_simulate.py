@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ooc_moe.cli import main as cli
+from ooc_moe.cli.simulate import SIMULATE
 from ooc_moe.metrics.trace import Mark, Trace, TraceInfo, read_trace, write_trace
 from ooc_moe.simulate.replay import Latency, Link, Prefetch, Setup, replay
 from ooc_moe.simulate.sweep import Sweep, capacity, latency, run, seconds
@@ -255,6 +256,7 @@ def test_words_are_understood():
         (["TRACE", "--dram", "1.5"], "dram: '1.5'"),
         (["TRACE", "--policy", "fifo"], "policy: 'fifo' is not one of"),
         (["TRACE", "--dram-policy", "belady"], "dram_policy: 'belady' is not one of"),
+        (["--make", "new.trace", "--per-call", "0"], "per_call: 0 is not at least 1"),
         (["TRACE", "--prefetch", "oracle"], "prefetch: 'oracle' is not one of"),
         (["TRACE", "--latency", "tape=1s+1MB/s"], "latency: tier 'tape' is not one of dram, nvme"),
         (["TRACE", "--latency", "nvme"], "latency: 'nvme' is not tier=latency"),
@@ -283,6 +285,11 @@ def test_bad_words_are_refused_by_name(tmp_path, monkeypatch, capsys, arguments,
     said = capsys.readouterr().err
     assert re.search(message, said), said
     assert not (tmp_path / "new.trace").exists()
+
+
+def test_each_setting_of_a_made_trace_is_an_option():
+    options = {option.name for group in SIMULATE.groups() for option in group.options}
+    assert options >= {field.name for field in dataclasses.fields(SyntheticTraceConfig)}
 
 
 def test_the_command_replays_saves_and_draws(tmp_path, capsys, monkeypatch):
