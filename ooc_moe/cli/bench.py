@@ -26,7 +26,7 @@ Results = Annotated[Path | None, Flag(metavar="PATH")]
 
 @dataclass(frozen=True, kw_only=True)
 class StoreCommand(JsonOption):
-    """Measure both planes of the daemon beside memcpy, TCP, Arrow Flight, Ray, O_DIRECT, fio, LMDB and RocksDB.
+    """Measure both planes of the daemon, compared with memcpy, TCP, Arrow Flight, Ray, O_DIRECT, fio, LMDB and RocksDB.
 
     All are measured in one run, interleaved, and the bytes of each path are checked first. Peers that are not installed are named and left
     out (pip install 'ooc-moe[bench]', apt install fio). The benchmark starts and stops a daemon of its own.
@@ -66,7 +66,8 @@ class StoreCommand(JsonOption):
 
 @dataclass(frozen=True, kw_only=True)
 class CacheCommand(JsonOption):
-    """Measure what training with experts in a cache costs: the MoE layer beside a dense FFN, and steps beside everything resident.
+    """Measure what training with experts in a cache costs: the MoE layer compared with a dense FFN, and steps compared with
+    steps whose experts are all in HBM.
 
     Each part except the layer starts and stops a daemon of its own. On a GPU the layer is measured in bfloat16.
 
@@ -75,8 +76,8 @@ class CacheCommand(JsonOption):
     """
 
     parts: tuple[CachePart, ...] = get_args(CachePart)
-    """What to measure. layer: the MoE layer beside a dense one; steady: steps of one game; oversubscribed: steps of a game that needs twice
-    the HBM; switch: a switch to another game; bandwidth: fetches."""
+    """What to measure. layer: the MoE layer, compared with a dense one; steady: steps of one game; oversubscribed: steps of a game that
+    needs twice the HBM; switch: a switch to another game; bandwidth: fetches."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device of the experts; auto is cuda if there is one."""
     threads: int = 1
@@ -146,7 +147,7 @@ class CacheCommand(JsonOption):
 
 @dataclass(frozen=True, kw_only=True)
 class LearningCommand(JsonOption):
-    """Measure our PPO with a dense network beside Stable-Baselines3's with the same network: steps per second, returns at equal steps.
+    """Measure our PPO with a dense network, compared with Stable-Baselines3's with the same network: speed, and returns after equal steps.
 
     $ ooc-moe bench learning --results tests/bench/results
     $ ooc-moe bench learning --games pixel/catch --returns none --rounds 3

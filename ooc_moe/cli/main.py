@@ -42,7 +42,7 @@ PROGRAM = Program(
         "config show": train.CONFIG_SHOW,
         "games": command_of(games.Games),
         "branch": command_of(runs.Branch),
-        "eval": command_of(runs.Evaluate),
+        "eval": runs.EVAL,
         "report": command_of(runs.Report),
         "stats": command_of(store.Stats),
         "bank ls": command_of(store.BankList),
@@ -65,7 +65,7 @@ PROGRAM = Program(
         "config": "Show the settings of a run before it starts.",
         "bank": "List, show, remove and fork banks of experts.",
         "snapshot": "List, create, restore and remove snapshots of banks.",
-        "bench": "Measure the daemon, the cache, its layer, the learner and cache policies, each beside its peers.",
+        "bench": "Measure the daemon, the cache, its layer, the learner and cache policies, each compared with its peers.",
     },
 )
 

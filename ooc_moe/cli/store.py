@@ -64,7 +64,7 @@ class ConfirmOption:
 class Stats(DaemonOptions, JsonOption):
     """Show what the daemon's tiers, banks and trainers are doing.
 
-    A dashboard beside a training run, and the same numbers for a program:
+    A dashboard to watch while a run trains, and the same numbers for a program:
 
     $ ooc-moe stats --store storage-host:50051 --watch
     $ ooc-moe stats --json | jq '.total.hits'
@@ -157,7 +157,7 @@ class BankShow(DaemonOptions, JsonOption):
     $ ooc-moe bank show first/experts
     """
 
-    name: Annotated[str, Flag(positional=True)]
+    name: Annotated[str, Flag(positional=True, metavar="BANK")]
     """Name of the bank."""
 
     def run(self) -> None:
@@ -195,7 +195,7 @@ class BankRemove(DaemonOptions, ConfirmOption):
     $ ooc-moe bank rm first/experts
     """
 
-    name: Annotated[str, Flag(positional=True)]
+    name: Annotated[str, Flag(positional=True, metavar="BANK")]
     """Name of the bank."""
 
     def run(self) -> None:
@@ -216,9 +216,9 @@ class BankFork(DaemonOptions):
     $ ooc-moe bank fork first/experts second/experts --snapshot 3
     """
 
-    source: Annotated[str, Flag(positional=True)]
+    source: Annotated[str, Flag(positional=True, metavar="SOURCE")]
     """The bank to begin with."""
-    name: Annotated[str, Flag(positional=True)]
+    name: Annotated[str, Flag(positional=True, metavar="NEW")]
     """Name of the new bank."""
     snapshot: Annotated[int | None, Flag(metavar="ID")] = None
     """Fork the bank as it was in this snapshot; by default as it is now."""

@@ -20,6 +20,7 @@ from ooc_moe_wire.command_line import (
     from_file,
     options_of,
     parse,
+    with_defaults,
 )
 from ooc_moe_wire.errors import InvalidRequest
 
@@ -129,6 +130,12 @@ def test_a_list_that_is_given_again_goes_on():
 def test_a_list_without_arguments_after_it_may_be_several_words(words: str):
     group = Group(title="", options=tuple(option for option in OPTIONS if option.name != "file"))
     assert parse([group], words.split(), prog="tool", description="").values["names"] == ("a", "b", "c")
+
+
+@pytest.mark.parametrize(("words", "value"), [("", None), ("--grow", True), ("--no-grow", False)])
+def test_a_paired_switch_may_be_neither_on_nor_off(words: str, value: bool | None):
+    grow = with_defaults((option for option in OPTIONS if option.name == "grow"), {"grow": None})
+    assert parse([Group(title="", options=grow)], words.split(), prog="tool", description="").values == {"grow": value}
 
 
 def test_what_was_given_is_known_in_order_and_by_field():

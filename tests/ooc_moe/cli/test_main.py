@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from rich.console import Console
 
 from ooc_moe.cli.dashboard import render
 from ooc_moe.cli.main import PROGRAM, main
+from ooc_moe.cli.runs import EVALUATION
 from ooc_moe.config.agent import PRESETS
 from ooc_moe.config.run import RunConfig
 from ooc_moe_client.remote.store import RemoteStore
@@ -314,6 +316,26 @@ def test_a_fork_to_a_name_that_is_taken_is_refused(run: Run, shared_daemon: Any,
     assert_refused(run("bank", "fork", bank, bank, "--store", shared_daemon.target), bank)
 
 
+@pytest.mark.parametrize(
+    ("words", "missing"),
+    [
+        ("bank show", "BANK"),
+        ("bank rm", "BANK"),
+        ("bank fork", "SOURCE"),
+        ("bank fork first/experts", "NEW"),
+        ("snapshot create", "BANK"),
+        ("snapshot restore", "ID"),
+        ("branch", "RUN_DIR"),
+        ("branch runs/first", "NEW_DIR"),
+        ("eval", "RUN_DIR"),
+        ("report", "RUN_DIR"),
+    ],
+)
+def test_an_argument_that_is_missing_is_named_as_in_the_help(run: Run, words: str, missing: str) -> None:
+    command = " ".join(words.split()[: 1 if words.split()[0] in PROGRAM.commands else 2])
+    assert_refused(run(*words.split()), f"error: {missing} is required; see `ooc-moe {command} --help`\n")
+
+
 # Reports
 
 
@@ -539,8 +561,28 @@ def test_eval_asks_for_the_run_and_what_was_given(run: Run, tmp_path: Path, monk
     monkeypatch.setattr("ooc_moe.evaluation.evaluate.evaluate_run", lambda run_dir, console, **options: asked.append((run_dir, options)))
     flags = ("--store", "storage:50051", "--plane", "local", "--eval-envs", 3, "--recognise", "oracle", "--constants")
     assert run("eval", tmp_path, *flags).code == 0
-    options = {"store": "storage:50051", "plane": "local", "eval_envs": 3, "eval_unseen": False, "recognise": "oracle", "constants": True}
+    options = {"store": "storage:50051", "plane": "local", "eval_envs": 3, "recognise": "oracle", "constants": True}
     assert asked == [(tmp_path, options)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "unseen"), [((), {}), (("--eval-unseen",), {"eval_unseen": True}), (("--no-eval-unseen",), {"eval_unseen": False})]
+)
+def test_eval_keeps_the_values_of_the_run_unless_a_flag_changes_them(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], unseen: dict[str, bool]
+) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr("ooc_moe.evaluation.evaluate.evaluate_run", lambda run_dir, console, **options: asked.append(options))
+    assert run("eval", tmp_path, *flags).code == 0
+    assert asked == [{"store": None, "constants": False, **unseen}]
+
+
+def test_eval_describes_its_options_as_train_does() -> None:
+    of_eval, of_train = (
+        {option.name: option for group in PROGRAM.commands[name].groups() for option in group.options} for name in ("eval", "train")
+    )
+    for name in EVALUATION:
+        assert (of_eval[name].help, of_eval[name].type) == (of_train[name].help, of_train[name].type)
 
 
 def test_report_asks_for_the_run_and_those_that_it_is_measured_by(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -601,6 +643,13 @@ def test_every_option_has_a_help_text_and_no_two_have_one_name(command: str) -> 
     assert [option.name for option in options if not option.help.endswith((".", "..."))] == []
     flags = [flag for option in options for flag in (option.flag, *option.shown.aliases)]
     assert len(set(flags)) == len(flags)
+
+
+@pytest.mark.parametrize("command", PROGRAM.commands)
+def test_help_says_compared_with_and_not_beside(command: str) -> None:
+    chosen, topic = PROGRAM.commands[command], PROGRAM.topics.get(command.split()[0], "")
+    texts = [topic, chosen.description, *(option.help for group in chosen.groups() for option in group.options)]
+    assert [text for text in texts if re.search(r"\bbeside\b", text)] == []
 
 
 def test_a_flag_without_a_value_is_shown_without_one(run: Run) -> None:
