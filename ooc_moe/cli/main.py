@@ -56,9 +56,9 @@ PROGRAM = Program(
         "simulate": simulate.SIMULATE,
         "plan": simulate.PLAN,
         "study": command_of(study.StudyCommand),
-        "bench store": command_of(bench.StoreCommand),
-        "bench cache": command_of(bench.CacheCommand),
-        "bench learning": command_of(bench.LearningCommand),
+        "bench store": bench.STORE,
+        "bench cache": bench.CACHE,
+        "bench learning": bench.LEARNING,
         "bench policies": command_of(bench.PoliciesCommand),
     },
     topics={

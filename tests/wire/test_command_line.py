@@ -132,6 +132,15 @@ def test_a_list_without_arguments_after_it_may_be_several_words(words: str):
     assert parse([group], words.split(), prog="tool", description="").values["names"] == ("a", "b", "c")
 
 
+def test_a_list_may_hold_sizes():
+    @dataclass(frozen=True, kw_only=True)
+    class Sized:
+        sizes: Annotated[tuple[int, ...], Flag(is_size=True)] = ()
+
+    (sizes,) = options_of(Sized)
+    assert (sizes.metavar, sizes.read(["1KiB,7"])) == ("SIZE,...", (1024, 7))
+
+
 @pytest.mark.parametrize(("words", "value"), [("", None), ("--grow", True), ("--no-grow", False)])
 def test_a_paired_switch_may_be_neither_on_nor_off(words: str, value: bool | None):
     grow = with_defaults((option for option in OPTIONS if option.name == "grow"), {"grow": None})

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ooc_moe.bench.cache import bandwidth, training
-from ooc_moe.bench.cache.benchmark import CacheBench
+from ooc_moe.bench.cache.options import CacheBench
 from ooc_moe.bench.cache.results import NOTES, Ratio, Row, save
 from ooc_moe.bench.cache.testbed import LAYERS, Setting
 from ooc_moe.bench.cache.trainer import Trainer, check_equal

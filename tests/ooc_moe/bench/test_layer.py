@@ -10,7 +10,8 @@ import torch
 from rich.console import Console
 
 from ooc_moe.bench.cache import layer as bench
-from ooc_moe.bench.cache.layer import NOTES, LayerBench, Row, save
+from ooc_moe.bench.cache.layer import NOTES, Row, save
+from ooc_moe.bench.cache.options import LayerBench
 from ooc_moe.bench.harness import Spread, WrongBytes
 from ooc_moe.moe.layer import TieredExperts
 from tests.ooc_moe.commands import exit_code

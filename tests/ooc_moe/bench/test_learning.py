@@ -13,7 +13,8 @@ import torch
 
 from ooc_moe.bench.harness import Spread, WrongBytes
 from ooc_moe.bench.learning import benchmark as bench
-from ooc_moe.bench.learning.benchmark import ATARI_AGENT, PIXEL_AGENT, LearningBench, OurPPO, check_same_network
+from ooc_moe.bench.learning.benchmark import OurPPO, check_same_network
+from ooc_moe.bench.learning.options import ATARI_AGENT, PIXEL_AGENT, LearningBench
 from ooc_moe.bench.learning.results import NOTES, Returns, Speed, save
 from ooc_moe.config.agent import PRESETS
 from ooc_moe.config.run import PPOConfig

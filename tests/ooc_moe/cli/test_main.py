@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import importlib
 import io
 import json
 import re
@@ -645,6 +647,22 @@ def test_every_option_has_a_help_text_and_no_two_have_one_name(command: str) -> 
     assert len(set(flags)) == len(flags)
 
 
+@pytest.mark.parametrize(
+    ("command", "configs"),
+    [
+        ("bench store", ("store.benchmark.StoreBench",)),
+        ("bench cache", ("cache.options.LayerBench", "cache.options.CacheBench")),
+        ("bench learning", ("learning.options.LearningBench",)),
+    ],
+)
+def test_a_benchmark_has_an_option_for_each_field_of_its_configuration(command: str, configs: tuple[str, ...]) -> None:
+    options = {option.name for group in PROGRAM.commands[command].groups() for option in group.options}
+    for name in configs:
+        module, _, config = name.rpartition(".")
+        found = getattr(importlib.import_module(f"ooc_moe.bench.{module}"), config)
+        assert options >= {field.name for field in dataclasses.fields(found)}
+
+
 @pytest.mark.parametrize("command", PROGRAM.commands)
 def test_help_says_compared_with_and_not_beside(command: str) -> None:
     chosen, topic = PROGRAM.commands[command], PROGRAM.topics.get(command.split()[0], "")
@@ -682,7 +700,10 @@ def test_a_completion_script_knows_the_options(run: Run) -> None:
 
 
 def test_help_and_statistics_do_not_import_torch() -> None:
-    code = "import sys, ooc_moe.cli.main; sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
+    code = (
+        "import sys; from ooc_moe.cli.main import PROGRAM; [command.groups() for command in PROGRAM.commands.values()]; "
+        "sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
