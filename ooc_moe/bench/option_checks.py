@@ -1,4 +1,4 @@
-"""Checks the values of command-line options that several benchmarks share."""
+"""A check of command-line options that several benchmarks share."""
 
 from __future__ import annotations
 
@@ -13,10 +13,3 @@ def check_sizes(sizes: Sequence[str]) -> None:
     for size in sizes:
         if size not in PRESETS:
             raise InvalidRequest(f"sizes: {size!r} is not one of {', '.join(PRESETS)}")
-
-
-def check_at_least_one(**values: int) -> None:
-    """Raises InvalidRequest if one of the values is below 1. Each argument is named as its option, and the message gives this name."""
-    for name, value in values.items():
-        if value < 1:
-            raise InvalidRequest(f"{name}: {value} is not at least 1")

@@ -7,19 +7,19 @@ from contextlib import contextmanager
 
 import torch
 
-from ooc_moe_wire.errors import InvalidRequest
+from ooc_moe.session.session import check_device
 
 
 def find_device(name: str) -> torch.device:
     """Returns the torch device called `name`; "auto" is the GPU where there is one, and the CPU otherwise.
 
     Raises:
-        InvalidRequest: the name is not auto, cpu or cuda, or it is cuda and there is no GPU.
+        InvalidRequest: the name is neither auto nor a device that torch can use here.
     """
-    has_gpu = torch.cuda.is_available()
-    if name not in ("auto", "cpu", "cuda") or (name == "cuda" and not has_gpu):
-        raise InvalidRequest(f"device: {name!r} is not one of auto, cpu, cuda" if has_gpu else f"device: {name!r} is not one of auto, cpu")
-    return torch.device(("cuda" if has_gpu else "cpu") if name == "auto" else name)
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(name)
+    return torch.device(name)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import NoReturn
 
 from ooc_moe.cli import bench, games, runs, simulate, store, study, train
@@ -32,13 +33,16 @@ PROGRAM = Program(
     Completion for bash (also zsh, fish, tcsh):
 
     $ source <(ooc-moe --tyro-print-completion bash)
+
+    ooc-moe --version prints the version.
     """,
+    version=lambda: version("ooc-moe"),
     commands={
         "train": train.TRAIN,
         "config show": train.CONFIG_SHOW,
         "games": command_of(games.Games),
         "branch": command_of(runs.Branch),
-        "eval": command_of(runs.Evaluate),
+        "eval": runs.EVAL,
         "report": command_of(runs.Report),
         "stats": command_of(store.Stats),
         "bank ls": command_of(store.BankList),
@@ -50,18 +54,18 @@ PROGRAM = Program(
         "snapshot restore": command_of(store.SnapshotRestore),
         "snapshot rm": command_of(store.SnapshotRemove),
         "simulate": simulate.SIMULATE,
-        "plan": command_of(simulate.Plan),
+        "plan": simulate.PLAN,
         "study": command_of(study.StudyCommand),
-        "bench store": command_of(bench.StoreCommand),
-        "bench cache": command_of(bench.CacheCommand),
-        "bench learning": command_of(bench.LearningCommand),
+        "bench store": bench.STORE,
+        "bench cache": bench.CACHE,
+        "bench learning": bench.LEARNING,
         "bench policies": command_of(bench.PoliciesCommand),
     },
     topics={
         "config": "Show the settings of a run before it starts.",
         "bank": "List, show, remove and fork banks of experts.",
         "snapshot": "List, create, restore and remove snapshots of banks.",
-        "bench": "Measure the daemon, the cache, its layer, the learner and cache policies, each beside its peers.",
+        "bench": "Measure the daemon, the cache, its layer, the learner and cache policies, each compared with its peers.",
     },
 )
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from dataclasses import dataclass
 from typing import Annotated
 
-from ooc_moe.config.run import PlaneName
-from ooc_moe_wire.command_line import Flag
+from ooc_moe.config.run import RunConfig
+from ooc_moe_wire.command_line import Flag, Option, options_of
 
 DEFAULT_STORE = "127.0.0.1:50051"
 STORE_VARIABLE = "OOC_MOE_STORE"
@@ -42,10 +43,10 @@ class OldRunOptions:
     """New address of the daemon, if it moved since the run was made."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class PlaneOption:
-    """The option `--plane`, which chooses how experts travel between the daemon and a command on a run that exists."""
-
-    plane: PlaneName | None = None
-    """How experts travel: over the connection, through memory shared with a daemon on this host, or local where possible. By default as in
-    the run."""
+def options_of_run(*names: str) -> tuple[Option, ...]:
+    """Returns options of `train` for a command on an existing run. An option that is not given is None: the run's own value holds."""
+    found = {option.name: option for option in options_of(RunConfig, skip=("agent", "ppo"), paired=True)}
+    return tuple(
+        dataclasses.replace(found[name], default=None, shown=dataclasses.replace(found[name].shown, default="as in the run"))
+        for name in names
+    )

@@ -5,16 +5,23 @@ from __future__ import annotations
 import webbrowser
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from rich.console import Console
 
-from ooc_moe.cli.options import OldRunOptions, PlaneOption
+from ooc_moe.cli.options import OldRunOptions, options_of_run
 from ooc_moe.cli.output import say
-from ooc_moe.config.run import Recogniser
-from ooc_moe_wire.command_line import Flag
+from ooc_moe_wire.command_line import Command, Flag, Group, Parsed, options_of
 
 RunDir = Annotated[Path, Flag(positional=True, metavar="RUN_DIR")]
+# The options of `train` that an evaluation may set anew.
+EVALUATION = ("plane", "eval_envs", "eval_episodes", "eval_steps", "eval_unseen", "recognise")
+
+EVAL_HELP = """Play the games of a run from its last checkpoint, without telling the agent which game it sees.
+
+$ ooc-moe eval runs/first --eval-envs 16 --eval-steps 5000
+$ ooc-moe eval runs/first --constants
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,38 +52,32 @@ class Branch(OldRunOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(OldRunOptions, PlaneOption):
-    """Play the games of a run from its last checkpoint, without telling the agent which game it sees.
-
-    $ ooc-moe eval runs/first --eval-envs 16 --eval-steps 5000
-    $ ooc-moe eval runs/first --constants
-    """
+class EvalOptions(OldRunOptions):
+    """The options of `eval` that are not options of `train`."""
 
     run_dir: RunDir
     """Directory of the run."""
-    eval_envs: int | None = None
-    """Environments to play in parallel; by default as in the run, like the two options below."""
-    eval_episodes: int | None = None
-    """Episodes to play one after another in each environment."""
-    eval_steps: int | None = None
-    """Most steps in each environment, over all its episodes of a game."""
-    eval_unseen: bool = False
-    """Also play those games of the run that it has not learned yet."""
-    recognise: Recogniser | None = None
-    """What tells which game is on the screen; by default as in the run."""
     constants: bool = False
     """Also play each of the 18 actions held for a whole episode, and keep the best result for ooc-moe report. It takes as long as 20
     evaluations of each game, once."""
 
-    def run(self) -> None:
-        """Plays the games of the run and prints the results."""
-        from ooc_moe.evaluation.evaluate import evaluate_run
 
-        optional: dict[str, Any] = {name: getattr(self, name) for name in ("eval_envs", "eval_episodes", "eval_steps", "recognise")}
-        given = {name: value for name, value in optional.items() if value is not None}
-        evaluate_run(
-            self.run_dir, Console(), store=self.store, plane=self.plane, eval_unseen=self.eval_unseen, constants=self.constants, **given
-        )
+def eval_groups() -> list[Group]:
+    """Returns the options of `eval`: those of `train` about evaluation, and its own."""
+    own = options_of(EvalOptions)
+    return [Group(title="", options=(*own[:1], *options_of_run(*EVALUATION), *own[1:]))]
+
+
+def evaluate(parsed: Parsed) -> None:
+    """Plays the games."""
+    from ooc_moe.evaluation.evaluate import evaluate_run
+
+    chosen = parsed.part(EvalOptions)
+    given = {name: parsed.values[name] for name in EVALUATION if parsed.values[name] is not None}
+    evaluate_run(chosen.run_dir, Console(), store=chosen.store, constants=chosen.constants, **given)
+
+
+EVAL = Command(description=EVAL_HELP, groups=eval_groups, run=evaluate)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 from rich.console import Console
 
 from ooc_moe.cli.options import JsonOption
 from ooc_moe.cli.output import say
+from ooc_moe.cli.settings import RunOptions, run_config, settings_of
 from ooc_moe.display.progress import passing_bar
 from ooc_moe.display.table import print_table
 from ooc_moe.metrics.provenance import command_given
 from ooc_moe.metrics.trace import Trace, read_trace, write_trace
-from ooc_moe.simulate.replay import Prefetch
-from ooc_moe.simulate.sweep import Row, Sweep, latency, markdown, run, seconds, table
+from ooc_moe.simulate.replay import Prefetch, Source
+from ooc_moe.simulate.sweep import DramPolicy, HbmPolicy, Row, Sweep, latency, markdown, run, seconds, table
 from ooc_moe.simulate.synthetic_traces import SyntheticTraceConfig, make_trace
-from ooc_moe_wire.command_line import Command, Flag, Group, Parsed, options_of
-from ooc_moe_wire.errors import InvalidRequest
+from ooc_moe_wire.command_line import Command, Flag, Group, Parsed, Setting, options_of
+from ooc_moe_wire.errors import InvalidRequest, require_at_least
 
 if TYPE_CHECKING:
     from ooc_moe.config.run import RunConfig
     from ooc_moe.simulate.plan import Rates
 
 LATENCY = "dram=20us+12GB/s,nvme=80us+3GB/s"
+# Fields of SyntheticTraceConfig for which a replay has an option of the same name, which counts for the made trace too.
+_OF_REPLAY = ("switch_every", "expert_bytes", "seed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +42,10 @@ class ReplayOptions(JsonOption):
     """HBM capacities: experts, or shares of the experts in the trace."""
     dram: Annotated[str | None, Flag(metavar="N|P%")] = None
     """DRAM capacity, likewise; by default room for all experts."""
-    policy: tuple[str, ...] = ("lru", "s3fifo", "random", "belady")
+    policy: tuple[HbmPolicy, ...] = get_args(HbmPolicy)
     """HBM policies to compare; belady is the optimum."""
-    dram_policy: str = "lru"
-    """DRAM policy: lru, s3fifo or random."""
+    dram_policy: DramPolicy = "lru"
+    """DRAM policy."""
     switch_every: tuple[int, ...] = ()
     """Reorder the training into turns of this many accesses, one replay for each number; evaluation is left out. With --make: the turns
     of the trace that is made."""
@@ -57,8 +61,8 @@ class ReplayOptions(JsonOption):
 class PrefetchOptions:
     """The options of `simulate` about prefetching: which sources are tried, and how good the simulated detector is."""
 
-    prefetch: tuple[str, ...] = ("perfect", "detector", "random")
-    """Prefetch sources to try with the first policy, beside no prefetch."""
+    prefetch: tuple[Source, ...] = ("perfect", "detector", "random")
+    """Prefetch sources to try with the first policy, in addition to no prefetch."""
     prefetch_experts: int | None = None
     """Experts to prefetch at a switch; by default as many as HBM holds."""
     detect_after: int = 100
@@ -68,11 +72,17 @@ class PrefetchOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TimeOptions:
-    """The options of `simulate` about time: how long loads and computation take."""
+class LatencyOption:
+    """The option that says how long loads take."""
 
     latency: Annotated[str, Flag(metavar="TIER=T[+B/s],...")] = LATENCY
     """Time of a load from each tier: latency and bandwidth. A bandwidth that is not given is the default's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeOptions(LatencyOption):
+    """How long loads and computation take."""
+
     compute: Annotated[str, Flag(metavar="T")] = "100us"
     """Compute time of one access."""
     expert_bytes: int | None = None
@@ -80,23 +90,11 @@ class TimeOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MakeOptions:
-    """The options of `simulate` about a synthetic trace, which can be made and replayed in place of a recorded one."""
+class MakeOption:
+    """The option that makes a synthetic trace instead of replaying a recorded one."""
 
     make: Annotated[Path | None, Flag(metavar="FILE")] = None
     """Make a trace, write it to this new file, and replay it."""
-    games: int = SyntheticTraceConfig().games
-    """Games of the trace. They have turns, in rounds of random order."""
-    experts: int = SyntheticTraceConfig().experts
-    """Experts of all games together."""
-    accesses: int = SyntheticTraceConfig().accesses
-    """Length of the trace."""
-    layers: int = SyntheticTraceConfig().layers
-    """Layers: each uses its own part of a game's pool, one layer after another."""
-    zipf: float = SyntheticTraceConfig().zipf
-    """How uneven the use of experts is: the n-th most popular expert of a pool has weight n^-ZIPF."""
-    eval_every: int | None = None
-    """Turns between two evaluations of all games; by default there are none."""
 
 
 SIMULATE_HELP = """Replay a trace through HBM, DRAM and NVMe of any size, policy and latency. Needs no GPU and no torch.
@@ -127,18 +125,18 @@ def simulate_groups() -> list[Group]:
         Group(title="", options=options_of(ReplayOptions)),
         Group(title="Prefetch", options=options_of(PrefetchOptions)),
         Group(title="Time", options=options_of(TimeOptions)),
-        Group(title="Made trace", options=options_of(MakeOptions)),
+        Group(title="Made trace", options=(*options_of(MakeOption), *options_of(SyntheticTraceConfig, skip=_OF_REPLAY))),
     ]
 
 
 def simulate(parsed: Parsed) -> None:
     """Carries out the command `simulate`: replays a trace, prints a row for each replay, and saves table and chart if asked to."""
     chosen = parsed.part(ReplayOptions)
-    making = parsed.part(MakeOptions)
-    if (chosen.file is None) == (making.make is None):
+    made = _made_trace(parsed, chosen)
+    if (chosen.file is None) == (made is None):
         raise InvalidRequest("file: give a trace to replay, or --make FILE to make one")
-    sweep = _sweep(chosen, parsed.part(PrefetchOptions), parsed.part(TimeOptions), is_made=making.make is not None)
-    trace = _trace(chosen, making)
+    sweep = _sweep(chosen, parsed.part(PrefetchOptions), parsed.part(TimeOptions), is_made=made is not None)
+    trace = _trace(chosen, made)
     rows = _replay(trace, sweep)
     if chosen.as_json:
         print(json.dumps([asdict(row) for row in rows], indent=2))
@@ -173,24 +171,24 @@ def _sweep(chosen: ReplayOptions, ahead: PrefetchOptions, times: TimeOptions, *,
     )
 
 
-def _trace(chosen: ReplayOptions, making: MakeOptions) -> Trace:
-    """Reads the trace that FILE names; or, with --make, makes a new trace and writes it to a file."""
-    if chosen.file is not None:
+def _made_trace(parsed: Parsed, chosen: ReplayOptions) -> tuple[Path, SyntheticTraceConfig] | None:
+    """Returns the file of the trace to make, and its configuration; None if no trace is to be made."""
+    path = parsed.part(MakeOption).make
+    if path is None:
+        return None
+    fields = {each.name: parsed.values[each.name] for each in dataclasses.fields(SyntheticTraceConfig) if each.name not in _OF_REPLAY}
+    config = SyntheticTraceConfig(**fields, seed=chosen.seed)
+    return path, replace(config, switch_every=chosen.switch_every[0]) if chosen.switch_every else config
+
+
+def _trace(chosen: ReplayOptions, made: tuple[Path, SyntheticTraceConfig] | None) -> Trace:
+    """Reads the trace of the file, or makes a new trace and writes it."""
+    if made is None:
+        assert chosen.file is not None
         return read_trace(chosen.file)
-    assert making.make is not None
-    trace = make_trace(
-        SyntheticTraceConfig(
-            games=making.games,
-            experts=making.experts,
-            accesses=making.accesses,
-            switch_every=chosen.switch_every[0] if chosen.switch_every else SyntheticTraceConfig().switch_every,
-            layers=making.layers,
-            zipf=making.zipf,
-            eval_every=making.eval_every,
-            seed=chosen.seed,
-        )
-    )
-    write_trace(making.make, trace)
+    path, config = made
+    trace = make_trace(config)
+    write_trace(path, trace)
     return trace
 
 
@@ -208,21 +206,24 @@ def _replay(trace: Trace, sweep: Sweep) -> list[Row]:
 SIMULATE = Command(description=SIMULATE_HELP, groups=simulate_groups, run=simulate)
 
 
+PLAN_HELP = """Predict a run's bytes in each tier, its loads and its stalls; and say when out-of-core will not work, or is not worth it.
+
+$ ooc-moe plan --preset full --gpu-bytes 24GB --dram-bytes 16GiB --nvme-bytes 200GB --steps-per-s 2000
+$ ooc-moe plan --preset demo --hbm-experts 6 --measure --steps-per-s 900
+$ ooc-moe plan --config runs/first --measure
+
+--preset and --config choose the run as they do for ooc-moe train.
+
+Where do steps per second come from? From metrics.jsonl (steps_per_s) of a short run whose HBM holds everything.
+"""
+
+
 @dataclass(frozen=True, kw_only=True)
-class Plan(JsonOption):
-    """Predict a run's bytes in each tier, its loads and its stalls; and say if experts outside the GPU will not work, or are not worth it.
+class PlanOptions(JsonOption, LatencyOption):
+    """The options of `plan` in addition to --preset and --config."""
 
-    $ ooc-moe plan --config full --gpu-bytes 24GB --dram-bytes 16GiB --nvme-bytes 200GB --steps-per-s 2000
-    $ ooc-moe plan --config demo --hbm-experts 6 --measure --steps-per-s 900
-    $ ooc-moe plan --config runs/first --measure
-
-    Where do steps per second come from? From metrics.jsonl (steps_per_s) of a short run whose HBM holds everything.
-    """
-
-    config: Annotated[str, Flag(metavar="PRESET|RUN_DIR")] = "full"
-    """The run to plan: a preset (tiny, demo, full), or a run's directory."""
     num_games: int | None = None
-    """Games that will be learned; by default as many as the configuration says."""
+    """Games that will be learned; by default as many as the file of --config lists, or else as many as the preset is for."""
     gpu_bytes: int | None = None
     """Memory of the trainer's device, to judge whether it is enough."""
     dram_bytes: int | None = None
@@ -233,8 +234,6 @@ class Plan(JsonOption):
     """Experts in HBM; by default as configured."""
     steps_per_s: float | None = None
     """Environment steps per second with all experts resident, as measured."""
-    latency: Annotated[str, Flag(metavar="TIER=T[+B/s],...")] = LATENCY
-    """Time of a load from each tier: latency and bandwidth. A bandwidth that is not given is the default's."""
     measure: bool = False
     """Measure loads on this machine instead, through a daemon that is started for it (some seconds)."""
     data_dir: Annotated[Path, Flag(metavar="DIR")] = Path()
@@ -242,57 +241,57 @@ class Plan(JsonOption):
     device: str = "cpu"
     """With --measure: the device that holds HBM, cpu or cuda."""
 
-    def run(self) -> None:
-        """Prints the prediction and what it finds against the run."""
-        from ooc_moe.simulate import plan as planning
 
-        config = planned_run(self.config, self.num_games, self.hbm_experts)
-        rates = self._rates(config)
-        plan = planning.plan(
-            config, rates, gpu_bytes=self.gpu_bytes, dram_bytes=self.dram_bytes, nvme_bytes=self.nvme_bytes, steps_per_s=self.steps_per_s
-        )
-        if self.as_json:
-            print(json.dumps(asdict(plan) | {"rates": asdict(rates)}, indent=2))
-            return
-        print_table(planning.table(plan, rates), Console())
-        for finding in plan.findings or ("worth trying: nothing speaks against it",):
-            say(f"- {finding}")
-
-    def _rates(self, config: RunConfig) -> Rates:
-        from ooc_moe.simulate import plan as planning
-
-        if self.measure:
-            return planning.measure(config.agent, self.data_dir, device=self.device)
-        given, body_bytes = latency(self.latency), config.agent.expert_layout().body_bytes
-        dram_s = given.dram.seconds(body_bytes)
-        nvme_s = dram_s + given.nvme.seconds(body_bytes)
-        return planning.Rates(dram=dram_s, nvme=nvme_s, seed=nvme_s, push=nvme_s)
+def plan_groups() -> list[Group]:
+    """Returns the options of `plan`: two of the options of `train`, and its own."""
+    of_train = tuple(option for option in options_of(RunOptions) if option.name in ("preset", "config"))
+    return [Group(title="", options=(*of_train, *options_of(PlanOptions)))]
 
 
-def planned_run(config: str, num_games: int | None, hbm_experts: int | None) -> RunConfig:
-    """Returns the configuration of the run that `plan` predicts.
+def plan(parsed: Parsed) -> None:
+    """Prints the plan."""
+    from ooc_moe.simulate import plan as planning
 
-    Args:
-        config: the name of a preset, or the directory of a run.
-        num_games: replaces the number of games; None keeps the configuration's.
-        hbm_experts: replaces the number of experts in HBM; None keeps the configuration's.
-
-    Raises:
-        InvalidRequest: `config` is neither a preset nor the directory of a run.
-    """
-    from ooc_moe.config.agent import PRESETS
-    from ooc_moe.config.run import RunConfig
-
-    if config in PRESETS:
-        planned = RunConfig(run_dir=Path("plan"), games=_game_names(PRESETS[config].num_games), agent=PRESETS[config])
-    elif Path(config).is_dir():
-        planned = RunConfig.read(Path(config))
-    else:
-        raise InvalidRequest(f"config: {config!r} is not one of {', '.join(PRESETS)}, or the directory of a run")
-    if num_games is not None:
-        planned = replace(planned, games=_game_names(num_games))
-    return planned if hbm_experts is None else replace(planned, agent=replace(planned.agent, hbm_experts=hbm_experts))
+    chosen = parsed.part(PlanOptions)
+    config = _planned_run(parsed, chosen)
+    rates = _rates(chosen, config)
+    predicted = planning.plan(
+        config,
+        rates,
+        gpu_bytes=chosen.gpu_bytes,
+        dram_bytes=chosen.dram_bytes,
+        nvme_bytes=chosen.nvme_bytes,
+        steps_per_s=chosen.steps_per_s,
+    )
+    if chosen.as_json:
+        print(json.dumps(asdict(predicted) | {"rates": asdict(rates)}, indent=2))
+        return
+    print_table(planning.table(predicted, rates), Console())
+    for finding in predicted.findings or ("worth trying: nothing speaks against it",):
+        say(f"- {finding}")
 
 
-def _game_names(number: int) -> tuple[str, ...]:
-    return tuple(f"game{index}" for index in range(number))
+def _rates(chosen: PlanOptions, config: RunConfig) -> Rates:
+    from ooc_moe.simulate import plan as planning
+
+    if chosen.measure:
+        return planning.measure(config.agent, chosen.data_dir, device=chosen.device)
+    given, body_bytes = latency(chosen.latency), config.agent.expert_layout().body_bytes
+    dram_s = given.dram.seconds(body_bytes)
+    nvme_s = dram_s + given.nvme.seconds(body_bytes)
+    return planning.Rates(dram=dram_s, nvme=nvme_s, seed=nvme_s, push=nvme_s)
+
+
+def _planned_run(parsed: Parsed, chosen: PlanOptions) -> RunConfig:
+    """Makes the configuration that `train` would make of --preset and --config, with the games and the HBM that were asked for."""
+    require_at_least(1, num_games=chosen.num_games)
+    as_for_train = Parsed(values=parsed.values | {"name": "plan"}, given=tuple(name for name in parsed.given if name == "preset"))
+    settings = settings_of(as_for_train, {})
+    games = settings["games"].value
+    if chosen.num_games is not None or not games:
+        games = tuple(f"game{index}" for index in range(chosen.num_games or settings["num_games"].value))
+    changed = {"games": games} | ({} if chosen.hbm_experts is None else {"hbm_experts": chosen.hbm_experts})
+    return run_config(settings | {name: Setting(value=value, source="flag") for name, value in changed.items()})
+
+
+PLAN = Command(description=PLAN_HELP, groups=plan_groups, run=plan)

@@ -64,7 +64,7 @@ class ConfirmOption:
 class Stats(DaemonOptions, JsonOption):
     """Show the daemon's statistics: what its tiers, banks and trainers hold and do.
 
-    A dashboard beside a training run, and the same numbers for a program:
+    A dashboard to watch while a run trains, and the same numbers for a program:
 
     $ ooc-moe stats --store storage-host:50051 --watch
     $ ooc-moe stats --json | jq '.total.hits'

@@ -18,7 +18,7 @@ from ooc_moe.display.table import print_table
 from ooc_moe.metrics.provenance import command_given
 from ooc_moe.session.interrupts import INTERRUPTED_EXIT
 from ooc_moe_wire.command_line import Flag
-from ooc_moe_wire.errors import InvalidRequest
+from ooc_moe_wire.errors import InvalidRequest, require_at_least
 
 if TYPE_CHECKING:
     from ooc_moe.study.runner import Outcome, Status
@@ -90,8 +90,7 @@ class StudyCommand(JsonOption):
         if self.name is None:
             list_studies(as_json=self.as_json)
             return 0
-        for option in ("jobs", "seeds", "steps_per_game"):
-            _check_at_least_one(option, getattr(self, option))
+        require_at_least(1, jobs=self.jobs, seeds=self.seeds, steps_per_game=self.steps_per_game)
         study = find_study(self.name)
         wanted = study.runs(self.runs / "studies", variants=self.variants, seeds=self.seeds, steps_per_game=self.steps_per_game)
         if self.dry_run:
@@ -221,8 +220,3 @@ def _write_results(study: Study, runs: list[StudyRun], study_dir: Path, results:
     # The page names the command that would make its runs.
     for path in write(found, results, command=command_given().replace(" --tables-only", "")):
         console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _check_at_least_one(name: str, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise InvalidRequest(f"{name}: {value} is not at least 1")

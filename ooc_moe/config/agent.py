@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 from ooc_moe.config.seeds import derived_seed
 from ooc_moe.moe.expert_layout import ffn_layout
-from ooc_moe_wire.errors import InvalidRequest
+from ooc_moe_wire.errors import InvalidRequest, require_at_least
 from ooc_moe_wire.layout import BankSpec, Layout
 
 Routing = Literal["pool", "token"]
@@ -83,8 +83,7 @@ class AgentConfig:
 
     def __post_init__(self) -> None:
         self._check_types()
-        for name in _AT_LEAST_ONE:
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require_at_least(1, **{name: getattr(self, name) for name in _AT_LEAST_ONE})
         for name in ("router_noise", "balance_weight", "dropout"):
             require(math.isfinite(getattr(self, name)) and getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         require(self.dropout < 1, "dropout", self.dropout, "below 1")
@@ -103,8 +102,7 @@ class AgentConfig:
         fits = self.routing == "token" or self.pool_size <= self.num_experts
         require(fits, "pool_size", self.pool_size, f"at most num_experts {self.num_experts}")
         require(self.top_k <= self.choices, "top_k", self.top_k, f"at most the {self.choices} experts a token can choose from")
-        for name in ("prefetch_experts", "shared_experts"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        require_at_least(0, prefetch_experts=self.prefetch_experts, shared_experts=self.shared_experts)
         require(self.routing == "pool" or not self.shared_experts, "shared_experts", self.shared_experts, "0, with token routing")
         for name in ("hbm_experts", "dram_experts"):
             require(getattr(self, name) >= self.num_banks, name, getattr(self, name), f"at least one for each of {self.num_banks} banks")

@@ -18,7 +18,7 @@ from ooc_moe.config.agent import AgentConfig, require
 from ooc_moe.metrics.log import CONFIG_FILE
 from ooc_moe.metrics.trace import TraceInfo
 from ooc_moe_client.remote.connection import check_target
-from ooc_moe_wire.errors import InvalidRequest
+from ooc_moe_wire.errors import InvalidRequest, require_at_least
 
 PrefetchSource = Literal["off", "detector", "schedule"]
 Protection = Literal["replay", "freeze", "ewc", "clone", "none"]
@@ -85,8 +85,7 @@ class PPOConfig:
     ratios differ from 1 even before the first step."""
 
     def __post_init__(self) -> None:
-        for name in ("num_envs", "rollout_steps", "epochs", "minibatch_segments"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require_at_least(1, **{name: getattr(self, name) for name in ("num_envs", "rollout_steps", "epochs", "minibatch_segments")})
         for name in ("gamma", "gae_lambda"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")
         for name in ("learning_rate", "clip", "max_grad_norm"):
@@ -166,10 +165,11 @@ class RunConfig:
         require(bool(self.games), "games", self.games, "at least one game")
         comes_back = self.switch_every > 0 and len(set(self.games)) < len(self.games)
         require(not comes_back, "games", self.games, "different games, which a run with switch_every needs")
-        for name in ("steps_per_game", "eval_envs", "eval_episodes", "threads", "env_threads"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("eval_steps", "checkpoint_every", "switch_every", "seed", "exemplars_per_game"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        for least, names in (
+            (1, ("steps_per_game", "eval_envs", "eval_episodes", "threads", "env_threads")),
+            (0, ("eval_steps", "checkpoint_every", "switch_every", "seed", "exemplars_per_game")),
+        ):
+            require_at_least(least, **{name: getattr(self, name) for name in names})
         weight = self.protection_weight
         require(weight is None or 0 <= weight < math.inf, "protection_weight", weight, "a number of at least 0")
         for name, choices in _CHOICES.items():

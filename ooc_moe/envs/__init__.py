@@ -9,12 +9,10 @@ game.py has the interface and says what a step means; atari.py and pixel.py are 
 
 from __future__ import annotations
 
-import difflib
-
 from ooc_moe.envs.atari import ATARI_GAMES, ATARI_SCORES, AtariEnvs
-from ooc_moe.envs.game import NUM_ACTIONS, GameEnvs, Step
+from ooc_moe.envs.game import NUM_ACTIONS, GameEnvs, Step, unknown_game
 from ooc_moe.envs.pixel import PIXEL_GAMES, PixelEnvs, pixel_game
-from ooc_moe_wire.errors import InvalidRequest
+from ooc_moe_wire.errors import InvalidRequest, require_at_least
 
 __all__ = ["ATARI_GAMES", "NUM_ACTIONS", "PIXEL_GAMES", "REFERENCE_SCORES", "GameEnvs", "Step", "check_name", "check_playable", "make"]
 
@@ -48,9 +46,7 @@ def make(
     """
     check_playable(game)
     sizes = {"num_envs": num_envs, "frame_size": frame_size, "frame_stack": frame_stack, "num_threads": num_threads}
-    for name, value in (sizes | {"max_episode_steps": max_episode_steps or 1}).items():
-        if value < 1:
-            raise InvalidRequest(f"{name}: {value} is less than 1")
+    require_at_least(1, **sizes, max_episode_steps=max_episode_steps)
     if game in ATARI_GAMES:
         return AtariEnvs(
             game,
@@ -74,12 +70,10 @@ def check_playable(game: str) -> None:
 
 
 def check_name(game: str) -> None:
-    """Raises InvalidRequest if no game has this name. The message names the games with the most similar names."""
+    """Raises InvalidRequest if no game has this name. The message names the game with the most similar name."""
     if game in ATARI_GAMES:
         return
     if game.startswith("pixel/"):
         pixel_game(game)
         return
-    close = difflib.get_close_matches(game.lower(), ATARI_GAMES + PIXEL_GAMES, n=3)
-    hint = f"did you mean {', '.join(close)}?" if close else f"Atari games are named as in {', '.join(ATARI_GAMES[:3])}, ..."
-    raise InvalidRequest(f"game: {game!r} is unknown; {hint}")
+    raise unknown_game(game, ATARI_GAMES + PIXEL_GAMES)

@@ -8,6 +8,7 @@ Letters: N environments, S stacked frames, H height, W width.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -127,3 +128,10 @@ def check_actions(actions: Array, num_envs: int) -> None:
     if outside.any():
         env = int(outside.argmax())
         raise InvalidRequest(f"actions: {actions[env]} for environment {env} is not in 0..{NUM_ACTIONS - 1}")
+
+
+def unknown_game(name: str, known: Iterable[str]) -> InvalidRequest:
+    """Makes the error for the name of a game that does not exist. It names the most similar game of `known`."""
+    from ooc_moe_wire.command_line import closest
+
+    return InvalidRequest(f"game: {name!r} is unknown{closest(name.lower(), known)} (`ooc-moe games` lists all games)")

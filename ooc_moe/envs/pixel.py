@@ -26,7 +26,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ooc_moe.envs.game import NUM_ACTIONS, Array, Episodes, Step, check_actions
+from ooc_moe.envs.game import NUM_ACTIONS, Array, Episodes, Step, check_actions, unknown_game
 from ooc_moe_wire.errors import InvalidRequest
 
 GRID = 10
@@ -249,7 +249,7 @@ def pixel_game(name: str) -> tuple[PixelGame, int, str]:
     background = int(look) if look.isdecimal() else 0
     view = "" if background else look
     if base not in _GAMES or view not in _VIEWS or (at and not look):
-        raise InvalidRequest(f"game: {name!r} is not one of {', '.join(_GAMES)}, with or without @1, @2, ..., @flip or @turn")
+        raise unknown_game(name, _GAMES)
     return _GAMES[base], background, view
 
 

@@ -108,7 +108,6 @@ def evaluate_run(
     run_dir: Path,
     console: Console,
     *,
-    eval_unseen: bool = False,
     constants: bool = False,
     **options: Any,
 ) -> list[dict[str, Any]]:
@@ -117,7 +116,6 @@ def evaluate_run(
     Args:
         run_dir: the run's directory.
         console: where the results are printed.
-        eval_unseen: also play the run's games that the agent has not learned yet, even if the run does not do so itself.
         constants: also measure the constant actions in the same way. `ooc-moe report` then shows the best of them.
         options: values that replace the run's own fields of `RunConfig`, for example `eval_envs` or `store`. None keeps the run's value.
 
@@ -127,7 +125,7 @@ def evaluate_run(
     Raises:
         InvalidRequest: there is no run, it has no checkpoint, or `eval_steps` is 0.
     """
-    changes = {name: value for name, value in (options | {"eval_unseen": eval_unseen or None}).items() if value is not None}
+    changes = {name: value for name, value in options.items() if value is not None}
     config = dataclasses.replace(RunConfig.read(run_dir), **changes)
     if not config.eval_steps:
         raise InvalidRequest("eval_steps: 0 plays nothing; give --eval-steps")

@@ -1,7 +1,7 @@
 """Predicts a run before it starts: bytes in each tier, bytes that a switch moves, and stalls; and warns if the run will not fit or needs no
 paging of experts.
 
-    ooc-moe plan --config full --gpu-bytes 80GB --dram-bytes 64GB --nvme-bytes 1TB --steps-per-s 2000
+    ooc-moe plan --preset full --gpu-bytes 80GB --dram-bytes 64GB --nvme-bytes 1TB --steps-per-s 2000
 
 Bytes are computed from the configuration. How many experts an update loads into HBM is counted in a simulated cache, which gets the
 update's accesses to experts in their order:
@@ -325,12 +325,14 @@ def measure(agent: AgentConfig, data_dir: Path, *, device: str = "cpu") -> Rates
         device: the device that stands for HBM: the GPU, or the CPU's memory.
 
     Raises:
-        InvalidRequest: one expert is larger than `PROBE_BYTES`, the most that one call reads.
+        InvalidRequest: the device cannot be used, or one expert is larger than the probe reads in a call.
     """
     from ooc_moe.session.daemon import embedded_daemon
+    from ooc_moe.session.session import check_device
     from ooc_moe_client.hbm.cache import ExpertCache
     from ooc_moe_client.remote.store import RemoteStore
 
+    check_device(device)
     layout = agent.expert_layout()
     batch = min(agent.choices, PROBE_BYTES // layout.record_bytes)
     if batch < 1:

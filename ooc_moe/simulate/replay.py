@@ -28,15 +28,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from ooc_moe.metrics.trace import Span, Trace
-from ooc_moe_wire.errors import InvalidRequest
+from ooc_moe_wire.errors import InvalidRequest, require_at_least
 from ooc_moe_wire.policy import Belady, EvictionPolicy, make_policy
 
-SOURCES = ("none", "perfect", "detector", "random")
+Source = Literal["none", "perfect", "detector", "random"]
+SOURCES: tuple[Source, ...] = get_args(Source)
 PIECE_ACCESSES = 1 << 18
 """Accesses between two calls of `progress`."""
 
@@ -77,7 +78,7 @@ class Prefetch:
     - "random" names the experts of a random game at the switch.
     """
 
-    source: str = "none"
+    source: Source = "none"
     delay: int = 100
     """Accesses until the detector notices a switch."""
     accuracy: float = 0.95
@@ -88,8 +89,7 @@ class Prefetch:
     def __post_init__(self) -> None:
         if self.source not in SOURCES:
             raise InvalidRequest(f"prefetch: {self.source!r} is not one of {', '.join(SOURCES)}")
-        if self.delay < 0:
-            raise InvalidRequest(f"detect_after: {self.delay} accesses are less than none")
+        require_at_least(0, detect_after=self.delay)
         if not 0 <= self.accuracy <= 1:
             raise InvalidRequest(f"detect_accuracy: {self.accuracy} is not between 0 and 1")
 
@@ -226,8 +226,7 @@ class _Replay:
         num_banks, expert_bytes = trace.info.num_banks, trace.info.expert_bytes
         if setup.hbm_experts < num_banks:
             raise InvalidRequest(f"hbm: {setup.hbm_experts} experts are less than one for each of {num_banks} banks")
-        if setup.dram_experts is not None and setup.dram_experts < 1:
-            raise InvalidRequest(f"dram: {setup.dram_experts} experts; give at least 1")
+        require_at_least(1, dram=setup.dram_experts)
         if setup.policy == Belady.name and setup.prefetch.source != "none":
             raise InvalidRequest("prefetch: Belady is the optimum without prefetching; it takes no prefetches")
         num_keys = int(trace.keys_A.max(initial=0)) + 1

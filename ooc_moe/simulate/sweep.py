@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 from ooc_moe.display.formats import DASH, format_seconds_short, format_share_short
 from ooc_moe.display.table import Table, markdown_table
@@ -18,10 +19,12 @@ from ooc_moe.metrics.provenance import facts
 from ooc_moe.metrics.trace import Trace
 from ooc_moe.simulate.replay import Latency, Link, Prefetch, Replayed, Setup, replay
 from ooc_moe.simulate.synthetic_traces import with_turns
-from ooc_moe_wire.errors import InvalidRequest
+from ooc_moe_wire.errors import InvalidRequest, require_at_least
 from ooc_moe_wire.policy import Belady, make_policy
 from ooc_moe_wire.sizes import parse_size
 
+DramPolicy = Literal["lru", "s3fifo", "random"]
+HbmPolicy = Literal["lru", "s3fifo", "random", "belady"]
 _TIME = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ns|us|ms|s)\s*")
 _UNIT_S = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
 HEADINGS = ("switch", "HBM", "policy", "train", "/ Belady", "eval", "stall", "of time", "DRAM", "NVMe", "useful", "late", "wasted")
@@ -68,8 +71,7 @@ class Sweep:
             for text in texts:
                 capacity(name, text, 1)
         for every in self.switch_every:
-            if every < 1:
-                raise InvalidRequest(f"switch_every: {every} accesses are less than one")
+            require_at_least(1, switch_every=every)
 
     def setups(self, num_experts: int) -> Iterator[Setup]:
         """Yields the settings of each replay, for a trace with `num_experts` experts and one switch interval."""
@@ -231,9 +233,11 @@ def latency(text: str) -> Latency:
     default = Latency()
     links = {"dram": default.dram, "nvme": default.nvme}
     for word in text.split(","):
-        tier, _, cost = word.partition("=")
+        tier, equals, cost = word.partition("=")
         wait, plus, rate = cost.partition("+")
-        if tier.strip() not in links or (plus and not rate.strip().endswith("/s")):
+        if equals and tier.strip() not in links:
+            raise InvalidRequest(f"latency: tier {tier.strip()!r} is not one of {', '.join(links)}")
+        if not equals or (plus and not rate.strip().endswith("/s")):
             raise InvalidRequest(
                 f"latency: {word!r} is not tier=latency or tier=latency+bandwidth; write for example nvme=80us+3GB/s,dram=20us"
             )

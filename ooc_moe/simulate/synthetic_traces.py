@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ooc_moe.metrics.trace import Mark, Trace, TraceInfo
-from ooc_moe_wire.errors import InvalidRequest
+from ooc_moe_wire.errors import InvalidRequest, require_at_least
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,11 +43,8 @@ class SyntheticTraceConfig:
     """Seed of the random draws."""
 
     def __post_init__(self) -> None:
-        for name in ("games", "experts", "accesses", "switch_every", "layers", "per_call", "expert_bytes"):
-            if getattr(self, name) < 1:
-                raise InvalidRequest(f"{name}: {getattr(self, name)} is less than 1")
-        if self.eval_every is not None and self.eval_every < 1:
-            raise InvalidRequest(f"eval_every: {self.eval_every} is less than 1")
+        names = ("games", "experts", "accesses", "switch_every", "layers", "per_call", "eval_every", "expert_bytes")
+        require_at_least(1, **{name: getattr(self, name) for name in names})
         if not 0 <= self.zipf < 10:
             raise InvalidRequest(f"zipf: {self.zipf} is not between 0 and 10")
         if self.experts < self.games * self.layers:
@@ -108,8 +105,7 @@ def with_turns(trace: Trace, switch_every: int) -> Trace:
     Raises:
         InvalidRequest: `switch_every` is below 1.
     """
-    if switch_every < 1:
-        raise InvalidRequest(f"switch_every: {switch_every} accesses are less than one")
+    require_at_least(1, switch_every=switch_every)
     by_game: dict[str, list[NDArray[Any]]] = {}
     for span in trace.spans():
         if not span.evaluating:

@@ -23,7 +23,7 @@ from ooc_moe.config.run import RunConfig
 from ooc_moe.metrics.log import CONFIG_FILE, METRICS_FILE
 from ooc_moe.session import checkpoint
 from ooc_moe.session.interrupts import INTERRUPTED_EXIT, interruptible
-from ooc_moe_wire.errors import InvalidRequest
+from ooc_moe_wire.errors import InvalidRequest, require_at_least
 
 RUN_PROCESS = ("-m", "ooc_moe.study.run_process")
 LOG_FILE = "output.log"
@@ -106,8 +106,7 @@ def run_all(configs: Sequence[RunConfig], *, jobs: int, watch: Callable[[Status]
     Raises:
         InvalidRequest: a directory holds a run of another configuration, or `jobs` is below 1. No run was started.
     """
-    if jobs < 1:
-        raise InvalidRequest(f"jobs: {jobs} is not at least 1")
+    require_at_least(1, jobs=jobs)
     states = [state_of(config) for config in configs]
     waiting = [config for config, state in zip(configs, states, strict=True) if state is not State.DONE]
     done = len(configs) - len(waiting)

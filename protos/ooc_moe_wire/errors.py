@@ -143,6 +143,13 @@ _BY_STATUS: dict[grpc.StatusCode, type[OocMoeError]] = {
 }
 
 
+def require_at_least(least: float, **values: float | None) -> None:
+    """Raises InvalidRequest "NAME: VALUE is not at least LEAST" for the first value that is too small or NaN. None is no value."""
+    for name, value in values.items():
+        if value is not None and not value >= least:
+            raise InvalidRequest(f"{name}: {value} is not at least {least}")
+
+
 def error_named(kind: str, message: str) -> OocMoeError:
     """Makes the error of the class named `kind`.
 

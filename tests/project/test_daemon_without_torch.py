@@ -94,7 +94,7 @@ for command in {commands!r}:
 def test_a_run_is_planned_and_studies_are_listed_without_torch():
     code = """
 from ooc_moe.cli.main import main
-for command in (["plan", "--config", "demo"], ["study"]):
+for command in (["plan", "--preset", "demo"], ["study"]):
     try:
         main(command)
     except SystemExit as end:

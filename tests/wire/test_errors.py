@@ -16,6 +16,7 @@ from ooc_moe_wire.errors import (
     Unavailable,
     error_named,
     from_rpc_error,
+    require_at_least,
     trailing_metadata,
 )
 from ooc_moe_wire.v1 import bank_pb2, bank_pb2_grpc
@@ -28,6 +29,13 @@ def subclasses(kind: type) -> set[type]:
 
 
 KINDS = sorted(subclasses(OocMoeError) - {OocMoeError}, key=lambda kind: kind.__name__)
+
+
+@pytest.mark.parametrize("value", [0, -1, 0.5, float("nan")])
+def test_a_number_that_is_too_small_is_named(value):
+    require_at_least(1, first=1, second=2.5, third=None)
+    with pytest.raises(InvalidRequest, match=f"^second: {value} is not at least 1$"):
+        require_at_least(1, first=1, second=value)
 
 
 class FailingBanks(bank_pb2_grpc.BankServiceServicer):

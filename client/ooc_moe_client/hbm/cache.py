@@ -31,7 +31,7 @@ from ooc_moe_client.hbm.stats import CacheStats, copied_counts
 from ooc_moe_client.hbm.table import LoadState
 from ooc_moe_client.hbm.write_back import WriteBack
 from ooc_moe_client.store import ExpertStore, Sections
-from ooc_moe_wire.errors import InvalidRequest
+from ooc_moe_wire.errors import InvalidRequest, require_at_least
 from ooc_moe_wire.layout import Layout
 
 log = logging.getLogger(__name__)
@@ -78,8 +78,7 @@ class ExpertCache:
     ) -> None:
         if capacity_experts < 1:
             raise InvalidRequest(f"capacity_experts: {capacity_experts} slots cannot hold one expert of bank {bank!r}")
-        if prefetch_experts_max < 0:
-            raise InvalidRequest(f"prefetch_experts_max: {prefetch_experts_max} is negative")
+        require_at_least(0, prefetch_experts_max=prefetch_experts_max)
         spec = store.get_bank(bank).spec
         self.bank = bank
         self.layout: Layout = spec.layout

@@ -9,25 +9,22 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
 from ooc_moe.bench.cache.bandwidth import BANDWIDTH_PATHS, bandwidth
+from ooc_moe.bench.cache.options import CacheBench
 from ooc_moe.bench.cache.results import Row
 from ooc_moe.bench.cache.switch import SWITCH_PATHS, switch
 from ooc_moe.bench.cache.testbed import Setting
 from ooc_moe.bench.cache.training import OVERSUBSCRIBED_PATHS, STEADY_PATHS, oversubscribed, steady
-from ooc_moe.bench.option_checks import check_at_least_one, check_sizes
 from ooc_moe.bench.store import peers_disk
-from ooc_moe.bench.torch_setup import find_device, torch_threads
+from ooc_moe.bench.torch_setup import torch_threads
 from ooc_moe.display.progress import passing_bar
 from ooc_moe.metrics import provenance
 
-SIZES = ("full", "demo")
-ROUNDS, QUICK_ROUNDS = 5, 1
 # By name: the function that measures the part, and how many paths it has.
 PARTS: dict[str, tuple[Callable[[Setting, Callable[[], None]], list[Row]], int]] = {
     "steady": (steady, STEADY_PATHS),
@@ -35,34 +32,6 @@ PARTS: dict[str, tuple[Callable[[Setting, Callable[[], None]], list[Row]], int]]
     "switch": (switch, SWITCH_PATHS),
     "bandwidth": (bandwidth, BANDWIDTH_PATHS),
 }
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CacheBench:
-    """The options of `ooc-moe bench cache`: which parts to measure, and for which presets.
-
-    Each part is measured for each preset in `sizes`.
-
-    Raises:
-        InvalidRequest: a preset is unknown, a number is below 1, or the device does not exist.
-    """
-
-    parts: tuple[str, ...] = tuple(PARTS)
-    sizes: tuple[str, ...] = SIZES
-    device: str = "auto"
-    threads: int = 1
-    rounds: int = ROUNDS
-    data_dir: Path = Path()  # On the disk to measure. A directory is made in it, and removed at the end.
-
-    def __post_init__(self) -> None:
-        check_sizes(self.sizes)
-        check_at_least_one(threads=self.threads, rounds=self.rounds)
-        find_device(self.device)
-
-    @property
-    def torch_device(self) -> torch.device:
-        """The device to measure on, with "auto" resolved to cuda or cpu."""
-        return find_device(self.device)
 
 
 def run(bench: CacheBench, console: Console) -> list[Row]:

@@ -19,10 +19,10 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
+from ooc_moe.bench.cache.options import LayerBench
 from ooc_moe.bench.harness import Spread, TimedPath, WrongBytes, timed_rounds, warm_up
-from ooc_moe.bench.option_checks import check_at_least_one, check_sizes
 from ooc_moe.bench.result_page import kept_notes, met_target
-from ooc_moe.bench.torch_setup import find_device, torch_threads
+from ooc_moe.bench.torch_setup import torch_threads
 from ooc_moe.config.agent import PRESETS, AgentConfig
 from ooc_moe.display.table import Table, markdown_table
 from ooc_moe.metrics import provenance
@@ -30,48 +30,11 @@ from ooc_moe.moe.layer import TieredExperts, TieredMoE
 from ooc_moe.moe.router import Router
 from ooc_moe_client.hbm.cache import ExpertCache
 from ooc_moe_client.in_memory import InMemoryStore
-from ooc_moe_wire.errors import InvalidRequest
 
-SIZES = ("full", "demo", "tiny")
-POOLS = (4, 16)
-TOKENS = (512, 4096)
-ROUNDS, QUICK_ROUNDS = 15, 3
 # Targets for (the MoE layer's time / the dense FFN's time) at the full preset's sizes on a CPU.
 RATIO_MUST, RATIO_AIM = 1.25, 1.1
 SAMPLE_FLOPS = 5e8  # Work of one sample. A sample has several runs where one run of a small layer is too short to time.
 NOTES = "## What bounds it"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LayerBench:
-    """The options of the layer benchmark. It measures every combination of a preset in `sizes`, a number of tokens, and a pool size.
-
-    Raises:
-        InvalidRequest: a preset is unknown, a number is too small, or the device does not exist.
-    """
-
-    sizes: tuple[str, ...] = SIZES
-    pools: tuple[int, ...] = POOLS
-    tokens: tuple[int, ...] = TOKENS
-    device: str = "auto"
-    threads: int = 1
-    rounds: int = ROUNDS
-
-    def __post_init__(self) -> None:
-        check_sizes(self.sizes)
-        for size in self.sizes:
-            for pool in self.pools:
-                if pool < PRESETS[size].top_k:
-                    raise InvalidRequest(f"pools: {pool} experts are fewer than top_k {PRESETS[size].top_k}")
-        check_at_least_one(threads=self.threads, rounds=self.rounds)
-        for tokens in self.tokens:
-            check_at_least_one(tokens=tokens)
-        find_device(self.device)
-
-    @property
-    def torch_device(self) -> torch.device:
-        """The device to measure on, with "auto" resolved to cuda or cpu."""
-        return find_device(self.device)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

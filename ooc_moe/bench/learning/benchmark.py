@@ -11,7 +11,6 @@ import random
 import statistics
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,11 @@ from rich.console import Console
 from ooc_moe import envs
 from ooc_moe.agent.agent import Agent
 from ooc_moe.bench.harness import Spread, TimedPath, WrongBytes, timed_rounds, warm_up
+from ooc_moe.bench.learning.options import LearningBench
 from ooc_moe.bench.learning.results import Returns, Speed
-from ooc_moe.bench.option_checks import check_at_least_one
 from ooc_moe.bench.torch_setup import torch_threads
-from ooc_moe.config.agent import PRESETS, AgentConfig
-from ooc_moe.config.run import PPOConfig, RunConfig
+from ooc_moe.config.run import RunConfig
 from ooc_moe.display.progress import passing_bar
-from ooc_moe.envs import ATARI_GAMES
 from ooc_moe.learning.learner import Learner
 from ooc_moe.learning.protection import Unprotected
 from ooc_moe.learning.rollout import Collector, Rollout
@@ -37,81 +34,10 @@ from ooc_moe_client.hbm.cache import ExpertCache
 from ooc_moe_client.in_memory import InMemoryStore
 from ooc_moe_wire.errors import InvalidRequest
 
-GAMES = ("krull", "pixel/catch")
-RETURNS_GAMES = ("pixel/catch", "pixel/cross")
-FULL_GAMES = ("krull", "crazy_climber")
-ROUNDS, SEEDS = 7, 3
-STEPS, FULL_STEPS = 61_440, 204_800
 PATHS = 3  # Paths in each game: our PPO, SB3 in its own environments, and SB3 in ours.
 TOLERANCE = 1e-5
 # Returns are taken from the games that end in the last quarter of a training.
 LAST_PART = 0.25
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LearningBench:
-    """The options of `ooc-moe bench learning`: in which games to measure speeds (`games`) and returns (`returns_games`), and how often.
-
-    A return is that of a training of `steps` environment steps; there is one for each of `seeds` seeds.
-
-    Raises:
-        InvalidRequest: a game is unknown, or a number is below 1.
-    """
-
-    games: tuple[str, ...] = GAMES
-    returns_games: tuple[str, ...] = RETURNS_GAMES
-    rounds: int = ROUNDS
-    steps: int = STEPS
-    seeds: int = SEEDS
-    threads: int = 1
-    env_threads: int = 2
-
-    def __post_init__(self) -> None:
-        for game in (*self.games, *self.returns_games):
-            envs.check_name(game)
-        check_at_least_one(rounds=self.rounds, steps=self.steps, seeds=self.seeds, threads=self.threads, env_threads=self.env_threads)
-
-    def run_config(self, game: str, seed: int = 0) -> RunConfig:
-        """The configuration with which both learners learn `game`. Atari: 42 x 42 pixels, four frames. Pixel games: 10 x 10, two frames."""
-        pixel = game not in ATARI_GAMES
-        agent, ppo = (PIXEL_AGENT, PIXEL_PPO) if pixel else (ATARI_AGENT, ATARI_PPO)
-        return RunConfig(
-            run_dir=Path("bench"),
-            games=(game,),
-            agent=agent,
-            ppo=ppo,
-            steps_per_game=-(-self.steps // (ppo.num_envs * ppo.rollout_steps)) * ppo.num_envs * ppo.rollout_steps,
-            seed=seed,
-            threads=self.threads,
-            env_threads=self.env_threads,
-        )
-
-
-def dense(config: AgentConfig) -> AgentConfig:
-    """Returns the configuration of a dense network: one expert in each layer, as wide as `top_k` experts of `config` together.
-
-    Its context is one frame, because SB3's network also sees each observation by itself.
-    """
-    return replace(
-        config,
-        routing="token",
-        banks="per-layer",
-        num_experts=1,
-        top_k=1,
-        pool_size=1,
-        hidden=config.top_k * config.hidden,
-        context=1,
-        balance_weight=0.0,
-        router_noise=0.0,
-    )
-
-
-ATARI_AGENT = dense(replace(PRESETS["demo"], num_layers=1))
-PIXEL_AGENT = dense(
-    replace(PRESETS["demo"], num_layers=1, frame_size=10, frame_stack=2, stem_channels=(16, 32), stem_kernels=(2, 3), stem_strides=(1, 2))
-)
-ATARI_PPO = PPOConfig(num_envs=16, rollout_steps=64, epochs=3, minibatch_segments=256)
-PIXEL_PPO = PPOConfig(num_envs=32, rollout_steps=32, epochs=3, minibatch_segments=256, learning_rate=2e-3, gamma=0.9, entropy_coef=0.005)
 
 
 class OurPPO:

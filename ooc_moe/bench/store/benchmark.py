@@ -21,6 +21,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 from rich.console import Console
 
@@ -33,6 +34,7 @@ from ooc_moe.bench.store.stats_load import STREAMS, stats_latencies, streaming_c
 from ooc_moe.display.formats import format_size
 from ooc_moe.display.progress import passing_bar
 from ooc_moe.metrics import provenance
+from ooc_moe_wire.command_line import Flag
 from ooc_moe_wire.errors import InvalidRequest
 
 log = logging.getLogger(__name__)
@@ -93,11 +95,16 @@ class StoreBench:
         InvalidRequest: a size cannot be moved by O_DIRECT, `rounds` is out of range, or a name in `paths` is unknown.
     """
 
-    data_dir: Path  # On the disk to measure. A directory is made in it, and removed at the end.
-    sizes: tuple[int, ...] = SIZES
-    rounds: int | None = None
-    paths: tuple[str, ...] = ()  # Groups, or group/path with dashes for spaces: fetch, push/local, fetch/local-xxh3. Empty: all.
+    rounds: Annotated[int | None, Flag(default=f"{ROUNDS}; {QUICK_ROUNDS} with --quick")] = None
+    """Interleaved rounds."""
+    sizes: Annotated[tuple[int, ...], Flag(is_size=True, default="256KiB,8MiB,24MiB")] = SIZES
+    """Sizes of a record."""
+    paths: tuple[str, ...] = ()
+    """Measure only these: fetch, push, nvme, stats, or a path with dashes for spaces, such as fetch/memcpy or push/local."""
+    data_dir: Annotated[Path, Flag(metavar="DIR")] = Path()
+    """A directory on the disk to measure. A new directory is made in it, and removed at the end."""
     quick: bool = False
+    """A first look: few records, 3 rounds. Do not quote its figures."""
 
     def __post_init__(self) -> None:
         for size in self.sizes:

@@ -9,10 +9,29 @@ import difflib
 import io
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 
 from ooc_moe_wire.errors import InvalidRequest
+
+SHELLS = ("bash", "zsh", "fish", "tcsh")
+_COMPLETION = {"--tyro-print-completion": 1, "--tyro-write-completion": 2}  # The words that follow: SHELL, or SHELL and PATH.
+
+
+def asks_tyro(words: Sequence[str]) -> bool:
+    """Returns whether the words ask for help or for a completion script, which tyro prints before it exits.
+
+    Raises:
+        InvalidRequest: the words ask for a completion script of an unknown shell, or name no file for it.
+    """
+    first = words[0].replace("_", "-") if words else ""
+    if first not in _COMPLETION:
+        return "-h" in words or "--help" in words
+    if len(words) <= _COMPLETION[first]:
+        raise InvalidRequest(f"{first} needs a {'shell' if _COMPLETION[first] == 1 else 'shell and a file'}")
+    if words[1] not in SHELLS:
+        raise InvalidRequest(f"{first}: {words[1]!r} is not one of {', '.join(SHELLS)}")
+    return True
 
 
 def closest(word: str, known: Iterable[str]) -> str:
@@ -73,4 +92,4 @@ def _reworded(box: str) -> str:
 
 
 def _label(flag: str) -> str:
-    return flag.strip("[]").removeprefix("--").replace("-", "_")  # [BANK]: any number of positional arguments.
+    return flag.removeprefix("--").replace("-", "_")

@@ -41,7 +41,9 @@ class Flag:
     positional: bool = False
     """Whether the user gives the value alone, without a flag before it."""
     default: str | None = None
-    """The text that the help shows as the default; None: the field's default."""
+    """The default that the help shows; None: the field's default."""
+    is_size: bool = False
+    """Whether the value is a number of bytes, written like 8MiB. Fields named *_bytes are sizes without it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,10 +81,14 @@ class Option:
         return get_args(self.type) if get_origin(self.type) is Literal else ()
 
     @property
+    def is_size(self) -> bool:
+        """Whether the value is a number of bytes, written like 8MiB."""
+        return self.type is int and (self.name.endswith("_bytes") or self.shown.is_size)
+
+    @property
     def metavar(self) -> str:
         """The placeholder for the value in the help, such as N or PATH."""
-        is_size = self.type is int and self.name.endswith("_bytes")
-        word = self.shown.metavar or "|".join(self.choices) or ("SIZE" if is_size else _METAVARS[self.type])
+        word = self.shown.metavar or "|".join(self.choices) or ("SIZE" if self.is_size else _METAVARS[self.type])
         if self.many and self.shown.metavar is None:
             return {"N": "N,N,...", "NAME": "A,B,..."}.get(word, f"{word},...")
         return word
@@ -95,8 +101,6 @@ class Option:
         if self.optional and [word.lower() for word in words] == [NONE]:
             return None
         if self.many:
-            if not words and self.default is dataclasses.MISSING:
-                raise ValueError("at least one is required")
             parts = [part.strip() for word in words for part in word.split(",")]
             if not all(parts):
                 raise ValueError(f"{','.join(words)!r} is not a list of names with commas between (one is empty)")
@@ -108,7 +112,7 @@ class Option:
             if word not in self.choices:
                 raise ValueError(f"{word!r} is not one of {', '.join(self.choices)}")
             return word
-        if self.type is int and self.name.endswith("_bytes"):
+        if self.is_size:
             return parse_size(word)
         reader, what = _READERS.get(self.type, (self.type, "a value"))
         try:

@@ -15,8 +15,9 @@ from typing import Annotated, Any, TypeVar
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
-from ooc_moe_wire.command_line.mistakes import one_line_errors
+from ooc_moe_wire.command_line.mistakes import asks_tyro, one_line_errors
 from ooc_moe_wire.command_line.options import NONE, Option
+from ooc_moe_wire.errors import InvalidRequest
 
 T = TypeVar("T")
 
@@ -60,15 +61,21 @@ def parse(groups: Sequence[Group], words: Sequence[str], *, prog: str, descripti
     options = [option for group in groups for option in group.options]
     words = _joined(options, words, several=not has_positional(options))
     arguments: dict[str, Any] = {"args": words, "prog": prog, "description": description_of(description)}
-    if any(word in ("-h", "--help") or word.startswith("--tyro-") for word in words):
+    if asks_tyro(words):
         tyro.cli(tyro_type(groups), **arguments)
     with one_line_errors():
         made = tyro.cli(tyro_type(groups), **arguments)
+    given = tuple(dict.fromkeys(option.name for option in _named(options, words) if option))
     values: dict[str, Any] = {}
     for index, group in enumerate(groups):
         members = getattr(made, f"group{index}") if group.title else made
         values |= {option.name: getattr(members, option.name) for option in group.options}
-    return Parsed(values=values, given=tuple(dict.fromkeys(option.name for option in _named(options, words) if option)))
+    for option in options:
+        if option.many and option.default is dataclasses.MISSING and not values[option.name]:
+            raise InvalidRequest(f"{option.metavar} is required; see `{prog} --help`")  # For tyro, no words are a list too.
+        if option.type is bool and option.default is None and option.name not in given:
+            values[option.name] = None  # tyro has no switch that is neither on nor off.
+    return Parsed(values=values, given=given)
 
 
 def _named(options: Sequence[Option], words: Sequence[str]) -> Iterator[Option | None]:
@@ -157,7 +164,7 @@ def _tyro_field(option: Option, *, several: bool) -> tuple[str, Any, Any]:
     )
     if option.type is bool:
         annotation = Annotated[bool, shown] if option.paired else Annotated[bool, tyro.conf.FlagCreatePairsOff, shown]
-        return option.name, annotation, field(default=option.default)
+        return option.name, annotation, field(default=bool(option.default))
     spec: PrimitiveConstructorSpec[Any] = PrimitiveConstructorSpec(
         nargs="*" if option.many and several else 1,
         metavar=option.metavar,

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Union
 
 import tyro
 
-from ooc_moe_wire.command_line.mistakes import closest
+from ooc_moe_wire.command_line.mistakes import asks_tyro, closest
 from ooc_moe_wire.command_line.options import options_of
 from ooc_moe_wire.command_line.parsing import Group, Parsed, description_of, parse, tyro_type
 from ooc_moe_wire.errors import InvalidRequest
@@ -38,7 +38,9 @@ class Program:
     description: str
     commands: Mapping[str, Command]
     topics: Mapping[str, str] = field(default_factory=dict)
-    """For commands of two words: the help text of each first word."""
+    """For commands of two words: the help text of the first word."""
+    version: Callable[[], str] | None = None
+    """Finds the version that --version prints; None: the program has no such option."""
 
     def run(self, words: Sequence[str]) -> int:
         """Runs the command that the words name, and returns its exit code.
@@ -49,6 +51,9 @@ class Program:
             InvalidRequest: the words name an unknown command, or are no valid options of the command.
             SystemExit: the words ask for help or for a completion script, which was printed.
         """
+        if self.version is not None and words[:1] == ["--version"]:
+            print(f"{self.name} {self.version()}")
+            return 0
         name = self._command_of(words)
         if name is None:
             return self._list(words)
@@ -64,14 +69,15 @@ class Program:
         return "" if "" in self.commands and (not words or words[0].startswith("-")) else None
 
     def _list(self, words: Sequence[str]) -> int:
-        """Prints the list of commands, or a completion script. Raises InvalidRequest if a word is an unknown command."""
+        """Prints the list of commands or a completion script. Raises InvalidRequest for an unknown command or option."""
         topic = words[0] if words and words[0] in self.topics else ""
         rest = words[1:] if topic else words
+        hint = f"; `{f'{self.name} {topic}'.strip()} --help` lists the commands"
         if rest and not rest[0].startswith("-"):
             members = [name.removeprefix(topic).split()[0] for name in self.commands if name and name.startswith(topic)]
-            prog = f"{self.name} {topic}".strip()
-            hint = closest(rest[0], members) or f"; `{prog} --help` lists the commands"
-            raise InvalidRequest(f"unknown command {rest[0]!r}{hint}")
+            raise InvalidRequest(f"unknown command {rest[0]!r}{closest(rest[0], members) or hint}")
+        if rest and not asks_tyro(words):
+            raise InvalidRequest(f"unknown option {rest[0]}{hint}")
         arguments = list(words) if rest else [*words, "--help"]
         tree = self._tree(with_options=rest[:1] not in ([], ["--help"], ["-h"]))
         tyro.cli(tree, args=arguments, prog=self.name, description=description_of(self.description))

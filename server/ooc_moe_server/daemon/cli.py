@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -68,7 +69,7 @@ The bound addresses are logged, and written to daemon.json in the data directory
 acknowledged push survives even kill -9. Health and reflection are served: grpcurl shows every call.
 
 A flag overrides the environment (OOC_MOE_SERVER_ and the option's name in capitals), the environment overrides the file of --config, and
-the file overrides the defaults.
+the file overrides the defaults. ooc-moe-server --version prints the version.
 """
 
 
@@ -182,6 +183,7 @@ class Rebuild:
 PROGRAM = Program(
     name="ooc-moe-server",
     description=SERVE_HELP,
+    version=lambda: version("ooc-moe"),
     commands={
         "": Command(description=SERVE_HELP, groups=serve_groups, run=serve),
         "verify": command_of(Verify),

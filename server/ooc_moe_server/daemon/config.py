@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from ooc_moe_server.dram.arena import check_dram_bytes
-from ooc_moe_wire.errors import InvalidRequest
+from ooc_moe_wire.errors import InvalidRequest, require_at_least
 from ooc_moe_wire.layout import BLOCK_BYTES
 
 UNIX_PATH_BYTES_MAX = 107
@@ -48,8 +48,7 @@ class ServerConfig:
         for name, quota in (("nvme_bytes", self.nvme_bytes), ("bank_bytes", self.bank_bytes)):
             if quota is not None and quota < BLOCK_BYTES:
                 raise InvalidRequest(f"{name}: {quota} is not at least a block of {BLOCK_BYTES}")
-        if not self.grace_s >= 0:
-            raise InvalidRequest(f"grace_s: {self.grace_s} is not at least 0")
+        require_at_least(0, grace_s=self.grace_s)
         if not self.listen:
             raise InvalidRequest("listen: at least one address is needed")
         for address in self.listen:

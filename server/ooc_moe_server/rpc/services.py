@@ -22,7 +22,7 @@ from ooc_moe_server.rpc import replies
 from ooc_moe_server.rpc.pacing import MessagePacer
 from ooc_moe_server.stats import Scopes
 from ooc_moe_wire.codec import TRAINER_BYTES_MAX, TRAINER_KEY, ChunkView
-from ooc_moe_wire.errors import InvalidRequest, LeaseExpired, Unavailable
+from ooc_moe_wire.errors import InvalidRequest, LeaseExpired, Unavailable, require_at_least
 from ooc_moe_wire.layout import BankSpec
 from ooc_moe_wire.v1 import (
     bank_pb2,
@@ -198,8 +198,7 @@ class StatsService(stats_pb2_grpc.StatsServiceServicer):
     async def WatchStats(self, request: stats_pb2.WatchStatsRequest, context: Context) -> None:  # type: ignore[override]
         """Sends all counters again and again, at the interval that the request names, until the caller hangs up or the daemon drains."""
         interval_ms = request.interval_ms or WATCH_INTERVAL_MS
-        if interval_ms < WATCH_INTERVAL_MS_MIN:
-            raise InvalidRequest(f"interval_ms: {interval_ms} is less than {WATCH_INTERVAL_MS_MIN}")
+        require_at_least(WATCH_INTERVAL_MS_MIN, interval_ms=interval_ms)
         while not self.draining.is_set():
             await context.write(self._stats())
             with contextlib.suppress(TimeoutError):

@@ -839,6 +839,11 @@ def test_what_is_still_queued_can_be_cancelled(gated: GatedStore, bank: str):
         assert (stats.prefetch_issued, stats.prefetch_cancelled) == (3, 3)
 
 
+def test_a_prefetch_queue_of_negative_length_is_refused(gated: GatedStore, bank: str):
+    with pytest.raises(InvalidRequest, match="prefetch_experts_max: -1 is not at least 0"):
+        ExpertCache(gated, bank, capacity_experts=1, prefetch_experts_max=-1)
+
+
 def test_the_prefetch_queue_is_bounded_and_the_oldest_gives_way(gated: GatedStore, bank: str):
     with ExpertCache(gated, bank, capacity_experts=1, prefetch_experts_max=2) as cache:
         visit(cache, [0])

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import importlib
 import io
 import json
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ from rich.console import Console
 
 from ooc_moe.cli.dashboard import render
 from ooc_moe.cli.main import PROGRAM, main
+from ooc_moe.cli.runs import EVALUATION
 from ooc_moe.config.agent import PRESETS
 from ooc_moe.config.run import RunConfig
 from ooc_moe_client.remote.store import RemoteStore
@@ -313,6 +318,26 @@ def test_a_fork_to_a_name_that_is_taken_is_refused(run: Run, shared_daemon: Any,
     assert_refused(run("bank", "fork", bank, bank, "--store", shared_daemon.target), bank)
 
 
+@pytest.mark.parametrize(
+    ("words", "missing"),
+    [
+        ("bank show", "BANK"),
+        ("bank rm", "BANK"),
+        ("bank fork", "SOURCE"),
+        ("bank fork first/experts", "NEW"),
+        ("snapshot create", "BANK"),
+        ("snapshot restore", "ID"),
+        ("branch", "RUN_DIR"),
+        ("branch runs/first", "NEW_DIR"),
+        ("eval", "RUN_DIR"),
+        ("report", "RUN_DIR"),
+    ],
+)
+def test_an_argument_that_is_missing_is_named_as_in_the_help(run: Run, words: str, missing: str) -> None:
+    command = " ".join(words.split()[: 1 if words.split()[0] in PROGRAM.commands else 2])
+    assert_refused(run(*words.split()), f"error: {missing} is required; see `ooc-moe {command} --help`\n")
+
+
 # Reports
 
 
@@ -446,25 +471,6 @@ def test_a_mistake_on_the_command_line_of_train_is_one_line(run: Run, tmp_path: 
     assert not (tmp_path / "r").exists()
 
 
-@pytest.mark.parametrize(
-    ("command", "missing"),
-    [
-        ("branch", "RUN_DIR"),
-        ("branch runs/first", "NEW_DIR"),
-        ("eval", "RUN_DIR"),
-        ("report", "RUN_DIR"),
-        ("bank show", "BANK"),
-        ("bank rm", "BANK"),
-        ("bank fork", "SOURCE"),
-        ("bank fork first/experts", "NEW"),
-        ("snapshot create", "BANK: at least one"),
-        ("snapshot rm", "ID"),
-    ],
-)
-def test_an_argument_that_is_missing_is_named_as_in_the_help(run: Run, command: str, missing: str) -> None:
-    assert_refused(run(*command.split()), f"{missing} is required")
-
-
 @pytest.mark.parametrize("name", ["bad name", "é", "x" * 101, ".."])
 def test_a_run_whose_banks_cannot_carry_its_name_is_refused_before_anything_is_made(run: Run, tmp_path: Path, name: str) -> None:
     directory = tmp_path / name if name != ".." else Path("/")
@@ -557,8 +563,28 @@ def test_eval_asks_for_the_run_and_what_was_given(run: Run, tmp_path: Path, monk
     monkeypatch.setattr("ooc_moe.evaluation.evaluate.evaluate_run", lambda run_dir, console, **options: asked.append((run_dir, options)))
     flags = ("--store", "storage:50051", "--plane", "local", "--eval-envs", 3, "--recognise", "oracle", "--constants")
     assert run("eval", tmp_path, *flags).code == 0
-    options = {"store": "storage:50051", "plane": "local", "eval_envs": 3, "eval_unseen": False, "recognise": "oracle", "constants": True}
+    options = {"store": "storage:50051", "plane": "local", "eval_envs": 3, "recognise": "oracle", "constants": True}
     assert asked == [(tmp_path, options)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "unseen"), [((), {}), (("--eval-unseen",), {"eval_unseen": True}), (("--no-eval-unseen",), {"eval_unseen": False})]
+)
+def test_eval_keeps_the_values_of_the_run_unless_a_flag_changes_them(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], unseen: dict[str, bool]
+) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr("ooc_moe.evaluation.evaluate.evaluate_run", lambda run_dir, console, **options: asked.append(options))
+    assert run("eval", tmp_path, *flags).code == 0
+    assert asked == [{"store": None, "constants": False, **unseen}]
+
+
+def test_eval_describes_its_options_as_train_does() -> None:
+    of_eval, of_train = (
+        {option.name: option for group in PROGRAM.commands[name].groups() for option in group.options} for name in ("eval", "train")
+    )
+    for name in EVALUATION:
+        assert (of_eval[name].help, of_eval[name].type) == (of_train[name].help, of_train[name].type)
 
 
 def test_report_asks_for_the_run_and_those_that_it_is_measured_by(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -621,6 +647,29 @@ def test_every_option_has_a_help_text_and_no_two_have_one_name(command: str) -> 
     assert len(set(flags)) == len(flags)
 
 
+@pytest.mark.parametrize(
+    ("command", "configs"),
+    [
+        ("bench store", ("store.benchmark.StoreBench",)),
+        ("bench cache", ("cache.options.LayerBench", "cache.options.CacheBench")),
+        ("bench learning", ("learning.options.LearningBench",)),
+    ],
+)
+def test_a_benchmark_has_an_option_for_each_field_of_its_configuration(command: str, configs: tuple[str, ...]) -> None:
+    options = {option.name for group in PROGRAM.commands[command].groups() for option in group.options}
+    for name in configs:
+        module, _, config = name.rpartition(".")
+        found = getattr(importlib.import_module(f"ooc_moe.bench.{module}"), config)
+        assert options >= {field.name for field in dataclasses.fields(found)}
+
+
+@pytest.mark.parametrize("command", PROGRAM.commands)
+def test_help_says_compared_with_and_not_beside(command: str) -> None:
+    chosen, topic = PROGRAM.commands[command], PROGRAM.topics.get(command.split()[0], "")
+    texts = [topic, chosen.description, *(option.help for group in chosen.groups() for option in group.options)]
+    assert [text for text in texts if re.search(r"\bbeside\b", text)] == []
+
+
 def test_a_flag_without_a_value_is_shown_without_one(run: Run) -> None:
     text = run("bank", "rm", "--help").raw
     assert "--yes" in text
@@ -635,6 +684,13 @@ def test_the_program_lists_its_commands_and_names_what_is_unknown(run: Run) -> N
     assert all(word in run("bank", "--help").out for word in ("ls", "show", "rm", "fork"))
     assert_refused(run("trian"), "unknown command 'trian'; did you mean 'train'?")
     assert_refused(run("bank", "xyz"), "unknown command 'xyz'; `ooc-moe bank --help` lists the commands")
+    assert_refused(run("--json"), "unknown option --json; `ooc-moe --help` lists the commands")
+    assert_refused(run("bank", "--x"), "unknown option --x; `ooc-moe bank --help` lists the commands")
+
+
+def test_the_program_prints_its_version(run: Run) -> None:
+    ran = run("--version")
+    assert (ran.code, ran.raw, ran.err) == (0, f"ooc-moe {version('ooc-moe')}\n", "")
 
 
 def test_a_completion_script_knows_the_options(run: Run) -> None:
@@ -644,7 +700,10 @@ def test_a_completion_script_knows_the_options(run: Run) -> None:
 
 
 def test_help_and_statistics_do_not_import_torch() -> None:
-    code = "import sys, ooc_moe.cli.main; sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
+    code = (
+        "import sys; from ooc_moe.cli.main import PROGRAM; [command.groups() for command in PROGRAM.commands.values()]; "
+        "sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

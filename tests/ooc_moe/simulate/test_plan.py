@@ -134,20 +134,31 @@ def test_the_command_plans_presets_and_runs(tmp_path, capsys):
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (run_dir / "config.json").write_text(config().to_json())
-    for chosen, experts in ((["--config", str(run_dir)], 24), (["--config", "demo", "--num-games", "5"], 40)):
+    for chosen, experts in ((["--config", str(run_dir)], 24), (["--preset", "demo", "--num-games", "5"], 40)):
         with pytest.raises(SystemExit) as stopped:
             main(["plan", *chosen, "--hbm-experts", "6", "--gpu-bytes", "1GB", "--nvme-bytes", "1GB", "--steps-per-s", "100", "--json"])
         assert stopped.value.code == 0
         printed = json.loads(capsys.readouterr().out)
         assert (printed["num_experts"], printed["hbm_experts"]) == (experts, 6)
         assert len(printed["findings"]) == 2
+    (tmp_path / "run.toml").write_text("num_layers = 2\npool_size = 3\n")
+    for chosen, experts in (
+        (["--config", str(run_dir / "config.json")], 24),
+        (["--preset", "tiny", "--config", str(tmp_path / "run.toml"), "--num-games", "4"], 4 * 2 * 3),
+    ):
+        with pytest.raises(SystemExit):
+            main(["plan", *chosen, "--json"])
+        assert json.loads(capsys.readouterr().out)["num_experts"] == experts
     with pytest.raises(SystemExit):
-        main(["plan", "--config", "demo", "--gpu-bytes", "1MB"])
+        main(["plan", "--preset", "demo", "--gpu-bytes", "1MB"])
     assert "will not work" in capsys.readouterr().out
     for bad, said in (
-        (["--config", "huge"], "config: 'huge'"),
+        (["--preset", "huge"], "preset: 'huge' is not one of tiny, demo, full"),
+        (["--config", "huge"], "config: huge cannot be read: No such file"),
         (["--gpu-bytes", "lots"], "gpu_bytes: 'lots'"),
         (["--latency", "x"], "latency: 'x'"),
+        (["--num-games", "0"], "num_games: 0 is not at least 1"),
+        (["--measure", "--device", "tpu"], "device: 'tpu' is neither cpu nor cuda"),
     ):
         with pytest.raises(SystemExit):
             main(["plan", *bad])

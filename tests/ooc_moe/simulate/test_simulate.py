@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ooc_moe.cli.main import main
+from ooc_moe.cli.simulate import SIMULATE
 from ooc_moe.metrics.trace import Mark, Trace, TraceInfo, read_trace, write_trace
 from ooc_moe.simulate.replay import Latency, Link, Prefetch, Setup, replay
 from ooc_moe.simulate.sweep import Sweep, capacity, latency, run, seconds
@@ -255,15 +256,21 @@ def test_words_are_understood():
         (["TRACE", "--dram", "1.5"], "dram: '1.5'"),
         (["TRACE", "--policy", "fifo"], "policy: 'fifo' is not one of"),
         (["TRACE", "--dram-policy", "belady"], "dram_policy: 'belady' is not one of"),
+        (["--make", "new.trace", "--per-call", "0"], "per_call: 0 is not at least 1"),
         (["TRACE", "--prefetch", "oracle"], "prefetch: 'oracle' is not one of"),
-        (["TRACE", "--latency", "tape=1s+1MB/s"], "latency: 'tape=1s\\+1MB/s' is not tier=latency"),
+        (["TRACE", "--latency", "tape=1s+1MB/s"], "latency: tier 'tape' is not one of dram, nvme"),
+        (["TRACE", "--latency", "nvme"], "latency: 'nvme' is not tier=latency"),
+        (["TRACE", "--latency", "nvme=1s+3"], "latency: 'nvme=1s\\+3' is not tier=latency"),
+        (["TRACE", "--detect-after", "-1"], "detect_after: -1 is not at least 0"),
         (["TRACE", "--latency", "nvme=1s+0B/s"], "would never end"),
         (["TRACE", "--compute", "soon"], "compute: 'soon' is not a time"),
-        (["TRACE", "--switch-every", "0"], "switch_every: 0"),
+        (["TRACE", "--switch-every", "0"], "switch_every: 0 is not at least 1"),
         (["TRACE", "--switch-every", "x"], "switch_every: 'x'"),
         (["TRACE", "--detect-accuracy", "2"], "detect_accuracy: 2.0"),
         (["TRACE", "--plot", "p.sheet"], "plot: "),
         (["--make", "new.trace", "--experts", "3", "--games", "4"], "experts: 3 is less than one for each of 4 games"),
+        (["--make", "new.trace", "--games", "0"], "games: 0 is not at least 1"),
+        (["--make", "new.trace", "--eval-every", "0"], "eval_every: 0 is not at least 1"),
         (["--make", "TRACE"], "exists"),
         (["--make", "new.trace", "--hbm", "many"], "hbm: 'many'"),
     ],
@@ -278,6 +285,11 @@ def test_bad_words_are_refused_by_name(tmp_path, monkeypatch, capsys, arguments,
     said = capsys.readouterr().err
     assert re.search(message, said), said
     assert not (tmp_path / "new.trace").exists()
+
+
+def test_each_setting_of_a_made_trace_is_an_option():
+    options = {option.name for group in SIMULATE.groups() for option in group.options}
+    assert options >= {field.name for field in dataclasses.fields(SyntheticTraceConfig)}
 
 
 def test_the_command_replays_saves_and_draws(tmp_path, capsys, monkeypatch):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
-from ooc_moe_server.daemon.cli import SERVE_HELP, serve_groups, server_config
+from ooc_moe_server.daemon.cli import PROGRAM, SERVE_HELP, serve_groups, server_config
 from ooc_moe_server.daemon.config import ServerConfig
 from ooc_moe_wire.command_line import parse
 from ooc_moe_wire.errors import InvalidRequest
@@ -16,6 +17,11 @@ from ooc_moe_wire.errors import InvalidRequest
 
 def config_of(*words: str, **environ: str) -> ServerConfig:
     return server_config(parse(serve_groups(), words, prog="ooc-moe-server", description=SERVE_HELP), environ)
+
+
+def test_the_program_prints_its_version(capsys):
+    assert PROGRAM.run(["--version"]) == 0
+    assert capsys.readouterr().out == f"ooc-moe-server {version('ooc-moe')}\n"
 
 
 def test_every_flag_reaches_the_configuration():

@@ -53,7 +53,7 @@ def test_watching_gives_a_message_now_and_one_per_interval(client):
     first, second = next(watch), next(watch)
     assert second.uptime_s - first.uptime_s >= 0.09
     watch.cancel()
-    with client.refused(InvalidRequest, "interval_ms: 99"):
+    with client.refused(InvalidRequest, "interval_ms: 99 is not at least 100"):
         list(client.statistics.WatchStats(stats_pb2.WatchStatsRequest(interval_ms=99), timeout=30))
 
 

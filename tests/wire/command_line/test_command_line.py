@@ -20,6 +20,7 @@ from ooc_moe_wire.command_line import (
     from_file,
     options_of,
     parse,
+    with_defaults,
 )
 from ooc_moe_wire.errors import InvalidRequest
 
@@ -79,6 +80,7 @@ PROGRAM = Program(
     description="A tool.\n\n$ tool try x",
     commands={"try": command_of(Options), "sub one": command_of(Other), "sub two": command_of(Other)},
     topics={"sub": "Below."},
+    version=lambda: "1.2.3",
 )
 
 
@@ -130,6 +132,21 @@ def test_a_list_without_arguments_after_it_may_be_several_words(words: str):
     assert parse([group], words.split(), prog="tool", description="").values["names"] == ("a", "b", "c")
 
 
+def test_a_list_may_hold_sizes():
+    @dataclass(frozen=True, kw_only=True)
+    class Sized:
+        sizes: Annotated[tuple[int, ...], Flag(is_size=True)] = ()
+
+    (sizes,) = options_of(Sized)
+    assert (sizes.metavar, sizes.read(["1KiB,7"])) == ("SIZE,...", (1024, 7))
+
+
+@pytest.mark.parametrize(("words", "value"), [("", None), ("--grow", True), ("--no-grow", False)])
+def test_a_paired_switch_may_be_neither_on_nor_off(words: str, value: bool | None):
+    grow = with_defaults((option for option in OPTIONS if option.name == "grow"), {"grow": None})
+    assert parse([Group(title="", options=grow)], words.split(), prog="tool", description="").values == {"grow": value}
+
+
 def test_what_was_given_is_known_in_order_and_by_field():
     assert parsed("x", "--num=3", "--no-grow", "-q", "--size_bytes", "1", "--num", "4", "--json").given == (
         "num",
@@ -177,10 +194,26 @@ def test_a_program_runs_its_commands_and_names_what_is_unknown(capsys: pytest.Ca
     for words, said in (
         (["tri"], "unknown command 'tri'; did you mean 'try'?"),
         (["sub", "three"], "unknown command 'three'; `tool sub --help` lists the commands"),
+        (["--json"], "unknown option --json; `tool --help` lists the commands"),
+        (["--json", "try"], "unknown option --json; `tool --help` lists the commands"),
+        (["sub", "--x"], "unknown option --x; `tool sub --help` lists the commands"),
+        (["sub", "--version"], "unknown option --version; `tool sub --help` lists the commands"),
+        (["--tyro-bogus"], "unknown option --tyro-bogus; `tool --help` lists the commands"),
+        (["try", "x", "--tyro-bogus"], "unknown option --tyro-bogus"),
+        (["--tyro-print-completion", "dos"], "--tyro-print-completion: 'dos' is not one of bash, zsh, fish, tcsh"),
+        (["try", "--tyro-print-completion", "dos"], "--tyro-print-completion: 'dos' is not one of bash, zsh, fish, tcsh"),
+        (["--tyro-print-completion"], "--tyro-print-completion needs a shell"),
+        (["--tyro-write-completion", "bash"], "--tyro-write-completion needs a shell and a file"),
     ):
         with pytest.raises(InvalidRequest) as error:
             PROGRAM.run(words)
         assert str(error.value) == said
+        assert capsys.readouterr() == ("", "")
+
+
+def test_a_program_prints_its_version(capsys: pytest.CaptureFixture[str]):
+    assert PROGRAM.run(["--version"]) == 0
+    assert capsys.readouterr().out == "tool 1.2.3\n"
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["sub"], ["sub", "-h"], ["try", "--help"]])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ooc_moe.bench.cache import bandwidth, training
-from ooc_moe.bench.cache.benchmark import CacheBench
+from ooc_moe.bench.cache.options import CacheBench
 from ooc_moe.bench.cache.results import NOTES, Ratio, Row, save
 from ooc_moe.bench.cache.testbed import LAYERS, Setting
 from ooc_moe.bench.cache.trainer import Trainer, check_equal
@@ -140,7 +140,8 @@ def test_the_table_is_kept_with_its_notes(tmp_path):
         ({"sizes": ("huge",)}, "sizes: 'huge' is not one of tiny, demo, full"),
         ({"rounds": 0}, "rounds: 0 is not at least 1"),
         ({"threads": 0}, "threads: 0 is not at least 1"),
-        ({"device": "tpu"}, "device: 'tpu' is not one of auto, cpu"),
+        ({"device": "tpu"}, "device: 'tpu' is neither cpu nor cuda"),
+        ({"device": "cuda:99"}, "device: 'cuda:99' cannot be used here: "),
     ],
 )
 def test_a_mistake_is_named(wrong, said):

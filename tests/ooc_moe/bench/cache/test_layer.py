@@ -10,7 +10,8 @@ import torch
 from rich.console import Console
 
 from ooc_moe.bench.cache import layer
-from ooc_moe.bench.cache.layer import NOTES, LayerBench, Row, save
+from ooc_moe.bench.cache.layer import NOTES, Row, save
+from ooc_moe.bench.cache.options import LayerBench
 from ooc_moe.bench.harness import Spread, WrongBytes
 from ooc_moe.moe.layer import TieredExperts
 from tests.ooc_moe.commands import exit_code
@@ -48,7 +49,7 @@ def test_a_layer_that_computes_something_else_is_not_timed(monkeypatch):
         (["--tokens", "many"], "tokens: 'many' is not a whole number"),
         (["--rounds", "0"], "rounds: 0 is not at least 1"),
         (["--threads", "0"], "threads: 0 is not at least 1"),
-        (["--device", "tpu"], "device: 'tpu' is not one of auto, cpu"),
+        (["--device", "tpu"], "device: 'tpu' is not one of auto, cpu, cuda"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_it(capsys, words, said):

@@ -13,7 +13,8 @@ import torch
 
 from ooc_moe.bench.harness import Spread, WrongBytes
 from ooc_moe.bench.learning import benchmark
-from ooc_moe.bench.learning.benchmark import ATARI_AGENT, PIXEL_AGENT, LearningBench, OurPPO, check_same_network
+from ooc_moe.bench.learning.benchmark import OurPPO, check_same_network
+from ooc_moe.bench.learning.options import ATARI_AGENT, PIXEL_AGENT, LearningBench
 from ooc_moe.bench.learning.results import NOTES, Returns, Speed, save
 from ooc_moe.config.agent import PRESETS
 from ooc_moe.config.run import PPOConfig
@@ -107,8 +108,8 @@ def test_sb3_sees_our_environments_frames_and_clipped_rewards(small):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--games", "krul"], "game: 'krul' is unknown; did you mean krull"),
-        (["--returns", "pixel/none"], "game: 'pixel/none' is not one of"),
+        (["--games", "krul"], "game: 'krul' is unknown; did you mean 'krull'? (`ooc-moe games` lists all games)"),
+        (["--returns", "pixel/none"], "game: 'pixel/none' is unknown"),
         (["--rounds", "0"], "rounds: 0 is not at least 1"),
         (["--seeds", "0"], "seeds: 0 is not at least 1"),
         (["--steps", "0"], "steps: 0 is not at least 1"),
