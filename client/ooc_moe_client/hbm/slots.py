@@ -108,7 +108,7 @@ class HostSlots:
 
     def copy_back(self, slot: int, buffer: Tensor) -> None:
         """Copies `buffer` to the slot before it returns."""
-        self._rows[slot].copy_(buffer)
+        self._bytes[slot].data[:] = buffer.numpy().data
 
     def host_buffer(self) -> Tensor:
         """Allocates an ordinary (not page-locked) buffer for one slot's bytes."""
