@@ -71,6 +71,7 @@ class Demand:
 
         `updating`: the caller will write the experts. `ExpertCache.reading` documents the other arguments and the errors.
         """
+        self._shared.slots.check_stream()
         with self._shared.changed:
             self._shared.raise_error()
             group = self._table.find_group(experts, sections)
@@ -125,6 +126,7 @@ class Demand:
                     self._table.set_dirty(resident, True)
             if self._prefetcher.has_work or self._write_back.has_requests:
                 self._shared.changed.notify_all()
+        self._shared.slots.check_stream()
 
     def _note_demand(self, experts: tuple[int, ...], sections: Sections) -> int:
         """Records in the table and the schedule that these experts are asked for. Returns how many are ready with these sections."""

@@ -43,6 +43,9 @@ class ExpertSlots(Protocol):
     def abandon(self, slot: int) -> None:
         """Gives back the slot's landing memory (from `landing`) unused. Call this when the fetch failed."""
 
+    def check_stream(self) -> None:
+        """Raises InvalidRequest when the caller's current stream is not the compute stream, against which the copies are ordered."""
+
     def acquire(self, slots: Sequence[int], *, writing: bool) -> None:
         """Makes computation that is queued after this call wait for unfinished copies into or out of the slots.
 
@@ -57,6 +60,9 @@ class ExpertSlots(Protocol):
 
     def copy_out(self, slot: int, buffer: Tensor) -> CopyOut:
         """Starts copying the slot to a host `buffer` (body_bytes,) uint8. The result's `synchronize` waits until the copy is done."""
+
+    def copy_back(self, slot: int, buffer: Tensor) -> None:
+        """Starts copying a host `buffer`, to which `copy_out` copied before, to the slot. The earlier copy need not be done."""
 
     def host_buffer(self) -> Tensor:
         """Allocates a host buffer (body_bytes,) uint8 for `copy_out`."""
@@ -93,6 +99,9 @@ class HostSlots:
     def abandon(self, slot: int) -> None:
         """Does nothing: a fetch writes straight into the slot, so there is no other memory to give back."""
 
+    def check_stream(self) -> None:
+        """Does nothing: the CPU has no streams."""
+
     def acquire(self, slots: Sequence[int], *, writing: bool) -> None:
         """Does nothing: no copy is ever unfinished."""
 
@@ -103,6 +112,10 @@ class HostSlots:
         """Copies the slot to `buffer`. The copy is done when this returns."""
         buffer.copy_(self._rows[slot])
         return _DONE
+
+    def copy_back(self, slot: int, buffer: Tensor) -> None:
+        """Copies `buffer` to the slot before it returns."""
+        self._bytes[slot].data[:] = buffer.numpy().data
 
     def host_buffer(self) -> Tensor:
         """Allocates an ordinary (not page-locked) buffer for one slot's bytes."""

@@ -42,10 +42,15 @@ class PendingWrite:
     expert: int
     base_version: int
     generation: int
-    buffer: Tensor  # (body_bytes,) uint8, on the host
+    buffer: Tensor | None  # (body_bytes,) uint8, on the host; None until it is allocated
     copied: CopyOut | None = None  # the copy to the buffer; None until it has begun
     queued: bool = False  # it is to be pushed, and the push has not begun
     error: Exception | None = None  # why the last push failed; only for an expert that was evicted
+
+    def to_push(self) -> Push:
+        """Makes the push of this write. The copy to the buffer must be done."""
+        assert self.buffer is not None
+        return Push(expert=self.expert, base_version=self.base_version, body=self.buffer.numpy())
 
 
 class WriteBack:
@@ -119,8 +124,8 @@ class WriteBack:
             if not resident.dirty or self._is_leaving(resident):
                 self._shared.table.evict(resident)
                 return True
-            if (buffer := self._buffer_for(resident.expert)) is not None:
-                self._copy_out(resident, buffer).queued = True
+            if self._has_buffer_for(resident.expert):
+                self._copy_out(resident).queued = True
                 self.clean_next_victims()
                 return True
         return False
@@ -139,11 +144,9 @@ class WriteBack:
         write = self._pending[expert]
         if write.error is not None:
             raise write.error
-        assert write.copied is not None
-        write.copied.synchronize()
+        assert write.buffer is not None
         resident = self._shared.table.insert(expert, Sections.ALL)
-        self._shared.slots.landing(resident.slot, resident.num_bytes)[:] = write.buffer.numpy().data
-        self._shared.slots.landed(resident.slot, resident.num_bytes)
+        self._shared.slots.copy_back(resident.slot, write.buffer)
         resident.state, resident.version, resident.generation = LoadState.READY, write.base_version, write.generation
         self._shared.table.set_dirty(resident, True)
         self._shared.counters.count_fetched("write-back")
@@ -163,11 +166,14 @@ class WriteBack:
         write = self._pending.get(resident.expert)
         return write is not None and write.generation == resident.generation
 
-    def _copy_out(self, resident: Resident, buffer: Tensor) -> PendingWrite:
+    def _copy_out(self, resident: Resident) -> PendingWrite:
         """Copies a dirty expert to a buffer, and returns its new pending write. After an error the expert stays dirty.
 
-        The lock is held on entry and exit, and released during the copy.
+        `_has_buffer_for` must be true. The lock is held on entry and exit, and released to allocate a buffer and during the copy.
         """
+        older = self._pending.get(resident.expert)
+        buffer = older.buffer if older is not None else self._spare.pop() if self._spare else None
+        self._num_buffers += buffer is None
         write = self._pending[resident.expert] = PendingWrite(
             expert=resident.expert, base_version=resident.version, generation=resident.generation, buffer=buffer
         )
@@ -175,7 +181,9 @@ class WriteBack:
         resident.copying = True
         self._shared.changed.release()
         try:
-            write.copied = self._shared.slots.copy_out(resident.slot, buffer)
+            if write.buffer is None:
+                write.buffer = self._shared.slots.host_buffer()
+            write.copied = self._shared.slots.copy_out(resident.slot, write.buffer)
         finally:
             self._shared.changed.acquire()
             resident.copying = False
@@ -187,26 +195,23 @@ class WriteBack:
     def _free(self, write: PendingWrite) -> None:
         """Deletes a pending write, and keeps its buffer for another one."""
         del self._pending[write.expert]
-        self._spare.append(write.buffer)
+        if write.buffer is None:  # Its allocation failed.
+            self._num_buffers -= 1
+        else:
+            self._spare.append(write.buffer)
 
-    def _buffer_for(self, expert: int) -> Tensor | None:
-        """Returns a buffer to copy the expert to: a spare one, or that of its own pending write, if the push of it has not begun.
+    def _has_buffer_for(self, expert: int) -> bool:
+        """Whether the expert can be copied out: to a spare buffer, or to that of its own pending write, if the push of it has not begun.
 
-        In the second case the older change in it is overwritten. None: no buffer is available.
+        In the second case the older change in it is overwritten.
         """
         write = self._pending.get(expert)
-        if write is None:
-            return self._spare_buffer()
-        return write.buffer if write.queued else None
+        return self._has_spare_buffer if write is None else write.queued
 
-    def _spare_buffer(self) -> Tensor | None:
-        if self._spare:
-            return self._spare.pop()
-        if self._num_buffers == BUFFERS_MAX:
-            return None
-        buffer = self._shared.slots.host_buffer()
-        self._num_buffers += 1
-        return buffer
+    @property
+    def _has_spare_buffer(self) -> bool:
+        """Whether there is an unused buffer, or another one may be allocated."""
+        return bool(self._spare) or self._num_buffers < BUFFERS_MAX
 
     def _try_next(self) -> PendingWrite | None:
         """Returns the next write to push: first those of evicted experts, then requested experts, which are copied out now.
@@ -224,9 +229,9 @@ class WriteBack:
             if resident is None or not resident.dirty:
                 del self._requested[expert]
             elif resident.state is LoadState.READY and not resident.updating and expert not in self._pending:
-                if (buffer := self._spare_buffer()) is None:
+                if not self._has_spare_buffer:
                     return None
-                self._copy_out(resident, buffer).queued = True
+                self._copy_out(resident).queued = True
                 return self._try_next()
         return None
 
@@ -274,7 +279,7 @@ class WriteBack:
             for write in batch:
                 assert write.copied is not None
                 write.copied.synchronize()
-            pushes = [Push(expert=item.expert, base_version=item.base_version, body=item.buffer.numpy()) for item in batch]
+            pushes = [write.to_push() for write in batch]
             return self._shared.store.push(self._shared.bank, pushes)
         except InvalidRequest as error:
             if len(batch) == 1:
