@@ -50,8 +50,8 @@ class Agent(nn.Module):
         self.config = config
         self.caches = list(caches)
         self.predictor: Callable[[Tensor], Any] | None = None
-        """Recognises games from frames (N, S, H, W); usually `detector.predict`. It is called when `prediction` of an output is read. It
-        is no submodule, because it is trained apart."""
+        """Recognises games from frames (N, S, H, W); usually `detector.predict`. It is called when `prediction` of an output is read, with
+        the frames on the device where the caller had them. It is no submodule, because it is trained apart."""
         self._experts = [TieredExperts(cache) for cache in caches]
         self._seed = seed
         self._book = PoolBook(config)
@@ -139,7 +139,7 @@ class Agent(nn.Module):
         """Computes logits and values of B whole segments of T frames.
 
         Args:
-            frames_BTSHW: uint8; T is at most `context + 1`.
+            frames_BTSHW: uint8; T is at most `context + 1`. These frames, `starts_BT` and `routing` may be on any device.
             game: the game of all these frames.
             starts_BT: True where a frame begins a new episode. Attention never crosses such a start. None: no frame does.
             routing: expert ids (B, T, layers, top_k) of an earlier call, to be used again; their gate weights are computed anew from the
@@ -151,9 +151,9 @@ class Agent(nn.Module):
         """
         network = self._network(game)
         batch, time = check_segments(self.config, frames_BTSHW, starts_BT, routing)
-        frames_BTSHW = frames_BTSHW.to(self._device)
-        tokens_BTD = self.stem(frames_BTSHW.flatten(0, 1)).view(batch, time, -1)
         mask = None if starts_BT is None else episode_mask(starts_BT.to(self._device))
+        routing = None if routing is None else routing.to(self._device)
+        tokens_BTD = self.stem(frames_BTSHW.to(self._device).flatten(0, 1)).view(batch, time, -1)
         logits_BTA, value_BT, layers = network(tokens_BTD, mask=mask, routing=routing, generator=generator)
         experts_NLK = torch.stack([layer.routed.experts_NK for layer in layers], dim=1)
         return AgentOutput(
@@ -199,8 +199,7 @@ class Agent(nn.Module):
             InvalidRequest: a frame or `starts_N` has another shape or dtype, the segment is full, or the logits are not finite.
         """
         check_step(self.config, frames_NSHW, segment, starts_N)
-        frames_NSHW = frames_NSHW.to(self._device)
-        tokens_ND = self.stem(frames_NSHW)
+        tokens_ND = self.stem(frames_NSHW.to(self._device))
         logits_NA, values_N, experts_NLK = self._step(tokens_ND, segment, starts_N, noisy=not deterministic, generator=generator)
         log_probs_NA = torch.log_softmax(logits_NA, dim=-1)
         if math.isnan(log_probs_NA.sum()):

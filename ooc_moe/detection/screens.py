@@ -23,7 +23,10 @@ USUAL = 0.95
 
 
 def screens_of(frames_NSHW: Tensor, frame_shape: tuple[int, int, int]) -> Tensor:
-    """The newest frame of each stack as a uint8 screen (N, SCREEN, SCREEN).
+    """The newest frame of each stack as a uint8 screen (N, SCREEN, SCREEN), on the CPU.
+
+    Detectors live on the CPU. Frames are made there, and a detector's result is used there: it becomes a list of experts to prefetch. Every
+    detector gets its screens here, so frames of any device are moved here and nowhere else.
 
     Raises:
         InvalidRequest: the frames are not uint8 (N, *frame_shape), or there are none.
@@ -31,7 +34,7 @@ def screens_of(frames_NSHW: Tensor, frame_shape: tuple[int, int, int]) -> Tensor
     if frames_NSHW.dtype != torch.uint8 or frames_NSHW.shape[1:] != frame_shape or not len(frames_NSHW):
         found = f"{str(frames_NSHW.dtype).removeprefix('torch.')} {tuple(frames_NSHW.shape)}"
         raise InvalidRequest(f"frames: {found}, but the detector takes uint8 (N, {', '.join(map(str, frame_shape))})")
-    newest_NHW = frames_NSHW[:, -1]
+    newest_NHW = frames_NSHW.select(1, -1).cpu()
     if newest_NHW.shape[1:] == (SCREEN, SCREEN):
         return newest_NHW
     return F.adaptive_avg_pool2d(newest_NHW.float(), SCREEN).round().to(torch.uint8)
