@@ -1,8 +1,10 @@
 """Computes all experts of a wave at once, in bfloat16, by grouped matrix multiplications. Autocast to bfloat16 selects it.
 
-Parameters are cast wave by wave, as autocast casts those of a dense layer. Their gradients add up in float32. On CUDA torch has kernels for
-it from compute capability 8.0 on, for widths that are multiples of 8; on the CPU torch loops over the experts. Nothing here waits for the
-device.
+Parameters are cast wave by wave, as autocast casts those of a dense layer. Their gradients add up in float32.
+
+`torch.nn.functional.grouped_mm` exists since torch 2.10. It has one kernel for all experts on GPUs of compute capability 9.0 and 10.0.
+There nothing here waits for the device. On other GPUs, from 8.0 on, and on the CPU torch multiplies expert after expert; on a GPU each
+product then waits for the device once. Widths must be multiples of 8 (`check_bfloat16_widths`), which is asked for on every device alike.
 
 Letters: as in wave.py; G experts of the wave.
 """
