@@ -25,7 +25,8 @@ class CudaSlots:
     """Slots in the memory of a GPU. See `ExpertSlots` for the methods."""
 
     def __init__(self, layout: Layout, num_slots: int, device: torch.device) -> None:
-        self._device = device
+        # "cuda" is the device that is current in this thread. It need not be current in the threads that fetch and push.
+        self._device = device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
         self._rows = allocate(num_slots, layout.body_bytes, device)
         self.views = strided_views(layout, self._rows)
         self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -37,6 +38,10 @@ class CudaSlots:
         self._staging: list[tuple[Tensor, torch.cuda.Event | None]] = []  # unused buffers, and the copy that still reads each
         self._num_staging = 0
         self._landing: dict[int, Tensor] = {}  # by slot
+
+    def enter_thread(self) -> None:
+        """Makes the slots' GPU the thread's current one. A new thread begins with GPU 0, whatever its parent used."""
+        torch.cuda.set_device(self._device)
 
     def landing(self, slot: int, num_bytes: int) -> memoryview:
         """A pinned staging buffer. When a broken fetch is started anew, the slot keeps its buffer."""
@@ -102,7 +107,9 @@ class CudaSlots:
 
     def host_buffer(self) -> Tensor:
         """A new buffer in pinned memory."""
-        return torch.empty(self._rows.shape[1], dtype=torch.uint8, pin_memory=True)
+        # Pinned memory is allocated through the current GPU, and opens a context there (some hundred MB) if there is none yet.
+        with torch.cuda.device(self._device):
+            return torch.empty(self._rows.shape[1], dtype=torch.uint8, pin_memory=True)
 
     def close(self) -> None:
         """Waits for the copy stream: torch's allocator does not know that it uses the slots."""

@@ -27,6 +27,9 @@ class ExpertSlots(Protocol):
 
     views: dict[str, Tensor]
 
+    def enter_thread(self) -> None:
+        """To be called once at the start of each background thread that uses the slots."""
+
     def landing(self, slot: int, num_bytes: int) -> memoryview:
         """Writable host memory of `num_bytes`, whose content becomes the slot's when `landed` is called."""
 
@@ -66,6 +69,9 @@ class HostSlots:
         self._rows = allocate(num_slots, layout.body_bytes, torch.device("cpu"))
         self._bytes = self._rows.numpy()
         self.views = strided_views(layout, self._rows)
+
+    def enter_thread(self) -> None:
+        """Nothing to do."""
 
     def landing(self, slot: int, num_bytes: int) -> memoryview:
         """Returns the memory of the slot itself."""
