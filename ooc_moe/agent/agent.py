@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 from urllib.parse import quote
 
@@ -23,7 +24,7 @@ from ooc_moe.agent.pools import GamePools, Layers, PoolBook
 from ooc_moe.agent.segment import Segment
 from ooc_moe.agent.stem import Stem
 from ooc_moe.agent.transformer import CausalAttention, GameNetwork, build_game_network, episode_mask, new_router
-from ooc_moe.config.agent import AgentConfig
+from ooc_moe.config.agent import AgentConfig, Compute
 from ooc_moe.config.seeds import derived_seed, seeded
 from ooc_moe.moe.layer import ExpertGradients, TieredExperts
 from ooc_moe.moe.router import Router, balance_loss
@@ -39,15 +40,17 @@ class Agent(nn.Module):
         caches: one cache for a shared bank, or one per layer, on the agent's device. The banks must exist (`config.bank_specs`).
         seed: seed of all initial values. A game's initial values depend on the seed, the game's name and the number of experts that it
             borrows, but not on the order in which games are added.
+        compute: what the networks compute in. With "bfloat16" every call enters autocast, in training, acting and evaluation alike. Losses
+            are computed from logits and values, which are float32 in any case. "float32" enters nothing: a caller's autocast holds.
 
     Raises:
         InvalidRequest: the number of caches, or a bank's layout, does not fit `config`.
     """
 
-    def __init__(self, config: AgentConfig, caches: Sequence[ExpertCache], *, seed: int) -> None:
+    def __init__(self, config: AgentConfig, caches: Sequence[ExpertCache], *, seed: int, compute: Compute = "float32") -> None:
         super().__init__()
         check_caches(config, caches)
-        self.config = config
+        self.config, self.compute = config, compute
         self.caches = list(caches)
         self.predictor: Callable[[Tensor], Any] | None = None
         """Recognises games from frames (N, S, H, W); usually `detector.predict`. It is called when `prediction` of an output is read, with
@@ -153,18 +156,25 @@ class Agent(nn.Module):
         batch, time = check_segments(self.config, frames_BTSHW, starts_BT, routing)
         mask = None if starts_BT is None else episode_mask(starts_BT.to(self._device))
         routing = None if routing is None else routing.to(self._device)
-        tokens_BTD = self.stem(frames_BTSHW.to(self._device).flatten(0, 1)).view(batch, time, -1)
-        logits_BTA, value_BT, layers = network(tokens_BTD, mask=mask, routing=routing, generator=generator)
+        with self._computing():
+            tokens_BTD = self.stem(frames_BTSHW.to(self._device).flatten(0, 1)).view(batch, time, -1)
+            logits_BTA, value_BT, layers = network(tokens_BTD, mask=mask, routing=routing, generator=generator)
         experts_NLK = torch.stack([layer.routed.experts_NK for layer in layers], dim=1)
         return AgentOutput(
-            logits_BTA=logits_BTA,
-            value_BT=value_BT,
+            logits_BTA=logits_BTA.float(),
+            value_BT=value_BT.float(),
             aux_loss=torch.stack([balance_loss(layer.routed) for layer in layers]).mean(),
             experts_used=[layer.tokens_by_expert for layer in layers],
             routing_BTLK=experts_NLK.to(torch.int32).view(batch, time, len(layers), -1),
             caches=self.caches,
             predict=lambda: self._predict(frames_BTSHW[:, -1]),
         )
+
+    def encode(self, frames_NSHW: Tensor) -> Tensor:
+        """The stem's tokens (N, dim), float32, of uint8 frames (N, S, H, W)."""
+        with self._computing():
+            tokens_ND: Tensor = self.stem(frames_NSHW.to(self._device))
+        return tokens_ND.float()
 
     # Frame by frame
 
@@ -199,7 +209,7 @@ class Agent(nn.Module):
             InvalidRequest: a frame or `starts_N` has another shape or dtype, the segment is full, or the logits are not finite.
         """
         check_step(self.config, frames_NSHW, segment, starts_N)
-        tokens_ND = self.stem(frames_NSHW.to(self._device))
+        tokens_ND = self.encode(frames_NSHW)
         logits_NA, values_N, experts_NLK = self._step(tokens_ND, segment, starts_N, noisy=not deterministic, generator=generator)
         log_probs_NA = torch.log_softmax(logits_NA, dim=-1)
         if math.isnan(log_probs_NA.sum()):
@@ -228,9 +238,12 @@ class Agent(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Adds one frame of each environment to the segment; returns logits (N, A), values (N,) and the chosen experts (N, L, K)."""
         network, mask = self._network(segment.game), segment.begin_episodes(starts_N)
-        stepped = network.step(tokens_ND, segment.memories, segment.length, mask=mask, noisy=noisy, generator=generator)
+        with self._computing():
+            logits_NA, values_N, experts_NLK = network.step(
+                tokens_ND, segment.memories, segment.length, mask=mask, noisy=noisy, generator=generator
+            )
         segment.length += 1
-        return stepped
+        return logits_NA.float(), values_N.float(), experts_NLK
 
     # Checkpoints
 
@@ -256,6 +269,10 @@ class Agent(nn.Module):
     @property
     def _device(self) -> torch.device:
         return self.caches[0].device
+
+    def _computing(self) -> AbstractContextManager[object]:
+        is_bfloat16 = self.compute == "bfloat16"
+        return torch.autocast(self._device.type, torch.bfloat16) if is_bfloat16 else nullcontext()
 
     def _build(self, pools: GamePools) -> GamePools:
         """Grows the banks where the pools need it, makes the game's network and records the game."""
