@@ -125,3 +125,15 @@ def test_a_deterministic_run_on_the_cpu_gives_the_bits_of_any_other(tmp_path: Pa
     assert ends[0] == ends[1]
     for bank in config.agent.bank_names("run"):
         assert bodies(stores[0], bank) == bodies(stores[1], bank)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+@pytest.mark.parametrize("protection", ["replay", "freeze", "ewc", "clone", "none"])
+def test_a_run_on_a_gpu_ends_with_finite_losses(tmp_path: Path, calls, compute: str, protection: str) -> None:
+    config = pixel_run(tmp_path / "run", updates=1, eval_steps=6, device="cuda", compute=compute, protection=protection)
+    play(config, InMemoryStore())
+    assert {name for _, name in calls} == {compute}
+    updates = [event for event in read_metrics(config.run_dir) if event["event"] == "update"]
+    assert all(math.isfinite(value) for event in updates for value in event["losses"].values())
