@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 from urllib.parse import quote
 
@@ -24,7 +25,7 @@ from ooc_moe.agent.pools import GamePools, Layers, PoolBook
 from ooc_moe.agent.segment import Segment
 from ooc_moe.agent.stem import Stem
 from ooc_moe.agent.transformer import CausalAttention, GameNetwork, build_game_network, episode_mask, new_router
-from ooc_moe.config.agent import AgentConfig
+from ooc_moe.config.agent import AgentConfig, Compute
 from ooc_moe.config.seeds import derived_seed, seeded
 from ooc_moe.moe.layer import ExpertGradients, TieredExperts
 from ooc_moe.moe.router import Router, balance_loss
@@ -41,19 +42,21 @@ class Agent(nn.Module):
             on the agent's device. The banks must exist in the store; `config.bank_specs` describes them.
         seed: seed of all initial values. A game's initial values depend on the seed, on the game's name, and on how many experts of older
             games it borrows. They do not depend on the order in which games are added.
+        compute: the arithmetic of the networks. With "bfloat16" every call enters autocast, in training, acting and evaluation alike; the
+            logits and values that it returns are float32 in any case. With "float32" a caller's own autocast holds.
 
     Raises:
         InvalidRequest: the number of caches, or a bank's layout, does not fit `config`.
     """
 
-    def __init__(self, config: AgentConfig, caches: Sequence[ExpertCache], *, seed: int) -> None:
+    def __init__(self, config: AgentConfig, caches: Sequence[ExpertCache], *, seed: int, compute: Compute = "float32") -> None:
         super().__init__()
         check_caches(config, caches)
-        self.config = config
+        self.config, self.compute = config, compute
         self.caches = list(caches)
         self.predictor: Callable[[Tensor], Any] | None = None
-        """Recognises games from frames (N, S, H, W); usually `detector.predict`. It is called when `prediction` of an output is read. It
-        is no submodule, because it is trained apart."""
+        """Recognises games from frames (N, S, H, W); usually `detector.predict`. It is called when `prediction` of an output is read, with
+        the frames on the device where the caller had them. It is no submodule, because it is trained apart."""
         self._experts = [TieredExperts(cache) for cache in caches]
         self._seed = seed
         self._book = PoolBook(config)
@@ -149,7 +152,7 @@ class Agent(nn.Module):
         """Computes action logits and values for B whole segments of T frames each.
 
         Args:
-            frames_BTSHW: uint8; T is at most `context + 1`.
+            frames_BTSHW: uint8; T is at most `context + 1`. These frames, `starts_BT` and `routing` may be on any device.
             game: the game of all these frames.
             starts_BT: True where a frame begins a new episode. Attention never crosses such a start. None: no frame does.
             routing: expert ids (B, T, layers, top_k) of an earlier call, to which the tokens are sent again. The weights of these experts
@@ -161,20 +164,27 @@ class Agent(nn.Module):
         """
         network = self._network(game)
         batch, time = check_segments(self.config, frames_BTSHW, starts_BT, routing)
-        frames_BTSHW = frames_BTSHW.to(self._device)
-        tokens_BTD = self.stem(frames_BTSHW.flatten(0, 1)).view(batch, time, -1)
         mask = None if starts_BT is None else episode_mask(starts_BT.to(self._device))
-        logits_BTA, value_BT, layers = network(tokens_BTD, mask=mask, routing=routing, generator=generator)
+        routing = None if routing is None else routing.to(self._device)
+        with self._computing():
+            tokens_BTD = self.stem(frames_BTSHW.to(self._device).flatten(0, 1)).view(batch, time, -1)
+            logits_BTA, value_BT, layers = network(tokens_BTD, mask=mask, routing=routing, generator=generator)
         experts_NLK = torch.stack([layer.routed.experts_NK for layer in layers], dim=1)
         return AgentOutput(
-            logits_BTA=logits_BTA,
-            value_BT=value_BT,
+            logits_BTA=logits_BTA.float(),
+            value_BT=value_BT.float(),
             aux_loss=torch.stack([balance_loss(layer.routed) for layer in layers]).mean(),
             experts_used=[layer.tokens_by_expert for layer in layers],
             routing_BTLK=experts_NLK.to(torch.int32).view(batch, time, len(layers), -1),
             caches=self.caches,
             predict=lambda: self._predict(frames_BTSHW[:, -1]),
         )
+
+    def encode(self, frames_NSHW: Tensor) -> Tensor:
+        """The stem's tokens (N, dim), float32, of uint8 frames (N, S, H, W)."""
+        with self._computing():
+            tokens_ND: Tensor = self.stem(frames_NSHW.to(self._device))
+        return tokens_ND.float()
 
     # Frame by frame
 
@@ -209,8 +219,7 @@ class Agent(nn.Module):
             InvalidRequest: a frame or `starts_N` has another shape or dtype, the segment is full, or the logits are not finite.
         """
         check_step(self.config, frames_NSHW, segment, starts_N)
-        frames_NSHW = frames_NSHW.to(self._device)
-        tokens_ND = self.stem(frames_NSHW)
+        tokens_ND = self.encode(frames_NSHW)
         logits_NA, values_N, experts_NLK = self._step(tokens_ND, segment, starts_N, noisy=not deterministic, generator=generator)
         log_probs_NA = torch.log_softmax(logits_NA, dim=-1)
         if math.isnan(log_probs_NA.sum()):
@@ -249,9 +258,12 @@ class Agent(nn.Module):
             Action logits (N, A), values (N,), and the ids of the chosen experts (N, layers, top_k).
         """
         network, mask = self._network(segment.game), segment.begin_episodes(starts_N)
-        stepped = network.step(tokens_ND, segment.memories, segment.length, mask=mask, noisy=noisy, generator=generator)
+        with self._computing():
+            logits_NA, values_N, experts_NLK = network.step(
+                tokens_ND, segment.memories, segment.length, mask=mask, noisy=noisy, generator=generator
+            )
         segment.length += 1
-        return stepped
+        return logits_NA.float(), values_N.float(), experts_NLK
 
     # Checkpoints
 
@@ -280,6 +292,10 @@ class Agent(nn.Module):
     @property
     def _device(self) -> torch.device:
         return self.caches[0].device
+
+    def _computing(self) -> AbstractContextManager[object]:
+        is_bfloat16 = self.compute == "bfloat16"
+        return torch.autocast(self._device.type, torch.bfloat16) if is_bfloat16 else nullcontext()
 
     def _build(self, pools: GamePools) -> GamePools:
         """Makes the network of the pools' game and adds the game to the agent. Grows the banks if a pool names experts beyond their end."""

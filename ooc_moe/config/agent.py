@@ -17,6 +17,7 @@ from ooc_moe_wire.layout import BankSpec, Layout
 Routing = Literal["pool", "token"]
 Scope = Literal["shared", "per-layer"]
 AttentionOwner = Literal["per-game", "shared"]
+Compute = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

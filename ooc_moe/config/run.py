@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ooc_moe.config.agent import AgentConfig, require
+from ooc_moe.config.agent import AgentConfig, Compute, require
 from ooc_moe.metrics.log import CONFIG_FILE
 from ooc_moe.metrics.trace import TraceInfo
+from ooc_moe.moe.expert_layout import check_bfloat16_widths
 from ooc_moe_client.remote.connection import check_target
 from ooc_moe_wire.errors import InvalidRequest, require_at_least
 
@@ -30,6 +31,7 @@ AdmissionName = Literal["off", "observe", "enforce"]
 _NAME, _NAME_SAYS = re.compile(r"[A-Za-z0-9_\-.]{1,100}"), "1 to 100 letters, digits, '_', '-' or '.'"
 
 _CHOICES: dict[str, Any] = {
+    "compute": Compute,
     "plane": PlaneName,
     "prefetch": PrefetchSource,
     "prefetch_admission": AdmissionName,
@@ -153,6 +155,12 @@ class RunConfig:
     """Name of a bank whose experts the run begins with. They are forked: the run never changes that bank."""
     device: str = "cpu"
     """Device of the agent: cpu, cuda or cuda:N."""
+    compute: Compute = "float32"
+    """What the agent's networks compute in. bfloat16 is autocast, with grouped products for the experts: faster on a GPU. Parameters,
+    gradients, routers and losses stay float32."""
+    deterministic: bool = False
+    """Whether torch uses only operations that give the same bits again on the same machine, which is slower on a GPU. On the CPU a run
+    gives the same bits either way."""
     threads: int = 1
     """CPU threads that torch computes with. Small agents gain little from more threads, and lose much if other work shares the cores."""
     env_threads: int = 2
@@ -178,6 +186,8 @@ class RunConfig:
             check_target(self.store)
         context, steps = self.agent.context, self.ppo.rollout_steps
         require(steps % context == 0, "rollout_steps", steps, f"a multiple of the agent's context, {context}")
+        if self.compute == "bfloat16":
+            check_bfloat16_widths(self.agent.dim, self.agent.hidden)
         self._check_detector()
         self._check_room()
 

@@ -24,10 +24,13 @@ USUAL = 0.95
 
 
 def screens_of(frames_NSHW: Tensor, frame_shape: tuple[int, int, int]) -> Tensor:
-    """Reduces the newest frame of each stack to a small uint8 screen: (N, SCREEN, SCREEN).
+    """Reduces the newest frame of each stack to a small uint8 screen (N, SCREEN, SCREEN) on the CPU.
+
+    Detectors live on the CPU: frames are made there, and a detector's result becomes a list of experts to prefetch there. Every detector
+    gets its screens from this function, so frames on other devices are moved here and nowhere else.
 
     Args:
-        frames_NSHW: uint8 observations.
+        frames_NSHW: uint8 observations, on any device.
         frame_shape: the (S, H, W) that they must have.
 
     Raises:
@@ -36,7 +39,7 @@ def screens_of(frames_NSHW: Tensor, frame_shape: tuple[int, int, int]) -> Tensor
     if frames_NSHW.dtype != torch.uint8 or frames_NSHW.shape[1:] != frame_shape or not len(frames_NSHW):
         found = f"{str(frames_NSHW.dtype).removeprefix('torch.')} {tuple(frames_NSHW.shape)}"
         raise InvalidRequest(f"frames: {found}, but the detector takes uint8 (N, {', '.join(map(str, frame_shape))})")
-    newest_NHW = frames_NSHW[:, -1]
+    newest_NHW = frames_NSHW.select(1, -1).cpu()
     if newest_NHW.shape[1:] == (SCREEN, SCREEN):
         return newest_NHW
     return F.adaptive_avg_pool2d(newest_NHW.float(), SCREEN).round().to(torch.uint8)

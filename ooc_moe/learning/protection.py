@@ -104,7 +104,7 @@ def make_protection(config: RunConfig, agent: Agent) -> Protection:
     weight = {} if config.protection_weight is None else {"weight": config.protection_weight}
     match config.protection:
         case "replay":
-            return StemReplay(agent.stem, device=config.device, **weight)
+            return StemReplay(agent.encode, device=config.device, **weight)
         case "freeze":
             return Freeze(agent.stem)
         case "none":

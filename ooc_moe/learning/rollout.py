@@ -154,7 +154,7 @@ class Collector:
         old segment and its value is computed there.
         """
         context = self.agent.config.context
-        tokens_MND = torch.cat([tokens_TND[context::context], self.agent.stem(self.frames_NSHW.to(tokens_TND.device)).unsqueeze(0)])
+        tokens_MND = torch.cat([tokens_TND[context::context], self.agent.encode(self.frames_NSHW).unsqueeze(0)])
         starts_MN = torch.cat([starts_TN[context::context], self._starts_N.unsqueeze(0)])
         ends_B = self.agent.values(tokens_MND.flatten(0, 1), Segment.joined(segments), starts_N=starts_MN.flatten())
         next_values_TN = values_TN.roll(-1, dims=0)

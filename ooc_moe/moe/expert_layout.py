@@ -7,8 +7,19 @@ This module needs no torch, so that planning tools and storage hosts can use it.
 
 from __future__ import annotations
 
+from ooc_moe_wire.errors import InvalidRequest
 from ooc_moe_wire.initializers import Initializer
 from ooc_moe_wire.layout import Layout, TensorSpec
+
+BFLOAT16_MULTIPLE = 8
+"""In bfloat16 each row of an expert's matrices must be a multiple of 16 bytes long, which is 8 numbers: grouped products need that."""
+
+
+def check_bfloat16_widths(dim: int, hidden: int) -> None:
+    """Raises InvalidRequest if experts of these widths cannot be computed in bfloat16."""
+    for name, width in (("dim", dim), ("hidden", hidden)):
+        if width % BFLOAT16_MULTIPLE:
+            raise InvalidRequest(f"{name}: {width} is not a multiple of {BFLOAT16_MULTIPLE}, which experts in bfloat16 need")
 
 
 def ffn_layout(dim: int, hidden: int) -> Layout:

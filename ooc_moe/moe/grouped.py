@@ -1,8 +1,10 @@
 """Computes all experts of a wave at once, in bfloat16, by grouped matrix multiplications. The layer uses it under autocast to bfloat16.
 
-Parameters are cast wave by wave, as autocast casts those of a dense layer. Their gradients add up in float32. On CUDA torch has kernels for
-it from compute capability 8.0 on, for widths that are multiples of 8; on the CPU torch loops over the experts. No function of this module
-makes the host wait for the GPU.
+Parameters are cast wave by wave, as autocast casts those of a dense layer. Their gradients add up in float32.
+
+`torch.nn.functional.grouped_mm` exists since torch 2.10. It has one kernel for all experts on GPUs of compute capability 9.0 and 10.0.
+There nothing here waits for the device. On other GPUs, from 8.0 on, and on the CPU torch multiplies expert after expert; on a GPU each
+product then waits for the device once. Widths must be multiples of 8 (`check_bfloat16_widths`), which is asked for on every device alike.
 
 Letters: G experts of the wave; M rows (tokens) of the wave, sorted by expert; D width of a token; H width inside an expert.
 """

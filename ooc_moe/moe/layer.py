@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import gelu
 
 from ooc_moe.moe import grouped, looped
+from ooc_moe.moe.expert_layout import check_bfloat16_widths
 from ooc_moe.moe.router import Routed, Router
 from ooc_moe.moe.wave import Parameters, WaveArithmetic, WaveRows
 from ooc_moe_client.hbm.cache import ExpertCache
@@ -109,6 +110,9 @@ class TieredExperts:
             x_ND: the tokens.
             routed: the experts of each token, and their weights in the sum (the gates).
             read_only: experts that get no gradients. Gradients still flow through them to the tokens.
+
+        Raises:
+            InvalidRequest: under autocast to bfloat16, a width of the experts is not a multiple of 8.
         """
         y_ND: Tensor = _MixedExperts.apply(x_ND, routed.gates_NK, self._anchor, self, routed, read_only)  # type: ignore[no-untyped-call]
         return y_ND
@@ -141,8 +145,11 @@ class _MixedExperts(torch.autograd.Function):
         ctx: Any, x_ND: Tensor, gates_NK: Tensor, anchor: Tensor, experts: TieredExperts, routed: Routed, read_only: Collection[int]
     ) -> Tensor:
         is_grouped = torch.is_autocast_enabled(x_ND.device.type) and torch.get_autocast_dtype(x_ND.device.type) is torch.bfloat16
+        hidden = experts.cache.views["b1"].shape[1]
+        if is_grouped:
+            check_bfloat16_widths(x_ND.shape[1], hidden)
         rows_MD = routed.rows_of(x_ND.to(torch.bfloat16 if is_grouped else x_ND.dtype))
-        before_MH, after_MH = rows_MD.new_empty(2, len(rows_MD), experts.cache.views["b1"].shape[1])
+        before_MH, after_MH = rows_MD.new_empty(2, len(rows_MD), hidden)
         out_MD = torch.empty_like(rows_MD)
         ids, rows = list(routed.tokens_by_expert), WaveRows(list(routed.tokens_by_expert.values()), rows_MD, before_MH, after_MH)
         arithmetic, ends = _arithmetic(is_grouped), _ends(rows.counts)

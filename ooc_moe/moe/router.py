@@ -8,6 +8,7 @@ Letters: N tokens, E experts to choose from, K chosen experts of a token, M = N 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +52,8 @@ class Router(nn.Module):
     over the logits, without noise, of the chosen experts. So the weights of a choice can be computed again without the noise, and PPO's
     ratios are exactly those of the policy that acted.
 
+    All arithmetic here is float32, under autocast too: bfloat16 has 8 bits of precision, which is too little to tell close logits apart.
+
     Args:
         dim: width of a token.
         experts: ascending ids of the experts to choose from.
@@ -86,7 +89,8 @@ class Router(nn.Module):
         """
         if len(self._ids) == 1:
             return self._no_choice(x_ND, experts_NK)
-        logits_NE = x_ND @ self.weight.t()
+        with _no_autocast(x_ND.device.type):
+            logits_NE = x_ND.float() @ self.weight.float().t()
         if experts_NK is None:
             chosen_NK = self._choose(logits_NE.detach(), noisy, generator)
             experts_NK = self.experts[chosen_NK]
@@ -100,7 +104,7 @@ class Router(nn.Module):
 
     def _no_choice(self, x_ND: Tensor, experts_NK: Tensor | None) -> Routed:
         """Sends all tokens, in their order, to the router's only expert with a weight of 1. A router of one expert learns nothing."""
-        num_tokens, ones_N1 = len(x_ND), x_ND.new_ones(len(x_ND), 1)
+        num_tokens, ones_N1 = len(x_ND), x_ND.new_ones(len(x_ND), 1, dtype=torch.float32)
         only_N1 = self.experts.expand(num_tokens, 1)
         if experts_NK is not None:
             self._check_shape(experts_NK, num_tokens)
@@ -143,6 +147,12 @@ class Router(nn.Module):
 
     def _unknown_expert(self, expert: int) -> InvalidRequest:
         return InvalidRequest(f"routing: expert {expert} is not one of this router's {self._ids}")
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Switches autocast off where it is on. Devices like "meta" have no autocast that could be on."""
+    is_on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if is_on else nullcontext()
 
 
 def balance_loss(routed: Routed) -> Tensor:

@@ -27,6 +27,7 @@ from ooc_moe.detection.nearest_mean import NearestClassMean
 from ooc_moe.envs import GameEnvs
 from ooc_moe.metrics.trace import TraceWriter
 from ooc_moe.session.daemon import embedded_daemon
+from ooc_moe.session.torch_setup import set_up_torch
 from ooc_moe_client.hbm.admission import AdmissionMode
 from ooc_moe_client.hbm.cache import ExpertCache
 from ooc_moe_client.hbm.reporter import Reporter
@@ -174,7 +175,7 @@ def open_session(
         bank_names: the banks, in the order of the agent's caches.
         trace: records which experts are used. None: nothing is recorded.
     """
-    torch.set_num_threads(config.threads)
+    set_up_torch(config)
     agent_config = config.agent
     per_cache = agent_config.hbm_experts // len(bank_names)
     with ExitStack() as stack:
@@ -190,7 +191,7 @@ def open_session(
                 on_access=on_access,
             )
             caches.append(stack.enter_context(cache))
-        agent = Agent(agent_config, caches, seed=config.seed).to(config.device)
+        agent = Agent(agent_config, caches, seed=config.seed, compute=config.compute).to(config.device)
         recogniser: dict[str, Any] = {
             "frame_stack": agent_config.frame_stack,
             "frame_size": agent_config.frame_size,

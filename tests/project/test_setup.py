@@ -54,6 +54,12 @@ def test_every_direct_requirement_is_pinned_to_a_version_it_allows():
     assert pinned["torch"] == "2.13.0"
 
 
+def test_a_trainers_torch_is_one_that_has_grouped_products():
+    floors = [req.specifier for req in requirements("train") if req.name == "torch"]
+    assert not all(floor.contains("2.9.1") for floor in floors)  # The last one without torch.nn.functional.grouped_mm.
+    assert all(floor.contains("2.10.0") for floor in floors)
+
+
 def test_everything_that_the_project_brings_in_is_pinned():
     names = brought_in(Requirement("ooc-moe[dev]"), set()) - {"ooc-moe"}
     assert len(names) > 60

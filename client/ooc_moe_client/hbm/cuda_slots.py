@@ -31,7 +31,12 @@ class Cuda:
     """The calls of torch.cuda that `CudaSlots` makes, for one device. Tests pass simulated streams instead."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        # "cuda" is the device that is current in this thread. It need not be current in the threads that fetch and push.
+        self._device = device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
+
+    def enter_thread(self) -> None:
+        """Makes this device the calling thread's current one."""
+        torch.cuda.set_device(self._device)
 
     def zeros(self, num_slots: int, slot_bytes: int) -> Tensor:
         """Allocates the memory of the slots. The device sets it to zero on the current stream."""
@@ -39,7 +44,9 @@ class Cuda:
 
     def pinned(self, num_bytes: int) -> Tensor:
         """Allocates page-locked host memory."""
-        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+        # It is allocated through the current GPU, and opens a context there (some hundred MB) if there is none yet.
+        with torch.cuda.device(self._device):
+            return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
 
     def new_stream(self) -> torch.cuda.Stream:
         """Makes a new stream."""
@@ -77,6 +84,10 @@ class CudaSlots:
         self._staging: list[tuple[Tensor, torch.cuda.Event | None]] = []  # unused buffers, and the copy that still reads each
         self._num_staging = 0
         self._landing: dict[int, Tensor] = {}  # by slot
+
+    def enter_thread(self) -> None:
+        """Makes the slots' GPU the calling thread's current one. A new thread begins with GPU 0, whatever its parent used."""
+        self._cuda.enter_thread()
 
     def landing(self, slot: int, num_bytes: int) -> memoryview:
         """Returns a page-locked staging buffer, into which a fetch writes the bytes for the slot.

@@ -60,7 +60,7 @@ class Demand:
     ) -> None:
         self._shared, self._table, self._counters = shared, shared.table, shared.counters
         self._write_back, self._prefetcher, self._on_access = write_back, prefetcher, on_access
-        self._fetcher = ThreadPoolExecutor(1, thread_name_prefix=f"fetch {shared.bank}")
+        self._fetcher = ThreadPoolExecutor(1, thread_name_prefix=f"fetch {shared.bank}", initializer=shared.slots.enter_thread)
 
     def join(self) -> None:
         """Waits for the helper thread to end."""

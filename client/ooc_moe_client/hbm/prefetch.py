@@ -151,6 +151,7 @@ class Prefetcher:
     # The thread
 
     def _run(self) -> None:
+        self._shared.slots.enter_thread()
         while True:
             try:
                 with self._shared.changed:

@@ -31,6 +31,9 @@ class ExpertSlots(Protocol):
 
     views: dict[str, Tensor]
 
+    def enter_thread(self) -> None:
+        """To be called once at the start of each background thread that uses the slots."""
+
     def landing(self, slot: int, num_bytes: int) -> memoryview:
         """Returns host memory of `num_bytes`, the landing memory, into which a fetch writes the bytes for the slot. Then call `landed`."""
 
@@ -88,6 +91,9 @@ class HostSlots:
         self._rows = allocate(num_slots, layout.body_bytes, torch.device("cpu"))
         self._bytes = self._rows.numpy()
         self.views = strided_views(layout, self._rows)
+
+    def enter_thread(self) -> None:
+        """Nothing to do."""
 
     def landing(self, slot: int, num_bytes: int) -> memoryview:
         """Returns the first `num_bytes` of the slot's memory, so that a fetch writes straight into the slot."""

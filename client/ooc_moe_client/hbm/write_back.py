@@ -238,6 +238,7 @@ class WriteBack:
     # The thread
 
     def _run(self) -> None:
+        self._shared.slots.enter_thread()
         while batch := self._next_batch():
             outcomes = self._push(batch)
             with self._shared.changed:

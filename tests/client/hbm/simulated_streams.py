@@ -145,6 +145,9 @@ class SimulatedCuda:
         self.locks: list[Any] = []  # while a thread holds one of these (RLock or Condition), it may neither synchronise nor allocate
         self.num_reached_removed = 0  # how often the removed call was made
 
+    def enter_thread(self) -> None:
+        """There is one device only."""
+
     def remove(self, site: Site) -> None:
         """From now on, this call does nothing."""
         self._removed = site

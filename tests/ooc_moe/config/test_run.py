@@ -32,6 +32,28 @@ def test_a_file_of_an_older_run_which_lacks_the_switches_says_that_all_is_on() -
     assert (read.exemplars_per_game, read.belief_smoothing, read.belief_switch_at) == (200, 0.7, 0.7)
 
 
+def test_a_file_of_an_older_run_which_names_no_arithmetic_computes_in_float32() -> None:
+    fields = json.loads(run_of(games=GAMES[:2]).to_json())
+    del fields["compute"], fields["deterministic"]
+    read = RunConfig.from_json(json.dumps(fields), Path("run"))
+    assert (read.compute, read.deterministic) == ("float32", False)
+    chosen = run_of(games=GAMES[:2], compute="bfloat16", deterministic=True)
+    assert RunConfig.from_json(chosen.to_json(), Path("run")) == chosen
+
+
+@pytest.mark.parametrize(("sizes", "named"), [({"dim": 12, "num_heads": 3}, "dim: 12"), ({"hidden": 36}, "hidden: 36")])
+def test_widths_that_have_no_product_in_bfloat16_are_refused_where_it_is_asked_for(sizes: dict[str, int], named: str) -> None:
+    agent = replace(TINY, **sizes)
+    assert run_of(games=GAMES[:2], agent=agent).compute == "float32"
+    with pytest.raises(InvalidRequest, match=f"{named} is not a multiple of 8, which experts in bfloat16 need"):
+        run_of(games=GAMES[:2], agent=agent, compute="bfloat16")
+
+
+def test_another_arithmetic_is_refused_by_name() -> None:
+    with pytest.raises(InvalidRequest, match="compute: 'float16' is not one of float32, bfloat16"):
+        run_of(games=GAMES[:2], compute="float16")
+
+
 def test_a_file_of_an_older_run_with_attention_that_is_gone_is_refused_by_name() -> None:
     fields = json.loads(RunConfig(run_dir=Path("run"), games=("pixel/catch",), agent=PRESETS["tiny"]).to_json())
     fields["agent"]["attention"] = "first-game"

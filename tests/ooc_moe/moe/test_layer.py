@@ -1,11 +1,15 @@
 import dataclasses
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 from ooc_moe.config.agent import PRESETS
+from ooc_moe.moe import grouped
 from ooc_moe.moe.layer import TieredExperts, TieredMoE
 from ooc_moe.moe.router import Router, balance_loss
+from ooc_moe.moe.wave import WaveRows
+from ooc_moe_wire.errors import InvalidRequest
 
 TINY = PRESETS["tiny"]
 POOL = (1, 4, 6, 9, 15)
@@ -157,6 +161,34 @@ def test_autocast_to_bfloat16_stays_near_float32_and_its_gradients_add_up_in_flo
     for plain, cast in zip(*results, strict=True):
         assert cast.dtype == torch.float32
         assert 1e-5 < float((cast - plain).norm() / plain.norm()) < 3e-2
+
+
+@pytest.mark.parametrize("sizes", [{"dim": 12, "hidden": 32, "num_heads": 3}, {"dim": 16, "hidden": 20}])
+def test_widths_that_grouped_products_cannot_have_are_refused_by_name_in_bfloat16_only(world, sizes: dict[str, int]) -> None:
+    (cache,) = world.caches(dataclasses.replace(TINY, **sizes))
+    layer = TieredMoE(TieredExperts(cache), Router(sizes["dim"], POOL, top_k=2))
+    x_ND = torch.randn(5, sizes["dim"])
+    layer(x_ND)
+    name, width = ("dim", 12) if sizes["dim"] == 12 else ("hidden", 20)
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(InvalidRequest, match=f"{name}: {width} is not a multiple of 8, which experts in bfloat16 need"),
+    ):
+        layer(x_ND)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("dim", "hidden", "fits"), [(16, 40, True), (12, 40, False), (16, 20, False)])
+def test_grouped_products_take_multiples_of_8_on_a_gpu(dim: int, hidden: int, fits: bool) -> None:
+    """By torch's own rules for CUDA: on "meta", where tensors have no content, it checks strides as the kernels do."""
+    shapes, counts = {"w1": (dim, hidden), "b1": (hidden,), "w2": (hidden, dim), "b2": (dim,)}, [3, 5]
+    x_MD, out_MD, grad_MD = (torch.zeros(8, dim, dtype=torch.bfloat16, device="meta") for _ in range(3))
+    rows = WaveRows(counts, x_MD, *(torch.zeros(8, hidden, dtype=torch.bfloat16, device="meta") for _ in range(2)))
+    parameters, gradients = ([{name: torch.zeros(shapes[name], device="meta") for name in shapes} for _ in counts] for _ in range(2))
+    with nullcontext() if fits else pytest.raises(RuntimeError, match="multiple of 16 bytes"):
+        grouped.forward(parameters, rows, out_MD)
+    with nullcontext() if fits else pytest.raises(RuntimeError, match="multiple of 16 bytes"):
+        grouped.backward(parameters, gradients, rows, out_MD, grad_MD)
 
 
 def test_a_visit_on_the_hit_path_takes_no_memory_for_gradients_or_slots_anew(make_layer) -> None:

@@ -111,3 +111,23 @@ def test_the_only_expert_takes_all_tokens_in_their_order_and_repeats_no_other(x_
         only(x_ND[:3], experts_NK=torch.tensor([[7], [8], [9]]))
     with pytest.raises(InvalidRequest, match="shape"):
         only(x_ND, experts_NK=routed.experts_NK[:3])
+
+
+@pytest.mark.parametrize("replayed", [False, True])
+def test_logits_and_weights_are_float32_under_autocast_too(router: Router, x_ND: torch.Tensor, replayed: bool) -> None:
+    plain = router(x_ND)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = router(x_ND, experts_NK=plain.experts_NK if replayed else None)
+        loss = balance_loss(cast)
+    assert cast.logits_NE.dtype == cast.gates_NK.dtype == loss.dtype == torch.float32
+    assert torch.equal(cast.experts_NK, plain.experts_NK)
+    assert torch.equal(cast.logits_NE, plain.logits_NE)
+    assert torch.equal(cast.gates_NK, plain.gates_NK)
+    assert torch.equal(loss, balance_loss(plain))
+
+
+@pytest.mark.parametrize("experts", [(3,), EXPERTS])
+def test_tokens_in_bfloat16_are_routed_in_float32(experts: tuple[int, ...]) -> None:
+    router = Router(dim=6, experts=experts, top_k=min(2, len(experts)))
+    routed = router(torch.randn(4, 6, dtype=torch.bfloat16))
+    assert routed.logits_NE.dtype == routed.gates_NK.dtype == torch.float32
