@@ -34,7 +34,7 @@ class Scopes:
     counters: tuple[stats_pb2.AccessStats, ...]
 
     def count(self, field_name: str, number: int = 1) -> None:
-        """Adds `number` to the field `field_name` ("hits", for example) of each of these counters."""
+        """Adds `number` to the field `field_name` ("hits", for example) in the counters of the daemon, the call's bank and its trainer."""
         for access in self.counters:
             setattr(access, field_name, getattr(access, field_name) + number)
 
@@ -67,14 +67,14 @@ class LatencySamples:
 
 @dataclass(slots=True)
 class Trainer:
-    """What the daemon knows about one trainer: counters of its calls, the last report that it sent about itself, and when that came."""
+    """What the daemon knows about one trainer: counters of its calls, its last report about itself, and when that report came."""
 
     shown: stats_pb2.TrainerStats
     reported_at: float | None = None
 
 
 class Stats:
-    """The daemon's counters except those that a tier or a bank keeps itself: total accesses, latencies, and trainers."""
+    """The daemon's counters: total accesses, latencies, and trainers. (The tiers and the banks keep the counters about themselves.)"""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.total = stats_pb2.AccessStats()

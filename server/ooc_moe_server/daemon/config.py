@@ -1,4 +1,4 @@
-"""The settings of a daemon. They are checked when a `ServerConfig` is made.
+"""The settings of a daemon. The settings are checked when a `ServerConfig` is made.
 
 The docstring below each field is also the help of its option on the command line.
 """

@@ -4,7 +4,7 @@ FORMAT                names the format in which all other files are written
 LOCK                  locked while a daemon, `rebuild` or `verify` runs
 daemon.json           the process id of the running daemon, and its addresses
 index.sqlite          which banks, records and snapshots exist (index/database.py)
-COMMITTED             the number of the index's last transaction; shows whether the index lost any (index/commit_witness.py)
+COMMITTED             the number of the index's last transaction; shows whether the index lost transactions (index/commit_witness.py)
 slabs/                the records of experts (nvme/slab.py)
 banks/, snapshots/    JSON copies of the index (manifests), from which `rebuild` makes a lost index anew (index/manifests.py)
 RESERVE               a file that keeps disk space for when the disk is full (nvme/reserve.py)
@@ -53,7 +53,7 @@ def held(path: Path) -> Iterator[None]:
 
 
 def announce(path: Path, addresses: Sequence[str]) -> None:
-    """Writes the file daemon.json, which tells other programs the daemon's process id and addresses. It is never seen half written."""
+    """Writes the file daemon.json, which tells other programs the daemon's process id and addresses. Nobody sees a half-written file."""
     temporary = path / "daemon.json.new"
     temporary.write_text(json.dumps({"pid": os.getpid(), "addresses": list(addresses)}))
     temporary.replace(path / "daemon.json")

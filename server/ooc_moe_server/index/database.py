@@ -1,9 +1,10 @@
 """The index: an SQLite file that stores all banks, records and snapshots. Each call that changes it is one durable transaction.
 
 SQLite runs with WAL and synchronous=FULL. Rows carry checksums (tables.py). The number of the last transaction is also kept outside the
-index, in the file COMMITTED (commit_witness.py), which shows whether an index lost its last commits. `load` checks all of it.
+index, in the file COMMITTED (commit_witness.py), which shows whether an index lost its last commits. `Index(...)`
+compares the index with COMMITTED; `load` checks every row.
 
-Calls block, and belong to the one thread that owns the index. The Catalog in memory mirrors what is stored here.
+Calls block, and belong to the one thread that owns the index. The Catalog in memory mirrors the content of the index.
 """
 
 from __future__ import annotations
@@ -35,9 +36,10 @@ def connect(path: Path) -> Connection:
 
 
 class Index:
-    """Stores banks, records and snapshots in the SQLite file at `path`, and the number of the last commit in the file COMMITTED beside it.
+    """The index, an SQLite file at `path`: lists the banks and snapshots of a store, and for each expert where its record lies on the disk.
 
-    Creates both files for a new store. Raises CorruptRecord if the index is unreadable, or is missing although the directory holds a store.
+    Beside the SQLite file, the file COMMITTED holds the number of the index's last transaction. Creates both files (SQLite and COMMITTED)
+    if the directory holds no store yet. Raises CorruptRecord if the SQLite file is unreadable, or is missing although there is a store.
     """
 
     def __init__(self, path: Path, connect: Callable[[Path], Connection] = connect) -> None:
@@ -86,7 +88,7 @@ class Index:
     def restore_banks(self, bank_ids: Iterable[int], writes: Iterable[Write], next_version: int) -> None:
         """Stores each record as the current one of its expert, for a restore. Sets the `base_version` of the banks to `next_version`.
 
-        This tells `rebuild` to ignore records of these banks that it finds on the disk and whose version is lower.
+        `rebuild` ignores the records of a bank on the disk whose versions are lower than the bank's `base_version`.
         """
         with self._transaction(next_version) as meta:
             self._tables.put_records(meta, writes)
@@ -110,7 +112,7 @@ class Index:
             self._tables.revise_bank(meta, bank_id, num_experts=num_experts)
 
     def delete_bank(self, bank_id: int) -> None:
-        """Removes a bank, its records, and its part of every snapshot. A snapshot that has no other bank is removed with it."""
+        """Removes a bank, its records, and its part of every snapshot. A snapshot that has no other bank is removed too."""
         tables = self._tables
         with self._transaction() as meta:
             touched = [snapshot for (snapshot,) in self._db.execute("SELECT snapshot FROM snapshot_banks WHERE bank = ?", (bank_id,))]

@@ -1,6 +1,7 @@
 """Lets the event loop use the index: runs work on the index's own thread, and gives out version numbers that are never used twice.
 
-It also keeps the slots of failed commits out of use as long as a crash could make these commits take effect after all.
+Also keeps the slots (places of records on the disk) of failed commits out of use as long as a crash could make these commits take
+effect after all.
 """
 
 from __future__ import annotations
@@ -45,16 +46,19 @@ class IndexThread:
             raise self.translated(error, "index") from error
 
     async def take_version(self) -> int:
-        """Gives out a new version number. It is never given out again, even after a crash. Raises TierFull, Internal."""
+        """Gives out a version number that was never given out before and never will be again, even after a crash.
+
+        Raises TierFull, Internal.
+        """
         while self._catalog.next_version >= self._versions_below:
             await self._put([])
         return self._catalog.take_version()
 
     async def commit(self, writes: list[Write], slots: Iterable[Slot]) -> None:
-        """Stores records in the index as the current ones of their experts, in one transaction. `slots`: the slots that hold the records.
+        """Stores records in the index as the current ones of their experts, in one transaction.
 
-        If the commit fails, its slots stay out of use (in quarantine) until a later commit succeeds: after a crash, the failed commit could
-        turn out to be on the disk. Raises TierFull, Internal.
+        `slots`: the places of these records on the disk. If the commit fails, its slots stay out of use (in quarantine) until a later
+        commit succeeds: after a crash, the failed commit could turn out to be on the disk. Raises TierFull, Internal.
         """
         quarantined = set(self._quarantine)
         try:
@@ -66,7 +70,7 @@ class IndexThread:
         self._end_quarantine(quarantined)
 
     async def clear_quarantine(self) -> None:
-        """Frees the slots of failed commits, if there are any, by an empty commit that succeeds. Without this, they would use up the disk.
+        """Frees the slots of failed commits, if there are any, by an empty commit that succeeds. Otherwise these slots would fill the disk.
 
         Raises:
             TierFull, Internal: the empty commit failed.

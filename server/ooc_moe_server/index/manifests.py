@@ -47,13 +47,13 @@ _ROWS_AT_ONCE = 500
 class Manifests:
     """Writes the manifests of a data directory: JSON copies of its banks and snapshots, from which `rebuild` makes a lost index anew.
 
-    After a change, call `owe_bank` or `owe_snapshot`, which marks the file as out of date, and then `write_owed`, which writes it.
+    After a change, call `owe_bank` or `owe_snapshot`, which marks a manifest as out of date, and then `write_owed`, which writes it.
     """
 
     def __init__(self, data_dir: Path, *, base_version: int) -> None:
         """`base_version`: the first version that this run of the daemon gives out, which is written into the manifests.
 
-        A record on the disk with an older version that the index lacks was never committed; `rebuild` ignores it.
+        `rebuild` ignores a record on the disk that has an older version and is in no manifest: the index did not list it at the start.
         """
         self._banks, self._snapshots = directories(data_dir)
         self._base_version = base_version
@@ -76,7 +76,7 @@ class Manifests:
     def write_owed(self, index: Index) -> None:
         """Brings the out-of-date manifests up to date: writes those whose bank or snapshot is in the index, and removes the rest.
 
-        Raises OSError; those that were not written stay marked as out of date.
+        Raises OSError; the manifests that were not written stay marked as out of date.
         """
         for uuid in list(self._owed_banks):
             bank = index.bank(uuid)
@@ -154,7 +154,7 @@ def read(path: Path) -> Bank | tuple[Snapshot, dict[int, bytes]]:
 
 
 def read_bank(path: Path) -> Bank:
-    """Reads the manifest of a bank, and returns the bank with its records. Its id is 0, because the index gives the ids.
+    """Reads the manifest of a bank, and returns the bank with its records. The bank's id is 0, because only the index gives ids.
 
     Raises CorruptRecord, OSError.
     """
@@ -183,8 +183,8 @@ def read_snapshot(path: Path) -> tuple[Snapshot, dict[int, bytes]]:
     """Reads the manifest of a snapshot. Raises CorruptRecord, OSError.
 
     Returns:
-        The snapshot, and the uuids of its banks by bank id. The ids are 0, 1, ... in the order of the file, because manifests hold no bank
-        ids.
+        The snapshot, and the uuids of its banks by bank id. The bank ids are 0, 1, ... in the order of the file, because manifests
+        hold no bank ids.
     """
     content = _decode(path)
     try:
@@ -207,7 +207,7 @@ def read_snapshot(path: Path) -> tuple[Snapshot, dict[int, bytes]]:
 
 
 def encode_snapshot(snapshot: Snapshot, uuids: dict[int, bytes]) -> bytes:
-    """Returns the content of a snapshot's manifest file. `uuids`: the uuid of each of its banks, by bank id."""
+    """Returns the content of a snapshot's manifest file. `uuids`: the uuid of each bank of the snapshot, by bank id."""
     rows = (
         (place, *record_row(expert, record))
         for place, state in enumerate(snapshot.banks.values())

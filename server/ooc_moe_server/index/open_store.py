@@ -1,6 +1,9 @@
 """Opens the files of a data directory except its slabs: the reserve, the index with COMMITTED, and the manifests, in this order.
 
-Its calls block; the daemon runs them on the index's thread.
+The slabs hold the records of experts. The reserve keeps disk space for when the disk is full. COMMITTED holds the number of the index's
+last commit. The manifests are JSON copies of the index.
+
+The functions of this module block; the daemon runs them on the index's thread.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreFiles:
-    """The open files of a store except its slabs (the files of records), and the catalog that was read from them."""
+    """The open files of a store except its slabs (the files of records), and the catalog of banks that was read from the index."""
 
     index: Index
     catalog: Catalog
@@ -57,7 +60,9 @@ def open_files(data_dir: Path) -> StoreFiles:
 
 
 def read_copied_index(data_dir: Path) -> Catalog:
-    """Reads and checks the index of a data directory, and returns its catalog. Works on a copy, so that no file there is changed.
+    """Reads and checks the index of a data directory, and returns its catalog.
+
+    Works on a copy of the index, so that no file in the directory is changed.
 
     Raises:
         CorruptRecord: the index cannot be trusted.

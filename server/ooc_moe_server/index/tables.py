@@ -4,7 +4,7 @@ SQLite can lose committed rows without an error when its files are damaged (a fl
 returns a flipped row as if it were sound. Therefore:
 
 - each row carries an xxh3 of its values;
-- the table `meta`, which has one row, holds the digest (the XOR of all other rows' checksums): it shows that rows vanished or came back.
+- the table `meta`, with one row, holds the digest (the XOR of all other rows' checksums), which shows whether rows vanished or came back.
 
 database.py adds the transactions around these calls.
 """
@@ -83,7 +83,7 @@ class Write:
 
 @dataclass(slots=True, kw_only=True)
 class Meta:
-    """The content of the table `meta`, which has one row: the number of the last transaction, the next unused ids, and the digest.
+    """The index's data about itself, the one row of the table `meta`: the number of its last transaction, the next unused ids, the digest.
 
     The digest is the XOR of the checksums of all other rows.
     """
@@ -131,7 +131,7 @@ class Tables:
         self._db.executemany("INSERT INTO meta VALUES (?, ?, ?, ?, ?, ?)", sealed("meta", [astuple(meta)]))
 
     def insert(self, meta: Meta, table: str, rows: Iterable[Row], *, or_replace: bool = False) -> None:
-        """Adds rows to a table, and their checksums to the digest of `meta`.
+        """Adds rows to a table, and their checksums to the digest (the XOR of all rows' checksums) in `meta`.
 
         `or_replace`: rows with the same key are replaced. The caller must then remove their checksums from the digest.
         """
@@ -143,13 +143,13 @@ class Tables:
             self._db.executemany(f"INSERT {'OR REPLACE ' if or_replace else ''}INTO {table} VALUES ({places})", with_checksums)
 
     def remove(self, meta: Meta, table: str, where: str, parameters: Sequence[Any]) -> None:
-        """Deletes the rows of a table that an SQL condition (`where`) selects, and removes their checksums from the digest of `meta`."""
+        """Deletes the rows of a table that the SQL condition `where` selects, and removes their checksums from the digest in `meta`."""
         for (check,) in self._db.execute(f"SELECT xxh3 FROM {table} WHERE {where}", parameters):
             meta.digest ^= check
         list(self._db.execute(f"DELETE FROM {table} WHERE {where}", parameters))
 
     def put_records(self, meta: Meta, writes: Iterable[Write]) -> None:
-        """Stores each record as the current one of its expert, in place of the older one if there is one."""
+        """Stores each record as the current one of its expert, in place of the expert's older record if there is one."""
         rows = {(write.bank_id, write.expert): (write.bank_id, *record_row(write.expert, write.record)) for write in writes}
         keys = iter(rows)
         while some := list(islice(keys, _KEYS_MAX)):
@@ -177,8 +177,8 @@ class Tables:
     def rows(self, table: str, where: str = "", parameters: Sequence[Any] = (), meta: Meta | None = None) -> Iterator[Row]:
         """Yields the rows of a table, or those that the SQL condition `where` selects, without their checksums.
 
-        `meta`: if given, each row's checksum is removed from its digest. Once all tables are read, a digest of zero shows that no row is
-        missing or superfluous.
+        `meta`: if given, each row's checksum is removed from the digest (the XOR of all rows' checksums) in `meta`. Once all tables are
+        read, a digest of zero shows that no row is missing or superfluous.
 
         Raises:
             CorruptRecord: the checksum of a row does not match.
@@ -192,7 +192,7 @@ class Tables:
     def banks(self, where: str = "", parameters: Sequence[Any] = (), meta: Meta | None = None) -> dict[int, Bank]:
         """Reads all banks, or those that the SQL condition `where` selects, without their records. Returns them by id.
 
-        `meta`: as for `rows`. Raises CorruptRecord.
+        `meta`: if given, the checksums of the rows are removed from its digest. Raises CorruptRecord.
         """
         return {row[0]: bank_of(row) for row in self.rows("banks", where, parameters, meta)}
 
@@ -202,7 +202,7 @@ class Tables:
         """Reads snapshots with their banks and records: all, or those that SQL conditions select. Returns them by id. Raises CorruptRecord.
 
         `where` applies to the table of snapshots, `where_parts` to the tables of their banks and records; both use the same `parameters`.
-        `meta`: as for `rows`.
+        `meta`: if given, the checksums of the rows are removed from its digest.
         """
         snapshots = {
             snapshot_id: Snapshot(id=snapshot_id, name=name, created_unix_ms=created_unix_ms, banks={}, revision=revision)

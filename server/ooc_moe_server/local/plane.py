@@ -1,6 +1,7 @@
-"""The daemon's side of the local plane (see v1/local.proto): callers on this host read the arena in place, and stage what they push.
+"""The daemon's side of the local plane: callers on this host read and push experts through shared memory (contract: v1/local.proto).
 
-The arena is the shared memory of the DRAM tier. To stage a record is to put its bytes into memory that the caller shares with the daemon.
+A caller reads records in the arena, the shared memory of the DRAM tier. To push a record, a caller stages it: puts its bytes into other
+memory that the caller shares with the daemon.
 
     connect -> check the peer's user -> welcome, with descriptors -> fetches, releases, staging memory -> close
 
@@ -51,7 +52,7 @@ def peer_uid(connection: socket.socket) -> int:
 
 
 class LocalPlane:
-    """Lets callers on this host read the arena in place: listens on a Unix socket, and keeps a `Session` for each connection.
+    """Lets callers on this host read the DRAM tier's shared memory: listens on a Unix socket, and keeps a `Session` for each connection.
 
     `socket_name` is the socket's name in the abstract namespace, without the leading zero byte.
     """
@@ -69,9 +70,9 @@ class LocalPlane:
         """Listens on the running event loop until `close`.
 
         Args:
-            arena: The shared memory, whose descriptors every caller gets.
+            arena: The shared memory of the DRAM tier, whose descriptors every caller gets.
             dram: The DRAM tier, in which leases pin records.
-            serve: Answers a fetch of a session; called for each.
+            serve: Answers one fetch of a session; called for each fetch.
             patience_s: How long a fetch waits for leases to end before it gets TierFull.
             clock: The time in seconds, by which leases expire.
             uid_of: Returns the user id of a connected caller.
@@ -97,7 +98,7 @@ class LocalPlane:
         return len(self._sessions)
 
     def session(self, number: int) -> Session:
-        """Returns the open session with this number. Raises LeaseExpired when there is none."""
+        """Returns the open session with this number. Raises LeaseExpired when there is no such session."""
         if number not in self._sessions:
             raise LeaseExpired(f"local_session: {number:#x} is not, or no longer, a session of this daemon")
         return self._sessions[number]
@@ -109,7 +110,7 @@ class LocalPlane:
             session.expire(now)
 
     def close(self) -> None:
-        """Stops listening, and closes every session, which ends its leases."""
+        """Stops listening, and closes every session, which ends the leases of the session."""
         self._sweeping.cancel()
         self._loop.remove_reader(self._listener)
         self._listener.close()
@@ -220,8 +221,8 @@ class Session:
     def lease(self, entries: Sequence[Entry], *, pinned: bool) -> range:
         """Makes a lease of each record in `entries`, and returns the leases' ids.
 
-        The caller must have pinned each entry. The lease takes over this pin, and releases it when it ends. `pinned`: the leases last until
-        they are released, instead of expiring.
+        The caller must have pinned each entry (so that it cannot be evicted). The lease takes over this pin, and undoes it when the lease
+        ends. `pinned`: the leases last until they are released, instead of expiring.
         """
         assert not self.closed
         ids = range(self._next_lease, self._next_lease + len(entries))

@@ -1,4 +1,6 @@
-"""`ooc-moe-server rebuild`: makes the index anew from the manifests, COMMITTED, and the header of every record on the disk.
+"""`ooc-moe-server rebuild`: makes a damaged or lost index anew from the other files of the data directory.
+
+These are the manifests, the file COMMITTED (which holds the number of the index's last commit), and the header of every record.
 
 The manifests (JSON files beside the index) tell which banks and snapshots exist, and which records were current when a bank last changed or
 the daemon last started. A newer record on the disk was current too if all of these hold for its header:
@@ -8,8 +10,8 @@ the daemon last started. A newer record on the disk was current too if all of th
     its version is below COMMITTED's `next_version`                      (otherwise the last crash may have cut the write off)
     it replaced the version of the manifest's row, or a newer one        (otherwise a restore refused the push)
 
-Each expert gets the newest of these records whose body is undamaged. A push may come back although it was refused if it failed
-in the last run because of an error of the disk, and was never repeated.
+Each expert gets the newest of these records whose body (its two sections: parameters, optimizer state) is undamaged. A push may come back
+although it was refused if it failed in the last run because of an error of the disk, and was never repeated.
 """
 
 from __future__ import annotations
@@ -68,7 +70,7 @@ class _Seen:
 
 
 def rebuild(data_dir: Path, track: Track = untracked) -> Rebuilt:
-    """Makes the index of a data directory anew, and moves the old one aside. The caller must have locked the directory.
+    """Makes the index of a data directory anew, and moves the old index aside. The caller must have locked the directory.
 
     `track`: shows the progress. Returns what was recovered and what was not. Raises OocMoeError, OSError.
     """

@@ -1,4 +1,4 @@
-"""Reads the slabs (files of records) of a stopped daemon: header blocks, and whole records to compare them with their checksums.
+"""Reads the slabs (files of records) of a stopped daemon: header blocks, and whole records, to compare their bytes with their checksums.
 
 Calls may run on any thread, and use a bounded amount of memory.
 """
@@ -36,7 +36,7 @@ class Track(Protocol):
 
 
 class Slabs:
-    """Reads records from the slabs of a data directory, which it opens for reading only."""
+    """The slabs (files of records) of a data directory, opened for reading only. Reads and checks the records in them."""
 
     def __init__(self, data_dir: Path) -> None:
         """Opens all slabs of the data directory. Raises OSError."""
@@ -55,7 +55,7 @@ class Slabs:
                 yield Slot(record_bytes, index)
 
     def header(self, slot: Slot) -> RecordHeader | None:
-        """Reads the header of the record in a slot. Returns None when nothing was ever written there.
+        """Reads the header of the record in a slot. Returns None when nothing was ever written to the slot.
 
         Raises:
             CorruptRecord: the header is damaged or cannot be read.
@@ -105,7 +105,7 @@ class Slabs:
 
 @contextmanager
 def open_slabs(data_dir: Path) -> Iterator[Slabs]:
-    """Opens the slabs of a data directory, yields them, and closes them when the context ends. Raises OSError."""
+    """Opens the slabs (files of records) of a data directory, yields the slabs, and closes them when the context ends. Raises OSError."""
     slabs = Slabs(data_dir)
     try:
         yield slabs
@@ -123,12 +123,12 @@ def map_tracked(work: Callable[[Item], Result], items: list[Item], what: str, tr
 
 
 def untracked(items: Iterable[Item], what: str, total: int) -> Iterable[Item]:
-    """Yields the items unchanged and shows no progress: a `Track` for callers that want to see none."""
+    """Yields the items unchanged and shows no progress: a `Track` for callers that want to see no progress."""
     return items
 
 
 def has_sizes_of(header: RecordHeader, layout: Layout) -> bool:
-    """Whether the sections of the record with this header have the sizes that a layout demands."""
+    """Whether the sections of the record with this header have the sizes that a layout (the sizes of a bank's records) demands."""
     return (header.parameter_bytes, header.optimizer_bytes) == (layout.parameter_bytes, layout.optimizer_bytes)
 
 

@@ -1,4 +1,4 @@
-"""`ooc-moe-server verify`: reads the index, the manifests and all records of a data directory, and reports damage. Changes nothing.
+"""`ooc-moe-server verify`: reads the index, the manifests and all records of a data directory, and reports damage. Changes no file.
 
 Damage is repaired in other ways: `rebuild` makes a damaged index anew, a push or a restored snapshot replaces a damaged record, and a start
 of the daemon makes the manifests equal to the index.
@@ -38,7 +38,7 @@ class Verified:
         return not self.findings
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the result as a dict that can be written as a JSON object."""
+        """Returns this report as a dict that can be written as a JSON object."""
         return {"clean": self.is_clean, **asdict(self)}
 
 

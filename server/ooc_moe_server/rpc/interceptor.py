@@ -1,10 +1,12 @@
-"""The guard that wraps every call: it refuses calls while the daemon starts or drains, limits their number, and translates errors.
+"""The guard, a gRPC interceptor around every call of the daemon's services: refuses calls, limits the calls under way, translates errors.
 
-An `OocMoeError` becomes its gRPC status, with its name in the trailing metadata. Any other exception is a bug of the daemon: it becomes
-INTERNAL, and is logged once with its traceback. Calls to health and reflection are not wrapped. Fetches through the local plane's socket
-are counted too (`Guard.counted`).
+Calls are refused while the daemon starts or drains (finishes the calls under way before it stops). The health and reflection services are
+not guarded. Fetches through the local plane's Unix socket, which is not gRPC, use the same limit (`Guard.counted`).
 
-Methods that stream their answers are coroutines that write to the call's context, so that they end when the caller hangs up.
+An `OocMoeError` that a call raises becomes a gRPC status, with the name of the error class in the trailing metadata. Any other exception is
+a bug of the daemon: the caller gets the status INTERNAL, and the daemon logs the traceback once.
+
+A method that streams its answers is a coroutine that writes to the call's context, so that the method ends when the caller hangs up.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ _DECODERS: dict[str, Callable[[bytes], Any]] = {f"{_PREFIX}ExpertService/PushExp
 
 
 class Guard(grpc.aio.ServerInterceptor):
-    """A gRPC interceptor that wraps every call of the daemon's services: it refuses or counts the call, and translates its errors.
+    """A gRPC interceptor that wraps every call of the daemon's services: it refuses or counts calls, and translates errors.
 
     Set `refusal` to the reason why new calls are refused, or to None to admit them. `num_open`: the number of calls under way.
     """
@@ -54,7 +56,7 @@ class Guard(grpc.aio.ServerInterceptor):
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
         """Returns the handler of a gRPC method, wrapped by the guard.
 
-        Handlers of other services, such as health checks, are returned as they are.
+        Handlers of services that are not the daemon's own, such as health checks, are returned unchanged.
         """
         handler = await continuation(details)
         if handler is None or not details.method.startswith(_PREFIX):

@@ -1,6 +1,6 @@
 """Serves the fetches that callers on this host send through the local plane's socket instead of gRPC.
 
-As for calls through gRPC, the guard counts and limits them, and an error becomes a message with its name.
+The guard counts and limits these fetches like calls through gRPC, and an error is sent to the caller as a message that names it.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class LocalFetches:
         self._engine, self._guard = engine, guard
 
     async def serve(self, session: Session, fetch_request: local_pb2.LocalFetch) -> None:
-        """Answers one fetch of a session: sends leases of the records, then an end message, which carries the error if there was one.
+        """Answers one fetch of a session: sends leases, then an end message, which carries the error if there was one.
 
-        Stops early when the session is closed.
+        A lease is the right to read a record in shared memory. Stops early when the session is closed.
         """
         end = local_pb2.LocalEnd()
         try:

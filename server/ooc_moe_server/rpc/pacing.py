@@ -1,4 +1,4 @@
-"""Paces large messages: at most one is handed to gRPC per iteration of the event loop, so that a small call never waits for several.
+"""Paces large messages: gRPC gets at most one per iteration of the event loop, so that a small call never waits for several large ones.
 
 To copy a megabyte into a message and on into the socket takes the loop most of a millisecond, and a small call needs about five iterations.
 When four streams each sent a message in every iteration, GetStats took two to four times as long, at the same throughput.
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 
 class MessagePacer:
-    """Makes the streams of an event loop take turns to send large messages, so that small calls get through between them.
+    """Makes the streams of an event loop take turns to send large messages, so that small calls get through between the large messages.
 
     All streams of the loop share one pacer.
     """
@@ -24,7 +24,7 @@ class MessagePacer:
 
     @contextmanager
     def counted_stream(self) -> Iterator[None]:
-        """Counts a stream in `num_streams` while the context is open. Streams may send larger messages while there is only one."""
+        """Counts a stream in `num_streams` while the context is open. A stream may send larger messages while it is the only one."""
         self.num_streams += 1
         try:
             yield

@@ -45,7 +45,8 @@ async def send_experts(fetch: Fetch, layout: Layout, send: Send, *, whole: bool,
 async def send_leases(fetch: Fetch, layout: Layout, session: Session, *, arena: Arena, pinned: bool) -> None:
     """Answers a fetch through the local plane with leases: the places of the records in the shared arena, in batches.
 
-    An expert whose version the caller has already gets a row without a lease, and one that cannot be served a header with its error.
+    An expert whose version the caller has already gets a row without a lease. For an expert that cannot be served, a header with the error
+    is sent.
     `pinned`: the leases do not expire.
 
     Raises:

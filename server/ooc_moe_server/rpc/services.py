@@ -1,7 +1,7 @@
 """The five gRPC services. Each method turns a message into a call of the engine (the store behind gRPC), and the result into a message.
 
-Methods raise OocMoeError, which interceptor.py translates. Methods that stream their answers write them to the context instead of yielding
-them (interceptor.py says why). mypy's stubs of a servicer do not foresee that: hence `type: ignore[override]`.
+Methods raise OocMoeError, which interceptor.py turns into a gRPC status. Methods that stream their answers write them to the context
+instead of yielding them (interceptor.py says why). mypy's stubs of a servicer do not foresee such methods: hence `type: ignore[override]`.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ class BankService(bank_pb2_grpc.BankServiceServicer):
         self._engine = engine
 
     async def CreateBank(self, request: bank_pb2.CreateBankRequest, context: Context) -> bank_pb2.Bank:
-        """Creates a bank, or returns the existing one if its spec is the same."""
+        """Creates a bank, or returns the existing bank of that name if its spec (what the bank's experts look like) is the same."""
         return (await self._engine().changes.create_bank(BankSpec.from_proto(request.spec))).to_proto()
 
     async def GrowBank(self, request: bank_pb2.GrowBankRequest, context: Context) -> bank_pb2.Bank:
-        """Raises the number of experts of a bank; the new ones have their initial values."""
+        """Raises the number of experts of a bank; the new experts have their initial values."""
         return (await self._engine().changes.grow_bank(request.bank, request.num_experts)).to_proto()
 
     async def GetBank(self, request: bank_pb2.GetBankRequest, context: Context) -> bank_pb2.Bank:
@@ -92,7 +92,7 @@ class ExpertService(expert_pb2_grpc.ExpertServiceServicer):
         await replies.send_experts(fetch, bank.layout, context.write, whole=whole, pacer=self._pacer)
 
     async def PushExperts(self, requests: object, context: Context) -> None:  # type: ignore[override]
-        """Receives the records of changed experts from one writer, and sends an outcome (a version or an error) for each."""
+        """Receives the records of changed experts from one writer, and sends an outcome (a version or an error) for each record."""
         first = await context.read()
         if first is grpc.aio.EOF or isinstance(first, ChunkView) or first.WhichOneof("message") != "open":
             raise InvalidRequest("push stream: it must begin with PushOpen")
@@ -114,7 +114,7 @@ class ExpertService(expert_pb2_grpc.ExpertServiceServicer):
         return expert_pb2.PrefetchExpertsResponse(states=states)
 
     async def CancelPrefetch(self, request: expert_pb2.CancelPrefetchRequest, context: Context) -> expert_pb2.CancelPrefetchResponse:
-        """Cancels queued prefetches of these experts, or of the whole bank when none is named."""
+        """Cancels queued prefetches of these experts, or of the whole bank when no expert is named."""
         engine, bank, _ = self._bank(request.bank, context)
         return expert_pb2.CancelPrefetchResponse(num_cancelled=engine.promotions.cancel(bank, set(request.experts)))
 
@@ -181,7 +181,7 @@ class LocalService(local_pb2_grpc.LocalServiceServicer):
 
 
 class StatsService(stats_pb2_grpc.StatsServiceServicer):
-    """Serves the daemon's counters, and stores those that trainers report. Contract: stats.proto.
+    """Serves the daemon's counters, and stores the counters that trainers report. Contract: stats.proto.
 
     The daemon sets `draining` to end the WatchStats streams.
     """
@@ -237,7 +237,10 @@ def add_to_server(server: grpc.aio.Server, *services: BankService | ExpertServic
 
 
 def trainer_of(context: Context) -> str:
-    """Returns the trainer's name from the metadata of a call; empty when there is none. Raises InvalidRequest when the name is too long."""
+    """Returns the trainer's name from the metadata of a call; empty when the metadata name none.
+
+    Raises InvalidRequest when the name is too long.
+    """
     return checked_trainer(str(dict(context.invocation_metadata() or ()).get(TRAINER_KEY, "")))
 
 
@@ -249,7 +252,10 @@ def checked_trainer(trainer: str) -> str:
 
 
 def fetch_of(engine: Engine, request: expert_pb2.FetchExpertsRequest, trainer: str) -> tuple[Bank, Fetch]:
-    """Checks a fetch request. Returns its bank, and a `Fetch` that is ready to run. Raises UnknownBank, UnknownExpert, InvalidRequest."""
+    """Checks a fetch request. Returns the bank that it names, and a `Fetch` that is ready to run.
+
+    Raises UnknownBank, UnknownExpert, InvalidRequest.
+    """
     bank = engine.catalog.bank(request.bank)
     whole = request.sections == expert_pb2.SECTIONS_ALL
     fetch = engine.fetch(
