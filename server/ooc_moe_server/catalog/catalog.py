@@ -1,8 +1,8 @@
 """The catalog: all banks, the current record of each expert, and all snapshots, in memory. The index (index/database.py) stores it on disk.
 
-The catalog also contains records that the index does not have yet: they were acknowledged in memory only (`Record.unsaved`). It holds no
-bytes of experts: a record tells which slot of a file holds the bytes, or that they are computed from the bank's seed. To be used on the
-event loop only.
+The catalog also contains records that the index does not have yet: they were acknowledged in memory only (`Record.unsaved`). The catalog
+holds no bytes of experts: a record tells which slot of a file holds the bytes, or that they are computed from the bank's seed. To be used
+on the event loop only.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ Source = Slot | Seed | Unsaved
 class Record:
     """Describes one version of an expert: its number, the slot that holds its bytes, their checksums, and who pushed it.
 
-    It is the version that fetches get now (the current one), or an older one that a snapshot keeps.
+    The version is the one that fetches get now (the current one), or an older one that a snapshot keeps.
     """
 
     version: int
@@ -80,7 +80,10 @@ class Lease(Protocol):
 
 
 class PushUnderWay(Protocol):
-    """The attributes of a push under way that the catalog uses. They tell whether a later push repeats this one, and how this one ended."""
+    """The attributes of a push under way that the catalog uses.
+
+    The attributes tell whether a later push repeats this push, and how this push ended.
+    """
 
     writer_id: str
     push_number: int
@@ -142,7 +145,8 @@ class Bank:
         return self.records.get(expert, UNWRITTEN)
 
     def check_base(self, expert: int, base_version: int) -> None:
-        """Raises an error unless an update of an expert started from the expert's current version. `base_version`: where it started.
+        """Raises an error unless an update of an expert started from the expert's current version. `base_version`: the version from which
+        the update started.
 
         Raises:
             StaleVersion: the current version is newer than `base_version`.
@@ -161,7 +165,7 @@ class Bank:
         return record.slot or Seed(self.id, expert)
 
     def put(self, expert: int, record: Record) -> Record:
-        """Makes `record` the current record of an expert: the one that fetches get. Changes only memory. Returns the previous one."""
+        """Makes `record` the current record of an expert: the one that fetches get. Changes only memory. Returns the previous record."""
         old = self.records.get(expert, UNWRITTEN)
         self.records[expert] = record
         self.num_written += record.is_written - old.is_written
@@ -191,7 +195,7 @@ class BankState:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Snapshot:
-    """A snapshot: for each of its banks (by bank id), the number of experts and their records at the moment when it was taken."""
+    """A snapshot: for each of its banks (by bank id), the number of experts and their records at the moment when the snapshot was taken."""
 
     id: int
     name: str

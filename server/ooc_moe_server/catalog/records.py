@@ -42,7 +42,7 @@ def record_of(row: Sequence[Any]) -> tuple[int, Record]:
 
 
 def bank_row(bank: Bank) -> Row:
-    """Converts a bank to a row of the index. The row holds none of its records: these have rows of their own."""
+    """Converts a bank to a row of the index. The row holds no records of the bank: these have rows of their own."""
     spec = bank.spec.to_proto().SerializeToString(deterministic=True)
     return (
         bank.id,

@@ -1,7 +1,8 @@
 """The memory of the DRAM tier: the arena, which holds the records, and a table of generations, which tells whether a record is complete.
 
 Each of the two is a memfd (a file in memory) that is allocated in full at the start and mapped once. A memfd is page aligned, so that
-O_DIRECT can read into it, and it can be passed to another process. Both are sealed, so that no other process can map them for writing.
+O_DIRECT can read into it, and it can be passed to another process. The two memfds are sealed, so that no other process can map them for
+writing.
 
 There is one generation, a 64-bit number, for each 4 KiB block of the arena. The generation of a record's first block is odd while the
 record may be incomplete, and even once it is complete (see v1/local.proto).
@@ -30,7 +31,7 @@ class Arena:
     def __init__(self, num_bytes: int) -> None:
         """Allocates `num_bytes` of memory, and touches every page, so that none is missing later.
 
-        This takes about 0.3 s per GiB, so call it off the event loop.
+        This takes about 0.3 s per GiB, so call the constructor off the event loop.
 
         Raises:
             TierFull: the kernel does not have that many pages.
@@ -57,7 +58,7 @@ class Arena:
     def complete(self, start: int) -> None:
         """Makes the generation of the record at `start` even, which tells readers that the record is complete.
 
-        Call it when all bytes of the record are there.
+        Call `complete` when all bytes of the record are there.
         """
         assert self.generation(start) % 2 == 1, "complete twice"
         self._generations[start // BLOCK_BYTES] += 1
@@ -65,7 +66,7 @@ class Arena:
     def spoil(self, start: int) -> None:
         """Makes the generation of the record at `start` odd, which tells readers that its bytes may change.
 
-        Call it before overwriting the record.
+        Call `spoil` before overwriting the record.
         """
         self._generations[start // BLOCK_BYTES] |= 1
 

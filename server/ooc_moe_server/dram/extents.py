@@ -1,7 +1,7 @@
 """An allocator that divides the arena into extents: ranges of bytes, each of which has an owner or is a hole (free).
 
-It takes the first hole that is large enough. Neighbouring holes are joined, so that the extents always cover the whole arena and no two
-holes touch. The allocator keeps only numbers; it does not hold the memory.
+Each range is allocated from the first hole that is large enough. Neighbouring holes are joined, so that the extents always cover the whole
+arena and no two holes touch. The allocator keeps only numbers; it does not hold the memory.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Extent(Generic[Owner]):
 
 
 class Extents(Generic[Owner]):
-    """Allocates and frees ranges of bytes (extents) in a space of `capacity` bytes. It keeps only numbers, and holds no memory.
+    """Allocates and frees ranges of bytes (extents) in a space of `capacity` bytes. The allocator keeps only numbers, and holds no memory.
 
     Each extent belongs to an owner, or is a hole (free).
     """
@@ -51,7 +51,9 @@ class Extents(Generic[Owner]):
             start = extent.end
 
     def allocate(self, size: int, owner: Owner) -> Extent[Owner] | None:
-        """Allocates `size` bytes for an owner, at the front of the first hole that is large enough. Returns None when no hole is."""
+        """Allocates `size` bytes for an owner, at the front of the first hole that is large enough. Returns None when no hole is large
+        enough.
+        """
         if size > self.free_bytes:
             return None
         for start in self._holes:
@@ -81,7 +83,7 @@ class Extents(Generic[Owner]):
         """Returns the extents to free so that a hole of at least `size` bytes opens around `victim`; `victim` is one of them.
 
         The list starts with `victim` and grows over its neighbours, holes first. It never includes an extent for whose owner `movable` is
-        false. Returns None when it cannot grow to `size` bytes.
+        false. Returns None when the list cannot grow to `size` bytes.
         """
         assert victim.owner is not None
         first = last = victim

@@ -105,14 +105,14 @@ class DramTier:
 
     @property
     def unpinned_bytes(self) -> int:
-        """Bytes that are free or that evictions could free, because no pin holds them. They may lie in several pieces."""
+        """Bytes that are free or that evictions could free, because no pin holds them. These bytes may lie in several pieces."""
         return self._extents.capacity - self._pinned_bytes
 
     @property
     def speculative_bytes(self) -> int:
-        """Bytes that a prefetch may use: those that are free, and those of records that it may evict (not pinned, and not demanded lately).
+        """Bytes that a prefetch may use: free bytes, and bytes of records that a prefetch may evict (not pinned, and not demanded lately).
 
-        They may lie in several pieces.
+        These bytes may lie in several pieces.
         """
         return self.unpinned_bytes - self._protected.idle_bytes
 
@@ -121,7 +121,7 @@ class DramTier:
         return source in self._residents
 
     def touch(self, source: Source) -> bool:
-        """Counts a use of a record in DRAM before `pin_resident` pins it, so that until then the policy prefers to evict others.
+        """Counts a use of a record in DRAM before `pin_resident` pins it, so that until then the policy evicts other records first.
 
         `pin_resident` then does not count the same use again. Returns False when the record is not in DRAM.
         """
@@ -135,8 +135,8 @@ class DramTier:
     def pin_resident(self, source: Source, *, demand: bool = True) -> Entry | None:
         """Pins a record for the caller if it is in DRAM (resident), and counts the use. Returns its entry, or None when it is not in DRAM.
 
-        `demand`: True when a caller waits for the record now, False for speculation (a prefetch). If True,
-        no prefetch evicts the record while it is among those that were demanded last.
+        `demand`: True when a caller waits for the record now, False for speculation (a prefetch). If True, no prefetch evicts the record
+        until this record and those demanded after it take more than half of the arena.
         """
         entry = self._residents.get(source)
         if entry is None:
@@ -151,9 +151,10 @@ class DramTier:
         return entry
 
     def note_request(self, entry: Entry, *, demand: bool) -> None:
-        """Notes that a caller asked for a record in DRAM, so that it is no longer treated as a prefetched record that nobody asked for.
+        """Notes that a caller asked for a record in DRAM. The record then no longer counts as one that was prefetched in vain so far.
 
-        `demand`: True when the caller waits for the record now. While it is among the records demanded last, no prefetch evicts it.
+        `demand`: True when the caller waits for the record now (a demand). Then no prefetch evicts the record until this record and those
+        demanded after it take more than half of the arena.
         """
         self._unasked.drop(entry)
         if demand and entry.source is not None:
@@ -162,7 +163,7 @@ class DramTier:
                 self._protected.drop(next(iter(self._protected.entries)))
 
     def pin(self, entry: Entry) -> None:
-        """Adds a pin to an entry. Its bytes are not reused for another record while it has any pin."""
+        """Adds a pin (a use under way) to an entry. While an entry has any pin, its bytes are not reused for another record."""
         if entry.pins == 0:
             self._pinned_bytes += entry.extent.size
             self._protected.note_idle(entry, -1)
@@ -170,9 +171,9 @@ class DramTier:
         entry.pins += 1
 
     def unpin(self, entry: Entry) -> None:
-        """Releases one pin of an entry.
+        """Releases one pin (a use that was under way) of an entry.
 
-        The bytes of an entry that is not resident (never published, or evicted) become free with its last pin.
+        When the last pin of an entry that is not resident (never published, or evicted) is released, the bytes of the entry become free.
         """
         assert entry.pins > 0
         entry.pins -= 1
@@ -187,11 +188,12 @@ class DramTier:
     def reserve(self, num_bytes: int, *, speculative: bool = False) -> Entry:
         """Returns a new staging entry: `num_bytes` of the arena, to be filled with a record. Evicts other records to make room.
 
-        The entry has one pin, which the caller must release. `speculative`: the room is for a prefetch, which may not evict every record.
+        The entry has one pin (a use under way), which the caller must release. `speculative`: the room is for a prefetch, which may not
+        evict every record.
 
         Raises:
-            TierFull: pinned records leave no room. For a prefetch also: records demanded lately leave none, or a demand or a push waits for
-                room.
+            TierFull: pinned records leave no room. For a prefetch also: records demanded lately leave no room, or a demand or a push waits
+                for room.
         """
         if speculative and self._num_waiting:
             raise TierFull(f"DRAM tier: {self._num_waiting} demands and pushes wait for room")
@@ -207,7 +209,8 @@ class DramTier:
         return entry
 
     async def reserve_soon(self, num_bytes: int, patience_s: float) -> Entry:
-        """Like `reserve` for a demand or a push, but waits for pins to be released if there is no room.
+        """Reserves room for a record that a caller waits for or pushes, as `reserve` does, but waits for pins to be released if there is no
+        room.
 
         Raises TierFull after `patience_s` seconds.
         """
@@ -239,14 +242,15 @@ class DramTier:
         replaces: Source | None = None,
         wasted: Callable[[], None] | None = None,
     ) -> None:
-        """Makes a filled staging entry resident: from now on, fetches find the record under its source. The caller keeps its pin.
+        """Makes a filled staging entry resident: from now on, fetches find the record by its source. The caller keeps its pin.
 
         Args:
             entry: The staging entry, which `reserve` returned.
             source: The source of the record; it must not be resident yet.
-            checksums: The checksums of its sections.
+            checksums: The checksums of the record's sections (parameters, optimizer state).
             bank_id: The bank of the record; the tier counts its records by bank.
-            replaces: The source of the older version. If that is resident, it is discarded, and the new one takes its place in the policy.
+            replaces: The source of the older version. If that version is resident, it is discarded, and the new version takes its place
+                in the policy.
             wasted: Called if the record leaves DRAM before a caller asked for it. Given when only a prefetch wants the record.
         """
         assert entry.source is None, "published twice"
@@ -274,7 +278,7 @@ class DramTier:
     def rename(self, old: Source, new: Source) -> None:
         """Changes the source by which a record in DRAM is found from `old` to `new`. Does nothing when the record is not in DRAM.
 
-        Call it when a version that was only in memory was committed: its source is then a slot.
+        Call `rename` when a version that was only in memory was committed: the version's source is then a slot.
         """
         entry = self._residents.pop(old, None)
         if entry is not None:
@@ -284,7 +288,7 @@ class DramTier:
             self._policy.rename(old, new)
 
     def discard(self, source: Source) -> None:
-        """Removes the record of a source from DRAM, if it is there. The bytes of a pinned record become free with its last pin."""
+        """Removes the record of a source from DRAM, if the record is there. The bytes of a pinned record become free with its last pin."""
         entry = self._residents.pop(source, None)
         if entry is not None:
             self._policy.remove(source)

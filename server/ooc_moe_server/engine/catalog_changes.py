@@ -49,7 +49,8 @@ Result = TypeVar("Result")
 class CatalogChanges:
     """Creates, grows, forks and deletes banks, and takes, restores and deletes snapshots.
 
-    Each change is one transaction of the index (the SQLite file). Then the manifests (JSON copies of it) and the catalog in memory follow.
+    Each change is one transaction of the index (the SQLite file). Then the manifests (JSON copies of the index) and the catalog in memory
+    follow.
     """
 
     def __init__(
@@ -94,8 +95,8 @@ class CatalogChanges:
     async def restore_snapshot(self, snapshot_id: int, writer_id: str) -> Snapshot:
         """Sets every expert of a snapshot's banks back to the record that it had in the snapshot, under a new version.
 
-        Experts that the snapshot lacks get their initial values. `writer_id`: the writer that asks; no other writer may have one of the
-        banks open. Raises UnknownSnapshot, NotTheWriter.
+        Experts that the snapshot lacks get their initial values. `writer_id`: the writer that asks for the change; no other writer may have
+        one of the banks open. Raises UnknownSnapshot, NotTheWriter.
         """
         return await self._to_the_end(self._restore_snapshot(snapshot_id, writer_id))
 

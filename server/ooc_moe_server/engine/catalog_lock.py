@@ -1,6 +1,7 @@
 """The lock under which index and catalog change: for one commit round (of pushes), or one change of banks and snapshots, at a time.
 
-A snapshot, for example, needs every record in the index. It first lends the lock to commit rounds, which write the unsaved records:
+A snapshot, for example, needs every record in the index. The snapshot first lends the lock to commit rounds, which write the unsaved
+records:
 
     change:  acquire -> lend ........................... -> work -> release
     rounds:                    round, round, round
@@ -61,6 +62,8 @@ class CatalogLock:
             self._returned.notify_all()
 
     async def wait_until_unchanging(self) -> None:
-        """Waits until no change of banks or snapshots is running. Call it before making a record visible to fetches outside of a round."""
+        """Waits until no change of banks or snapshots is running. Call this before making a record visible to fetches outside of a commit
+        round.
+        """
         while self.is_changing:
             await self._no_change.wait()

@@ -33,7 +33,7 @@ SYNC_TRIES = 3
 class CommitRounds:
     """Commits pushes whose records are written, in rounds: a round commits many pushes that wait, in one index transaction.
 
-    The next round begins when it has ended.
+    The next round begins when the last one has ended.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class CommitRounds:
         self._task: asyncio.Task[None] | None = None
 
     async def join(self, push: Push) -> None:
-        """Queues a push to be committed by the next round. Waits until it is committed, or until a newer record replaced it.
+        """Queues a push to be committed by the next round. Waits until the push is committed, or until a newer push replaced its record.
 
         The record of the push must have been written to its slot.
 

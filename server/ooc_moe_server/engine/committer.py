@@ -89,10 +89,10 @@ class Committer:
     async def write_back(self, banks: Collection[Bank] | None = None) -> None:
         """Writes records that are in memory only (unsaved) to the disk, and returns when `banks` (None: all banks) have none left.
 
-        Call it inside `exclusive`, before the change itself. It lets commit rounds run meanwhile.
+        Call `write_back` inside `exclusive`, before the change itself. Commit rounds (group commits of pushes) can run meanwhile.
 
         Raises:
-            TierFull, Internal: a record could not be written; it stays in memory.
+            TierFull, Internal: a record could not be written; the record stays in memory.
         """
         await self._write_behind.flush(banks)
 

@@ -1,9 +1,11 @@
-"""The store as one object, without gRPC: puts together the catalog, the index, both tiers, and the parts that serve fetches and pushes.
+"""The store as one object, without gRPC: puts together the catalog, the index, the two tiers (DRAM and NVMe), and the parts that serve
+fetches and pushes.
 
     fetch:  catalog -> DRAM, or else promotion from NVMe or from the seed -> DRAM
     push:   writer -> committer -> NVMe, index, catalog, DRAM
 
-All parts run on one event loop. `Engine.open` reads the data directory; `Engine.close` writes to it what is only in memory.
+All parts run on one event loop. `Engine.open` reads the data directory; `Engine.close` writes to that directory the records that are only
+in memory.
 """
 
 from __future__ import annotations
@@ -151,7 +153,7 @@ class Engine:
         Args:
             bank: The bank of the experts.
             experts: The ids of the experts.
-            known_versions: For each expert, the version that the caller holds already; empty when it holds none.
+            known_versions: For each expert, the version that the caller holds already; empty when the caller holds none.
             demand: Whether the caller waits for the experts now; False for speculation.
             section_bytes: The bytes that are sent of each record, for the counters.
             scopes: The counters that the fetch is added to.
@@ -171,12 +173,12 @@ class Engine:
     def prefetch(
         self, bank: Bank, experts: Sequence[int], *, deadline_s: float | None, priority: int = 0, scopes: Scopes
     ) -> list[expert_pb2.PrefetchState.ValueType]:
-        """Queues experts to be loaded into DRAM. Returns at once, for each, whether it is in DRAM already (resident), queued or rejected.
+        """Queues experts to be loaded into DRAM. Returns at once whether each expert is in DRAM already (resident), queued or rejected.
 
         Raises UnknownExpert.
 
-        A prefetch that has not started after `deadline_s` seconds is dropped; None: it waits as long as needed. Higher priorities start
-        first. `scopes`: the counters that the prefetches are added to.
+        A prefetch that has not started after `deadline_s` seconds is dropped; None: the prefetch waits as long as needed. Higher priorities
+        start first. `scopes`: the counters that the prefetches are added to.
         """
         bank.check(experts)
         scopes.count("prefetch_requested", len(experts))

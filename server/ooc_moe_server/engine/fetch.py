@@ -1,8 +1,8 @@
 """Serves one fetch of several experts: what the gRPC call FetchExperts does, without gRPC.
 
 Experts come in the fastest order: first those whose version the caller has already, then those in DRAM, then the rest as they arrive from
-NVMe or are made from the seed. A fetch loads a few records before they are asked for. It pins only these and the records that it hands out,
-so that a call may fetch more than the DRAM tier holds.
+NVMe or are made from the seed. A fetch loads a few records before they are asked for. Only these and the records that the fetch hands out
+are pinned, so that a call may fetch more than the DRAM tier holds.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Fetch:
         Args:
             bank: The bank of the experts.
             experts: The ids of the experts, each once.
-            known_versions: For each expert, the version that the caller holds already; empty when it holds none.
+            known_versions: For each expert, the version that the caller holds already; empty when the caller holds none.
             demand: Whether the caller waits for the experts now; False for speculation, which may use less room.
             section_bytes: The bytes that are sent of each record, for the counters.
             scopes: The counters that the fetch is added to.
@@ -87,7 +87,9 @@ class Fetch:
         self._known = dict(zip(experts, known_versions or [HOLDS_NONE] * len(experts), strict=True))
 
     async def experts(self) -> AsyncGenerator[Served, None]:
-        """Yields the result for each expert. Its record is pinned until the next one is asked for. Close the generator to drop the rest.
+        """Yields the result for each expert, whose record is pinned in DRAM until the next result is asked for.
+
+        Close the generator to drop the results that were not yielded.
 
         Raises:
             TierFull: pins left no room for too long.
@@ -103,9 +105,10 @@ class Fetch:
                             self._dram.unpin(served.entry)
 
     async def batches(self, room: Room) -> AsyncGenerator[list[Served], None]:
-        """Like `experts`, but yields lists: all results that are ready, up to the number that `room` returns.
+        """Yields the results for all experts in lists: each time the results that are ready, up to the number that `room` returns.
 
-        `room` is called before each list, and may wait until the caller can take more. The caller must release the pin of each record.
+        `room` is called before each list, and may wait until the caller can take more. The caller must release the pin that keeps each
+        record in DRAM.
         """
         self._scopes.count("fetched_experts", len(self._known))
         unchanged, residents, missing = self._sorted()
@@ -133,7 +136,7 @@ class Fetch:
             await self._abandon([*ahead, *arrived])
 
     def sent(self, batch: Sequence[Served], *, leased: bool = False) -> None:
-        """Adds a batch that was sent to the caller to the counters of bytes and latencies. `leased`: sent as leases of shared memory."""
+        """Counts the bytes and latencies of a batch of results that was sent to the caller. `leased`: sent as leases of shared memory."""
         num_bytes = self._section_bytes * sum(served.entry is not None for served in batch)
         self._scopes.count("fetched_bytes", num_bytes)
         if leased:

@@ -7,9 +7,9 @@
 A demand is a fetch whose caller waits for the record now; speculation is a prefetch, or a fetch that is not urgent.
 
 - Up to READS_MAX demands are read at once. Speculative reads do not count towards this limit, so they never delay the start of a demand.
-- Speculation starts only while fewer than READS_MAX reads of both kinds run, and at most SPECULATIVE_READS_MAX of its own. It never waits
-  for room in DRAM: without room it fails.
-- Both queues have a maximal length.
+- Speculation starts only while fewer than READS_MAX reads run (demands and speculation), and at most SPECULATIVE_READS_MAX
+  speculative ones. Speculation never waits for room in DRAM: without room it fails.
+- Each of the two queues has a maximal length.
 
 To be used on the event loop only; the bytes move in the I/O threads.
 """
@@ -43,7 +43,9 @@ RETRY_AFTER_MS = 100
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Job:
-    """The loading (promotion) of one record into DRAM, queued or under way: for callers who wait for it, for a prefetch, or for both."""
+    """The loading (promotion) of one record into DRAM, queued or under way: for callers who wait for the record, for a prefetch, or for
+    callers and a prefetch.
+    """
 
     source: Source
     bank: Bank
@@ -85,12 +87,12 @@ class Speculation:
         return job.source in self._jobs.get(job.priority, ())
 
     def add(self, job: Job) -> None:
-        """Appends a job behind the jobs of the same priority."""
+        """Appends a job (the loading of one record) behind the jobs of the same priority."""
         self._jobs.setdefault(job.priority, OrderedDict())[job.source] = job
         self._length += 1
 
     def remove(self, job: Job) -> None:
-        """Removes a job from the queue, wherever it stands."""
+        """Removes a job (the loading of one record) from the queue, wherever the job stands."""
         equals = self._jobs[job.priority]
         del equals[job.source]
         if not equals:
@@ -125,7 +127,7 @@ class Promotions:
     async def promote(self, bank: Bank, expert: int, record: Record, *, urgent: bool) -> Entry:
         """Loads a record into DRAM unless it is being loaded already, waits for it, and returns its entry, pinned for the caller.
 
-        `urgent`: the caller waits for it now (a demand). Without it, the promotion waits in the speculation queue.
+        `urgent`: the caller waits for the record now (a demand). If False, the promotion waits in the speculation queue.
 
         Raises:
             CorruptRecord: the record is damaged or cannot be read.
@@ -158,7 +160,8 @@ class Promotions:
         """Queues the promotion of a record to DRAM without waiting for it. Returns False when the queue is full.
 
         `scopes`: the counters of the caller. `deadline`: a prefetch that has not started by then is dropped. A record that is queued or
-        under way already is not queued twice: its job gets the higher of both priorities and the later of both deadlines.
+        under way already is not queued twice: its job (the queued loading) gets the higher of the old and the new priority, and the later
+        of the old and the new deadline.
         """
         job = self._job(bank, expert, record)
         deadline = math.inf if deadline is None else deadline
@@ -179,7 +182,8 @@ class Promotions:
         return True
 
     def cancel(self, bank: Bank, experts: Iterable[int]) -> int:
-        """Cancels queued promotions that no caller waits for: of these experts, or of the whole bank when `experts` is empty.
+        """Cancels queued promotions (loads into DRAM) that no caller waits for: of these experts, or of the whole bank when `experts` is
+        empty.
 
         Returns:
             How many promotions were cancelled.

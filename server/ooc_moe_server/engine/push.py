@@ -103,7 +103,7 @@ class Push:
         return self.state in _ACKNOWLEDGED_UNSAVED
 
     def enter(self, state: PushState) -> None:
-        """Moves the push to `state`. The first time that this is UNSAVED or COMMITTED, `outcome` becomes the new version."""
+        """Moves the push to `state`. The first time that `state` is UNSAVED or COMMITTED, `outcome` becomes the new version."""
         assert state in _NEXT_STATES[self.state], f"{self.name}: {self.state.name} -> {state.name}"
         self.state = state
         if state in (PushState.UNSAVED, PushState.COMMITTED) and not self.outcome.done():
@@ -135,7 +135,8 @@ class Push:
         )
 
     def verify(self) -> None:
-        """Compares the record in the arena with its checksums. Bytes that the sender staged in its own memory are first copied there.
+        """Compares the record in the arena with its checksums. Bytes that the sender staged in its own memory are first copied into the
+        arena.
 
         May run on any thread.
 

@@ -13,7 +13,7 @@ from ooc_moe_server.nvme.tier import NvmeTier
 
 
 class SlotWriter:
-    """Allocates the slots of pushes (places for one record on the disk), writes to them, and gives them up after a failed write.
+    """Allocates the slots of pushes (places for one record on the disk), writes to these slots, and gives a slot up after a failed write.
 
     Keeps `Push.slot` up to date, and `Push.epoch`, the number of failed syncs before the last write.
     """

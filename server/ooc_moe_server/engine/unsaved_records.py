@@ -3,8 +3,8 @@
     add -> committed by a round
         -> replaced by a newer push of the expert, or dropped because the bank was restored or deleted
 
-For each, it also remembers the older record of the expert that the index still holds. The slot of that record must stay untouched, because
-a crash brings that record back.
+For each unsaved record, this module also remembers the older record of the expert that the index still holds. The slot of that record must
+stay untouched, because a crash brings that record back.
 
 To be used on the event loop only.
 """
@@ -62,7 +62,9 @@ class UnsavedRecords:
         return iter(self._newest.values())
 
     def reserve(self, num_bytes: int) -> bool:
-        """Counts `num_bytes` for one more unsaved record. Returns False, and counts nothing, if they would exceed the capacity."""
+        """Counts `num_bytes` for one more unsaved record. Returns False, and counts nothing, if all unsaved records together would then
+        exceed the capacity.
+        """
         if self.num_bytes + num_bytes > self.capacity_bytes:
             return False
         self.num_bytes += num_bytes
@@ -83,7 +85,7 @@ class UnsavedRecords:
         self._newest[unsaved.push.bank, unsaved.push.expert] = unsaved
 
     def newest(self, bank: Bank, expert: int) -> UnsavedRecord | None:
-        """Returns the unsaved record of an expert, or None when it has none."""
+        """Returns the unsaved record of an expert, or None when the expert has none."""
         return self._newest.get((bank, expert))
 
     def pop(self, bank: Bank, expert: int) -> UnsavedRecord | None:

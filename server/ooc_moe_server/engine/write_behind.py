@@ -53,7 +53,8 @@ class WriteBehind:
         self._is_ending = False
 
     async def run(self, push: Push) -> None:
-        """Carries a MEMORY push from its receipt to its end: acknowledges it, then writes it back until it is committed or dropped.
+        """Carries a MEMORY push from its receipt to its end: acknowledges the push, then tries to write its record to the disk until the
+        push is committed or dropped.
 
         Each push needs a task of its own to run this. Raises the error that refuses the push.
         """
@@ -68,10 +69,10 @@ class WriteBehind:
     async def flush(self, banks: Collection[Bank] | None = None) -> None:
         """Writes records that are in memory only (unsaved) to the disk, and returns when `banks` (None: all banks) have none left.
 
-        Call it inside `CatalogLock.change`, before the change itself. It lends the lock to commit rounds meanwhile.
+        Call `flush` inside `CatalogLock.change`, before the change itself. The lock is lent to commit rounds (group commits) meanwhile.
 
         Raises:
-            TierFull, Internal: a record could not be written; it stays in memory.
+            TierFull, Internal: a record could not be written; the record stays in memory.
         """
 
         def wanted() -> list[UnsavedRecord]:
@@ -96,7 +97,7 @@ class WriteBehind:
             unsaved.retry_now.set()
 
     def drop_replaced(self) -> None:
-        """Drops the unsaved records that fetches do not get any more. Call it after a change that restored or deleted banks."""
+        """Drops the unsaved records that fetches do not get any more. Call this after a change that restored or deleted banks."""
         for unsaved in list(self._unsaved):
             push = unsaved.push
             current = push.bank.records.get(push.expert)

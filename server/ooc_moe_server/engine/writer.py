@@ -33,7 +33,7 @@ PUSHES_IN_FLIGHT_MAX = 64
 class Staging(Protocol):
     """Gives a writer access to staging memory: shared memory in which a caller on this host puts the records that it pushes.
 
-    It is the one method of a local `Session` that a writer uses.
+    This is the one method that a writer uses of a local `Session` (a caller on this host that shares memory with the daemon).
     """
 
     def staging(self, offset: int, size: int) -> memoryview:
@@ -65,7 +65,7 @@ class Writer:
 
         Args:
             bank: The bank.
-            writer_id: The writer's name; the bank stays open for it alone.
+            writer_id: The writer's name; the bank stays open for this writer alone.
             scopes: The counters that the pushes are added to.
             session: The local session in whose memory records may be staged; None: all records come in chunks.
             committer: Gets the complete records.
@@ -95,7 +95,7 @@ class Writer:
     async def begin(self, header: expert_pb2.PushHeader) -> None:
         """Begins to receive the record that a header announces. A record that the caller staged in shared memory needs no chunks.
 
-        If the record is refused, the error becomes its outcome, and its chunks are skipped.
+        If the record is refused, the error becomes the record's outcome, and the record's chunks are skipped.
 
         Raises:
             InvalidRequest: the previous record is not complete.
@@ -112,7 +112,9 @@ class Writer:
         self._finish_if_complete()
 
     def add(self, chunk: expert_pb2.Chunk) -> None:
-        """Receives the next chunk of a record's bytes. Raises InvalidRequest when it is out of order, too long, or belongs to no record."""
+        """Receives the next chunk of a record's bytes. Raises InvalidRequest when the chunk is out of order, too long, or belongs to no
+        record.
+        """
         if self._incoming is None:
             raise InvalidRequest(f"chunk at offset {chunk.offset}: no header came before it")
         if len(chunk.payload) > CHUNK_BYTES_MAX:

@@ -3,7 +3,7 @@
 The reserve is the file RESERVE, which only occupies space. When the disk is full, a step that must not fail empties the file and so gets
 room. The file is filled again as soon as the disk has room. Pushes never use the reserve.
 
-Its calls block, so they belong on a thread and not on the event loop.
+The methods of `Reserve` block, so they belong on a thread and not on the event loop.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ class Slab:
         return len(self._free)
 
     def allocate(self) -> int | None:
-        """Gives out the lowest free slot. Returns None when there is none, so that the slab must be extended first."""
+        """Gives out the lowest free slot. Returns None when no slot is free: the slab must be extended first."""
         return heapq.heappop(self._free) if self._free else None
 
     def free(self, slot: int) -> None:
@@ -83,7 +83,7 @@ class Slab:
         self._surplus.append(slot)
 
     def begin_extend(self) -> range:
-        """Chooses the slots for the next `extend`: the lowest ones without disk space, or else new ones at the end of the file.
+        """Chooses the slots for the next `extend`: the lowest slots without disk space, or else new slots at the end of the file.
 
         The slots are neighbours. Then call `extend`, and `end_extend` even if it failed.
         """
@@ -99,7 +99,7 @@ class Slab:
         return range(first, end)
 
     def extend(self, slots: range) -> range:
-        """Allocates disk space for all of `slots`, or only for the first one if the disk has not enough room for all.
+        """Allocates disk space for all of `slots`, or only for the first slot if the disk has not enough room for all.
 
         Returns the slots that got disk space. Raises OSError.
         """
@@ -124,8 +124,8 @@ class Slab:
     def begin_punch(self) -> list[int]:
         """Chooses the slots whose disk space is to be given back to the file system. Call `punch` with them, and then `end_punch`.
 
-        They are the condemned slots, and the highest free ones; a number of free slots keeps its disk space for the next writes. Returns no
-        slots where the file system cannot punch holes into files.
+        The chosen slots are the condemned ones (out of service) and the highest free ones; a number of free slots keeps its disk space for
+        the next writes. Returns no slots where the file system cannot punch holes into files.
         """
         if not self._can_punch:
             return []
@@ -147,7 +147,7 @@ class Slab:
     def end_punch(self, slots: Sequence[int], error: OSError | None) -> None:
         """Ends what `begin_punch` began: notes that the slots have no disk space any more.
 
-        Condemned slots among them are never used again.
+        Condemned slots (out of service) among `slots` are never used again.
 
         `error`: what `punch` raised, or None. The slots are treated in the same way: a later `extend` of slots that kept their disk space
         does no harm. After an error, no more slots are punched.

@@ -69,8 +69,8 @@ class NvmeTier:
 
         Args:
             record_bytes: The record size, which selects the slab. The slab grows as needed.
-            replaced: The slot that will be released once the new one is committed. The quota counts the two as one; otherwise a full store
-                could not even overwrite the records that it holds.
+            replaced: The slot that will be released once the new one is committed. The quota counts the two slots as one; otherwise a full
+                store could not even overwrite the records that it holds.
 
         Raises:
             TierFull: the quota is used up.
@@ -108,7 +108,7 @@ class NvmeTier:
     def condemn(self, slot: Slot) -> None:
         """Takes an allocated slot out of service because its content is unknown.
 
-        It is not given out again in this run, but its disk space is freed, so that a failing device does not fill up.
+        The slot is not given out again in this run, but its disk space is freed, so that a failing device does not fill up.
         """
         self._forget(slot)
         slab = self._slabs[slot.record_bytes]
@@ -157,8 +157,8 @@ class NvmeTier:
         return self._slabs[slot.record_bytes].epoch != epoch
 
     async def sync(self, slots: Iterable[Slot]) -> dict[int, OSError]:
-        """Syncs the slabs of these slots, so that everything that was written to them is durable. Returns the errors of
-        slabs whose sync failed, by the record size of the slab.
+        """Syncs the slabs of these slots, so that everything that was written to these slabs is durable. Returns the errors of slabs whose
+        sync failed, by the record size of the slab.
 
         After an error, every record that was written to that slab and is not durable yet may be lost (`is_doubtful`).
         """
@@ -199,7 +199,7 @@ class NvmeTier:
     def trim(self) -> None:
         """Starts to give the disk space of surplus free slots back to the file system. Call it once, after opening the store.
 
-        Some free slots keep their disk space for the next writes. `let_go` and `condemn` start the same for the slots that they free.
+        Some free slots keep their disk space for the next writes. `let_go` and `condemn` also start this for the slots that they free.
         """
         for slab in self._slabs.values():
             self._trim_soon(slab)
