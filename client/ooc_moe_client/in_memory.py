@@ -163,7 +163,7 @@ class _State:
 class InMemoryStore:
     """A store of experts in the memory of this process, for tests and runs without a daemon. It implements `ExpertStore`.
 
-    The store treats this object as one writer, and each object that `connect` returns as another.
+    The store treats this object as one writer, and each object that `connect` returns as another writer.
     """
 
     def __init__(self, *, trainer: str = "") -> None:
@@ -172,9 +172,9 @@ class InMemoryStore:
         self._writer_id = uuid.uuid4().hex
 
     def connect(self, trainer: str = "") -> InMemoryStore:
-        """Returns a second handle on the same banks and snapshots. The store treats it as another writer.
+        """Returns another `InMemoryStore` with the same banks and snapshots. The store treats it as another writer.
 
-        `trainer`: the name under which `report_trainer` of the new handle keeps its counters.
+        `trainer`: the name under which `report_trainer` of the new object keeps the trainer's counters.
         """
         handle = InMemoryStore(trainer=trainer)
         handle._state = self._state
@@ -217,7 +217,7 @@ class InMemoryStore:
                     del self._state.snapshots[snapshot.id]
 
     def fork_bank(self, source: str, name: str, *, snapshot_id: int | None = None) -> Bank:
-        """Creates the bank `name` as a copy of the bank `source`: as that is now, or as it was in a snapshot.
+        """Creates the bank `name` as a copy of the bank `source`: as `source` is now, or as it was in a snapshot.
 
         Contract: `ExpertStore.fork_bank`.
         """
@@ -277,7 +277,7 @@ class InMemoryStore:
             return bank.record(expert).version, body, tier
 
     def push(self, bank: str, pushes: Sequence[Push], *, durability: Durability = Durability.DURABLE) -> list[int | Exception]:
-        """Writes experts. Both durabilities are the same in memory, and no answer can be lost. Contract: `ExpertStore.push`."""
+        """Writes experts. DURABLE and MEMORY mean the same here, and no answer can be lost. Contract: `ExpertStore.push`."""
         with self._state.lock:
             layout = self._state.bank(bank).spec.layout
         bodies = checked_bodies(bank, layout, pushes)
@@ -305,7 +305,7 @@ class InMemoryStore:
             opened.writer_id = self._writer_id
 
     def release(self, bank: str) -> None:
-        """Gives back the right to write the bank, if this handle holds it. Contract: `ExpertStore.release`."""
+        """Gives back the right to write the bank, if this object holds that right. Contract: `ExpertStore.release`."""
         with self._state.lock:
             opened = self._state.banks.get(bank)
             if opened is not None and opened.writer_id == self._writer_id:
@@ -314,7 +314,7 @@ class InMemoryStore:
     def prefetch(self, bank: str, experts: Sequence[int]) -> list[PrefetchState]:
         """Treats the experts as being in DRAM from now on. Contract: `ExpertStore.prefetch`.
 
-        The answer for an expert is RESIDENT if it was in DRAM already, in this sense; else QUEUED.
+        The answer for an expert is RESIDENT if the expert counted as being in DRAM already; else QUEUED.
         """
         with self._state.lock:
             promoted = self._state.bank(bank)
@@ -404,7 +404,10 @@ class InMemoryStore:
             self._state.stats.trainers.extend([*others, report])
 
     def close(self) -> None:
-        """Releases every bank that this handle has open for writing. The banks stay for other handles. Contract: `ExpertStore.close`."""
+        """Releases every bank that this object has open for writing. The banks stay for other objects from `connect`.
+
+        Contract: `ExpertStore.close`.
+        """
         with self._state.lock:
             for name in self._state.banks:
                 self.release(name)

@@ -1,8 +1,8 @@
 """`ExpertStore`: the interface of every store of experts, and the types of its arguments and results.
 
-`RemoteStore` (remote/store.py) uses a daemon's store over gRPC; `InMemoryStore` (in_memory.py) keeps all experts in this process. Both give
-the same outcomes and raise the same errors (`ooc_moe_wire.errors`); one test suite checks that for both. The methods are fully documented
-in this file only.
+`RemoteStore` (remote/store.py) uses a daemon's store over gRPC; `InMemoryStore` (in_memory.py) keeps all experts in this process. Both
+stores give the same outcomes and raise the same errors (`ooc_moe_wire.errors`); one test suite checks that for both stores. The methods are
+fully documented in this file only.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Sections(Enum):
         return layout.body_bytes if self is Sections.ALL else layout.parameter_bytes
 
     def includes(self, other: Sections) -> bool:
-        """Whether these sections contain all of `other`. ALL includes both; PARAMETERS includes only PARAMETERS."""
+        """Whether these sections contain all of `other`. ALL includes ALL and PARAMETERS; PARAMETERS includes only PARAMETERS."""
         return self is Sections.ALL or other is Sections.PARAMETERS
 
 
@@ -133,7 +133,8 @@ class Push:
     Attributes:
         expert: its id.
         base_version: the version that the caller read and then updated.
-        body: the new bytes of both sections, `layout.body_bytes` long. Do not change them before the push returns.
+        body: the new bytes of both sections (parameters, optimizer state), `layout.body_bytes` long. Do not change them before the push
+            returns.
     """
 
     expert: int
@@ -172,7 +173,7 @@ class Snapshot:
         banks: the names of the banks.
         created_unix_ms: when the snapshot was taken, in milliseconds since 1970.
         num_experts: how many written experts the snapshot keeps.
-        bytes: the size of their records. It includes records that other snapshots, or the banks as they are now, also use.
+        bytes: the size of these experts' records. It includes records that other snapshots, or the banks as they are now, also use.
     """
 
     id: int
@@ -215,7 +216,7 @@ class ExpertStore(Protocol):
         """Deletes a bank, and its experts in every snapshot. Raises UnknownBank, and NotTheWriter while any writer has the bank open."""
 
     def fork_bank(self, source: str, name: str, *, snapshot_id: int | None = None) -> Bank:
-        """Creates a bank called `name` as a copy of the bank `source`: as that is now, or as it was in the snapshot `snapshot_id`.
+        """Creates a bank called `name` as a copy of the bank `source`: as `source` is now, or as it was in the snapshot `snapshot_id`.
 
         Raises UnknownBank, BankExists, UnknownSnapshot, and InvalidRequest when `name` is not allowed as a bank's name.
         """
@@ -274,7 +275,7 @@ class ExpertStore(Protocol):
         """Takes the bank's lease (the sole right to write) now; otherwise the first push takes it. Raises UnknownBank, NotTheWriter."""
 
     def release(self, bank: str) -> None:
-        """Gives back the bank's lease (the sole right to write). Does nothing when this store does not hold it."""
+        """Gives back the bank's lease (the sole right to write). Does nothing when this store does not hold the lease."""
 
     def prefetch(self, bank: str, experts: Sequence[int]) -> list[PrefetchState]:
         """Asks the daemon to copy experts from its NVMe to its DRAM, and returns before that is done, with one answer per expert.
@@ -285,7 +286,7 @@ class ExpertStore(Protocol):
     def cancel_prefetch(self, bank: str, experts: Sequence[int] = ()) -> int:
         """Cancels prefetches of these experts that the daemon has queued but not begun. Returns the number of cancelled prefetches.
 
-        When `experts` is empty, those of the whole bank are cancelled.
+        When `experts` is empty, the queued prefetches of the whole bank are cancelled.
         """
 
     def list_experts(self, bank: str) -> Iterator[ExpertInfo]:
@@ -295,7 +296,7 @@ class ExpertStore(Protocol):
         """Takes a snapshot: saves the state that all these banks have at one common moment.
 
         Pushes that were acknowledged in memory (see `Durability`) are written to NVMe first. Without a name, the snapshot is called
-        "snapshot-ID". When a snapshot of the same banks already has the name, that one is returned.
+        "snapshot-ID". When a snapshot of the same banks already has the name, that snapshot is returned.
 
         Raises UnknownBank, SnapshotExists (a snapshot of other banks has the name), InvalidRequest.
         """
@@ -306,7 +307,8 @@ class ExpertStore(Protocol):
     def restore_snapshot(self, snapshot_id: int) -> Snapshot:
         """Gives every expert of the snapshot's banks the bytes it had in the snapshot, under a new version. Returns the snapshot.
 
-        Experts that were not written then go back to their initial values. The banks keep their number of experts, even if they have grown.
+        Experts that had not been written when the snapshot was taken go back to their initial values. The banks keep their number of
+        experts, even if they have grown.
 
         Raises UnknownSnapshot, NotTheWriter.
         """

@@ -1,6 +1,6 @@
 """Checks of the arguments of fetches and pushes, which every store makes before it sends or stores anything.
 
-All stores share them, so a mistake gives the same error in each.
+All stores share these checks, so a mistake gives the same error in each store.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`Admission`: decides whether a prefetch (a fetch of an expert that may be needed later) is worth its slot and its bandwidth.
 
-A prefetch is refused when no slot would be left for it. It is also refused when its bytes would arrive too late, that is, when
+A prefetch is refused when no slot would be left for its expert. It is also refused when its bytes would arrive too late, that is, when
 
     (its bytes + bytes queued before it) / measured bandwidth  >  time until it is needed * probability that it is needed
 

@@ -117,7 +117,7 @@ class ExpertCache:
     # The working set
 
     def reading(self, experts: Sequence[int], *, sections: Sections = Sections.ALL, counted: bool = True) -> Pinned:
-        """Pins experts for reading inside a `with` block. `as` gives the list of their slots, in the order of `experts`.
+        """Pins experts (keeps them in their slots) for reading inside a `with` block. `as` gives their slots, in the order of `experts`.
 
         Missing experts are fetched first, in one call. When the same list of experts was read before, and all are still in their slots, the
         cache finds the whole list by a single look-up.
@@ -159,8 +159,9 @@ class ExpertCache:
     def schedule(self, uses: Iterable[Use], *, ahead: bool = True) -> None:
         """Announces the coming steps in order: which experts each step reads (PARAMETERS) or updates (ALL). Replaces the earlier schedule.
 
-        From then on, the cache evicts experts that are not in the schedule before experts that are in it. Of the latter, it evicts the one
-        whose next use is furthest away. Readings may deviate from the schedule: they take longer then, and their results are the same.
+        From then on, the cache evicts experts that are not in the schedule before experts that are in it. Of the experts in the schedule,
+        it evicts the one whose next use is furthest away. Readings may deviate from the schedule: they take longer then, and their results
+        are the same.
 
         Args:
             uses: the experts of each step, in the order of the steps.
@@ -204,8 +205,8 @@ class ExpertCache:
     ) -> None:
         """Queues experts that will probably be needed, to be fetched in the background. Returns at once.
 
-        First the daemon is asked to copy them to its DRAM. Then they are fetched into free slots, and into slots of experts outside the
-        working set (the recently read experts, see `new_working_set`). Experts that are in a slot or queued already are skipped.
+        First the daemon is asked to copy the experts to its DRAM. Then they are fetched into free slots, and into slots of experts outside
+        the working set (the recently read experts, see `new_working_set`). Experts that are in a slot or queued already are skipped.
 
         Args:
             experts: ids, the most urgent first.
@@ -222,7 +223,7 @@ class ExpertCache:
             self._prefetcher.enqueue(experts, sections, within_s=within_s, probabilities=probabilities)
 
     def cancel_prefetch(self) -> None:
-        """Drops all prefetches that have not begun, in this cache's queue and in the daemon's."""
+        """Drops all prefetches that have not begun, in this cache's queue and in the daemon's queue."""
         with self._shared.changed:
             self._shared.raise_error()
             self._prefetcher.cancel()
@@ -291,7 +292,7 @@ class ExpertCache:
             )
 
     def fetches(self) -> Counter[int]:
-        """Returns how often each expert was fetched since the cache was made, by prefetches too. May be called from any thread."""
+        """Returns how often each expert was fetched since the cache was made. Prefetches count too. May be called from any thread."""
         with self._shared.changed:
             return self._shared.fetches.copy()
 

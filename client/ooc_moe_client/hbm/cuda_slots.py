@@ -1,7 +1,7 @@
-"""`CudaSlots`: the cache's slots on a GPU, and the copies between them and the host.
+"""`CudaSlots`: the cache's slots on a GPU, and the copies between these slots and host memory.
 
-Copies to the GPU run on one stream, copies to the host on another. They use page-locked ("pinned") host buffers. Events order the copies
-and the computation, so that the host rarely has to wait:
+Copies to the GPU run on one stream, copies to the host on another. All these copies use page-locked ("pinned") host buffers. Events order
+the copies and the computation, so that the host rarely has to wait:
 
     fetch:     staging buffer --in stream, after the slot's last use and copy out--> slot --event--> compute stream
     copy out:  slot --out stream, after the slot's last use or copy in--> pinned buffer --event--> host, and the next writer of the slot
@@ -35,7 +35,7 @@ class Cuda:
         self._device = device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
 
     def enter_thread(self) -> None:
-        """Makes this device the calling thread's current one."""
+        """Makes this device the calling thread's current device."""
         torch.cuda.set_device(self._device)
 
     def zeros(self, num_slots: int, slot_bytes: int) -> Tensor:
@@ -86,7 +86,7 @@ class CudaSlots:
         self._landing: dict[int, Tensor] = {}  # by slot
 
     def enter_thread(self) -> None:
-        """Makes the slots' GPU the calling thread's current one. A new thread begins with GPU 0, whatever its parent used."""
+        """Makes the slots' GPU the calling thread's current device. A new thread begins with GPU 0, whatever its parent used."""
         self._cuda.enter_thread()
 
     def landing(self, slot: int, num_bytes: int) -> memoryview:
@@ -126,7 +126,7 @@ class CudaSlots:
         return None
 
     def landed(self, slot: int, num_bytes: int) -> None:
-        """Starts the copy from the staging buffer to the slot. On the GPU it runs after the slot's last use and its copies out."""
+        """Starts the copy from the staging buffer to the slot. It runs after the slot's last use, and after copies out of the slot."""
         with self._lock:
             buffer = self._landing.pop(slot)
         copied = self._copy_in(slot, buffer, num_bytes)
@@ -160,7 +160,7 @@ class CudaSlots:
             )
 
     def acquire(self, slots: Sequence[int], *, writing: bool) -> None:
-        """Makes the compute stream wait for unfinished copies into the slots, and, if it will write them, also for copies out of them."""
+        """Makes the compute stream wait for unfinished copies into the slots, and, with `writing`, for copies out of the slots too."""
         for slot in slots:
             if slot in self._last:
                 self._compute.wait_event(self._last[slot])
@@ -168,12 +168,12 @@ class CudaSlots:
                 self._compute.wait_event(self._copied_out.pop(slot))
 
     def release(self, slots: Sequence[int]) -> None:
-        """Records an event for the work queued on the compute stream until now. Later copies of these slots wait for it."""
+        """Makes later copies into and out of these slots wait for the work that is queued on the compute stream until now."""
         used = self._compute.record_event()
         self._last.update((slot, used) for slot in slots)
 
     def copy_out(self, slot: int, buffer: Tensor) -> CopyOut:
-        """Starts the copy from the slot to the buffer. On the GPU it runs after the slot's last use, and after copies from the buffer."""
+        """Starts the copy from the slot to the host buffer. It runs after the slot's last use and earlier copies from that buffer."""
         if slot in self._last:
             self._out.wait_event(self._last[slot])
         if buffer.data_ptr() in self._buffer_copies:
@@ -184,7 +184,7 @@ class CudaSlots:
         return copied
 
     def copy_back(self, slot: int, buffer: Tensor) -> None:
-        """Starts the copy from the buffer to the slot. On the GPU it runs after the copy to the buffer; the host does not wait."""
+        """Starts the copy from the host buffer to the slot. It runs after `copy_out` has filled the buffer; the host does not wait."""
         self._in.wait_event(self._buffer_copies[buffer.data_ptr()])
         self._buffer_copies[buffer.data_ptr()] = self._copy_in(slot, buffer, len(buffer))
 

@@ -33,7 +33,8 @@ PIECE_BYTES = 8 << 20
 class Pinned:
     """A context manager that pins experts: inside the `with` block they stay in their slots.
 
-    `as` gives the list of their slots, in the order of the experts. `ExpertCache.reading` and `ExpertCache.updating` return it.
+    `as` gives the list of the experts' slots, in the order of the experts. `ExpertCache.reading` and `ExpertCache.updating` return a
+    `Pinned`.
     """
 
     __slots__ = ("_counted", "_demand", "_experts", "_group", "_sections", "_updating")
@@ -115,7 +116,7 @@ class Demand:
         return self._table.remember_group(experts, [pinned[expert] for expert in experts])
 
     def unpin(self, group: Group, *, updated: bool = False) -> None:
-        """Unpins the experts of a group. With `updated`, marks them dirty too: they were changed, and must be pushed."""
+        """Unpins the experts of a group. With `updated`, also marks the experts dirty: they were changed, and must be pushed."""
         with self._shared.changed:
             self._shared.slots.release(group.slots)
             for resident in group.residents:

@@ -1,7 +1,7 @@
 """`Prefetcher`: a thread that fetches experts before the training thread asks for them.
 
-It takes experts from two sources, the queue and the schedule. Experts that the training thread asks for now (demand) come before both: such
-an expert leaves the queue, and if it is already loading, the training thread waits for it.
+It takes experts from two sources, the queue and the schedule. Experts that the training thread asks for now (demand) come before both
+sources: such an expert leaves the queue, and if it is already loading, the training thread waits for it.
 
 The queue holds guesses (`ExpertCache.prefetch`). The daemon is asked to copy them from NVMe to DRAM. Then they are fetched, a few at a
 time, into free slots (some of which are reserved for demand), and into slots of experts that are outside the working set (the recently used
@@ -75,7 +75,7 @@ class Prefetcher:
     def enqueue(
         self, experts: Iterable[int], sections: Sections, *, within_s: float | None = None, probabilities: Mapping[int, float] | None = None
     ) -> None:
-        """Queues experts to be prefetched, if they are in no slot, are not queued, and the admission finds them worthwhile.
+        """Queues experts to be prefetched, if they are in no slot, are not queued yet, and `Admission` finds their fetches worthwhile.
 
         When the queue is full, the experts that have waited longest are dropped. `ExpertCache.prefetch` documents the arguments.
         """
@@ -118,13 +118,13 @@ class Prefetcher:
         self._shared.counters.count_prefetch(what, sections.num_bytes(self._shared.layout))
 
     def follow_schedule(self, *, ahead: bool) -> None:
-        """Starts to follow a schedule that was just set in the table. `ahead`: fetch its experts before they are asked for."""
+        """Starts to follow the new schedule (announced order of uses) in the table. `ahead`: fetch its experts before they are needed."""
         self._fetch_ahead, self._complete_at = ahead, None
         self._not_brought.clear()
         self._shared.changed.notify_all()
 
     def cancel(self) -> None:
-        """Empties the queue of prefetches, and has the thread ask the daemon to cancel its queued prefetches of the bank."""
+        """Empties this queue of prefetches. The thread then asks the daemon to cancel the bank's prefetches that the daemon has queued."""
         for expert in list(self._queue):
             self._cancel_queued(expert)
         self._cancel = True
@@ -136,7 +136,7 @@ class Prefetcher:
 
     @property
     def has_work(self) -> bool:
-        """Whether an expert is still to be fetched: it is queued, or the schedule names it. It may have to wait for a slot."""
+        """Whether any expert is still to be fetched, because it is queued or scheduled. That expert may have to wait for a slot."""
         return bool(self._queue) or (self._fetch_ahead and self._complete_at != self._shared.table.num_removed)
 
     def hand_over_to_demand(self, expert: int) -> None:

@@ -3,9 +3,9 @@
     uses       (0, 1)  (2, 3)  (0, 1)  (4,)
                        ^ the next use
 
-From it the cache learns which experts to evict last and which to fetch ahead. The trainer may deviate from it. When it asks for exactly the
-experts of the next or a later use, the position moves behind that use. When it asks for at least one expert of the next use, the position
-moves behind the next use. When it asks for anything else, the position stays.
+From the schedule the cache learns which experts to evict last and which to fetch ahead. The trainer may deviate from the schedule. When it
+asks for exactly the experts of the next or a later use, the position moves behind that use. When it asks for at least one expert of the
+next use, the position moves behind the next use. When it asks for anything else, the position stays.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Use:
 
 
 class Schedule:
-    """The uses (steps that need certain experts) in the order announced, and the number of the next one. Not thread-safe."""
+    """The uses (steps that need certain experts) in the order announced, and the number of the next use. Not thread-safe."""
 
     def __init__(self, uses: Iterable[Use] = ()) -> None:
         self._uses = list(uses)
@@ -52,10 +52,10 @@ class Schedule:
         return len(self._uses) - self._at
 
     def advance(self, experts: Sequence[int]) -> bool:
-        """Moves the position on, because these experts are asked for now, in one call.
+        """Moves the trainer's position in the schedule on, because these experts are asked for now, in one call.
 
-        Returns True when the next uses of all other experts are the same as before. Returns False when some of them have changed, because
-        uses were skipped or the schedule has ended.
+        Returns True when the next uses of all other experts are the same as before. Returns False when some of these next uses have
+        changed, because uses were skipped or the schedule has ended.
         """
         if not self.num_left:
             return True
@@ -96,7 +96,7 @@ class Schedule:
     def updated_within(self, expert: int, num_experts: int) -> bool:
         """Whether the expert will be updated before a cache of `num_experts` slots has to evict it.
 
-        That is so when the uses up to its update need at most `num_experts` different experts.
+        That is so when the uses up to the expert's update need at most `num_experts` different experts.
         """
         if expert not in self._uses_of:
             return False

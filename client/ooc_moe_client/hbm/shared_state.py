@@ -1,7 +1,7 @@
 """`SharedState`: what the training thread and the background threads of one cache share.
 
-It has the lock, the table, the slots, the counters, and the error of background work that is still to be raised. Its method `load` makes
-every fetch from the store. No thread holds the lock while it calls the store.
+It has the lock, the table (which expert is in which slot), the slots, the counters, and the error of background work that is still to be
+raised. Its method `load` makes every fetch from the store. No thread holds the lock while it calls the store.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class SharedState:
         self._error: Exception | None = None
 
     def check_ids(self, experts: Sequence[int]) -> None:
-        """Raises UnknownExpert when one of these ids is outside the bank."""
+        """Raises UnknownExpert when one of these expert ids is outside the bank."""
         check_experts(self.bank, experts, self.num_experts)
 
     def newest_version(self) -> int:
@@ -84,7 +84,7 @@ class SharedState:
         return error
 
     def load(self, residents: Sequence[Resident], sections: Sections, priority: Priority) -> None:
-        """Fetches experts from the store into their slots, in one call. Each changes from LOADING to READY when it arrives.
+        """Fetches experts from the store into their slots, in one call. Each expert's state changes from LOADING to READY when it arrives.
 
         Args:
             residents: the experts, which already have slots.

@@ -1,4 +1,4 @@
-"""`ExpertSlots`: the cache's memory, divided into slots of one expert each, and the copies into and out of it.
+"""`ExpertSlots`: the cache's memory, divided into slots of one expert each, and the copies into and out of these slots.
 
 The memory is one uint8 tensor on the device. A slot holds an expert's body (parameter section, optimizer section) and is 4 KiB aligned:
 
@@ -52,11 +52,11 @@ class ExpertSlots(Protocol):
     def acquire(self, slots: Sequence[int], *, writing: bool) -> None:
         """Makes computation that is queued after this call wait for unfinished copies into or out of the slots.
 
-        Call it before the compute stream reads the slots, or, with `writing`, writes them.
+        Call it before the compute stream reads the slots, or, with `writing`, before it writes the slots.
         """
 
     def release(self, slots: Sequence[int]) -> None:
-        """Makes later copies of the slots wait for the computation that is queued so far.
+        """Makes later copies into and out of the slots wait for the computation that is queued so far.
 
         Call it when all computation that uses the slots since `acquire` is queued.
         """
@@ -65,7 +65,7 @@ class ExpertSlots(Protocol):
         """Starts copying the slot to a host `buffer` (body_bytes,) uint8. The result's `synchronize` waits until the copy is done."""
 
     def copy_back(self, slot: int, buffer: Tensor) -> None:
-        """Starts copying a host `buffer`, to which `copy_out` copied before, to the slot. The earlier copy need not be done."""
+        """Starts copying a host `buffer` to the slot. `copy_out` was called before to fill the buffer; its copy may still run."""
 
     def host_buffer(self) -> Tensor:
         """Allocates a host buffer (body_bytes,) uint8 for `copy_out`."""

@@ -3,7 +3,7 @@
 Experts are fetched before they are asked for in two ways, which are counted apart. Prefetches (`prefetch_*`) are guesses and may be wrong.
 Fetches ahead (the dict `ahead`) are of experts that the schedule names, so they are known to be needed.
 
-Tests check these equations. The second one holds for prefetches and for fetches ahead, and for experts and for bytes:
+Tests check these equations. The second equation holds for prefetches and for fetches ahead, each counted in experts and in bytes:
 
     accesses = hits + misses
     issued   = useful + late + wasted + cancelled + those still queued, loading, or resident and not asked for yet
@@ -28,10 +28,10 @@ class Counters:
     Attributes:
         accesses: experts asked for by `ExpertCache.reading` with `counted` True.
         hits: of the accesses, those whose expert was ready in its slot.
-        misses: all other accesses. One whose expert a prefetch was just loading is a miss, and counts in `prefetch_late` too.
+        misses: all other accesses. An access whose expert a prefetch was just loading is a miss, and counts in `prefetch_late` too.
         refetches: experts that were not ready when backward or the optimizer asked for them again (`counted` False, or `updating`).
-        prefetch_issued: experts accepted into the prefetch queue. For this counter and each of the next five, another one named `..._bytes`
-            counts the bytes.
+        prefetch_issued: experts accepted into the prefetch queue. For this counter and each of the next five, another counter named
+            `..._bytes` counts the bytes.
         prefetch_useful: prefetched experts that were ready when they were first asked for.
         prefetch_late: prefetched experts that were asked for while they were still queued or loading.
         prefetch_wasted: prefetched experts that were evicted or dropped before they were asked for.
@@ -108,7 +108,7 @@ class CacheStats(Counters):
         bank: the bank's name; in a sum of different banks, the names joined with "+".
         capacity: the number of slots.
         resident: the number of experts in slots.
-        dirty: of these, the number with changes that the store does not have.
+        dirty: of these experts, the number with changes that the store does not have.
         expert_bytes: bytes of one slot (both sections); in a sum, the larger.
     """
 

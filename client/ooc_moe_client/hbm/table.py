@@ -1,7 +1,7 @@
 """`SlotTable`: which expert is in which slot, and in which order experts are evicted.
 
-When a schedule is set, the expert with the furthest next use is evicted first. Experts that the schedule does not name are evicted before
-all others, the least recently used first:
+When a schedule (the announced order in which experts will be used) is set, experts that the schedule does not name are evicted first, the
+least recently used before the rest. Then come the experts that it names, the one with the furthest next use first:
 
     evicted first -> [not in the schedule, least recently used ... most recently used] [next use far ... next use near] -> evicted last
 
@@ -61,7 +61,7 @@ class Resident:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Group:
-    """Experts that were asked for together, and their slots. While all of them stay in their slots, one look-up finds them again."""
+    """Experts that were asked for together, and their slots. While these experts stay in their slots, one look-up finds the group."""
 
     experts: tuple[int, ...]
     residents: list[Resident]
@@ -98,12 +98,12 @@ class SlotTable:
     # The schedule
 
     def follow_schedule(self, schedule: Schedule) -> None:
-        """Replaces the schedule, and sorts the order of eviction by it."""
+        """Replaces the schedule (the announced order in which experts will be used), and sorts the order of eviction by the new one."""
         self.schedule = schedule
         self._reorder_by_schedule()
 
     def advance(self, experts: Sequence[int]) -> None:
-        """Moves the position in the schedule on, because the training thread asks for these experts in one call.
+        """Moves the trainer's position in the schedule on, because the training thread asks for these experts in one call.
 
         Afterwards call `note_demand` for each of them.
         """
@@ -141,7 +141,7 @@ class SlotTable:
     def find_group(self, experts: tuple[int, ...], sections: Sections) -> Group | None:
         """Returns the group (experts with their slots) that was remembered for exactly these experts.
 
-        None unless they were asked for together before, have `sections`, and kept their slots.
+        Returns None unless these experts were asked for together before, have `sections` in their slots, and kept the slots.
         """
         group = self._groups.get(experts)
         return group if group is not None and group.sections.includes(sections) else None
@@ -156,7 +156,7 @@ class SlotTable:
         return group
 
     def note_group_demand(self, group: Group) -> None:
-        """Notes that the training thread asks for the experts of a group. It replaces `advance` and `note_demand`, and is faster.
+        """Notes that the training thread asks for the experts of a group. Call it instead of `advance` and `note_demand`: it is faster.
 
         The order of eviction is updated later, when it is needed.
         """
@@ -205,7 +205,7 @@ class SlotTable:
     # Slots
 
     def insert(self, expert: int, sections: Sections) -> Resident:
-        """Gives a free slot to an expert, in the state LOADING. Returns its entry. `sections`: what will be fetched of it."""
+        """Gives a free slot to an expert, in the state LOADING. Returns its `Resident`. `sections`: what will be fetched of the expert."""
         self._order_groups()
         resident = Resident(expert, self._free.pop(), sections, sections.num_bytes(self._layout))
         self.residents[expert] = resident

@@ -1,10 +1,10 @@
-"""`WriteBack`: the thread that pushes changed experts to the store, and the host buffers that hold their bytes meanwhile.
+"""`WriteBack`: the thread that pushes changed experts to the store, and the host buffers that hold the experts' bytes meanwhile.
 
     dirty resident --copy out--> PendingWrite in a host buffer --push--> acknowledged: clean, unless it was updated again
 
 There is at most one `PendingWrite` per expert, so two pushes of one expert never overtake each other. If an expert is evicted and asked for
 again while its `PendingWrite` exists, its bytes come from the buffer, because the store has an older version. When the push of an evicted
-expert fails, the buffer is kept: it is the only copy.
+expert fails, the buffer is kept: it has the only copy of the new bytes.
 
 A slot is not copied out while the optimizer writes it (`Resident.updating`), and the optimizer waits while a slot is copied out
 (`Resident.copying`). The lock is released during the copy.
@@ -48,7 +48,7 @@ class PendingWrite:
     error: Exception | None = None  # why the last push failed; only for an expert that was evicted
 
     def to_push(self) -> Push:
-        """Makes the push of this write. The copy to the buffer must be done."""
+        """Makes the `Push` (the argument of `ExpertStore.push`) of this write. The copy to the buffer must be done."""
         assert self.buffer is not None
         return Push(expert=self.expert, base_version=self.base_version, body=self.buffer.numpy())
 
@@ -137,7 +137,7 @@ class WriteBack:
         return resident is not None and resident.dirty and not self._is_leaving(resident)
 
     def bring_back(self, expert: int) -> Resident:
-        """Copies an evicted expert, whose push is pending, from its buffer to a free slot, and returns its entry.
+        """Copies an evicted expert, whose push is pending, from its buffer to a free slot, and returns the expert's `Resident`.
 
         If the push failed, raises the push's error instead.
         """
@@ -153,7 +153,7 @@ class WriteBack:
         return resident
 
     def clean_next_victims(self) -> None:
-        """Queues pushes of the dirty experts that will be evicted next, so that later fetches find clean ones.
+        """Queues pushes of the dirty experts that will be evicted next, so that later fetches find clean experts to evict.
 
         Called when a fetch had to wait while a dirty expert was saved.
         """

@@ -1,4 +1,4 @@
-"""`ArenaView`: the daemon's DRAM tier, mapped into this process for reading, and copies of records from it.
+"""`ArenaView`: the daemon's DRAM tier, mapped into this process for reading; records are copied from there.
 
 The daemon's DRAM tier is one block of shared memory, the arena. The daemon may overwrite a record while this process copies it. To notice
 that, each record has a generation, a number that the daemon makes odd before it overwrites the record. A copy is good if the generation was
@@ -25,7 +25,7 @@ from ooc_moe_wire.layout import BLOCK_BYTES
 
 
 class ArenaView:
-    """The daemon's shared memory, mapped for reading: the arena with the records, and the table of their generations.
+    """The daemon's shared memory, mapped for reading: the arena with the records, and the table of the records' generations.
 
     Raises:
         InvalidRequest: the memory is shorter than the daemon said, or could shrink while it is read.
@@ -38,7 +38,9 @@ class ArenaView:
     # Processors other than x86 may reorder the loads of copy and generation. A torn copy is then caught by its checksum.
 
     def copy(self, offset: int, generation: int, into: memoryview) -> bool:
-        """Copies a record's body from the arena to `into`. Returns False when the daemon has overwritten the record.
+        """Copies a record's body (parameters, optimizer state) from the arena (the daemon's DRAM tier) to `into`.
+
+        Returns False when the daemon has overwritten the record.
 
         Args:
             offset: where the body begins in the arena.

@@ -1,8 +1,8 @@
 """`LocalPlane`: fetches from and pushes to one daemon on this host, through shared memory.
 
-It has the daemon's DRAM tier (mapped into this process), one session (connection) per running fetch, and the staging memory for pushes.
-Each fetch has a session of its own, because closing a session reliably ends all its leases. Sessions without a fetch are kept and used
-again.
+A `LocalPlane` has the daemon's DRAM tier (mapped into this process), one session (connection) per running fetch, and the staging memory for
+pushes. Each fetch has a session of its own, because closing a session reliably ends all its leases. Sessions without a fetch are kept and
+used again.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ STAGING_BYTES_MIN, STAGING_BYTES_MAX = 64 << 20, 1 << 30
 
 
 class LocalPlane:
-    """The local plane of one daemon: sends fetches, and offers memory for pushes, all through shared memory. Thread-safe.
+    """The local plane (shared memory) of one daemon: sends fetches, and offers memory for pushes. Thread-safe.
 
-    Its main session (connection) identifies it to the daemon, and pushes use it. When that session ends, by `close` or by the daemon,
-    `is_alive` becomes False, and the user of this object must open another.
+    Its main session (connection) identifies the plane to the daemon and is used by pushes. When that session ends, by `close` or by the
+    daemon, `is_alive` becomes False, and the user of this object must open another plane.
     """
 
     def __init__(self, name: str, session: LocalSession, arena: ArenaView) -> None:
-        """Makes a plane of an open session and its mapped memory. Use `connect` instead."""
+        """Makes a plane from an open session (connection) and the daemon's memory, mapped into this process. Use `connect` instead."""
         self.arena = arena
         self._name = name
         self._session = session
@@ -42,12 +42,12 @@ class LocalPlane:
 
     @staticmethod
     def connect(name: str) -> LocalPlane:
-        """Opens the plane through the Unix socket of that abstract name. Raises the errors of `LocalSession.connect`."""
+        """Opens the plane through the Unix socket whose abstract name is `name`. Raises the errors of `LocalSession.connect`."""
         return LocalPlane(name, *LocalSession.connect(name))
 
     @property
     def session(self) -> int:
-        """The number of the main session. A push stream names it to the daemon in its first message (PushOpen)."""
+        """The daemon's number for the main session (connection). A push stream sends this number in its first message (PushOpen)."""
         return self._session.number
 
     @property
@@ -91,9 +91,9 @@ class LocalPlane:
     # Pushes
 
     def staging_for(self, num_bytes: int) -> Staging | None:
-        """Returns the staging memory, through which the daemon gets pushed bodies, if a body of `num_bytes` fits into it.
+        """Returns the staging memory, through which pushed bodies (experts' bytes) reach the daemon, if `num_bytes` fit into it.
 
-        None: it does not fit, or the daemon accepts no staging memory. The first call makes the memory.
+        None: the body does not fit, or the daemon accepts no staging memory. The first call makes the memory.
         """
         with self._staging_lock:
             if self._staging is None:
@@ -108,7 +108,7 @@ class LocalPlane:
         return staging if self._session.stage(staging.fd, num_bytes) else None
 
     def wake(self) -> None:
-        """Wakes threads that wait for a place in the staging memory, so that they check whether they still need it (`Staging.allocate`)."""
+        """Wakes threads that wait for a place in the staging memory: each checks whether it still needs one (`Staging.allocate`)."""
         with self._staging_lock:
             if self._staging is not None:
                 self._staging.wake()
@@ -128,7 +128,7 @@ class LocalPlane:
 
 
 class LocalCall:
-    """One running fetch on the local plane: reads the daemon's answers, and gives back the leases in them.
+    """One running fetch on the local plane (shared memory): reads the daemon's answers, and gives back the leases in them.
 
     A lease is the right to read a record in the daemon's memory for a limited time.
     """

@@ -1,4 +1,4 @@
-"""`LocalSession`: one connection to a daemon's local plane, through a Unix socket. Fetches request leases through it.
+"""`LocalSession`: one connection, a Unix socket, to a daemon's local plane (shared memory). Fetches request leases through this connection.
 
 A lease is the right to read a record in the daemon's memory; it expires. The session lasts as long as the socket: when either side closes
 it, or dies, the daemon drops the session's leases.
@@ -27,7 +27,7 @@ _TIMEVAL = struct.Struct("@ll")  # seconds, microseconds
 
 
 class LocalSession:
-    """One connection to the local plane of a daemon, on which fetches are sent, one at a time, and leases are given back.
+    """One connection to the local plane (shared memory) of a daemon: sends one fetch at a time, and gives leases back.
 
     `release` and `is_alive` may be called from any thread.
     """
@@ -40,7 +40,7 @@ class LocalSession:
 
     @staticmethod
     def connect(name: str) -> tuple[LocalSession, ArenaView]:
-        """Opens a session through the Unix socket of that abstract name. Returns it with the daemon's memory, mapped into this process.
+        """Opens a session through the Unix socket of that abstract name. Returns the session and the daemon's memory, mapped for reading.
 
         Raises:
             Unavailable: nobody listens on the socket (the daemon is on another host, or just ended), or the daemon refuses this user.
@@ -127,9 +127,9 @@ class LocalSession:
                 self._broken = True
 
     def stage(self, fd: int, num_bytes: int) -> bool:
-        """Sends the file descriptor of staging memory to the daemon, which maps it. Returns whether the daemon accepts it.
+        """Sends the file descriptor of staging memory (for pushes) to the daemon, which maps it. Returns whether the daemon accepts it.
 
-        If the daemon refuses it, the session is over.
+        If the daemon refuses the memory, the session is over.
         """
         try:
             _limit(self._socket, PATIENCE_S)

@@ -1,4 +1,4 @@
-"""`Staging`: shared memory through which pushed bodies (the bytes of experts) reach the daemon on the local plane.
+"""`Staging`: shared memory through which pushed bodies (the bytes of experts) reach a daemon on the same host.
 
 The client writes a body into a place of this memory. The daemon copies it into its own memory before it checks and writes it. The place is
 freed when the daemon has answered the push.
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 
 class Staging:
-    """Shared memory (a memfd) of a fixed size, through which pushed bodies reach the daemon. Allocates a place in it for each body.
+    """Shared memory (a memfd) of a fixed size, in which each pushed body (an expert's bytes) gets a place from which the daemon reads it.
 
     The daemon maps the same memory through `fd`. The descriptor is closed with the last reference to this object.
     """

@@ -1,4 +1,4 @@
-"""`Connection`: the gRPC channel to one daemon, with its options, deadlines and retries. It sends the caller's name with every call.
+"""`Connection`: the gRPC channel to one daemon, with its options, deadlines and retries. Every call carries the caller's name.
 
 Two errors are retried after random pauses. Unavailable is retried for `patience_s` seconds. TierFull is retried a limited number of times,
 each time after the pause that the daemon names. Errors of gRPC are translated to those of `ooc_moe_wire.errors` in this file only.
@@ -74,8 +74,8 @@ class Connection:
         target: "host:port" or "unix:PATH".
         trainer: the caller's name, under which the daemon counts its calls.
         timeout_s: the deadline of a call, in seconds.
-        patience_s: for how many seconds a call is retried after Unavailable, if the daemon has answered before. If it never answered, at
-            most `FIRST_CONTACT_S`.
+        patience_s: for how many seconds a call is retried after Unavailable, if the daemon has answered before. If the daemon never
+            answered, for at most `FIRST_CONTACT_S`.
 
     Raises:
         InvalidRequest: the target is no address, the trainer's name cannot travel in a header, or a time is not positive.
@@ -101,7 +101,7 @@ class Connection:
     def patience_s(self) -> float:
         """For how many seconds a call that meets Unavailable is retried now.
 
-        It is shorter while the daemon has never answered, and after retries have ended without success.
+        This time is shorter while the daemon has never answered, and after retries have ended without success.
         """
         return self._patience_s if self._has_answered else min(self._patience_s, FIRST_CONTACT_S)
 
@@ -154,7 +154,8 @@ class Connection:
     def retrying(self, gives_up: Callable[[RetryCallState], bool]) -> Retrying:
         """Makes a retry policy for Unavailable and TierFull. Call the result with the function to retry.
 
-        `gives_up` is asked after each failure whether to stop; then the error is raised. `close` ends the pauses between the tries early.
+        `gives_up` is called after each failure; when it returns True, the retries stop and the error is raised. `close` ends the pauses
+        between the tries early.
         """
         return Retrying(
             retry=retry_if_exception_type((Unavailable, TierFull)),

@@ -1,4 +1,4 @@
-"""`Fetch`: the work behind `RemoteStore.fetch`. When a call to the daemon breaks, `Fetch` opens another for the experts that are missing.
+"""`Fetch`: the work behind `RemoteStore.fetch`. When a call to the daemon breaks, `Fetch` opens another call for the missing experts.
 
 A call runs on one of two planes (ways for bytes to travel), the stream plane or the local plane:
 
@@ -51,7 +51,7 @@ class Fetch:
 
     Args:
         connection: the connection to the daemon.
-        planes: chooses the plane of each call.
+        planes: chooses for each call how bytes travel: in gRPC messages or through shared memory.
         pending: the experts to fetch.
         verify: whether to check the checksums of what arrives.
     """
@@ -84,7 +84,7 @@ class Fetch:
         return None
 
     def cancel(self) -> None:
-        """Ends the running call. `next` would open another one for the experts that are missing."""
+        """Ends the running call. `next` would open another call for the experts that are missing."""
         if self._call is not None:
             self._call.cancel()
             self._call = None

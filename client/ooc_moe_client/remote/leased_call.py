@@ -1,4 +1,4 @@
-"""`LeasedCall`: one call of a fetch on the local plane.
+"""`LeasedCall`: one call of a fetch on the local plane, that is, through shared memory.
 
 The daemon leases records in its DRAM to the client, which copies them from shared memory. A lease is the right to read a record for a
 limited time. Each record has a generation, a number that changes when the daemon overwrites the record.

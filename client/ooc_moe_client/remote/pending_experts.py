@@ -1,6 +1,6 @@
 """`PendingExperts`: the experts of one fetch that have not come yet, and the checks of each expert that comes.
 
-It serves both planes (ways for bytes to travel): gRPC messages and shared memory.
+It serves fetches by gRPC messages and fetches through shared memory.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _TIERS = {tier.value: tier for tier in Tier}
 
 
 class PendingExperts:
-    """Which experts of one fetch have not come yet, and where their bytes go. Each call of the fetch reports here what came.
+    """The experts of one fetch that have not come yet, and where their bytes go. Each call to the daemon reports here what came.
 
     `ExpertStore.fetch` documents the arguments.
 
@@ -95,7 +95,7 @@ class PendingExperts:
         return True
 
     def arrive(self, expert: int, version: int, tier: int, *, unchanged: bool = False) -> Fetched | None:
-        """Takes an expert, whose bytes are complete, off the missing experts. Returns what the store yields for it.
+        """Takes an expert, whose bytes are complete, off the missing experts. Returns the `Fetched` that the store yields for the expert.
 
         None: the version is older than one that the store had acknowledged to this client, so an update was lost; the expert is marked as
         failed.

@@ -1,6 +1,6 @@
 """`PlaneChoice`: chooses for each call how bytes travel, in gRPC messages (stream plane) or through shared memory (local plane).
 
-It opens the local plane where that is possible, and opens it again after it broke.
+It opens the local plane where that is possible, and opens the plane again after it broke.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ REFUSED_S = 30.0
 
 
 class PlaneChoice:
-    """Chooses between the local plane and the stream plane for the calls of one connection. Thread-safe.
+    """Chooses between the local plane (shared memory) and the stream plane (gRPC) for the calls of one connection. Thread-safe.
 
     Args:
         connection: the connection to the daemon.
@@ -44,7 +44,7 @@ class PlaneChoice:
         self._refusal = ""  # the last one, which is logged once
 
     def local(self) -> LocalPlane | None:
-        """Returns the local plane, after opening it if necessary. None: use the stream plane.
+        """Returns the local plane (shared memory), after opening it if necessary. None: use the stream plane (gRPC messages).
 
         Raises:
             InvalidRequest: the user asked for the local plane, and it is impossible.

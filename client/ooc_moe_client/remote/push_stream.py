@@ -1,14 +1,14 @@
 """`BankWriter`: holds the right to write one bank, by an open gRPC stream to the daemon, and sends pushes on that stream.
 
-Three kinds of threads work on it:
+Three kinds of threads work on a `BankWriter`:
 
     callers' threads       push(): queue items, wait for their outcomes
     the writer's thread    opens the stream, reads outcomes; when the stream breaks, opens another
     gRPC's thread          takes requests from `_requests`, as fast as flow control allows
 
 When a stream breaks, pushes that the daemon has not acknowledged are sent again on the next stream, under their old numbers, so that the
-daemon recognises repeats. Bodies (the bytes of experts) stay in the callers' memory. On the local plane they are copied to staging memory,
-from which the daemon reads them.
+daemon recognises repeats. Bodies (the bytes of experts) stay in the callers' memory. On the local plane (shared memory) the bodies are
+copied to staging memory, from which the daemon reads them.
 """
 
 from __future__ import annotations
@@ -83,15 +83,15 @@ class PendingPush:
 class BankWriter:
     """Holds the right to write one bank, and pushes experts to it, in a background thread that starts at once.
 
-    When that thread fails to open the bank or loses it for good, `push` and `wait_until_open` raise its error. The threads share one queue
-    under one lock (`_changed`), which is why this is one class.
+    When that thread fails to open the bank or loses the right for good, `push` and `wait_until_open` raise its error. The threads share one
+    queue under one lock (`_changed`), which is why this is one class.
 
     Args:
         connection: the connection to the daemon.
         planes: chooses how bodies (the bytes of experts) travel.
         bank: the bank's name.
         writer_id: the store's identity, the same for all its banks and streams.
-        numbers: gives the number of each push; all banks of a store share it.
+        numbers: gives the number of each push; all banks of a store share one count.
     """
 
     def __init__(self, connection: Connection, planes: PlaneChoice, bank: str, writer_id: str, numbers: Iterator[int]) -> None:

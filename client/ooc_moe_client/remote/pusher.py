@@ -1,9 +1,9 @@
 """`Pusher`: sends the pushes of one store, to all its banks.
 
-It keeps one `BankWriter` for each bank that is open for writing. It also remembers pushes whose answer never came, because such a push may
-have been written. Then the next push of the expert from the same version would be refused as stale, although the caller did nothing wrong.
-So before that next push, the pusher compares checksums to find out whether the daemon wrote the lost one. If so, it pushes from the version
-that the lost push made.
+A `Pusher` keeps one `BankWriter` for each bank that is open for writing. It also remembers pushes whose answer never came, because such a
+push may have been written. Then the next push of the expert from the same version would be refused as stale, although the caller did
+nothing wrong. So before that next push, the pusher compares checksums to find out whether the daemon wrote the push whose answer was lost.
+If so, it pushes from the version that this lost push made.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class _Unanswered:
 class Pusher:
     """Sends the pushes of one `RemoteStore` to its daemon, for any number of banks. Thread-safe.
 
-    The daemon knows it as one writer, by `writer_id`.
+    The daemon knows the pusher as one writer, by `writer_id`.
     """
 
     def __init__(self, connection: Connection, planes: PlaneChoice, read_floor: ReadFloor) -> None:

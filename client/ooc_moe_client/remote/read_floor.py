@@ -1,7 +1,7 @@
 """`ReadFloor`: for each expert, the oldest version that a fetch may still return.
 
-It is the newest version that the daemon acknowledged to this client. For example, once a push was acknowledged as version 7, a fetch that
-returns version 6 would mean that the update was lost; it must be an error.
+This version, the expert's floor, is the newest one that the daemon acknowledged to this client. For example, once a push was acknowledged
+as version 7, a fetch that returns version 6 would mean that the update was lost; such a fetch must raise an error.
 """
 
 from __future__ import annotations
@@ -21,16 +21,22 @@ class ReadFloor:
         self._versions: dict[str, dict[int, int]] = {}
 
     def raise_to(self, bank: str, expert: int, version: int) -> None:
-        """Raises the expert's floor to `version`. Call this when a push was acknowledged with that version."""
+        """Raises the expert's floor (the oldest version that a fetch may return) to `version`.
+
+        Call this when a push was acknowledged with that version.
+        """
         versions = self._versions.setdefault(bank, {})
         versions[expert] = max(version, versions.get(expert, 0))
 
     def forget(self, bank: str) -> None:
-        """Drops the floors of all experts of a bank. Call this when the bank was deleted or restored, so older versions are right."""
+        """Drops the floors (oldest versions that a fetch may return) of a bank's experts.
+
+        Call this when the bank was deleted or restored, so older versions are right.
+        """
         self._versions.pop(bank, None)
 
     def of(self, bank: str, experts: Iterable[int]) -> dict[int, int]:
-        """The floors of these experts, as they are now. Experts that this client never pushed have none, and are left out."""
+        """The floors of these experts now (oldest versions that a fetch may return). Experts that this client never pushed are left out."""
         versions = self._versions.get(bank)
         return {expert: versions[expert] for expert in experts if expert in versions} if versions else {}
 

@@ -45,7 +45,7 @@ class RemoteStore:
         trainer: the caller's name, under which the daemon counts its calls; at most 128 printable ASCII characters.
         timeout_s: the deadline of a call, in seconds; a fetch gets more, in proportion to its bytes.
         patience_s: for how many seconds calls are retried when the daemon went away, before Unavailable is raised.
-        plane: how bytes travel. With LOCAL, fetches and pushes raise InvalidRequest when the local plane is impossible.
+        plane: how bytes travel. With LOCAL (through shared memory), fetches and pushes raise InvalidRequest when that is impossible.
         verify: whether to check fetched bytes against their checksums.
     """
 
@@ -108,7 +108,7 @@ class RemoteStore:
         self._read_floor.forget(name)
 
     def fork_bank(self, source: str, name: str, *, snapshot_id: int | None = None) -> Bank:
-        """Creates the bank `name` as a copy of the bank `source`: as that is now, or as it was in a snapshot.
+        """Creates the bank `name` as a copy of the bank `source`: as `source` is now, or as it was in a snapshot.
 
         Contract: `ExpertStore.fork_bank`. Once the request was sent it is not retried: a repeat would find that the bank exists.
         """
@@ -176,7 +176,7 @@ class RemoteStore:
         self._pusher.open_for_writing(bank)
 
     def release(self, bank: str) -> None:
-        """Gives back the right to write the bank, if this store holds it. Contract: `ExpertStore.release`."""
+        """Gives back the right to write the bank, if this store holds that right. Contract: `ExpertStore.release`."""
         self._pusher.release(bank)
 
     def prefetch(self, bank: str, experts: Sequence[int]) -> list[PrefetchState]:

@@ -41,7 +41,7 @@ class StreamedCall:
         self._responses: Responses[_Message] = fetch_experts(request, timeout=timeout_s, metadata=connection.metadata)
 
     def next(self) -> tuple[Fetched] | None:
-        """Waits for the next expert, and returns it. None: all have come. Contract: `PlaneCall.next`.
+        """Waits for the next expert, and returns it. None: all experts have come. Contract: `PlaneCall.next`.
 
         Raises Internal when the daemon ends the call while experts are missing.
         """
