@@ -87,7 +87,7 @@ class CacheOptions:
 
 
 def _cache_groups() -> list[Group]:
-    """Returns the options of both benchmarks. Sizes and rounds are unset, because each benchmark has its own defaults."""
+    """Returns the options of `bench cache`. Sizes and rounds are unset, because its two parts, layer and cache, have different defaults."""
     from ooc_moe.bench.cache.options import CacheBench, LayerBench
 
     shared = options_of(LayerBench)
@@ -129,7 +129,7 @@ def _cache(parsed: Parsed) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class FullOption:
-    """The option that makes a long benchmark of the learner."""
+    """The option `--full`, which makes the benchmark of the learner long: it then measures the returns of Atari games."""
 
     full: bool = False
     """Measure the returns of Atari games, which takes hours on a CPU."""

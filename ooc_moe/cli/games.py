@@ -46,7 +46,7 @@ class Games(JsonOption):
 
 
 def matching_games(pattern: str) -> list[dict[str, Any]]:
-    """Returns a record for each game whose name contains `pattern`, or matches it if it has * or ?.
+    """Returns a record for each game whose name contains `pattern`, or matches `pattern` if that has * or ?.
 
     A record holds the game's name, what it needs, and its reference scores. Raises InvalidRequest if no name matches.
     """

@@ -37,7 +37,7 @@ class JsonOption:
 
 @dataclass(frozen=True, kw_only=True)
 class OldRunOptions:
-    """The option `--store` of commands on a run that exists, for a run whose daemon has a new address."""
+    """The option `--store` of commands on an existing run. It is for a run whose storage daemon has got a new address."""
 
     store: Annotated[str | None, Flag(metavar="ADDRESS")] = None
     """New address of the daemon, if it moved since the run was made."""

@@ -63,13 +63,13 @@ class EvalOptions(OldRunOptions):
 
 
 def eval_groups() -> list[Group]:
-    """Returns the options of `eval`: those of `train` about evaluation, and its own."""
+    """Returns the options of `eval`: the options of `train` about evaluation, and the options that only `eval` has."""
     own = options_of(EvalOptions)
     return [Group(title="", options=(*own[:1], *options_of_run(*EVALUATION), *own[1:]))]
 
 
 def evaluate(parsed: Parsed) -> None:
-    """Plays the games."""
+    """Carries out the command `eval`: plays the games of a run with the agent of a checkpoint, and prints its scores."""
     from ooc_moe.evaluation.evaluate import evaluate_run
 
     chosen = parsed.part(EvalOptions)

@@ -73,7 +73,7 @@ class PrefetchOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class LatencyOption:
-    """The option that says how long loads take."""
+    """The option `--latency`, which says how long it takes to load an expert from each tier."""
 
     latency: Annotated[str, Flag(metavar="TIER=T[+B/s],...")] = LATENCY
     """Time of a load from each tier: latency and bandwidth. A bandwidth that is not given is the default's."""
@@ -81,7 +81,7 @@ class LatencyOption:
 
 @dataclass(frozen=True, kw_only=True)
 class TimeOptions(LatencyOption):
-    """How long loads and computation take."""
+    """The options of `simulate` about time: how long loads of experts and computation take."""
 
     compute: Annotated[str, Flag(metavar="T")] = "100us"
     """Compute time of one access."""
@@ -243,13 +243,13 @@ class PlanOptions(JsonOption, LatencyOption):
 
 
 def plan_groups() -> list[Group]:
-    """Returns the options of `plan`: two of the options of `train`, and its own."""
+    """Returns the options of `plan`: --preset and --config, which `train` has too, and the options that only `plan` has."""
     of_train = tuple(option for option in options_of(RunOptions) if option.name in ("preset", "config"))
     return [Group(title="", options=(*of_train, *options_of(PlanOptions)))]
 
 
 def plan(parsed: Parsed) -> None:
-    """Prints the plan."""
+    """Carries out the command `plan`: predicts what a run will demand of its memory tiers, and prints the prediction."""
     from ooc_moe.simulate import plan as planning
 
     chosen = parsed.part(PlanOptions)

@@ -1,6 +1,6 @@
 """The commands that only need a storage daemon: `stats`, `bank ...` and `snapshot ...`.
 
-They connect to the daemon by `RemoteStore`, and need no torch.
+These commands connect to the daemon by `RemoteStore`, and need no torch.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ class ConfirmOption:
 
 @dataclass(frozen=True, kw_only=True)
 class Stats(DaemonOptions, JsonOption):
-    """Show the daemon's statistics: what its tiers, banks and trainers hold and do.
+    """Show the statistics of the storage daemon: what its memory tiers, its banks of experts and its trainers hold and do.
 
-    A dashboard to watch while a run trains, and the same numbers for a program:
+    With --watch, a dashboard on the terminal that keeps itself up to date; with --json, the same numbers for a program to read:
 
     $ ooc-moe stats --store storage-host:50051 --watch
     $ ooc-moe stats --json | jq '.total.hits'

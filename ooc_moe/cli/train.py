@@ -1,4 +1,4 @@
-"""The commands `train`, which trains a new run or continues one, and `config show`, which shows the settings it would use."""
+"""The commands `train`, which trains a new run or continues one, and `config show`, which shows the settings that `train` would use."""
 
 from __future__ import annotations
 

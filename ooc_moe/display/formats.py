@@ -74,7 +74,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_seconds_short(seconds: float) -> str:
-    """Three digits in the unit that needs no leading zeros: "297 µs", "10.1 ms", "3.21 s", "1,234 s"."""
+    """Formats seconds with three digits, in the unit that needs no leading zeros: "297 µs", "10.1 ms", "3.21 s", "1,234 s"."""
     if math.isnan(seconds):
         return DASH
     rounded = float(f"{seconds:.3g}")

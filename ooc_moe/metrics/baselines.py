@@ -21,7 +21,7 @@ DIRECTORY = "baselines"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Protocol:
-    """How a game is played to measure a score. Two scores can be compared where all these settings are equal."""
+    """The settings with which a game is played to measure a score. Two scores can be compared if all these settings are equal."""
 
     eval_envs: int
     """Environments played side by side."""
@@ -78,7 +78,7 @@ def write_baselines(found: Baselines, directory: Path, protocol: Protocol) -> No
 def best_constants(record: RunRecord) -> dict[str, float]:
     """Reads the mean return of the best constant action in each of a run's games: game -> return.
 
-    Only games are included for which `ooc-moe eval --constants` measured it, in the same way as the run is evaluated.
+    Only games are included for which `ooc-moe eval --constants` measured this return, in the same way as the run is evaluated.
     """
     protocol = Protocol.of(record.config)
     if protocol is None:

@@ -121,17 +121,18 @@ def zero_shot_transfer(scores_PG: ArrayLike, trained_P: Sequence[int], untrained
 
     It is (A[k, i] - A[k-1, i]) / scale[i]. A[k, i] is the score of game i after phase k (the training in one game), and A[-1] the agent's
     score before any training, `untrained_G`. NaN from game i's first phase on. CORA calls it zero-shot forward transfer (Powers et al.
-    2022, section 4). The scale is chosen as in `isolated_forgetting`.
+    2022, section 4). The default scale is `greatest_score`, the run's own; to compare methods, give a fixed scale (see
+    `isolated_forgetting`).
     """
     changes_PG, before_PG, own_PG = _score_changes(scores_PG, trained_P, untrained_G)
     return np.where(before_PG | own_PG, np.nan, changes_PG) / _scale(scores_PG, scale_G)
 
 
 def greatest_score(scores_PG: ArrayLike) -> Floats:
-    """The absolute value of each game's greatest score, (G,): |max over k of A[k, i]|. The benchmark CORA divides by it.
+    """The absolute value of each game's greatest score, (G,): |max over k of A[k, i]|. The benchmark CORA divides by this value.
 
-    NaN for a game that was never evaluated, or whose greatest score is 0. CORA takes the maximum over the whole training; this function
-    takes it over the ends of phases, where scores were measured.
+    A[k, i] is the score of game i after phase k (the training in one game). NaN for a game that was never evaluated, or whose greatest
+    score is 0. CORA takes the maximum over the whole training; this function takes it over the ends of phases, where scores were measured.
     """
     scores = np.asarray(scores_PG, float)
     greatest = np.abs([_max(scores[:, game]) for game in range(scores.shape[1])])
@@ -225,20 +226,20 @@ def cold_unchanged(before: Mapping[Expert, Any], after: Mapping[Expert, Any], tr
 
 
 def confusion(believed: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> Floats:
-    """The confusion matrix of the detector, (G, C): for each game played, the share of steps in which the detector took it for each name.
+    """The confusion matrix of the detector, (G, C): for each game played (row), the share of steps in which it was taken for each game.
 
-    A row sums to 1, or is NaN if `believed` has nothing for the game played.
+    A column stands for a game that the detector may take it for. A row sums to 1, or is NaN if `believed` has nothing for the game played.
 
     Args:
         believed: for each game played, the name of the game that the detector believed to see -> share or number of steps.
-        columns: these names, in the order of the result's columns.
+        columns: the names of the games that the detector can believe to see, in the order of the result's columns.
     """
     counts = np.array([[float(row.get(name, 0)) for name in columns] for row in believed]).reshape(len(believed), len(columns))
     return usage_shares(counts)
 
 
 def mean(values: ArrayLike) -> float:
-    """The mean of the values that are not NaN. NaN if all of them are."""
+    """The mean of the values that are not NaN. NaN if all values are NaN."""
     known = np.asarray(values, float)
     known = known[~np.isnan(known)]
     return float(known.mean()) if known.size else float("nan")

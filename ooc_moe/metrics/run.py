@@ -29,7 +29,7 @@ _Usage = Mapping[str, Mapping[str, int]]
 class Scores:
     """The scores of a run's evaluations, by phase (rows, P) and game (columns, G). NaN where a game was not evaluated after a phase.
 
-    A phase is the training in one game; a game that is trained again has several. `games` names the columns.
+    A phase is the training in one game; a game that is trained again has several phases. `games` names the columns.
     """
 
     games: tuple[str, ...]
@@ -128,7 +128,7 @@ class RunRecord:
         return np.array([_number(event, path) for event in self.updates], float)
 
     def increments(self, *path: str, evaluations: bool = False) -> Floats:
-        """How much a counter grew in each update, (U,). `path` holds the keys that lead to it in an event, as in `series`.
+        """How much a counter grew in each update, (U,). `path` holds the keys that lead to the counter in an event's dicts.
 
         Growth during an evaluation between two updates is left out. With `evaluations`, it is added to the update after the evaluation.
         """
@@ -142,7 +142,10 @@ class RunRecord:
         return np.array(grown, float)
 
     def total(self, *path: str) -> float:
-        """How much a counter grew over the whole run, evaluations included. NaN if it was never logged. `path` is as in `series`."""
+        """How much a counter grew over the whole run, evaluations included. NaN if the counter was never logged.
+
+        `path` holds the keys that lead to the counter in an event's nested dicts.
+        """
         known = [growth for _, growth in self._growth(path) if not np.isnan(growth)]
         return float(sum(known)) if known else UNKNOWN
 
@@ -236,7 +239,7 @@ class RunRecord:
     def training_fetches(self) -> Floats:
         """How often each expert was fetched into HBM while each game was trained, (G, E), on demand or ahead of its use.
 
-        All zero if fetches were not logged. The columns are those of `training_usage`.
+        All zero if fetches were not logged. Columns are experts, in the order of the columns of `training_usage`.
         """
         return self._usage([(event["game"], event.get("fetches") or {}) for event in self.updates])
 
@@ -249,23 +252,28 @@ class RunRecord:
         return self._usage([(event["game"], event.get("usage") or {}) for event in self.updates])
 
     def evaluation_usage(self) -> Floats:
-        """How many tokens of each game went to each expert in the evaluations after the last phase, (G, E).
+        """How many tokens of each game went to each expert in the newest evaluation of the run, (G, E).
 
-        The columns are those of `training_usage`.
+        Rows are the games of the run. Columns are the experts of a bank; if each layer has its own bank, those of the first bank, then
+        the experts of the second, and so on.
         """
         return self._usage([(event["evaluated"], event.get("usage") or {}) for event in self.last_evaluations])
 
     @property
     def last_evaluations(self) -> list[Event]:
-        """The newest "evaluation" events, one for each game: those after the last phase (training in one game) with evaluations."""
+        """The "evaluation" events of the newest evaluation of the run, one event for each game that was evaluated then."""
         newest = max((event["phase"] for event in self.evaluations), default=None)
         return [event for event in self.evaluations if event["phase"] == newest]
 
     def usage_by_environment(self) -> tuple[list[str], Floats]:
-        """Which experts each environment used in the evaluations after the last phase. Empty if this was not logged.
+        """How often each environment used each expert in the newest evaluation of the run. No rows if the run did not log this.
+
+        An environment is one copy of a game; an evaluation may play several copies at once.
 
         Returns:
-            The game of each environment, and how many of its tokens went to each expert, (N, E); columns as in `training_usage`.
+            The games that the N environments played, and a matrix (N, E): how many tokens of each environment went to each expert. Its
+                columns are the experts of a bank; if each layer has its own bank, the experts of the first bank, then those of the second,
+                and so on.
         """
         rows = [(event["evaluated"], usage) for event in self.last_evaluations for usage in event.get("usage_by_env") or ()]
         return [game for game, _ in rows], self._counts([usage for _, usage in rows])

@@ -1,4 +1,5 @@
-"""Reads single-task scores, which agents reached that learned one game alone. Reports show the scores of other runs as shares of them.
+"""Reads single-task scores, the scores of agents that each learned one game alone. Reports show the scores of other runs as shares of
+single-task scores.
 
 A study computes the same scale from its own runs (study/scores.py).
 """

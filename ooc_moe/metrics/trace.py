@@ -78,7 +78,7 @@ class Span:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trace:
-    """A whole trace in memory: the accesses to experts in order, and the marks that say which game they belong to.
+    """A whole trace in memory: the accesses to experts in order, and the marks that say which game the accesses belong to.
 
     Attributes:
         info: describes the recorded run.

@@ -101,8 +101,8 @@ def missing(record: RunRecord) -> list[str]:
 def score_table(record: RunRecord) -> Table:
     """Makes the table of scores. Its row for a game has the mean returns of random play and of the agent after the training in each game.
 
-    Two more columns say how much of the game was learned, and how much of that is left at the end. Scores of constant actions (the same one
-    in every step) and of people are added where they are known.
+    Two more columns say how much of the game was learned, and how much of what was learned is left at the end. Scores of constant actions
+    (the same one in every step) and of people are added where they are known.
     """
     scores, constants = record.scores, best_constants(record)
     names, shown_SG = _phase_columns(record, scores.mean_PG)
@@ -137,7 +137,7 @@ def score_table(record: RunRecord) -> Table:
 
 
 def evaluation_table(record: RunRecord) -> Table:
-    """Makes the table of a single evaluation: for each game the agent's mean return and, for comparison, that of random play."""
+    """Makes the table of a single evaluation: for each game the agent's mean return and, for comparison, the mean return of random play."""
     events, constants = record.last_evaluations, best_constants(record)
     reference = [of_reference(record, event["evaluated"], event["return_mean"]) for event in events]
     has_reference = not np.isnan(reference).all()
@@ -171,7 +171,7 @@ def _columns(first: list[str], constants: Mapping[str, float], then: list[str], 
 
 
 def single_task_table(record: RunRecord) -> Table:
-    """Makes the table that compares a run's scores with single-task scores: those of agents that each learned one game alone.
+    """Makes the table that compares a run's scores with single-task scores: the scores of agents that each learned one game alone.
 
     A score is given as a share of the single-task score; 0 % is random play. The table has no rows if no single-task score is known.
     """
@@ -253,7 +253,7 @@ def detector_table(record: RunRecord) -> Table:
 def ambiguous(record: RunRecord) -> list[tuple[str, str, float]]:
     """The pairs of games that the detector mixed up in the last evaluation: (game, other game, confusion).
 
-    A confusion of 1 means that it cannot tell them apart.
+    A confusion of 1 means that the detector cannot tell the two games apart.
     """
     from ooc_moe.detection.tally import ambiguous_pairs  # Needs torch, which most tables do not.
 
@@ -317,16 +317,16 @@ def measures_table(record: RunRecord) -> Table:
 
 
 def learned_clearly(scores: Scores, game: int) -> bool:
-    """Whether a game, given by its column, was clearly learned: right after its training, its mean return is well above random play.
+    """Whether a game was clearly learned: right after its training, its mean return is above random play by more than two standard errors.
 
-    Well above means by more than two standard errors.
+    `game` is the number of the game's column in `scores`.
     """
     phases = [phase for phase, trained in enumerate(scores.trained_P) if trained == game]
     return bool(phases) and measures.clearly_above(scores.returns.get((phases[-1], game), []), float(scores.random_G[game]))
 
 
 def verdict(scores: Scores, game: int) -> str:
-    """Says in a few words how much of a game, given by its column, was learned and kept: "learned +1,600, kept 75.0 %"."""
+    """Says in a few words how much of a game (`game`: its column in `scores`) was learned and kept: "learned +1,600, kept 75.0 %"."""
     if not learned_clearly(scores, game):
         return "not clearly learned"
     gain = measures.learning(scores.mean_PG, scores.trained_P)[game] - scores.random_G[game]

@@ -32,7 +32,7 @@ from ooc_moe.report.drawing import (
 
 
 def hit_rate(record: RunRecord) -> Figure | None:
-    """Draws the hit rate of the HBM cache in each update, and how many experts were fetched into it from which tier.
+    """Draws the hit rate of the HBM cache in each update, and how many experts were fetched into the cache from which tier.
 
     Returns None if the run logged no accesses.
     """
@@ -56,7 +56,7 @@ def hit_rate(record: RunRecord) -> Figure | None:
 
 
 def tier_bytes(record: RunRecord) -> Figure | None:
-    """Draws the bytes that each tier holds, its capacity, and the bytes moved between tiers. Returns None if none were logged."""
+    """Draws the bytes that each tier holds, its capacity, and the bytes moved between tiers. Returns None if no bytes were logged."""
     held = {
         "hbm": record.series("cache", "resident") * record.series("cache", "expert_bytes"),
         "dram": record.series("store", "dram", "used_bytes"),
@@ -144,8 +144,8 @@ def expert_usage(record: RunRecord) -> Figure | None:
 def overlap(record: RunRecord) -> Figure | None:
     """Draws how much every two games use the same experts, in training and in the last evaluation.
 
-    One panel shows how many of their ten most used experts they have in common, the other what share of tokens both send to the same
-    experts.
+    One panel shows how many of their ten most used experts two games have in common, the other panel what share of tokens both games send
+    to the same experts.
 
     Returns None if the use of experts was not logged, or for a run of one game.
     """

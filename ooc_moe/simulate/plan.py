@@ -39,7 +39,7 @@ PROBE_BYTES = 256 << 20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rates:
-    """How long it takes to move one expert into HBM from each place where it may be, and back out of HBM, in seconds per expert."""
+    """How long it takes to move one expert into HBM from each place where an expert may be, and from HBM to the daemon, in seconds."""
 
     dram: float
     """Seconds to fetch an expert from the daemon's DRAM."""
@@ -315,13 +315,13 @@ def _update_rows(plan: Plan) -> list[tuple[str, str, str]]:
 
 
 def measure(agent: AgentConfig, data_dir: Path, *, device: str = "cpu") -> Rates:
-    """Measures how long it takes to move one expert between HBM and each other place, through a daemon that is started for it.
+    """Measures how long it takes to move one expert between HBM and each other place, through a daemon started for the measurement.
 
     This takes some seconds and at most 2 GiB of disk.
 
     Args:
         agent: the configuration whose experts are measured; it also decides how many are moved in one call.
-        data_dir: a directory on the disk to be measured. The daemon keeps its data in it meanwhile.
+        data_dir: a directory on the disk to be measured. The daemon keeps its data in this directory meanwhile.
         device: the device that stands for HBM: the GPU, or the CPU's memory.
 
     Raises:

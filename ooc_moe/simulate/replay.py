@@ -19,9 +19,9 @@ Not modelled:
 
 - Write-back, which is assumed to overlap with compute.
 - The accesses of the backward pass and of the optimizer to the same experts, and several misses in one call to the store.
-- The trainer's schedule. A trainer tells its cache beforehand which experts an update or an acting step will use; the cache then evicts the
-  expert whose next use is farthest away, and fetches ahead. Where a game does not fit into HBM, a trainer therefore has far more hits than
-  LRU has here (simulate.md has both).
+- The trainer's schedule (the announced order of coming uses). A trainer tells its cache beforehand which experts an update or an acting
+  step will use; the cache then evicts the expert whose next use is farthest away, and fetches ahead. Where a game does not fit into HBM, a
+  trainer therefore has far more hits than LRU has here (simulate.md has both).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ PIECE_ACCESSES = 1 << 18
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Link:
-    """How long it takes to load an expert from one tier into the next: a fixed latency, and time for its bytes."""
+    """How fast experts are loaded over the connection from one tier to the next: a fixed latency, and a time for an expert's bytes."""
 
     latency_s: float
     bytes_per_s: float
@@ -68,13 +68,13 @@ class Latency:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prefetch:
-    """Which experts a replay prefetches when the game switches: `source` says what names them.
+    """Which experts a replay prefetches when the game switches: `source` says what names the experts.
 
     A game's experts are those that it uses anywhere in the trace, the most used first. The values of `source`:
 
     - "none": no prefetching.
     - "perfect" names the new game's experts at the switch.
-    - "detector" names them `delay` accesses after the switch; with probability 1 - `accuracy` it names another game's experts instead.
+    - "detector" names the new game's experts `delay` accesses after the switch, or with probability 1 - `accuracy` another game's.
     - "random" names the experts of a random game at the switch.
     """
 

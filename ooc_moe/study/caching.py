@@ -25,7 +25,7 @@ from ooc_moe.study.scores import StudyScores
 
 
 class Way(Enum):
-    """Where a point's numbers come from: measured by the trainer, or computed by the simulator."""
+    """The way in which the hit rate and stall of a `CachingPoint` were found: measured by the trainer, or computed by the simulator."""
 
     TRAINER = "trainer"
     SIMULATOR = "simulator"
@@ -35,8 +35,8 @@ class Way(Enum):
 class CachingPoint:
     """One measurement or simulation of the caching study: how well a cache of one size works when games switch at one interval.
 
-    `hit_rate` is the share of `accesses` whose expert was in HBM, and `stall_s` the seconds spent waiting for the others. HBM has room for
-    `hbm_experts` of the `bank_experts` experts.
+    `hit_rate` is the share of `accesses` whose expert was in HBM, and `stall_s` the seconds that the other accesses waited for experts. HBM
+    has room for `hbm_experts` of the `bank_experts` experts.
     """
 
     way: Way
@@ -52,9 +52,10 @@ class CachingPoint:
 
 
 def caching_points(found: StudyScores) -> list[CachingPoint]:
-    """Returns the hit rates and stalls that the runs measured, then those simulated for the same capacities and intervals.
+    """Returns the hit rates and stalls that the runs measured, then simulated ones for the same HBM capacities and switch intervals.
 
-    The simulator replays the recorded accesses (the trace) of one run. Without any trace the list is empty, measured points included.
+    The simulator replays the recorded accesses (the trace) of one run. If no run has a trace, the list is empty: measured values are left
+    out, too.
     """
     traced = next((record for record in found.records.values() if _trace_of(record) is not None), None)
     if traced is None:

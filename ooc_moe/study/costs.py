@@ -1,7 +1,7 @@
 """Computes what each variant of a study costs: parameters, bytes stored and moved, fetches of experts, and time.
 
-Where a variant has a network for each game, the costs of all its networks are added up. Only HBM is that of one network, because one is
-used at a time.
+Where a variant has a network for each game, the costs of all its networks are added up. Only the bytes of HBM are those of one network,
+because one network is used at a time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _FETCHED_FROM = ("dram", "nvme", "seed")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Costs:
-    """The costs of a variant, as means over its runs. A field is NaN if the runs did not log what it needs.
+    """The costs of a variant, as means over its runs. A field is NaN if the runs did not log the numbers it is computed from.
 
     `train_s`: seconds of training. `steps_per_s`: environment steps per second. `stall_s`: seconds of training spent waiting for experts.
     """
@@ -124,7 +124,7 @@ def _costs_of_run(record: RunRecord) -> Costs:
 def _stored_bytes(path: Path) -> tuple[float, float]:
     """Returns how many bytes the method against forgetting stores, then how many the detector stores. NaN if there is no checkpoint.
 
-    `path` is a checkpoint's file of everything but experts, which has both.
+    `path` is a checkpoint's file of everything but experts. The file holds the state of the method and of the detector.
     """
     if not path.exists():
         return float("nan"), float("nan")

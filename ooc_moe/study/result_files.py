@@ -92,7 +92,7 @@ def _sentence(text: str) -> str:
 def _configured(found: StudyScores) -> tuple[str, str]:
     """Returns the configuration that the page shows, as JSON, and the name of the run that has it.
 
-    The run is the first finished one of the most important variant. Without a finished run, it is the study's recipe.
+    The run is the first finished one of the most important variant. Without a finished run, the study's recipe is returned.
     """
     study = found.study
     run = next((run for name in found.variants for run in found.of(name)), None)

@@ -32,7 +32,7 @@ _TAIL_BYTES = 1 << 16
 
 
 class State(Enum):
-    """How far a run has come: not started, unfinished with a checkpoint, unfinished without one, or finished."""
+    """How far one run of a study has come: not started, unfinished with a checkpoint, unfinished without a checkpoint, or finished."""
 
     NEW = "new"
     """The run was not started: its directory has no configuration."""
@@ -46,7 +46,7 @@ class State(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What `run_all` returns at its end: which runs failed, and whether it was interrupted."""
+    """What `run_all` returns at its end: which runs failed, and whether Ctrl-C interrupted the call."""
 
     failed: dict[Path, str]
     """By directory of a failed run: its exit code and the last line of its output."""
@@ -96,7 +96,7 @@ def steps_done(run_dir: Path) -> int:
 
 
 def run_all(configs: Sequence[RunConfig], *, jobs: int, watch: Callable[[Status], object] = lambda status: None) -> Outcome:
-    """Makes all runs that are not finished, in the order of `configs`, `jobs` at a time. Returns when all have ended.
+    """Makes all runs that are not finished, in the order of `configs`, `jobs` at a time. Returns when all processes have ended.
 
     Args:
         configs: the runs. Their directories may hold finished and unfinished runs of earlier calls.

@@ -25,9 +25,9 @@ LEARNED_MIN = 0.2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GameFacts:
-    """The raw returns in one game that define the scale of its scores (0: `random`, 1: `single`), and whether the game counts in ratios.
+    """What a study knows of one game: the raw returns that define the scale of its scores, and whether the game counts in ratios.
 
-    NaN for what was not measured.
+    On the scale, `random` (random play) is 0, `single` (a network trained on this game alone) is 1. Returns not measured are NaN.
     """
 
     game: str
@@ -47,7 +47,7 @@ class GameFacts:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One value of a measure such as retention: that of one game in one run. The run is given by its order of the games and its seed."""
+    """The value of a measure, such as retention, for one game in one run. The run is given by its order of the games and its seed."""
 
     order: str
     seed: int

@@ -87,7 +87,7 @@ _ATARI_GPU = replace(
 
 
 def _caching_variants() -> dict[str, Variant]:
-    """Makes the caching study's variants: HBM for the experts of half a game, one, two and three games; games in blocks and in turns."""
+    """Makes the caching study's variants: HBM for the experts of half a game, or of one, two or three games; blocks or turns."""
 
     def variant_with(hbm_experts: int, switch_every: int) -> Variant:
         name = f"hbm{hbm_experts}-{f'every{switch_every}' if switch_every else 'blocks'}"

@@ -83,7 +83,7 @@ def robust_table(found: StudyScores) -> Table:
 
 
 def order_table(found: StudyScores, order: str) -> Table:
-    """Makes the main table for one order of the games alone: one row per variant."""
+    """Makes the main table (how much was learned, and how much is left) from the runs of one order of the games: one row per variant."""
     rows = []
     for name in found.variants:
         cells = {each: [cell for cell in found.cells(name, each) if cell.order == order] for each in _MAIN}
@@ -94,7 +94,7 @@ def order_table(found: StudyScores, order: str) -> Table:
 
 
 def other_table(found: StudyScores) -> Table:
-    """Makes the table of other measures, with one row per variant: transfer, isolated forgetting, and others that the main table lacks."""
+    """Makes the table of the measures that the main table lacks, such as transfer and isolated forgetting: one row per variant."""
     names = [name for name in (*MEASURES, *RAW_MEASURES) if name not in _MAIN]
     rows = [[variant, *(spread(found.cells(variant, name)) for name in names)] for variant in found.variants]
     says = {name: says for name, (says, _) in (MEASURES | RAW_MEASURES).items() if name in names and says}
@@ -151,7 +151,7 @@ def memory_table(costs: Mapping[str, Costs]) -> Table:
 
 
 def work_table(found: StudyScores, costs: Mapping[str, Costs]) -> Table:
-    """Makes the table with one row per variant: the bytes and experts that it moves, and how long it takes."""
+    """Makes the table of work, with one row per variant: the bytes and experts that its runs move, and how long its runs take."""
     rows = []
     for name, cost in costs.items():
         rows.append(
@@ -236,10 +236,11 @@ def _ambiguous_pairs(found: StudyScores) -> str:
 
 
 def separation_table(separated: Sequence[Separation]) -> Table:
-    """Makes the table of separation, with one row per run with plain token routing: how much two environments use the same experts.
+    """Makes the table of separation: how much two environments (copies of games that are played at once) use the same experts.
 
-    The figure is the share of their routing that goes to the same experts, as a mean over pairs of environments: once over pairs that play
-    the same game, once over pairs that play different games.
+    Each run with plain token routing has a row. It shows the overlap of two environments, which is the share of tokens that both
+    environments send to the same experts: its mean over pairs that play the same game, its mean over pairs that play different games, the
+    gap (the first mean minus the second), and the p-value of a test of the gap.
     """
     rows = [
         [each.run.variant, each.run.order, str(each.run.config.seed), *_apart(each.within, each.between), f"{each.p:.2g}"]
@@ -298,7 +299,7 @@ def caching_table(points: Sequence[CachingPoint]) -> Table:
 
 
 def game_table(found: StudyScores) -> Table:
-    """Makes the table with one row per game: the raw returns that its scores are compared with, and whether it counts in ratios."""
+    """Makes the table with one row per game: the raw returns that its scores are compared with, and whether the game counts in ratios."""
     rows = [
         [
             facts.game,
@@ -317,7 +318,7 @@ def game_table(found: StudyScores) -> Table:
 
 
 def point_table(found: StudyScores) -> Table:
-    """Makes the table with one row per run (a point in the figures): its measures, as means over the games that count in ratios."""
+    """Makes the table with one row per run, which the figures show as a point: its measures, as means over games that count in ratios."""
     rows = []
     for run, record in found.records.items():
         if not record.evaluations:

@@ -46,9 +46,9 @@ def _moe_token_out(config: RunConfig) -> RunConfig:
 
 
 def _moe_token(config: RunConfig) -> RunConfig:
-    """Makes the variant "moe-token": plain token routing, with HBM for all experts, because every minibatch uses nearly all of them.
+    """Makes the variant "moe-token": plain token routing, with HBM for all experts, because every minibatch uses nearly all experts.
 
-    With HBM for half of them the results would be the same bit for bit, but training would take several times as long.
+    With HBM for half of the experts the results would be the same bit for bit, but training would take several times as long.
     """
     config = _moe_token_out(config)
     num_experts = config.agent.num_banks * config.agent.num_experts

@@ -6,8 +6,9 @@
    log usage by episode. Each game has its own norms and embedding, which tell the router which game it is. The verdict therefore also
    reports how far an untrained network separates games.
 2. Caching holds if training in blocks (each game's training in one piece) has more hits and shorter stalls than the same steps in turns of
-   one update. This must be so in every HBM that has room for a game's pool, both in the trainer's measurements and in the simulator's
-   replays. At least three switch intervals at three such sizes of HBM are needed. Smaller HBMs are not judged.
+   one update. This must be so in every HBM that has room for a game's pool (the experts that it may use), both in the trainer's
+   measurements and in the simulator's replays. At least three switch intervals at three such sizes of HBM are needed. Smaller HBMs are not
+   judged.
 3. Protection holds if the full recipe retains more of what it learned than plain MoE and than a dense network: the 95 % intervals of both
    differences in retention must lie above zero. In addition its learning must be at least 0.9 of single-task. Only games that count by the
    rules of scores.py are used.
@@ -64,7 +65,10 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Separation:
-    """How much pairs of environments use the same experts in one run: the share of their routing that they have in common, from 0 to 1."""
+    """How differently games use experts in one run: the mean overlaps of environments that play the same game, and different games.
+
+    The overlap of two environments is the share of tokens, from 0 to 1, that both environments send to the same experts.
+    """
 
     run: StudyRun
     within: float
@@ -104,7 +108,8 @@ def _separation(run: StudyRun, record: RunRecord) -> Separation | None:
 def pair_gaps(runs: Sequence[Separation]) -> dict[tuple[str, str], tuple[float, float]]:
     """Returns, for each pair of games, (overlap within these games, overlap between them), as means over runs.
 
-    The overlap is that of the experts that two environments use. Pairs with the smallest gap between the two values come first.
+    The overlap of two environments is the share of tokens that both environments send to the same experts. Pairs of games with the smallest
+    gap between the two overlaps come first.
     """
     by_pair: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for run in runs:
@@ -181,9 +186,9 @@ def protection(found: StudyScores) -> Verdict | None:
 
 
 def caching(points: Sequence[CachingPoint], pool_experts: int) -> Verdict | None:
-    """Judges the second part of the claim, caching, by measured and simulated hit rates and stalls. None if there are none.
+    """Judges the second part of the claim, caching, by measured and simulated hit rates and stalls. None without `points`.
 
-    `pool_experts`: how many experts a game's pool has; an HBM that holds fewer is not judged.
+    `pool_experts`: how many experts a game's pool (the experts that it may use) has. An HBM that holds fewer experts is not judged.
     """
     if not points:
         return None
