@@ -1,7 +1,7 @@
 """Measures dormant units (Sokar et al. 2023, definition 3.1): hidden units of experts that hardly respond to a game's frames any more.
 
-A unit's score is its mean absolute activation over the expert's tokens, divided by the mean of the same over all units of the expert. A
-unit is dormant if its score is at most `DORMANT`. Every evaluation logs the share of dormant units.
+A unit's score is its mean absolute activation over the expert's tokens, divided by the mean of these activations over all units of the
+expert. A unit is dormant if its score is at most `DORMANT`. Every evaluation logs the share of dormant units.
 """
 
 from __future__ import annotations

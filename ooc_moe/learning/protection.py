@@ -1,6 +1,6 @@
 """The methods against forgetting, which keep later games from damaging the parameters that all games share.
 
-This module has their interface (`Protection`) and the two simplest methods: none at all, and a frozen stem. The others are in
+This module has their interface (`Protection`) and the two simplest methods: none at all, and a frozen stem. The other methods are in
 stem_replay.py, ewc.py and cloning.py.
 """
 

@@ -23,9 +23,10 @@ FRAMES_PER_STEP = 64
 
 
 class StemReplay:
-    """The method against forgetting that keeps the stem's outputs (features) for stored frames of earlier games as they were, by a loss.
+    """The method against forgetting that stores frames of earlier games with the stem's outputs, and trains the stem to keep these outputs.
 
-    The frames are stored on the CPU, the features on the stem's device. While a game is trained again, the loss leaves out its own frames.
+    The stem's outputs are called features. The loss grows with their distance from the stored features. The frames are stored on the CPU,
+    the features on the stem's device. While a game is trained again, the loss leaves out its own frames.
 
     Args:
         stem: turns frames (M, S, H, W) into features (M, D).
