@@ -29,7 +29,7 @@ def dormant_share(agent: Agent, frames_NSHW: Tensor, game: str) -> float:
     Args:
         agent: the agent with the experts. It runs in evaluation mode, and goes back to the mode that it was in.
         frames_NSHW: uint8 frames of the game.
-        game: the game in whose pools the frames are routed.
+        game: the game to whose pools (its experts, layer by layer) the frames are routed.
 
     Raises:
         InvalidRequest: the game is unknown, or the frames have another shape or dtype.

@@ -46,7 +46,7 @@ class StemReplay:
 
     @torch.no_grad()
     def store(self, game: str, frames_MSHW: Tensor) -> None:
-        """Stores frames (M, S, H, W), uint8, with the stem's present features. They replace the game's earlier ones."""
+        """Stores frames (M, S, H, W), uint8, with the stem's present features. They replace what was stored for the game before."""
         features_MD = torch.cat([self._stem(piece.to(self._device)) for piece in torch.split(frames_MSHW, 256)])
         self._set(self._stored | {game: TensorDataset(frames_MSHW, features_MD)})
 
