@@ -4,8 +4,8 @@
 
 All games share the stem and, where the configuration says so, attention or (with token routing) the routers. All other dense parameters
 (those that are not experts') belong to one game each. `Agent.forward` computes whole segments, for training; `Agent.act` computes one frame
-at a time, for playing. outputs.py defines the results of both, segment.py what `act` remembers of earlier frames, checks.py the checks of
-the arguments.
+at a time, for playing. outputs.py defines the results of `forward` and `act`, segment.py what `act` remembers of earlier frames, checks.py
+the checks of the arguments.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class Agent(nn.Module):
         return self.pools(game).numbered(self.config.num_banks)
 
     def read_only_set(self, game: str) -> list[int]:
-        """The experts in `prefetch_set` that the game borrows and only reads. They can be fetched without their optimizer moments."""
+        """The experts in `prefetch_set` that the game borrows and only reads. These can be fetched without their optimizer moments."""
         return self.pools(game).borrowed_numbered(self.config.num_banks)
 
     def game_parameters(self, game: str) -> Iterator[nn.Parameter]:
@@ -268,11 +268,14 @@ class Agent(nn.Module):
     # Checkpoints
 
     def get_extra_state(self) -> dict[str, dict[str, Layers]]:
-        """Returns the pools of all games, in the order in which the games were added. torch stores them in the state dict."""
+        """Returns the pools of all games (by layer, the experts that a game may route to), in the order in which the games were added.
+
+        torch calls this when it makes the agent's state dict, and stores the pools there beside the parameters.
+        """
         return {game: {"owned": pools.owned, "borrowed": pools.borrowed} for game, pools in self._book.games.items()}
 
     def set_extra_state(self, state: dict[str, dict[str, Layers]]) -> None:
-        """Adds the games of a saved state with the pools that they had. torch calls this before it loads the parameters of their networks.
+        """Adds the games of a saved state, with the pools (experts to route to) that each had. torch calls this before it loads parameters.
 
         Args:
             state: what `get_extra_state` returned.

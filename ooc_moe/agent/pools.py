@@ -1,7 +1,7 @@
 """Decides which experts each game owns, and which experts of older games it borrows (uses without changing them).
 
-Both together form the game's pools: a pool is the set of experts that the game may route to in a layer. This module only assigns ids. The
-agent grows the banks when an assigned id lies beyond a bank's end.
+The owned and the borrowed experts form the game's pools: a pool is the set of experts that the game may route to in a layer. This module
+only assigns ids. The agent grows the banks when an assigned id lies beyond a bank's end.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class GamePools:
         return _by_bank(self.layers, num_banks)
 
     def borrowed_by_bank(self, num_banks: int) -> list[list[int]]:
-        """For each bank, the distinct experts that the game borrows from it, ascending."""
+        """For each bank, the distinct experts of older games that this game borrows (reads, never changes), ascending."""
         return _by_bank(self.borrowed, num_banks)
 
     def numbered(self, num_banks: int) -> list[int]:
@@ -49,7 +49,10 @@ class GamePools:
 
 
 class PoolBook:
-    """Records which experts each game owns and borrows, and proposes pools for new games. With pool routing, no expert has two owners."""
+    """Records which experts each game owns and borrows, and proposes pools (sets of experts to route to) for new games.
+
+    With pool routing, where each game has experts of its own, no expert has two owners.
+    """
 
     def __init__(self, config: AgentConfig) -> None:
         self._config = config

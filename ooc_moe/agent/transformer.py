@@ -1,7 +1,7 @@
 """The network of one game: embedding, transformer blocks (causal attention and mixture of experts), and the heads for policy and value.
 
 Time is divided into segments of at most `context + 1` frames. `forward` computes a whole segment at once. `step` computes one more frame
-from the keys and values of the frames before it. Both give the same numbers up to rounding.
+from the keys and values of the frames before it. The two methods give the same numbers up to rounding.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class CausalAttention(nn.Module):
             x_BTD: the frame's token.
             memory: the keys and values of the frames before. This call adds those of the new frame.
             position: the number of frames before.
-            mask: as for `GameNetwork.step`.
+            mask: `(batch, 1, 1, position + 1)`, True for the frames that may be attended to. None: all of them.
         """
         q, k, v = self._project(x_BTD)
         memory.keys[:, :, position], memory.values[:, :, position] = k[:, :, 0], v[:, :, 0]
@@ -78,7 +78,7 @@ class CausalAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """One transformer block: causal attention, then a mixture of experts. Each normalises its input and adds its output to that input."""
+    """A transformer block: attention, then a mixture of experts. The two parts each normalise their input and add their output to it."""
 
     def __init__(self, attention: CausalAttention, moe: TieredMoE, *, dim: int, dropout: float) -> None:
         super().__init__()
@@ -198,7 +198,7 @@ def build_game_network(
 
     Args:
         config: all sizes.
-        pools: the experts that the game may route to.
+        pools: for each layer, the experts that the game may route to.
         experts: the experts of each bank; layer `l` uses bank `l % len(experts)`.
         attentions: the attention modules that all games share, one per layer. Empty: the game gets its own.
         routers: the routers that all games share, one per layer. Empty: the game gets its own.

@@ -128,7 +128,7 @@ class AgentConfig:
 
     @property
     def pools_per_game(self) -> int:
-        """The number of pools of each game: 1 if all layers share both a bank and a pool, otherwise one per layer."""
+        """The number of pools (sets of experts to route to) of each game: 1 if all layers share one bank and pool, else one per layer."""
         return 1 if self.pools == "shared" and self.banks == "shared" else self.num_layers
 
     def owned_experts(self, num_games: int) -> int:

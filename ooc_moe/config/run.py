@@ -42,7 +42,7 @@ _CHOICES: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A stretch of consecutive updates in one game."""
+    """A stretch of consecutive PPO updates in one game. A run is a sequence of turns."""
 
     phase: int
     """The game's position in the run's list of games, from 0."""

@@ -47,7 +47,7 @@ class Detector(nn.Module):
         exemplars_per_game: how many frames of each game are stored. They are a uniform random sample of all the game's frames that were
             learned (reservoir sampling, Vitter 1985). The detector learns from them again while other games are learned.
         detect_unknown: whether a prediction may mark a frame as showing no known game. It is then compared with the stored frames of its
-            most probable game, which needs two of them.
+            most probable game, which needs two stored frames.
         seed: decides the initial weights, which frames are stored, and which of these are learned from again.
     """
 

@@ -1,7 +1,7 @@
 """The parts of which the detector (detector.py) and its baseline (nearest_mean.py) are made.
 
-Both recognise games by screens: single frames in a small size. The parts make screens from frames, turn them into features, keep a sample
-of them, and compare them with earlier screens.
+The detector and the baseline recognise games by screens: single frames in a small size. The parts make screens from frames, turn them into
+features, keep a sample of them, and compare them with earlier screens.
 
 Letters: N frames, S stacked frames, H height, W width, M stored screens, P patches, C their pixels, D features.
 """

@@ -21,8 +21,8 @@ AMBIGUOUS = 0.5
 class Recognition:
     """Counts, while one game is played in `num_envs` environments, in how many frames it is recognised.
 
-    The detector and its baseline are both counted on every frame, whichever of them the agent acts on. Call `add` after each step, and
-    `fields` at the end.
+    The predictions of the detector and of its baseline are counted on every frame, whichever of the two the agent acts on. Call `add` after
+    each step, and `fields` at the end.
     """
 
     def __init__(self, game: str, num_envs: int) -> None:
@@ -49,15 +49,15 @@ class Recognition:
         self._believed_TN.append(believed)
 
     def fields(self) -> dict[str, Any]:
-        """The measures of recognition so far, as values for JSON. Those that make sense only for a game that the agent knows may be None.
+        """The measures of recognition so far, as values for JSON. Measures that need a game that the agent knows may be None.
 
         - believed: for each game, the share of the frames in which the agent believed that the environment shows it.
         - detector_accuracy, nearest_mean_accuracy: the share of the frames whose most probable game is the right one.
         - unknown, nearest_mean_unknown: the share of the frames that look like no known game to the detector, and to the baseline.
         - probabilities: for each game, the mean probability that the detector gave it (see `ambiguous_pairs`).
         - steps_to_detect_by_env: for each environment, the steps before the agent first believed the right game; None where it never did.
-        - steps_to_detect: the mean of these numbers, without those that are None. For the first game of an evaluation both measures mean
-          little, because no other game was played before.
+        - steps_to_detect: the mean of these numbers, without those that are None. For the first game of an evaluation these two measures of
+          steps mean little, because no other game was played before.
         - false_switches: how often a belief changed from the right game to another one, per 1000 frames.
         """
         frames = len(self._believed_TN) * self._num_envs

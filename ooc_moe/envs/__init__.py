@@ -1,4 +1,4 @@
-"""Makes environments of games by name: Atari games and small pixel games, with one interface for both.
+"""Makes environments of games by name: Atari games and small pixel games, with one interface for the two kinds.
 
     envs = make("krull", 16, frame_size=42)
     observations = envs.reset(seed=1)

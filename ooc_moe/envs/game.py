@@ -83,7 +83,7 @@ class GameEnvs(Protocol):
 
 
 class Episodes:
-    """Adds up the rewards and the steps of the episode that each environment is playing, to report both when the episode ends."""
+    """Adds up the rewards and the steps of the episode that each environment is playing, to report the two sums when the episode ends."""
 
     def __init__(self, num_envs: int) -> None:
         self._returns_N = np.zeros(num_envs)

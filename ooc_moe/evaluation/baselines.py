@@ -1,6 +1,6 @@
 """Measures the scores of random play and of constant actions in a game, in the same way as the agent is evaluated.
 
-They are the baselines: scores that need no look at the screen.
+Random play and constant actions are the baselines: they need no look at the screen.
 
 Learning and forgetting can only show where an agent beats the best constant action. In some games one button held for ever is nearly the
 best play: in Freeway it is "up". Each score is measured only once, because metrics/baselines.py stores it on disk.

@@ -1,7 +1,7 @@
 """Measures dormant units (Sokar et al. 2023, definition 3.1): hidden units of experts that hardly respond to a game's frames any more.
 
-A unit's score is its mean absolute activation over the expert's tokens, divided by the mean of the same over all units of the expert. A
-unit is dormant if its score is at most `DORMANT`. Every evaluation logs the share of dormant units.
+A unit's score is its mean absolute activation over the expert's tokens, divided by the mean of these activations over all units of the
+expert. A unit is dormant if its score is at most `DORMANT`. Every evaluation logs the share of dormant units.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def dormant_share(agent: Agent, frames_NSHW: Tensor, game: str) -> float:
     Args:
         agent: the agent with the experts. It runs in evaluation mode, and goes back to the mode that it was in.
         frames_NSHW: uint8 frames of the game.
-        game: the game in whose pools the frames are routed.
+        game: the game to whose pools (its experts, layer by layer) the frames are routed.
 
     Raises:
         InvalidRequest: the game is unknown, or the frames have another shape or dtype.

@@ -1,8 +1,8 @@
 """Plays one game without being told which one: each environment acts with the experts of the game that it is believed to show.
 
 An environment changes to another game's experts only where a segment begins. (A segment is a run of at most `context` steps, over which the
-agent's attention looks back.) All environments begin a segment every `context` steps. An environment whose believed game changes begins one
-at once. Prefetching starts earlier, as soon as an environment is in doubt.
+agent's attention looks back.) All environments begin a segment every `context` steps. An environment whose believed game changes begins a
+segment at once. Prefetching starts earlier, as soon as an environment is in doubt.
 
 Letters: N environments, M frames, S stacked frames, H height, W width, L layers, K top_k, E experts.
 """
@@ -134,7 +134,7 @@ class Player:
         """The share of the needed experts that a prefetch had named before their first use.
 
         Needed experts are those used by environments while they acted with the experts of the game that is really played. None where the
-        detector does not prefetch, or where no environment ever did so.
+        detector does not prefetch, or where no environment ever acted with that game's experts.
         """
         if self._session.config.prefetch != "detector" or not self._needed:
             return None

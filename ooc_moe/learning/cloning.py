@@ -5,9 +5,9 @@ optimizer step computes the outputs for some stored segments of one such game ag
 behaviour and value cloning of CLEAR (Rolnick et al. 2019) without its off-policy reinforcement learning. It protects everything that games
 share; with token routing that includes the experts.
 
-That computation needs the experts of the earlier game. With token routing all games use the same ones. With pools they are experts that the
-game in training does not use: they are usually not in the cache, and every step fetches them only to read them. That is accepted, because
-measuring this cost is the purpose.
+That computation needs the experts of the earlier game. With token routing all games use the same experts. With pools (each game's own
+experts) they are experts that the game in training does not use: they are usually not in the cache, and every step fetches them only to
+read them. That is accepted, because measuring this cost is the purpose.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FRAMES_PER_STEP = 256
 
 
 class OutputCloning:
-    """The method against forgetting that keeps the agent's outputs for stored segments of earlier games near the old outputs, by a loss.
+    """The method against forgetting that stores segments of earlier games with the agent's outputs, and trains the agent to keep these.
 
     The loss is KL(old policy || new policy) + squared error of the value / variance of the old values. Each step takes segments of one
     stored game other than the one in training, drawn at random. Segments are routed anew, without noise. They are stored on the CPU.
@@ -64,7 +64,7 @@ class OutputCloning:
     def correct_gradients(self, game: str) -> None:
         """Drops the gradients of parameters and experts that belong to other games than `game`.
 
-        Without this, the loss on their stored segments would change them.
+        Without this, the loss on other games' stored segments would change the parameters of those games.
         """
         for name in self._stored:
             if name != game:

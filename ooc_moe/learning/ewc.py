@@ -62,7 +62,7 @@ class ElasticWeights:
         """The springs of experts, by (bank, expert)."""
 
     def loss(self, game: str, generator: torch.Generator) -> Tensor:
-        """Computes the weighted penalty of the dense parameters; zero until the training in a game has ended. It ignores its arguments."""
+        """Computes the weighted penalty of the dense parameters; zero until the training in a game has ended. The arguments are ignored."""
         if not self._dense:
             return torch.zeros(())
         pairs = zip(self._agent.shared_parameters(), self._dense, strict=True)

@@ -56,7 +56,7 @@ def uses_of_update(
 def schedule_acting(caches: Sequence[ExpertCache], experts_NLK: Sequence[Tensor], *, ahead: bool) -> None:
     """Tells each cache to expect that the next steps of acting use the same experts as this step.
 
-    A cache that has room for all of them needs no schedule and gets an empty one.
+    A cache that has room for all these experts needs no schedule (an announced order of coming uses) and gets an empty one.
 
     Args:
         caches: layer `l` uses cache `l % len(caches)`.

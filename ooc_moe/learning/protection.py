@@ -1,6 +1,6 @@
 """The methods against forgetting, which keep later games from damaging the parameters that all games share.
 
-This module has their interface (`Protection`) and the two simplest methods: none at all, and a frozen stem. The others are in
+This module has their interface (`Protection`) and the two simplest methods: none at all, and a frozen stem. The other methods are in
 stem_replay.py, ewc.py and cloning.py.
 """
 
@@ -34,7 +34,7 @@ class Protection(Protocol):
     def correct_gradients(self, game: str) -> None:
         """Corrects the gradients after backward, before the optimizer step in `game`.
 
-        It adds a penalty's gradients to those of experts, which autograd does not know. Or it drops gradients of other games' parameters.
+        A method may add its penalty's gradients to those of experts, which autograd ignores, or drop those of other games' parameters.
         """
 
     def leave(self, game: str, rollout: Rollout, generator: torch.Generator) -> None:
@@ -47,7 +47,7 @@ class Protection(Protocol):
         """Returns everything that `leave` has stored so far, for a checkpoint."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Puts back what `state_dict` returned."""
+        """Puts back everything that `leave` had stored, from what `state_dict` returned."""
 
 
 class Unprotected:

@@ -1,7 +1,7 @@
 """Lets the agent play in the environments of one game, and returns the rollout that PPO learns from.
 
-A rollout consists of segments: `context` consecutive steps of every environment. Acting attends only to frames of the same segment, so that
-training can repeat exactly what acting computed.
+A rollout consists of segments: `context` consecutive steps of every environment. While it acts, the agent attends only to frames of the
+same segment, so that training can repeat exactly what acting computed.
 
 Letters: B segments, T steps of a segment (or of the rollout, in TN), N environments, S stacked frames, H height, W width, L layers,
 K experts of a token, D width of a token.
@@ -56,7 +56,7 @@ class Rollout:
 
 
 class Collector:
-    """Lets the agent play one game and collects rollouts. `frames_NSHW` are the frames that its environments show now.
+    """Lets the agent play one game and collects rollouts. `frames_NSHW` are the frames that the game's environments show now.
 
     Args:
         agent: plays. Its `context` is the length of a segment.

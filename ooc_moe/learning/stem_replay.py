@@ -23,9 +23,10 @@ FRAMES_PER_STEP = 64
 
 
 class StemReplay:
-    """The method against forgetting that keeps the stem's outputs (features) for stored frames of earlier games as they were, by a loss.
+    """The method against forgetting that stores frames of earlier games with the stem's outputs, and trains the stem to keep these outputs.
 
-    The frames are stored on the CPU, the features on the stem's device. While a game is trained again, the loss leaves out its own frames.
+    The stem's outputs are called features. The loss grows with their distance from the stored features. The frames are stored on the CPU,
+    the features on the stem's device. While a game is trained again, the loss leaves out its own frames.
 
     Args:
         stem: turns frames (M, S, H, W) into features (M, D).
@@ -45,7 +46,7 @@ class StemReplay:
 
     @torch.no_grad()
     def store(self, game: str, frames_MSHW: Tensor) -> None:
-        """Stores frames (M, S, H, W), uint8, with the stem's present features. They replace the game's earlier ones."""
+        """Stores frames (M, S, H, W), uint8, with the stem's present features. They replace what was stored for the game before."""
         features_MD = torch.cat([self._stem(piece.to(self._device)) for piece in torch.split(frames_MSHW, 256)])
         self._set(self._stored | {game: TensorDataset(frames_MSHW, features_MD)})
 

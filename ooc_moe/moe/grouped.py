@@ -1,4 +1,6 @@
-"""Computes all experts of a wave at once, in bfloat16, by grouped matrix multiplications. The layer uses it under autocast to bfloat16.
+"""Computes all experts of a wave (a group that fits the cache) at once, in bfloat16, by grouped matrix multiplications.
+
+The layer uses this module under autocast to bfloat16.
 
 Parameters are cast wave by wave, as autocast casts those of a dense layer. Their gradients add up in float32.
 

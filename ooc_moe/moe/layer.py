@@ -33,7 +33,7 @@ PARAMETERS = ("w1", "b1", "w2", "b2")
 
 
 class ExpertGradients:
-    """The gradients of the experts of one bank: of those that got tokens since the last call of `zero`. Other experts have none.
+    """The gradients of one bank's experts. Only experts that got tokens since the last call of `zero` have gradients.
 
     All gradients of one expert lie in one flat tensor, so that its norm and its scaling are one operation each. The memory of dropped
     gradients is used again: a step allocates memory only if it has more experts than any step before.
@@ -68,7 +68,7 @@ class ExpertGradients:
             self._spare.append(self._rows.pop(expert))
 
     def zero(self) -> None:
-        """Drops all gradients. Their memory is kept for the next ones."""
+        """Drops all gradients. Their memory is kept for the gradients of the next step."""
         self._spare.extend(self._rows.values())
         self._rows.clear()
 
@@ -118,7 +118,7 @@ class TieredExperts:
         return y_ND
 
     def visit(self, experts: Sequence[int], work: Callable[[slice, Parameters], None], *, counted: bool) -> None:
-        """Brings the experts into the cache wave by wave, in order of ids, and calls `work(places, parameters)` for each wave.
+        """Brings experts into the cache in waves (groups that fit it), in order of ids, and calls `work(places, parameters)` for each wave.
 
         Args:
             experts: ascending ids.

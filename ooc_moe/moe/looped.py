@@ -1,4 +1,6 @@
-"""Computes the experts of a wave one after another, in float32, directly on their parameters in the cache. It works on every device.
+"""Computes the experts of a wave (a group that fits the cache) one after another, in float32, on their parameters in the cache.
+
+It works on every device.
 
 No grouped matrix multiplication is faster in float32. An expert's results are the same bit for bit whichever other experts are in its wave,
 because the elementwise work, too, is done expert by expert. That is also faster: the hidden units are still in the CPU's caches.

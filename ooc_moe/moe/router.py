@@ -1,6 +1,6 @@
 """Routing: chooses the experts of each token by noisy top-k, weighs them, and computes the loss that keeps the experts' load even.
 
-A router chooses among a fixed set of experts: a game's pool, or a whole bank.
+A router chooses among a fixed set of experts: a game's pool (its experts in one layer), or a whole bank (a set of experts in the store).
 
 Letters: N tokens, E experts to choose from, K chosen experts of a token, M = N * K assignments, D width of a token.
 """
@@ -29,7 +29,7 @@ class Routed:
         order_M: the permutation that sorts the M flat assignments (token, k) by expert, stably. None: they are sorted already, because
             there is only one expert.
         counts_E: the number of assignments of each of the E experts.
-        tokens_by_expert: the same numbers by expert id, ascending, on the host, without experts that got no token.
+        tokens_by_expert: the numbers of `counts_E` by expert id, ascending, on the host, without experts that got no token.
     """
 
     logits_NE: Tensor

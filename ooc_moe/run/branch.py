@@ -1,4 +1,4 @@
-"""Returns a run to one of its checkpoints (`go_back`), or begins another run from one (`branch`).
+"""Returns a run to one of its checkpoints (`go_back`), or begins another run from a checkpoint (`branch`).
 
 Experts and logged events follow the checkpoint, like all other parameters. These functions do not train. Each leaves a run directory from
 which `train.resume` continues.

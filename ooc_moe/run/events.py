@@ -20,7 +20,7 @@ class RunEvents:
         self._fetched = [cache.fetches() for cache in session.caches]
 
     def switch(self, at: Progress, *, phase: int, previous: str | None, game: str) -> None:
-        """Logs that training changes from the game `previous` to `game`, whose number in the run's list of games is `phase`.
+        """Logs that training changes from the game `previous` to `game`, whose place in the run's list of games is `phase`, from 0.
 
         `previous` is None when the run begins.
         """

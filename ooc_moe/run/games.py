@@ -16,7 +16,7 @@ from ooc_moe.session.session import Session
 
 
 class GamesInTraining:
-    """Makes a game's learner and collector (with the environments) when they are first needed, and keeps them between its turns.
+    """Makes a game's learner and collector (with the environments) when they are first needed, and keeps them between the game's turns.
 
     Args:
         session: the agent and the configuration.

@@ -110,7 +110,7 @@ def load_named(directory: Path, name: str) -> Checkpoint:
 def end_of_game_file(phase: int, game: str) -> str:
     """Returns the name of the checkpoint file that is kept when the training in a game has ended.
 
-    `phase` is the game's number in the run.
+    `phase` is the game's place in the run's list of games, from 0.
     """
     return f"{phase}-{game.replace('/', '-')}.pt"
 

@@ -44,7 +44,7 @@ LEAST_USEFUL = 0.1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Session:
-    """The open parts of a run while it trains or is evaluated: connected to each other, ready to use."""
+    """The open parts of a run while it trains or is evaluated: store, expert caches, agent, detector and its baseline, all connected."""
 
     config: RunConfig
     store: ExpertStore
@@ -222,7 +222,7 @@ def open_store(config: RunConfig) -> Iterator[ExpertStore]:
     If the configuration names no daemon, an embedded one on run_dir/store is started, and stopped at the end.
 
     Raises:
-        InvalidRequest: the daemon cannot be reached on the configured plane.
+        InvalidRequest: the daemon cannot be reached on the configured plane (shared memory or gRPC).
         Unavailable: the embedded daemon does not start.
     """
     with ExitStack() as stack:

@@ -19,7 +19,8 @@ def set_up_torch(config: RunConfig) -> None:
       mantissa, in convolutions on a GPU. The fast way is `compute="bfloat16"`.
     - cuDNN does not try out convolution algorithms: which one wins depends on the clock, and so would the results.
     - With `deterministic`, torch refuses operations that may give other bits when they are repeated, and cuBLAS gets the workspace that
-      it needs for the same bits. cuBLAS reads that variable once, when the process first uses it; a value that is set already is kept.
+      it needs for the same bits. cuBLAS reads the variable CUBLAS_WORKSPACE_CONFIG once, when the process first uses cuBLAS; a value that
+      is set already is kept.
     - The run's GPU becomes the current one of this thread, so that nothing opens a context on GPU 0 beside it.
     """
     torch.set_num_threads(config.threads)
