@@ -1,8 +1,8 @@
 """The contract between the storage daemon and its clients: messages, record layouts, checksums, initial values, errors, and shared rules.
 
-Both sides import this package; it imports neither of them, nor torch. The comments in `v1/bank.proto` and `v1/expert.proto` are the
-specification: read them first. This module offers the types that describe a bank (a named set of experts), and `errors`, which has every
-error that a call can raise.
+The daemon and its clients import this package; this package imports neither of them, nor torch. The comments in `v1/bank.proto` and
+`v1/expert.proto` are the specification: read them first. This module offers the types that describe a bank (a named set of experts), and
+`errors`, which has every error that a call can raise.
 """
 
 from typing import TYPE_CHECKING

@@ -43,7 +43,7 @@ _CHECK = struct.Struct("<Q")
 
 @dataclass(frozen=True, slots=True)
 class Checksums:
-    """The checksums of an expert's two sections: the xxh3_64 hash (seed 0) of each, padding included.
+    """The checksums of an expert's parameter section and optimizer section: the xxh3_64 hash (seed 0) of each section, padding included.
 
     `optimizer` is 0 when there is no optimizer section.
     """
@@ -53,13 +53,15 @@ class Checksums:
 
     @staticmethod
     def of(layout: Layout, body: memoryview) -> Checksums:
-        """Computes the checksums of a body. A body that is only `parameter_bytes` long has no optimizer section."""
+        """Computes the checksums of a body (an expert's parameter section and optimizer section).
+
+        A body that is only `parameter_bytes` long has no optimizer section."""
         head, tail = body[: layout.parameter_bytes], body[layout.parameter_bytes :]
         return Checksums(xxhash.xxh3_64_intdigest(head), xxhash.xxh3_64_intdigest(tail) if len(tail) else 0)
 
 
 def copy_hashed(source: NDArray[np.uint8], into: NDArray[np.uint8], parameter_bytes: int) -> Checksums:
-    """Copies a body (both sections, or the parameter section alone) to `into`, and returns the checksums of the copy.
+    """Copies a body (an expert's parameter and optimizer section, or the former alone) to `into`, and returns its checksums.
 
     `parameter_bytes` says where the parameter section ends.
     """
@@ -81,7 +83,7 @@ def _copy_section(source: NDArray[np.uint8], into: NDArray[np.uint8]) -> int:
 
 
 def verify(layout: Layout, body: memoryview, expected: Checksums, *, what: str) -> None:
-    """Checks that a body (both sections, or the parameter section alone) has the expected checksums.
+    """Checks that a body (an expert's parameter and optimizer section, or the parameter section alone) has the expected checksums.
 
     Raises:
         CorruptRecord: a checksum differs; the message begins with `what` and names the section.
@@ -92,7 +94,7 @@ def verify(layout: Layout, body: memoryview, expected: Checksums, *, what: str) 
 def compare(actual: Checksums, expected: Checksums, *, whole: bool, what: str) -> None:
     """Checks that the checksums `actual` of a body are the expected ones. Raises CorruptRecord, as `verify` does.
 
-    `whole`: compare the checksums of both sections; otherwise only those of the parameter sections.
+    `whole`: compare the checksums of the parameter and of the optimizer section; otherwise only those of the parameter section.
     """
     if actual.parameters != expected.parameters:
         raise CorruptRecord(f"{what}: the parameter section's checksum is {actual.parameters:#x}, expected {expected.parameters:#x}")
@@ -142,7 +144,7 @@ class RecordHeader:
         """Reads a header from its block.
 
         Raises:
-            CorruptRecord: it is no header block, is damaged, or has another format. The message begins with `what`.
+            CorruptRecord: the block is no header block, is damaged, or has another format. The message begins with `what`.
         """
         fields = bytes(block[: _HEADER.size])
         magic, version_of_format, bank_id, expert, version, *rest = _HEADER.unpack(fields)
@@ -166,17 +168,17 @@ class RecordHeader:
 
 
 def chunks(body: memoryview) -> Iterator[expert_pb2.Chunk]:
-    """Splits a body into Chunk messages. Each has a copy of its bytes, because a protobuf message owns what it sends."""
+    """Splits a body (an expert's bytes) into Chunk messages. Each message holds a copy, because a protobuf message owns what it sends."""
     for offset in range(0, len(body), CHUNK_BYTES):
         yield expert_pb2.Chunk(offset=offset, payload=bytes(body[offset : offset + CHUNK_BYTES]))
 
 
 def encoded_chunks(body: memoryview, *, field: int, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
-    """Splits a body into chunks, and yields each as a serialized message, ready to send.
+    """Splits a body (an expert's bytes) into chunks, and yields each chunk as a serialized message, ready to send.
 
     The messages are written by hand, which takes one copy of the bytes instead of protobuf's three. Copies are not the main cost: fresh
     memory costs more, in page faults. On a virtual machine with 2 cores, a daemon spent 6 ms of CPU on each chunk of 1 MiB that protobuf
-    made, and 0.6 ms on one of these, in memory that its allocator had kept.
+    made, and 0.6 ms on a chunk made by this function, in memory that the daemon's allocator had kept.
 
     Args:
         body: the bytes.
@@ -191,9 +193,9 @@ def encoded_chunks(body: memoryview, *, field: int, chunk_bytes: int = CHUNK_BYT
 
 
 class ChunkView(NamedTuple):
-    """A chunk of a body, as received: `payload` is its bytes, and `offset` is where they begin in the body.
+    """A received chunk of a body (an expert's bytes): `payload` is the chunk's bytes, and `offset` is where they begin in the body.
 
-    Unlike a Chunk message, its payload is a view of the received message and not a copy.
+    Unlike the payload of a Chunk message, this one is a view of the received message and not a copy.
     """
 
     offset: int
@@ -201,7 +203,8 @@ class ChunkView(NamedTuple):
 
 
 def decode_fetch_response(data: bytes) -> expert_pb2.FetchExpertsResponse | ChunkView:
-    """Parses a serialized FetchExpertsResponse. If it carries a chunk, returns a `ChunkView`, without a copy. Raises DecodeError.
+    """Parses a serialized FetchExpertsResponse. If the message carries a chunk of an expert, returns a `ChunkView`, without a copy. Raises
+    DecodeError.
 
     A chunk in an encoding that is valid but unusual (no known serializer writes it) is returned as a FetchExpertsResponse instead.
     """
@@ -209,7 +212,8 @@ def decode_fetch_response(data: bytes) -> expert_pb2.FetchExpertsResponse | Chun
 
 
 def decode_push_request(data: bytes) -> expert_pb2.PushExpertsRequest | ChunkView:
-    """Parses a serialized PushExpertsRequest. If it carries a chunk, returns a `ChunkView`, as `decode_fetch_response` does."""
+    """Parses a serialized PushExpertsRequest. If the message carries a chunk of an expert, returns a `ChunkView`, as
+    `decode_fetch_response` does."""
     return _decode_chunk(data, _PUSH_CHUNK_TAG) or expert_pb2.PushExpertsRequest.FromString(data)
 
 
@@ -266,7 +270,7 @@ def _varint(number: int) -> bytes:
 
 
 class Assembler:
-    """Copies the chunks of one body into the receiver's memory. They must come in order and without gaps.
+    """Copies the chunks of one body (an expert's bytes) into the receiver's memory. The chunks must come in order and without gaps.
 
     Args:
         body: the memory to fill; its length says how many bytes must come.
@@ -280,7 +284,7 @@ class Assembler:
 
     @property
     def complete(self) -> bool:
-        """Whether the whole body has come."""
+        """Whether all chunks of the body (an expert's bytes) have come."""
         return self._received == len(self.body)
 
     def add(self, chunk: expert_pb2.Chunk | ChunkView) -> None:
@@ -300,7 +304,8 @@ class Assembler:
 
 
 class HashingAssembler(Assembler):
-    """An assembler that also computes the body's checksums. It hashes each chunk right after copying it, while it is in the CPU cache."""
+    """An assembler that also computes the body's checksums. A chunk is hashed right after it was copied, while its bytes are in the CPU
+    cache."""
 
     def __init__(self, body: memoryview, *, parameter_bytes: int, what: str) -> None:
         super().__init__(body, what=what)

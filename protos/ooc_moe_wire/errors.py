@@ -76,7 +76,8 @@ class LostUpdate(OocMoeError):
 
 
 class LeaseExpired(OocMoeError):
-    """The client's session on the local plane (shared memory) is gone, with all its leases: the daemon restarted, or closed it."""
+    """The client's session on the local plane (shared memory) is gone, with all its leases (rights to read experts in that memory): the
+    daemon restarted, or closed the session."""
 
 
 class NotTheWriter(OocMoeError):
@@ -94,7 +95,7 @@ class TierFull(OocMoeError):
 
 
 class CorruptRecord(OocMoeError):
-    """An expert's checksum does not match its bytes: they are not the bytes that were written."""
+    """An expert's checksum does not match its bytes: the bytes read are not the bytes that were written."""
 
 
 class Unavailable(OocMoeError):

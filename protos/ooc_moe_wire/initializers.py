@@ -37,7 +37,7 @@ class Initializer:
 
 
 def initialize(out: NDArray[np.generic], initializer: Initializer, *, seed: int, expert: int, tensor: int) -> None:
-    """Fills a tensor with its initial values. They depend on nothing but the arguments.
+    """Fills a tensor with its initial values. The values depend on nothing but the arguments.
 
     Args:
         out: the tensor, a C-contiguous array that is written in place. `uniform_v1` needs float32.

@@ -3,9 +3,9 @@
     record = | header block, 4 KiB | parameter section, n x 4 KiB | optimizer section, m x 4 KiB |
     body   =                       | parameter section            | optimizer section            |
 
-The daemon stores records, in its files and its shared memory. A trainer's GPU cache holds bodies, and bodies travel between the two in
-chunks. In a section, each tensor starts at a multiple of 64 bytes. The padding between tensors is zero, and the section's checksum covers
-it.
+The daemon stores records, in its files and its shared memory. A trainer's GPU cache holds bodies, and bodies travel between daemon and
+trainer in chunks. In a section, each tensor starts at a multiple of 64 bytes. The padding between tensors is zero, and the section's
+checksum covers it.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ class TensorSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """The tensors of an expert, and where their bytes are in its record. All experts of a bank have the same layout."""
+    """The tensors of an expert, and where their bytes are in the expert's record (its stored form). All experts of a bank have the same
+    layout."""
 
     parameters: tuple[TensorSpec, ...]
     optimizer: tuple[TensorSpec, ...] = ()
@@ -119,23 +120,25 @@ class Layout:
 
     @property
     def body_bytes(self) -> int:
-        """The size of a body, which is both sections, in bytes."""
+        """The size in bytes of an expert's body: its parameter section and its optimizer section together."""
         return self.parameter_bytes + self.optimizer_bytes
 
     @property
     def record_bytes(self) -> int:
-        """The size of a record, which is header block and body, in bytes."""
+        """The size in bytes of an expert's record: its header block, parameter section and optimizer section together."""
         return BLOCK_BYTES + self.body_bytes
 
     @cached_property
     def offsets(self) -> dict[str, int]:
-        """For each tensor name, where the tensor starts in the body, in bytes."""
+        """For each tensor name, where the tensor starts in the body (the parameter section and the optimizer section), in bytes."""
         starts = dict(_placed(self.parameters))
         starts.update((name, self.parameter_bytes + offset) for name, offset in _placed(self.optimizer))
         return starts
 
     def arrays(self, body: Buffer) -> dict[str, NDArray[np.generic]]:
-        """Views of a body's tensors as numpy arrays, by name, without copies. A body of `parameter_bytes` has the parameters only.
+        """Views of the tensors in a body (an expert's parameter and optimizer section) as numpy arrays, by name, without copies.
+
+        A body of `parameter_bytes` has the parameter section only.
 
         Raises:
             InvalidRequest: `body` is neither `body_bytes` nor `parameter_bytes` long.
@@ -153,7 +156,7 @@ class Layout:
     def initialize(self, body: memoryview | bytearray | NDArray[np.uint8], *, seed: int, expert: int) -> None:
         """Writes the initial values of an expert into `body`, which must be `body_bytes` long.
 
-        They depend on nothing but the layout, the bank's `seed` and the expert's id.
+        The values depend on nothing but the layout, the bank's `seed` and the expert's id.
         """
         np.frombuffer(body, dtype=np.uint8)[:] = 0
         arrays = self.arrays(body)
@@ -161,7 +164,8 @@ class Layout:
             initialize(arrays[tensor.name], tensor.initializer, seed=seed, expert=expert, tensor=index)
 
     def nonfinite_tensor(self, body: Buffer) -> str | None:
-        """The name of the first tensor in the body that holds NaN or infinity. None: all values are finite."""
+        """The name of the first tensor in `body` (the bytes of an expert's tensors) that holds NaN or infinity. None: all values are
+        finite."""
         arrays = self.arrays(body)
         for tensor in self.tensors:
             if tensor.is_float and tensor.name in arrays and not _all_finite(arrays[tensor.name], tensor.dtype):

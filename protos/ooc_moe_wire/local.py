@@ -1,7 +1,7 @@
-"""Builds and parses the packets that travel through the local plane's Unix socket, between a client and a daemon on the same host.
+"""Builds and parses the packets of the local plane: the exchange of experts through shared memory, between client and daemon on one host.
 
-Expert bytes travel through shared memory; the packets only say where they are. v1/local.proto is the specification, and says how the shared
-memory is read safely.
+The packets travel through a Unix socket, and only say where in the shared memory an expert's bytes are. v1/local.proto is the
+specification, and says how the shared memory is read safely.
 
     daemon -> caller   Welcome, with the descriptors of the arena and of the generation table     on connecting
     caller -> daemon   stage(num_bytes), with the descriptor of a staging memfd                   answered by ACK
@@ -60,7 +60,7 @@ class Welcome:
 
 
 def pack_release(leases: Sequence[int]) -> bytes:
-    """Makes the packet that gives back leases (ids, at most RELEASES_MAX) to the daemon."""
+    """Makes the packet that gives leases (rights to read experts in shared memory) back to the daemon: at most RELEASES_MAX lease ids."""
     return _RELEASE + struct.pack(f"<{len(leases)}Q", *leases)
 
 
@@ -73,7 +73,7 @@ def pack_stage(num_bytes: int) -> bytes:
 
 
 def pack_fetch(fetch: local_pb2.LocalFetch) -> bytes:
-    """Makes the packet that asks the daemon for leases on the experts of a fetch."""
+    """Makes the packet that asks the daemon for leases (rights to read in shared memory) on the experts of a fetch."""
     return _FETCH + fetch.SerializeToString()
 
 

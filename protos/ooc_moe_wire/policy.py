@@ -25,7 +25,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 class EvictionPolicy(Protocol[Key]):
-    """The interface of all policies: it is told about every use of a key, and gives the order in which to evict the resident keys.
+    """The interface of all policies: a policy is told about every use of a key, and gives the order in which to evict the resident keys.
 
     Resident keys are those that were inserted and have not left. Methods raise KeyError for a key that must be resident and is not.
     """
@@ -154,7 +154,7 @@ class S3FIFO(Generic[Key]):
         queue.enter(resident, 0)
 
     def touch(self, key: Key) -> None:
-        """Counts a use of the key. Its place in the queue stays."""
+        """Counts a use of the key. The key keeps its place in its queue."""
         resident = self._residents[key]
         if resident.uses < self.USES_MAX:
             resident.uses += 1
@@ -168,8 +168,8 @@ class S3FIFO(Generic[Key]):
     def evict(self, key: Key) -> None:
         """Removes the key. If the key was in the small queue, remembers it as a ghost.
 
-        Other keys may come before this one in the order. Those that S3-FIFO would move to the end of the main queue are moved now. Those
-        that it would evict, but that the caller passed over (pinned ones, say), keep their places.
+        Other keys may come before this one in the order. Keys that S3-FIFO would move to the end of the main queue are moved now. Keys that
+        S3-FIFO would evict, but that the caller passed over (pinned keys, say), keep their places.
         """
         room = self._small.size + self._main.size
         victim = self._residents[key]
@@ -191,7 +191,7 @@ class S3FIFO(Generic[Key]):
         resident.queue.leave(resident)
 
     def victims(self) -> Iterator[Key]:
-        """Yields the resident keys in the order in which repeated evictions would take them, if none were used in between."""
+        """Yields the resident keys in the order in which repeated evictions would take them, if no key were used in between."""
         return (resident.key for resident, leaves in self._walk() if leaves)
 
     def _moved_before(self, victim: _Resident[Key]) -> list[_Resident[Key]]:
@@ -265,7 +265,7 @@ class Random(Generic[Key]):
         self._keys[place] = new
 
     def remove(self, key: Key) -> None:
-        """Removes the key. (Its place in the internal list goes to the last key, so that no others have to move.)"""
+        """Removes the key. (Its place in the internal list goes to the last key, so that no other keys have to move.)"""
         place, last = self._places.pop(key), self._keys.pop()
         if place < len(self._keys):
             self._keys[place] = last
@@ -289,8 +289,8 @@ class NextUse(Generic[Key]):
     Keys whose next use is unknown are evicted before all others, the least recently used first.
 
     Args:
-        next_use: returns the time of a key's next use, as a number that no other key gets; None when it is unknown. `insert` and `touch`
-            call it.
+        next_use: returns the time of a key's next use, as a number that no other key gets; None when that is unknown. `insert` and `touch`
+            call this function.
     """
 
     name: ClassVar[str] = "next-use"
@@ -314,7 +314,7 @@ class NextUse(Generic[Key]):
         self.insert(key)
 
     def rename(self, old: Key, new: Key) -> None:
-        """Replaces the key `old` by `new`. Its next use stays."""
+        """Replaces the key `old` by `new`. The time of the next use stays."""
         next_use = self._next_use[old]
         self.remove(old)
         self._place(new, next_use)
@@ -350,7 +350,7 @@ _UNKNOWN = 1 << 62  # Further than any known next use.
 class Belady(NextUse[Key]):
     """The optimal policy for keys of equal size (Belady 1966): it knows all future accesses, and evicts the key with the furthest next use.
 
-    Other policies are measured against it, in simulations.
+    Simulations compare all other policies with this one.
 
     Args:
         trace: all accesses in order. Each call of `insert` or `touch` must be the next access of the trace.

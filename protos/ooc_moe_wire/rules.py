@@ -1,7 +1,7 @@
 """The rules that every store of experts follows, the daemon as well as the client's in-memory store.
 
-Each rule is a pure function. Both stores call them, so they agree on which version, name, count or error a call gives, although they keep
-the experts' bytes in different ways. An example, the restore of a snapshot:
+Each rule is a pure function. The daemon's store and the in-memory store call these functions, so the two agree on which version, name,
+count or error a call gives, although they keep the experts' bytes in different ways. An example, the restore of a snapshot:
 
     now         {0: version 7, 1: version 8}    expert 1 was not written when the snapshot was taken
     snapshot    {0: version 3}
@@ -34,7 +34,7 @@ SNAPSHOT_NAME_BYTES_MAX = 128
 
 
 class StoredRecord(Protocol):
-    """What the rules need to know of one expert's state in a store."""
+    """One expert's state in a store, reduced to what the rules need to know: whether the expert was ever written."""
 
     @property
     def is_written(self) -> bool:
@@ -124,7 +124,7 @@ def check_writer(bank: str, holder: str, writer_id: str = "") -> None:
         writer_id: the id of the writer that asks; empty for a call, such as a deletion, for which the bank must not be open at all.
 
     Raises:
-        NotTheWriter: another writer has it open.
+        NotTheWriter: another writer has the bank open.
     """
     if holder and holder != writer_id:
         raise NotTheWriter(f"bank {bank!r}: writer {holder!r} has it open")
@@ -138,8 +138,8 @@ def check_base_version(bank: str, expert: int, *, base_version: int, current: in
 
     Raises:
         StaleVersion: the store's version is newer.
-        LostUpdate: the store's version is older: it lost the newer one in a crash, after it had acknowledged it but before it had written
-            it.
+        LostUpdate: the store's version is older: the store lost the newer version in a crash, after acknowledging but before writing that
+            version.
     """
     what = f"expert {expert} of bank {bank!r}: base_version {base_version} is not the current version {current}"
     if base_version > current:
@@ -157,7 +157,7 @@ def is_repeat(earlier: NumberedPush, writer_id: str, push_number: int) -> bool:
 
 
 def listed_checksums(checksums: Checksums | None) -> Checksums:
-    """The checksums that a list of experts shows for one expert: its own, or zeros when it was never written (None)."""
+    """The checksums that a list of experts shows for one expert: the expert's own, or zeros when the expert was never written (None)."""
     return checksums or Checksums(0, 0)
 
 
@@ -181,7 +181,7 @@ def check_same_snapshot(name: str, present: Collection[Hashable], asked: Collect
     """Checks that a snapshot to be taken has the same banks as the existing snapshot of its name, so that the existing one can be returned.
 
     Args:
-        name: the name of both.
+        name: the name of the existing snapshot and of the one to be taken.
         present: the banks of the existing snapshot, by id or by name.
         asked: the banks that the call names, in the same form.
 
@@ -193,7 +193,7 @@ def check_same_snapshot(name: str, present: Collection[Hashable], asked: Collect
 
 
 def snapshot_id_and_name(name: str, next_id: int, taken_names: Container[str]) -> tuple[int, str]:
-    """Chooses the id and the name of a new snapshot. Returns both.
+    """Chooses and returns the id and the name of a new snapshot.
 
     The id is `next_id`, and the name is `name`. If `name` is empty, the name is "snapshot-ID" instead, with the first id from `next_id` on
     whose name is not taken.
@@ -237,7 +237,7 @@ def restored_records(present: Iterable[int], snapshot: Mapping[int, Record], unw
 
 
 def forked_records(source: Mapping[int, Record]) -> dict[int, Record]:
-    """Returns the records that a fork (a copy of a bank) starts with, by expert, in order. The store gives each a new version.
+    """Returns the records that a fork (a copy of a bank) starts with, by expert, in order. The store gives each record a new version.
 
     Only written records are copied. All other experts of the fork have the same initial values as in the source, because the fork has the
     source's seed; their version is 0.

@@ -32,7 +32,7 @@ _PLANES = {"local": (Plane.LOCAL, True), "local unverified": (Plane.LOCAL, False
 def bandwidth(setting: Setting, on_run: Callable[[], None]) -> list[Row]:
     """Measures the GB/s of fetches into the cache from the daemon's DRAM, then from NVMe, and returns the rows of the result table.
 
-    Several ways to move the bytes (paths) are measured. `on_run` is called after the warm-up of each and after each of its samples.
+    Several ways to move the bytes (paths) are measured. `on_run` is called after the warm-up of each path, and after each sample of a path.
     """
     with filled_records(setting.config.expert_layout().body_bytes, COUNT) as records:
         return _rows(setting, "DRAM", _from_dram(setting, records, on_run), peer="copy", aims={"local": COPY_AIM}) + _rows(

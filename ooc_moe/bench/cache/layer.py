@@ -1,9 +1,9 @@
 """`ooc-moe bench cache --parts layer`: the time of a MoE layer on the cache's slots, compared with a dense FFN of the same active FLOPs.
 
-The time is that of a forward and a backward pass. Both layers are pre-norm with a residual connection. A pass starts without gradients and
-computes the gradients of the input and of every weight. The dense FFN is top_k * hidden wide inside. The MoE layer routes the tokens, sorts
-them by expert, computes on the cache's slots and combines the results; all its experts are resident in the cache. On a GPU both run under
-autocast to bfloat16. The layers are timed in interleaved rounds (harness.py).
+The time is that of a forward and a backward pass. The MoE layer and the dense FFN are pre-norm with a residual connection. A pass starts
+without gradients and computes the gradients of the input and of every weight. The dense FFN is top_k * hidden wide inside. The MoE layer
+routes the tokens, sorts them by expert, computes on the cache's slots and combines the results; all its experts are resident in the cache.
+On a GPU both layers run under autocast to bfloat16. The layers are timed in interleaved rounds (harness.py).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The options of `ooc-moe bench cache`. Importing them does not import torch, so that the command's help starts at once."""
+"""The options of `ooc-moe bench cache`. Importing this module does not import torch, so that the command's help starts at once."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Command-line options made from dataclasses, and settings from the environment and files. Both programs of this project use it.
+"""Command-line options made from dataclasses, and settings from the environment and files. The programs of this project use this package.
 
     hbm_experts: int = 8
     \"""Experts that fit into HBM.\"""          ->  --hbm-experts N   Experts that fit into HBM. [default: 8]
 
 The library tyro parses the words that the user types, prints the help and writes shell completions. This package adds what tyro does not
 do: lists with commas, sizes such as 8GiB, error messages of one line, which options the user gave, and settings from environment variables
-and files. It offers the names below.
+and files.
 """
 
 from ooc_moe_wire.command_line.mistakes import closest

@@ -42,7 +42,7 @@ def closest(word: str, known: Iterable[str]) -> str:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """A context manager for code that runs tyro. When tyro finds a mistake on the command line, raises InvalidRequest with its message.
+    """A context manager for code that runs tyro. When tyro finds a mistake on the command line, raises InvalidRequest with tyro's message.
 
     Without this, tyro would print the message in a box and exit. The box is not shown; the error has its message in one line.
     """

@@ -115,7 +115,7 @@ def _joined(options: Sequence[Option], words: Sequence[str], *, several: bool) -
 def description_of(text: str) -> str:
     """Returns a command's help text without its indentation.
 
-    When tyro prints it, it joins the lines of a paragraph, but begins a new line for a line such as "$ ...".
+    When tyro prints the text, it joins the lines of a paragraph, but begins a new line for a line such as "$ ...".
     """
     return inspect.cleandoc(text)
 
