@@ -176,8 +176,7 @@ def open_session(
         trace: records which experts are used. None: nothing is recorded.
     """
     set_up_torch(config)
-    agent_config = config.agent
-    per_cache = agent_config.hbm_experts // len(bank_names)
+    per_cache = config.agent.hbm_experts // len(bank_names)
     with ExitStack() as stack:
         caches = []
         for number, bank in enumerate(bank_names):
@@ -191,12 +190,12 @@ def open_session(
                 on_access=on_access,
             )
             caches.append(stack.enter_context(cache))
-        agent = Agent(agent_config, caches, seed=config.seed, compute=config.compute).to(config.device)
+        agent = Agent(config.agent, caches, seed=config.seed, compute=config.compute).to(config.device)
         recogniser: dict[str, Any] = {
-            "frame_stack": agent_config.frame_stack,
-            "frame_size": agent_config.frame_size,
+            "frame_stack": config.agent.frame_stack,
+            "frame_size": config.agent.frame_size,
             "num_experts": agent.num_experts,
-            "prefetch_experts": agent_config.prefetch_experts,
+            "prefetch_experts": config.agent.prefetch_experts,
             "detect_unknown": config.detect_unknown,
             "seed": config.seed,
         }

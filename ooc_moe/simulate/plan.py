@@ -315,9 +315,7 @@ def _update_rows(plan: Plan) -> list[tuple[str, str, str]]:
 
 
 def measure(agent: AgentConfig, data_dir: Path, *, device: str = "cpu") -> Rates:
-    """Measures how long it takes to move one expert between HBM and each other place, through a daemon started for the measurement.
-
-    This takes some seconds and at most 2 GiB of disk.
+    """Measures how long one expert takes between HBM and each other tier. Starts a daemon; takes some seconds and at most 2 GiB of disk.
 
     Args:
         agent: the configuration whose experts are measured; it also decides how many are moved in one call.
