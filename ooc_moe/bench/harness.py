@@ -18,7 +18,7 @@ GB = 1e9
 
 
 class WrongBytes(Exception):
-    """A measured way to do the work (path) moved wrong bytes or computed a wrong result. Its speed must not be reported."""
+    """A benchmark case to do the work (path) moved wrong bytes or computed a wrong result. Its speed must not be reported."""
 
 
 def _nothing() -> None:
@@ -64,7 +64,7 @@ class Spread:
 
 
 def warm_up(paths: Sequence[TimedPath], *, before_each: Callable[[], None]) -> None:
-    """Runs each measured way (path) once, so that it is warm when it is timed later, and checks its result.
+    """Runs each benchmark case (path) once, so that it is warm when it is timed later, and checks its result.
 
     Args:
         paths: the ways to do the work.
@@ -72,7 +72,7 @@ def warm_up(paths: Sequence[TimedPath], *, before_each: Callable[[], None]) -> N
             that an earlier one left there could pass the check.
 
     Raises:
-        WrongBytes: a check failed; the message names the measured way.
+        WrongBytes: a check failed; the message names the benchmark case.
     """
     for path in paths:
         before_each()
@@ -87,7 +87,7 @@ def warm_up(paths: Sequence[TimedPath], *, before_each: Callable[[], None]) -> N
 def measure(
     paths: Sequence[TimedPath], *, num_bytes: int, calls: int, rounds: int, order: random.Random, on_run: Callable[[], None]
 ) -> dict[str, list[float]]:
-    """Measures the speed of every measured way (path) in GB/s (10^9 bytes). Returns, by its name, one sample for each round.
+    """Measures the speed of every benchmark case (path) in GB/s (10^9 bytes). Returns, by its name, one sample for each round.
 
     Args:
         paths: the ways to move the bytes.
@@ -104,7 +104,7 @@ def measure(
 def timed_rounds(
     paths: Sequence[TimedPath], *, calls: int, rounds: int, order: random.Random, on_run: Callable[[], None]
 ) -> dict[str, list[float]]:
-    """Measures how many seconds a run of each measured way (path) takes. Returns, by its name, one sample for each round.
+    """Measures how many seconds a run of each benchmark case (path) takes. Returns, by its name, one sample for each round.
 
     A sample is the mean over `calls` runs. The arguments are explained at `measure`.
     """

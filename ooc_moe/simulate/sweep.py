@@ -74,7 +74,7 @@ class Sweep:
             require_at_least(1, switch_every=every)
 
     def setups(self, num_experts: int) -> Iterator[Setup]:
-        """Yields the settings of each replay, for a trace with `num_experts` experts and one switch interval."""
+        """Yields the settings of each replay of one trace at one switch interval. `num_experts`: the experts in the trace."""
         online = [policy for policy in self.policies if policy != Belady.name]
         prefetches = self.prefetches if online else ()
         dram = None if self.dram is None else capacity("dram", self.dram, num_experts)

@@ -2,8 +2,10 @@
 
 The memory is one uint8 tensor on the device. A slot holds an expert's body (parameter section, optimizer section) and is 4 KiB aligned:
 
-    slot 0 | w1 | b1 | padding | moments | padding |       views["w1"][0] is this part of slot 0
+    slot 0 | w1 | b1 | padding | moments | padding |
     slot 1 | w1 | b1 | padding | moments | padding |
+
+`views` has one tensor for each named part: `views["w1"][0]` is w1 in slot 0.
 
 On the CPU (`HostSlots`) a fetch writes straight into the slot. On CUDA (`CudaSlots`, cuda_slots.py) it writes into page-locked staging
 memory, which is copied to the slot on a separate stream; CUDA events order these copies and the computation, so the host rarely waits. Only

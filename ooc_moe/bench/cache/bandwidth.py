@@ -86,7 +86,7 @@ def _fetches(
     tier: str,
     prepare: Callable[[], None] = lambda: None,
 ) -> Iterator[TimedPath]:
-    """Yields the measured way (path) in which an empty cache fetches all records.
+    """Yields the benchmark case (path) in which an empty cache fetches all records.
 
     Args:
         name: the name of this way, a key of `_PLANES`: over which data plane it fetches, and whether checksums are verified.
@@ -149,7 +149,7 @@ def _copy(setting: Setting, records: Records) -> TimedPath:
 def _measure(
     setting: Setting, records: Records, paths: list[TimedPath], on_run: Callable[[], None], *, calls: int
 ) -> dict[str, list[float]]:
-    """Checks the bytes that each measured way (path) moves, then times all. Returns the GB/s of each round, by name.
+    """Checks the bytes that each benchmark case (path) moves, then times all. Returns the GB/s of each round, by name.
 
     A round's value is the mean of `calls` runs.
     """

@@ -39,7 +39,7 @@ def run(bench: CacheBench, console: Console) -> list[Row]:
 
     Raises:
         InvalidRequest: the file system of `data_dir` has no O_DIRECT.
-        WrongBytes: a measured way did not move, or did not compute, what it was asked to. Its speed would be meaningless.
+        WrongBytes: a benchmark case did not move, or did not compute, what it was asked to. Its speed would be meaningless.
     """
     bench.data_dir.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []

@@ -69,7 +69,9 @@ class Row:
 
 
 def run(bench: LayerBench, console: Console) -> list[Row]:
-    """Measures the layers of all presets and numbers of tokens, and returns the rows; shows on `console` which one is being measured.
+    """Times the MoE layer and the dense FFN for every combination of a preset and a number of tokens. Returns the rows of the table.
+
+    `console` shows which combination is being measured.
 
     Raises:
         WrongBytes: a layer's result differs from what plain torch computes with the same parameters.

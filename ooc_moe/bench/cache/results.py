@@ -17,7 +17,7 @@ _HEADINGS = ("part", "size", "path", "measured [quartiles]", "ratio", "must", "a
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ratio:
-    """How one measured way (path) compares with another: the ratio of their medians, and the targets for this ratio.
+    """How one benchmark case (path) compares with another: the ratio of their medians, and the targets for this ratio.
 
     There are two targets: `must`, and the stricter `aim`; None where there is none. A ratio of rates should be at least its targets, a
     ratio of times at most.
@@ -39,7 +39,7 @@ class Ratio:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One row of the result table: the times or speeds of one measured way to do a part's work, and their ratios to the baseline.
+    """One row of the result table: the times or speeds of one benchmark case to do a part's work, and their ratios to the baseline.
 
     `part` is one of the parts of the benchmark, `size` the preset that decides how large experts are, `path` says in words what was
     measured, and `unit` is the unit of `spread`, for example "ms".

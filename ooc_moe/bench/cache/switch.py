@@ -38,7 +38,7 @@ PREFETCH_AT = {RESIDENT: None, "schedule's prefetch": 0, "detector's prefetch": 
 def switch(setting: Setting, on_run: Callable[[], None]) -> list[Row]:
     """Measures a switch to another game: the time until its experts are resident, then the steps after the switch. Returns the rows.
 
-    Each of the two has interleaved rounds of its own. `on_run` is called before the warm-up of each measured way (path), and after each of
+    Each of the two has interleaved rounds of its own. `on_run` is called before the warm-up of each benchmark case, and after each of
     its samples.
     """
     with open_testbed(setting, dram_experts=2 * setting.config.num_experts) as testbed:
@@ -57,7 +57,7 @@ def _leave_game(cache: ExpertCache) -> None:
 class _Arrivals:
     """The ways to bring the new game's experts into an HBM that holds one game's: `fetch`, `demand`, `prefetch`, `prefetch_and_demand`.
 
-    Each of these methods is one measured way (path). The other methods set up the cache before it, or check the result.
+    Each of these methods is one benchmark case (path). The other methods set up the cache before it, or check the result.
     """
 
     setting: Setting
@@ -131,7 +131,7 @@ def _time_until_resident(setting: Setting, cache: ExpertCache, on_run: Callable[
 
 
 class _StepsAfter:
-    """Makes the measured ways (paths) that time the steps after a switch, in an HBM that holds three games.
+    """Makes the benchmark cases (paths) that time the steps after a switch, in an HBM that holds three games.
 
     `stalls_s`: by name of the way, how many seconds each of its runs waited for experts.
     """
@@ -143,7 +143,7 @@ class _StepsAfter:
         self.stalls_s: dict[str, list[float]] = {name: [] for name in PREFETCH_AT}
 
     def path(self, name: str) -> TimedPath:
-        """Makes the measured way called `name`, a key of PREFETCH_AT, which says when it prefetches.
+        """Makes the benchmark case called `name`, a key of PREFETCH_AT, which says when it prefetches.
 
         A run plays a segment with the old game's experts, then does a learning step with the new game's.
         """
@@ -204,7 +204,7 @@ def _time_steps_after(setting: Setting, cache: ExpertCache, on_run: Callable[[],
 
 
 def _measure_ms(setting: Setting, paths: list[TimedPath], on_run: Callable[[], None]) -> dict[str, Spread]:
-    """Times all measured ways in interleaved rounds. Returns, by name, the median and quartiles of a run's milliseconds."""
+    """Times all benchmark cases in interleaved rounds. Returns, by name, the median and quartiles of a run's milliseconds."""
     samples = timed_rounds(paths, calls=1, rounds=setting.rounds, order=random.Random(0), on_run=on_run)
     return {name: Spread.of([1e3 * value for value in values]) for name, values in samples.items()}
 

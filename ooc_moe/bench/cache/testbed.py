@@ -29,7 +29,7 @@ class Setting:
     """The name of the preset whose experts are used."""
     device: torch.device
     rounds: int
-    """How many times each measured way (path) is timed."""
+    """How many times each benchmark case (path) is timed."""
     directory: Path
     """Holds the daemon's data. It must be on the disk to measure."""
 

@@ -60,8 +60,8 @@ def calls(setting: Setting) -> int:
 def steady(setting: Setting, on_run: Callable[[], None]) -> list[Row]:
     """Measures training steps of one game whose experts fill the HBM, while the bank is 8 times as large. Returns the rows.
 
-    The baseline has the whole bank in HBM. A third measured way also writes all experts back in every update; the last row is computed from
-    it: a write-back once a game. `on_run` is called before the warm-up of each measured way (path) and after each of its samples.
+    The baseline has the whole bank in HBM. A third case also writes all experts back in every update; the last row is computed from
+    it: a write-back once a game. `on_run` is called before the warm-up of each benchmark case (path) and after each of its samples.
     """
     bank_experts = setting.config.num_experts
     with open_testbed(setting, dram_experts=bank_experts + 2 * setting.working_set) as testbed:
@@ -108,7 +108,7 @@ def oversubscribed(setting: Setting, on_run: Callable[[], None]) -> list[Row]:
 
     A step cannot be faster than its computation with all experts in HBM, nor than the fetch of the bytes that it fetches. The first ratio
     compares its time with the larger of these two. The second ratio also takes into account the time to push the bytes that it pushes, and
-    compares with the largest of the three. `on_run` is called before the warm-up of each measured way (path) and after each of its samples.
+    compares with the largest of the three. `on_run` is called before the warm-up of each benchmark case and after each of its samples.
     """
     capacity = setting.working_set // 2
     with open_testbed(setting, dram_experts=5 * setting.working_set) as testbed:
@@ -135,8 +135,8 @@ def _oversubscribed_rows(
 
     Args:
         setting: the preset and its experts' size.
-        samples: by measured way (path), the seconds of each run.
-        moved: by measured way, how many bytes each run moved into and out of HBM.
+        samples: by benchmark case (path), the seconds of each run.
+        moved: by benchmark case, how many bytes each run moved into and out of HBM.
     """
     compute = statistics.median(samples[RESIDENT]) / UPDATE_STEPS
     probe_bytes = setting.working_set // 2 * setting.config.expert_layout().body_bytes
@@ -176,12 +176,12 @@ def _oversubscribed_path(
     moved: list[tuple[int, int]],
     check: Callable[[], None],
 ) -> TimedPath:
-    """Makes the measured way (path) that times an update's steps.
+    """Makes the benchmark case (path) that times an update's steps.
 
     The first step is not timed; after it the cache is as every step leaves it.
 
     Args:
-        name: the name of the measured way.
+        name: the name of the benchmark case.
         trainer: does the steps.
         schedule: arguments for `Trainer.begin_update`.
         caches: all caches of the part. Before each run they write back what has changed, so that no other cache uses the daemon meanwhile.
@@ -236,7 +236,7 @@ def _flush(caches: Sequence[ExpertCache]) -> None:
 def _measure(
     setting: Setting, paths: Sequence[TimedPath], trainers: Sequence[Trainer], on_run: Callable[[], None]
 ) -> dict[str, list[float]]:
-    """Measures the seconds of one run in each round, by measured way (path), and checks that all trainers had equal losses."""
+    """Measures the seconds of one run in each round, by benchmark case (path), and checks that all trainers had equal losses."""
     warm_up(paths, before_each=on_run)
     samples = timed_rounds(paths, calls=calls(setting), rounds=setting.rounds, order=random.Random(0), on_run=on_run)
     check_equal(trainers)

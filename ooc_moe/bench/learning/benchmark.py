@@ -117,7 +117,7 @@ def _speeds(bench: LearningBench, game: str, on_run: Callable[[], None]) -> list
 
 
 def _path(name: str, update: Callable[[], Any]) -> TimedPath:
-    """Makes a measured way (path) whose run is one update. Its check does nothing: `check_same_network` has compared the networks."""
+    """Makes a benchmark case (path) whose run is one update. Its check does nothing: `check_same_network` has compared the networks."""
 
     def run() -> None:
         update()

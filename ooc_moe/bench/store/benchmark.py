@@ -1,6 +1,6 @@
 """`ooc-moe bench store`: the daemon's fetches and pushes compared with other systems (peers), in one run on one machine.
 
-The daemon has two data planes, shared memory ("local") and gRPC ("stream"); both are measured. A "path" is one measured way to move the
+The daemon has two data planes, shared memory ("local") and gRPC ("stream"); both are measured. A "path" is one benchmark case to move the
 records, our own or a peer's. Paths that do comparable work form a group: fetch, push, nvme. For each record size and each group the
 benchmark starts a real daemon and the peers, runs every path once and checks its bytes, measures all paths in interleaved rounds
 (harness.py), and stops everything again. A time ends, or for a push begins, with the bytes in the caller's memory. The caller uses one
@@ -119,7 +119,7 @@ class StoreBench:
 
     @property
     def num_rounds(self) -> int:
-        """How often each measured way (path) is timed with records of each size: `rounds`, or the default for quick or full benchmarks."""
+        """How often each benchmark case is timed with records of each size: `rounds`, or the default for quick or full benchmarks."""
         return self.rounds or (QUICK_ROUNDS if self.quick else ROUNDS)
 
     @property
@@ -138,7 +138,7 @@ def run(bench: StoreBench, console: Console, *, command: str = "ooc-moe bench st
 
     Raises:
         InvalidRequest: the records do not fit in memory or on the disk, or the file system of `data_dir` has no O_DIRECT.
-        WrongBytes: a measured way moved wrong bytes, so that its speed would be meaningless.
+        WrongBytes: a benchmark case moved wrong bytes, so that its speed would be meaningless.
     """
     bench.data_dir.mkdir(parents=True, exist_ok=True)
     missing = _missing(bench.wanted)
@@ -199,7 +199,7 @@ def _measure_group(
         directory: on the disk to measure; the daemon and the peers get a directory in it.
         order: shuffles the ways in each round.
         missing: a peer that does not start is added to it, and has no row.
-        on_run: called after the warm-up of each measured way and after each of its samples.
+        on_run: called after the warm-up of each benchmark case and after each of its samples.
     """
     if not wanted:
         return []
@@ -216,7 +216,7 @@ def _measure_group(
 def _start_group(
     group: str, wanted: Sequence[str], records: Records, directory: Path, stack: ExitStack, missing: dict[tuple[str, str], str]
 ) -> Iterator[TimedPath]:
-    """Starts the daemon and the peers that one group needs, and yields its measured ways (paths); `stack` stops daemon and peers.
+    """Starts the daemon and the peers that one group needs, and yields its benchmark cases (paths); `stack` stops daemon and peers.
 
     A peer that does not start is added to `missing`. The daemon comes first, because a process should fork while it has few threads.
     """

@@ -1,4 +1,4 @@
-"""Our own measured ways (paths) of the store benchmark: fetches from and pushes to a real daemon, on each data plane (shared memory, gRPC).
+"""Our own benchmark cases of the store benchmark: fetches from and pushes to a real daemon, on each data plane (shared memory, gRPC).
 
 Each measured fetch is meant to read from one tier, DRAM or NVMe. The daemon reports for each expert in which tier it found it, and the
 fetch raises WrongBytes if that is another tier.
@@ -99,7 +99,7 @@ class Pusher:
 
 
 def fetch_path(name: str, store: RemoteStore, records: Records, tier: Tier, *, prepare: Callable[[], None] = lambda: None) -> TimedPath:
-    """Makes a measured way (path) that fetches all records in one call.
+    """Makes a benchmark case (path) that fetches all records in one call.
 
     Args:
         name: its name in the results.
@@ -119,7 +119,7 @@ def fetch_path(name: str, store: RemoteStore, records: Records, tier: Tier, *, p
 
 @contextmanager
 def resident_fetches(daemon: BenchDaemon, records: Records, wanted: Sequence[str]) -> Iterator[list[TimedPath]]:
-    """Yields measured ways (paths) that fetch from DRAM: on each data plane, with and without verifying checksums at the receiver.
+    """Yields benchmark cases (paths) that fetch from DRAM: on each data plane, with and without verifying checksums at the receiver.
 
     Only those are made whose name is in `wanted`.
     """
@@ -136,7 +136,7 @@ def resident_fetches(daemon: BenchDaemon, records: Records, wanted: Sequence[str
 
 @contextmanager
 def durable_pushes(daemon: BenchDaemon, records: Records, wanted: Sequence[str]) -> Iterator[list[TimedPath]]:
-    """Yields measured ways (paths) that push durably, one for each data plane. Only those are made whose name is in `wanted`.
+    """Yields benchmark cases (paths) that push durably, one for each data plane. Only those are made whose name is in `wanted`.
 
     A bank has one writer at a time, so each of them takes the right to write (the lease) before its run.
     """
@@ -167,7 +167,7 @@ def _push_path(name: str, stores: dict[str, RemoteStore], records: Records) -> T
 
 @contextmanager
 def nvme_fetches(daemon: BenchDaemon, records: Records, wanted: Sequence[str]) -> Iterator[list[TimedPath]]:
-    """Yields measured ways (paths) that fetch from NVMe, one for each data plane. Only those are made whose name is in `wanted`.
+    """Yields benchmark cases (paths) that fetch from NVMe, one for each data plane. Only those are made whose name is in `wanted`.
 
     Before each run all records are evicted from DRAM, so that the fetch must read NVMe.
     """

@@ -1,6 +1,6 @@
 """Peers of the store benchmark that store records on the disk: plain O_DIRECT, fio, LMDB, RocksDB.
 
-Each function is a context manager that starts one peer, yields one or more measured ways to move the records (paths), and stops the peer
+Each function is a context manager that starts one peer, yields one or more benchmark cases to move the records (paths), and stops the peer
 again; its docstring says what a run does. Writes make each record durable before the next one is written, and go into space that was
 written before, as in a store in its steady state. Reads find nothing in the page cache: they use O_DIRECT, or their file is dropped from
 the page cache before each run.
@@ -39,7 +39,7 @@ def check_direct_io(directory: Path) -> None:
 
 @contextmanager
 def raw_writes(records: Records, directory: Path) -> Iterator[list[TimedPath]]:
-    """Yields the measured way (path) "raw": one thread writes a record with O_DIRECT, calls fdatasync, and goes on to the next record."""
+    """Yields the benchmark case (path) "raw": one thread writes a record with O_DIRECT, calls fdatasync, and goes on to the next record."""
     with _direct_file(records, directory) as fd:
 
         def run() -> None:
@@ -56,7 +56,7 @@ def raw_writes(records: Records, directory: Path) -> Iterator[list[TimedPath]]:
 
 @contextmanager
 def raw_reads(records: Records, directory: Path) -> Iterator[list[TimedPath]]:
-    """Yields the measured way (path) "raw": READ_THREADS threads read whole records with O_DIRECT into the caller's memory."""
+    """Yields the benchmark case (path) "raw": READ_THREADS threads read whole records with O_DIRECT into the caller's memory."""
     with _direct_file(records, directory) as fd, ThreadPoolExecutor(READ_THREADS) as threads:
 
         def read(index: int) -> None:
@@ -70,7 +70,7 @@ def raw_reads(records: Records, directory: Path) -> Iterator[list[TimedPath]]:
 
 @contextmanager
 def buffered_reads(records: Records, directory: Path) -> Iterator[list[TimedPath]]:
-    """Yields the measured way (path) "buffered file": one thread reads an ordinary file.
+    """Yields the benchmark case (path) "buffered file": one thread reads an ordinary file.
 
     The file was dropped from the page cache before the run.
     """
@@ -90,7 +90,7 @@ def buffered_reads(records: Records, directory: Path) -> Iterator[list[TimedPath
 
 @contextmanager
 def fio_writes(records: Records, directory: Path) -> Iterator[list[TimedPath]]:
-    """Yields the measured way (path) "fio": fio writes as `raw_writes` does. The time is the one that fio reports."""
+    """Yields the benchmark case (path) "fio": fio writes as `raw_writes` does. The time is the one that fio reports."""
     with _direct_file(records, directory) as fd:
         job = ["--rw=write", f"--size={records.num_bytes}", "--fdatasync=1", "--overwrite=1"]
         yield [_fio_path(records, directory, fd, job, "write")]
@@ -98,7 +98,7 @@ def fio_writes(records: Records, directory: Path) -> Iterator[list[TimedPath]]:
 
 @contextmanager
 def fio_reads(records: Records, directory: Path) -> Iterator[list[TimedPath]]:
-    """Yields the measured way (path) "fio": fio reads as `raw_reads` does. The time is the one that fio reports."""
+    """Yields the benchmark case (path) "fio": fio reads as `raw_reads` does. The time is the one that fio reports."""
     with _direct_file(records, directory) as fd:
         part = records.num_bytes // READ_THREADS
         job = ["--rw=read", f"--size={part}", f"--offset_increment={part}", f"--numjobs={READ_THREADS}", "--thread", "--group_reporting"]
@@ -135,7 +135,7 @@ def _fio_path(records: Records, directory: Path, fd: int, job: list[str], kind: 
 
 @contextmanager
 def lmdb_writes(records: Records, directory: Path) -> Iterator[list[TimedPath]]:
-    """Yields the measured way (path) "lmdb": one LMDB transaction for each record. Each commit is synced, which is LMDB's default."""
+    """Yields the benchmark case (path) "lmdb": one LMDB transaction for each record. Each commit is synced, which is LMDB's default."""
     with _lmdb(records, directory) as environment:
 
         def check() -> None:
@@ -148,7 +148,7 @@ def lmdb_writes(records: Records, directory: Path) -> Iterator[list[TimedPath]]:
 
 @contextmanager
 def lmdb_reads(records: Records, directory: Path) -> Iterator[list[TimedPath]]:
-    """Yields the measured way (path) "lmdb": one thread copies each record out of LMDB's memory map into the caller's memory.
+    """Yields the benchmark case (path) "lmdb": one thread copies each record out of LMDB's memory map into the caller's memory.
 
     LMDB's file was dropped from the page cache before the run.
     """
@@ -190,7 +190,7 @@ def _lmdb_put(environment: Any, records: Records) -> None:
 
 @contextmanager
 def rocksdb_writes(records: Records, directory: Path) -> Iterator[list[TimedPath]]:
-    """Yields the measured way (path) "rocksdb": one put with `sync` for each record.
+    """Yields the benchmark case (path) "rocksdb": one put with `sync` for each record.
 
     Compression is off, because it cannot shrink random bytes and costs time.
     """

@@ -1,6 +1,6 @@
 """Peers of the store benchmark that move records between processes in memory: memcpy, TCP, plain gRPC, Arrow Flight, Ray.
 
-Each function is a context manager that starts one peer, yields one or more measured ways to move the records (paths), and stops the peer
+Each function is a context manager that starts one peer, yields one or more benchmark cases to move the records (paths), and stops the peer
 again; its docstring says what a run does. Modules of the `bench` extra are imported only when their peer is used.
 """
 
@@ -25,7 +25,7 @@ from ooc_moe.bench.store.records import Records
 
 @contextmanager
 def memcpy(records: Records) -> Iterator[list[TimedPath]]:
-    """Yields the measured way (path) "memcpy": one thread copies record after record.
+    """Yields the benchmark case (path) "memcpy": one thread copies record after record.
 
     It copies them out of the shared memory that another process has filled.
     """
@@ -39,7 +39,7 @@ def memcpy(records: Records) -> Iterator[list[TimedPath]]:
 
 @contextmanager
 def tcp(records: Records) -> Iterator[list[TimedPath]]:
-    """Yields the measured way (path) "tcp": another process sends all records over one loopback connection.
+    """Yields the benchmark case (path) "tcp": another process sends all records over one loopback connection.
 
     It sends them from shared memory. The caller receives them into its memory.
     """
@@ -64,7 +64,7 @@ def _receive(connection: socket.socket, into: memoryview) -> None:
 
 @contextmanager
 def grpc(records: Records) -> Iterator[list[TimedPath]]:
-    """Yields the measured way (path) "grpc": a plain gRPC server (plain_grpc.py) sends all records as one stream.
+    """Yields the benchmark case (path) "grpc": a plain gRPC server (plain_grpc.py) sends all records as one stream.
 
     Its messages are as large as those of our daemon. The caller copies each message into its memory.
     """
@@ -74,7 +74,7 @@ def grpc(records: Records) -> Iterator[list[TimedPath]]:
 
 @contextmanager
 def flight(records: Records) -> Iterator[list[TimedPath]]:
-    """Yields two measured ways (paths), "flight" (fetch) and "flight put": an Arrow Flight server sends or receives all records as a table.
+    """Yields two benchmark cases, "flight" (fetch) and "flight put": an Arrow Flight server sends or receives all records as a table.
 
     The fetch is DoGet with `read_all`, as Flight's users call it: the records arrive in Flight's memory, not the caller's. The put is
     DoPut; the server then has the records in memory, not durably.
@@ -121,7 +121,7 @@ def _all_of(records: Records, bodies: list[memoryview]) -> list[memoryview]:
 
 @contextmanager
 def ray(records: Records) -> Iterator[list[TimedPath]]:
-    """Yields two measured ways (paths), "ray" (fetch) and "ray put", both on Ray's object store.
+    """Yields two benchmark cases (paths), "ray" (fetch) and "ray put", both on Ray's object store.
 
     The fetch is `ray.get` of all records; each is then copied into the caller's memory. The put is `ray.put` of each record.
     """

@@ -19,7 +19,7 @@ _HEADINGS = ("", "path", "record", "GB/s [quartiles]", "ratio", "must", "aim", "
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Target:
-    """A target: how fast one of our measured ways (paths) should be compared with the peer called `peer`, as a ratio of speeds."""
+    """A target: how fast one of our benchmark cases (paths) should be compared with the peer called `peer`, as a ratio of speeds."""
 
     peer: str
     by_size: Mapping[int, tuple[float, float | None]]
@@ -59,7 +59,7 @@ STATS_P99_MS = (25.0, 10.0)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ratio:
-    """How one measured way (path) compares with a peer: its median speed divided by the peer's, and the targets for this ratio.
+    """How one benchmark case (path) compares with a peer: its median speed divided by the peer's, and the targets for this ratio.
 
     `must` is the value to reach and `aim` a stricter one; None: no target for this record size.
     """
@@ -77,7 +77,7 @@ class Ratio:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One row of the result table: the GB/s of one measured way to move records of one size, and its ratios to peers.
+    """One row of the result table: the GB/s of one benchmark case to move records of one size, and its ratios to peers.
 
     `path` is the name of this way, and `group` the kind of work: fetch, push or nvme.
     """
@@ -145,7 +145,7 @@ def with_ratios(group: str, record_bytes: int, samples: Mapping[str, Sequence[fl
     Args:
         group: the kind of work: fetch, push or nvme.
         record_bytes: the record size.
-        samples: by name of the measured way (path), its GB/s, one sample for each round. The rows have the order of this mapping.
+        samples: by name of the benchmark case (path), its GB/s, one sample for each round. The rows have the order of this mapping.
     """
     spreads = {path: Spread.of(values) for path, values in samples.items()}
     rows = []
@@ -176,7 +176,7 @@ def table(results: Results, titles: Mapping[str, str], *, mark: str = "") -> Tab
 def markdown(results: Results, titles: Mapping[str, str], *, notes: str) -> str:
     """Makes the text of the result page: command, machine and versions, missing peers, the table, and `notes`.
 
-    `notes` is a text on what limits the speed of each measured way (path). `titles` says, by group, what the group measures.
+    `notes` is a text on what limits the speed of each benchmark case (path). `titles` says, by group, what the group measures.
     """
     lines = ["# ooc-moe bench store", ""]
     lines += [f"- {name}: {value}" for name, value in results.facts.items()]

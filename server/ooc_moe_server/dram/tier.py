@@ -117,7 +117,7 @@ class DramTier:
         return self.unpinned_bytes - self._protected.idle_bytes
 
     def holds(self, source: Source) -> bool:
-        """Whether the record of a source is in DRAM (resident). Asking does not count as a use of the record."""
+        """Whether DRAM has the record of `source` (a slot on NVMe, an unsaved version, or a seed). Asking does not count as a use."""
         return source in self._residents
 
     def touch(self, source: Source) -> bool:

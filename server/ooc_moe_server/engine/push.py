@@ -8,6 +8,9 @@
               WRITING_BACK, SAVING -> UNSAVED             a try failed; the next one follows
               UNSAVED, WRITING_BACK, SAVING -> DROPPED    a newer record replaced it, or the daemon ended
 
+In WRITING and WRITING_BACK the record is written to a slot on the disk. In IN_ROUND and SAVING it waits for its commit round, in which
+several records are synced and entered in the index together.
+
 A push with durability DURABLE is acknowledged on COMMITTED. A push with durability MEMORY is acknowledged on UNSAVED: it is visible from
 then on, and a crash loses it until it is COMMITTED. `Push.enter` is the only place where the state changes, and asserts these arrows.
 """

@@ -28,10 +28,10 @@ class SlotWriter:
         push.slot = await self._nvme.allocate(push.bank.layout.record_bytes, replaced=replaced)
 
     async def write(self, push: Push, prepare: Callable[[], None] | None = None) -> None:
-        """Runs `prepare`, and then writes the record to the slot of the push.
+        """Runs `prepare`, and then writes the record of a push to the slot that the push holds.
 
         Raises:
-            OSError: the write failed. Unless the disk is full, the slot is then given up.
+            OSError: the write failed. The slot is then not used again in this run, unless the disk was full: then the push keeps it.
             Exception: whatever `prepare` raises.
         """
         assert push.slot is not None
