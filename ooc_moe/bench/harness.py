@@ -1,8 +1,8 @@
-"""How every benchmark times the ways to do the same work that it compares, for example our own way and a peer's. The code calls them paths.
+"""How every benchmark compares the speed of several ways to do the same work, for example our own way and a peer's.
 
-Each path is run and checked once to warm up. Then all paths are timed in interleaved rounds: each round takes one sample of every path, in
-shuffled order, so that noise from other processes on the machine affects all alike. The check finds a path that is fast only because it did
-not do its work.
+Each such way is a benchmark case, which the code calls a path. Each path is run and checked once to warm up. Then all paths are timed in
+interleaved rounds: each round takes one sample of every path, in shuffled order, so that noise from other processes on the machine affects
+all paths alike. The check finds a path that is fast only because it did not do its work.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _nothing() -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TimedPath:
-    """One of the ways that a benchmark compares to do the same work: how to run it, and how to check the result.
+    """A benchmark case (path): one of several ways to do the same work, with functions to run it and to check its result.
 
     For example, one way to move a set of records, called `name` in the results.
     """
@@ -68,8 +68,8 @@ def warm_up(paths: Sequence[TimedPath], *, before_each: Callable[[], None]) -> N
 
     Args:
         paths: the ways to do the work.
-        before_each: called before each of them. Where they write to the same memory it must overwrite that memory; otherwise the bytes
-            that an earlier one left there could pass the check.
+        before_each: called before each path. If the paths write to the same memory, `before_each` must overwrite that memory; otherwise
+            bytes that an earlier path left there could pass the check.
 
     Raises:
         WrongBytes: a check failed; the message names the benchmark case.
@@ -93,8 +93,8 @@ def measure(
         paths: the ways to move the bytes.
         num_bytes: how many bytes one run moves.
         calls: how many runs one sample averages; several where one run is too short to time.
-        rounds: how many samples to take of each.
-        order: shuffles them in each round.
+        rounds: how many samples to take of each path.
+        order: shuffles the paths in each round.
         on_run: called after every sample.
     """
     seconds = timed_rounds(paths, calls=calls, rounds=rounds, order=order, on_run=on_run)

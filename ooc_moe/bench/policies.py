@@ -78,8 +78,9 @@ def hit_rate(policy: str, experts: Sequence[int], cache_experts: int) -> float:
 def patterns(seed: int, *, length: int = 60_000, num_games: int = NUM_GAMES) -> list[Pattern]:
     """Makes the four traces that policies are compared on, each of about `length` accesses.
 
-    They are independent random draws, in which some experts are much more frequent than others; games in turns; a scan through all experts
-    again and again; and games in turns with evaluations in between. `seed` decides all random draws, `num_games` is the number of games.
+    The traces are: independent random draws, in which some experts are much more frequent than others; games in turns; a scan through all
+    experts again and again; and games in turns with evaluations in between. `seed` decides all random draws, `num_games` is the number of
+    games.
     """
     rng = np.random.default_rng(seed)
     num_experts = num_games * GAME_EXPERTS

@@ -15,7 +15,7 @@ def met_target(value: float, *, must: float | None, aim: float | None, at_most: 
         at_most: whether smaller values are better, as for times and latencies.
 
     Returns:
-        "aim", "must", or "no" if it meets neither; "" if there is no target.
+        "aim", "must", or "no" if `value` meets neither target; "" if there is no target.
     """
     targets = [(name, target) for name, target in (("aim", aim), ("must", must)) if target is not None]
     met = [name for name, target in targets if (value <= target if at_most else value >= target)]

@@ -6,8 +6,8 @@ Two things are measured:
    written back first. The baseline is a fetch of as many experts into an HBM in which nothing must be written back.
 2. How long the steps after the switch take, in an HBM that holds the experts of three games. The new game is on the screen, but the agent
    plays with the old game's experts until its segment (its window of frames) ends, as in an evaluation. Meanwhile a prefetch may bring the
-   new game's experts. The rows differ in when it starts: "schedule's prefetch" at once, "detector's prefetch" DETECTOR_STEPS steps later,
-   "no prefetch" never, so that the first learning step fetches the experts on demand.
+   new game's experts. The rows differ in when the prefetch starts: "schedule's prefetch" at once, "detector's prefetch" DETECTOR_STEPS
+   steps later, "no prefetch" never, so that the first learning step fetches the experts on demand.
 """
 
 from __future__ import annotations

@@ -35,7 +35,8 @@ class Setting:
 
     @property
     def config(self) -> AgentConfig:
-        """The preset's configuration, but with two layers, a pool for each layer, and experts for eight games in one bank."""
+        """The preset's configuration, but with two layers, a pool (the experts that one game may use) for each layer, and experts for eight
+        games in one bank."""
         preset = PRESETS[self.size]
         return replace(
             preset, num_layers=LAYERS, num_experts=GAMES * LAYERS * preset.pool_size, routing="pool", pools="per-layer", banks="shared"

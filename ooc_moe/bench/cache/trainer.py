@@ -3,7 +3,7 @@
 Before an update, the experts of each token (the routing) are drawn at random; the update's steps then use them, as a PPO update uses the
 routing recorded while playing. So the cache can be told beforehand which experts each step will use (the schedule). Each step is forward,
 backward, clipping to a common norm, Adam on the dense parameters, and Adam on the experts. A step has as many tokens as a minibatch of the
-preset, and uses all experts of each layer's pool.
+preset, and uses all experts of each layer's pool (the experts that one game may use in the layer).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Trainer:
         self._routing_of_steps: Iterator[Tensor] = iter(())
 
     def begin_update(self, num_steps: int, *, schedule: bool = True, ahead: bool = True) -> None:
-        """Starts an update: draws the routing of its `num_steps` steps, and may announce to the cache which experts they use.
+        """Starts an update: draws the routing of its `num_steps` steps, and may announce to the cache which experts these steps use.
 
         Args:
             num_steps: optimizer steps of the update.

@@ -104,11 +104,12 @@ def _update_and_write_back(trainer: Trainer) -> None:
 
 
 def oversubscribed(setting: Setting, on_run: Callable[[], None]) -> list[Row]:
-    """Measures steps that use twice as many experts as fit in HBM, so that every step moves all of them. Returns the rows.
+    """Measures steps that use twice as many experts as fit in HBM, so that every step moves all its experts. Returns the rows.
 
     A step cannot be faster than its computation with all experts in HBM, nor than the fetch of the bytes that it fetches. The first ratio
-    compares its time with the larger of these two. The second ratio also takes into account the time to push the bytes that it pushes, and
-    compares with the largest of the three. `on_run` is called before the warm-up of each benchmark case and after each of its samples.
+    compares the step's time with the larger of these two times. The second ratio also takes into account the time to push the bytes that
+    the step pushes, and compares with the largest of the three times. `on_run` is called before the warm-up of each benchmark case and
+    after each of its samples.
     """
     capacity = setting.working_set // 2
     with open_testbed(setting, dram_experts=5 * setting.working_set) as testbed:

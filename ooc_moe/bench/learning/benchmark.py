@@ -1,8 +1,8 @@
 """`ooc-moe bench learning`: steps per second and returns of our PPO, compared with those of Stable-Baselines3's PPO (SB3).
 
-Both train the same dense network: ours has one expert in each layer, which every token goes to. One sample of speed is the time of one
-update, that is, of a rollout and the epochs of learning from it. No daemon and no detector run, and no metrics are logged. The two are
-timed in interleaved rounds (harness.py).
+Our PPO and SB3's train the same dense network: ours has one expert in each layer, which every token goes to. One sample of speed is the
+time of one update, that is, of a rollout and the epochs of learning from it. No daemon and no detector run, and no metrics are logged. The
+two learners are timed in interleaved rounds (harness.py).
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ def make_envs(config: RunConfig, stack: ExitStack) -> envs.GameEnvs:
 
 
 def run(bench: LearningBench, console: Console) -> tuple[list[Speed], list[Returns]]:
-    """Measures all speeds, then all returns, and returns both; draws a progress bar on `console`.
+    """Measures the speeds, then the returns (game scores) of our PPO and SB3's, and gives back a list of each; draws a progress bar on
+    `console`.
 
     Raises:
         InvalidRequest: Stable-Baselines3 is not installed.
@@ -126,10 +127,11 @@ def _path(name: str, update: Callable[[], Any]) -> TimedPath:
 
 
 def check_same_network(agent: Agent, model: Any) -> None:
-    """Copies the agent's parameters to SB3's `model`, and checks that both then compute the same policy and values for the same frames.
+    """Copies the agent's parameters to SB3's `model`, and checks that agent and `model` then compute the same policy and values for the
+    same frames.
 
     Raises:
-        WrongBytes: they differ by more than TOLERANCE.
+        WrongBytes: the policies or values differ by more than TOLERANCE.
     """
     peer, config = _peer(), agent.config
     peer.copy_parameters(agent, model.policy)
@@ -209,7 +211,7 @@ def _peer() -> Any:
 def facts(bench: LearningBench, *, command: str) -> dict[str, str]:
     """Returns the lines above the result tables, by name, so that a reader can judge and repeat the measurement.
 
-    They are the command, the commit, the machine, the versions, and how both learners were set up.
+    They are the command, the commit, the machine, the versions, and how our learner and SB3's were set up.
     """
     return provenance.facts(Path(), command=command) | {
         "torch": f"{torch.__version__}, cpu, threads: {bench.threads} for either learner, {bench.env_threads} to emulate Atari where "

@@ -1,4 +1,5 @@
-"""The options of `ooc-moe bench learning`, and the agents and settings that it compares. Importing them does not import torch."""
+"""The options of `ooc-moe bench learning`, and the agents and settings that the command compares. Importing this module does not import
+torch."""
 
 from __future__ import annotations
 
@@ -50,7 +51,9 @@ class LearningBench:
         require_at_least(1, rounds=self.rounds, steps=self.steps, seeds=self.seeds, threads=self.threads, env_threads=self.env_threads)
 
     def run_config(self, game: str, seed: int = 0) -> RunConfig:
-        """The configuration with which both learners learn `game`. Atari: 42 x 42 pixels, four frames. Pixel games: 10 x 10, two frames."""
+        """The configuration with which our learner and Stable-Baselines3's learn `game`.
+
+        The frames that they see: for Atari stacks of four frames of 42 x 42 pixels, for pixel games stacks of two frames of 10 x 10."""
         pixel = game not in ATARI_GAMES
         agent, ppo = (PIXEL_AGENT, PIXEL_PPO) if pixel else (ATARI_AGENT, ATARI_PPO)
         return RunConfig(
@@ -68,7 +71,7 @@ class LearningBench:
 def dense(config: AgentConfig) -> AgentConfig:
     """Returns the configuration of a dense network: one expert in each layer, as wide as `top_k` experts of `config` together.
 
-    Its context is one frame, because SB3's network also sees each observation by itself.
+    The dense network's context is one frame, because SB3's network also sees each observation by itself.
     """
     return replace(
         config,

@@ -73,7 +73,8 @@ class DenseNetwork(BaseFeaturesExtractor):  # type: ignore[misc]
 
 @torch.no_grad()
 def copy_parameters(agent: Agent, policy: Any) -> None:
-    """Copies the parameters of our agent, a dense one for one game, into `policy`, the network of SB3; both then compute the same."""
+    """Copies the parameters of our agent, a dense one for one game, into `policy`, the network of SB3; the two networks then compute the
+    same."""
     (network,) = agent.networks.values()
     mine: DenseNetwork = policy.features_extractor
     mine.stem.load_state_dict(agent.stem.state_dict())

@@ -20,7 +20,7 @@ RETURNS_HEADINGS = ("game", "steps", "ours, each seed", "SB3, each seed", "means
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Speed:
-    """How many environment steps per second both learners make in one game; the time covers playing (rollouts) and learning.
+    """How many environment steps per second our learner and SB3's make in one game; the time covers playing (rollouts) and learning.
 
     `ours` is the speed of our PPO, `peer` that of Stable-Baselines3's (SB3).
     """
@@ -35,7 +35,7 @@ class Speed:
     def judged(self) -> bool:
         """Whether the ratio has targets: only where SB3 plays in its own environments.
 
-        Where SB3 plays in ours, the row is for information: it compares the learners alone.
+        Where SB3 plays in our environments, the row is for information: it compares the learners alone.
         """
         return self.peer_envs == "its own"
 
@@ -54,7 +54,7 @@ class Speed:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Returns:
-    """Mean raw returns at the end of training in one game, for both learners and equally many steps.
+    """Mean raw returns at the end of training in one game, for our learner and SB3's after equally many steps.
 
     `ours` (our PPO) and `peer` (Stable-Baselines3's) have one value for each seed, NaN where no episode ended. `steps` is the length of the
     training in environment steps.

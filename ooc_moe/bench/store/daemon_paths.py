@@ -1,7 +1,7 @@
 """Our own benchmark cases of the store benchmark: fetches from and pushes to a real daemon, on each data plane (shared memory, gRPC).
 
-Each measured fetch is meant to read from one tier, DRAM or NVMe. The daemon reports for each expert in which tier it found it, and the
-fetch raises WrongBytes if that is another tier.
+Each measured fetch is meant to read from one tier, DRAM or NVMe. The daemon reports for each expert in which tier it found the expert, and
+the fetch raises WrongBytes if that is not the tier meant.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class BenchDaemon:
         """Connects a RemoteStore to the daemon for the time of the block, and yields it.
 
         Args:
-            plane: the data plane that it fetches and pushes over: shared memory (LOCAL) or gRPC (STREAM).
-            verify: whether it verifies the checksums of fetched experts.
-            unix: whether it connects to the Unix socket instead of TCP.
+            plane: the data plane that the store fetches and pushes over: shared memory (LOCAL) or gRPC (STREAM).
+            verify: whether the store verifies the checksums of fetched experts.
+            unix: whether the store connects to the Unix socket instead of TCP.
         """
         store = RemoteStore(self.unix if unix else self.tcp, trainer="bench", plane=plane, verify=verify)
         try:
@@ -102,7 +102,7 @@ def fetch_path(name: str, store: RemoteStore, records: Records, tier: Tier, *, p
     """Makes a benchmark case (path) that fetches all records in one call.
 
     Args:
-        name: its name in the results.
+        name: the path's name in the results.
         store: what to fetch from.
         records: what to fetch, and the memory that they are fetched into.
         tier: where the daemon must have every record; a run raises WrongBytes if one came from another tier.
@@ -121,7 +121,7 @@ def fetch_path(name: str, store: RemoteStore, records: Records, tier: Tier, *, p
 def resident_fetches(daemon: BenchDaemon, records: Records, wanted: Sequence[str]) -> Iterator[list[TimedPath]]:
     """Yields benchmark cases (paths) that fetch from DRAM: on each data plane, with and without verifying checksums at the receiver.
 
-    Only those are made whose name is in `wanted`.
+    Only paths whose name is in `wanted` are made.
     """
     kinds = {
         "local": lambda: daemon.store(Plane.LOCAL, verify=False),
@@ -136,9 +136,10 @@ def resident_fetches(daemon: BenchDaemon, records: Records, wanted: Sequence[str
 
 @contextmanager
 def durable_pushes(daemon: BenchDaemon, records: Records, wanted: Sequence[str]) -> Iterator[list[TimedPath]]:
-    """Yields benchmark cases (paths) that push durably, one for each data plane. Only those are made whose name is in `wanted`.
+    """Yields benchmark cases (paths) that push durably, one for each data plane.
 
-    A bank has one writer at a time, so each of them takes the right to write (the lease) before its run.
+    Only paths whose name is in `wanted` are made. A bank has one writer at a time, so each path takes the right to write (the lease) before
+    its run.
     """
     planes = {"local": Plane.LOCAL, "stream": Plane.STREAM}
     with ExitStack() as stack:
@@ -167,9 +168,9 @@ def _push_path(name: str, stores: dict[str, RemoteStore], records: Records) -> T
 
 @contextmanager
 def nvme_fetches(daemon: BenchDaemon, records: Records, wanted: Sequence[str]) -> Iterator[list[TimedPath]]:
-    """Yields benchmark cases (paths) that fetch from NVMe, one for each data plane. Only those are made whose name is in `wanted`.
+    """Yields benchmark cases (paths) that fetch from NVMe, one for each data plane.
 
-    Before each run all records are evicted from DRAM, so that the fetch must read NVMe.
+    Only paths whose name is in `wanted` are made. Before each run all records are evicted from DRAM, so that the fetch must read NVMe.
     """
     planes = {"local": Plane.LOCAL, "stream": Plane.STREAM}
     with ExitStack() as stack:

@@ -27,7 +27,7 @@ from ooc_moe.bench.store.records import Records
 def memcpy(records: Records) -> Iterator[list[TimedPath]]:
     """Yields the benchmark case (path) "memcpy": one thread copies record after record.
 
-    It copies them out of the shared memory that another process has filled.
+    The thread copies the records out of shared memory that another process has filled.
     """
 
     def run() -> None:
@@ -41,7 +41,7 @@ def memcpy(records: Records) -> Iterator[list[TimedPath]]:
 def tcp(records: Records) -> Iterator[list[TimedPath]]:
     """Yields the benchmark case (path) "tcp": another process sends all records over one loopback connection.
 
-    It sends them from shared memory. The caller receives them into its memory.
+    That process sends the records from shared memory. The caller receives the records into its own memory.
     """
     sender = child_process("ooc_moe.bench.store.tcp_sender", records.fd, records.num_bytes, pass_fds=(records.fd,))
     with sender as port, socket.create_connection(("127.0.0.1", int(port))) as connection:
@@ -66,7 +66,7 @@ def _receive(connection: socket.socket, into: memoryview) -> None:
 def grpc(records: Records) -> Iterator[list[TimedPath]]:
     """Yields the benchmark case (path) "grpc": a plain gRPC server (plain_grpc.py) sends all records as one stream.
 
-    Its messages are as large as those of our daemon. The caller copies each message into its memory.
+    The server's messages are as large as our daemon's. The caller copies each message into its memory.
     """
     with plain_client(records.fd, records.num_bytes) as client:
         yield [TimedPath(name="grpc", run=lambda: client.stream_into(records.destination.data), check=records.check)]
@@ -123,7 +123,7 @@ def _all_of(records: Records, bodies: list[memoryview]) -> list[memoryview]:
 def ray(records: Records) -> Iterator[list[TimedPath]]:
     """Yields two benchmark cases (paths), "ray" (fetch) and "ray put", both on Ray's object store.
 
-    The fetch is `ray.get` of all records; each is then copied into the caller's memory. The put is `ray.put` of each record.
+    The fetch is `ray.get` of all records; each record is then copied into the caller's memory. The put is `ray.put` of each record.
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["RAY_raylet_start_wait_time_s"] = "120"  # noqa: SIM112  Ray spells it so. Long, for a busy machine.

@@ -95,7 +95,8 @@ def check_record_bytes(record_bytes: int) -> None:
 
 
 def count_of(record_bytes: int, *, quick: bool) -> int:
-    """Returns how many records of `record_bytes` bytes one measured call moves: fewer of large ones; a quarter as many if `quick`."""
+    """Returns how many records of `record_bytes` bytes one measured call moves: fewer if the records are large; a quarter as many if
+    `quick`."""
     return (MANY if record_bytes < SMALL_BYTES else FEW) // (4 if quick else 1)
 
 

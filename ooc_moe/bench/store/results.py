@@ -140,7 +140,7 @@ class Results:
 
 
 def with_ratios(group: str, record_bytes: int, samples: Mapping[str, Sequence[float]]) -> list[Row]:
-    """Makes the rows of the table for one group and record size, with the ratios to those peers that TARGETS names.
+    """Makes the rows of the table for one group and record size, with the ratios to the peers that TARGETS names.
 
     Args:
         group: the kind of work: fetch, push or nvme.
